@@ -1,0 +1,53 @@
+import unittest
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.sim.text import Answer, count_tokens, read_prompt, render_chat, tokenize
+
+
+class TextTest(unittest.TestCase):
+    @given(st.text())
+    def test_a_text_and_its_token_ids_are_the_same_prompt(self, text: str) -> None:
+        ids = tokenize(text)
+        self.assertEqual(len(ids), count_tokens(text))
+        self.assertEqual(read_prompt("m", ids), read_prompt("m", text))
+
+    @given(st.lists(st.integers(0, 300), min_size=1), st.lists(st.integers(0, 300), min_size=1))
+    def test_other_ids_are_another_prompt(self, one: list[int], two: list[int]) -> None:
+        self.assertEqual(read_prompt("m", one).tokens, len(one))
+        self.assertEqual(read_prompt("m", one) == read_prompt("m", two), one == two)
+
+    def test_any_integer_is_an_id(self) -> None:
+        self.assertEqual(read_prompt("m", [-1, 0, 2**70]).tokens, 3)
+
+    def test_the_answer_depends_on_prompt_and_model_only(self) -> None:
+        text = Answer(read_prompt("m", "hello")).text(30)
+        self.assertEqual(text, Answer(read_prompt("m", "hello")).text(30))
+        self.assertNotEqual(text, Answer(read_prompt("m", "hellp")).text(30))
+        self.assertNotEqual(text, Answer(read_prompt("other", "hello")).text(30))
+        self.assertNotEqual(text, Answer(read_prompt("m", "hello"), choice=1).text(30))
+
+    @given(st.text(max_size=20))
+    def test_spoilt_text_differs_from_its_first_word_on(self, prompt: str) -> None:
+        good, bad = (Answer(read_prompt("m", prompt), spoilt=spoilt) for spoilt in (False, True))
+        for index in range(10):
+            self.assertNotEqual(good.word(index), bad.word(index))
+
+    @given(st.text(max_size=20))
+    def test_a_natural_answer_is_whole_sentences(self, prompt: str) -> None:
+        answer = Answer(read_prompt("m", prompt))
+        self.assertIn(answer.natural_length, range(20, 61))
+        self.assertTrue(answer.text(answer.natural_length).endswith("."))
+
+    def test_chat_parts_and_text_are_the_same(self) -> None:
+        plain = [{"role": "user", "content": "hi there"}]
+        parts = [
+            {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]}
+        ]
+        self.assertEqual(render_chat(plain), render_chat(parts))
+        self.assertNotEqual(render_chat(plain), render_chat([{"role": "system", "content": "hi there"}]))
+
+
+if __name__ == "__main__":
+    unittest.main()
