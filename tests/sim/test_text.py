@@ -3,17 +3,15 @@ import unittest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.sim.text import Answer, count_tokens, read_prompt, render_chat, tokenize
+from vllm_pd_scheduler.sim.text import Answer, read_prompt, render_chat, tokenize
 
 
 class TextTest(unittest.TestCase):
     @given(st.text())
     def test_a_text_and_its_token_ids_are_the_same_prompt(self, text: str) -> None:
-        ids = tokenize(text)
-        self.assertEqual(len(ids), count_tokens(text))
-        self.assertEqual(read_prompt("m", ids), read_prompt("m", text))
+        self.assertEqual(read_prompt("m", tokenize(text)), read_prompt("m", text))
 
-    @given(st.lists(st.integers(0, 300), min_size=1), st.lists(st.integers(0, 300), min_size=1))
+    @given(st.lists(st.integers(0, 255), min_size=1), st.lists(st.integers(0, 255), min_size=1))
     def test_other_ids_are_another_prompt(self, one: list[int], two: list[int]) -> None:
         self.assertEqual(read_prompt("m", one).tokens, len(one))
         self.assertEqual(read_prompt("m", one) == read_prompt("m", two), one == two)

@@ -94,8 +94,8 @@ class Step:
 
     @property
     def idle(self) -> bool:
-        """Nothing was computed: stepping again is of use only after something else has changed."""
-        return not self.prefill_tokens and not self.decoding
+        """Nothing was done: stepping again is of use only after something else has changed."""
+        return not (self.prefill_tokens or self.decoding or self.preempted)
 
 
 @dataclass(frozen=True, slots=True)

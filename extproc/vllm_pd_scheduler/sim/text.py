@@ -55,11 +55,6 @@ def tokenize(text: str) -> list[int]:
     return [int.from_bytes(b"\x01" + chunk) for chunk in chunks]
 
 
-def count_tokens(text: str) -> int:
-    """How many tokens a text has, without making them."""
-    return -(-len(text.encode("utf-8", "surrogatepass")) // TOKEN_BYTES)
-
-
 def read_prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
     """Normalise a text or a list of token ids: the ids of a text count as that text."""
     if isinstance(prompt, str):

@@ -1,0 +1,113 @@
+"""The answers of the OpenAI API, whole and in chunks, shaped as vLLM shapes them."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request: all its prompts, all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def body(self) -> dict[str, Any]:
+        """The `usage` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Shapes the answer to one request, a completion or a chat completion."""
+
+    request_id: str
+    model: str
+    chat: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def answer_id(self) -> str:
+        """The request's id with the prefix of its kind."""
+        return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}"
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, params: dict[str, Any] | None) -> bytes:
+        """A whole answer; `params` are its `kv_transfer_params`."""
+        body = self._head("chat.completion" if self.chat else "text_completion", choices)
+        body |= {
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": usage.body(),
+            "prompt_logprobs": None,
+        }
+        return msgspec.json.encode(body | {"kv_transfer_params": params})
+
+    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}}
+        return {
+            "index": index,
+            **content,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+            "stop_reason": None,
+        }
+
+    def opening(self, index: int) -> bytes:
+        """The event that begins a chat choice; completions have none."""
+        delta = {"role": "assistant", "content": ""}
+        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+        """The event of one more token."""
+        content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        if finish_reason or not self.chat:
+            choice["stop_reason"] = None
+        return self._event([choice])
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event that `stream_options.include_usage` asks for."""
+        return self._event([], usage=usage.body())
+
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event(self._head("chat.completion.chunk" if self.chat else "text_completion", choices) | more)
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def model_list(model: str, max_model_len: int, created: int) -> dict[str, Any]:
+    """The answer of `/v1/models`."""
+    card = {
+        "id": model,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "root": model,
+        "parent": None,
+    }
+    return {"object": "list", "data": [card | {"max_model_len": max_model_len, "permission": []}]}

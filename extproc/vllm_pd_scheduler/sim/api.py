@@ -1,0 +1,339 @@
+"""The HTTP interface of one simulated instance: vLLM's routes, and `/_sim/` for other engines and tests."""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from vllm_pd_scheduler.sim.answers import DONE, Shape, Usage, event, model_list
+from vllm_pd_scheduler.sim.engine import EngineRequest, HandOff
+from vllm_pd_scheduler.sim.faults import KEPT_BODY, Entry, Fault, Journal, cut
+from vllm_pd_scheduler.sim.handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer
+from vllm_pd_scheduler.sim.metrics import Metrics
+from vllm_pd_scheduler.sim.options import Options
+from vllm_pd_scheduler.sim.protocol import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    TokenizeBody,
+    TooLong,
+    choose_length,
+    read_body,
+    split_inputs,
+)
+from vllm_pd_scheduler.sim.text import Answer, read_prompt, render_chat, tokenize
+from vllm_pd_scheduler.sim.worker import EngineFailed, Job, Worker
+
+VERSION = "0.32.0"
+MAX_BODY = 128 * 1024 * 1024
+QUIET = frozenset({"/health", "/metrics"})
+ENTRY = "entry"
+HALF = "half"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Api:
+    """Routes and their handlers. `port` is the one that hand-offs name; set it once it is known."""
+
+    def __init__(self, options: Options, worker: Worker, metrics: Metrics) -> None:
+        self.port = options.port
+        self._options = options
+        self._worker = worker
+        self._metrics = metrics
+        self._journal = Journal()
+        self._fault = Fault()
+        self._load = 0
+        self._started = int(time.time())
+
+    def application(self) -> web.Application:
+        """The aiohttp application of these routes."""
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
+        app.on_response_prepare.append(_echo_request_id)
+        get = {
+            "/health": self._health,
+            "/ping": self._health,
+            "/version": self._version,
+            "/load": self._server_load,
+            "/metrics": self._scrape,
+            "/v1/models": self._models,
+            "/_sim/requests": self._requests,
+            "/_sim/stats": self._stats,
+        }
+        post = {
+            "/ping": self._health,
+            "/v1/completions": self._completions,
+            "/v1/chat/completions": self._chat,
+            "/v1/embeddings": self._embeddings,
+            "/tokenize": self._tokenize,
+            "/_sim/fault": self._set_fault,
+            FETCH_PATH: self._fetch,
+            RELEASE_PATH: self._release,
+        }
+        app.add_routes([web.get(path, handler, allow_head=False) for path, handler in get.items()])
+        app.add_routes([web.post(path, handler) for path, handler in post.items()])
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Around every handler: journal, key, faults, and errors as vLLM words them."""
+        if request.path.startswith("/_sim/") or (
+            request.path in QUIET and request.path not in self._fault.paths
+        ):
+            return await handler(request)
+        entry = request[ENTRY] = self._journal.open(request)
+        try:
+            data = await request.read()
+            entry.data, entry.size = data[:KEPT_BODY], len(data)
+            response = await self._checked(request, handler)
+        except ApiError as error:
+            response = web.json_response(error.body(), status=error.status)
+        except web.HTTPException as error:
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            response = web.json_response({"detail": error.reason}, status=error.status, headers=headers)
+        entry.status = response.status
+        return response
+
+    async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        key = self._options.api_key
+        if key and request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        fault = self._fault
+        if fault.hits(request.path):
+            await asyncio.sleep(fault.delay)
+            if fault.reset:
+                await cut(request)
+            if fault.status is not None:
+                kind = "InternalServerError" if fault.status >= 500 else "BadRequestError"
+                raise ApiError(fault.status, "Simulated fault", kind)
+            request[HALF] = fault.half
+        return await handler(request)
+
+    # -- generation -----------------------------------------------------------------------------------
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, CompletionBody)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ChatBody)
+
+    async def _generate(
+        self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
+    ) -> web.StreamResponse:
+        body = read_body(await request.read(), request.content_type, kind)
+        model = self._served(body.model)
+        shape = Shape(request.headers.get("X-Request-Id") or uuid.uuid4().hex, model, kind is ChatBody)
+        jobs = self._plan(body, shape, request[ENTRY])
+        self._load += 1
+        try:
+            if body.stream:
+                return await self._stream(request, body, shape, jobs)
+            return await self._whole(request, shape, jobs)
+        finally:
+            self._load -= 1
+
+    def _served(self, model: str | None) -> str:
+        if model not in (None, self._options.model):
+            raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
+        return self._options.model
+
+    def _plan(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
+        """The jobs of a request, one per choice. Raise ApiError for a request that cannot be run."""
+        if body.n is not None and body.n < 1:
+            raise ApiError(400, f"n must be at least 1, got {body.n}.", "BadRequestError", "n")
+        params = (body.kv_transfer_params if self._options.kv_connector else None) or {}
+        hand_off = HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
+        if params.get("do_remote_prefill"):
+            hand_off = HandOff.RECEIVE
+        jobs: list[Job] = []
+        try:
+            for prompt in body.prompts(self._options.model):
+                for number in range(body.n or 1):
+                    answer = Answer(prompt, number)
+                    length = choose_length(body, prompt, answer.natural_length, self._options.max_model_len)
+                    # Its own name even when a client repeats an X-Request-Id.
+                    name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
+                    request = EngineRequest(name, prompt.tokens, length.tokens, hand_off)
+                    jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer))
+        except TooLong:
+            # vLLM lets go of the sender's blocks when it rejects such a request.
+            if hand_off is HandOff.RECEIVE:
+                self._let_go(params, entry)
+            raise
+        if hand_off is not HandOff.NONE:
+            entry.hand_off = hand_off.value
+        if hand_off is HandOff.RECEIVE:
+            self._attach(jobs, params, entry)
+        return jobs
+
+    def _attach(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
+        for job in jobs:
+            try:
+                job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
+            except FatalHandOff as error:
+                self._worker.die(str(error))
+            job.note = entry.outcomes.append
+
+    def _let_go(self, params: dict[str, Any], entry: Entry) -> None:
+        try:
+            offer = read_offer(params, blocks_needed=0)
+        except FatalHandOff:
+            return
+        if offer:
+            entry.outcomes.append("released")
+            self._worker.release(offer)
+
+    async def _whole(self, request: web.Request, shape: Shape, jobs: list[Job]) -> web.StreamResponse:
+        words: list[list[str]] = [[] for _ in jobs]
+        try:
+            async with aclosing(self._worker.generate(jobs)) as tokens:
+                async for token in tokens:
+                    words[token.choice].append(token.text)
+        except EngineFailed as error:
+            raise ApiError(500, str(error), "InternalServerError") from error
+        choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
+        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request))
+        if not request.get(HALF):
+            return web.Response(body=data, content_type="application/json")
+        response = web.StreamResponse(
+            headers={"Content-Type": "application/json", "Content-Length": str(len(data))}
+        )
+        await response.prepare(request)
+        await response.write(data[: len(data) // 2])
+        await cut(request, written=True)
+
+    def _offer(self, request: EngineRequest) -> dict[str, Any] | None:
+        if request.hand_off is not HandOff.SEND:
+            return None
+        blocks = self._worker.engine.pinned_blocks(request.request_id)
+        offer = Offer(self._worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
+        return offer.answer(request.computed)
+
+    async def _stream(
+        self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        # As with vLLM, the 200 goes out before anything can be known to fail.
+        await response.prepare(request)
+        sent = 0
+        try:
+            async with aclosing(self._worker.generate(jobs)) as tokens:
+                async for token in tokens:
+                    if not sent and shape.chat:
+                        await response.write(b"".join(shape.opening(job.choice) for job in jobs))
+                    await response.write(shape.token(token.choice, token.text, token.finish_reason))
+                    sent += 1
+                    if sent == 2 and request.get(HALF):
+                        await cut(request, written=True)
+            if body.stream_options and body.stream_options.include_usage:
+                await response.write(shape.usage(_usage(jobs)))
+        except EngineFailed as error:
+            await response.write(event(ApiError(500, str(error), "InternalServerError").body()))
+        except ConnectionError:
+            return response  # the client has gone; leaving the iteration has aborted its request
+        await response.write(DONE)
+        await response.write_eof()
+        return response
+
+    # -- vLLM's other routes --------------------------------------------------------------------------
+
+    async def _health(self, request: web.Request) -> web.Response:
+        if request.path == "/health" and self._fault.health is not None:
+            return web.Response(status=self._fault.health)
+        return web.Response(status=503 if self._worker.dead else 200)
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": VERSION})
+
+    async def _server_load(self, request: web.Request) -> web.Response:
+        return web.json_response({"server_load": self._load})
+
+    async def _scrape(self, request: web.Request) -> web.Response:
+        self._worker.observe()
+        return web.Response(body=self._metrics.expose(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response(model_list(self._options.model, self._options.max_model_len, self._started))
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = read_body(await request.read(), request.content_type, TokenizeBody)
+        self._served(body.model)
+        if body.prompt is None and body.messages is None:
+            raise ApiError(400, "prompt or messages is required", "Bad Request", "prompt")
+        tokens = tokenize(render_chat(body.messages or []) if body.prompt is None else body.prompt)
+        length = self._options.max_model_len
+        return web.json_response({"count": len(tokens), "max_model_len": length, "tokens": tokens})
+
+    async def _embeddings(self, request: web.Request) -> web.Response:
+        body = read_body(await request.read(), request.content_type, EmbeddingBody)
+        model = self._served(body.model)
+        inputs = [body.input] if isinstance(body.input, str) else split_inputs(body.input, "input")
+        prompts = [read_prompt(model, item) for item in inputs]
+        data = [
+            {"index": index, "object": "embedding", "embedding": _vector(prompt.digest)}
+            for index, prompt in enumerate(prompts)
+        ]
+        usage = Usage(sum(prompt.tokens for prompt in prompts), 0).body()
+        return web.json_response({"object": "list", "model": model, "data": data, "usage": usage})
+
+    # -- for other engines, and for tests -------------------------------------------------------------
+
+    async def _fetch(self, request: web.Request) -> web.Response:
+        call = msgspec.json.decode(await request.read(), type=FetchCall)
+        reply = self._worker.serve_fetch(call)
+        return web.Response(status=409) if reply is None else web.Response(body=msgspec.json.encode(reply))
+
+    async def _release(self, request: web.Request) -> web.Response:
+        self._worker.serve_release(msgspec.json.decode(await request.read(), type=FetchCall))
+        return web.Response()
+
+    async def _requests(self, request: web.Request) -> web.Response:
+        return web.json_response(self._journal.body())
+
+    async def _stats(self, request: web.Request) -> web.Response:
+        self._worker.observe()
+        engine = self._worker.engine
+        stats = {
+            "engine_id": self._worker.engine_id,
+            "role": self._options.role,
+            "running": engine.running,
+            "waiting": engine.queued,
+            "deferred": engine.deferred,
+            "pinned": engine.pinned,
+            "blocks_used": engine.pool.used,
+            "num_blocks": engine.pool.size,
+            "kv_usage": engine.kv_usage,
+            "requests_total": self._journal.total,
+            "hand_offs": self._worker.hand_offs,
+        }
+        return web.json_response(stats)
+
+    async def _set_fault(self, request: web.Request) -> web.Response:
+        try:
+            self._fault = msgspec.json.decode(await request.read(), type=Fault)
+        except msgspec.DecodeError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")
+
+
+async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+
+
+def _usage(jobs: list[Job]) -> Usage:
+    # Choices of one prompt share it, so it counts once.
+    prompts = {id(job.prompt): job.prompt.tokens for job in jobs}
+    return Usage(sum(prompts.values()), sum(job.request.generated for job in jobs))
+
+
+def _vector(digest: str) -> list[float]:
+    data = hashlib.blake2b(digest.encode(), digest_size=16).digest()
+    return [round(byte / 127.5 - 1, 6) for byte in data]

@@ -1,0 +1,242 @@
+"""A fleet of simulated instances, each a process of its own."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any, Literal, Self
+
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+DECODE_PORT_OFFSET = 100
+
+
+class FleetError(Exception):
+    """An instance could not be started; the message holds what its process printed."""
+
+
+@dataclass(slots=True)
+class SimInstance:
+    """One process of a fleet; `process` is another one after a restart."""
+
+    id: str
+    role: Literal["prefill", "decode"]
+    host: str
+    port: int
+    process: subprocess.Popen[bytes]
+    reserved: socket.socket
+    log: IO[bytes]
+
+    @property
+    def url(self) -> str:
+        """Where it serves, without a slash at the end."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """The process runs, healthy or not."""
+        return self.process.poll() is None
+
+    def output(self) -> str:
+        """All that its processes have printed."""
+        # The processes write at the same file offset, so it must not move.
+        fd = self.log.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
+
+
+class Fleet:
+    """Starts `prefill` + `decode` simulated instances and ends them with itself.
+
+    Instances are called `prefill-0`, `decode-0` and so on. With a `base_port`, prefill instances serve from
+    there and decode instances from 100 above; without, on unused ports. An instance keeps its port
+    through a restart. `arguments` go to every server, the other two to those of one role.
+
+        with Fleet(prefill=2, decode=2, profile=EngineProfile.instant()) as fleet:
+            scheduler = start_scheduler(fleet.config())
+    """
+
+    def __init__(
+        self,
+        prefill: int = 1,
+        decode: int = 1,
+        *,
+        host: str = "127.0.0.1",
+        base_port: int | None = None,
+        model: str = "sim-model",
+        profile: EngineProfile | None = None,
+        arguments: Sequence[str] = (),
+        prefill_arguments: Sequence[str] = (),
+        decode_arguments: Sequence[str] = (),
+        timeout: float = 30.0,
+    ) -> None:
+        if base_port is not None and prefill > DECODE_PORT_OFFSET:
+            raise ValueError(f"at most {DECODE_PORT_OFFSET} prefill instances fit below the decode ports")
+        self._counts: dict[Literal["prefill", "decode"], int] = {"prefill": prefill, "decode": decode}
+        self._host = host
+        self._base_port = base_port
+        common = [f"--model={model}", *(profile.arguments() if profile else ()), *arguments]
+        self._arguments = {"prefill": [*common, *prefill_arguments], "decode": [*common, *decode_arguments]}
+        self._timeout = timeout
+        self._instances: dict[str, SimInstance] = {}
+        # The kernel ends a child with the thread that started it, so that thread must be the fleet's own.
+        self._spawner: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def __getitem__(self, instance_id: str) -> SimInstance:
+        return self._instances[instance_id]
+
+    @property
+    def instances(self) -> list[SimInstance]:
+        """All instances, prefill first."""
+        return list(self._instances.values())
+
+    @property
+    def prefill(self) -> list[SimInstance]:
+        """The prefill instances."""
+        return [instance for instance in self.instances if instance.role == "prefill"]
+
+    @property
+    def decode(self) -> list[SimInstance]:
+        """The decode instances."""
+        return [instance for instance in self.instances if instance.role == "decode"]
+
+    def config(self) -> dict[str, list[dict[str, Any]]]:
+        """The instances as the scheduler's configuration names them."""
+
+        def entries(instances: Iterable[SimInstance]) -> list[dict[str, Any]]:
+            return [{"id": each.id, "host": each.host, "port": each.port} for each in instances]
+
+        return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
+
+    def start(self) -> None:
+        """Start all instances and wait until each is healthy. Raise FleetError, with none left running."""
+        if self._instances:
+            raise FleetError("the fleet is running")
+        self._spawner = ThreadPoolExecutor(1, thread_name_prefix="sim-fleet")
+        try:
+            for role, count in self._counts.items():
+                for number in range(count):
+                    self._add(role, number)
+            self._wait(self.instances)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End all instances, by force those that do not go within five seconds; safe to call twice."""
+        for instance in self.instances:
+            if instance.alive:
+                instance.process.terminate()
+                instance.process.send_signal(signal.SIGCONT)  # a stopped process gets no SIGTERM
+        deadline = time.monotonic() + 5
+        for instance in self.instances:
+            try:
+                instance.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                instance.process.kill()
+                instance.process.wait()
+            instance.reserved.close()
+            instance.log.close()
+        self._instances.clear()
+        if self._spawner:
+            self._spawner.shutdown()
+            self._spawner = None
+
+    def kill(self, instance_id: str, signum: int = signal.SIGKILL) -> None:
+        """Send a signal to an instance; after SIGKILL, wait until it is gone."""
+        process = self[instance_id].process
+        process.send_signal(signum)
+        if signum == signal.SIGKILL:
+            process.wait()
+
+    def restart(self, instance_id: str) -> None:
+        """Start an instance anew on its port, ending it first if it runs, and wait until it is healthy.
+
+        Raise FleetError when it does not become so.
+        """
+        instance = self[instance_id]
+        if instance.alive:
+            self.kill(instance_id)
+        instance.process = self._spawn(instance.role, instance.port, instance.log)
+        self._wait([instance])
+
+    def _add(self, role: Literal["prefill", "decode"], number: int) -> None:
+        name = f"{role}-{number}"
+        port = 0
+        if self._base_port is not None:
+            port = self._base_port + number + (DECODE_PORT_OFFSET if role == "decode" else 0)
+        try:
+            reserved = _reserve(self._host, port)
+        except OSError as error:
+            raise FleetError(f"{name} cannot have {self._host}:{port}: {error.strerror}") from error
+        port = reserved.getsockname()[1]
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - the instance owns it
+        process = self._spawn(role, port, log)
+        self._instances[name] = SimInstance(name, role, self._host, port, process, reserved, log)
+
+    def _spawn(self, role: str, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        assert self._spawner is not None
+        module = "vllm_pd_scheduler.sim.server"
+        command = [sys.executable, "-m", module, f"--role={role}", f"--host={self._host}", f"--port={port}"]
+        command += ["--reuse-port", f"--die-with-parent={os.getpid()}", *self._arguments[role]]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        return self._spawner.submit(lambda: subprocess.Popen[bytes](command, **streams)).result()
+
+    def _wait(self, instances: list[SimInstance]) -> None:
+        deadline = time.monotonic() + self._timeout
+        for instance in instances:
+            while not _healthy(instance):
+                if not instance.alive:
+                    code = instance.process.returncode
+                    raise FleetError(f"{instance.id} ended with {code}:\n{instance.output()}")
+                if time.monotonic() > deadline:
+                    raise FleetError(
+                        f"{instance.id} is not healthy after {self._timeout} s:\n{instance.output()}"
+                    )
+                time.sleep(0.02)
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """Bind a port, without listening, so that nobody else gets it while its instance is down.
+
+    The instance shares it by SO_REUSEPORT; while it is down, connections are refused.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if port:
+        # Another fleet would share the port just as readily, so look first whether somebody serves there.
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    reserved = socket.socket(family)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        reserved.bind((host, port))
+    except OSError:
+        reserved.close()
+        raise
+    return reserved
+
+
+def _healthy(instance: SimInstance) -> bool:
+    connection = http.client.HTTPConnection(instance.host, instance.port, timeout=1)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

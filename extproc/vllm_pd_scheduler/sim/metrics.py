@@ -1,0 +1,170 @@
+"""The metrics of one simulated engine, named and labelled as vLLM's."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+
+from vllm_pd_scheduler.sim.engine import Engine, EngineRequest
+
+M = TypeVar("M", bound=MetricWrapperBase)
+
+
+def _buckets(line: str) -> tuple[float, ...]:
+    return tuple(map(float, line.split()))
+
+
+_TTFT = _buckets(
+    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+)
+_TOKEN = _buckets("0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80")
+_REQUEST = _buckets("0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680")
+_TRANSFER = _buckets("0.005 0.01 0.025 0.05 0.075 0.1 0.2 0.3 0.5 0.75 1 5")
+_BYTES = tuple(float(2048 * 4**power) for power in range(12))
+
+
+class Metrics:
+    """Counts what happens to one engine's requests; gauges are read from the engine at each scrape."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self._engine = engine
+        self._registry = CollectorRegistry()
+        self._labels = {"engine": "0", "model_name": model}
+        ProcessCollector(registry=self._registry)
+        self._gauges()
+        self._counters()
+        self._histograms()
+
+    def _make(self, kind: Callable[..., M], name: str, help: str, **options: Any) -> M:
+        metric = kind(f"vllm:{name}", help, list(self._labels), registry=self._registry, **options)
+        return metric.labels(**self._labels)
+
+    def _family(
+        self, kind: Callable[..., M], name: str, help: str, label: str, values: Iterable[str]
+    ) -> dict[str, M]:
+        metric = kind(f"vllm:{name}", help, [*self._labels, label], registry=self._registry)
+        return {value: metric.labels(**self._labels, **{label: value}) for value in values}
+
+    def _gauges(self) -> None:
+        engine = self._engine
+        self._make(Gauge, "num_requests_running", "Requests in the batch").set_function(
+            lambda: engine.running
+        )
+        self._make(Gauge, "num_requests_waiting", "Requests waiting to be processed").set_function(
+            lambda: engine.queued + engine.deferred
+        )
+        reasons = ("capacity", "deferred")
+        waiting = self._family(
+            Gauge, "num_requests_waiting_by_reason", "Requests waiting, why", "reason", reasons
+        )
+        waiting["capacity"].set_function(lambda: engine.queued)
+        waiting["deferred"].set_function(lambda: engine.deferred)
+        states = ("awake", "weights_offloaded", "discard_all")
+        self._family(Gauge, "engine_sleep_state", "Engine sleep state", "sleep_state", states)["awake"].set(1)
+        usage = self._make(Gauge, "kv_cache_usage_perc", "KV-cache usage; 1 is full")
+        usage.set_function(lambda: engine.kv_usage)
+        config = {
+            "block_size": str(engine.profile.block_size),
+            "enable_prefix_caching": "False",
+            "engine": "0",
+            "kv_cache_size_tokens": str(engine.profile.capacity),
+            "num_gpu_blocks": str(engine.profile.num_blocks),
+        }
+        help = "Information of the LLMEngine CacheConfig"
+        info = Gauge("vllm:cache_config_info", help, list(config), registry=self._registry)
+        info.labels(**config).set(1)
+
+    def _counters(self) -> None:
+        make = self._make
+        self._cache_queries = make(Counter, "prefix_cache_queries", "Prefix cache queries, in tokens")
+        make(Counter, "prefix_cache_hits", "Prefix cache hits, in tokens")
+        self._external_queries = make(
+            Counter, "external_prefix_cache_queries", "Tokens asked of other instances"
+        )
+        self._external_hits = make(
+            Counter, "external_prefix_cache_hits", "Tokens that came from other instances"
+        )
+        self._preemptions = make(Counter, "num_preemptions", "Preemptions")
+        self._prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens processed")
+        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+        self._by_source = self._family(
+            Counter, "prompt_tokens_by_source", "Prompt tokens by source", "source", sources
+        )
+        self._generation_tokens = make(Counter, "generation_tokens", "Tokens generated")
+        reasons = ("stop", "length", "abort", "error", "repetition")
+        help = "Requests finished, by reason"
+        self._success = self._family(Counter, "request_success", help, "finished_reason", reasons)
+        self._failed_transfers = make(Counter, "nixl_num_failed_transfers", "NIXL transfers that failed")
+        self._expired = make(Counter, "nixl_num_kv_expired_reqs", "Requests whose pinned KV expired")
+
+    def _histograms(self) -> None:
+        def make(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return self._make(Histogram, name, help, buckets=buckets)
+
+        self._ttft = make("time_to_first_token_seconds", "Time to first token", _TTFT)
+        self._itl = make("inter_token_latency_seconds", "Time between tokens", _TOKEN)
+        self._tpot = make(
+            "request_time_per_output_token_seconds", "Time per output token of a request", _TOKEN
+        )
+        self._queue = make("request_queue_time_seconds", "Time in the WAITING phase", _REQUEST)
+        self._prefill = make("request_prefill_time_seconds", "Time in the PREFILL phase", _REQUEST)
+        self._decode = make("request_decode_time_seconds", "Time in the DECODE phase", _REQUEST)
+        self._inference = make("request_inference_time_seconds", "Time in the RUNNING phase", _REQUEST)
+        self._e2e = make("e2e_request_latency_seconds", "End to end request latency", _REQUEST)
+        self._transfer_time = make("nixl_xfer_time_seconds", "Duration of NIXL KV transfers", _TRANSFER)
+        self._transfer_bytes = make("nixl_bytes_transferred", "Bytes of a NIXL KV transfer", _BYTES)
+
+    def expose(self) -> bytes:
+        """The Prometheus text of a scrape."""
+        return generate_latest(self._registry)
+
+    def preempted(self, count: int) -> None:
+        """Count requests that gave way."""
+        self._preemptions.inc(count)
+
+    def expired(self, count: int) -> None:
+        """Count leases that ended."""
+        self._expired.inc(count)
+
+    def token(self, request: EngineRequest, gap: float | None) -> None:
+        """Count a new token, `gap` seconds after the one before it; None for the first."""
+        self._generation_tokens.inc()
+        if gap is not None:
+            self._itl.observe(gap)
+            return
+        self._ttft.observe(request.last_token - request.arrived)
+        self._prompt_tokens.inc(request.prompt_tokens)
+        self._cache_queries.inc(request.prompt_tokens)
+
+    def prefilled(self, tokens: int, *, remote: bool) -> None:
+        """Count prompt tokens by where their KV came from."""
+        self._by_source["external_kv_transfer" if remote else "local_compute"].inc(tokens)
+        if remote:
+            self._external_hits.inc(tokens)
+
+    def finished(self, request: EngineRequest, reason: str) -> None:
+        """Count a request's end and, if it ended well, its times."""
+        self._success[reason].inc()
+        if reason not in ("stop", "length") or request.started is None or request.first_token is None:
+            return
+        decode = request.last_token - request.first_token
+        self._queue.observe(request.started - request.arrived)
+        self._prefill.observe(request.first_token - request.started)
+        self._decode.observe(decode)
+        self._inference.observe(request.last_token - request.started)
+        self._e2e.observe(request.last_token - request.arrived)
+        self._tpot.observe(decode / max(1, request.generated - 1))
+
+    def transferred(self, tokens: int, seconds: float) -> None:
+        """Count a KV transfer that arrived."""
+        self._transfer_time.observe(seconds)
+        self._transfer_bytes.observe(tokens * self._engine.profile.kv_bytes_per_token)
+
+    def transfer_begun(self, tokens: int) -> None:
+        """Count tokens that are asked of another instance."""
+        self._external_queries.inc(tokens)
+
+    def transfer_failed(self) -> None:
+        """Count a KV transfer that did not arrive."""
+        self._failed_transfers.inc()

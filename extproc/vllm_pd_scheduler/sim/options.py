@@ -1,0 +1,109 @@
+"""What one simulated server is started with: typed, and read from a command line."""
+
+import argparse
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+Role = Literal["prefill", "decode", "both"]
+DEFAULT_MAX_MODEL_LEN = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of one server. `port` 0 takes any unused port."""
+
+    port: int
+    role: Role = "both"
+    host: str = "127.0.0.1"
+    model: str = "sim-model"
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
+    api_key: str | None = None
+    engine_id: str | None = None
+    kv_connector: bool = True
+    recompute: bool = False
+    fail_delay: float = 0.5
+    profile: EngineProfile = field(default_factory=EngineProfile)
+    reuse_port: bool = False
+    parent: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when the longest request would not fit into the KV cache."""
+        if not 1 < self.max_model_len <= self.profile.capacity:
+            raise ValueError(
+                f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
+                f"{self.profile.num_blocks} blocks of {self.profile.block_size} hold"
+            )
+
+    @property
+    def kv_host(self) -> str:
+        """The host that hand-offs name: a server that listens everywhere is known by its host's name."""
+        return socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Read a command line; exits with a message for a bad one, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_pd_scheduler.sim.server", description="A simulated vLLM instance."
+    )
+    add = parser.add_argument
+    add("--port", type=int, required=True, help="0: any unused port")
+    add("--role", choices=get_args(Role), default="both", help="a name only: any role serves any request")
+    add("--host", default="127.0.0.1")
+    add("--model", default="sim-model", help="the served model name")
+    add(
+        "--max-model-len",
+        type=int,
+        help=f"context in tokens (default: {DEFAULT_MAX_MODEL_LEN}, or what fits)",
+    )
+    add("--api-key", help="ask for it on /v1/*")
+    add("--engine-id", help="NIXL engine id (default: another one at each start)")
+    add("--kv-connector", choices=("nixl", "none"), default="nixl")
+    add(
+        "--load-fail-policy",
+        choices=("fail", "recompute"),
+        default="fail",
+        help="when a hand-off does not arrive",
+    )
+    add("--load-fail-delay", type=float, default=0.5, help="seconds until a dead sender is given up")
+    add("--instant", action="store_true", help="an engine whose steps and transfers take no time")
+    add("--reuse-port", action="store_true", help=argparse.SUPPRESS)
+    add("--die-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
+    engine = parser.add_argument_group("engine")
+    for item in fields(EngineProfile):
+        kind = float if isinstance(item.default, float) else int
+        help = f"{item.metadata['help']} (default: {item.default})"
+        engine.add_argument(f"--{item.name.replace('_', '-')}", type=kind, help=help)
+    given = parser.parse_args(arguments)
+    try:
+        return _options(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _options(given: argparse.Namespace) -> Options:
+    base = EngineProfile.instant() if given.instant else EngineProfile()
+    values = {item.name: getattr(given, item.name) for item in fields(EngineProfile)}
+    defaults = {item.name: getattr(base, item.name) for item in fields(EngineProfile)}
+    profile = EngineProfile(
+        **{**defaults, **{name: value for name, value in values.items() if value is not None}}
+    )
+    length = given.max_model_len
+    return Options(
+        port=given.port,
+        role=given.role,
+        host=given.host,
+        model=given.model,
+        max_model_len=min(DEFAULT_MAX_MODEL_LEN, profile.capacity) if length is None else length,
+        api_key=given.api_key,
+        engine_id=given.engine_id,
+        kv_connector=given.kv_connector == "nixl",
+        recompute=given.load_fail_policy == "recompute",
+        fail_delay=given.load_fail_delay,
+        profile=profile,
+        reuse_port=given.reuse_port,
+        parent=given.die_with_parent,
+    )

@@ -1,0 +1,165 @@
+"""The OpenAI API as vLLM speaks it: what requests may hold, and the errors that answer them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from vllm_pd_scheduler.sim.text import Prompt, read_prompt, render_chat
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+class ApiError(Exception):
+    """An error that the client is told, with vLLM's type names."""
+
+    def __init__(self, status: int, message: str, type: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that vLLM answers with."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
+        return {"error": error}
+
+
+class TooLong(ApiError):
+    """The prompt, or the prompt and the answer that was asked for, do not fit into the context."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(400, message, "BadRequestError", "input_tokens")
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = False
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """What both kinds of generation take; other keys are let through, as vLLM does."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = 0
+    n: int | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = False
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class CompletionBody(Body, kw_only=True):
+    """`/v1/completions`."""
+
+    prompt: str | list[str | int | list[int]]
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """The prompts, each of which gets choices of its own. Raise ApiError for an empty or mixed list."""
+        if isinstance(self.prompt, str):
+            return [read_prompt(model, self.prompt)]
+        return [read_prompt(model, item) for item in split_inputs(self.prompt, "prompt")]
+
+    def limit(self) -> int | None:
+        """The most tokens that the client wants."""
+        return self.max_tokens
+
+
+class ChatBody(Body, kw_only=True):
+    """`/v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """The one prompt that the messages make. Raise ApiError for none."""
+        if not self.messages:
+            raise ApiError(400, "messages must not be empty", "BadRequestError", "messages")
+        return [read_prompt(model, render_chat(self.messages))]
+
+    def limit(self) -> int | None:
+        """The most tokens that the client wants; the newer name goes first."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeBody(msgspec.Struct):
+    """`/tokenize`: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+class EmbeddingBody(msgspec.Struct):
+    """`/v1/embeddings`."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+
+
+def split_inputs(items: list[str | int | list[int]], param: str) -> list[str | Sequence[int]]:
+    """Tell one prompt of token ids from several prompts. Raise ApiError for none, or for both mixed."""
+    numbers = [item for item in items if isinstance(item, int)]
+    others = [item for item in items if not isinstance(item, int)]
+    if not items or (numbers and others) or [] in others:
+        raise ApiError(
+            400, f"{param} must be a text, token ids or a list of either", "BadRequestError", param
+        )
+    return [numbers] if numbers else list(others)
+
+
+def read_body(data: bytes, content_type: str, kind: type[B]) -> B:
+    """Decode a request. Raise ApiError for another media type, broken JSON or a wrong type."""
+    if content_type != "application/json":
+        raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed", "Bad Request")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, str(error), "Bad Request", _param(str(error))) from error
+
+
+def _param(message: str) -> str | None:
+    # msgspec ends its messages with the path of the value: "… - at `$.max_tokens`".
+    if "missing required field" in message:
+        return message.split("`")[1]
+    _, found, path = message.partition("`$.")
+    return path.rstrip("`").split(".")[0].split("[")[0] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long one answer will be, and why it ends there: "stop" or "length"."""
+
+    tokens: int
+    finish_reason: str
+
+
+def choose_length(
+    body: CompletionBody | ChatBody, prompt: Prompt, natural: int, max_model_len: int
+) -> Length:
+    """The length of an answer that by itself ends after `natural` tokens. Raise ApiError if none fits."""
+    limit = body.limit()
+    if limit is not None and limit < 1:
+        param = "max_tokens" if body.max_tokens == limit else "max_completion_tokens"
+        raise ApiError(400, f"{param} must be at least 1, got {limit}.", "BadRequestError", param)
+    if prompt.tokens >= max_model_len:
+        raise TooLong(
+            f"This model's maximum context length is {max_model_len} tokens. However, your request has "
+            f"{prompt.tokens} input tokens. Please reduce the length of the input messages."
+        )
+    if limit is not None and prompt.tokens + limit > max_model_len:
+        raise TooLong(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested {limit} "
+            f"output tokens and your prompt contains {prompt.tokens} input tokens, for a total of "
+            f"{prompt.tokens + limit} tokens. Please reduce the length of the input prompt or the number of "
+            "requested output tokens."
+        )
+    most = max_model_len - prompt.tokens if limit is None else limit
+    natural = max(natural, body.min_tokens or 0)
+    if body.ignore_eos or natural > most:
+        return Length(most, "length")
+    return Length(natural, "stop")

@@ -1,0 +1,84 @@
+"""One simulated vLLM instance as a process: `python -m vllm_pd_scheduler.sim.server --port 8100`."""
+
+import asyncio
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+
+import uvloop
+from aiohttp import web
+
+from vllm_pd_scheduler.sim.api import Api
+from vllm_pd_scheduler.sim.engine import Engine
+from vllm_pd_scheduler.sim.handoff import Connector
+from vllm_pd_scheduler.sim.lifeline import die_with_parent
+from vllm_pd_scheduler.sim.metrics import Metrics
+from vllm_pd_scheduler.sim.options import Options, parse_options
+from vllm_pd_scheduler.sim.worker import Worker
+
+
+async def serve(options: Options) -> int:
+    """Serve until SIGTERM, SIGINT or the engine's death; return the exit code, 0 or 1.
+
+    Raise OSError when the port cannot be had.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    engine = Engine(options.profile)
+    metrics = Metrics(engine, options.model)
+    connector = Connector()
+    worker = Worker(
+        engine,
+        metrics,
+        connector,
+        engine_id=options.engine_id or str(uuid.uuid4()),
+        agent=uuid.uuid4().hex,
+        recompute=options.recompute,
+        fail_delay=options.fail_delay,
+        on_death=stop.set,
+    )
+    api = Api(options, worker, metrics)
+    # Cancelled handlers are how the engine learns that a client has gone.
+    runner = web.AppRunner(
+        api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+    )
+    await runner.setup()
+    stepping = loop.create_task(worker.run())
+    stepping.add_done_callback(lambda _: None if worker.dead else stop.set())
+    try:
+        site = web.TCPSite(
+            runner, options.host, options.port, reuse_port=options.reuse_port or None, backlog=1024
+        )
+        await site.start()
+        api.port = runner.addresses[0][1]
+        print(f"{options.role} instance of {options.model} on http://{options.host}:{api.port}", flush=True)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+        stepping.cancel()
+        with suppress(asyncio.CancelledError):
+            await stepping
+        await worker.close()
+        await connector.close()
+    return 1 if worker.dead else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a server from its command line and return the exit code."""
+    options = parse_options(arguments)
+    if options.parent is not None:
+        die_with_parent(options.parent)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(options))
+    except OSError as error:
+        print(f"cannot serve on {options.host}:{options.port}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
