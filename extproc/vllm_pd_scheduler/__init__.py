@@ -1,0 +1,1 @@
+"""Routing layer for vLLM fleets whose prefill and decode run on separate instances."""

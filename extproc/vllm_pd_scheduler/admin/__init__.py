@@ -1,0 +1,5 @@
+"""The admin HTTP interface."""
+
+from .server import AdminServer
+
+__all__ = ["AdminServer"]

@@ -1,0 +1,206 @@
+"""Admin HTTP by aiohttp.web: strategy, instances, health of the scheduler itself, metrics."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..config import InstanceConfig, read_problem
+from ..models import InstanceRole, PDInstance
+from ..registry import DuplicateInstance, Endpoint, UnknownInstance
+from ..router import PDRouter
+from ..strategies import UnknownStrategy, strategy_names
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+"""Answered without the token: probes of Kubernetes have none, and they tell nothing."""
+
+
+class _StrategyBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    strategy: str
+
+
+class _InstanceBody(InstanceConfig):
+    role: str
+
+
+class AdminServer:
+    """Serves the admin interface of a router. ``token``, if given, is required as a bearer token."""
+
+    def __init__(self, router: PDRouter, *, is_ready: Callable[[], bool], token: str | None = None) -> None:
+        self._router = router
+        self._is_ready = is_ready
+        self._token = token
+        self._runner: web.AppRunner | None = None
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application."""
+        app = web.Application(middlewares=[_errors_as_json, self._authenticated])
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+                web.get("/strategy", self._get_strategy),
+                web.put("/strategy", self._put_strategy),
+                web.get("/instances", self._list_instances),
+                web.post("/instances", self._add_instance),
+                web.get("/instances/{id}", self._get_instance),
+                web.delete("/instances/{id}", self._remove_instance),
+                web.post("/instances/{id}/drain", self._drain_instance),
+            ]
+        )
+        return app
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; raises :exc:`OSError` if the port is taken."""
+        self._runner = web.AppRunner(self.application(), access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+
+    async def stop(self) -> None:
+        """Stop listening and end open connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @web.middleware
+    async def _authenticated(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._token is not None and request.path not in _OPEN_PATHS:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._token.encode()):
+                return _error(401, "this needs the admin token: Authorization: Bearer …")
+        return await handler(request)
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        if not self._is_ready():
+            return _error(503, "draining")
+        if not self._router.registry.routable(InstanceRole.DECODE):
+            return _error(503, "no decode instance can serve")
+        return web.json_response({"status": "ready"})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._router.telemetry.page(), content_type="text/plain", charset="utf-8")
+
+    async def _get_strategy(self, _: web.Request) -> web.Response:
+        return web.json_response(
+            {"strategy": self._router.scheduler.strategy_name, "available": strategy_names()}
+        )
+
+    async def _put_strategy(self, request: web.Request) -> web.Response:
+        body = await _read(request, _StrategyBody)
+        if ":" in body.strategy and body.strategy != self._router.config.strategy:
+            # A dotted path runs code on import: that is for those who write the configuration.
+            raise _Problem(400, "strategy: a dotted path can be used only if the configuration names it")
+        try:
+            self._router.scheduler.use(body.strategy)
+        except UnknownStrategy as error:
+            raise _Problem(400, f"strategy: {error}") from None
+        log.info("strategy is %s", body.strategy)
+        return await self._get_strategy(request)
+
+    async def _list_instances(self, request: web.Request) -> web.Response:
+        try:
+            role = InstanceRole(request.query["role"]) if "role" in request.query else None
+        except ValueError:
+            raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
+        found = self._router.registry.endpoints(role)
+        return web.json_response({"instances": [_describe(endpoint) for endpoint in found]})
+
+    async def _add_instance(self, request: web.Request) -> web.Response:
+        body = await _read(request, _InstanceBody)
+        try:
+            role = InstanceRole(body.role)
+        except ValueError:
+            raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
+        source = body.api_key or self._router.config.api_key
+        try:
+            key = source.read() if source else None
+        except ValueError as error:
+            raise _Problem(400, f"api_key: {error}") from None
+        try:
+            self._router.register_instance(PDInstance(body.id, role, body.host, body.port, key))
+        except DuplicateInstance as error:
+            raise _Problem(409, str(error)) from None
+        log.info("%s added", body.id)
+        return web.json_response(_describe(self._router.registry.get(body.id)), status=201)
+
+    async def _get_instance(self, request: web.Request) -> web.Response:
+        return web.json_response(_describe(self._endpoint(request)))
+
+    async def _remove_instance(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        self._router.unregister_instance(endpoint.id)
+        log.info("%s removed", endpoint.id)
+        return web.Response(status=204)
+
+    async def _drain_instance(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        self._router.drain_instance(endpoint.id)
+        log.info("%s is draining", endpoint.id)
+        return web.json_response(_describe(endpoint), status=202)
+
+    def _endpoint(self, request: web.Request) -> Endpoint:
+        try:
+            return self._router.registry.get(request.match_info["id"])
+        except UnknownInstance as error:
+            raise _Problem(404, str(error)) from None
+
+
+class _Problem(Exception):
+    """An answer other than success: status and reason."""
+
+
+def _describe(endpoint: Endpoint) -> dict[str, Any]:
+    instance, metrics = endpoint.instance, endpoint.metrics
+    return {
+        "id": instance.instance_id,
+        "role": instance.role,
+        "host": instance.host,
+        "port": instance.port,
+        "address": endpoint.address,
+        "state": endpoint.state,
+        "reason": endpoint.reason or None,
+        "in_flight": endpoint.in_flight,
+        "waiting": endpoint.waiting,
+        "requests": endpoint.requests,
+        "kv_cache_usage": metrics.kv_usage if metrics else None,
+        "latency": metrics.latency if metrics else None,
+    }
+
+
+async def _read(request: web.Request, model: type[Model]) -> Model:
+    """Read a JSON body of a known shape; raises :exc:`_Problem` with everything that is wrong."""
+    try:
+        return model.model_validate_json(await request.read())
+    except ValidationError as error:
+        raise _Problem(400, "; ".join(map(read_problem, error.errors(include_url=False)))) from None
+
+
+def _error(status: int, reason: str) -> web.Response:
+    return web.json_response({"error": reason}, status=status)
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except _Problem as problem:
+        return _error(*problem.args)
+    except web.HTTPException as error:
+        headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
+        reason = f"{request.method} {request.path}: {error.reason}"
+        return web.json_response({"error": reason}, status=error.status, headers=headers)

@@ -1,0 +1,123 @@
+"""The scheduler as a service: gRPC (ext_proc, EDS, health), admin HTTP and the health loops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from .admin import AdminServer
+from .config import SchedulerConfig
+from .health import HealthMonitor
+from .models import join_address
+from .prefill import HttpPrefill, open_session
+from .processor import ExtProcService
+from .router import PDRouter
+from .xds import EndpointDiscovery
+
+log = logging.getLogger(__name__)
+
+_MESSAGE_OVERHEAD = 1 << 20
+"""What an ext_proc message may have beyond the request's body, in bytes."""
+
+
+class StartupError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+class App:
+    """Startup, serving, drain and shutdown of one scheduler process.
+
+    ``async with App(config) as app:`` serves; leaving the block shuts down at once. ``drain`` is the
+    polite part before that.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.router = PDRouter(config)
+        self.ext_proc = ExtProcService(self.router)
+        self.draining = False
+        self._health = health.aio.HealthServicer()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> App:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        """Bring the parts up in the order in which they need each other; readiness comes last."""
+        config, router = self.config, self.router
+        session = await self._stack.enter_async_context(open_session())
+        router.prefill_leg = HttpPrefill(session, config.prefill_listener, config.prefill_timeout)
+        monitor = HealthMonitor(
+            router.registry,
+            router.telemetry,
+            session,
+            interval=config.health_check_interval,
+            timeout=config.health_check_timeout,
+            clock=time.monotonic,
+        )
+        await monitor.start()
+        self._stack.push_async_callback(monitor.stop)
+        await self._start_admin()
+        await self._start_grpc()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "serving ext_proc and EDS on %s, admin on %s",
+            join_address(config.grpc_host, config.grpc_port),
+            join_address(config.admin_host, config.admin_port),
+        )
+
+    async def _start_admin(self) -> None:
+        config = self.config
+        token = config.admin_token.read() if config.admin_token else None
+        admin = AdminServer(self.router, is_ready=lambda: not self.draining, token=token)
+        try:
+            await admin.start(config.admin_host, config.admin_port)
+        except OSError as error:
+            address = join_address(config.admin_host, config.admin_port)
+            raise StartupError(f"admin_port: cannot listen on {address}: {error.strerror}") from None
+        self._stack.push_async_callback(admin.stop)
+
+    async def _start_grpc(self) -> None:
+        config = self.config
+        limit = config.max_body_bytes + _MESSAGE_OVERHEAD
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        discovery = EndpointDiscovery(self.router.registry)
+        server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = join_address(config.grpc_host, config.grpc_port)
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError:
+            raise StartupError(f"grpc_port: cannot listen on {address}: is the port in use?") from None
+        await server.start()
+        self._stack.push_async_callback(server.stop, None)
+
+    async def drain(self) -> bool:
+        """Report not ready, then wait until every response has ended; ``False`` if time ran out."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self.ext_proc.idle(), self.config.drain_timeout)
+        except TimeoutError:
+            left = self.ext_proc.open_streams
+            log.warning("%d requests still run after drain_timeout (%g s)", left, self.config.drain_timeout)
+            return False
+        return True

@@ -1,0 +1,130 @@
+"""JSON request bodies: read what routing needs, change what the hand-off needs, leave the rest as it is.
+
+Values are kept as the client's own bytes (``msgspec.Raw``), so that P and D tokenise exactly the same
+prompt and an unknown field passes unchanged. Splitting a body of 10 MB so takes 2.5 ms; decoding and
+encoding it again, 30.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+HANDOFF_KEY = "kv_transfer_params"
+"""The field that carries a KV hand-off. Ours to set: a client's own can crash a decode engine."""
+
+MAX_DEPTH = 200
+"""Levels of nesting that are looked into; deeper bodies are refused. Chat requests need about ten."""
+
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+# The key can be written with \u escapes for some of its letters, which are all ASCII.
+_MAY_NAME_KEY = re.compile(rb"kv_transfer_params|\\u00(?:5[fF]|6[156bBdDeE]|7[02346])")
+
+
+class BodyError(ValueError):
+    """The body is not one that can be served; the message is for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonBody:
+    """A JSON object, split at its top level.
+
+    ``raw`` is the object's own text, without a client's hand-off key at any depth; ``fields`` maps each
+    key to its value's text. ``stripped`` says whether such a key was there.
+    """
+
+    raw: bytes
+    fields: Mapping[str, msgspec.Raw]
+    stripped: bool = False
+
+    @classmethod
+    def parse(cls, body: bytes) -> JsonBody:
+        """Split ``body``; raises :exc:`BodyError` if it is not a JSON object."""
+        if not body:
+            raise BodyError("The request has no body; a JSON object is needed.")
+        try:
+            fields = _decode(body)
+            clean = _without_key(body) if _MAY_NAME_KEY.search(body) else body
+            if clean is not body:
+                fields = _decode(clean)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BodyError(f"The request body is not a valid JSON object: {error}") from None
+        except RecursionError:
+            raise BodyError("The request body is nested too deeply.") from None
+        return cls(clean, fields, clean is not body)
+
+    def get(self, key: str) -> Any:
+        """Return the decoded value of a top-level field; ``None`` if it is absent, null or malformed."""
+        raw = self.fields.get(key)
+        if raw is None:
+            return None
+        try:
+            return msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+
+    def starts_with(self, key: str, char: bytes) -> bool:
+        """Whether the text of a field begins with ``char``, without decoding it."""
+        raw = self.fields.get(key)
+        return raw is not None and bytes(memoryview(raw)[:1]) == char
+
+    def with_field(self, key: str, value: bytes) -> bytes:
+        """Return the body with one more field as its last; nothing else changes. ``value`` is JSON text."""
+        head = self.raw.rstrip()[:-1]
+        comma = b"," if self.fields else b""
+        return b"".join((head, comma, _encode(key), b":", value, b"}"))
+
+    def replace(self, drop: Collection[str], add: Mapping[str, bytes]) -> bytes:
+        """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end."""
+        parts: list[bytes | memoryview] = []
+        for key, raw in self.fields.items():
+            if key not in drop and key not in add:
+                parts += (b"," if parts else b"{", _encode(key), b":", memoryview(raw))
+        for key, value in add.items():
+            parts += (b"," if parts else b"{", _encode(key), b":", value)
+        return b"".join(parts) + b"}" if parts else b"{}"
+
+
+def strip_handoff(body: bytes) -> bytes:
+    """Return a body of any kind without a hand-off key at any depth; the same object if it has none.
+
+    Raises :exc:`BodyError` for a body that names the key but cannot be read as JSON, and for encodings
+    (UTF-16, UTF-32) in which the key could hide, since vLLM would read those.
+    """
+    if b"\0" in body[:4] or body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BodyError("The request body must be UTF-8 text.")
+    return _without_key(body) if _MAY_NAME_KEY.search(body) else body
+
+
+def _without_key(body: bytes) -> bytes:
+    """Drop the key wherever it stands. Python's own ``json`` keeps what vLLM, which uses it, would see."""
+    try:
+        document = json.loads(body)
+        found, document = _strip(document, MAX_DEPTH)
+    except RecursionError:
+        raise BodyError("The request body is nested too deeply.") from None
+    except ValueError:
+        if HANDOFF_KEY.encode() in body:
+            raise BodyError(f"The request body names {HANDOFF_KEY!r}, which only the router sets.") from None
+        return body
+    return json.dumps(document, ensure_ascii=True, separators=(",", ":")).encode() if found else body
+
+
+def _strip(value: Any, depth: int) -> tuple[bool, Any]:
+    if depth < 0:
+        raise RecursionError
+    if isinstance(value, dict):
+        stripped = {key: _strip(item, depth - 1) for key, item in value.items() if key != HANDOFF_KEY}
+        found = len(stripped) != len(value) or any(hit for hit, _ in stripped.values())
+        return found, {key: item for key, (_, item) in stripped.items()}
+    if isinstance(value, list):
+        items = [_strip(item, depth - 1) for item in value]
+        return any(hit for hit, _ in items), [item for _, item in items]
+    return False, value

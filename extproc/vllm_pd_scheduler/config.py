@@ -1,0 +1,277 @@
+"""The configuration: every setting, its type, its default and what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .models import InstanceRole, PDInstance, is_ip, join_address
+from .strategies import UnknownStrategy, load_strategy
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_HOST = r"^(?:[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)$"
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. ``problems`` has one line for each reason."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        self.problems = problems
+
+
+_Listed = tuple[InstanceRole, str, "InstanceConfig"]
+"""Role, key path in the file, entry."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class SecretSource(_Model):
+    """Where a secret is kept: an environment variable or a file, never the configuration itself."""
+
+    env: str | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SecretSource:
+        if (self.env is None) == (self.file is None):
+            raise ValueError('give either "env" or "file"')
+        return self
+
+    def read(self) -> str:
+        """Return the secret; raises :exc:`ValueError` naming the place if there is none."""
+        if self.env is not None:
+            value = os.environ.get(self.env, "")
+            if not value.strip():
+                raise ValueError(f"environment variable {self.env} is not set")
+            return value.strip()
+        try:
+            value = Path(str(self.file)).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is not text"
+            raise ValueError(f"secret file {self.file}: {reason}") from None
+        if not value:
+            raise ValueError(f"secret file {self.file} is empty")
+        return value
+
+
+class InstanceConfig(_Model):
+    """One vLLM server of the fleet."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    host: Annotated[str, Field(max_length=253)]
+    port: Port
+    api_key: SecretSource | None = None
+
+    @field_validator("host")
+    @classmethod
+    def _is_a_host(cls, host: str) -> str:
+        bare = host.removeprefix("[").removesuffix("]")
+        if not re.match(_HOST, bare) or (":" in bare and not is_ip(bare)):
+            raise ValueError("must be an IP address or a DNS name, without scheme or port")
+        return bare
+
+
+class SchedulerConfig(_Model):
+    """The whole configuration. Times are in seconds; see ``scheduler_config.example.json``."""
+
+    strategy: str = "least_load"
+    load_weight: Weight = 0.5
+    kv_cache_weight: Weight = 0.3
+    latency_weight: Weight = 0.2
+
+    health_check_interval: Seconds = 5.0
+    health_check_timeout: Seconds = 2.0
+    unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
+    healthy_threshold: Annotated[int, Field(ge=1)] = 1
+
+    max_retries: Annotated[int, Field(ge=0, le=16)] = 3
+    prefill_timeout: Seconds = 120.0
+    drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
+
+    prefill_listener: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] = "http://127.0.0.1:10001"
+    grpc_host: str = "127.0.0.1"
+    grpc_port: Port = 9002
+    admin_host: str = "127.0.0.1"
+    admin_port: Port = 9003
+    admin_token: SecretSource | None = None
+
+    api_key: SecretSource | None = None
+    prefill_instances: list[InstanceConfig] = []
+    decode_instances: list[InstanceConfig] = []
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_exists(cls, name: str) -> str:
+        try:
+            load_strategy(name)
+        except UnknownStrategy as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    def instances(self) -> Iterator[PDInstance]:
+        """Every configured instance, with its API key read from its source."""
+        for role, _, item in self._listed():
+            source = item.api_key or self.api_key
+            yield PDInstance(item.id, role, item.host, item.port, source.read() if source else None)
+
+    def _listed(self) -> Iterator[_Listed]:
+        for role in InstanceRole:
+            key = f"{role}_instances"
+            for index, item in enumerate(getattr(self, key)):
+                yield role, f"{key}[{index}]", item
+
+    def problems(self, listed: Iterable[_Listed] | None = None) -> list[str]:
+        """What only the whole shows: doubles, secrets that cannot be read, an open admin port, no fleet.
+
+        ``listed`` replaces the instances, for a file in which some of them are malformed.
+        """
+        items = list(self._listed() if listed is None else listed)
+        found = _doubles(items)
+        for _, key, item in items:
+            found += _unreadable(f"{key}.api_key", item.api_key)
+        found += _unreadable("api_key", self.api_key) + _unreadable("admin_token", self.admin_token)
+        if self.admin_token is None and not is_loopback(self.admin_host):
+            found.append(
+                f"admin_token: needed because admin_host {self.admin_host} can be reached from other "
+                'machines; give {"env": NAME} or {"file": PATH}'
+            )
+        for role in InstanceRole:
+            if not any(role is item_role for item_role, _, _ in items):
+                found.append(
+                    f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
+                )
+        return found
+
+
+def _doubles(items: list[_Listed]) -> list[str]:
+    found: list[str] = []
+    ids: dict[str, str] = {}
+    addresses: dict[tuple[InstanceRole, str, int], str] = {}
+    for role, key, item in items:
+        if (first := ids.setdefault(item.id, key)) != key:
+            found.append(f"{key}.id: {item.id!r} is the id of {first} already")
+        if (first := addresses.setdefault((role, item.host, item.port), key)) != key:
+            address = join_address(item.host, item.port)
+            found.append(f"{key}: {address} is the address of {first} already")
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener bound to ``host`` can be reached from this machine only."""
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
+    """Read and check a JSON configuration file.
+
+    Raises :exc:`ConfigError` with every problem at once, each with the path of its key.
+    """
+    source = os.fspath(path)
+    try:
+        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from None
+    except json.JSONDecodeError as error:
+        problem = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        raise ConfigError(source, [problem]) from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ConfigError(source, ["is not UTF-8 encoded JSON"]) from None
+    except _DoubleKey as error:
+        raise ConfigError(source, [str(error)]) from None
+    return parse_config(raw, source)
+
+
+def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
+    """Check a configuration that was read already (as ``json.loads`` gives it); see :func:`load_config`."""
+    if not isinstance(raw, dict):
+        raise ConfigError(source, [f"must be a JSON object, not {_json_type(raw)}"])
+    try:
+        config = SchedulerConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [read_problem(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(source, problems + _problems_of_the_rest(raw, error)) from None
+    if problems := config.problems():
+        raise ConfigError(source, problems)
+    return config
+
+
+def _problems_of_the_rest(raw: dict[str, Any], error: ValidationError) -> list[str]:
+    """Check what is well-formed as a whole too, so that one run shows everything."""
+    bad = {detail["loc"][0] for detail in error.errors()}
+    lists = {f"{role}_instances": role for role in InstanceRole}
+    listed: list[_Listed] = []
+    for key, role in lists.items():
+        for index, item in enumerate(raw[key] if isinstance(raw.get(key), list) else []):
+            with contextlib.suppress(ValidationError):
+                listed.append((role, f"{key}[{index}]", InstanceConfig.model_validate(item)))
+    rest = {key: value for key, value in raw.items() if key not in bad and key not in lists}
+    found = SchedulerConfig.model_validate(rest).problems(listed)
+    return [problem for problem in found if problem.split(":")[0] not in bad]
+
+
+class _DoubleKey(ValueError):
+    pass
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DoubleKey(f"{key}: this key is given twice")
+        found[key] = value
+    return found
+
+
+def read_problem(detail: Any) -> str:
+    """One line for a pydantic error: the key's path, then what is wrong, in plain words."""
+    path = ""
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = SchedulerConfig if len(detail["loc"]) == 1 else None
+        hint = _closest(str(detail["loc"][-1]), known)
+        return f"{path}: unknown key{hint}"
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "value_error":
+        return f"{path}: {context['error']}" if path else str(context["error"])
+    message = str(detail["msg"]).removeprefix("Input should be ")
+    return f"{path}: must be {message}" if message != detail["msg"] else f"{path}: {message}"
+
+
+def _closest(key: str, model: type[BaseModel] | None) -> str:
+    names = list(model.model_fields) if model else list(InstanceConfig.model_fields)
+    match = difflib.get_close_matches(key, names, 1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _unreadable(key: str, source: SecretSource | None) -> list[str]:
+    if source is None:
+        return []
+    try:
+        source.read()
+    except ValueError as error:
+        return [f"{key}: {error}"]
+    return []

@@ -1,0 +1,40 @@
+"""What a KV hand-off protocol is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..body import JsonBody
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What prefill left for one decode, and only one: using it a second time gives a wrong text.
+
+    ``params`` is the JSON text that the decode request carries; ``prompt_tokens`` is the prompt's length
+    as prefill counted it.
+    """
+
+    params: bytes
+    prompt_tokens: int | None = None
+
+
+class Connector(Protocol):
+    """Turns a client's body into those of the two legs. Does no I/O."""
+
+    def can_split(self, body: JsonBody) -> bool:
+        """Whether the request can be split in prefill and decode; if not, decode serves it whole."""
+        ...
+
+    def prefill_body(self, body: JsonBody) -> bytes:
+        """Return the body of the prefill leg."""
+        ...
+
+    def handoff(self, answer: bytes) -> Handoff | None:
+        """Read prefill's answer (status 200); ``None`` if there is nothing that decode could use."""
+        ...
+
+    def decode_body(self, body: JsonBody, handoff: Handoff) -> bytes:
+        """Return the body of the decode leg."""
+        ...

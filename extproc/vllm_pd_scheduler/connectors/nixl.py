@@ -1,0 +1,86 @@
+"""vLLM's NixlConnector: prefill keeps the blocks pinned and says where, decode pulls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ..body import HANDOFF_KEY, JsonBody
+from .base import Handoff
+
+_REMOTE_DECODE = (
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
+    b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+_DROPPED_FOR_PREFILL = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
+    usage: _Usage | None = None
+
+
+class _Params(msgspec.Struct):
+    """What a decode engine dereferences without looking. With one of them missing it hangs or dies."""
+
+    do_remote_prefill: bool
+    remote_engine_id: str
+    remote_block_ids: list[Any]
+    remote_host: str
+    remote_port: int
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_params = msgspec.json.Decoder(_Params).decode
+
+
+class NixlConnector:
+    """The protocol as vLLM 0.32 speaks it (``vllm/distributed/kv_transfer/kv_connector/v1/nixl``)."""
+
+    def can_split(self, body: JsonBody) -> bool:
+        """One prompt, one answer, and nothing that only the instance which prefills can tell.
+
+        Prefill's answer holds one hand-off, whatever ``n`` is and however many prompts there are.
+        """
+        fields = body.fields
+        for key in ("n", "best_of"):
+            if key in fields and body.get(key) not in (None, 1):
+                return False
+        for key in ("use_beam_search", "echo"):
+            if key in fields and body.get(key):
+                return False
+        for key in ("prompt_logprobs", "prompt_embeds"):
+            if key in fields and body.get(key) is not None:
+                return False
+        if "prompt" not in fields or not body.starts_with("prompt", b"["):
+            return True
+        prompt = body.get("prompt")
+        return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+    def prefill_body(self, body: JsonBody) -> bytes:
+        """One token, not streamed, and a hand-off in return."""
+        add = {"max_tokens": b"1", "stream": b"false", HANDOFF_KEY: _REMOTE_DECODE}
+        if "max_completion_tokens" in body.fields:
+            add["max_completion_tokens"] = b"1"
+        return body.replace(_DROPPED_FOR_PREFILL, add)
+
+    def handoff(self, answer: bytes) -> Handoff | None:
+        """Return prefill's ``kv_transfer_params``, copied whole, if decode can work with them."""
+        try:
+            decoded = _decode_answer(answer)
+            params = _decode_params(decoded.kv_transfer_params)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        if not (params.do_remote_prefill and params.remote_block_ids and params.remote_host):
+            return None
+        usage = decoded.usage
+        return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens if usage else None)
+
+    def decode_body(self, body: JsonBody, handoff: Handoff) -> bytes:
+        """Return the client's body with the hand-off spliced in as its last field."""
+        return body.with_field(HANDOFF_KEY, handoff.params)

@@ -1,0 +1,122 @@
+"""Serving without Envoy, for scripts and tests: what ``PDRouter``'s blocking methods do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from .errors import Reject
+from .health import HealthMonitor
+from .models import InstanceState
+from .prefill import HttpPrefill, open_session
+from .registry import Endpoint
+from .router import Forward, PDRouter, RouteResult
+
+_DECODE_TIMEOUT_S = 600.0
+
+
+def check_all(router: PDRouter) -> dict[str, bool]:
+    """Probe every instance once; return whether each can serve, by id."""
+    return asyncio.run(_check_all(router))
+
+
+def serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
+    """Serve one request that is not streamed; see :meth:`PDRouter.route_request`."""
+    if body.get("stream"):
+        return RouteResult(False, status=400, error="route_request answers whole: leave 'stream' out")
+    return asyncio.run(_serve_one(router, body))
+
+
+async def _check_all(router: PDRouter) -> dict[str, bool]:
+    async with open_session() as session:
+        await _check(router, session)
+    return {endpoint.id: endpoint.routable for endpoint in router.registry}
+
+
+async def _check(router: PDRouter, session: aiohttp.ClientSession) -> None:
+    config = router.config
+    monitor = HealthMonitor(
+        router.registry,
+        router.telemetry,
+        session,
+        interval=config.health_check_interval,
+        timeout=config.health_check_timeout,
+        clock=time.monotonic,
+    )
+    await asyncio.gather(*(monitor.check(endpoint) for endpoint in router.registry))
+
+
+async def _serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
+    try:
+        data = msgspec.json.encode(body)
+    except (TypeError, ValueError) as error:
+        return RouteResult(False, status=400, error=f"the request cannot be written as JSON: {error}")
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    headers = {":method": "POST", ":path": path, "content-type": "application/json"}
+    async with open_session() as session:
+        if any(endpoint.state is InstanceState.STARTING for endpoint in router.registry):
+            await _check(router, session)
+        leg = router.prefill_leg
+        router.prefill_leg = HttpPrefill(session, None, router.config.prefill_timeout)
+        try:
+            return await _attempts(router, session, headers, data)
+        finally:
+            router.prefill_leg = leg
+
+
+async def _attempts(
+    router: PDRouter, session: aiohttp.ClientSession, headers: Mapping[str, str], data: bytes
+) -> RouteResult:
+    """Try up to ``max_retries`` more times, each with a prefill of its own: a hand-off is used once."""
+    result = RouteResult(False, error="not tried")
+    for _ in range(1 + router.config.max_retries):
+        outcome = await router.route(headers, data)
+        if isinstance(outcome, Reject):
+            return RouteResult(False, status=outcome.status, error=_message(outcome.body))
+        try:
+            result = await _decode(session, outcome, headers[":path"], data)
+        finally:
+            outcome.release()
+        if result.success or 400 <= result.status < 500:
+            break
+    return result
+
+
+async def _decode(session: aiohttp.ClientSession, forward: Forward, path: str, data: bytes) -> RouteResult:
+    endpoint = forward.decode[0]
+    prefill = forward.prefill.instance if forward.prefill else None
+    body = data if forward.body is None else forward.body
+    try:
+        async with session.post(
+            f"http://{endpoint.address}{path}",
+            data=body,
+            headers={"content-type": "application/json", **forward.headers()},
+            timeout=aiohttp.ClientTimeout(total=_DECODE_TIMEOUT_S),
+        ) as response:
+            answer, status = await response.read(), response.status
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        return RouteResult(False, endpoint.instance, prefill, error=_failed(endpoint, error))
+    if status != 200:
+        return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer))
+    try:
+        decoded = msgspec.json.decode(answer, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        return RouteResult(False, endpoint.instance, prefill, status, error=_failed(endpoint, error))
+    return RouteResult(True, endpoint.instance, prefill, status, decoded)
+
+
+def _failed(endpoint: Endpoint, error: Exception) -> str:
+    return f"{endpoint.id} did not answer: {error or type(error).__name__}"
+
+
+def _message(body: bytes) -> str:
+    """Return what an OpenAI-shaped error says, or the body itself."""
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return body.decode(errors="replace")

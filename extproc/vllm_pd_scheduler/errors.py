@@ -1,0 +1,44 @@
+"""Errors as a client of an OpenAI-compatible server expects them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+RETRY_AFTER_S = 1
+"""What a client is told to wait when nothing can serve it; an instance can be back within 2 s."""
+
+_TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "RequestEntityTooLargeError",
+    429: "TooManyRequestsError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An answer that is given in place of an instance's."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    reason: str = ""
+    """A short name, for metrics and Envoy's access log."""
+
+
+def reject(status: int, message: str, reason: str) -> Reject:
+    """Return an OpenAI-shaped error, with ``Retry-After`` where trying again can help."""
+    error = {
+        "message": message,
+        "type": _TYPES.get(status, "InternalServerError"),
+        "param": None,
+        "code": status,
+    }
+    headers = {"content-type": "application/json"}
+    if status in (429, 503):
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    return Reject(status, msgspec.json.encode({"error": error}), headers, reason)

@@ -1,0 +1,21 @@
+"""Names of the headers that Envoy, the scheduler and clients agree on. ``envoy/envoy.yaml`` has them too."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DESTINATION: Final = "x-gateway-destination-endpoint"
+"""Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
+The name is that of the Gateway API inference extension."""
+
+PREFILL: Final = "x-pd-prefill"
+"""Id of the instance that prefilled, on the request to decode and on the answer."""
+
+DECODE: Final = "x-pd-decode"
+"""Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
+
+STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
+"""Headers that only the scheduler sets; a client's are removed."""
+
+FORWARDED_TO_PREFILL: Final = ("x-request-id", "traceparent", "tracestate", "authorization", "content-type")
+"""Headers of the client's request that the prefill leg keeps."""

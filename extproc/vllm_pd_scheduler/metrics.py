@@ -1,0 +1,97 @@
+"""vLLM's ``/metrics``: the few series a scheduler needs, under their current and older names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from .models import InstanceRole, MetricsSnapshot
+
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "vllm:gpu_cache_usage_perc": "kv_usage",  # before vLLM 0.10
+}
+_LATENCY = {
+    InstanceRole.PREFILL: ("vllm:time_to_first_token_seconds",),
+    InstanceRole.DECODE: (
+        "vllm:request_time_per_output_token_seconds",
+        "vllm:time_per_output_token_seconds",  # its name in older releases
+    ),
+}
+_HISTOGRAMS = {name for names in _LATENCY.values() for name in names}
+_WANTED = {*_GAUGES, *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count"))}
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One parsed ``/metrics`` page: gauges over all engines, and ``(sum, count)`` of each histogram."""
+
+    running: float
+    waiting: float
+    kv_usage: float
+    histograms: dict[str, tuple[float, float]]
+
+
+class NotVllmMetrics(ValueError):
+    """The page has none of the series that every vLLM server exposes."""
+
+
+def parse_metrics(page: str) -> Scrape:
+    """Parse a Prometheus text page of a vLLM server.
+
+    Requests of several engines (data parallel) are summed, their KV use averaged. Raises
+    :exc:`NotVllmMetrics` if the page is of something else or cannot be parsed.
+    """
+    # A page has some 600 lines, of which we want ten. Parsing them all takes the event loop 9 ms, which
+    # every request in between would feel; choosing the lines first, 0.3 ms.
+    lines = [line for line in page.splitlines() if line.split("{", 1)[0].split(" ", 1)[0] in _WANTED]
+    values: dict[str, list[float]] = {}
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                values.setdefault(sample.name, []).append(sample.value)
+    except ValueError as error:
+        raise NotVllmMetrics(f"/metrics cannot be parsed: {error}") from None
+    gauges: dict[str, list[float]] = {}
+    for name, key in _GAUGES.items():
+        if key not in gauges and name in values:
+            gauges[key] = values[name]
+    if "running" not in gauges and "waiting" not in gauges:
+        raise NotVllmMetrics("/metrics has no vllm:num_requests_running: is this a vLLM server?")
+    kv_usage = gauges.get("kv_usage", [0.0])
+    histograms = {
+        name: (sum(values[f"{name}_sum"]), sum(values[f"{name}_count"]))
+        for name in _HISTOGRAMS
+        if f"{name}_sum" in values and f"{name}_count" in values
+    }
+    return Scrape(
+        sum(gauges.get("running", [])),
+        sum(gauges.get("waiting", [])),
+        sum(kv_usage) / len(kv_usage),
+        histograms,
+    )
+
+
+def snapshot(
+    scrape: Scrape, before: Scrape | None, last: MetricsSnapshot | None, role: InstanceRole, now: float
+) -> MetricsSnapshot:
+    """What ``scrape`` says at time ``now``, the latency being that of the requests since ``before``.
+
+    If none ended in between, or the counters went back (a restart), the ``last`` known latency stays
+    (a restart: none).
+    """
+    latency = last.latency if last else None
+    for name in _LATENCY[role]:
+        if before is None or name not in scrape.histograms or name not in before.histograms:
+            continue
+        total, count = scrape.histograms[name]
+        total_before, count_before = before.histograms[name]
+        if count < count_before:
+            latency = None
+        elif count > count_before:
+            latency = max(0.0, total - total_before) / (count - count_before)
+        break
+    return MetricsSnapshot(now, scrape.running, scrape.waiting, scrape.kv_usage, latency)

@@ -1,0 +1,60 @@
+"""The prefill leg over HTTP: through Envoy's loopback prefill listener, or straight to the instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import aiohttp
+
+from . import headers as names
+from .registry import Endpoint
+from .router import PrefillAnswer, PrefillFailed
+
+
+class HttpPrefill:
+    """A :class:`~vllm_pd_scheduler.router.PrefillLeg` by aiohttp.
+
+    ``listener`` is the base URL of Envoy's prefill listener, which sends the request to the endpoint
+    that a header names; ``None`` means straight to the instance. Cancelling the call closes the
+    connection, which makes vLLM abort the request.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, listener: str | None, timeout: float) -> None:
+        self._session = session
+        self._listener = listener
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+
+    async def __call__(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+    ) -> PrefillAnswer:
+        """Send the request and read the whole answer."""
+        kept = {name: headers[name] for name in names.FORWARDED_TO_PREFILL if name in headers}
+        if endpoint.instance.api_key is not None:
+            kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
+        kept.setdefault("content-type", "application/json")
+        base = endpoint.instance.url if self._listener is None else self._listener
+        if self._listener is not None:
+            kept[names.DESTINATION] = str(endpoint.address)
+        try:
+            async with self._session.post(
+                base + path, data=body, headers=kept, timeout=self._timeout, allow_redirects=False
+            ) as response:
+                answer = await response.read()
+                content_type = response.headers.get("content-type", "application/json")
+                return PrefillAnswer(response.status, content_type, answer)
+        except TimeoutError:
+            raise PrefillFailed("timeout") from None
+        except aiohttp.ClientConnectorError:
+            raise PrefillFailed("connect") from None
+        except (aiohttp.ClientError, OSError):
+            raise PrefillFailed("reset") from None
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Return a client session for prefill legs: no connection limit, no cookies, no headers of its own."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("user-agent", "accept-encoding", "accept"),
+        auto_decompress=False,
+    )

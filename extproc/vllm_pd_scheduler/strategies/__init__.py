@@ -1,0 +1,59 @@
+"""Strategies by name: the built-in ones, entry points, and dotted paths."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from .base import Strategy
+from .least_load import LeastLoad
+from .round_robin import RoundRobin
+from .weighted import Weighted
+
+__all__ = ["ENTRY_POINT_GROUP", "Strategy", "UnknownStrategy", "load_strategy", "strategy_names"]
+
+ENTRY_POINT_GROUP = "vllm_pd_scheduler.strategies"
+
+_BUILT_IN: dict[str, type[Strategy]] = {
+    "round_robin": RoundRobin,
+    "least_load": LeastLoad,
+    "weighted": Weighted,
+}
+
+
+class UnknownStrategy(ValueError):
+    """No strategy has this name, or what it names is not one."""
+
+
+def strategy_names() -> list[str]:
+    """Names that :func:`load_strategy` knows without a dotted path."""
+    return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP))]
+
+
+def load_strategy(name: str) -> type[Strategy]:
+    """Return the strategy class: a built-in name, an entry point's, or ``package.module:Class``.
+
+    Raises :exc:`UnknownStrategy`, with what there is or what went wrong on import.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    found: Any
+    try:
+        if ":" in name:
+            module, _, attribute = name.partition(":")
+            found = getattr(importlib.import_module(module), attribute)
+        elif entries := entry_points(group=ENTRY_POINT_GROUP, name=name):
+            found = next(iter(entries)).load()
+        else:
+            known = ", ".join(strategy_names())
+            raise UnknownStrategy(
+                f"unknown strategy {name!r}; choose one of {known}, or 'package.module:Class'"
+            )
+    except UnknownStrategy:
+        raise
+    except Exception as error:  # an import runs someone else's code: whatever it raises is the answer
+        raise UnknownStrategy(f"strategy {name!r} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise UnknownStrategy(f"{name!r} is not a subclass of vllm_pd_scheduler.strategies.Strategy")
+    return found

@@ -1,0 +1,135 @@
+"""Our own Prometheus metrics. Gauges are read from the registry when they are scraped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .errors import Reject
+from .models import InstanceRole, InstanceState
+from .registry import Endpoint, Registry
+
+_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Served(StrEnum):
+    """How a request was served."""
+
+    SPLIT = "split"
+    """Prefill on P, decode on D."""
+    WHOLE = "whole"
+    """On D alone, since it cannot be split."""
+    LOCAL = "local"
+    """On D alone, since no P could prefill it."""
+    PASSED = "passed"
+    """Another path or method, on D as it is."""
+
+
+class Telemetry:
+    """Counters and histograms of the request path, in a Prometheus registry of their own."""
+
+    def __init__(self, registry: Registry, clock: Callable[[], float] = time.monotonic) -> None:
+        self.prometheus = CollectorRegistry()
+        self._clock = clock
+        self._requests = Counter(
+            "pd_requests",
+            "Requests sent to a decode instance, by how they were served.",
+            ["decode", "served"],
+            registry=self.prometheus,
+        )
+        self._rejected = Counter(
+            "pd_requests_rejected",
+            "Requests answered with an error in place of an instance's answer.",
+            ["status", "reason"],
+            registry=self.prometheus,
+        )
+        self._prefill_seconds = Histogram(
+            "pd_prefill_duration_seconds",
+            "Time of the prefill leg, as the scheduler sees it.",
+            ["prefill"],
+            buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        self._prefill_failures = Counter(
+            "pd_prefill_failures",
+            "Prefill attempts that gave no hand-off.",
+            ["prefill", "reason"],
+            registry=self.prometheus,
+        )
+        self._scrape_failures = Counter(
+            "pd_scrape_failures",
+            "Scrapes of an instance's /metrics that failed.",
+            ["instance"],
+            registry=self.prometheus,
+        )
+        self.prometheus.register(_RegistryCollector(registry, clock))
+
+    def forwarded(self, decode: Endpoint, served: Served) -> None:
+        """Count a request that goes to decode."""
+        self._requests.labels(decode.id, served).inc()
+
+    def rejected(self, answer: Reject) -> None:
+        """Count a request that was answered with an error."""
+        self._rejected.labels(str(answer.status), answer.reason).inc()
+
+    @contextmanager
+    def prefill(self, endpoint: Endpoint) -> Iterator[None]:
+        """Time a prefill leg that gives an answer."""
+        start = self._clock()
+        yield
+        self._prefill_seconds.labels(endpoint.id).observe(self._clock() - start)
+
+    def prefill_failed(self, endpoint: Endpoint, reason: str) -> None:
+        """Count a prefill attempt that gave no hand-off."""
+        self._prefill_failures.labels(endpoint.id, reason).inc()
+
+    def scrape_failed(self, endpoint: Endpoint) -> None:
+        """Count a scrape that failed."""
+        self._scrape_failures.labels(endpoint.id).inc()
+
+    def page(self) -> bytes:
+        """Return the Prometheus text page."""
+        return generate_latest(self.prometheus)
+
+
+class _RegistryCollector(Collector):
+    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+        self._registry = registry
+        self._clock = clock
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["instance", "role"]
+        state = GaugeMetricFamily(
+            "pd_instance_state", "1 for the state that an instance is in.", labels=[*labels, "state"]
+        )
+        in_flight = GaugeMetricFamily("pd_in_flight", "Requests of ours on an instance.", labels=labels)
+        waiting = GaugeMetricFamily(
+            "pd_waiting", "Requests queued on an instance: scraped, plus sent since.", labels=labels
+        )
+        kv_usage = GaugeMetricFamily("pd_kv_cache_usage", "KV-cache use, 0 to 1, as scraped.", labels=labels)
+        age = GaugeMetricFamily(
+            "pd_metrics_age_seconds", "Age of the last scrape that succeeded.", labels=labels
+        )
+        now = self._clock()
+        for endpoint in self._registry:
+            values = [endpoint.id, endpoint.instance.role.value]
+            for one in InstanceState:
+                state.add_metric([*values, one.value], float(endpoint.state is one))
+            in_flight.add_metric(values, endpoint.in_flight)
+            if endpoint.metrics is not None:
+                waiting.add_metric(values, endpoint.waiting)
+                kv_usage.add_metric(values, endpoint.kv_usage)
+                age.add_metric(values, now - endpoint.metrics.taken_at)
+        ready = GaugeMetricFamily("pd_routable_instances", "Instances that can serve.", labels=["role"])
+        for role in InstanceRole:
+            ready.add_metric([role.value], len(self._registry.routable(role)))
+        yield from (state, in_flight, waiting, kv_usage, age, ready)
