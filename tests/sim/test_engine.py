@@ -213,7 +213,7 @@ class InvariantTest(unittest.TestCase):
         self.assertLessEqual(engine.pool.used, engine.pool.size)
         self.assertLessEqual(engine.running, engine.profile.max_num_seqs)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(ACTIONS, max_size=60))
     def test_blocks_in_use_are_those_of_the_holders(self, actions: list[Any]) -> None:
         # Steps are long, so that a request without room beside pinned blocks soon sees these freed.

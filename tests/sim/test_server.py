@@ -107,6 +107,7 @@ async def test_token_ids_are_the_text(fleet: Fleet, client: Client) -> None:
         (COMPLETIONS, {"prompt": "x", "max_tokens": 4096}, 400, "BadRequestError", "input_tokens"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "BadRequestError", "max_tokens"),
         (COMPLETIONS, {"prompt": "x", "model": "other"}, 404, "NotFoundError", "model"),
+        (COMPLETIONS, {"prompt": "x", "n": 5_000_000}, 400, "BadRequestError", "n"),
         (COMPLETIONS, {"prompt": []}, 400, "BadRequestError", "prompt"),
         (COMPLETIONS, {}, 400, "Bad Request", "prompt"),
         (COMPLETIONS, {"prompt": 3}, 400, "Bad Request", "prompt"),

@@ -34,6 +34,7 @@ from vllm_pd_scheduler.sim.worker import EngineFailed, Job, Worker
 
 VERSION = "0.32.0"
 MAX_BODY = 128 * 1024 * 1024
+MAX_N = 16_384
 QUIET = frozenset({"/health", "/metrics"})
 ENTRY = "entry"
 HALF = "half"
@@ -147,8 +148,8 @@ class Api:
 
     def _plan(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
         """The jobs of a request, one per choice. Raise ApiError for a request that cannot be run."""
-        if body.n is not None and body.n < 1:
-            raise ApiError(400, f"n must be at least 1, got {body.n}.", "BadRequestError", "n")
+        if body.n is not None and not 1 <= body.n <= MAX_N:
+            raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
         params = (body.kv_transfer_params if self._options.kv_connector else None) or {}
         hand_off = HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
         if params.get("do_remote_prefill"):
@@ -287,12 +288,11 @@ class Api:
     # -- for other engines, and for tests -------------------------------------------------------------
 
     async def _fetch(self, request: web.Request) -> web.Response:
-        call = msgspec.json.decode(await request.read(), type=FetchCall)
-        reply = self._worker.serve_fetch(call)
+        reply = self._worker.serve_fetch(await _read_call(request))
         return web.Response(status=409) if reply is None else web.Response(body=msgspec.json.encode(reply))
 
     async def _release(self, request: web.Request) -> web.Response:
-        self._worker.serve_release(msgspec.json.decode(await request.read(), type=FetchCall))
+        self._worker.serve_release(await _read_call(request))
         return web.Response()
 
     async def _requests(self, request: web.Request) -> web.Response:
@@ -322,6 +322,13 @@ class Api:
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")
+
+
+async def _read_call(request: web.Request) -> FetchCall:
+    try:
+        return msgspec.json.decode(await request.read(), type=FetchCall)
+    except msgspec.DecodeError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -56,14 +56,14 @@ class Offer:
 def read_offer(params: dict[str, Any], blocks_needed: int) -> Offer | None:
     """Read a decode request's `kv_transfer_params`; None when the sender's address is incomplete.
 
-    Raise FatalHandOff unless the block ids are one list of at least `blocks_needed` integers inside a list.
+    Raise FatalHandOff unless the block ids are one list of `blocks_needed` or more integers in a list.
     """
     groups = params.get("remote_block_ids")
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], list):
         raise FatalHandOff(f"remote_block_ids must be a list of one list, got {groups!r:.80}")
     blocks = groups[0]
-    if not all(type(block) is int for block in blocks):
-        raise FatalHandOff(f"block ids must be integers, got {blocks!r:.80}")
+    if not all(type(block) is int and 0 <= block < 2**31 for block in blocks):
+        raise FatalHandOff(f"block ids must be non-negative integers, got {blocks!r:.80}")
     if len(blocks) < blocks_needed:
         raise FatalHandOff(f"{len(blocks)} remote blocks for a prompt of {blocks_needed}")
     engine_id, request_id, host = (params.get(f"remote_{key}") for key in ("engine_id", "request_id", "host"))
