@@ -21,7 +21,8 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_HOST = r"^(?:[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)$"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 class ConfigError(ValueError):
@@ -81,7 +82,7 @@ class InstanceConfig(_Model):
     @classmethod
     def _is_a_host(cls, host: str) -> str:
         bare = host.removeprefix("[").removesuffix("]")
-        if not re.match(_HOST, bare) or (":" in bare and not is_ip(bare)):
+        if not _HOST.fullmatch(bare) or (":" in bare and not is_ip(bare)):
             raise ValueError("must be an IP address or a DNS name, without scheme or port")
         return bare
 
@@ -194,6 +195,8 @@ def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
         raise ConfigError(source, ["is not UTF-8 encoded JSON"]) from None
     except _DoubleKey as error:
         raise ConfigError(source, [str(error)]) from None
+    except ValueError:  # what else json raises: Python's limit of 4,300 digits
+        raise ConfigError(source, ["a number in it has too many digits"]) from None
     return parse_config(raw, source)
 
 
