@@ -211,9 +211,14 @@ class Client:
         found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")
         return found
 
+    async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
+        """Return the requests that came after the one with this number."""
+        return [each for each in await self.seen(instance_id) if each["number"] > number]
+
     async def seen_by_all(self) -> dict[str, int]:
-        """Return how many requests each simulated instance got so far."""
-        return {each.id: len(await self.seen(each.id)) for each in self.fleet.instances}
+        """Return how many requests each simulated instance that runs got so far."""
+        found = {each.id: await self.seen(each.id) for each in self.fleet.instances if each.alive}
+        return {name: seen[-1]["number"] if seen else 0 for name, seen in found.items()}
 
     async def states(self) -> dict[str, str]:
         """Return the state of each instance, as the scheduler sees it."""

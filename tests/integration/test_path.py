@@ -153,7 +153,7 @@ async def test_a_clients_hand_off_never_gets_through(
     before = await client.seen_by_all()
     await client.send(method, path, body.encode())
     for instance in client.fleet.instances:
-        for seen in (await client.seen(instance.id))[before[instance.id] :]:
+        for seen in await client.seen_since(instance.id, before[instance.id]):
             assert "evil" not in seen["body"]
             assert "remote_block_ids" not in seen["body"] or seen["hand_off"]
 
