@@ -61,8 +61,8 @@ class Process:
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for path in tasks for pid in path.read_text().split()]
 
 
 @contextmanager

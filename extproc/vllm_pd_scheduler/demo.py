@@ -72,13 +72,14 @@ async def _show_answer(console: Console, url: str) -> None:
 def run_sim(prefill: int, decode: int, base_port: int) -> int:
     """Run a simulated fleet until SIGTERM or Ctrl-C; return the exit status."""
     console = Console(highlight=False, soft_wrap=True)
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # taken below, when the fleet stands
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))
             console.print("Ctrl-C ends them.")
-            signal.sigwait(signals)
+            signal.pause()
+    except KeyboardInterrupt:
+        return 0
     except (FleetError, ValueError) as error:
         Console(stderr=True).print(f"vllm-pd-scheduler: {error}", markup=False, soft_wrap=True)
         return 1

@@ -192,8 +192,14 @@ class Fleet:
         module = "vllm_pd_scheduler.sim.server"
         command = [sys.executable, "-m", module, f"--role={role}", f"--host={self._host}", f"--port={port}"]
         command += ["--reuse-port", f"--die-with-parent={os.getpid()}", *self._arguments[role]]
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        return self._spawner.submit(lambda: subprocess.Popen[bytes](command, **streams)).result()
+        # A Ctrl-C in the terminal is for the parent, which may want to let requests end first.
+        options: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": log,
+            "stderr": log,
+            "start_new_session": True,
+        }
+        return self._spawner.submit(lambda: subprocess.Popen[bytes](command, **options)).result()
 
     def _wait(self, instances: list[SimInstance]) -> None:
         deadline = time.monotonic() + self._timeout

@@ -1,0 +1,251 @@
+"""The processes themselves: who ends whom, what a signal does, and Envoy without the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.integration.conftest import ready
+from tests.processes import Client, Process, Stack, running, spawned, until
+from vllm_pd_scheduler.sim.fleet import Fleet
+
+LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Fleet:
+    """A fleet that takes its time: 20 ms a token."""
+    with Fleet(1, 1, arguments=["--decode-base=0.02"]) as running_fleet:
+        yield running_fleet
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return Stack(tmp_path)
+
+
+async def _idle(client: Client) -> bool:
+    return await client.in_flight() == 0
+
+
+# -- up
+
+
+async def test_sigterm_drains_and_ends_both(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    with spawned(stack.up(fleet.config())) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        (envoy,) = process.children()
+        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+            await response.content.readline()
+            process.signal(signal.SIGTERM)
+
+            async def not_ready() -> bool:
+                return (await client.admin("GET", "/readyz"))[0] == 503
+
+            await until(not_ready)
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await asyncio.to_thread(process.wait) == 0
+        assert not running(envoy)
+        assert "Traceback" not in process.output
+
+
+async def test_a_drain_ends_after_its_timeout(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    with spawned(stack.up({**fleet.config(), "drain_timeout": 0.2})) as process:
+        await ready(Client(session, stack, fleet), process)
+        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+            await response.content.readline()
+            process.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait) == 0
+            with pytest.raises(aiohttp.ClientPayloadError):  # cut, not ended as if complete
+                await response.read()
+        assert "1 requests still run after drain_timeout" in process.output
+
+
+async def test_when_envoy_dies_all_ends(session: aiohttp.ClientSession, stack: Stack, fleet: Fleet) -> None:
+    with spawned(stack.up(fleet.config())) as process:
+        await ready(Client(session, stack, fleet), process)
+        (envoy,) = process.children()
+        os.kill(envoy, signal.SIGKILL)
+        assert await asyncio.to_thread(process.wait) == 1
+        assert "Envoy ended" in process.output
+        assert "Traceback" not in process.output
+
+
+async def test_when_the_scheduler_is_killed_envoy_ends(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    with spawned(stack.up(fleet.config())) as process:
+        await ready(Client(session, stack, fleet), process)
+        (envoy,) = process.children()
+        process.signal(signal.SIGKILL)
+
+        async def ended() -> bool:
+            return not running(envoy)
+
+        await until(ended)
+
+
+@pytest.mark.parametrize("which", ["ingress", "grpc", "admin"])
+async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which: str) -> None:
+    port = {"ingress": stack.ports.ingress, "grpc": stack.ports.grpc, "admin": stack.admin_port}[which]
+    with socket.create_server(("127.0.0.1", port)), spawned(stack.up(fleet.config())) as process:
+        assert await asyncio.to_thread(process.wait, 40) == 1
+        assert str(port) in process.output
+        assert "Traceback" not in process.output
+
+
+async def test_api_keys_are_sent_and_never_shown(
+    session: aiohttp.ClientSession, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Fleet(1, 1, arguments=["--api-key=s3cret-key"]) as fleet:
+        config = {**fleet.config(), "api_key": {"env": "FLEET_KEY"}}
+        with spawned([*stack.up(config), "--log-level=DEBUG"], FLEET_KEY="s3cret-key") as process:
+            client = Client(session, stack, fleet)
+            await ready(client, process)
+            answer = await client.complete()
+            assert answer.status == 200
+            assert answer.headers["x-pd-prefill"]
+            assert "s3cret-key" not in str(await client.admin("GET", "/instances"))
+            assert "s3cret-key" not in process.output
+            assert "Where is the cache?" not in process.output
+
+
+# -- serve, beside an Envoy of its own
+
+
+async def test_a_dead_scheduler_is_a_non_event(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    client = Client(session, stack, fleet)
+    with spawned(stack.envoy()) as envoy:
+        with spawned(stack.serve(fleet.config())) as scheduler:
+            await ready(client, envoy)
+            expected = (await client.complete()).text
+            async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+                await response.content.readline()
+                scheduler.signal(signal.SIGKILL)
+                scheduler.wait()
+                for _ in range(5):
+                    answer = await client.complete()
+                    assert answer.text == expected
+                    assert "x-pd-prefill" not in answer.headers
+                    assert answer.headers["x-pd-decode"] == "decode-0"
+                assert (await response.read()).endswith(b"data: [DONE]\n\n"), "running streams go on"
+            assert (await client.send("GET", "/health")).status == 200
+            await _check_guard(client)
+        with spawned(stack.serve(fleet.config())):
+
+            async def split_again() -> bool:
+                answer = await client.complete()
+                assert answer.text == expected
+                return "x-pd-prefill" in answer.headers
+
+            await until(split_again)
+            await until(lambda: _idle(client))
+
+
+async def _check_guard(client: Client) -> None:
+    """Without the scheduler, too, no hand-off of a client's gets through."""
+    before = await client.seen_by_all()
+    for body in (
+        b'{"prompt":"p","kv_transfer_params":{}}',
+        b'{"prompt":"p","kv_transfer_param\\u0073":{}}',
+        '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-16"),
+        '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-16-le"),
+        '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-32-be"),
+    ):
+        for method, path in (("POST", "/v1/completions"), ("POST", "/v1/responses"), ("GET", "/v1/models")):
+            answer = await client.send(method, path, body)
+            assert (answer.status, answer.error["type"]) == (400, "BadRequestError")
+    assert await client.seen_by_all() == before
+    chinese = await client.post("/v1/completions", b'{"prompt":"\\u4f60\\u597d \\u0041","max_tokens":2}')
+    assert chinese.status == 200
+
+
+async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    client = Client(session, stack, fleet)
+    with spawned(stack.envoy()) as envoy:
+
+        async def refused() -> bool:
+            try:
+                answer = await client.complete()
+            except aiohttp.ClientConnectionError:
+                return False
+            return answer.status == 503 and bool(answer.error) and bool(answer.headers["retry-after"])
+
+        await until(refused, 20)
+        with spawned(stack.serve(fleet.config())):
+            await ready(client, envoy)
+
+            async def split() -> bool:
+                return "x-pd-prefill" in (await client.complete()).headers
+
+            await until(split)
+
+
+async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> None:
+    with spawned(stack.serve(fleet.config())) as process:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{stack.ports.grpc}") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest()
+            answer = await stub.Check(request, wait_for_ready=True, timeout=15)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        process.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait) == 0
+
+
+# -- sim and demo
+
+
+def test_sim_runs_until_a_signal() -> None:
+    options = ["--prefill=1", "--decode=1", "--base-port=28100"]
+    with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
+        _wait_for_output(process, "Ctrl-C ends them")
+        children = process.children()
+        assert len(children) == 2
+        process.signal(signal.SIGINT)
+        assert process.wait() == 0
+        assert not any(running(pid) for pid in children)
+
+
+def test_demo_answers_and_ends_everything(stack: Stack) -> None:
+    ports = stack.ports
+    options = {"port": ports.ingress, "prefill-port": ports.prefill, "grpc-port": ports.grpc}
+    options |= {"admin-port": stack.admin_port, "envoy-admin-port": ports.admin}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with spawned([sys.executable, "-m", "vllm_pd_scheduler", "demo", *arguments]) as process:
+        _wait_for_output(process, "Ctrl-C ends everything")
+        assert "prefilled by prefill-" in process.output
+        line = next(line for line in process.output.splitlines() if line.strip().startswith("curl"))
+        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=True)
+        assert "data: [DONE]" in answer.stdout
+        children = process.children()
+        assert len(children) == 5
+        process.signal(signal.SIGINT)
+        assert process.wait() == 0
+        assert not any(running(pid) for pid in children)
+
+
+def _wait_for_output(process: Process, text: str) -> None:
+    async def printed() -> bool:
+        assert process.process.poll() is None, process.output
+        return text in process.output
+
+    asyncio.run(until(printed, 30))
