@@ -1,0 +1,38 @@
+"""Endpoints in a known state, for tests of strategies."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
+from vllm_pd_scheduler.registry import Endpoint, Registry
+
+REQUEST = RequestContext("/v1/completions", model="m")
+
+
+def build(*loads: dict[str, Any] | None) -> tuple[Registry, list[Endpoint]]:
+    """Healthy decode instances d0, d1, …, each with the scrape that its dict describes, if any."""
+    registry = Registry()
+    for number, load in enumerate(loads):
+        endpoint = registry.add(PDInstance(f"d{number}", InstanceRole.DECODE, "10.0.0.1", 8200 + number))
+        registry.probed(endpoint, None)
+        if load is not None:
+            registry.scraped(endpoint, MetricsSnapshot(0.0, **load), 0)
+    return registry, list(registry.routable(InstanceRole.DECODE))
+
+
+def ids(endpoints: list[Endpoint]) -> list[str]:
+    return [endpoint.id for endpoint in endpoints]
+
+
+counts = st.integers(0, 1000)
+scrapes = st.none() | st.fixed_dictionaries(
+    {
+        "running": counts,
+        "waiting": counts,
+        "kv_usage": st.floats(0, 1),
+        "latency": st.none() | st.floats(0, 1e3),
+    }
+)
+fleets = st.lists(st.tuples(scrapes, st.integers(0, 20)), min_size=1, max_size=8)
+"""For each endpoint its scrape and how many requests were sent since."""
