@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from ..body import HANDOFF_KEY, JsonBody
@@ -26,11 +24,12 @@ class _Answer(msgspec.Struct):
 
 
 class _Params(msgspec.Struct):
-    """What a decode engine dereferences without looking. With one of them missing it hangs or dies."""
+    """What a decode engine dereferences without looking. With one missing or malformed it hangs or dies."""
 
     do_remote_prefill: bool
     remote_engine_id: str
-    remote_block_ids: list[Any]
+    remote_request_id: str
+    remote_block_ids: list[list[int]]
     remote_host: str
     remote_port: int
 
@@ -76,7 +75,7 @@ class NixlConnector:
             params = _decode_params(decoded.kv_transfer_params)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
-        if not (params.do_remote_prefill and params.remote_block_ids and params.remote_host):
+        if not (params.do_remote_prefill and any(params.remote_block_ids) and params.remote_host):
             return None
         usage = decoded.usage
         return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens if usage else None)
