@@ -1,0 +1,198 @@
+"""NIXL: bodies of both legs, what can be split, and which answers of prefill decode survives."""
+
+import json
+import unittest
+from typing import Any
+
+from vllm_pd_scheduler.body import JsonBody
+from vllm_pd_scheduler.connectors import Handoff, NixlConnector
+
+# As vLLM 0.32 answered a prefill request, key for key.
+PARAMS: dict[str, Any] = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[1, 2, 3]],
+    "remote_engine_id": "8d2c6e0a-b1f7-4f2c-9d7b-0f6f3c1f9c11",
+    "remote_request_id": "cmpl-5d1b",
+    "remote_host": "127.0.0.1",
+    "remote_port": 5600,
+    "tp_size": 1,
+    "dcp_size": 1,
+    "pp_size": 1,
+    "remote_num_tokens": 283,
+    "remote_blocks_expiry_time": None,
+    "transfer_mode": "pull",
+    "remote_prefill_cached_tokens": 0,
+}
+ANSWER: dict[str, Any] = {
+    "id": "cmpl-5d1b",
+    "object": "text_completion",
+    "choices": [{"index": 0, "text": " a", "finish_reason": "length"}],
+    "usage": {"prompt_tokens": 283, "total_tokens": 284, "completion_tokens": 1},
+    "kv_transfer_params": PARAMS,
+}
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "你好"}]}
+TEXT: dict[str, Any] = {"model": "m", "prompt": "你好"}
+
+nixl = NixlConnector()
+
+
+def body(fields: dict[str, Any]) -> JsonBody:
+    return JsonBody.parse(json.dumps(fields).encode())
+
+
+class CanSplitTest(unittest.TestCase):
+    def test_each(self) -> None:
+        cases: list[tuple[bool, dict[str, Any]]] = [
+            (True, TEXT),
+            (True, CHAT),
+            (True, {}),  # nothing there to go wrong: prefill answers 400
+            (True, TEXT | {"stream": True, "stream_options": {"include_usage": True}}),
+            (True, TEXT | {"n": 1, "best_of": 1}),
+            (True, TEXT | {"n": None, "best_of": None}),
+            (False, TEXT | {"n": 2}),
+            (False, CHAT | {"n": 2}),
+            (False, TEXT | {"n": "2"}),
+            (False, TEXT | {"best_of": 3}),
+            (False, TEXT | {"use_beam_search": True}),
+            (True, TEXT | {"use_beam_search": False}),
+            (False, TEXT | {"echo": True}),
+            (True, TEXT | {"echo": False}),
+            (True, TEXT | {"echo": None}),
+            (False, TEXT | {"prompt_logprobs": 0}),
+            (True, TEXT | {"prompt_logprobs": None}),
+            (True, TEXT | {"logprobs": 5}),
+            (False, TEXT | {"prompt_embeds": "AAAA"}),
+            # prompts: one text or one list of token ids can be split, several cannot
+            (True, {"prompt": [1, 2, 3]}),
+            (False, {"prompt": ["a", "b"]}),
+            (False, {"prompt": ["a"]}),
+            (False, {"prompt": [[1, 2], [3]]}),
+            (False, {"prompt": [[1, 2]]}),
+            (False, {"prompt": []}),
+            (True, {"prompt": ""}),
+            (True, {"prompt": None}),
+        ]
+        for expected, fields in cases:
+            with self.subTest(fields):
+                self.assertEqual(nixl.can_split(body(fields)), expected)
+
+    def test_a_list_of_prompts_that_cannot_be_read(self) -> None:
+        self.assertFalse(nixl.can_split(JsonBody.parse(b'{"prompt": ["\xff"]}')))
+
+
+class PrefillBodyTest(unittest.TestCase):
+    def test_completion(self) -> None:
+        sent = json.loads(
+            nixl.prefill_body(
+                body(
+                    TEXT
+                    | {
+                        "max_tokens": 100,
+                        "min_tokens": 10,
+                        "stream": True,
+                        "stream_options": {"include_usage": True},
+                        "temperature": 0.0,
+                        "stop": ["x"],
+                    }
+                )
+            )
+        )
+        self.assertEqual(
+            sent,
+            TEXT
+            | {
+                "temperature": 0.0,
+                "stop": ["x"],
+                "max_tokens": 1,
+                "stream": False,
+                "kv_transfer_params": {
+                    "do_remote_decode": True,
+                    "do_remote_prefill": False,
+                    "remote_engine_id": None,
+                    "remote_block_ids": None,
+                    "remote_host": None,
+                    "remote_port": None,
+                },
+            },
+        )
+
+    def test_chat_has_a_second_limit_when_the_client_set_it(self) -> None:
+        self.assertNotIn("max_completion_tokens", json.loads(nixl.prefill_body(body(CHAT))))
+        sent = json.loads(nixl.prefill_body(body(CHAT | {"max_completion_tokens": 50, "tools": []})))
+        self.assertEqual((sent["max_completion_tokens"], sent["max_tokens"]), (1, 1))
+        self.assertEqual((sent["messages"], sent["tools"]), (CHAT["messages"], []))
+
+    def test_the_client_is_not_heard_on_the_hand_off(self) -> None:
+        raw = body(TEXT | {"kv_transfer_params": {"do_remote_prefill": True}})
+        self.assertIs(json.loads(nixl.prefill_body(raw))["kv_transfer_params"]["do_remote_decode"], True)
+
+    def test_unusual_numbers_and_letters_pass_as_they_are_written(self) -> None:
+        raw = JsonBody.parse(b'{"prompt": "\\u4f60", "temperature": 1.10, "seed": 18446744073709551617}')
+        sent = nixl.prefill_body(raw)
+        for text in (b'"\\u4f60"', b":1.10,", b":18446744073709551617,"):
+            self.assertIn(text, sent)
+
+
+class HandoffTest(unittest.TestCase):
+    def handoff(self, params: Any, **more: Any) -> Handoff | None:
+        return nixl.handoff(json.dumps({**ANSWER, **more, "kv_transfer_params": params}).encode())
+
+    def test_it_is_copied_whole(self) -> None:
+        raw = json.dumps(ANSWER, indent=1).encode()
+        found = nixl.handoff(raw)
+        assert found is not None
+        self.assertEqual(found.prompt_tokens, 283)
+        self.assertIn(found.params, raw)
+        sent = json.loads(nixl.decode_body(body(TEXT | {"max_tokens": 9, "stream": True}), found))
+        self.assertEqual(sent, TEXT | {"max_tokens": 9, "stream": True, "kv_transfer_params": PARAMS})
+
+    def test_keys_of_a_later_release_pass(self) -> None:
+        found = self.handoff(PARAMS | {"remote_tp_rank": 3, "more": {"deep": [1]}})
+        assert found is not None
+        self.assertEqual(json.loads(found.params)["more"], {"deep": [1]})
+
+    def test_several_groups_of_blocks(self) -> None:
+        self.assertIsNotNone(self.handoff(PARAMS | {"remote_block_ids": [[1, 2], [], [3]]}))
+
+    def test_what_a_decode_engine_would_die_of_is_no_hand_off(self) -> None:
+        required = ("do_remote_prefill", "remote_block_ids", "remote_engine_id", "remote_request_id")
+        for key in (*required, "remote_host", "remote_port"):
+            with self.subTest("missing", key=key):
+                self.assertIsNone(self.handoff({k: v for k, v in PARAMS.items() if k != key}))
+            with self.subTest("null", key=key):
+                self.assertIsNone(self.handoff(PARAMS | {key: None}))
+        for change in (
+            {"do_remote_prefill": False},
+            {"do_remote_prefill": "true"},
+            {"remote_block_ids": []},
+            {"remote_block_ids": [[]]},
+            {"remote_block_ids": [1, 2, 3]},
+            {"remote_block_ids": [["1", "2"]]},
+            {"remote_block_ids": "1,2,3"},
+            {"remote_host": ""},
+            {"remote_port": "5600"},
+        ):
+            with self.subTest(change):
+                self.assertIsNone(self.handoff(PARAMS | change))
+
+    def test_answers_without_one(self) -> None:
+        for params in (None, {}, [], "x", 5, True, {"do_remote_prefill": True}):
+            with self.subTest(params):
+                self.assertIsNone(self.handoff(params))
+        without = {key: value for key, value in ANSWER.items() if key != "kv_transfer_params"}
+        deep = b'{"kv_transfer_params":' + b"[" * 100_000
+        for raw in (json.dumps(without).encode(), b"", b"null", b"[]", b"Bad Gateway", b"\xff", deep):
+            with self.subTest(raw[:30]):
+                self.assertIsNone(nixl.handoff(raw))
+
+    def test_usage_is_not_needed(self) -> None:
+        for usage in (None, {}, {"prompt_tokens": None}):
+            with self.subTest(usage):
+                found = self.handoff(PARAMS, usage=usage)
+                assert found is not None
+                self.assertIsNone(found.prompt_tokens)
+
+
+if __name__ == "__main__":
+    unittest.main()
