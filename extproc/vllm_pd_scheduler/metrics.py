@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -52,7 +53,8 @@ def parse_metrics(page: str) -> Scrape:
     try:
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for sample in family.samples:
-                values.setdefault(sample.name, []).append(sample.value)
+                if math.isfinite(sample.value):  # a NaN would win or lose every comparison
+                    values.setdefault(sample.name, []).append(sample.value)
     except ValueError as error:
         raise NotVllmMetrics(f"/metrics cannot be parsed: {error}") from None
     gauges: dict[str, list[float]] = {}
