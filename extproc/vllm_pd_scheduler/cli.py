@@ -13,6 +13,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 import uvloop
 
+# Starting Envoy forks. gRPC has nothing to do in that child, and would say so on stderr if it were not told
+# before it is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
 from .app import StartupError
 from .config import ConfigError, SchedulerConfig, load_config, parse_config
 from .envoy_process import EnvoyError, EnvoyPorts
@@ -151,8 +155,6 @@ def demo(
 
 def main() -> None:
     """Entry point of the console script."""
-    # Starting Envoy forks; gRPC has nothing to do in that child, and would say so on stderr.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     app(prog_name="vllm-pd-scheduler")
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import os
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 import aiohttp
 import yaml
 
-_PR_SET_PDEATHSIG = 1
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
@@ -104,12 +101,12 @@ class EnvoyProcess:
         arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
         arguments += ["--drain-time-s", str(_DRAIN_TIME_S)]
         self._process = await asyncio.create_subprocess_exec(
-            find_envoy(),
+            sys.executable,
+            *("-m", "vllm_pd_scheduler.lifeline", str(os.getpid()), find_envoy()),
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self._stdout,
             start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain first
-            preexec_fn=_die_with_parent(),
         )
         self.exited = asyncio.ensure_future(self._process.wait())
         try:
@@ -161,11 +158,3 @@ class EnvoyProcess:
             f"Envoy ended with status {self.exited.result()} at start; its own message is above. "
             f"Is one of the ports {self.ports.ingress}, {self.ports.prefill}, {self.ports.admin} in use?"
         )
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what makes the kernel end the child when this process is killed (Linux only)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

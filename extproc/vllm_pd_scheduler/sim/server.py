@@ -10,10 +10,10 @@ from contextlib import suppress
 import uvloop
 from aiohttp import web
 
+from vllm_pd_scheduler.lifeline import die_with_parent
 from vllm_pd_scheduler.sim.api import Api
 from vllm_pd_scheduler.sim.engine import Engine
 from vllm_pd_scheduler.sim.handoff import Connector
-from vllm_pd_scheduler.sim.lifeline import die_with_parent
 from vllm_pd_scheduler.sim.metrics import Metrics
 from vllm_pd_scheduler.sim.options import Options, parse_options
 from vllm_pd_scheduler.sim.worker import Worker

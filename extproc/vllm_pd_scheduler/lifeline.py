@@ -1,4 +1,7 @@
-"""Ties a process's life to its parent's."""
+"""Ties a process's life to its parent's.
+
+``python -m vllm_pd_scheduler.lifeline PARENT COMMAND…`` runs a command so.
+"""
 
 import ctypes
 import os
@@ -22,3 +25,8 @@ def die_with_parent(parent: int) -> None:
     # A parent that died before the call sends no signal any more.
     if os.getppid() != parent:
         raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])
