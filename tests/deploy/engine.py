@@ -24,7 +24,12 @@ from tests.deploy.compose_file import ROOT
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""
 
-_NOT_NEEDED = ("./dev/*", "./var/cache/*", "./var/lib/apt/lists/*", "./usr/share/doc/*", "./usr/share/man/*")
+_NOT_NEEDED = (
+    "dev/*",
+    "var/cache/*",
+    "var/lib/apt/lists/*",
+    *(f"usr/share/{name}/*" for name in ("doc", "locale", "man")),
+)
 _START_S, _STOP_S, _CALL_S = 30.0, 30.0, 120
 _INSTALL_S = 300.0
 
@@ -114,7 +119,7 @@ def _make_base(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as root:
         include = "--include=python3,python3-venv"
         _run("debootstrap", "--variant=minbase", include, _SUITE, root)
-        _run("tar", "-C", root, *(f"--exclude={path}" for path in _NOT_NEEDED), "-cf", str(target), ".")
+        _run("tar", "-C", root, *(f"--exclude=./{path}" for path in _NOT_NEEDED), "-cf", str(target), ".")
 
 
 def wheels() -> Path:
