@@ -97,7 +97,7 @@ class SplicingTest(unittest.TestCase):
         raw = (space + json.dumps(document, **layout) + space).encode()
         body = JsonBody.parse(raw)
         self.assertFalse(body.stripped)
-        sent = NixlConnector().decode_body(body, HANDOFF)
+        sent, at = NixlConnector().decode_body(body, HANDOFF)
         self.assertEqual(json.loads(sent), {**document, HANDOFF_KEY: PARAMS})
         self.assertEqual(list(json.loads(sent))[-1], HANDOFF_KEY)
         self.assertTrue(sent.startswith(raw.rstrip()[:-1]), "the client's own bytes, unchanged")
@@ -129,7 +129,7 @@ class SplicingTest(unittest.TestCase):
         body = JsonBody.parse(b'{"max_tokens": 1, "a": 2, "max_tokens": 7}')
         self.assertEqual(body.get("max_tokens"), 7)
         self.assertEqual(json.loads(body.replace((), {})), {"max_tokens": 7, "a": 2})
-        self.assertEqual(json.loads(body.with_field("b", b"3")), {"max_tokens": 7, "a": 2, "b": 3})
+        self.assertEqual(json.loads(body.with_field("b", b"3")[0]), {"max_tokens": 7, "a": 2, "b": 3})
 
     def test_replace(self) -> None:
         body = JsonBody.parse(b'{"a": 1, "b": [1, 2 ],"c" : "x"}')
@@ -138,9 +138,9 @@ class SplicingTest(unittest.TestCase):
         self.assertEqual(JsonBody.parse(b"{}").replace({"a"}, {"b": b"1"}), b'{"b":1}')
 
     def test_with_field(self) -> None:
-        self.assertEqual(JsonBody.parse(b"{}").with_field("k", b"1"), b'{"k":1}')
-        self.assertEqual(JsonBody.parse(b" { } \n").with_field("k", b"1"), b' { "k":1}')
-        self.assertEqual(JsonBody.parse(b'{"a":1 }').with_field('"', b"null"), b'{"a":1 ,"\\"":null}')
+        self.assertEqual(JsonBody.parse(b"{}").with_field("k", b"1"), (b'{"k":1}', 1))
+        self.assertEqual(JsonBody.parse(b" { } \n").with_field("k", b"1"), (b' { "k":1}', 3))
+        self.assertEqual(JsonBody.parse(b'{"a":1 }').with_field('"', b"null"), (b'{"a":1 ,"\\"":null}', 7))
 
 
 class FieldsTest(unittest.TestCase):
@@ -171,7 +171,7 @@ class StrippingTest(unittest.TestCase):
         for clean in (body.raw, strip_handoff(raw)):
             self.assertEqual(json.loads(clean), document, "nothing else is lost or changed")
         self.assertEqual(
-            json.loads(NixlConnector().decode_body(body, HANDOFF)), {**document, HANDOFF_KEY: PARAMS}
+            json.loads(NixlConnector().decode_body(body, HANDOFF)[0]), {**document, HANDOFF_KEY: PARAMS}
         )
 
     def test_the_key_as_text_is_no_key(self) -> None:

@@ -76,11 +76,15 @@ class JsonBody:
         raw = self.fields.get(key)
         return raw is not None and bytes(memoryview(raw)[:1]) == char
 
-    def with_field(self, key: str, value: bytes) -> bytes:
-        """Return the body with one more field as its last; nothing else changes. ``value`` is JSON text."""
+    def with_field(self, key: str, value: bytes) -> tuple[bytes, int]:
+        """Return the body with one more field as its last, and the offset at which that field starts.
+
+        Nothing else changes: the bytes before the offset and a ``}`` are the body as it was. ``value`` is
+        JSON text.
+        """
         head = self.raw.rstrip()[:-1]
         comma = b"," if self.fields else b""
-        return b"".join((head, comma, _encode(key), b":", value, b"}"))
+        return b"".join((head, comma, _encode(key), b":", value, b"}")), len(head)
 
     def replace(self, drop: Collection[str], add: Mapping[str, bytes]) -> bytes:
         """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end."""

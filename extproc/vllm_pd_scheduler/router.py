@@ -47,13 +47,14 @@ class PrefillLeg(Protocol):
 class Forward:
     """Where a request goes: to the first of ``decode`` that accepts a connection.
 
-    ``body`` is ``None`` when the client's passes unchanged. ``release`` must be called when the answer
-    has ended, however it ended.
+    ``body`` is ``None`` when the client's passes unchanged; ``handoff_at`` is the offset in it at which the
+    hand-off starts, if there is one. ``release`` must be called when the answer has ended, however it ended.
     """
 
     decode: list[Endpoint]
     prefill: Endpoint | None
     body: bytes | None
+    handoff_at: int | None
     remove_headers: list[str]
     reservation: Reservation
 
@@ -64,6 +65,8 @@ class Forward:
             found[names.PREFILL] = self.prefill.id
         if self.body is not None:
             found["content-length"] = str(len(self.body))
+        if self.handoff_at is not None:
+            found[names.HANDOFF_AT] = str(self.handoff_at)
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         return found
@@ -155,7 +158,8 @@ class PDRouter:
         if prefilled is None:
             return self._to_decode(context, changed, None, Served.LOCAL)
         endpoint, handoff = prefilled
-        return self._to_decode(context, self.connector.decode_body(body, handoff), endpoint, Served.SPLIT)
+        spliced, at = self.connector.decode_body(body, handoff)
+        return self._to_decode(context, spliced, endpoint, Served.SPLIT, at)
 
     async def _prefill(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody
@@ -195,7 +199,12 @@ class PDRouter:
         return None
 
     def _to_decode(
-        self, context: RequestContext, body: bytes | None, prefill: Endpoint | None, served: Served
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        prefill: Endpoint | None,
+        served: Served,
+        handoff_at: int | None = None,
     ) -> Forward | Reject:
         picked = self.scheduler.pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
         if not picked:
@@ -205,7 +214,7 @@ class PDRouter:
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         self.telemetry.forwarded(decode[0], served)
         remove = [name for name in context.headers if name.startswith(names.STEERING_PREFIXES)]
-        return Forward(decode, prefill, body, remove, self.registry.reserve(decode[0]))
+        return Forward(decode, prefill, body, handoff_at, remove, self.registry.reserve(decode[0]))
 
     def _no_decode(self) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)

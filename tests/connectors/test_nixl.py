@@ -144,7 +144,7 @@ class HandoffTest(unittest.TestCase):
         assert found is not None
         self.assertEqual(found.prompt_tokens, 283)
         self.assertIn(found.params, raw)
-        sent = json.loads(nixl.decode_body(body(TEXT | {"max_tokens": 9, "stream": True}), found))
+        sent = json.loads(nixl.decode_body(body(TEXT | {"max_tokens": 9, "stream": True}), found)[0])
         self.assertEqual(sent, TEXT | {"max_tokens": 9, "stream": True, "kv_transfer_params": PARAMS})
 
     def test_keys_of_a_later_release_pass(self) -> None:

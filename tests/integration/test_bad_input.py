@@ -90,7 +90,6 @@ async def test_a_prefill_instances_4xx_is_the_answer(client: Client, status: int
 
 
 async def test_a_decode_instance_that_refuses_is_passed_over(client: Client) -> None:
-    """The connection fails before anything was delivered, so the same hand-off may go to the next."""
     dead = client.fleet["decode-0"]
     client.fleet.kill(dead.id)
     try:

@@ -35,6 +35,9 @@ class Connector(Protocol):
         """Read prefill's answer (status 200); ``None`` if there is nothing that decode could use."""
         ...
 
-    def decode_body(self, body: JsonBody, handoff: Handoff) -> bytes:
-        """Return the body of the decode leg."""
+    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
+        """Return the body of the decode leg, and the offset from which on it is the hand-off and ``}``.
+
+        What comes before it, closed by a ``}``, must be the request without a hand-off.
+        """
         ...

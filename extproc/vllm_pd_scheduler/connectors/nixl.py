@@ -80,6 +80,6 @@ class NixlConnector:
         usage = decoded.usage
         return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens if usage else None)
 
-    def decode_body(self, body: JsonBody, handoff: Handoff) -> bytes:
+    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
         """Return the client's body with the hand-off spliced in as its last field."""
         return body.with_field(HANDOFF_KEY, handoff.params)

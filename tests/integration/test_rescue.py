@@ -1,0 +1,57 @@
+"""A decode instance that fails before the first byte: another one answers, without the hand-off."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.processes import Client
+
+PROMPT = "A hand-off is used once; a second use gives a wrong text. " * 8
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"reset": True}])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+async def test_another_decode_instance_answers(
+    client: Client, chat: bool, stream: bool, fault: dict[str, Any]
+) -> None:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    content: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+    )
+    body = {**content, "max_tokens": 12, "stream": stream, "x_unknown": [1.50]}
+    expected = (await client.post(path, body)).text
+    await client.fault("decode-0", **fault)
+    second_attempts = 0
+    for _ in range(4):
+        answer = await client.post(path, body)
+        assert answer.text == expected
+        assert answer.headers["x-pd-decode"] == "decode-1"
+        seen = (await client.seen("decode-1"))[-1]
+        if "x-pd-prefill" in answer.headers:
+            assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
+        else:
+            second_attempts += 1
+            assert (seen["hand_off"], json.loads(seen["body"])) == (None, body)
+    assert second_attempts == 2, "round robin starts at decode-0 every other time"
+
+
+async def test_when_every_decode_instance_fails_the_client_gets_the_error(client: Client) -> None:
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, status=500)
+    answer = await client.complete()
+    assert answer.status == 500
+    assert answer.error["type"]
+
+
+async def test_other_paths_are_tried_once(client: Client) -> None:
+    """They may have effects, and the instance may have had them before it failed."""
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, status=500, paths=["/v1/embeddings"])
+    before = await client.seen_by_all()
+    assert (await client.post("/v1/embeddings", {"input": "x"})).status == 500
+    after = await client.seen_by_all()
+    assert sum(after.values()) - sum(before.values()) == 1
