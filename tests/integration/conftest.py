@@ -47,6 +47,7 @@ async def client(
     client = Client(session, stack, fleet)
     await ready(client, up)
     yield client
+    assert "lua" not in up.output, "a filter's script failed"
     for instance in fleet.instances:
         if instance.alive:
             await client.fault(instance.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -37,6 +38,15 @@ async def test_another_decode_instance_answers(
             second_attempts += 1
             assert (seen["hand_off"], json.loads(seen["body"])) == (None, body)
     assert second_attempts == 2, "round robin starts at decode-0 every other time"
+
+
+async def test_large_bodies_and_many_at_once(client: Client) -> None:
+    """The filter may have to wait for the body, and must not leave a wrong content-length then."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "padding": "x" * 2_000_000}
+    expected = (await client.post("/v1/completions", body)).text
+    await client.fault("decode-0", reset=True)
+    answers = await asyncio.gather(*(client.post("/v1/completions", body) for _ in range(12)))
+    assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
 
 
 async def test_when_every_decode_instance_fails_the_client_gets_the_error(client: Client) -> None:
