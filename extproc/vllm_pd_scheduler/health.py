@@ -11,7 +11,7 @@ from collections.abc import Callable
 import aiohttp
 
 from .metrics import NotVllmMetrics, Scrape, parse_metrics, snapshot
-from .models import is_ip
+from .models import is_ip, join_address
 from .registry import Endpoint, Registry
 from .telemetry import Telemetry
 
@@ -48,6 +48,7 @@ class HealthMonitor:
         self._clock = clock
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
         self._scrapes: dict[Endpoint, Scrape] = {}
+        self._stopped = False
 
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
@@ -56,7 +57,8 @@ class HealthMonitor:
         self._follow()
 
     async def stop(self) -> None:
-        """End all loops."""
+        """End all loops, for good."""
+        self._stopped = True
         loops, self._loops = self._loops, {}
         for loop in loops.values():
             loop.cancel()
@@ -87,19 +89,22 @@ class HealthMonitor:
             self._loops.pop(endpoint).cancel()
             self._scrapes.pop(endpoint, None)
         for endpoint in self._registry:
-            if endpoint not in self._loops:
+            if endpoint not in self._loops and not self._stopped:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
 
     async def _run(self, endpoint: Endpoint) -> None:
-        if endpoint.healthy is None:
-            await self.check(endpoint)
+        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint)
         while True:
-            pause = self._interval if endpoint.healthy else min(self._interval, RECOVERY_INTERVAL_S)
-            await asyncio.sleep(pause * (1 - JITTER * random.random()))
+            await asyncio.sleep(pause)
             try:
                 await self.check(endpoint)
             except Exception:  # one bad probe must not end the loop: nothing would notice a recovery
                 log.exception("health check of %s failed", endpoint.id)
+            pause = self._pause(endpoint)
+
+    def _pause(self, endpoint: Endpoint) -> float:
+        pause = self._interval if endpoint.healthy else min(self._interval, RECOVERY_INTERVAL_S)
+        return pause * (1 - JITTER * random.random())
 
     async def _probe(self, endpoint: Endpoint) -> str | None:
         """Return what is wrong with an instance, or ``None``."""
@@ -113,6 +118,8 @@ class HealthMonitor:
             return f"/health did not answer within {self._timeout:g} s"
         except socket.gaierror as error:
             return f"the name {endpoint.instance.host} cannot be resolved: {error.strerror}"
+        except UnicodeError as error:  # a label that is empty or too long
+            return f"the name {endpoint.instance.host} cannot be resolved: {error}"
         except (aiohttp.ClientError, OSError) as error:
             return f"/health cannot be reached: {error}"
 
@@ -123,7 +130,7 @@ class HealthMonitor:
         addresses = sorted({str(info[4][0]) for info in found})
         current = endpoint.address or ""
         # Keep what is in use as long as the name still has it.
-        if not any(current == f"{ip}:{instance.port}" for ip in addresses):
+        if not any(current == join_address(ip, instance.port) for ip in addresses):
             self._registry.resolved(endpoint, addresses[0])
 
     async def _scrape(self, endpoint: Endpoint) -> Scrape | None:
