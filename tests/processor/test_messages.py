@@ -6,11 +6,10 @@ import unittest
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from vllm_pd_scheduler.errors import Reject, reject
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.processor.messages import DETAILS_PREFIX, decode, encode
 from vllm_pd_scheduler.processor.stream import Answer, Continue, Message, Phase, StreamError
-from vllm_pd_scheduler.registry import Registry
-from vllm_pd_scheduler.router import Forward
+
+from . import fleet
 
 OVERWRITE = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -63,15 +62,7 @@ class DecodeTest(unittest.TestCase):
 
 class EncodeTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.registry = Registry()
-        self.endpoints = [
-            self.registry.add(PDInstance(f"d{n}", InstanceRole.DECODE, "10.0.0.1", 80 + n)) for n in range(2)
-        ]
-        self.prefill = self.registry.add(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.2", 90))
-
-    def forward(self, body: bytes | None, *, split: bool = True, remove: list[str] | None = None) -> Forward:
-        reservation = self.registry.reserve(self.endpoints[0])
-        return Forward(self.endpoints, self.prefill if split else None, body, remove or [], reservation)
+        self.router = fleet.build()
 
     def encode(self, reply: Continue | Answer) -> pb.ProcessingResponse:
         return pb.ProcessingResponse.FromString(encode(reply))
@@ -86,37 +77,40 @@ class EncodeTest(unittest.TestCase):
                 self.assertEqual(response, expected, "and changes nothing")
 
     def test_forward_with_a_new_body(self) -> None:
-        answer = Answer(Phase.REQUEST_BODY, self.forward("é".encode(), remove=["x-pd-decode"]))
-        response = self.encode(answer)
+        headers = {**fleet.COMPLETION, "x-pd-decode": "mine", "x-other": "kept"}
+        forward = fleet.forward(self.router, headers, '{"prompt": "é"}'.encode())
+        response = self.encode(Answer(Phase.REQUEST_BODY, forward))
         self.assertEqual(response.WhichOneof("response"), "request_body")
         common = response.request_body.response
-        self.assertEqual(common.body_mutation.body, "é".encode())
-        self.assertEqual(
-            headers_of(common.header_mutation),
-            {
-                "x-gateway-destination-endpoint": "10.0.0.1:80,10.0.0.1:81",
-                "x-pd-prefill": "p0",
-                "content-length": "2",
-            },
-        )
+        self.assertEqual(common.body_mutation.body, forward.body)
+        self.assertEqual(json.loads(common.body_mutation.body)["kv_transfer_params"], fleet.PARAMS)
+        sent = headers_of(common.header_mutation)
+        self.assertEqual(sent, forward.headers())
+        self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
+        self.assertEqual(sent["x-pd-prefill"], "p0")
+        self.assertEqual(sent["content-length"], str(len(common.body_mutation.body)))
         self.assertEqual(list(common.header_mutation.remove_headers), ["x-pd-decode"])
         self.assertEqual(common.status, pb.CommonResponse.CONTINUE)
 
     def test_forward_with_the_clients_body(self) -> None:
-        response = self.encode(Answer(Phase.REQUEST_BODY, self.forward(None, split=False)))
-        common = response.request_body.response
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        self.assertIsNone(forward.body)
+        common = self.encode(Answer(Phase.REQUEST_BODY, forward)).request_body.response
         self.assertFalse(common.HasField("body_mutation"))
-        self.assertEqual(
-            headers_of(common.header_mutation), {"x-gateway-destination-endpoint": "10.0.0.1:80,10.0.0.1:81"}
-        )
+        sent = headers_of(common.header_mutation)
+        self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
+        self.assertNotIn("content-length", sent)
+        self.assertNotIn("x-pd-prefill", sent)
 
     def test_an_empty_body_is_still_a_new_one(self) -> None:
-        common = self.encode(Answer(Phase.REQUEST_BODY, self.forward(b""))).request_body.response
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        forward.body = b""
+        common = self.encode(Answer(Phase.REQUEST_BODY, forward)).request_body.response
         self.assertEqual(common.body_mutation.WhichOneof("mutation"), "body")
         self.assertEqual(headers_of(common.header_mutation)["content-length"], "0")
 
     def test_forward_of_headers_only(self) -> None:
-        response = self.encode(Answer(Phase.REQUEST_HEADERS, self.forward(None, split=False)))
+        response = self.encode(Answer(Phase.REQUEST_HEADERS, fleet.forward(self.router)))
         self.assertEqual(response.WhichOneof("response"), "request_headers")
         self.assertIn(
             "x-gateway-destination-endpoint", headers_of(response.request_headers.response.header_mutation)

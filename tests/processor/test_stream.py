@@ -2,10 +2,9 @@
 
 import unittest
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vllm_pd_scheduler.errors import reject
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.processor.stream import (
     Answer,
     Continue,
@@ -16,19 +15,22 @@ from vllm_pd_scheduler.processor.stream import (
     Stream,
     StreamError,
 )
-from vllm_pd_scheduler.registry import Registry
-from vllm_pd_scheduler.router import Forward
 
-HEADERS = {":method": "POST", ":path": "/v1/completions"}
+from . import fleet
+
+HEADERS = fleet.COMPLETION
 
 
 class Case(unittest.TestCase):
     def setUp(self) -> None:
-        self.registry = Registry()
-        self.endpoint = self.registry.add(PDInstance("d0", InstanceRole.DECODE, "10.0.0.1", 80))
+        self.router = fleet.build()
 
-    def forward(self) -> Forward:
-        return Forward([self.endpoint], None, None, [], self.registry.reserve(self.endpoint))
+    def forward(self) -> Any:
+        return fleet.forward(self.router)
+
+    @property
+    def in_flight(self) -> int:
+        return fleet.in_flight(self.router)
 
     def in_state(self, state: State) -> Stream:
         """A stream that came to a state on the usual way."""
@@ -77,7 +79,7 @@ class TableTest(Case):
 
     def check(self, state: State, phase: Phase, end: bool) -> None:
         stream = self.in_state(state)
-        held = self.endpoint.in_flight
+        held = self.in_flight
         expected = self.TABLE.get((state, phase, end))
         message = Message(phase, end, headers=HEADERS, body=b"{}")
         if expected is None:
@@ -90,16 +92,16 @@ class TableTest(Case):
             self.assertIs(stream.state, expected[1])
             if isinstance(action, Continue):
                 self.assertIs(action.phase, phase, "a reply must be of the kind of its message")
-        self.assertEqual(self.endpoint.in_flight, held)
+        self.assertEqual(self.in_flight, held)
         stream.close()
-        self.assertEqual(self.endpoint.in_flight, 0)
+        self.assertEqual(self.in_flight, 0)
 
     def test_an_outcome_can_come_only_while_routing(self) -> None:
         for state in State:
             for rejected in (False, True):
                 with self.subTest(state=state.name, rejected=rejected):
                     stream = self.in_state(state)
-                    held = self.endpoint.in_flight
+                    held = self.in_flight
                     outcome = reject(503, "none", "no_decode") if rejected else self.forward()
                     if state is State.ROUTING:
                         answer = stream.routed(outcome)
@@ -110,11 +112,9 @@ class TableTest(Case):
                             StreamError, f"nothing is being routed in state {state.name}"
                         ):
                             stream.routed(outcome)
-                        self.assertEqual(
-                            self.endpoint.in_flight, held, "what came late is given back at once"
-                        )
+                        self.assertEqual(self.in_flight, held, "what came late is given back at once")
                     stream.close()
-                    self.assertEqual(self.endpoint.in_flight, 0)
+                    self.assertEqual(self.in_flight, 0)
 
     def test_the_end_can_come_in_every_state(self) -> None:
         for state in State:
@@ -123,7 +123,7 @@ class TableTest(Case):
                 for _ in range(2):
                     stream.close()
                     self.assertIs(stream.state, State.CLOSED)
-                    self.assertEqual(self.endpoint.in_flight, 0)
+                    self.assertEqual(self.in_flight, 0)
 
 
 class ConversationsTest(Case):
@@ -138,11 +138,11 @@ class ConversationsTest(Case):
         forward = self.forward()
         self.assertEqual(stream.routed(forward), Answer(Phase.REQUEST_BODY, forward))
         self.assertIs(stream.forward, forward)
-        self.assertEqual(self.endpoint.in_flight, 1)
+        self.assertEqual(self.in_flight, 1)
         self.assertEqual(stream.receive(Message(Phase.RESPONSE_TRAILERS)), Continue(Phase.RESPONSE_TRAILERS))
-        self.assertEqual(self.endpoint.in_flight, 1, "until the response has ended")
+        self.assertEqual(self.in_flight, 1, "until the response has ended")
         stream.close()
-        self.assertEqual(self.endpoint.in_flight, 0)
+        self.assertEqual(self.in_flight, 0)
 
     def test_headers_only(self) -> None:
         stream = Stream()
@@ -179,7 +179,7 @@ class ConversationsTest(Case):
         stream.close()
         with self.assertRaises(StreamError):
             stream.routed(self.forward())
-        self.assertEqual(self.endpoint.in_flight, 0)
+        self.assertEqual(self.in_flight, 0)
 
 
 if __name__ == "__main__":
