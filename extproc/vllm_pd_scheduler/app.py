@@ -12,11 +12,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from .admin import AdminServer
+from .attempts import AttemptLog
 from .config import SchedulerConfig
 from .health import HealthMonitor
 from .models import join_address
 from .prefill import HttpPrefill, open_session
 from .processor import ExtProcService
+from .release import HandoffReleaser
 from .router import PDRouter
 from .xds import EndpointDiscovery
 
@@ -61,6 +63,9 @@ class App:
         config, router = self.config, self.router
         session = await self._stack.enter_async_context(open_session())
         router.prefill_leg = HttpPrefill(session, config.prefill_listener, config.prefill_timeout)
+        releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
+        router.release_handoff = releaser
+        self._stack.push_async_callback(releaser.close)
         monitor = HealthMonitor(
             router.registry,
             router.telemetry,
@@ -104,7 +109,8 @@ class App:
             ]
         )
         discovery = EndpointDiscovery(self.router.registry)
-        server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler()))
+        attempts = AttemptLog(self.router.attempt_failed)
+        server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler(), attempts.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = join_address(config.grpc_host, config.grpc_port)
         try:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from .strategies import UnknownStrategy, load_strategy
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -102,6 +103,15 @@ class SchedulerConfig(_Model):
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
     prefill_timeout: Seconds = 120.0
+    on_prefill_failure: Literal["local", "fail"] = "local"
+    max_local_prefill_share: Share = 1.0
+    decode_first_byte_timeout: Seconds = 20.0
+    decode_seconds_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    kv_lease_duration: Seconds = 30.0
+    ejection_failures: Annotated[int, Field(ge=1)] = 3
+    ejection_success_rate: Share = 0.5
+    ejection_pause: Seconds = 1.0
+    max_ejected_share: Share = 0.5
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
 

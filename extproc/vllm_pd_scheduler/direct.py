@@ -11,11 +11,12 @@ import aiohttp
 import msgspec
 
 from .errors import Reject
+from .forward import Forward
 from .health import HealthMonitor
 from .models import InstanceState
 from .prefill import HttpPrefill, open_session
 from .registry import Endpoint
-from .router import Forward, PDRouter, RouteResult
+from .router import PDRouter, RouteResult
 
 _DECODE_TIMEOUT_S = 600.0
 

@@ -8,6 +8,15 @@ DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
 The name is that of the Gateway API inference extension."""
 
+ID: Final = "x-pd-id"
+"""Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
+
+ATTEMPT: Final = "x-envoy-attempt-count"
+"""Envoy's count of attempts at decode, from 1."""
+
+FIRST_BYTE_TIMEOUT: Final = "x-envoy-upstream-rq-per-try-timeout-ms"
+"""How long Envoy waits for the first byte of an attempt's answer, in ms; an answer that began may go on."""
+
 PREFILL: Final = "x-pd-prefill"
 """Id of the instance that prefilled, on the request to decode and on the answer."""
 

@@ -71,13 +71,15 @@ class HealthMonitor:
         if endpoint not in self._registry:
             return
         before = endpoint.state
-        self._registry.probed(endpoint, problem)
+        self._registry.probed(endpoint, problem, self._clock())
         if endpoint.state is not before:
             level = logging.INFO if problem is None else logging.WARNING
             log.log(level, "%s is %s%s", endpoint.id, endpoint.state, f": {problem}" if problem else "")
         if page is None:
             self._telemetry.scrape_failed(endpoint)
             return
+        if self._registry.started(endpoint, page.started_at):
+            in_flight = 0
         last = self._scrapes.get(endpoint)
         taken = snapshot(page, last, endpoint.metrics, endpoint.instance.role, self._clock())
         self._scrapes[endpoint] = page
@@ -103,7 +105,7 @@ class HealthMonitor:
             pause = self._pause(endpoint)
 
     def _pause(self, endpoint: Endpoint) -> float:
-        pause = self._interval if endpoint.healthy else min(self._interval, RECOVERY_INTERVAL_S)
+        pause = self._interval if endpoint.routable else min(self._interval, RECOVERY_INTERVAL_S)
         return pause * (1 - JITTER * random.random())
 
     async def _probe(self, endpoint: Endpoint) -> str | None:

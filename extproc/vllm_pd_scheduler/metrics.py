@@ -23,7 +23,8 @@ _LATENCY = {
     ),
 }
 _HISTOGRAMS = {name for names in _LATENCY.values() for name in names}
-_WANTED = {*_GAUGES, *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count"))}
+_START = "process_start_time_seconds"
+_WANTED = {_START, *_GAUGES, *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Scrape:
     waiting: float
     kv_usage: float
     histograms: dict[str, tuple[float, float]]
+    started_at: float | None = None
+    """Start time of the server's process, Unix seconds."""
 
 
 class NotVllmMetrics(ValueError):
@@ -74,6 +77,7 @@ def parse_metrics(page: str) -> Scrape:
         sum(gauges.get("waiting", [])),
         sum(kv_usage) / len(kv_usage),
         histograms,
+        values.get(_START, [None])[0],
     )
 
 

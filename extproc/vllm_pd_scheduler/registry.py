@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from .breaker import Breaker, BreakerPolicy, BreakerState
 from .models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, is_ip, join_address
 
 
@@ -40,6 +41,13 @@ class Endpoint:
     in_flight_at_scrape: int = 0
     streak: int = 0
     """Successive probes that contradict ``healthy``."""
+    breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
+    started_at: float | None = None
+    """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
+    generation: int = 0
+    """How often it was seen to restart. Reservations of an earlier generation count no more."""
+    pending_handoffs: int = 0
+    """Hand-offs that a P holds for requests whose answer has not ended."""
 
     @property
     def id(self) -> str:
@@ -53,12 +61,19 @@ class Endpoint:
             return InstanceState.DRAINING
         if self.healthy is None:
             return InstanceState.STARTING
-        return InstanceState.HEALTHY if self.healthy else InstanceState.UNHEALTHY
+        if self.healthy and self.breaker.state is not BreakerState.OPEN:
+            return InstanceState.HEALTHY
+        return InstanceState.UNHEALTHY
 
     @property
     def routable(self) -> bool:
         """Whether a new request may go there."""
-        return bool(self.healthy) and not self.draining and self.address is not None
+        return self.state is InstanceState.HEALTHY and self.address is not None
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it was ejected and its one trial request runs: nothing else goes there meanwhile."""
+        return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
 
     @property
     def waiting(self) -> float:
@@ -93,21 +108,25 @@ class Reservation:
     """One request's claim on an endpoint, counted from the moment of the pick until ``release``."""
 
     endpoint: Endpoint
+    generation: int
     active: bool = True
 
     def release(self) -> None:
-        """End the claim. Doing it twice is the same as once."""
+        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self.active:
             self.active = False
-            self.endpoint.in_flight -= 1
+            if self.generation == self.endpoint.generation:
+                self.endpoint.in_flight -= 1
 
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
-    """How many probes in a row make an instance leave and return."""
+    """How many probes in a row make an instance leave and return, and when failed requests do."""
 
     unhealthy_threshold: int = 2
     healthy_threshold: int = 1
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    max_ejected_share: float = 0.5
 
 
 @dataclass(slots=True)
@@ -138,7 +157,7 @@ class Registry:
                     f"{join_address(instance.host, instance.port)} is already the {instance.role} "
                     f"instance {other.id!r}"
                 )
-        endpoint = Endpoint(instance)
+        endpoint = Endpoint(instance, breaker=Breaker(self.policy.breaker))
         if is_ip(instance.host):
             endpoint.address = join_address(instance.host, instance.port)
         self._endpoints[instance.instance_id] = endpoint
@@ -193,13 +212,17 @@ class Registry:
             endpoint.address = address
             self._changed()
 
-    def probed(self, endpoint: Endpoint, problem: str | None) -> None:
+    def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
         """Record a health probe: ``None`` is success, else the reason for people.
 
-        The first probe decides alone; later ones need the policy's thresholds.
+        The first probe decides alone; later ones need the policy's thresholds. A success also gives an
+        ejected instance a trial, once its pause is over.
         """
         ok = problem is None
-        endpoint.reason = problem or ""
+        if ok and endpoint.breaker.probed(now):
+            self._changed()
+        if endpoint.breaker.state is BreakerState.CLOSED or not ok:
+            endpoint.reason = problem or ""
         if endpoint.healthy is ok:
             endpoint.streak = 0
             return
@@ -218,7 +241,45 @@ class Registry:
     def reserve(self, endpoint: Endpoint) -> Reservation:
         """Count a request on an endpoint from now on."""
         endpoint.in_flight += 1
-        return Reservation(endpoint)
+        return Reservation(endpoint, endpoint.generation)
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        """Record a request that an instance served."""
+        if endpoint.breaker.succeeded():
+            self._changed()
+
+    def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
+        """Record a request that an instance failed; it may be ejected for that.
+
+        No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
+        client, a broken model) does not end all service; an instance on trial goes out in any case.
+        """
+        if not endpoint.breaker.failed():
+            return
+        peers = self.endpoints(endpoint.instance.role)
+        out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
+        if out + 1 <= self.policy.max_ejected_share * len(peers):
+            endpoint.breaker.open(now)
+            endpoint.reason = f"ejected: {reason}"
+            self._changed()
+
+    def at(self, role: InstanceRole, address: str) -> Endpoint | None:
+        """Return the endpoint of a role at an ``ip:port``, if there is one."""
+        return next((e for e in self.endpoints(role) if e.address == address), None)
+
+    def started(self, endpoint: Endpoint, started_at: float | None) -> bool:
+        """Record when an instance's process was started; return whether it is another one than before.
+
+        A restarted instance has none of the requests, and none of the failures, of the one before.
+        """
+        before, endpoint.started_at = endpoint.started_at, started_at
+        if before is None or started_at is None or before == started_at:
+            return False
+        endpoint.generation += 1
+        endpoint.in_flight = endpoint.in_flight_at_scrape = 0
+        endpoint.breaker.restarted()
+        self._changed()
+        return True
 
     def _changed(self) -> None:
         for role in InstanceRole:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import headers as names
+from .attempts import FailedAttempt, Failure
 from .body import BodyError, JsonBody, strip_handoff
+from .breaker import BreakerPolicy
 from .config import SchedulerConfig
-from .connectors import Connector, Handoff, NixlConnector
+from .connectors import Connector, NixlConnector
 from .errors import Reject, reject
+from .forward import Forward, PendingHandoff
+from .limits import ShareLimit
 from .models import InstanceRole, PDInstance, RequestContext
-from .registry import Endpoint, HealthPolicy, Registry, Reservation
+from .registry import Endpoint, HealthPolicy, Registry
 from .scheduler import Scheduler
 from .telemetry import Served, Telemetry
 
 SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
+
+
+LEASE_SHARE = 0.8
+"""Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
+seen: the way of P's answer to us, and D's own queue."""
+
+_HANDOFF_IS_FREE = frozenset({Failure.CONNECT, Failure.RESET, Failure.STATUS})
+"""How an attempt must have failed for nobody to be fetching its hand-off any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +58,12 @@ class PrefillLeg(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Forward:
-    """Where a request goes: to the first of ``decode`` that accepts a connection.
+class ReleaseHandoff(Protocol):
+    """Frees a hand-off on P in the background."""
 
-    ``body`` is ``None`` when the client's passes unchanged; ``handoff_at`` is the offset in it at which the
-    hand-off starts, if there is one. ``release`` must be called when the answer has ended, however it ended.
-    """
-
-    decode: list[Endpoint]
-    prefill: Endpoint | None
-    body: bytes | None
-    handoff_at: int | None
-    remove_headers: list[str]
-    reservation: Reservation
-
-    def headers(self) -> dict[str, str]:
-        """Headers to set on the request to decode."""
-        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
-        if self.prefill is not None:
-            found[names.PREFILL] = self.prefill.id
-        if self.body is not None:
-            found["content-length"] = str(len(self.body))
-        if self.handoff_at is not None:
-            found[names.HANDOFF_AT] = str(self.handoff_at)
-        if (key := self.decode[0].instance.api_key) is not None:
-            found["authorization"] = f"Bearer {key}"
-        return found
-
-    def release(self) -> None:
-        """Give back the reservation. Doing it twice is the same as once."""
-        self.reservation.release()
+    def __call__(self, pending: PendingHandoff) -> None:
+        """Start to free it; raises nothing."""
+        ...
 
 
 class PDRouter:
@@ -91,15 +81,21 @@ class PDRouter:
         prefill_leg: PrefillLeg | None = None,
         connector: Connector | None = None,
         telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
-        self.registry = Registry(HealthPolicy(config.unhealthy_threshold, config.healthy_threshold))
+        self.registry = Registry(_health_policy(config))
         for instance in config.instances():
             self.registry.add(instance)
         self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry(self.registry)
         self.connector = connector or NixlConnector()
         self.prefill_leg = prefill_leg
+        self.release_handoff: ReleaseHandoff | None = None
+        self._clock = clock
+        self._local = ShareLimit(config.max_local_prefill_share)
+        self._forwards: dict[str, Forward] = {}
+        self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
 
     # -- instances
 
@@ -137,7 +133,7 @@ class PDRouter:
             else:
                 clean = strip_handoff(body)
                 context = RequestContext(path, None, len(body), headers)
-                outcome = self._to_decode(context, None if clean is body else clean, None, Served.PASSED)
+                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         if isinstance(outcome, Reject):
@@ -150,20 +146,34 @@ class PDRouter:
         if not self.registry.routable(InstanceRole.DECODE):
             return self._no_decode()
         changed = body.raw if body.stripped else None
+        limit = self._first_byte_timeout(body)
         if not self.connector.can_split(body):
-            return self._to_decode(context, changed, None, Served.WHOLE)
+            return self._to_decode(context, changed, Served.WHOLE, limit)
         prefilled = await self._prefill(context, headers, body)
         if isinstance(prefilled, Reject):
             return prefilled
         if prefilled is None:
-            return self._to_decode(context, changed, None, Served.LOCAL)
-        endpoint, handoff = prefilled
-        spliced, at = self.connector.decode_body(body, handoff)
-        return self._to_decode(context, spliced, endpoint, Served.SPLIT, at)
+            if not self._local.take(True):
+                return reject(503, "No prefill instance can serve this request now.", "no_prefill")
+            return self._to_decode(context, changed, Served.LOCAL, limit)
+        self._local.take(False)
+        left = prefilled.deadline - self._clock()
+        if left <= 0:
+            # The event loop was held up. P's blocks may be another prompt's by now.
+            self.telemetry.handoff_late(prefilled.prefill)
+            return self._to_decode(context, changed, Served.LOCAL, limit)
+        spliced, at = self.connector.decode_body(body, prefilled.handoff)
+        forward = self._to_decode(context, spliced, Served.SPLIT, limit and min(limit, left))
+        if isinstance(forward, Reject):
+            self._free(prefilled)
+        else:
+            forward.handoff_at, forward.pending = at, prefilled
+            prefilled.prefill.pending_handoffs += 1
+        return forward
 
     async def _prefill(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody
-    ) -> tuple[Endpoint, Handoff] | Reject | None:
+    ) -> PendingHandoff | Reject | None:
         """Prefill on one instance after another, up to ``max_retries`` more; ``None``: let decode do it."""
         if self.prefill_leg is None:
             return None
@@ -173,48 +183,115 @@ class PDRouter:
             picked = self.scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
             if not picked:
                 break
-            endpoint = picked[0]
-            tried.append(endpoint)
+            tried.append(picked[0])
             leg_body = leg_body or self.connector.prefill_body(body)
-            reservation = self.registry.reserve(endpoint)
-            try:
-                with self.telemetry.prefill(endpoint):
-                    answer = await self.prefill_leg(endpoint, context.path, headers, leg_body)
-            except PrefillFailed as error:
-                self.telemetry.prefill_failed(endpoint, str(error))
+            answer = await self._leg(self.prefill_leg, picked[0], context, headers, leg_body)
+            if answer is None:
                 continue
-            finally:
-                reservation.release()
-            if answer.status == 200:
-                handoff = self.connector.handoff(answer.body)
-                if handoff is None:
-                    self.telemetry.prefill_failed(endpoint, "no_handoff")
-                    return None
-                return endpoint, handoff
-            if _is_the_clients_fault(answer.status):
-                return Reject(
-                    answer.status, answer.body, {"content-type": answer.content_type}, "prefill_4xx"
-                )
-            self.telemetry.prefill_failed(endpoint, f"status_{answer.status}")
+            if answer.status != 200:
+                kept = {"content-type": answer.content_type}
+                return Reject(answer.status, answer.body, kept, "prefill_4xx")
+            handoff = self.connector.handoff(answer.body)
+            if handoff is None:
+                self.telemetry.prefill_failed(picked[0], "no_handoff")
+                return None
+            deadline = self._clock() + self.config.kv_lease_duration * LEASE_SHARE
+            return PendingHandoff(handoff, picked[0], deadline, context.model)
+        if self.config.on_prefill_failure == "fail":
+            return reject(503, "No prefill instance can serve this request now.", "no_prefill")
+        return None
+
+    async def _leg(
+        self,
+        leg: PrefillLeg,
+        endpoint: Endpoint,
+        context: RequestContext,
+        headers: Mapping[str, str],
+        body: bytes,
+    ) -> PrefillAnswer | None:
+        """Make one attempt; ``None`` if another instance should be tried."""
+        reservation = self.registry.reserve(endpoint)
+        try:
+            with self.telemetry.prefill(endpoint):
+                answer = await leg(endpoint, context.path, headers, body)
+        except PrefillFailed as error:
+            reason = str(error)
+        else:
+            if answer.status == 200 or _is_the_clients_fault(answer.status):
+                self.registry.succeeded(endpoint)
+                return answer
+            reason = f"status_{answer.status}"
+        finally:
+            reservation.release()
+        self.telemetry.prefill_failed(endpoint, reason)
+        self.registry.failed(endpoint, f"prefill: {reason}", self._clock())
         return None
 
     def _to_decode(
-        self,
-        context: RequestContext,
-        body: bytes | None,
-        prefill: Endpoint | None,
-        served: Served,
-        handoff_at: int | None = None,
+        self, context: RequestContext, body: bytes | None, served: Served, limit: float | None
     ) -> Forward | Reject:
         picked = self.scheduler.pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
         if not picked:
             return self._no_decode()
-        # A connection that fails goes to the next in the list, with the same headers: same key only.
+        # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         self.telemetry.forwarded(decode[0], served)
-        remove = [name for name in context.headers if name.startswith(names.STEERING_PREFIXES)]
-        return Forward(decode, prefill, body, handoff_at, remove, self.registry.reserve(decode[0]))
+        forward = Forward(next(self._ids), decode, self.registry.reserve(decode[0]), body)
+        forward.first_byte_timeout = limit
+        forward.remove_headers = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
+        forward.on_release = self._released
+        self._forwards[forward.id] = forward
+        return forward
+
+    def _first_byte_timeout(self, body: JsonBody) -> float | None:
+        """How long D may take to its first byte: with a stream that is its first token, else its last.
+
+        ``None``, that is no limit, for an answer in one piece of unknown length.
+        """
+        limit = self.config.decode_first_byte_timeout
+        if body.get("stream") is True:
+            return limit
+        tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+        if not isinstance(tokens, int):
+            return None
+        return limit + tokens * self.config.decode_seconds_per_token
+
+    def attempt_failed(self, attempt: FailedAttempt) -> None:
+        """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""
+        endpoint = self.registry.at(InstanceRole.DECODE, attempt.address)
+        if endpoint is None:
+            return
+        self.telemetry.attempt_failed(endpoint, attempt.failure)
+        self.registry.failed(endpoint, f"decode: {attempt.failure}", self._clock())
+        forward = self._forwards.get(attempt.request or "")
+        if forward is None:
+            return
+        forward.failed = True
+        if attempt.failure is not Failure.CUT:
+            forward.moved(self.registry)
+        # After a time-out that D may still be fetching: freeing the blocks then would spoil its prefix cache.
+        if attempt.first and forward.pending is not None and attempt.failure in _HANDOFF_IS_FREE:
+            self._free(forward.pending)
+
+    def handoff_unused(self, forward: Forward) -> None:
+        """Take that a forward will not be sent: the client left before Envoy could."""
+        forward.release()
+        if forward.pending is not None:
+            self._free(forward.pending)
+
+    def _free(self, pending: PendingHandoff) -> None:
+        if self.release_handoff is not None:
+            self.release_handoff(pending)
+        else:
+            self.telemetry.handoff_stranded(pending.prefill)
+
+    def _released(self, forward: Forward) -> None:
+        self._forwards.pop(forward.id, None)
+        if forward.pending is not None:
+            forward.pending.prefill.pending_handoffs -= 1
+        if not forward.failed:
+            self.registry.succeeded(forward.decode[0])
 
     def _no_decode(self) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)
@@ -259,3 +336,14 @@ class RouteResult:
 def _is_the_clients_fault(status: int) -> bool:
     """Whether another instance would answer the same. Timeouts and overload are the instance's own."""
     return 400 <= status < 500 and status not in (408, 429)
+
+
+def _health_policy(config: SchedulerConfig) -> HealthPolicy:
+    breaker = BreakerPolicy(
+        failures=config.ejection_failures,
+        success_rate=config.ejection_success_rate,
+        pause=config.ejection_pause,
+    )
+    return HealthPolicy(
+        config.unhealthy_threshold, config.healthy_threshold, breaker, config.max_ejected_share
+    )

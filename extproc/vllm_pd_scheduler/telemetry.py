@@ -62,6 +62,18 @@ class Telemetry:
             ["prefill", "reason"],
             registry=self.prometheus,
         )
+        self._attempts = Counter(
+            "pd_decode_attempt_failures",
+            "Attempts at a decode instance that failed; 'cut' is a stream that a client lost.",
+            ["decode", "failure"],
+            registry=self.prometheus,
+        )
+        self._handoffs = Counter(
+            "pd_handoffs_unused",
+            "Hand-offs that no decode used: freed on P at once, left to the lease, or too late to be used.",
+            ["prefill", "outcome"],
+            registry=self.prometheus,
+        )
         self._scrape_failures = Counter(
             "pd_scrape_failures",
             "Scrapes of an instance's /metrics that failed.",
@@ -88,6 +100,22 @@ class Telemetry:
     def prefill_failed(self, endpoint: Endpoint, reason: str) -> None:
         """Count a prefill attempt that gave no hand-off."""
         self._prefill_failures.labels(endpoint.id, reason).inc()
+
+    def attempt_failed(self, endpoint: Endpoint, failure: str) -> None:
+        """Count an attempt at decode that failed."""
+        self._attempts.labels(endpoint.id, failure).inc()
+
+    def handoff_released(self, prefill: Endpoint) -> None:
+        """Count a hand-off that was freed on P."""
+        self._handoffs.labels(prefill.id, "released").inc()
+
+    def handoff_stranded(self, prefill: Endpoint) -> None:
+        """Count a hand-off that could not be freed."""
+        self._handoffs.labels(prefill.id, "stranded").inc()
+
+    def handoff_late(self, prefill: Endpoint) -> None:
+        """Count a hand-off that was too old to be used."""
+        self._handoffs.labels(prefill.id, "late").inc()
 
     def scrape_failed(self, endpoint: Endpoint) -> None:
         """Count a scrape that failed."""

@@ -155,6 +155,12 @@ class HandoffTest(unittest.TestCase):
     def test_several_groups_of_blocks(self) -> None:
         self.assertIsNotNone(self.handoff(PARAMS | {"remote_block_ids": [[1, 2], [], [3]]}))
 
+    def test_the_form_of_older_releases(self) -> None:
+        """A flat list of blocks and no request id: D of the same release reads just that."""
+        older = {key: value for key, value in PARAMS.items() if key != "remote_request_id"}
+        self.assertIsNotNone(self.handoff(older | {"remote_block_ids": [1, 2, 3]}))
+        self.assertIsNone(self.handoff(older), "grouped blocks come with a request id")
+
     def test_what_a_decode_engine_would_die_of_is_no_hand_off(self) -> None:
         required = ("do_remote_prefill", "remote_block_ids", "remote_engine_id", "remote_request_id")
         for key in (*required, "remote_host", "remote_port"):
@@ -167,7 +173,6 @@ class HandoffTest(unittest.TestCase):
             {"do_remote_prefill": "true"},
             {"remote_block_ids": []},
             {"remote_block_ids": [[]]},
-            {"remote_block_ids": [1, 2, 3]},
             {"remote_block_ids": [["1", "2"]]},
             {"remote_block_ids": "1,2,3"},
             {"remote_host": ""},

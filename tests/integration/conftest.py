@@ -13,6 +13,9 @@ from tests.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
+# Tests that make an instance fail must find it in its turn afterwards.
+NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}
+
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
@@ -28,7 +31,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
 @pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     """``vllm-pd-scheduler up`` in front of the fleet."""
-    with spawned(stack.up({"strategy": "round_robin", **fleet.config()})) as process:
+    with spawned(stack.up({"strategy": "round_robin", **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
 

@@ -41,3 +41,7 @@ class Connector(Protocol):
         What comes before it, closed by a ``}``, must be the request without a hand-off.
         """
         ...
+
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes:
+        """Return the body of a completion request that makes decode refuse the hand-off, and P free it."""
+        ...

@@ -12,7 +12,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ..errors import Reject
-from ..router import Forward
+from ..forward import Forward
 from .stream import Continue, Message, Phase, Reply, StreamError
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"

@@ -61,6 +61,11 @@ class ExtProcService:
                 reply: Reply = stream.routed(await self._router.route(action.headers, action.body))
             else:
                 reply = action
-            await context.write(encode(reply))
+            try:
+                await context.write(encode(reply))
+            except asyncio.CancelledError:
+                if stream.forward is not None:  # the client left: Envoy does not take this answer
+                    self._router.handoff_unused(stream.forward)
+                raise
             if stream.state is State.CLOSED:
                 return

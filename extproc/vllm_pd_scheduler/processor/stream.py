@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ..errors import Reject
-from ..router import Forward
+from ..forward import Forward
 
 
 class Phase(Enum):

@@ -1,0 +1,99 @@
+"""Attempts at a decode instance that failed, as Envoy tells them at once by its access log service.
+
+Envoy retries by itself. The scheduler must know which instance failed and whether the hand-off was used:
+one message comes for each attempt that failed, and nothing for one that succeeded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import grpc
+from envoy.service.accesslog.v3 import als_pb2
+
+from . import headers as names
+from .models import join_address
+
+log = logging.getLogger(__name__)
+
+SERVICE = "envoy.service.accesslog.v3.AccessLogService"
+
+
+class Failure(StrEnum):
+    """How an attempt failed."""
+
+    CONNECT = "connect"
+    """No connection: the request was not delivered."""
+    RESET = "reset"
+    """The connection ended before an answer began."""
+    TIMEOUT = "timeout"
+    """No answer began in time; the instance may still be at it."""
+    STATUS = "status"
+    """The answer was 5xx."""
+    CUT = "cut"
+    """The answer had begun: the client's stream was cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """One attempt that failed: at which ``ip:port``, how, and for which of our requests (``names.ID``)."""
+
+    address: str
+    failure: Failure
+    request: str | None = None
+    first: bool = True
+    """Whether it was the request's first attempt, the one that carries the hand-off."""
+
+
+class AttemptLog:
+    """Serves ``envoy.service.accesslog.v3.AccessLogService`` and calls ``listener`` for each attempt."""
+
+    def __init__(self, listener: Callable[[FailedAttempt], None]) -> None:
+        self._listener = listener
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the handler to register with a ``grpc.aio`` server."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {"StreamAccessLogs": grpc.stream_unary_rpc_method_handler(self._stream)}
+        )
+
+    async def _stream(self, messages: Any, _: object) -> bytes:
+        async for data in messages:
+            for attempt in read_attempts(data):
+                self._listener(attempt)
+        return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
+
+
+def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
+    """Read a ``StreamAccessLogsMessage``; a malformed one has none."""
+    try:
+        message = als_pb2.StreamAccessLogsMessage.FromString(data)
+    except Exception as error:
+        log.warning("not a StreamAccessLogsMessage: %s", error)
+        return
+    for entry in message.http_logs.log_entry:
+        common, headers = entry.common_properties, entry.request.request_headers
+        socket = common.upstream_remote_address.socket_address
+        if not socket.port_value:
+            continue  # no host was found: nobody's fault
+        status = entry.response.response_code.value
+        yield FailedAttempt(
+            join_address(socket.address, socket.port_value),
+            _failure(common.response_flags, status),
+            headers.get(names.ID),
+            headers.get(names.ATTEMPT, "1") == "1",
+        )
+
+
+def _failure(flags: Any, status: int) -> Failure:
+    if 0 < status < 500:
+        return Failure.CUT
+    if flags.upstream_connection_failure:
+        return Failure.CONNECT
+    if flags.upstream_request_timeout:
+        return Failure.TIMEOUT
+    return Failure.STATUS if status else Failure.RESET

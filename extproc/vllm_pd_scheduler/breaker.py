@@ -1,0 +1,103 @@
+"""Passive health: an instance whose requests fail is left out before the next probe would notice.
+
+A circuit breaker (closed, open, half open) without a clock of its own::
+
+    CLOSED ──── requests fail ────▶ OPEN ──── a pause, then a probe succeeds ────▶ HALF_OPEN
+                                      ▲                                                │ │
+    CLOSED ◀── a request succeeds ────┼────────────────────────────────────────────────┘ │
+                                      └───────────────── a request fails ────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+MAX_PAUSE_S = 30.0
+
+
+class BreakerState(Enum):
+    """Whether requests go to an instance."""
+
+    CLOSED = auto()
+    OPEN = auto()
+    HALF_OPEN = auto()
+    """One request at a time, to see how it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """When an instance is ejected.
+
+    After ``failures`` in a row, or when of the last ``window`` requests less than ``success_rate`` (0 to
+    1) succeeded. It stays out for ``pause`` seconds at least, twice as long each time that it fails again
+    at once.
+    """
+
+    failures: int = 3
+    success_rate: float = 0.5
+    window: int = 20
+    pause: float = 1.0
+
+
+@dataclass(slots=True)
+class Breaker:
+    """The breaker of one instance. ``open`` is left to the caller, who knows how many others are out."""
+
+    policy: BreakerPolicy
+    state: BreakerState = BreakerState.CLOSED
+    not_before: float = 0.0
+    """When the next state may follow OPEN, in the caller's time."""
+    _streak: int = 0
+    _pause: float = 0.0
+    _results: deque[bool] = field(default_factory=deque)
+
+    def succeeded(self) -> bool:
+        """Record a request that went well; return whether the state changed."""
+        self._streak = 0
+        self._record(True)
+        if self.state is not BreakerState.HALF_OPEN:
+            return False
+        self._reset()
+        return True
+
+    def failed(self) -> bool:
+        """Record a request that failed; return whether the instance should be ejected."""
+        self._streak += 1
+        self._record(False)
+        if self.state is BreakerState.HALF_OPEN:
+            return True
+        if self.state is BreakerState.OPEN:
+            return False
+        full = len(self._results) >= self.policy.window
+        rate = sum(self._results) / len(self._results)
+        return self._streak >= self.policy.failures or (full and rate < self.policy.success_rate)
+
+    def open(self, now: float) -> None:
+        """Eject the instance."""
+        self._pause = min(MAX_PAUSE_S, self._pause * 2) if self._pause else self.policy.pause
+        self.not_before = now + self._pause
+        self.state = BreakerState.OPEN
+
+    def probed(self, now: float) -> bool:
+        """Record a health probe that succeeded; return whether the state changed."""
+        if self.state is not BreakerState.OPEN or now < self.not_before:
+            return False
+        self.state = BreakerState.HALF_OPEN
+        return True
+
+    def restarted(self) -> None:
+        """Forget everything: it is another process now."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self.state = BreakerState.CLOSED
+        self._streak = 0
+        self._pause = 0.0
+        self._results.clear()
+
+    def _record(self, success: bool) -> None:
+        self._results.append(success)
+        if len(self._results) > self.policy.window:
+            self._results.popleft()

@@ -1,0 +1,70 @@
+"""Freeing hand-offs that nobody will use, so that P's blocks do not stay pinned for the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiohttp
+
+from .connectors import Connector
+from .forward import PendingHandoff
+from .models import InstanceRole
+from .registry import Registry
+from .telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0
+PATH = "/v1/completions"
+
+
+class HandoffReleaser:
+    """Sends a decode instance a request with the hand-off that it must refuse: no KV travels, P frees it.
+
+    What cannot be released is counted as stranded; P frees it itself when the lease ends.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        registry: Registry,
+        connector: Connector,
+        telemetry: Telemetry,
+    ) -> None:
+        self._session = session
+        self._registry = registry
+        self._connector = connector
+        self._telemetry = telemetry
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, pending: PendingHandoff) -> None:
+        """Release a hand-off in the background."""
+        task = asyncio.ensure_future(self._release(pending))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Wait for the releases that are under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _release(self, pending: PendingHandoff) -> None:
+        body = self._connector.release_body(pending.handoff, pending.model)
+        for endpoint in self._registry.routable(InstanceRole.DECODE)[:3]:
+            headers = {"content-type": "application/json"}
+            if endpoint.instance.api_key is not None:
+                headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+            try:
+                async with self._session.post(
+                    f"http://{endpoint.address}{PATH}",
+                    data=body,
+                    headers=headers,
+                    timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+                ) as response:
+                    await response.read()
+                    if response.status == 400:
+                        self._telemetry.handoff_released(pending.prefill)
+                        return
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                log.debug("release of a hand-off of %s: %s", pending.prefill.id, error)
+        self._telemetry.handoff_stranded(pending.prefill)
