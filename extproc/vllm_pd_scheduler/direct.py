@@ -55,7 +55,7 @@ async def _check(router: PDRouter, session: aiohttp.ClientSession) -> None:
 async def _serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
     try:
         data = msgspec.json.encode(body)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return RouteResult(False, status=400, error=f"the request cannot be written as JSON: {error}")
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     headers = {":method": "POST", ":path": path, "content-type": "application/json"}
