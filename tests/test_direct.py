@@ -1,0 +1,145 @@
+"""The library interface against a simulated fleet, without Envoy."""
+
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+from vllm_pd_scheduler.config import SchedulerConfig, load_config
+from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.sim.fleet import Fleet
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+TEXT = {"prompt": "你好", "max_tokens": 100}
+
+
+class FleetCase(unittest.TestCase):
+    fleet: Fleet
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.fleet = cls.enterClassContext(Fleet(2, 2, profile=EngineProfile.instant()))
+
+    def router(self, **more: Any) -> PDRouter:
+        path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "scheduler_config.json"
+        path.write_text(json.dumps({**self.fleet.config(), "strategy": "round_robin", **more}))
+        return PDRouter(load_config(path))
+
+    def assertIdle(self, router: PDRouter) -> None:
+        self.assertEqual([e.in_flight for e in router.registry], [0] * len(list(router.registry)))
+
+
+class LibraryTest(FleetCase):
+    def test_as_the_documentation_has_it(self) -> None:
+        router = self.router()
+        result = router.route_request({"prompt": "你好", "max_tokens": 100})
+        self.assertTrue(result.success, result.error)
+        assert result.instance
+        assert result.prefill_instance
+        assert result.response
+        self.assertEqual(result.instance.instance_id, "decode-0")
+        self.assertEqual(result.prefill_instance.instance_id, "prefill-0")
+        self.assertEqual((result.status, result.error), (200, None))
+        self.assertIn(result.response["usage"]["completion_tokens"], range(1, 101))
+        self.assertTrue(result.response["choices"][0]["text"])
+        self.assertIdle(router)
+
+    def test_split_or_not_the_text_is_the_same(self) -> None:
+        body = {**TEXT, "temperature": 0, "prompt": "Prefill and decode. " * 40}
+        split, whole = self.router(), PDRouter(SchedulerConfig())
+        for instance in split.get_instances(role=InstanceRole.DECODE):
+            whole.register_instance(instance)
+        results = [router.route_request(body) for router in (split, whole)]
+        self.assertEqual([bool(each.prefill_instance) for each in results], [True, False])
+        texts = [each.response and each.response["choices"][0]["text"] for each in results]
+        self.assertTrue(texts[0])
+        self.assertEqual(texts[0], texts[1])
+
+    def test_chat(self) -> None:
+        body = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 5}
+        result = self.router().route_request(body)
+        self.assertTrue(result.success, result.error)
+        assert result.response
+        self.assertEqual(result.response["object"], "chat.completion")
+
+    def test_instances_by_hand(self) -> None:
+        router = PDRouter(SchedulerConfig(strategy="round_robin"))
+        nobody = router.route_request(TEXT)
+        self.assertEqual((nobody.success, nobody.status, nobody.instance), (False, 503, None))
+        for role, each in (
+            (InstanceRole.PREFILL, self.fleet["prefill-1"]),
+            (InstanceRole.DECODE, self.fleet["decode-0"]),
+            (InstanceRole.DECODE, self.fleet["decode-1"]),
+        ):
+            router.register_instance(
+                PDInstance(instance_id=each.id, role=role, host=each.host, port=each.port)
+            )
+        self.assertEqual(router.run_health_checks(), {"prefill-1": True, "decode-0": True, "decode-1": True})
+        router.drain_instance("decode-0")
+        router.unregister_instance("prefill-1")
+        for _ in range(2):
+            result = router.route_request(TEXT)
+            assert result.instance
+            self.assertEqual((result.instance.instance_id, result.prefill_instance), ("decode-1", None))
+        self.assertEqual(router.run_health_checks(), {"decode-0": False, "decode-1": True})
+
+    def test_health_checks_fill_in_what_the_strategies_read(self) -> None:
+        router = self.router()
+        self.assertEqual(set(router.run_health_checks().values()), {True})
+        self.assertTrue(all(endpoint.metrics is not None for endpoint in router.registry))
+
+
+class RefusalsTest(FleetCase):
+    def test_what_vllm_refuses_is_its_own_answer(self) -> None:
+        result = self.router().route_request({**TEXT, "model": "no-such-model"})
+        self.assertEqual((result.success, result.status), (False, 404))
+        self.assertIn("no-such-model", str(result.error))
+
+    def test_a_stream_is_not_for_this_method(self) -> None:
+        result = self.router().route_request({**TEXT, "stream": True})
+        self.assertEqual((result.success, result.status), (False, 400))
+        self.assertIn("stream", str(result.error))
+
+    def test_what_is_no_json(self) -> None:
+        endless: dict[str, Any] = {"prompt": "x"}
+        endless["self"] = endless
+        for body in ({"prompt": object()}, {"prompt": "\ud800"}, endless):
+            result = self.router().route_request(body)
+            self.assertEqual((result.success, result.status), (False, 400))
+            self.assertIn("cannot be written as JSON", str(result.error))
+
+    def test_a_clients_hand_off_does_not_pass(self) -> None:
+        result = self.router().route_request({**TEXT, "kv_transfer_params": {"do_remote_prefill": True}})
+        self.assertTrue(result.success, result.error)
+        self.assertTrue(all(instance.alive for instance in self.fleet.instances))
+
+
+class FailuresTest(unittest.TestCase):
+    """Instances that die; a fleet of their own."""
+
+    def test_what_is_dead_is_not_asked_and_what_dies_is_replaced(self) -> None:
+        with Fleet(1, 2, profile=EngineProfile.instant()) as fleet:
+            router = PDRouter(SchedulerConfig.model_validate({**fleet.config(), "strategy": "round_robin"}))
+            self.assertTrue(router.route_request(TEXT).success)
+            fleet.kill("decode-1")  # the router does not know of it yet, and it is its turn
+            result = router.route_request(TEXT)
+            self.assertTrue(result.success, result.error)
+            assert result.instance
+            self.assertEqual(result.instance.instance_id, "decode-0")
+            fleet.kill("prefill-0")
+            result = router.route_request(TEXT)
+            self.assertTrue(result.success, result.error)
+            self.assertIsNone(result.prefill_instance)
+            fleet.kill("decode-0")
+            result = router.route_request(TEXT)
+            self.assertFalse(result.success)
+            self.assertTrue(result.error)
+            self.assertEqual(sum(endpoint.in_flight for endpoint in router.registry), 0)
+            router.run_health_checks()
+            self.assertEqual(set(router.run_health_checks().values()), {False}, "unhealthy_threshold is 2")
+
+
+if __name__ == "__main__":
+    unittest.main()
