@@ -266,7 +266,8 @@ def read_problem(detail: Any) -> str:
     if kind == "value_error":
         return f"{path}: {context['error']}" if path else str(context["error"])
     message = str(detail["msg"]).removeprefix("Input should be ")
-    return f"{path}: must be {message}" if message != detail["msg"] else f"{path}: {message}"
+    found = f"must be {message}" if message != detail["msg"] else message
+    return f"{path}: {found}" if path else found
 
 
 def _closest(key: str, model: type[BaseModel] | None) -> str:
