@@ -78,7 +78,8 @@ class AdminServer:
     async def _authenticated(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self._token is not None and request.path not in _OPEN_PATHS:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._token.encode()):
+            sent = given.encode(errors="surrogateescape")  # a header may hold any bytes
+            if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._token.encode()):
                 return _error(401, "this needs the admin token: Authorization: Bearer …")
         return await handler(request)
 
