@@ -211,6 +211,12 @@ class Client:
         found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")
         return found
 
+    async def request_of(self, answer: Answer) -> dict[str, Any]:
+        """Return the request that the decode instance which gave an answer got for it."""
+        number = answer.headers["x-request-id"]
+        seen = await self.seen(answer.headers["x-pd-decode"])
+        return next(each for each in reversed(seen) if _header(each, "x-request-id") == number)
+
     async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
         """Return the requests that came after the one with this number."""
         return [each for each in await self.seen(instance_id) if each["number"] > number]
@@ -275,6 +281,10 @@ class Answer:
         else:
             chunks = [self.json]
         return "".join(_text(choice) for chunk in chunks for choice in chunk["choices"])
+
+
+def _header(seen: dict[str, Any], name: str) -> str | None:
+    return next((value for key, value in seen["headers"].items() if key.lower() == name), None)
 
 
 def _text(choice: dict[str, Any]) -> str:

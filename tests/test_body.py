@@ -97,7 +97,7 @@ class SplicingTest(unittest.TestCase):
         raw = (space + json.dumps(document, **layout) + space).encode()
         body = JsonBody.parse(raw)
         self.assertFalse(body.stripped)
-        sent, at = NixlConnector().decode_body(body, HANDOFF)
+        sent, _ = NixlConnector().decode_body(body, HANDOFF)
         self.assertEqual(json.loads(sent), {**document, HANDOFF_KEY: PARAMS})
         self.assertEqual(list(json.loads(sent))[-1], HANDOFF_KEY)
         self.assertTrue(sent.startswith(raw.rstrip()[:-1]), "the client's own bytes, unchanged")

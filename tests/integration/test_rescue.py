@@ -31,7 +31,7 @@ async def test_another_decode_instance_answers(
         answer = await client.post(path, body)
         assert answer.text == expected
         assert answer.headers["x-pd-decode"] == "decode-1"
-        seen = (await client.seen("decode-1"))[-1]
+        seen = await client.request_of(answer)
         if "x-pd-prefill" in answer.headers:
             assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
         else:
