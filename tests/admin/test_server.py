@@ -1,0 +1,277 @@
+"""The admin interface over HTTP."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp.test_utils import TestClient, TestServer
+
+from vllm_pd_scheduler.admin import AdminServer
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.router import PDRouter
+
+NEW: dict[str, Any] = {"id": "d1", "role": "decode", "host": "10.0.0.3", "port": 8201}
+
+
+class Admin:
+    """A router and its admin interface."""
+
+    def __init__(self, **config: Any) -> None:
+        self.router = PDRouter(SchedulerConfig(**config))
+        for name, role, port in (("p0", InstanceRole.PREFILL, 8100), ("d0", InstanceRole.DECODE, 8200)):
+            self.router.register_instance(PDInstance(name, role, "10.0.0.1", port, "sk-secret"))
+        self.ready = True
+        self.client: TestClient[Any, Any]
+
+    async def serve(self, token: str | None = None) -> None:
+        server = AdminServer(self.router, is_ready=lambda: self.ready, token=token)
+        self.client = TestClient(TestServer(server.application()))
+        await self.client.start_server()
+
+    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        async with self.client.request(method, path, data=data, headers=headers) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if response.content_type == "application/json" else text
+
+    def healthy(self, *names: str) -> None:
+        for name in names:
+            self.router.registry.probed(self.router.registry.get(name), None)
+
+
+@pytest_asyncio.fixture
+async def admin() -> AsyncIterator[Admin]:
+    found = Admin()
+    await found.serve()
+    yield found
+    await found.client.close()
+
+
+class TestInstances:
+    async def test_one(self, admin: Admin) -> None:
+        admin.healthy("d0")
+        endpoint = admin.router.registry.get("d0")
+        admin.router.registry.scraped(endpoint, MetricsSnapshot(0.0, 3.0, 2.0, 0.5, 0.02), 0)
+        admin.router.registry.reserve(endpoint)
+        status, body = await admin.ask("GET", "/instances/d0")
+        assert status == 200
+        expected = {
+            "id": "d0",
+            "role": "decode",
+            "host": "10.0.0.1",
+            "port": 8200,
+            "address": "10.0.0.1:8200",
+            "state": "healthy",
+            "reason": None,
+            "in_flight": 1,
+            "waiting": 3.0,
+            "requests": 6.0,
+            "kv_cache_usage": 0.5,
+            "latency": 0.02,
+        }
+        assert {key: body[key] for key in expected} == expected
+
+    async def test_all_or_those_of_a_role(self, admin: Admin) -> None:
+        async def ids(query: str = "") -> list[str]:
+            status, body = await admin.ask("GET", f"/instances{query}")
+            assert status == 200
+            return [each["id"] for each in body["instances"]]
+
+        assert await ids() == ["p0", "d0"]
+        assert await ids("?role=prefill") == ["p0"]
+        assert await ids("?role=decode") == ["d0"]
+        assert (await admin.ask("GET", "/instances?role=both"))[0] == 400
+
+    async def test_no_key_is_shown(self, admin: Admin) -> None:
+        for path in ("/instances", "/instances/d0", "/metrics"):
+            assert "sk-secret" not in str(await admin.ask("GET", path))
+
+    async def test_add_drain_remove(self, admin: Admin) -> None:
+        status, body = await admin.ask("POST", "/instances", NEW)
+        assert (status, body["id"], body["state"]) == (201, "d1", "starting")
+        assert body["reason"] == "not probed yet"
+        admin.healthy("d1")
+        status, body = await admin.ask("POST", "/instances/d1/drain")
+        assert (status, body["state"]) == (202, "draining")
+        assert admin.router.registry.routable(InstanceRole.DECODE) == ()
+        assert await admin.ask("DELETE", "/instances/d1") == (204, "")
+        assert (await admin.ask("GET", "/instances/d1"))[0] == 404
+
+    async def test_doubles(self, admin: Admin) -> None:
+        assert await admin.ask("POST", "/instances", {**NEW, "id": "d0"}) == (
+            409,
+            {"error": "the id 'd0' is taken"},
+        )
+        status, body = await admin.ask("POST", "/instances", {**NEW, "host": "10.0.0.1", "port": 8200})
+        assert (status, body["error"]) == (409, "10.0.0.1:8200 is already the decode instance 'd0'")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"role": "both"}, "role: must be 'prefill' or 'decode'"),
+            ({"role": None}, "role: must be a valid string"),
+            ({"port": 0}, "port: must be greater than or equal to 1"),
+            ({"port": "80"}, "port: must be a valid integer"),
+            ({"host": "http://h"}, "host: must be an IP address or a DNS name, without scheme or port"),
+            ({"id": "../x"}, "id: "),
+            ({"weight": 5}, "weight: unknown key"),
+            (
+                {"api_key": {"env": "PD_TEST_NOT_SET"}},
+                "api_key: environment variable PD_TEST_NOT_SET is not set",
+            ),
+            ({"api_key": "sk-inline"}, "api_key: must be"),
+        ],
+    )
+    async def test_what_cannot_be_added(self, admin: Admin, change: dict[str, Any], message: str) -> None:
+        status, body = await admin.ask("POST", "/instances", {**NEW, **change})
+        assert status == 400
+        assert body["error"].startswith(message)
+        assert "sk-inline" not in body["error"]
+        assert len(admin.router.get_instances()) == 2
+
+    async def test_everything_that_is_wrong_is_said_at_once(self, admin: Admin) -> None:
+        status, body = await admin.ask("POST", "/instances", {"id": "d1", "port": 0})
+        assert status == 400
+        keys = {problem.split(":")[0] for problem in body["error"].split("; ")}
+        assert keys == {"host", "port", "role"}
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b'"d1"', b"null"])
+    async def test_bodies_that_are_none(self, admin: Admin, body: bytes) -> None:
+        for method, path in (("POST", "/instances"), ("PUT", "/strategy")):
+            status, answer = await admin.ask(method, path, body)
+            assert status == 400
+            assert answer["error"]
+            assert not answer["error"].startswith(":"), "a path before the colon, or none"
+
+    async def test_a_key_from_the_environment(self, admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PD_TEST_KEY", "sk-other")
+        status, body = await admin.ask("POST", "/instances", {**NEW, "api_key": {"env": "PD_TEST_KEY"}})
+        assert status == 201
+        assert "sk-other" not in str(body)
+        assert admin.router.registry.get("d1").instance.api_key == "sk-other"
+
+    async def test_unknown_ids(self, admin: Admin) -> None:
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/drain")):
+            status, body = await admin.ask(method, f"/instances/nobody{path}")
+            assert (status, body) == (404, {"error": "no instance has the id 'nobody'"})
+
+
+class TestStrategy:
+    async def test_read_and_change(self, admin: Admin) -> None:
+        status, body = await admin.ask("GET", "/strategy")
+        assert (status, body["strategy"]) == (200, "least_load")
+        assert body["available"][:3] == ["round_robin", "least_load", "weighted"]
+        status, body = await admin.ask("PUT", "/strategy", {"strategy": "weighted"})
+        assert (status, body["strategy"]) == (200, "weighted")
+        assert admin.router.scheduler.strategy_name == "weighted"
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"strategy": "fastest"},
+            {"strategy": 5},
+            {},
+            {"strategy": "weighted", "more": 1},
+            {"strategy": "vllm_pd_scheduler.strategies.weighted:Weighted"},
+        ],
+    )
+    async def test_what_it_cannot_be(self, admin: Admin, body: dict[str, Any]) -> None:
+        status, answer = await admin.ask("PUT", "/strategy", body)
+        assert status == 400
+        assert answer["error"]
+        assert admin.router.scheduler.strategy_name == "least_load"
+
+    async def test_a_dotted_path_of_the_configuration(self) -> None:
+        name = "vllm_pd_scheduler.strategies.weighted:Weighted"
+        admin = Admin(strategy=name)
+        await admin.serve()
+        assert (await admin.ask("PUT", "/strategy", {"strategy": "round_robin"}))[0] == 200
+        status, body = await admin.ask("PUT", "/strategy", {"strategy": name})
+        assert (status, body["strategy"]) == (200, name)
+        await admin.client.close()
+
+
+class TestProbes:
+    async def test_alive_and_ready(self, admin: Admin) -> None:
+        assert await admin.ask("GET", "/healthz") == (200, {"status": "ok"})
+        assert await admin.ask("GET", "/readyz") == (503, {"error": "no decode instance can serve"})
+        admin.healthy("d0")
+        assert await admin.ask("GET", "/readyz") == (200, {"status": "ready"})
+        admin.ready = False
+        assert await admin.ask("GET", "/readyz") == (503, {"error": "draining"})
+        assert await admin.ask("GET", "/healthz") == (200, {"status": "ok"})
+
+    async def test_metrics(self, admin: Admin) -> None:
+        status, page = await admin.ask("GET", "/metrics")
+        assert status == 200
+        assert 'pd_instance_state{instance="d0",role="decode",state="starting"} 1.0' in page
+
+
+class TestToken:
+    @pytest_asyncio.fixture
+    async def guarded(self) -> AsyncIterator[Admin]:
+        found = Admin()
+        await found.serve(token="s3cret-ü")
+        yield found
+        await found.client.close()
+
+    async def test_needed_for_all_but_the_probes(self, guarded: Admin) -> None:
+        calls = [("GET", "/strategy"), ("PUT", "/strategy"), ("GET", "/instances"), ("POST", "/instances")]
+        calls += [("GET", "/instances/d0"), ("DELETE", "/instances/d0"), ("POST", "/instances/d0/drain")]
+        calls += [("GET", "/metrics"), ("GET", "/nowhere"), ("GET", "/healthz/")]
+        for method, path in calls:
+            status, body = await guarded.ask(method, path)
+            assert (status, body["error"][:10]) == (401, "this needs"), path
+        assert len(guarded.router.get_instances()) == 2
+        assert (await guarded.ask("GET", "/healthz"))[0] == 200
+        assert (await guarded.ask("GET", "/readyz"))[0] == 503
+
+    async def test_given(self, guarded: Admin) -> None:
+        for value in ("Bearer s3cret-ü", "bearer s3cret-ü"):
+            assert (await guarded.ask("GET", "/strategy", authorization=value))[0] == 200
+
+    @pytest.mark.parametrize(
+        "value", ["", "Bearer", "Bearer ", "Bearer s3cret", "s3cret-ü", "Basic s3cret-ü", "Bearer s3cret-ü2"]
+    )
+    async def test_wrong(self, guarded: Admin, value: str) -> None:
+        assert (await guarded.ask("GET", "/strategy", authorization=value))[0] == 401
+
+    async def test_bytes_that_are_no_text(self, guarded: Admin) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", guarded.client.port)
+        writer.write(b"GET /strategy HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        assert b" 401 " in await reader.readline()
+        writer.close()
+
+
+class TestShell:
+    async def test_errors_are_json(self, admin: Admin) -> None:
+        assert await admin.ask("GET", "/nowhere") == (404, {"error": "GET /nowhere: Not Found"})
+        async with admin.client.request("PATCH", "/strategy") as response:
+            assert response.status == 405
+            assert response.headers["allow"] == "GET,HEAD,PUT"
+            assert await response.json() == {"error": "PATCH /strategy: Method Not Allowed"}
+
+    async def test_a_body_without_end(self, admin: Admin) -> None:
+        status, body = await admin.ask("POST", "/instances", b" " * (2 << 20))
+        assert (status, list(body)) == (413, ["error"])
+
+    async def test_start_and_stop(self, unused_tcp_port: int) -> None:
+        server = AdminServer(PDRouter(SchedulerConfig()), is_ready=lambda: True)
+        other = AdminServer(PDRouter(SchedulerConfig()), is_ready=lambda: True)
+        await server.start("127.0.0.1", unused_tcp_port)
+        try:
+            url = f"http://127.0.0.1:{unused_tcp_port}/healthz"
+            async with aiohttp.ClientSession() as session, session.get(url) as response:
+                assert response.status == 200
+            with pytest.raises(OSError, match="in use"):
+                await other.start("127.0.0.1", unused_tcp_port)
+        finally:
+            await server.stop()
+            await other.stop()
+        with pytest.raises(OSError, match="Connect call failed"):
+            await asyncio.open_connection("127.0.0.1", unused_tcp_port)
