@@ -174,6 +174,15 @@ class StrippingTest(unittest.TestCase):
             json.loads(NixlConnector().decode_body(body, HANDOFF)[0]), {**document, HANDOFF_KEY: PARAMS}
         )
 
+    def test_each_letter_alone_can_be_escaped(self) -> None:
+        for position, letter in enumerate(HANDOFF_KEY):
+            for form in ("\\u{:04x}", "\\u{:04X}"):
+                name = HANDOFF_KEY[:position] + form.format(ord(letter)) + HANDOFF_KEY[position + 1 :]
+                with self.subTest(name):
+                    raw = f'{{"a": [{{"{name}": 1}}]}}'.encode()
+                    self.assertEqual(JsonBody.parse(raw).raw, b'{"a":[{}]}')
+                    self.assertEqual(strip_handoff(raw), b'{"a":[{}]}')
+
     def test_the_key_as_text_is_no_key(self) -> None:
         for raw in (
             b'{"prompt": "what is kv_transfer_params?"}',

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from pydantic import ValidationError
+
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, is_loopback, load_config, parse_config
 from vllm_pd_scheduler.models import InstanceRole
 
@@ -354,6 +356,11 @@ class SecretsTest(Case):
                 parse_config(raw)
             error: BaseException | None = caught.exception
             self.assertNotIn(SECRET, str(error) + repr(error))
+
+    def test_nor_in_pydantics_own(self) -> None:
+        with self.assertRaises(ValidationError) as caught:
+            SchedulerConfig.model_validate({"api_key": SECRET})
+        self.assertNotIn(SECRET, str(caught.exception))
 
     def test_an_open_admin_port_needs_a_token(self) -> None:
         for host in ("0.0.0.0", "::", "10.1.2.3", "scheduler.local", ""):
