@@ -71,6 +71,11 @@ class Endpoint:
         return self.state is InstanceState.HEALTHY and self.address is not None
 
     @property
+    def drained(self) -> bool:
+        """Whether it is draining and nothing that we sent, or that waits to be fetched, is left on it."""
+        return self.draining and not self.in_flight and not self.pending_handoffs
+
+    @property
     def on_trial(self) -> bool:
         """Whether it was ejected and its one trial request runs: nothing else goes there meanwhile."""
         return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
@@ -177,6 +182,14 @@ class Registry:
         endpoint = self.get(instance_id)
         if not endpoint.draining:
             endpoint.draining = True
+            self._changed()
+        return endpoint
+
+    def undrain(self, instance_id: str) -> Endpoint:
+        """Let an instance take requests again, as soon as its health allows."""
+        endpoint = self.get(instance_id)
+        if endpoint.draining:
+            endpoint.draining = False
             self._changed()
         return endpoint
 

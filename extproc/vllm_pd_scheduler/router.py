@@ -114,6 +114,10 @@ class PDRouter:
         """Send an instance nothing new; raises :exc:`~vllm_pd_scheduler.registry.UnknownInstance`."""
         self.registry.drain(instance_id)
 
+    def undrain_instance(self, instance_id: str) -> None:
+        """Undo a drain; raises :exc:`~vllm_pd_scheduler.registry.UnknownInstance`."""
+        self.registry.undrain(instance_id)
+
     def get_instances(self, role: InstanceRole | None = None) -> list[PDInstance]:
         """Return the registered instances, or those of one role."""
         return [endpoint.instance for endpoint in self.registry.endpoints(role)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
@@ -20,6 +22,12 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+DRAIN_POLL_S = 0.05
+"""How often a call that waits for a drain looks whether it is over, in seconds."""
+
+SHUTDOWN_S = 1.0
+"""How long calls that still run (they wait for a drain) may take to end when the server stops."""
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Answered without the token: probes of Kubernetes have none, and they tell nothing."""
@@ -59,13 +67,14 @@ class AdminServer:
                 web.get("/instances/{id}", self._get_instance),
                 web.delete("/instances/{id}", self._remove_instance),
                 web.post("/instances/{id}/drain", self._drain_instance),
+                web.post("/instances/{id}/undrain", self._undrain_instance),
             ]
         )
         return app
 
     async def start(self, host: str, port: int) -> None:
         """Listen; raises :exc:`OSError` if the port is taken."""
-        self._runner = web.AppRunner(self.application(), access_log=None)
+        self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
 
@@ -149,10 +158,31 @@ class AdminServer:
         return web.Response(status=204)
 
     async def _drain_instance(self, request: web.Request) -> web.Response:
+        wait = request.query.get("wait", "false")
+        if wait not in ("true", "false"):
+            raise _Problem(400, "wait: must be 'true' or 'false'")
         endpoint = self._endpoint(request)
         self._router.drain_instance(endpoint.id)
         log.info("%s is draining", endpoint.id)
-        return web.json_response(_describe(endpoint), status=202)
+        if wait == "false":
+            return web.json_response(_describe(endpoint), status=202)
+        await self._wait_for_drain(endpoint)
+        remaining = {"in_flight": endpoint.in_flight, "pending_handoffs": endpoint.pending_handoffs}
+        left = {} if endpoint.drained else {"remaining": remaining}
+        return web.json_response({**_describe(endpoint), **left})
+
+    async def _wait_for_drain(self, endpoint: Endpoint) -> None:
+        """Return when an endpoint is drained, is not draining any more, or ``drain_timeout`` has passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._router.config.drain_timeout):
+                while endpoint.draining and not endpoint.drained:  # noqa: ASYNC110 - its end is no event
+                    await asyncio.sleep(DRAIN_POLL_S)
+
+    async def _undrain_instance(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        self._router.undrain_instance(endpoint.id)
+        log.info("%s is draining no more", endpoint.id)
+        return web.json_response(_describe(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
         try:
@@ -176,6 +206,8 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "state": endpoint.state,
         "reason": endpoint.reason or None,
         "in_flight": endpoint.in_flight,
+        "pending_handoffs": endpoint.pending_handoffs,
+        "drained": endpoint.drained,
         "waiting": endpoint.waiting,
         "requests": endpoint.requests,
         "kv_cache_usage": metrics.kv_usage if metrics else None,

@@ -1,0 +1,171 @@
+"""Draining over the admin interface: what a call waits for, what it tells, and how to undo it."""
+
+import asyncio
+import unittest
+from typing import Any
+
+from aiohttp.test_utils import TestClient, TestServer
+
+from vllm_pd_scheduler.admin import AdminServer
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
+from vllm_pd_scheduler.registry import Endpoint, UnknownInstance
+from vllm_pd_scheduler.router import PDRouter
+
+P, D = InstanceRole.PREFILL, InstanceRole.DECODE
+
+
+def fleet(drain_timeout: float = 10.0) -> PDRouter:
+    """A router of a prefill and two decode instances that can serve."""
+    router = PDRouter(SchedulerConfig(drain_timeout=drain_timeout))
+    for port, (name, role) in enumerate((("p0", P), ("d0", D), ("d1", D)), 8000):
+        router.register_instance(PDInstance(name, role, "10.0.0.1", port))
+        router.registry.probed(router.registry.get(name), None)
+    return router
+
+
+class UndrainTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.router = fleet()
+        self.registry = self.router.registry
+        self.endpoint = self.registry.get("d0")
+
+    def test_it_takes_requests_again(self) -> None:
+        self.router.drain_instance("d0")
+        self.router.undrain_instance("d0")
+        self.assertIs(self.endpoint.state, InstanceState.HEALTHY)
+        self.assertIn(self.endpoint, self.registry.routable(D))
+
+    def test_only_when_its_health_allows(self) -> None:
+        self.router.drain_instance("d0")
+        for _ in range(2):
+            self.registry.probed(self.endpoint, "connection refused")
+        self.router.undrain_instance("d0")
+        self.assertIs(self.endpoint.state, InstanceState.UNHEALTHY)
+        self.assertNotIn(self.endpoint, self.registry.routable(D))
+
+    def test_listeners_hear_of_changes_only(self) -> None:
+        changes: list[bool] = []
+        self.registry.subscribe(lambda: changes.append(self.endpoint.draining))
+        for call in (
+            self.registry.undrain,
+            self.registry.drain,
+            self.registry.undrain,
+            self.registry.undrain,
+        ):
+            call("d0")
+        self.assertEqual(changes, [True, False])
+
+    def test_an_unknown_id(self) -> None:
+        with self.assertRaises(UnknownInstance):
+            self.router.undrain_instance("nobody")
+
+    def test_drained_is_when_nothing_is_left(self) -> None:
+        endpoint = self.registry.get("p0")
+        self.assertFalse(endpoint.drained, "idle, but not draining")
+        reservation = self.registry.reserve(endpoint)
+        self.registry.drain("p0")
+        self.assertFalse(endpoint.drained)
+        reservation.release()
+        self.assertTrue(endpoint.drained)
+        endpoint.pending_handoffs = 1
+        self.assertFalse(endpoint.drained)
+
+
+class DrainCallTest(unittest.IsolatedAsyncioTestCase):
+    async def serve(self, drain_timeout: float = 10.0) -> None:
+        self.router = fleet(drain_timeout)
+        self.registry = self.router.registry
+        server = TestServer(AdminServer(self.router, is_ready=lambda: True).application())
+        self.client: TestClient[Any, Any] = TestClient(server)
+        await self.client.start_server()
+        self.addAsyncCleanup(self.client.close)
+
+    async def ask(self, method: str, path: str) -> tuple[int, Any]:
+        async with self.client.request(method, path) as response:
+            return response.status, await response.json()
+
+    async def start_drain(self, endpoint: Endpoint) -> asyncio.Future[tuple[int, Any]]:
+        """Start a call that waits, and return when the instance is draining."""
+        call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true"))
+        async with asyncio.timeout(5):
+            while not endpoint.draining:
+                await asyncio.sleep(0)
+        return call
+
+    async def test_without_wait_it_answers_at_once(self) -> None:
+        await self.serve()
+        self.registry.reserve(self.registry.get("d0"))
+        for query in ("", "?wait=false"):
+            status, found = await self.ask("POST", f"/instances/d0/drain{query}")
+            self.assertEqual((status, found["state"], found["drained"]), (202, "draining", False))
+
+    async def test_it_waits_for_its_own_requests_only(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("d0")
+        mine = self.registry.reserve(endpoint)
+        self.registry.reserve(self.registry.get("d1"))
+        call = await self.start_drain(endpoint)
+        self.assertFalse((await self.ask("GET", "/instances/d0"))[1]["drained"])
+        self.assertFalse(call.done())
+        mine.release()
+        status, found = await asyncio.wait_for(call, 5)
+        self.assertEqual((status, found["id"], found["drained"]), (200, "d0", True))
+        self.assertNotIn("remaining", found)
+        self.assertTrue((await self.ask("GET", "/instances/d0"))[1]["drained"])
+
+    async def test_a_prefill_instance_waits_for_its_hand_offs(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("p0")
+        endpoint.pending_handoffs = 1
+        call = await self.start_drain(endpoint)
+        _, found = await self.ask("GET", "/instances?role=prefill")
+        shown = found["instances"][0]
+        self.assertEqual((shown["pending_handoffs"], shown["drained"]), (1, False))
+        self.assertFalse(call.done())
+        endpoint.pending_handoffs = 0
+        status, found = await asyncio.wait_for(call, 5)
+        self.assertEqual((status, found["drained"], found["pending_handoffs"]), (200, True, 0))
+
+    async def test_what_remains_after_the_timeout(self) -> None:
+        for drain_timeout in (0.0, 0.05):
+            with self.subTest(drain_timeout=drain_timeout):
+                await self.serve(drain_timeout)
+                endpoint = self.registry.get("p0")
+                self.registry.reserve(endpoint)
+                endpoint.pending_handoffs = 2
+                status, found = await self.ask("POST", "/instances/p0/drain?wait=true")
+                self.assertEqual((status, found["drained"]), (200, False))
+                self.assertEqual(found["remaining"], {"in_flight": 1, "pending_handoffs": 2})
+
+    async def test_undrain_ends_the_wait(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("d0")
+        self.registry.reserve(endpoint)
+        call = await self.start_drain(endpoint)
+        status, found = await self.ask("POST", "/instances/d0/undrain")
+        self.assertEqual((status, found["state"], found["drained"]), (200, "healthy", False))
+        status, found = await asyncio.wait_for(call, 5)
+        self.assertEqual((status, found["drained"]), (200, False))
+        self.assertEqual(found["remaining"]["in_flight"], 1)
+
+    async def test_an_instance_that_is_removed_meanwhile_is_waited_for(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("d0")
+        reservation = self.registry.reserve(endpoint)
+        call = await self.start_drain(endpoint)
+        self.router.unregister_instance("d0")
+        self.assertFalse(call.done())
+        reservation.release()
+        self.assertTrue((await asyncio.wait_for(call, 5))[1]["drained"])
+
+    async def test_bad_calls(self) -> None:
+        await self.serve()
+        self.assertEqual(
+            await self.ask("POST", "/instances/d0/drain?wait=yes"),
+            (400, {"error": "wait: must be 'true' or 'false'"}),
+        )
+        self.assertFalse(self.registry.get("d0").draining)
+        for path in ("drain?wait=true", "undrain"):
+            status, found = await self.ask("POST", f"/instances/nobody/{path}")
+            self.assertEqual((status, found), (404, {"error": "no instance has the id 'nobody'"}))
