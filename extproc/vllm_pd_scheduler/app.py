@@ -106,6 +106,7 @@ class App:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),
+                ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every second to find out if we hang
             ]
         )
         discovery = EndpointDiscovery(self.router.registry)

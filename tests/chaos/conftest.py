@@ -1,0 +1,57 @@
+"""A simulated fleet that takes its time, and everything in front of it as processes that can be killed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from tests.integration.conftest import ready
+from tests.processes import Client, Process, Stack, spawned, until
+from vllm_pd_scheduler.sim.fleet import Fleet
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with Fleet(2, 2, arguments=["--decode-base=0.01", "--step-overhead=0.001"]) as running:
+        yield running
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return Stack(tmp_path)
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    """Settings of the scheduler; a test module may override them."""
+    return {"strategy": "round_robin", "decode_first_byte_timeout": 1.0, "prefill_timeout": 1.0}
+
+
+@pytest.fixture
+def scheduler_and_envoy(
+    stack: Stack, fleet: Fleet, settings: dict[str, object]
+) -> Iterator[tuple[Process, Process]]:
+    """The scheduler and Envoy as two processes, neither of which ends the other."""
+    config = {**settings, **fleet.config()}
+    with spawned(stack.serve(config)) as scheduler, spawned(stack.envoy()) as envoy:
+        yield scheduler, envoy
+
+
+@pytest_asyncio.fixture
+async def client(
+    stack: Stack, fleet: Fleet, scheduler_and_envoy: tuple[Process, Process]
+) -> AsyncIterator[Client]:
+    timeout = aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        client = Client(session, stack, fleet)
+        await ready(client, scheduler_and_envoy[1])
+
+        async def split() -> bool:
+            return "x-pd-prefill" in (await client.complete()).headers
+
+        await until(split)  # Envoy's check of the scheduler has succeeded
+        yield client

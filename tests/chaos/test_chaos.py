@@ -1,0 +1,173 @@
+"""One test for each row of the table in docs/reliability.md."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import aiohttp
+import pytest
+
+from tests.chaos.load import load
+from tests.processes import Client, Process, Stack, spawned, until
+from vllm_pd_scheduler.sim.fleet import Fleet
+
+LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+
+async def _metric(client: Client, line: str) -> float:
+    _, page = await client.admin("GET", "/metrics")
+    return sum(float(each.rsplit(" ", 1)[1]) for each in page.splitlines() if each.startswith(line))
+
+
+async def _serving_again(client: Client, header: str, name: str) -> float:
+    async def serving() -> bool:
+        return (await client.complete()).headers.get(header) == name
+
+    return await until(serving)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_killed_instance(client: Client, role: str, stream: bool) -> None:
+    """Nobody notices, but a stream that the killed decode instance was writing; it is back within 2 s."""
+    victim = f"{role}-1"
+    async with load(client, stream=stream) as seen:
+        await seen.more()
+        client.fleet.kill(victim)
+        await seen.more(100)
+        client.fleet.restart(victim)
+        assert await _serving_again(client, f"x-pd-{role}", victim) < 2.0
+    if stream and role == "decode":
+        cut = await _metric(client, f'pd_decode_attempt_failures_total{{decode="{victim}",failure="cut"}}')
+        assert set(seen.errors) <= {"ClientPayloadError"}, "cut, never ended as if complete"
+        assert sum(seen.errors.values()) == cut
+        assert not seen.wrong
+    else:
+        seen.assert_clean()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_hung_instance(client: Client, role: str) -> None:
+    """SIGSTOP: those who wait there get an answer from another one when the limit (1 s here) is over."""
+    victim = f"{role}-1"
+    async with load(client, stream=True) as seen:
+        await seen.more()
+        client.fleet.kill(victim, signal.SIGSTOP)
+
+        async def avoided() -> bool:
+            return (await client.states())[victim] == "unhealthy"
+
+        try:
+            assert await until(avoided) < 4.0
+            await seen.more(50)
+        finally:
+            client.fleet.kill(victim, signal.SIGCONT)
+        assert await _serving_again(client, f"x-pd-{role}", victim) < 5.0
+    if role == "prefill":
+        seen.assert_clean()
+    assert set(seen.errors) <= {"ClientPayloadError", "TimeoutError"}
+    assert not seen.wrong
+    assert seen.slowest < 4.0
+
+
+async def test_killed_scheduler(
+    stack: Stack,
+    client: Client,
+    fleet: Fleet,
+    settings: dict[str, object],
+    scheduler_and_envoy: tuple[Process, Process],
+) -> None:
+    """No client sees an error, running streams go on, and P/D resumes by itself."""
+    scheduler, _ = scheduler_and_envoy
+    url = stack.url + "/v1/completions"
+    async with load(client) as seen, client.session.post(url, json=LONG_STREAM) as response:
+        await response.content.readline()
+        scheduler.signal(signal.SIGKILL)
+        scheduler.wait()
+        await seen.more(100)
+        with spawned(stack.serve({**settings, **fleet.config()})):
+
+            async def split_again() -> bool:
+                return "x-pd-prefill" in (await client.complete()).headers
+
+            await until(split_again)
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await seen.more()
+    seen.assert_clean()
+
+
+async def test_hung_scheduler(client: Client, scheduler_and_envoy: tuple[Process, Process]) -> None:
+    """Envoy's keepalive finds out within 3 s; requests that wait for it go on without it."""
+    scheduler, _ = scheduler_and_envoy
+    async with load(client) as seen:
+        await seen.more()
+        scheduler.signal(signal.SIGSTOP)
+        try:
+            await seen.more(100)
+        finally:
+            scheduler.signal(signal.SIGCONT)
+    seen.assert_clean()
+    assert seen.slowest < 4.0
+
+
+async def test_a_stream_that_is_cut_is_an_error_and_counted(client: Client, stack: Stack) -> None:
+    async with client.session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+        await response.content.readline()
+        name = response.headers["x-pd-decode"]
+        client.fleet.kill(name)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    line = f'pd_decode_attempt_failures_total{{decode="{name}",failure="cut"}}'
+
+    async def counted() -> bool:
+        return await _metric(client, line) == 1
+
+    await until(counted)
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, "killed"])
+async def test_a_hand_off_that_nobody_fetches_is_freed(client: Client, fault: object) -> None:
+    """D fails before it fetched: P's blocks are free long before the lease (30 s) ends."""
+    if isinstance(fault, dict):
+        await client.fault("decode-0", **fault)
+    else:
+        client.fleet.kill("decode-0")
+    answers = [await client.complete(prompt="word " * 400) for _ in range(2)]
+    assert {answer.status for answer in answers} == {200}
+    rescued = [answer for answer in answers if "x-pd-prefill" not in answer.headers]
+    assert len(rescued) == 1, "round robin starts at decode-0 once"
+
+    async def freed() -> bool:
+        stats = [await client.json(each.url + "/_sim/stats") for each in client.fleet.prefill]
+        return all(each["pinned"] == 0 for each in stats)
+
+    start = time.monotonic()
+    await until(freed)
+    assert time.monotonic() - start < 3.0
+
+    async def counted() -> bool:
+        return await _metric(client, "pd_handoffs_unused_total{") == 1
+
+    await until(counted)
+
+
+async def test_an_instance_that_fails_is_ejected_and_returns(client: Client) -> None:
+    """Its /health is fine, its answers are 500: after three in a row it is left out, then tried again."""
+    await client.fault("decode-1", status=500)
+
+    async def ejected() -> bool:
+        assert (await client.complete()).status == 200
+        return (await client.instance("decode-1"))["reason"] == "ejected: decode: status"
+
+    await until(ejected)
+    await client.fault("decode-1")
+    assert await _serving_again(client, "x-pd-decode", "decode-1") < 5.0
+
+
+async def test_never_more_than_half_of_a_role_is_ejected(client: Client) -> None:
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, status=500, paths=["/v1/completions"])
+    for _ in range(12):
+        assert (await client.complete()).status in (500, 200)
+    assert sorted((await client.states()).values()).count("unhealthy") <= 1
