@@ -47,12 +47,8 @@ class UndrainTest(unittest.TestCase):
     def test_listeners_hear_of_changes_only(self) -> None:
         changes: list[bool] = []
         self.registry.subscribe(lambda: changes.append(self.endpoint.draining))
-        for call in (
-            self.registry.undrain,
-            self.registry.drain,
-            self.registry.undrain,
-            self.registry.undrain,
-        ):
+        undrain, drain = self.registry.undrain, self.registry.drain
+        for call in (undrain, drain, undrain, undrain):
             call("d0")
         self.assertEqual(changes, [True, False])
 
@@ -87,10 +83,10 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
 
     async def start_drain(self, endpoint: Endpoint) -> asyncio.Future[tuple[int, Any]]:
         """Start a call that waits, and return when the instance is draining."""
+        draining = asyncio.Event()
+        self.registry.subscribe(draining.set)
         call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true"))
-        async with asyncio.timeout(5):
-            while not endpoint.draining:
-                await asyncio.sleep(0)
+        await asyncio.wait_for(draining.wait(), 5)
         return call
 
     async def test_without_wait_it_answers_at_once(self) -> None:
