@@ -11,7 +11,14 @@ from unittest import mock
 
 from pydantic import ValidationError
 
-from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, is_loopback, load_config, parse_config
+from vllm_pd_scheduler.config import (
+    ConfigError,
+    SchedulerConfig,
+    SecretSource,
+    is_loopback,
+    load_config,
+    parse_config,
+)
 from vllm_pd_scheduler.models import InstanceRole
 
 EXAMPLE = Path(__file__).parents[1] / "scheduler_config.example.json"
@@ -376,3 +383,14 @@ class SecretsTest(Case):
 
 if __name__ == "__main__":
     unittest.main()
+
+
+class SecretTest(unittest.TestCase):
+    def test_a_secret_that_no_header_can_carry(self) -> None:
+        for value in ("two\nlines", "schlüssel", "tab\there"):
+            with (
+                self.subTest(value),
+                mock.patch.dict(os.environ, {"PD_KEY": value}),
+                self.assertRaisesRegex(ValueError, "environment variable PD_KEY holds"),
+            ):
+                SecretSource(env="PD_KEY").read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Coroutine
@@ -83,6 +84,8 @@ def serve(
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
     settings = _load(config)
     if interval is not None:
+        if not math.isfinite(interval):
+            raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
         settings = settings.model_copy(update={"health_check_interval": interval})
     _log_to_stderr(log_level)
     _run(run_serve(settings))

@@ -55,19 +55,20 @@ class SecretSource(_Model):
         return self
 
     def read(self) -> str:
-        """Return the secret; raises :exc:`ValueError` naming the place if there is none."""
+        """Return the secret; raises :exc:`ValueError` naming the place if there is none that can be sent."""
         if self.env is not None:
-            value = os.environ.get(self.env, "")
-            if not value.strip():
-                raise ValueError(f"environment variable {self.env} is not set")
-            return value.strip()
-        try:
-            value = Path(str(self.file)).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not text"
-            raise ValueError(f"secret file {self.file}: {reason}") from None
+            place, value = f"environment variable {self.env}", os.environ.get(self.env, "").strip()
+        else:
+            place = f"secret file {self.file}"
+            try:
+                value = Path(str(self.file)).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "is not text"
+                raise ValueError(f"{place}: {reason}") from None
         if not value:
-            raise ValueError(f"secret file {self.file} is empty")
+            raise ValueError(f"{place} is {'not set' if self.env is not None else 'empty'}")
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError(f"{place} holds more than one line, or characters that no header can carry")
         return value
 
 
@@ -121,6 +122,7 @@ class SchedulerConfig(_Model):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 9003
     admin_token: SecretSource | None = None
+    state_file: Annotated[str, Field(pattern=r"^[^\x00]+$")] | None = None
 
     api_key: SecretSource | None = None
     prefill_instances: list[InstanceConfig] = []
@@ -148,7 +150,7 @@ class SchedulerConfig(_Model):
                 yield role, f"{key}[{index}]", item
 
     def problems(self, listed: Iterable[_Listed] | None = None) -> list[str]:
-        """What only the whole shows: doubles, secrets that cannot be read, an open admin port, no fleet.
+        """What only the whole and its machine show: doubles, unreadable secrets, an open admin port, …
 
         ``listed`` replaces the instances, for a file in which some of them are malformed.
         """
@@ -162,6 +164,7 @@ class SchedulerConfig(_Model):
                 f"admin_token: needed because admin_host {self.admin_host} can be reached from other "
                 'machines; give {"env": NAME} or {"file": PATH}'
             )
+        found += _unusable(self.state_file)
         for role in InstanceRole:
             if not any(role is item_role for item_role, _, _ in items):
                 found.append(
@@ -279,6 +282,19 @@ def _closest(key: str, model: type[BaseModel] | None) -> str:
 def _json_type(value: Any) -> str:
     names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def _unusable(state_file: str | None) -> list[str]:
+    if state_file is None:
+        return []
+    directory = os.path.dirname(os.path.abspath(state_file))
+    if os.path.lexists(state_file) and not os.path.isfile(state_file):
+        return [f"state_file: {state_file} is not a file"]
+    if not os.path.isdir(directory):
+        return [f"state_file: there is no directory {directory}"]
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return [f"state_file: the directory {directory} is not writable"]
+    return []
 
 
 def _unreadable(key: str, source: SecretSource | None) -> list[str]:

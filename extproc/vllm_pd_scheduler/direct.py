@@ -36,7 +36,8 @@ def serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
 async def _check_all(router: PDRouter) -> dict[str, bool]:
     async with open_session() as session:
         await _check(router, session)
-    return {endpoint.id: endpoint.routable for endpoint in router.registry}
+    # A streak means that the probe just made contradicts the state that the thresholds still keep.
+    return {e.id: e.routable and not e.streak for e in router.registry}
 
 
 async def _check(router: PDRouter, session: aiohttp.ClientSession) -> None:

@@ -79,6 +79,7 @@ class HealthMonitor:
             self._telemetry.scrape_failed(endpoint)
             return
         if self._registry.started(endpoint, page.started_at):
+            log.warning("%s was restarted", endpoint.id)
             in_flight = 0
         last = self._scrapes.get(endpoint)
         taken = snapshot(page, last, endpoint.metrics, endpoint.instance.role, self._clock())

@@ -31,6 +31,9 @@ LEASE_SHARE = 0.8
 """Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
 seen: the way of P's answer to us, and D's own queue."""
 
+MAX_TOKENS = 10_000_000
+"""More than any context has: a client that asks for more tokens than this gets no longer limit for it."""
+
 _HANDOFF_IS_FREE = frozenset({Failure.CONNECT, Failure.RESET, Failure.STATUS})
 """How an attempt must have failed for nobody to be fetching its hand-off any more."""
 
@@ -257,9 +260,9 @@ class PDRouter:
         if body.get("stream") is True:
             return limit
         tokens = body.get("max_completion_tokens") or body.get("max_tokens")
-        if not isinstance(tokens, int):
+        if type(tokens) is not int or tokens < 1:
             return None
-        return limit + tokens * self.config.decode_seconds_per_token
+        return limit + min(tokens, MAX_TOKENS) * self.config.decode_seconds_per_token
 
     def attempt_failed(self, attempt: FailedAttempt) -> None:
         """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""
