@@ -8,7 +8,14 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.body import HANDOFF_KEY, MAX_DEPTH, BodyError, JsonBody, strip_handoff
+from vllm_pd_scheduler.body import (
+    HANDOFF_KEY,
+    MAX_DEPTH,
+    MAX_REWRITTEN_BYTES,
+    BodyError,
+    JsonBody,
+    strip_handoff,
+)
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=100)
@@ -232,10 +239,24 @@ class StrippingTest(unittest.TestCase):
 
         key = '{"kv_transfer_params": 1}'
         self.assertEqual(strip_handoff(nested(MAX_DEPTH - 1, key)), nested(MAX_DEPTH - 1, "{}"))
-        for depth in (MAX_DEPTH + 1, 5_000, 200_000):
-            for call in (strip_handoff, JsonBody.parse):
-                with self.subTest(depth=depth, call=call), self.assertRaisesRegex(BodyError, "too deep"):
-                    call(nested(depth, key))
+        for inner in (key, "1", '"x"', "[]"):
+            for depth in (MAX_DEPTH + 1, 300, 5_000, 200_000):
+                for call in (strip_handoff, JsonBody.parse):
+                    with (
+                        self.subTest(depth=depth, call=call),
+                        self.assertRaisesRegex(BodyError, "too deep"),
+                    ):
+                        call(nested(depth, inner))
+        JsonBody.parse(nested(MAX_DEPTH, '"x"'))
+        strip_handoff(b"--boundary" + nested(MAX_DEPTH + 1, "1"))  # no JSON: not for a parser of JSON
+
+    def test_a_large_body_is_not_written_anew(self) -> None:
+        large = b'{"prompt":"' + b"x" * MAX_REWRITTEN_BYTES + b'"'
+        for call in (strip_handoff, JsonBody.parse):
+            call(large + b"}")
+            for key in (b"kv_transfer_params", b"\\u006bv_transfer_params"):
+                with self.assertRaisesRegex(BodyError, "more than 8 MiB"):
+                    call(large + b',"' + key + b'":1}')
 
 
 class RefusalsTest(unittest.TestCase):

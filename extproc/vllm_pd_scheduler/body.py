@@ -15,18 +15,27 @@ from typing import Any
 
 import msgspec
 
+from .nesting import nested_deeper
+
 HANDOFF_KEY = "kv_transfer_params"
 """The field that carries a KV hand-off. Ours to set: a client's own can crash a decode engine."""
 
 MAX_DEPTH = 200
-"""Levels of nesting that are looked into; deeper bodies are refused. Chat requests need about ten."""
+"""Levels of nesting that a body may have; vLLM's own parser recurses. Chat requests need about ten."""
+
+MAX_REWRITTEN_BYTES = 8 << 20
+"""Largest body that is written anew without the key. That takes up to a second, and nothing else runs."""
+
+_TOO_DEEP = f"The request body is nested too deeply: {MAX_DEPTH} levels are allowed."
 
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 # The key can be written with \u escapes for some of its letters, which are all ASCII.
-_MAY_NAME_KEY = re.compile(rb"kv_transfer_params|\\u00(?:5[fF]|6[156bBdDeE]|7[02346])")
+_KEY = HANDOFF_KEY.encode()
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[156bBdDeE]|7[02346])")
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
+_LOOKS_LIKE_JSON = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[\[{]")
 
 
 class BodyError(ValueError):
@@ -52,13 +61,14 @@ class JsonBody:
             raise BodyError("The request has no body; a JSON object is needed.")
         try:
             fields = _decode(body)
-            clean = _without_key(body) if _MAY_NAME_KEY.search(body) else body
+            _check_depth(body)
+            clean = _without_key(body)
             if clean is not body:
                 fields = _decode(clean)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BodyError(f"The request body is not a valid JSON object: {error}") from None
         except RecursionError:
-            raise BodyError("The request body is nested too deeply.") from None
+            raise BodyError(_TOO_DEEP) from None
         return cls(clean, fields, clean is not body)
 
     def get(self, key: str) -> Any:
@@ -100,37 +110,44 @@ class JsonBody:
 def strip_handoff(body: bytes) -> bytes:
     """Return a body of any kind without a hand-off key at any depth; the same object if it has none.
 
-    Raises :exc:`BodyError` for a body that names the key but cannot be read as JSON, and for encodings
-    (UTF-16, UTF-32) in which the key could hide, since vLLM would read those.
+    Raises :exc:`BodyError` for a body that names the key but cannot be read as JSON, for encodings (UTF-16,
+    UTF-32) in which the key could hide, since vLLM would read those, and for JSON that is nested too deeply.
     """
     if b"\0" in body[:4] or body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BodyError("The request body must be UTF-8 text.")
-    return _without_key(body) if _MAY_NAME_KEY.search(body) else body
+    if _LOOKS_LIKE_JSON.match(body):
+        _check_depth(body)
+    return _without_key(body)
+
+
+def _check_depth(body: bytes) -> None:
+    if nested_deeper(body, MAX_DEPTH):
+        raise BodyError(_TOO_DEEP)
 
 
 def _without_key(body: bytes) -> bytes:
     """Drop the key wherever it stands. Python's own ``json`` keeps what vLLM, which uses it, would see."""
+    if _KEY not in body and not _ESCAPED_LETTER.search(body):
+        return body
+    if len(body) > MAX_REWRITTEN_BYTES:
+        limit = f"{MAX_REWRITTEN_BYTES >> 20} MiB"
+        raise BodyError(f"A request body of more than {limit} may not have {HANDOFF_KEY!r}, in any spelling.")
+    found = False
+
+    def drop_key(members: dict[str, Any]) -> dict[str, Any]:
+        nonlocal found
+        if HANDOFF_KEY in members:
+            found = True
+            del members[HANDOFF_KEY]
+        return members
+
     try:
-        document = json.loads(body)
-        found, document = _strip(document, MAX_DEPTH)
+        document = json.loads(body, object_hook=drop_key)
     except RecursionError:
-        raise BodyError("The request body is nested too deeply.") from None
+        raise BodyError(_TOO_DEEP) from None
     except ValueError:
         # vLLM should not be able to read it either, but no spelling of the key rides on that.
-        if HANDOFF_KEY.encode() in _ESCAPE.sub(lambda escape: bytes((int(escape[1], 16),)), body):
+        if _KEY in _ESCAPE.sub(lambda escape: bytes((int(escape[1], 16),)), body):
             raise BodyError(f"The request body names {HANDOFF_KEY!r}, which only the router sets.") from None
         return body
     return json.dumps(document, ensure_ascii=True, separators=(",", ":")).encode() if found else body
-
-
-def _strip(value: Any, depth: int) -> tuple[bool, Any]:
-    if depth < 0:
-        raise RecursionError
-    if isinstance(value, dict):
-        stripped = {key: _strip(item, depth - 1) for key, item in value.items() if key != HANDOFF_KEY}
-        found = len(stripped) != len(value) or any(hit for hit, _ in stripped.values())
-        return found, {key: item for key, (_, item) in stripped.items()}
-    if isinstance(value, list):
-        items = [_strip(item, depth - 1) for item in value]
-        return any(hit for hit, _ in items), [item for _, item in items]
-    return False, value
