@@ -20,6 +20,7 @@ from .prefill import HttpPrefill, open_session
 from .processor import ExtProcService
 from .release import HandoffReleaser
 from .router import PDRouter
+from .state import AdminChanges
 from .xds import EndpointDiscovery
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class App:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.router = PDRouter(config)
+        self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
         self._health = health.aio.HealthServicer()
@@ -61,6 +63,7 @@ class App:
     async def _start(self) -> None:
         """Bring the parts up in the order in which they need each other; readiness comes last."""
         config, router = self.config, self.router
+        self.changes.restore()
         session = await self._stack.enter_async_context(open_session())
         router.prefill_leg = HttpPrefill(session, config.prefill_listener, config.prefill_timeout)
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
@@ -90,7 +93,7 @@ class App:
     async def _start_admin(self) -> None:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
-        admin = AdminServer(self.router, is_ready=lambda: not self.draining, token=token)
+        admin = AdminServer(self.router, self.changes, is_ready=lambda: not self.draining, token=token)
         try:
             await admin.start(config.admin_host, config.admin_port)
         except OSError as error:

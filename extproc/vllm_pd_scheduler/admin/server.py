@@ -13,9 +13,10 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config import InstanceConfig, read_problem
-from ..models import InstanceRole, PDInstance
+from ..models import InstanceRole
 from ..registry import DuplicateInstance, Endpoint, UnknownInstance
 from ..router import PDRouter
+from ..state import AdminChanges, SavedInstance
 from ..strategies import UnknownStrategy, strategy_names
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,16 @@ class _InstanceBody(InstanceConfig):
 class AdminServer:
     """Serves the admin interface of a router. ``token``, if given, is required as a bearer token."""
 
-    def __init__(self, router: PDRouter, *, is_ready: Callable[[], bool], token: str | None = None) -> None:
+    def __init__(
+        self,
+        router: PDRouter,
+        changes: AdminChanges | None = None,
+        *,
+        is_ready: Callable[[], bool],
+        token: str | None = None,
+    ) -> None:
         self._router = router
+        self._changes = changes or AdminChanges(router)
         self._is_ready = is_ready
         self._token = token
         self._runner: web.AppRunner | None = None
@@ -119,6 +128,7 @@ class AdminServer:
             self._router.scheduler.use(body.strategy)
         except UnknownStrategy as error:
             raise _Problem(400, f"strategy: {error}") from None
+        self._changes.save()
         log.info("strategy is %s", body.strategy)
         return await self._get_strategy(request)
 
@@ -136,15 +146,12 @@ class AdminServer:
             role = InstanceRole(body.role)
         except ValueError:
             raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
-        source = body.api_key or self._router.config.api_key
         try:
-            key = source.read() if source else None
-        except ValueError as error:
-            raise _Problem(400, f"api_key: {error}") from None
-        try:
-            self._router.register_instance(PDInstance(body.id, role, body.host, body.port, key))
+            self._changes.add(SavedInstance(**{**dict(body), "role": role}))
         except DuplicateInstance as error:
             raise _Problem(409, str(error)) from None
+        except ValueError as error:
+            raise _Problem(400, f"api_key: {error}") from None
         log.info("%s added", body.id)
         return web.json_response(_describe(self._router.registry.get(body.id)), status=201)
 
@@ -153,7 +160,7 @@ class AdminServer:
 
     async def _remove_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        self._router.unregister_instance(endpoint.id)
+        self._changes.remove(endpoint.id)
         log.info("%s removed", endpoint.id)
         return web.Response(status=204)
 
@@ -163,6 +170,7 @@ class AdminServer:
             raise _Problem(400, "wait: must be 'true' or 'false'")
         endpoint = self._endpoint(request)
         self._router.drain_instance(endpoint.id)
+        self._changes.save()
         log.info("%s is draining", endpoint.id)
         if wait == "false":
             return web.json_response(_describe(endpoint), status=202)
@@ -181,6 +189,7 @@ class AdminServer:
     async def _undrain_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
         self._router.undrain_instance(endpoint.id)
+        self._changes.save()
         log.info("%s is draining no more", endpoint.id)
         return web.json_response(_describe(endpoint))
 
