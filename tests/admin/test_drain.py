@@ -72,7 +72,8 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def serve(self, drain_timeout: float = 10.0) -> None:
         self.router = fleet(drain_timeout)
         self.registry = self.router.registry
-        server = TestServer(AdminServer(self.router, is_ready=lambda: True).application())
+        self.ready = True
+        server = TestServer(AdminServer(self.router, is_ready=lambda: self.ready).application())
         self.client: TestClient[Any, Any] = TestClient(server)
         await self.client.start_server()
         self.addAsyncCleanup(self.client.close)
@@ -144,6 +145,15 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         status, found = await asyncio.wait_for(call, 5)
         self.assertEqual((status, found["drained"]), (200, False))
         self.assertEqual(found["remaining"]["in_flight"], 1)
+
+    async def test_a_scheduler_that_ends_waits_no_more(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("d0")
+        self.registry.reserve(endpoint)
+        call = await self.start_drain(endpoint)
+        self.ready = False
+        status, found = await asyncio.wait_for(call, 5)
+        self.assertEqual((status, found["drained"], found["remaining"]["in_flight"]), (200, False, 1))
 
     async def test_an_instance_that_is_removed_meanwhile_is_waited_for(self) -> None:
         await self.serve()

@@ -180,11 +180,14 @@ class AdminServer:
         return web.json_response({**_describe(endpoint), **left})
 
     async def _wait_for_drain(self, endpoint: Endpoint) -> None:
-        """Return when an endpoint is drained, is not draining any more, or ``drain_timeout`` has passed."""
+        """Return when an endpoint is drained, or cannot be: undrained, ``drain_timeout``, we end ourselves.
+
+        When we end, so does our count: what runs on without us would look as if it had ended.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._router.config.drain_timeout):
-                while endpoint.draining and not endpoint.drained:  # noqa: ASYNC110 - its end is no event
-                    await asyncio.sleep(DRAIN_POLL_S)
+                while endpoint.draining and not endpoint.drained and self._is_ready():  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)  # a request's end is no event to wait for
 
     async def _undrain_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
