@@ -16,7 +16,10 @@ from vllm_pd_scheduler.sim.fleet import Fleet
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
-    with Fleet(2, 2, arguments=["--decode-base=0.01", "--step-overhead=0.001"]) as running:
+    arguments = ["--decode-base=0.01", "--step-overhead=0.001"]
+    # As docs/reliability.md advises for decode: prefill locally when P dies before its blocks were fetched.
+    policy = ["--load-fail-policy=recompute"]
+    with Fleet(2, 2, arguments=arguments, decode_arguments=policy) as running:
         yield running
 
 

@@ -1,0 +1,120 @@
+"""A load at a fixed rate while instances are killed, hung, drained and restarted at random.
+
+``SOAK_SECONDS`` and ``SOAK_RATE`` (requests a second) set its size; the suite has a short one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import aiohttp
+import psutil
+import pytest
+
+from tests.processes import Client, Process, Stack, until
+from vllm_pd_scheduler.sim.fleet import Fleet
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
+RATE = float(os.environ.get("SOAK_RATE", "60"))
+MAX_GROWTH = 64 << 20
+"""What the scheduler's RSS may grow by after the first part of the run, in bytes."""
+
+PROMPTS = [f"Prompt {number} of the soak: where does the cache go?" for number in range(32)]
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0}
+
+
+async def _disturb(client: Client, chance: random.Random, end: float, done: Counter[str]) -> None:
+    """One fault after another, each on one instance and each undone before the next."""
+    while time.monotonic() < end:
+        role = chance.choice(("prefill", "decode"))
+        name = f"{role}-{chance.randrange(2)}"
+        what = chance.choice(("kill", "hang", "drain", "fail"))
+        done[what] += 1
+        if what == "kill":
+            client.fleet.kill(name)
+            await asyncio.sleep(chance.uniform(0.1, 2.0))
+            await asyncio.to_thread(client.fleet.restart, name)
+        elif what == "hang":
+            client.fleet.kill(name, signal.SIGSTOP)
+            await asyncio.sleep(chance.uniform(0.1, 3.0))
+            client.fleet.kill(name, signal.SIGCONT)
+        elif what == "drain":
+            await client.admin("POST", f"/instances/{name}/drain")
+            await asyncio.sleep(chance.uniform(0.1, 1.0))
+            await client.admin("POST", f"/instances/{name}/undrain")
+        else:
+            await client.fault(name, status=chance.choice((500, 503)))
+            await asyncio.sleep(chance.uniform(0.1, 1.0))
+            await client.fault(name)
+        await until(lambda: _all_healthy(client), 20)
+
+
+async def _all_healthy(client: Client) -> bool:
+    return set((await client.states()).values()) == {"healthy"}
+
+
+async def test_soak(
+    client: Client, fleet: Fleet, stack: Stack, scheduler_and_envoy: tuple[Process, Process]
+) -> None:
+    chance = random.Random(20261122)
+    body = {"max_tokens": 8, "ignore_eos": True}
+    expected = [(await client.complete(**body, prompt=prompt)).text for prompt in PROMPTS]
+    results: Counter[str] = Counter()
+    done: Counter[str] = Counter()
+
+    async def one(number: int) -> None:
+        stream = number % 2 == 0
+        try:
+            answer = await client.complete(**body, prompt=PROMPTS[number % 32], stream=stream)
+        except aiohttp.ClientPayloadError:
+            results["cut"] += 1  # a stream whose decode instance died
+            return
+        except (aiohttp.ClientError, TimeoutError) as error:
+            results[f"{type(error).__name__}: {error}"] += 1
+            return
+        if answer.status != 200:
+            results[f"status {answer.status}: {answer.error['message'][:120]}"] += 1
+        elif stream and "error" in answer.events[-1]:
+            results["error event"] += 1
+        elif stream and answer.events[-1] != "[DONE]":
+            results["ended as if complete"] += 1
+        else:
+            results["ok" if answer.text == expected[number % 32] else "wrong text"] += 1
+
+    scheduler = psutil.Process(scheduler_and_envoy[0].process.pid)
+    start = time.monotonic()
+    disturbing = asyncio.ensure_future(_disturb(client, chance, start + SECONDS, done))
+    requests: set[asyncio.Task[None]] = set()
+    baseline = number = 0
+    while time.monotonic() < start + SECONDS:
+        requests.add(task := asyncio.ensure_future(one(number)))
+        task.add_done_callback(requests.discard)
+        number += 1
+        if time.monotonic() < start + SECONDS / 4:
+            baseline = scheduler.memory_info().rss
+        await asyncio.sleep(max(0.0, start + number / RATE - time.monotonic()))
+    await asyncio.gather(disturbing, *requests)
+
+    async def idle() -> bool:
+        return await client.in_flight() == 0
+
+    await until(idle)
+    grown = scheduler.memory_info().rss - baseline
+    print(f"{number} requests, {dict(results)}, faults {dict(done)}, RSS grew by {grown / 2**20:.1f} MiB")
+    assert set(results) <= {"ok", "cut"}, results
+    assert sum(results.values()) == number
+    _, page = await client.admin("GET", "/metrics")
+    cuts = [line for line in page.splitlines() if 'failure="cut"' in line and "_total" in line]
+    assert results["cut"] <= sum(float(line.rsplit(" ", 1)[1]) for line in cuts), "each was counted"
+    assert results["ok"] >= 0.98 * number
+    assert grown < MAX_GROWTH
+    assert "Traceback" not in scheduler_and_envoy[0].output
