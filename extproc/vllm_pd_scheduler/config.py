@@ -143,6 +143,11 @@ class SchedulerConfig(_Model):
             source = item.api_key or self.api_key
             yield PDInstance(item.id, role, item.host, item.port, source.read() if source else None)
 
+    def api_keys(self) -> list[SecretSource]:
+        """Every source of an API key that is named, for all instances or for one."""
+        sources = [self.api_key, *(item.api_key for _, _, item in self._listed())]
+        return [source for source in sources if source is not None]
+
     def _listed(self) -> Iterator[_Listed]:
         for role in InstanceRole:
             key = f"{role}_instances"

@@ -18,11 +18,19 @@ from vllm_pd_scheduler.router import PDRouter
 NEW: dict[str, Any] = {"id": "d1", "role": "decode", "host": "10.0.0.3", "port": 8201}
 
 
+KEYS = ("PD_TEST_KEY", "PD_TEST_NOT_SET")
+"""Variables that the configuration names as API keys; the second is not set."""
+
+
 class Admin:
     """A router and its admin interface."""
 
     def __init__(self, **config: Any) -> None:
         self.router = PDRouter(SchedulerConfig(**config))
+        named = [
+            {"id": str(n), "host": "h", "port": 1, "api_key": {"env": key}} for n, key in enumerate(KEYS)
+        ]
+        self.router.config = SchedulerConfig(**config, decode_instances=named)
         for name, role, port in (("p0", InstanceRole.PREFILL, 8100), ("d0", InstanceRole.DECODE, 8200)):
             self.router.register_instance(PDInstance(name, role, "10.0.0.1", port, "sk-secret"))
         self.ready = True
@@ -35,6 +43,7 @@ class Admin:
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", **headers}
         async with self.client.request(method, path, data=data, headers=headers) as response:
             text = await response.text()
             return response.status, json.loads(text) if response.content_type == "application/json" else text
@@ -124,6 +133,7 @@ class TestInstances:
                 {"api_key": {"env": "PD_TEST_NOT_SET"}},
                 "api_key: environment variable PD_TEST_NOT_SET is not set",
             ),
+            ({"api_key": {"file": "/etc/hostname"}}, "api_key: must be one that the configuration names"),
             ({"api_key": "sk-inline"}, "api_key: must be"),
         ],
     )
@@ -147,6 +157,11 @@ class TestInstances:
             assert status == 400
             assert answer["error"]
             assert not answer["error"].startswith(":"), "a path before the colon, or none"
+
+    async def test_a_form_that_a_web_page_could_send(self, admin: Admin) -> None:
+        status, body = await admin.ask("POST", "/instances", NEW, **{"content-type": "text/plain"})
+        assert (status, "content-type" in body["error"]) == (415, True)
+        assert len(admin.router.get_instances()) == 2
 
     async def test_a_key_from_the_environment(self, admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PD_TEST_KEY", "sk-other")

@@ -146,6 +146,9 @@ class AdminServer:
             role = InstanceRole(body.role)
         except ValueError:
             raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
+        if body.api_key is not None and body.api_key not in self._router.config.api_keys():
+            # Else whoever can call this could have any file or variable of ours sent to a host of theirs.
+            raise _Problem(400, "api_key: must be one that the configuration names")
         try:
             self._changes.add(SavedInstance(**{**dict(body), "role": role}))
         except DuplicateInstance as error:
@@ -229,6 +232,9 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
 
 async def _read(request: web.Request, model: type[Model]) -> Model:
     """Read a JSON body of a known shape; raises :exc:`_Problem` with everything that is wrong."""
+    if request.content_type != "application/json":
+        # A web page can send any other type to a loopback port of its visitor without asking.
+        raise _Problem(415, "the body must be JSON, with content-type: application/json")
     try:
         return model.model_validate_json(await request.read())
     except ValidationError as error:
