@@ -1,7 +1,7 @@
 import unittest
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.sim.engine import Engine, EngineRequest, Fetch, HandOff, State, Step
@@ -215,6 +215,7 @@ class InvariantTest(unittest.TestCase):
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(ACTIONS, max_size=60))
+    @example([("add", 1, 2, HandOff.SEND), ("step", 0.0)] * 2)
     def test_blocks_in_use_are_those_of_the_holders(self, actions: list[Any]) -> None:
         # Steps are long, so that a request without room beside pinned blocks soon sees these freed.
         engine = Engine(small(max_num_seqs=3, lease=2.0, step_overhead=0.1))

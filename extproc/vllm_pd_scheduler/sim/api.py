@@ -131,7 +131,7 @@ class Api:
     ) -> web.StreamResponse:
         body = read_body(await request.read(), request.content_type, kind)
         model = self._served(body.model)
-        shape = Shape(request.headers.get("X-Request-Id") or uuid.uuid4().hex, model, kind is ChatBody)
+        shape = Shape(_request_id(request), model, kind is ChatBody)
         jobs = self._plan(body, shape, request[ENTRY])
         self._load += 1
         try:
@@ -332,7 +332,13 @@ async def _read_call(request: web.Request) -> FetchCall:
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+    response.headers["X-Request-Id"] = _request_id(request)
+
+
+def _request_id(request: web.BaseRequest) -> str:
+    """The client's own, each byte a character as vLLM reads headers, or a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    return given.encode("utf-8", "surrogateescape").decode("latin-1") or uuid.uuid4().hex
 
 
 def _usage(jobs: list[Job]) -> Usage:

@@ -203,12 +203,8 @@ class Engine:
 
     def expire(self, now: float) -> list[str]:
         """Unpin the hand-offs whose lease has ended and return their names."""
-        # Leases are equally long and start in the order of time, so the oldest stand first.
-        expired = []
-        for request_id, pin in self._pinned.items():
-            if pin.expires > now:
-                break
-            expired.append(request_id)
+        # Not in order: a step may be asked for before the one before it would have ended.
+        expired = [request_id for request_id, pin in self._pinned.items() if pin.expires <= now]
         for request_id in expired:
             self.abort(request_id)
         return expired

@@ -42,9 +42,14 @@ async def serve(options: Options) -> int:
         on_death=stop.set,
     )
     api = Api(options, worker, metrics)
-    # Cancelled handlers are how the engine learns that a client has gone.
+    # Cancelled handlers are how the engine learns that a client has gone. vLLM takes a body as it comes,
+    # whatever its content-encoding says.
     runner = web.AppRunner(
-        api.application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        api.application(),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=0.1,
+        auto_decompress=False,
     )
     await runner.setup()
     stepping = loop.create_task(worker.run())
