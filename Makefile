@@ -10,7 +10,7 @@ up: $(VENV)/.ready
 	@exec $(BIN)/vllm-pd-scheduler demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -m "not vllm"
+	$(BIN)/pytest -m "not vllm" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m unittest -q
 
 test-vllm: $(VENV)/.dev

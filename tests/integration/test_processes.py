@@ -215,7 +215,7 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 
 
 def test_sim_runs_until_a_signal() -> None:
-    options = ["--prefill=1", "--decode=1", "--base-port=28100"]
+    options = ["--prefill=1", "--decode=1", "--base-port=18300"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()
