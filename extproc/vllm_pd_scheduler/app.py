@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from .admin import AdminServer
 from .attempts import AttemptLog
-from .config import SchedulerConfig
+from .config import SchedulerConfig, is_loopback
 from .health import HealthMonitor
 from .models import join_address
 from .prefill import HttpPrefill, open_session
@@ -93,9 +93,10 @@ class App:
     async def _start_admin(self) -> None:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
+        tls = config.admin_tls.context() if config.admin_tls else None
         admin = AdminServer(self.router, self.changes, is_ready=lambda: not self.draining, token=token)
         try:
-            await admin.start(config.admin_host, config.admin_port)
+            await admin.start(config.admin_host, config.admin_port, tls)
         except OSError as error:
             address = join_address(config.admin_host, config.admin_port)
             raise StartupError(f"admin_port: cannot listen on {address}: {error.strerror}") from None
@@ -118,9 +119,19 @@ class App:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = join_address(config.grpc_host, config.grpc_port)
         try:
-            server.add_insecure_port(address)
+            if config.grpc_tls:
+                server.add_secure_port(address, config.grpc_tls.grpc_credentials())
+            else:
+                server.add_insecure_port(address)
         except RuntimeError:
             raise StartupError(f"grpc_port: cannot listen on {address}: is the port in use?") from None
+        if not config.grpc_tls and not is_loopback(config.grpc_host):
+            log.warning(
+                "grpc_host %s can be reached from other machines and grpc_tls is not set: whoever reaches "
+                "port %d can have the instances' addresses and API keys, and prompts pass in clear",
+                config.grpc_host,
+                config.grpc_port,
+            )
         await server.start()
         self._stack.push_async_callback(server.stop, None)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .models import InstanceRole, PDInstance, is_ip, join_address
 from .strategies import UnknownStrategy, load_strategy
+from .tls import TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -119,9 +120,11 @@ class SchedulerConfig(_Model):
     prefill_listener: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] = "http://127.0.0.1:10001"
     grpc_host: str = "127.0.0.1"
     grpc_port: Port = 9002
+    grpc_tls: TlsConfig | None = None
     admin_host: str = "127.0.0.1"
     admin_port: Port = 9003
     admin_token: SecretSource | None = None
+    admin_tls: TlsConfig | None = None
     state_file: Annotated[str, Field(pattern=r"^[^\x00]+$")] | None = None
 
     api_key: SecretSource | None = None
@@ -164,6 +167,7 @@ class SchedulerConfig(_Model):
         for _, key, item in items:
             found += _unreadable(f"{key}.api_key", item.api_key)
         found += _unreadable("api_key", self.api_key) + _unreadable("admin_token", self.admin_token)
+        found += _unreadable("grpc_tls", self.grpc_tls) + _unreadable("admin_tls", self.admin_tls)
         if self.admin_token is None and not is_loopback(self.admin_host):
             found.append(
                 f"admin_token: needed because admin_host {self.admin_host} can be reached from other "
@@ -302,11 +306,11 @@ def _unusable(state_file: str | None) -> list[str]:
     return []
 
 
-def _unreadable(key: str, source: SecretSource | None) -> list[str]:
+def _unreadable(key: str, source: SecretSource | TlsConfig | None) -> list[str]:
     if source is None:
         return []
     try:
-        source.read()
+        source.context() if isinstance(source, TlsConfig) else source.read()
     except ValueError as error:
         return [f"{key}: {error}"]
     return []

@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 
-from .app import App
+from .app import App, StartupError
 from .config import SchedulerConfig
 from .envoy_process import EnvoyPorts, EnvoyProcess
 
@@ -63,6 +63,8 @@ async def up(
     ``started`` is called when requests can come. Raises :exc:`~vllm_pd_scheduler.app.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy_process.EnvoyError`.
     """
+    if config.grpc_tls:
+        raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
     signals = Signals()
     async with App(config) as app, EnvoyProcess(ports, log_level, access_log) as envoy:
         await started()

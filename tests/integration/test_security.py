@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -50,6 +51,41 @@ async def test_headers_that_fit(client: Client) -> None:
     answer = await client.post("/v1/completions", {"prompt": "p", "max_tokens": 2}, headers)
     assert answer.status == 200
     assert answer.headers["x-pd-prefill"]
+
+
+# -- logs
+
+
+async def test_nothing_secret_is_logged(session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path) -> None:
+    stack = Stack(tmp_path)
+    config = {**fleet.config(), "admin_token": {"env": "ADMIN_TOKEN"}}
+    command = [*stack.up(config), "--log-level=DEBUG"]
+    with spawned(command, ADMIN_TOKEN="s3cret-token", GRPC_VERBOSITY="info") as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        headers = {
+            "authorization": "Bearer s3cret",
+            "cookie": "s3cret",
+            "x-pd-id": "s3cret",
+            "x-any": "s3cret",
+        }
+        chat = {"messages": [{"role": "user", "content": "s3cret"}], "s3cret": "s3cret", "user": "s3cret"}
+        for body in (chat, {**chat, "n": 2}, {**chat, "messages": "s3cret"}, b'{"s3cret', b"s3cret"):
+            for path in ("/v1/chat/completions?key=s3cret", "/v1/embeddings?key=s3cret"):
+                await client.post(path, body, headers)
+        for instance in fleet.instances:  # what fails is logged with a reason
+            await client.fault(instance.id, status=500)
+        await client.post("/v1/chat/completions", {**chat, "kv_transfer_params": {"s3cret": 1}}, headers)
+        for instance in fleet.instances:
+            await client.fault(instance.id)
+        for token in ("s3cret-token", "s3cret-wrong"):
+            url = f"{stack.admin}/instances/decode-0?key=s3cret"
+            async with session.get(url, headers={"authorization": f"Bearer {token}"}) as response:
+                assert response.status == (200 if token == "s3cret-token" else 401)
+        process.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait) == 0
+        assert "/v1/chat/completions" in process.output, "there is a log"
+        assert "s3cret" not in process.output
 
 
 # -- x-envoy-*

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -81,11 +82,11 @@ class AdminServer:
         )
         return app
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen; raises :exc:`OSError` if the port is taken."""
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        """Listen, in clear without ``tls``; raises :exc:`OSError` if the port is taken."""
         self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
-        await web.TCPSite(self._runner, host, port).start()
+        await web.TCPSite(self._runner, host, port, ssl_context=tls).start()
 
     async def stop(self) -> None:
         """Stop listening and end open connections."""
