@@ -17,6 +17,9 @@ import uvloop
 # Starting Envoy forks. gRPC has nothing to do in that child, and would say so on stderr if it were not told
 # before it is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+# The poller thread reads from sockets itself, which saves a thread hop for each message: 9 to 15 % of the CPU
+# per request (grpcio 1.85, 16 and 1 clients, alternating runs). A gRPC that does not know it says so once.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 from .app import StartupError
 from .config import ConfigError, SchedulerConfig, load_config, parse_config
