@@ -28,7 +28,9 @@ class HttpPrefill:
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
-        kept = {name: headers[name] for name in names.FORWARDED_TO_PREFILL if name in headers}
+        given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
+        # What is not ASCII means nothing in these, and would come to P as other bytes and three times as many.
+        kept = {name: value for name, value in given if value.isascii()}
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")

@@ -108,8 +108,8 @@ def request(seed: int, number: int) -> Request:
         headers = [("content-type", chance.choice(TYPES))]
     if chance.random() < 0.03:
         headers.append(("expect", "100-continue"))  # the simulator refuses others; vLLM and Envoy let them be
-    for _ in range(chance.choice((0, 0, 0, 1, 1, 2, 8))):
-        headers.append((chance.choice(NAMES), header_value(chance)))
+    for name in chance.sample(NAMES, chance.choice((0, 0, 0, 1, 1, 2, 8))):
+        headers.append((name, header_value(chance)))
     if chance.random() < 0.03:
         body = gzip.compress(body, mtime=0)
         headers.append(("content-encoding", "gzip"))

@@ -53,6 +53,14 @@ async def test_headers_that_fit(client: Client) -> None:
     assert answer.headers["x-pd-prefill"]
 
 
+async def test_header_values_that_are_no_text(client: Client) -> None:
+    """They reach decode as they are; prefill can do without."""
+    answers, seen = await exchange(client, post(b"traceparent: " + b"\xff" * 3000, LENGTH, body=BODY))
+    assert answers[0].status == 200
+    legs = [each["headers"].get("traceparent") for each in seen if _id(each) == "first"]
+    assert sorted(legs, key=bool) == [None, "\udcff" * 3000]
+
+
 # -- logs
 
 
