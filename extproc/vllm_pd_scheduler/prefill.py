@@ -29,7 +29,7 @@ class HttpPrefill:
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
-        # What is not ASCII means nothing in these, and would come to P as other bytes and three times as many.
+        # What is not ASCII means nothing here, and would come to P as other bytes, three times as many.
         kept = {name: value for name, value in given if value.isascii()}
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
