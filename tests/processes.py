@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,28 @@ from vllm_pd_scheduler.envoy_process import EnvoyPorts, find_envoy, render_confi
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 
+def _own_ports() -> Iterator[int]:
+    """Ports that no other test process takes, below those that the kernel gives to clients."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    start = 12_000 + worker % 5 * 4_000
+    return itertools.cycle(range(start, start + 4_000))
+
+
+_ports = _own_ports()
+
+
 def unused_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Return ports that nobody listens on, others at each call.
+
+    Not those that the kernel would choose: Envoy shares its ports (SO_REUSEPORT), so two that were given
+    the same by chance would both start, and answer each other's clients.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port := next(_ports)))
+            found.append(port)
+    return found
 
 
 async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10.0) -> float:

@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.conftest import ready
-from tests.processes import Client, Process, Stack, running, spawned, until
+from tests.processes import Client, Process, Stack, running, spawned, until, unused_ports
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}
@@ -215,7 +215,7 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 
 
 def test_sim_runs_until_a_signal() -> None:
-    options = ["--prefill=1", "--decode=1", "--base-port=18300"]
+    options = ["--prefill=1", "--decode=1", f"--base-port={unused_ports(1)[0]}"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()
