@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import time
 from contextlib import AsyncExitStack
 
 import grpc
@@ -69,14 +68,7 @@ class App:
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
         router.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
-        monitor = HealthMonitor(
-            router.registry,
-            router.telemetry,
-            session,
-            interval=config.health_check_interval,
-            timeout=config.health_check_timeout,
-            clock=time.monotonic,
-        )
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
         await self._start_admin()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,15 +40,7 @@ async def _check_all(router: PDRouter) -> dict[str, bool]:
 
 
 async def _check(router: PDRouter, session: aiohttp.ClientSession) -> None:
-    config = router.config
-    monitor = HealthMonitor(
-        router.registry,
-        router.telemetry,
-        session,
-        interval=config.health_check_interval,
-        timeout=config.health_check_timeout,
-        clock=time.monotonic,
-    )
+    monitor = HealthMonitor.configured(router.config, router.registry, router.telemetry, session)
     await asyncio.gather(*(monitor.check(endpoint) for endpoint in router.registry))
 
 

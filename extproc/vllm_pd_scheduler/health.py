@@ -6,10 +6,12 @@ import asyncio
 import logging
 import random
 import socket
+import time
 from collections.abc import Callable
 
 import aiohttp
 
+from .config import SchedulerConfig
 from .metrics import NotVllmMetrics, Scrape, parse_metrics, snapshot
 from .models import is_ip, join_address
 from .registry import Endpoint, Registry
@@ -49,6 +51,20 @@ class HealthMonitor:
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
         self._scrapes: dict[Endpoint, Scrape] = {}
         self._stopped = False
+
+    @classmethod
+    def configured(
+        cls, config: SchedulerConfig, registry: Registry, telemetry: Telemetry, session: aiohttp.ClientSession
+    ) -> HealthMonitor:
+        """Return a monitor with the configured interval and timeout, on the process's monotonic clock."""
+        return cls(
+            registry,
+            telemetry,
+            session,
+            interval=config.health_check_interval,
+            timeout=config.health_check_timeout,
+            clock=time.monotonic,
+        )
 
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
