@@ -113,6 +113,17 @@ class FailedAttemptTest(Case):
         forwards = [await self.forward() for _ in range(8)]
         self.assertGreater(sum(forward.decode[0] is bad for forward in forwards), 1)
 
+    async def test_the_last_one_serves_even_on_trial_or_ejected(self) -> None:
+        registry, last = self.router.registry, self.router.registry.get("d3")
+        for _ in range(3):
+            self.router.attempt_failed(FailedAttempt(str(last.address), Failure.STATUS))
+        self.assertIs(last.state, InstanceState.UNHEALTHY)
+        for number in range(3):
+            registry.drain(f"d{number}")
+        self.assertIs(last.state, InstanceState.HEALTHY, "one that may fail is better than none")
+        forwards = [await self.forward() for _ in range(3)]
+        self.assertEqual([forward.decode for forward in forwards], [[last]] * 3)
+
     async def test_half_of_a_role_stays(self) -> None:
         for number in range(4):
             for _ in range(5):

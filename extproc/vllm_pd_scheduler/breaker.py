@@ -87,6 +87,11 @@ class Breaker:
         self.state = BreakerState.HALF_OPEN
         return True
 
+    def readmit(self) -> None:
+        """End the pause at once: there is no other instance left."""
+        if self.state is BreakerState.OPEN:
+            self.state = BreakerState.HALF_OPEN
+
     def restarted(self) -> None:
         """Forget everything: it is another process now."""
         self._reset()

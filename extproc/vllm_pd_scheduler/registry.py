@@ -296,6 +296,10 @@ class Registry:
 
     def _changed(self) -> None:
         for role in InstanceRole:
-            self._routable[role] = tuple(e for e in self.endpoints(role) if e.routable)
+            endpoints = self.endpoints(role)
+            if not any(e.routable for e in endpoints):
+                for endpoint in endpoints:  # one that fails now and then is better than none
+                    endpoint.breaker.readmit()
+            self._routable[role] = tuple(e for e in endpoints if e.routable)
         for listener in self._listeners:
             listener()

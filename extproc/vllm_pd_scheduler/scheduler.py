@@ -39,8 +39,11 @@ class Scheduler:
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; empty when none can serve."""
         candidates = self.registry.routable(role)
-        if exclude or any(e.on_trial for e in candidates):
-            candidates = tuple(e for e in candidates if e not in exclude and not e.on_trial)
+        if exclude:
+            candidates = tuple(e for e in candidates if e not in exclude)
+        if any(e.on_trial for e in candidates):
+            # Its one trial request runs. Only if there is nobody else does it get another.
+            candidates = tuple(e for e in candidates if not e.on_trial) or candidates
         if not candidates:
             return []
         return self._strategies[role].rank(candidates, request, count)
