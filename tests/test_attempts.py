@@ -178,7 +178,7 @@ class FirstByteTest(Case):
             ({"stream": True, "max_tokens": 100}, 5.0),
             ({"max_tokens": 10}, 10.0),
             ({"max_tokens": 10, "max_completion_tokens": 4}, 7.0),
-            ({"max_tokens": 1000}, 24.0),  # the hand-off's own limit
+            ({"max_tokens": 1000}, 505.0),  # in one piece: may outlast the lease
             ({"max_tokens": None}, None),
             ({"max_tokens": -5000}, None),
             ({"max_tokens": True}, None),
@@ -189,6 +189,11 @@ class FirstByteTest(Case):
                 self.assertEqual(forward.first_byte_timeout, expected)
                 header = forward.headers().get(names.FIRST_BYTE_TIMEOUT)
                 self.assertEqual(header, None if expected is None else str(int(expected * 1000)))
+
+    async def test_a_stream_must_begin_before_its_hand_off_is_too_old(self) -> None:
+        self.router = self.start(decode_first_byte_timeout=100.0, kv_lease_duration=30.0)
+        forward = await self.forward(stream=True)
+        self.assertEqual(forward.first_byte_timeout, 30.0 * LEASE_SHARE)
 
     async def test_a_limit_beyond_all_bounds(self) -> None:
         forward = await self.forward(n=2, max_tokens=10**300)

@@ -98,7 +98,8 @@ class PDRouter:
         self._clock = clock
         self._local = ShareLimit(config.max_local_prefill_share)
         self._forwards: dict[str, Forward] = {}
-        self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
+        self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
+        self._numbers = itertools.count()
 
     # -- instances
 
@@ -161,7 +162,7 @@ class PDRouter:
             return prefilled
         if prefilled is None:
             if not self._local.take(True):
-                return reject(503, "No prefill instance can serve this request now.", "no_prefill")
+                return _no_prefill()
             return self._to_decode(context, changed, Served.LOCAL, limit)
         self._local.take(False)
         left = prefilled.deadline - self._clock()
@@ -170,7 +171,9 @@ class PDRouter:
             self.telemetry.handoff_late(prefilled.prefill)
             return self._to_decode(context, changed, Served.LOCAL, limit)
         spliced, at = self.connector.decode_body(body, prefilled.handoff)
-        forward = self._to_decode(context, spliced, Served.SPLIT, limit and min(limit, left))
+        if limit is not None and body.get("stream") is True:
+            limit = min(limit, left)  # a first byte that comes later may be of a hand-off that is too old
+        forward = self._to_decode(context, spliced, Served.SPLIT, limit)
         if isinstance(forward, Reject):
             self._free(prefilled)
         else:
@@ -205,7 +208,7 @@ class PDRouter:
             deadline = self._clock() + self.config.kv_lease_duration * LEASE_SHARE
             return PendingHandoff(handoff, picked[0], deadline, context.model)
         if self.config.on_prefill_failure == "fail":
-            return reject(503, "No prefill instance can serve this request now.", "no_prefill")
+            return _no_prefill()
         return None
 
     async def _leg(
@@ -244,7 +247,9 @@ class PDRouter:
         key = picked[0].instance.api_key
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         self.telemetry.forwarded(decode[0], served)
-        forward = Forward(next(self._ids), decode, self.registry.reserve(decode[0]), body)
+        forward = Forward(
+            f"{self._run}-{next(self._numbers)}", decode, self.registry.reserve(decode[0]), body
+        )
         forward.first_byte_timeout = limit
         forward.remove_headers = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         forward.on_release = self._released
@@ -338,6 +343,10 @@ class RouteResult:
     status: int = 0
     response: dict[str, Any] | None = None
     error: str | None = None
+
+
+def _no_prefill() -> Reject:
+    return reject(503, "No prefill instance can serve this request now.", "no_prefill")
 
 
 def _is_the_clients_fault(status: int) -> bool:
