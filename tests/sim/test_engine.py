@@ -103,6 +103,25 @@ class BatchingTest(unittest.TestCase):
             EngineProfile(lease=-1)
 
 
+class StepTimeTest(unittest.TestCase):
+    def test_a_chunk_attends_to_all_before_it(self) -> None:
+        engine = Engine(small(step_overhead=1, prefill_rate=10, prefill_per_kv_token=0.01, num_blocks=20))
+        engine.add(EngineRequest("a", 24, 1), 0.0)
+        one, two = run(engine)
+        self.assertAlmostEqual(one.duration, 1 + 1.6 + 0.01 * 16 * 8)
+        self.assertAlmostEqual(two.duration, 1 + 0.8 + 0.01 * 8 * (16 + 4))
+        self.assertAlmostEqual(one.duration + two.duration - 2, 2.4 + 0.01 * 24 * 12)
+
+    def test_a_decoding_request_reads_its_whole_context(self) -> None:
+        engine = Engine(small(step_overhead=0, decode_base=0, decode_per_seq=0, decode_per_kv_token=1))
+        engine.add(EngineRequest("a", 7, 4), 0.0)
+        self.assertEqual([step.duration for step in run(engine)[1:]], [7, 8, 9])
+
+    def test_a_short_prompt_costs_no_less_than_reading_the_weights(self) -> None:
+        profile = EngineProfile(step_overhead=1, prefill_rate=10, prefill_min=2)
+        self.assertEqual([profile.step_time(n, 0, 0) for n in (0, 1, 20, 30)], [1, 3, 3, 4])
+
+
 class HandOffTest(unittest.TestCase):
     def pinned(self, engine: Engine, now: float = 0.0) -> list[int]:
         engine.add(EngineRequest("p", 9, 1, HandOff.SEND), now)
@@ -195,35 +214,122 @@ class HandOffTest(unittest.TestCase):
         self.assertEqual((engine.queued, engine.pool.used), (0, 0))
 
 
+def hashes(tokens: int, common: int, name: str) -> list[int]:
+    """Of a prompt in blocks of 4, whose first `common` blocks are everybody's."""
+    return [hash((number, name if number >= common else "")) for number in range(tokens // 4)]
+
+
+class PrefixCacheTest(unittest.TestCase):
+    def prompt(
+        self, name: str, tokens: int, common: int, output: int = 1, hand_off: HandOff = HandOff.NONE
+    ) -> EngineRequest:
+        return EngineRequest(name, tokens, output, hand_off, hashes(tokens, common, name))
+
+    def serve(self, engine: Engine, *requests: EngineRequest) -> list[int]:
+        """Cached tokens of the requests, one after the other."""
+        for request in requests:
+            engine.add(request, 0.0)
+            run(engine)
+        return [request.cached for request in requests]
+
+    def test_what_is_common_is_computed_once(self) -> None:
+        engine = Engine(small())
+        one, two = self.prompt("a", 14, 2), self.prompt("b", 14, 2)
+        self.assertEqual(self.serve(engine, one), [0])
+        engine.add(two, 0.0)
+        self.assertEqual([step.prefill_tokens for step in run(engine)], [6])
+        self.assertEqual((two.cached, engine.pool.used), (8, 0))
+
+    def test_the_last_token_is_always_computed(self) -> None:
+        cached = self.serve(Engine(small()), *(self.prompt(name, 8, 2) for name in "ab"))
+        self.assertEqual(cached, [0, 4])
+
+    def test_two_at_once_share_blocks_while_the_first_computes_them(self) -> None:
+        engine = Engine(small(num_blocks=7, max_num_batched_tokens=32))
+        for name in "ab":
+            engine.add(self.prompt(name, 14, 3, output=4), 0.0)
+        step = engine.step(0.0)
+        self.assertEqual((step.prefill_tokens, engine.running, engine.pool.used), (14 + 2, 2, 5))
+        self.assertEqual(engine.pool.blocks("a")[:3], engine.pool.blocks("b")[:3])
+        engine.abort("a")
+        self.assertEqual(engine.pool.used, 4)
+
+    def test_ends_are_forgotten_before_beginnings(self) -> None:
+        engine = Engine(small(num_blocks=6))
+        first, again = self.prompt("a", 16, 4), self.prompt("a2", 17, 4)
+        self.assertEqual(self.serve(engine, first, self.prompt("b", 16, 0), again), [0, 0, 8])
+
+    def test_the_longest_unused_is_forgotten_first(self) -> None:
+        engine = Engine(small(num_blocks=5))
+        a, b, c = (self.prompt(name, 9, 0) for name in "abc")
+        again = [EngineRequest(f"{r.request_id}2", 9, 1, block_hashes=r.block_hashes) for r in (b, c, a)]
+        self.assertEqual(self.serve(engine, a, b, c, *again), [0, 0, 0, 8, 8, 0])
+
+    def test_a_preempted_request_finds_its_own_prompt_again(self) -> None:
+        engine = Engine(small(num_blocks=5))
+        for name in ("old", "young"):
+            engine.add(self.prompt(name, 8, 0, output=9), 0.0)
+        steps = run(engine)
+        self.assertEqual([r.request_id for step in steps for r in step.preempted], ["young"])
+        self.assertLess(sum(step.prefill_tokens for step in steps), 8 + 8 + 12)
+
+    def test_only_what_is_not_cached_is_transferred(self) -> None:
+        engine = Engine(small())
+        requests = [self.prompt(name, 14, 2, 2, HandOff.RECEIVE) for name in "ab"]
+        self.assertEqual(self.serve(engine, *requests), [0, 8])
+        self.assertEqual([request.transfer_tokens for request in requests], [14, 6])
+
+    def test_a_failed_transfer_leaves_nothing_in_the_cache(self) -> None:
+        engine = Engine(small())
+        engine.add(self.prompt("d", 14, 2, 2, HandOff.RECEIVE), 0.0)
+        engine.step(0.0)
+        engine.transfer_failed("d", recompute=False)
+        self.assertEqual(self.serve(engine, self.prompt("e", 14, 2)), [0])
+
+    def test_without_prefix_caching_all_is_computed(self) -> None:
+        cached = self.serve(Engine(small(prefix_caching=False)), *(self.prompt(n, 14, 2) for n in "ab"))
+        self.assertEqual(cached, [0, 0])
+
+    def test_a_partial_block_has_no_hash(self) -> None:
+        with self.assertRaisesRegex(ValueError, "full blocks"):
+            Engine(small()).add(EngineRequest("a", 7, 1, block_hashes=[1, 2]), 0.0)
+
+
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 10), st.sampled_from(HandOff)),
+    st.tuples(
+        st.just("add"), st.integers(1, 30), st.integers(1, 10), st.sampled_from(HandOff), st.integers(0, 7)
+    ),
     st.tuples(st.sampled_from(["abort", "fetch", "done", "drop", "recompute"]), st.integers(0, 9)),
     st.tuples(st.just("step"), st.floats(0, 3)),
 )
 
 
 class InvariantTest(unittest.TestCase):
-    """Whatever happens, every block has one holder, and in the end none has."""
+    """Whatever happens, blocks in use are those that somebody holds, and in the end nobody holds any."""
 
     def check(self, engine: Engine) -> None:
         holders = engine.pool.holders()
-        held = [block for holder in holders for block in engine.pool.blocks(holder)]
-        self.assertEqual(engine.pool.used, len(held))
-        self.assertEqual(len(held), len(set(held)))
+        lists = [engine.pool.blocks(holder) for holder in holders]
+        self.assertEqual(engine.pool.used, len({block for blocks in lists for block in blocks}))
+        self.assertEqual(engine.pool.used + engine.pool.free, engine.pool.size)
+        for blocks in lists:
+            self.assertEqual(len(blocks), len(set(blocks)))
         self.assertLessEqual(engine.pool.used, engine.pool.size)
         self.assertLessEqual(engine.running, engine.profile.max_num_seqs)
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(ACTIONS, max_size=60))
-    @example([("add", 1, 2, HandOff.SEND), ("step", 0.0)] * 2)
+    @example([("add", 1, 2, HandOff.SEND, 0), ("step", 0.0)] * 2)
     def test_blocks_in_use_are_those_of_the_holders(self, actions: list[Any]) -> None:
         # Steps are long, so that a request without room beside pinned blocks soon sees these freed.
         engine = Engine(small(max_num_seqs=3, lease=2.0, step_overhead=0.1))
         now, added, transfers = 0.0, [], []
         for number, (action, *values) in enumerate(actions):
             if action == "add":
-                added.append(f"r{number}")
-                engine.add(EngineRequest(f"r{number}", *values), now)
+                name, (prompt, output, hand_off, common) = f"r{number}", values
+                added.append(name)
+                request = EngineRequest(name, prompt, output, hand_off, hashes(prompt, common, name))
+                engine.add(request, now)
             elif action == "step":
                 now += values[0]
                 step = engine.step(now)

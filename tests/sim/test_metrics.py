@@ -18,6 +18,7 @@ NAMES = [
     "prompt_tokens_by_source",
     "generation_tokens",
     "request_success",
+    "external_prefix_cache_queries",
     "external_prefix_cache_hits",
     "nixl_num_failed_transfers",
     "nixl_num_kv_expired_reqs",
@@ -43,6 +44,9 @@ async def test_names_and_labels_are_vllms(fleet: Fleet, client: Client) -> None:
                 assert sample.labels["engine"] == "0"
             if name.startswith("vllm:") and name != "vllm:cache_config_info":
                 assert sample.labels["model_name"] == "sim-model"
+    (config,) = families["vllm:cache_config_info"].samples
+    assert config.labels["enable_prefix_caching"] == "True"
+    assert {"block_size", "num_gpu_blocks", "kv_cache_size_tokens"} <= set(config.labels)
 
 
 async def test_a_request_is_counted(fleet: Fleet, client: Client) -> None:

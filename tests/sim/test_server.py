@@ -39,8 +39,8 @@ async def test_completion(fleet: Fleet, client: Client) -> None:
     assert (answer["object"], answer["model"]) == ("text_completion", "sim-model")
     (choice,) = answer["choices"]
     assert (choice["index"], choice["finish_reason"], len(choice["text"].split())) == (0, "length", 5)
-    expected = {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7, "prompt_tokens_details": None}
-    assert answer["usage"] == expected
+    usage = {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
+    assert answer["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
     assert answer["kv_transfer_params"] is None
 
 
@@ -171,23 +171,43 @@ KEYS = [
 
 async def test_hand_off_gives_the_same_text(fleet: Fleet, client: Client) -> None:
     p, d = fleet["prefill-0"], fleet["decode-0"]
-    local = await client.text(fleet["decode-1"], BODY)
-    params = await client.prefill(p, BODY)
+    body = {"prompt": "New to every cache. " + PROMPT, "max_tokens": 24}
+    tokens = len(tokenize(body["prompt"]))
+    local = await client.text(fleet["decode-1"], body)
+    params = await client.prefill(p, body)
     assert list(params) == KEYS
     assert (params["remote_host"], params["remote_port"]) == (p.host, p.port)
-    assert params["remote_num_tokens"] == len(tokenize(PROMPT))
+    assert params["remote_num_tokens"] == tokens
     assert (await client.stats(p))["pinned"] == 1
     assert await client.metric(p, "vllm:kv_cache_usage_perc") > 0
     assert await client.metric(p, "vllm:num_requests_running") == 0
 
     source = 'source="external_kv_transfer"'
     before = await client.metric(d, "vllm:prompt_tokens_by_source_total", source)
-    assert await client.text(d, BODY, params) == local
+    assert await client.text(d, body, params) == local
     after = await client.metric(d, "vllm:prompt_tokens_by_source_total", source)
-    assert after - before == len(tokenize(PROMPT))
+    assert after - before == tokens
     assert (await client.stats(p))["blocks_used"] == 0
     entry = await client.last(d)
     assert (entry["hand_off"], entry["outcomes"], entry["status"]) == ("receive", ["good"], 200)
+
+
+async def test_a_prompt_is_computed_and_sent_once(fleet: Fleet, client: Client) -> None:
+    p, d = fleet["prefill-0"], fleet["decode-0"]
+    body = {"prompt": "Asked twice. " + PROMPT, "max_tokens": 4}
+    tokens = len(tokenize(body["prompt"]))
+    full = (tokens - 1) // 16 * 16
+    for cached in (0, full):
+        source = 'source="external_kv_transfer"'
+        before = await client.metric(d, "vllm:prompt_tokens_by_source_total", source)
+        hits = await client.metric(p, "vllm:prefix_cache_hits_total")
+        params = await client.prefill(p, body)
+        assert params["remote_prefill_cached_tokens"] == cached
+        answer = await client.post(d, COMPLETIONS, {**body, "kv_transfer_params": params})
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+        assert await client.metric(p, "vllm:prefix_cache_hits_total") - hits == cached
+        after = await client.metric(d, "vllm:prompt_tokens_by_source_total", source)
+        assert after - before == tokens - cached
 
 
 async def test_hand_off_of_a_chat_stream(fleet: Fleet, client: Client) -> None:
@@ -361,8 +381,8 @@ async def test_recompute_when_the_sender_is_unknown(slow: Fleet, client: Client)
 
 async def test_requests_wait_for_room(slow: Fleet, client: Client) -> None:
     d = slow["decode-0"]
-    body = {"prompt": "x" * 4 * 700, "max_tokens": 4}
-    requests = [asyncio.create_task(Client(client.session).text(d, body)) for _ in range(3)]
+    bodies = [{"prompt": name * 4 * 700, "max_tokens": 4} for name in "xyz"]
+    requests = [asyncio.create_task(Client(client.session).text(d, body)) for body in bodies]
 
     async def waiting() -> bool:
         metric = "vllm:num_requests_waiting_by_reason"
@@ -374,7 +394,7 @@ async def test_requests_wait_for_room(slow: Fleet, client: Client) -> None:
 
     await until(waiting)
     assert await client.get(d, "/load") == {"server_load": 3}
-    assert len(set(await asyncio.gather(*requests))) == 1
+    assert len(set(await asyncio.gather(*requests))) == 3
 
 
 async def test_sigterm_ends_a_busy_server_at_once(slow: Fleet, client: Client) -> None:

@@ -16,6 +16,16 @@ class TextTest(unittest.TestCase):
         self.assertEqual(read_prompt("m", one).tokens, len(one))
         self.assertEqual(read_prompt("m", one) == read_prompt("m", two), one == two)
 
+    @given(st.text(max_size=60), st.text(max_size=60), st.integers(1, 4))
+    def test_blocks_are_equal_as_far_as_the_tokens_are(self, one: str, two: str, size: int) -> None:
+        tokens = [tokenize(one), tokenize(two)]
+        hashes = [read_prompt("m", text).block_hashes(size) for text in (one, two)]
+        self.assertEqual(hashes[0], read_prompt("m", tokens[0]).block_hashes(size))
+        self.assertEqual(len(hashes[0]), max(1, len(tokens[0])) // size)
+        for number, pair in enumerate(zip(*hashes, strict=False), start=1):
+            self.assertEqual(pair[0] == pair[1], tokens[0][: number * size] == tokens[1][: number * size])
+        self.assertFalse(set(hashes[0]) & set(read_prompt("other", one).block_hashes(size)))
+
     def test_any_integer_is_an_id(self) -> None:
         self.assertEqual(read_prompt("m", [-1, 0, 2**70]).tokens, 3)
 

@@ -9,18 +9,23 @@ import msgspec
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: all its prompts, all its choices."""
+    """Tokens of a request: all its prompts, all its choices, and what of its prompts was cached.
+
+    `cached_tokens` is None where vLLM tells no details.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
 
     def body(self) -> dict[str, Any]:
-        """The `usage` object."""
+        """The `usage` object, as with `--enable-prompt-tokens-details`."""
+        details = None if self.cached_tokens is None else {"cached_tokens": self.cached_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "completion_tokens": self.completion_tokens,
-            "prompt_tokens_details": None,
+            "prompt_tokens_details": details,
         }
 
 

@@ -154,6 +154,7 @@ class Api:
         hand_off = HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
         if params.get("do_remote_prefill"):
             hand_off = HandOff.RECEIVE
+        profile = self._worker.engine.profile
         jobs: list[Job] = []
         try:
             for prompt in body.prompts(self._options.model):
@@ -162,7 +163,8 @@ class Api:
                     length = choose_length(body, prompt, answer.natural_length, self._options.max_model_len)
                     # Its own name even when a client repeats an X-Request-Id.
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
-                    request = EngineRequest(name, prompt.tokens, length.tokens, hand_off)
+                    hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
+                    request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
                     jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer))
         except TooLong:
             # vLLM lets go of the sender's blocks when it rejects such a request.
@@ -181,6 +183,8 @@ class Api:
                 job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
             except FatalHandOff as error:
                 self._worker.die(str(error))
+            cached = params.get("remote_prefill_cached_tokens")
+            job.remote_cached = cached if type(cached) is int else None
             job.note = entry.outcomes.append
 
     def _let_go(self, params: dict[str, Any], entry: Entry) -> None:
@@ -216,7 +220,7 @@ class Api:
             return None
         blocks = self._worker.engine.pinned_blocks(request.request_id)
         offer = Offer(self._worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
-        return offer.answer(request.computed)
+        return offer.answer(request.computed, request.cached)
 
     async def _stream(
         self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]
@@ -342,9 +346,13 @@ def _request_id(request: web.BaseRequest) -> str:
 
 
 def _usage(jobs: list[Job]) -> Usage:
-    # Choices of one prompt share it, so it counts once.
-    prompts = {id(job.prompt): job.prompt.tokens for job in jobs}
-    return Usage(sum(prompts.values()), sum(job.request.generated for job in jobs))
+    # Choices of one prompt share it, so it counts once, with the first choice's luck in the cache.
+    prompts = {id(job.prompt): job for job in reversed(jobs)}.values()
+    return Usage(
+        sum(job.prompt.tokens for job in prompts),
+        sum(job.request.generated for job in jobs),
+        sum(job.cached for job in prompts),
+    )
 
 
 def _vector(digest: str) -> list[float]:

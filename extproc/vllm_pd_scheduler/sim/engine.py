@@ -4,33 +4,18 @@ The engine does no I/O and knows only the time it is told, so the same code runs
 real time and in a replay in virtual time. It counts tokens and never sees text.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm_pd_scheduler.sim.blocks import BlockPool
+from vllm_pd_scheduler.sim.leap import Leap
 from vllm_pd_scheduler.sim.profile import EngineProfile
+from vllm_pd_scheduler.sim.request import EngineRequest, HandOff, State
 
-
-class HandOff(Enum):
-    """What a request does with its KV cache beyond this engine."""
-
-    NONE = "none"
-    SEND = "send"
-    """`do_remote_decode`: the blocks stay pinned after the last token, for another engine to fetch."""
-    RECEIVE = "receive"
-    """`do_remote_prefill`: the prompt's KV comes from another engine."""
-
-
-class State(Enum):
-    """Where a request is."""
-
-    WAITING = "waiting"
-    DEFERRED = "deferred"
-    RUNNING = "running"
-    PINNED = "pinned"
-    GONE = "gone"
+__all__ = ["Engine", "EngineRequest", "Fetch", "HandOff", "Output", "State", "Step"]
 
 
 class Fetch(Enum):
@@ -41,33 +26,6 @@ class Fetch(Enum):
     """Nothing is pinned under that name, or other blocks are: the bytes are some other prompt's."""
     INVALID = "invalid"
     """A block id that this engine does not have."""
-
-
-@dataclass(slots=True, eq=False)
-class EngineRequest:
-    """A request and how far it has come. The caller fills the first four, the engine all others.
-
-    `prompt_tokens` and `output_tokens` are at least 1. Times are in the caller's clock.
-    """
-
-    request_id: str
-    prompt_tokens: int
-    output_tokens: int
-    hand_off: HandOff = HandOff.NONE
-    state: State = State.WAITING
-    computed: int = 0
-    generated: int = 0
-    remote: bool = False
-    """The prompt's KV has come from another engine (or its coming has failed): do not ask for it again."""
-    arrived: float = 0.0
-    started: float | None = None
-    first_token: float | None = None
-    last_token: float = 0.0
-
-    @property
-    def todo(self) -> int:
-        """Tokens to compute before the next one is known: 1 while decoding."""
-        return self.prompt_tokens + self.generated - self.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +67,7 @@ class Engine:
 
     def __init__(self, profile: EngineProfile | None = None) -> None:
         self.profile = profile or EngineProfile()
-        self.pool = BlockPool(self.profile.num_blocks)
+        self.pool = BlockPool(self.profile.num_blocks, caching=self.profile.prefix_caching)
         self._requests: dict[str, EngineRequest] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._deferred: dict[str, EngineRequest] = {}
@@ -118,13 +76,15 @@ class Engine:
         self._fetched: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._pinned: dict[str, _Pin] = {}
+        # Requests whose last token is computed by the step under way: they run until it ends.
+        self._ending = 0
 
     # -- what an observer sees ------------------------------------------------------------------------
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
-        return len(self._running)
+        """Requests in the batch, those included that the step under way finishes."""
+        return len(self._running) + self._ending
 
     @property
     def queued(self) -> int:
@@ -160,6 +120,8 @@ class Engine:
             raise ValueError("a request needs a prompt token and an output token")
         if request.prompt_tokens + request.output_tokens > self.profile.capacity:
             raise ValueError(f"longer than the KV cache of {self.profile.capacity} tokens")
+        if len(request.block_hashes) > request.prompt_tokens // self.profile.block_size:
+            raise ValueError("more block hashes than the prompt has full blocks")
         request.arrived = now
         self._requests[request.request_id] = request
         self._waiting.append(request)
@@ -214,6 +176,7 @@ class Engine:
     def transfer_done(self, request_id: str) -> None:
         """The KV of a deferred request has come: it decodes as soon as there is a place."""
         request = self._deferred.pop(request_id)
+        self._register(request, request.computed, request.prompt_tokens)
         # As in vLLM, the prompt's last token is computed again: that gives the first token of the answer.
         request.computed = request.prompt_tokens - 1
         request.remote = True
@@ -228,6 +191,7 @@ class Engine:
         request = self._deferred.pop(request_id)
         request.remote = True
         request.state = State.WAITING
+        request.computed = 0
         self.pool.release(request_id)
         self._waiting.appendleft(request)
 
@@ -236,19 +200,13 @@ class Engine:
     def step(self, now: float) -> Step:
         """Run one iteration that begins now. The caller delivers its outputs when it has ended."""
         step = Step(expired=self.expire(now))
+        self._ending = 0
         batch: list[tuple[EngineRequest, int]] = []
         budget = self._schedule_running(batch, step)
         if not step.preempted:
             self._schedule_waiting(batch, budget, now, step)
         if batch:
-            kv_tokens = 0
-            for request, tokens in batch:
-                if request.todo == 1:
-                    step.decoding += 1
-                    kv_tokens += request.computed
-                else:
-                    step.prefill_tokens += tokens
-            step.duration = self.profile.step_time(step.prefill_tokens, step.decoding, kv_tokens)
+            step.duration = self._duration(batch, step)
             self._advance(batch, now + step.duration, step)
         return step
 
@@ -277,25 +235,52 @@ class Engine:
             if not queue:
                 return
             request = queue[0]
-            remote = request.hand_off is HandOff.RECEIVE and not request.remote
-            tokens = request.prompt_tokens if remote else min(request.todo, budget)
-            if not self._grow(request, tokens):
+            shared, tokens = self._needs(request, budget)
+            start = request.computed + len(shared) * self.profile.block_size
+            total = self.profile.blocks_for(start + tokens)
+            if not self.pool.grow(request.request_id, total, shared):
                 return
             queue.popleft()
+            request.computed = start
             if request.started is None:
                 request.started = now
-            if remote:
+                request.cached = start if shared else 0
+            if self._comes_from_elsewhere(request):
                 request.state = State.DEFERRED
+                request.transfer_tokens = tokens
                 self._deferred[request.request_id] = request
                 step.transfers.append(request)
             else:
                 request.state = State.RUNNING
                 self._running.append(request)
+                self._register(request, start, start + tokens)
                 batch.append((request, tokens))
                 budget -= tokens
 
+    def _needs(self, request: EngineRequest, budget: int) -> tuple[list[int], int]:
+        """What the first in the queue would be given: cached blocks to share, and tokens beyond them."""
+        shared: list[int] = []
+        if not request.computed and request.block_hashes:
+            # Never all: the last token is computed, since it gives the next one.
+            shared = self.pool.find(request.block_hashes, (request.todo - 1) // self.profile.block_size)
+        tokens = request.todo - len(shared) * self.profile.block_size
+        return shared, tokens if self._comes_from_elsewhere(request) else min(tokens, budget)
+
+    @staticmethod
+    def _comes_from_elsewhere(request: EngineRequest) -> bool:
+        return request.hand_off is HandOff.RECEIVE and not request.remote
+
     def _grow(self, request: EngineRequest, tokens: int) -> bool:
-        return self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + tokens))
+        if not self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + tokens)):
+            return False
+        self._register(request, request.computed, request.computed + tokens)
+        return True
+
+    def _register(self, request: EngineRequest, start: int, stop: int) -> None:
+        """The prompt's tokens `start` to `stop` are, or will be when this step ends, in its blocks."""
+        if start < request.prompt_tokens and request.block_hashes:
+            size = self.profile.block_size
+            self.pool.register(request.request_id, request.block_hashes, start // size, stop // size)
 
     def _preempt(self, request: EngineRequest, step: Step) -> None:
         request.state = State.WAITING
@@ -305,8 +290,18 @@ class Engine:
         self._waiting.appendleft(request)
         step.preempted.append(request)
 
+    def _duration(self, batch: list[tuple[EngineRequest, int]], step: Step) -> float:
+        kv_tokens, attended = 0, 0.0
+        for request, tokens in batch:
+            if request.todo == 1:
+                step.decoding += 1
+                kv_tokens += request.computed
+            else:
+                step.prefill_tokens += tokens
+                attended += tokens * (request.computed + tokens / 2)
+        return self.profile.step_time(step.prefill_tokens, step.decoding, kv_tokens, attended)
+
     def _advance(self, batch: list[tuple[EngineRequest, int]], end: float, step: Step) -> None:
-        finished = False
         for request, tokens in batch:
             request.computed += tokens
             if request.todo:
@@ -318,9 +313,9 @@ class Engine:
             if request.first_token is None:
                 request.first_token = end
             if last:
-                finished = True
+                self._ending += 1
                 self._finish(request, end)
-        if finished:
+        if self._ending:
             self._running = [request for request in self._running if request.state is State.RUNNING]
 
     def _finish(self, request: EngineRequest, end: float) -> None:
@@ -331,3 +326,71 @@ class Engine:
             request.state = State.GONE
             del self._requests[request.request_id]
             self.pool.release(request.request_id)
+
+    # -- many iterations ------------------------------------------------------------------------------
+
+    def leap(self, now: float) -> Leap | None:
+        """The steps from now on that only decode, finish nothing and admit nothing; None for fewer than two.
+
+        Nothing has changed yet: `take` applies steps of the leap. Whatever else is done to the engine ends
+        the leap, after the step that is under way.
+        """
+        batch = self._running
+        if not batch or any(request.todo != 1 or not request.generated for request in batch):
+            return None
+        budget = self.profile.max_num_batched_tokens - len(batch)
+        if budget < 0 or self._admits(budget):
+            return None
+        steps = self._steps_with_room(min(request.output_tokens - request.generated for request in batch) - 1)
+        kv_tokens = sum(request.computed for request in batch)
+        first = self.profile.step_time(0, len(batch), kv_tokens)
+        growth = len(batch) * self.profile.decode_per_kv_token
+        leap = Leap(now, steps, first, growth, len(batch))
+        expiry = self.next_expiry()
+        if expiry is not None:  # the step that begins then unpins blocks, which may let a request in
+            leap.steps = min(steps, leap.begun(expiry))
+        if leap.steps < 2:
+            return None
+        self._ending = 0
+        return leap
+
+    def take(self, leap: Leap, steps: int) -> None:
+        """Apply the first `steps` steps of the leap, less those that were applied before."""
+        more = steps - leap.taken
+        if more <= 0:
+            return
+        leap.taken = steps
+        end = leap.end(steps)
+        for request in self._running:
+            self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + more))
+            request.computed += more
+            request.generated += more
+            request.last_token = end
+
+    def _admits(self, budget: int) -> bool:
+        """Whether a step would take in the first in the queue, next to a batch that only decodes.
+
+        If not, no later one will: decoding takes blocks and cached prompts away and adds none.
+        """
+        queue = self._fetched or self._waiting
+        if not (queue and budget) or len(self._running) >= self.profile.max_num_seqs:
+            return False
+        request = queue[0]
+        shared, tokens = self._needs(request, budget)
+        total = self.profile.blocks_for(request.computed + tokens) + len(shared)
+        return self.pool.fits(request.request_id, total, shared)
+
+    def _steps_with_room(self, most: int) -> int:
+        """How many steps, `most` at most, the free blocks allow to this batch."""
+
+        def blocks(steps: int) -> int:
+            blocks_for = self.profile.blocks_for
+            return sum(
+                blocks_for(request.computed + steps) - blocks_for(request.computed)
+                for request in self._running
+            )
+
+        free = self.pool.free
+        if blocks(most) <= free:
+            return most
+        return bisect_right(range(most), free, key=blocks) - 1

@@ -33,8 +33,11 @@ class Offer:
     port: int
     block_ids: list[int]
 
-    def answer(self, num_tokens: int) -> dict[str, Any]:
-        """The `kv_transfer_params` of a prefill answer, key for key as vLLM 0.32 gives them."""
+    def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
+        """The `kv_transfer_params` of a prefill answer, key for key as vLLM 0.32 gives them.
+
+        `cached` of the `num_tokens` tokens of KV were in the sender's prefix cache.
+        """
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -49,7 +52,7 @@ class Offer:
             "remote_num_tokens": num_tokens,
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
-            "remote_prefill_cached_tokens": 0,
+            "remote_prefill_cached_tokens": cached,
         }
 
 

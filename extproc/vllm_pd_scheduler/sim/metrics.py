@@ -66,7 +66,7 @@ class Metrics:
         usage.set_function(lambda: engine.kv_usage)
         config = {
             "block_size": str(engine.profile.block_size),
-            "enable_prefix_caching": "False",
+            "enable_prefix_caching": str(engine.profile.prefix_caching),
             "engine": "0",
             "kv_cache_size_tokens": str(engine.profile.capacity),
             "num_gpu_blocks": str(engine.profile.num_blocks),
@@ -78,7 +78,7 @@ class Metrics:
     def _counters(self) -> None:
         make = self._make
         self._cache_queries = make(Counter, "prefix_cache_queries", "Prefix cache queries, in tokens")
-        make(Counter, "prefix_cache_hits", "Prefix cache hits, in tokens")
+        self._cache_hits = make(Counter, "prefix_cache_hits", "Prefix cache hits, in tokens")
         self._external_queries = make(
             Counter, "external_prefix_cache_queries", "Tokens asked of other instances"
         )
@@ -135,7 +135,10 @@ class Metrics:
             return
         self._ttft.observe(request.last_token - request.arrived)
         self._prompt_tokens.inc(request.prompt_tokens)
-        self._cache_queries.inc(request.prompt_tokens)
+        if self._engine.profile.prefix_caching:
+            self._cache_queries.inc(request.prompt_tokens)
+            self._cache_hits.inc(request.cached)
+            self._by_source["local_cache_hit"].inc(request.cached)
 
     def prefilled(self, tokens: int, *, remote: bool) -> None:
         """Count prompt tokens by where their KV came from."""

@@ -74,9 +74,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--die-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
     engine = parser.add_argument_group("engine")
     for item in fields(EngineProfile):
-        kind = float if isinstance(item.default, float) else int
+        name = f"--{item.name.replace('_', '-')}"
         help = f"{item.metadata['help']} (default: {item.default})"
-        engine.add_argument(f"--{item.name.replace('_', '-')}", type=kind, help=help)
+        if isinstance(item.default, bool):
+            engine.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            engine.add_argument(name, type=float if isinstance(item.default, float) else int, help=help)
     given = parser.parse_args(arguments)
     try:
         return _options(given)

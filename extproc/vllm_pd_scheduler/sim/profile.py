@@ -17,10 +17,15 @@ class EngineProfile:
 
     block_size: int = field(default=16, metadata={"help": "tokens a KV block holds"})
     num_blocks: int = field(default=8192, metadata={"help": "KV blocks of the engine"})
+    prefix_caching: bool = field(default=True, metadata={"help": "keep the KV of prompts for later ones"})
     max_num_seqs: int = field(default=256, metadata={"help": "requests that run at the same time"})
     max_num_batched_tokens: int = field(default=8192, metadata={"help": "token budget of one step"})
     step_overhead: float = _setting(0.001, "seconds that every step costs")
     prefill_rate: float = _setting(20_000.0, "prompt tokens a second")
+    prefill_per_kv_token: float = _setting(
+        0.0, "seconds more for each prompt token and each token before it that it attends to"
+    )
+    prefill_min: float = _setting(0.0, "seconds that reading prompt tokens costs at least, however few")
     decode_base: float = _setting(0.008, "seconds a step costs when it decodes at all")
     decode_per_seq: float = _setting(0.000_05, "seconds more for each decoding request")
     decode_per_kv_token: float = _setting(1e-8, "seconds more for each token of KV read while decoding")
@@ -63,9 +68,16 @@ class EngineProfile:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
 
-    def step_time(self, prefill_tokens: int, decoding: int, kv_tokens: int) -> float:
-        """Seconds of a step that reads `prefill_tokens` and decodes `decoding` requests over `kv_tokens`."""
-        duration = self.step_overhead + prefill_tokens / self.prefill_rate
+    def step_time(self, prefill_tokens: int, decoding: int, kv_tokens: int, attended: float = 0.0) -> float:
+        """Seconds of a step that reads `prefill_tokens` and decodes `decoding` requests over `kv_tokens`.
+
+        `attended` counts the pairs of tokens that attention compares: summed over the chunks of prompts,
+        tokens times (context before them + tokens / 2).
+        """
+        duration = self.step_overhead
+        if prefill_tokens:
+            compute = prefill_tokens / self.prefill_rate + attended * self.prefill_per_kv_token
+            duration += max(self.prefill_min, compute)
         if decoding:
             duration += (
                 self.decode_base + decoding * self.decode_per_seq + kv_tokens * self.decode_per_kv_token
@@ -78,4 +90,10 @@ class EngineProfile:
 
     def arguments(self) -> list[str]:
         """The server's command line options that give this profile."""
-        return [f"--{item.name.replace('_', '-')}={getattr(self, item.name)}" for item in fields(self)]
+        return [_option(item.name.replace("_", "-"), getattr(self, item.name)) for item in fields(self)]
+
+
+def _option(name: str, value: float | bool) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"

@@ -6,7 +6,7 @@ from a wrong one by comparing texts, as one would with a real model at temperatu
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -42,10 +42,30 @@ _NOISE: Final = _words("zxq vrrl bnk qwp fnord glib'h xyzz mrph tkk ooq plf jhg 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as the engine sees it: its length in tokens (at least 1) and what its KV cache is like."""
+    """A prompt as the engine sees it: its length in tokens (at least 1) and what its KV cache is like.
+
+    `pieces` are the bytes of its tokens: of a text four a token, of token ids one item a token.
+    """
 
     tokens: int
     digest: str
+    key: bytes = field(default=b"", repr=False, compare=False)
+    pieces: bytes | Sequence[bytes] = field(default=b"", repr=False, compare=False)
+
+    def block_hashes(self, block_size: int) -> list[int]:
+        """Chained hashes of its full blocks: equal ones mean that all is equal up to there, the model too."""
+        hashes: list[int] = []
+        before = b""
+        for at in range(self.tokens // block_size):
+            data = self._bytes(at * block_size, (at + 1) * block_size)
+            before = blake2b(before + data, digest_size=8, key=self.key).digest()
+            hashes.append(int.from_bytes(before))
+        return hashes
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        if isinstance(self.pieces, bytes):
+            return self.pieces[start * TOKEN_BYTES : stop * TOKEN_BYTES]
+        return b"".join(self.pieces[start:stop])
 
 
 def tokenize(text: str) -> list[int]:
@@ -57,14 +77,16 @@ def tokenize(text: str) -> list[int]:
 
 def read_prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
     """Normalise a text or a list of token ids: the ids of a text count as that text."""
+    pieces: bytes | list[bytes]
     if isinstance(prompt, str):
-        data = prompt.encode("utf-8", "surrogatepass")
+        data = pieces = prompt.encode("utf-8", "surrogatepass")
         tokens = -(-len(data) // TOKEN_BYTES)
     else:
-        data = b"".join(map(_token_bytes, prompt))
+        pieces = list(map(_token_bytes, prompt))
+        data = b"".join(pieces)
         tokens = len(prompt)
     key = model.encode("utf-8", "surrogatepass")[-64:]
-    return Prompt(max(1, tokens), blake2b(data, digest_size=16, key=key).hexdigest())
+    return Prompt(max(1, tokens), blake2b(data, digest_size=16, key=key).hexdigest(), key, pieces)
 
 
 def _token_bytes(token: int) -> bytes:

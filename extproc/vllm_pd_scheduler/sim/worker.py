@@ -44,11 +44,18 @@ class Job:
     finish_reason: str
     answer: Answer
     offer: Offer | None = None
+    remote_cached: int | None = None
+    """Prompt tokens that the sender of the hand-off had in its cache, if it said so."""
     note: Callable[[str], None] = lambda outcome: None
     """Told what became of the hand-off."""
     stream: "asyncio.Queue[Token | EngineFailed]" = field(default_factory=asyncio.Queue)
     loading: "asyncio.Task[None] | None" = None
     last_token: float = 0.0
+
+    @property
+    def cached(self) -> int:
+        """Cached prompt tokens as vLLM tells a client: where the prompt was computed, be it elsewhere."""
+        return self.request.cached if self.remote_cached is None else self.remote_cached
 
 
 class Worker:
@@ -201,7 +208,7 @@ class Worker:
             if job is None:
                 continue
             if output.index == 0 and job.offer is None:
-                self._metrics.prefilled(request.prompt_tokens, remote=False)
+                self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
             self._metrics.token(request, end - job.last_token if output.index else None)
             job.last_token = end
             reason = job.finish_reason if output.finished else None
@@ -228,8 +235,8 @@ class Worker:
 
     async def _transfer(self, job: Job, offer: Offer) -> None:
         request = job.request
-        seconds = self.engine.profile.transfer_time(request.prompt_tokens)
-        self._metrics.transfer_begun(request.prompt_tokens)
+        seconds = self.engine.profile.transfer_time(request.transfer_tokens)
+        self._metrics.transfer_begun(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
             digest = await self._connector.fetch(offer)
@@ -243,8 +250,8 @@ class Worker:
         if digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, spoilt=True)
         self._received(job, "good" if digest == job.prompt.digest else "stale")
-        self._metrics.transferred(request.prompt_tokens, seconds)
-        self._metrics.prefilled(request.prompt_tokens, remote=True)
+        self._metrics.transferred(request.transfer_tokens, seconds)
+        self._metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
         self._wake.set()
 
