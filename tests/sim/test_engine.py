@@ -78,6 +78,15 @@ class BatchingTest(unittest.TestCase):
         outputs = [o for step in run(engine) for o in step.outputs if o.finished]
         self.assertEqual([o.request.request_id for o in outputs], ["a", "b"])
 
+    def test_a_prompt_begins_when_all_of_it_has_room(self) -> None:
+        engine = Engine(small())
+        engine.add(EngineRequest("a", 12, 9), 0.0)
+        engine.add(EngineRequest("b", 32, 1), 0.0)
+        engine.step(0.0)
+        self.assertEqual((engine.running, engine.queued, engine.pool.used), (1, 1, 3))
+        steps = run(engine)
+        self.assertEqual([step.prefill_tokens for step in steps if step.prefill_tokens], [16, 16])
+
     def test_the_youngest_is_preempted_and_comes_back(self) -> None:
         engine = Engine(small(num_blocks=4))
         engine.add(EngineRequest("old", 7, 9), 0.0)

@@ -235,17 +235,21 @@ class Engine:
             if not queue:
                 return
             request = queue[0]
-            shared, tokens = self._needs(request, budget)
-            start = request.computed + len(shared) * self.profile.block_size
-            total = self.profile.blocks_for(start + tokens)
-            if not self.pool.grow(request.request_id, total, shared):
+            shared = self._find_cached(request)
+            if not self._fits(request, shared):
                 return
             queue.popleft()
+            start = request.computed + len(shared) * self.profile.block_size
+            elsewhere = request.hand_off is HandOff.RECEIVE and not request.remote
+            tokens = request.prompt_tokens + request.generated - start
+            if not elsewhere:
+                tokens = min(tokens, budget)
+            self.pool.grow(request.request_id, self.profile.blocks_for(start + tokens), shared)
             request.computed = start
             if request.started is None:
                 request.started = now
                 request.cached = start if shared else 0
-            if self._comes_from_elsewhere(request):
+            if elsewhere:
                 request.state = State.DEFERRED
                 request.transfer_tokens = tokens
                 self._deferred[request.request_id] = request
@@ -257,18 +261,17 @@ class Engine:
                 batch.append((request, tokens))
                 budget -= tokens
 
-    def _needs(self, request: EngineRequest, budget: int) -> tuple[list[int], int]:
-        """What the first in the queue would be given: cached blocks to share, and tokens beyond them."""
-        shared: list[int] = []
-        if not request.computed and request.block_hashes:
-            # Never all: the last token is computed, since it gives the next one.
-            shared = self.pool.find(request.block_hashes, (request.todo - 1) // self.profile.block_size)
-        tokens = request.todo - len(shared) * self.profile.block_size
-        return shared, tokens if self._comes_from_elsewhere(request) else min(tokens, budget)
+    def _find_cached(self, request: EngineRequest) -> list[int]:
+        """The cached blocks that a request which holds none can begin with."""
+        if request.computed or not request.block_hashes:
+            return []
+        # Never all: the last token is computed, since it gives the next one.
+        return self.pool.find(request.block_hashes, (request.todo - 1) // self.profile.block_size)
 
-    @staticmethod
-    def _comes_from_elsewhere(request: EngineRequest) -> bool:
-        return request.hand_off is HandOff.RECEIVE and not request.remote
+    def _fits(self, request: EngineRequest, shared: list[int]) -> bool:
+        # As in vLLM, the whole prompt must have room, though its chunks take their blocks one by one.
+        total = self.profile.blocks_for(request.prompt_tokens + request.generated)
+        return self.pool.fits(request.request_id, total, shared)
 
     def _grow(self, request: EngineRequest, tokens: int) -> bool:
         if not self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + tokens)):
@@ -375,10 +378,7 @@ class Engine:
         queue = self._fetched or self._waiting
         if not (queue and budget) or len(self._running) >= self.profile.max_num_seqs:
             return False
-        request = queue[0]
-        shared, tokens = self._needs(request, budget)
-        total = self.profile.blocks_for(request.computed + tokens) + len(shared)
-        return self.pool.fits(request.request_id, total, shared)
+        return self._fits(queue[0], self._find_cached(queue[0]))
 
     def _steps_with_room(self, most: int) -> int:
         """How many steps, `most` at most, the free blocks allow to this batch."""
