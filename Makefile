@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: up test test-vllm lint format clean
+.PHONY: up test test-vllm bench lint format clean
 
 up: $(VENV)/.ready
 	@exec $(BIN)/vllm-pd-scheduler demo
@@ -15,6 +15,9 @@ test: $(VENV)/.dev lint
 
 test-vllm: $(VENV)/.dev
 	$(BIN)/pytest -m vllm
+
+bench: $(VENV)/.dev
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --capture=no
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
