@@ -1,0 +1,193 @@
+"""A trace: which requests came when, how long they were, and what prefixes they shared."""
+
+from __future__ import annotations
+
+import codecs
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+BLOCK_TOKENS = 512
+"""Tokens that one of Mooncake's ``hash_ids`` stands for."""
+
+
+class TraceError(Exception):
+    """A trace cannot be used; the message says which file, which line, and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request: ``arrival`` in seconds from the trace's start, both lengths at least 1.
+
+    ``blocks`` are the ids of the prompt's full blocks of the trace's ``block_tokens``. An id names all of
+    the prompt up to the block's end: two requests with the same id have the same prefix up to there.
+    """
+
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in the order of their arrival, the first at 0."""
+
+    requests: list[TraceRequest]
+    block_tokens: int = BLOCK_TOKENS
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last; 0 without requests."""
+        return self.requests[-1].arrival if self.requests else 0.0
+
+    def scaled(self, rate: float) -> Trace:
+        """The same requests ``rate`` times as fast. Raises ValueError for a rate that is not above 0."""
+        if not rate > 0:
+            raise ValueError(f"a rate must be above 0, got {rate}")
+        return replace(self, requests=[replace(each, arrival=each.arrival / rate) for each in self.requests])
+
+    def limited(self, count: int) -> Trace:
+        """The first ``count`` requests, or all if there are fewer."""
+        return replace(self, requests=self.requests[:count])
+
+
+def read_trace(path: Path, limit: int | None = None) -> Trace:
+    """Read Mooncake's JSONL or Azure's LLM inference CSV; what a file holds tells which of them it is.
+
+    A length of 0 becomes 1: published traces have such rows, and an engine always computes one token. Rows
+    need not be in order of time. With a ``limit`` the first so many by time are kept, and no more than
+    these are in memory at once; all rows are checked all the same.
+
+    Raises :exc:`TraceError` for a file that cannot be read, has no requests, or has a malformed line.
+    """
+    try:
+        with path.open("rb") as file:
+            requests = _by_arrival(_requests(path, file), limit)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+    if not requests:
+        raise TraceError(f"{path}: there are no requests in it")
+    start = requests[0].arrival
+    return Trace([replace(each, arrival=each.arrival - start) for each in requests])
+
+
+_Parse = Callable[[bytes], TraceRequest]
+
+
+def _by_arrival(requests: Iterable[TraceRequest], limit: int | None) -> list[TraceRequest]:
+    if limit is None:
+        return sorted(requests, key=lambda each: each.arrival)
+    return heapq.nsmallest(limit, requests, key=lambda each: each.arrival)  # as stable as sorted()
+
+
+def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
+    parse: _Parse | None = None
+    for number, line in enumerate(lines, 1):
+        text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+        if not text:
+            continue
+        try:
+            if parse is None:
+                parse = _format_of(text)
+                if parse is not _mooncake:
+                    continue  # that was the header
+            request = parse(text)
+        except ValueError as error:
+            raise TraceError(f"{path}: line {number}: {error}") from None
+        yield request
+
+
+def _format_of(first: bytes) -> _Parse:
+    if first.startswith(b"{"):
+        return _mooncake
+    columns = [name.strip() for name in first.split(b",")]
+    if b"TIMESTAMP" in columns:
+        return _azure(columns)
+    raise ValueError(
+        'neither Mooncake JSONL ({"timestamp": …, "input_length": …, "output_length": …, "hash_ids": […]}) '
+        f"nor Azure CSV with the header {','.join(_AZURE)}"
+    )
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Line(msgspec.Struct):
+    """A line of https://github.com/kvcache-ai/Mooncake (FAST25-release/traces); ``timestamp`` in ms."""
+
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: _Count
+    output_length: _Count
+    hash_ids: list[int] = []
+
+
+_decoder = msgspec.json.Decoder(_Line)
+
+
+def _mooncake(text: bytes) -> TraceRequest:
+    try:
+        line = _decoder.decode(text)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    full, part = divmod(line.input_length, BLOCK_TOKENS)
+    # The last id may be of a block that is not full. Any other count is of blocks of some other size.
+    if line.hash_ids and not full <= len(line.hash_ids) <= full + bool(part):
+        raise ValueError(
+            f"hash_ids: {len(line.hash_ids)} ids, but {line.input_length} tokens are "
+            f"{full + bool(part)} blocks of {BLOCK_TOKENS}"
+        )
+    return TraceRequest(
+        line.timestamp / 1000,
+        max(1, line.input_length),
+        max(1, line.output_length),
+        tuple(line.hash_ids[:full]),
+    )
+
+
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""Columns of the LLM inference traces of https://github.com/Azure/AzurePublicDataset, 2023 and 2024."""
+
+
+def _azure(columns: list[bytes]) -> _Parse:
+    for name in _AZURE:
+        if name.encode() not in columns:
+            raise ValueError(f"the header has no column {name}")
+    at_time, at_prompt, at_output = (columns.index(name.encode()) for name in _AZURE)
+
+    def parse(text: bytes) -> TraceRequest:
+        fields = text.decode().split(",")
+        if len(fields) != len(columns):
+            raise ValueError(f"{len(fields)} fields, but the header has {len(columns)}")
+        return TraceRequest(
+            _seconds(fields[at_time].strip()),
+            max(1, _count(_AZURE[1], fields[at_prompt])),
+            max(1, _count(_AZURE[2], fields[at_output])),
+        )
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text)  # which drops what is finer than a microsecond
+    except ValueError:
+        raise ValueError(f"TIMESTAMP: {text!r} is no date and time like 2023-11-16 18:15:46.68") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _count(name: str, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text.strip()!r} is not a whole number") from None
+    if number < 0:
+        raise ValueError(f"{name}: must not be negative, got {number}")
+    return number
