@@ -25,6 +25,7 @@ from .app import StartupError
 from .config import ConfigError, SchedulerConfig, load_config, parse_config
 from .envoy_process import EnvoyError, EnvoyPorts
 from .models import join_address
+from .replay.cli import replay
 from .server import serve as run_serve
 from .server import up as run_up
 
@@ -157,6 +158,9 @@ def demo(
             _run(run_up(settings, ports, _envoy_log_level(log_level), started, access_log=False))
     except FleetError as error:
         _fail(str(error))
+
+
+app.command()(replay)
 
 
 def main() -> None:

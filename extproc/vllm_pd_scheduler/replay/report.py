@@ -1,0 +1,194 @@
+"""What a comparison shows: tables, JSON, and a progress bar while it runs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .job import TARGET, Conditions, Outcome
+from .pool import PoolProgress
+from .result import Spread
+
+SCHEMA = 1
+"""Of the JSON; it changes when a field changes its meaning or goes, not when one is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A figure of each strategy. ``best`` picks the value to be marked, or is None if none is better."""
+
+    title: str
+    value: Callable[[Outcome], float | None]
+    show: str
+    best: Callable[[Iterable[float]], float] | None = min
+    scale: float = 1.0
+
+    def texts(self, outcomes: Sequence[Outcome]) -> list[Text]:
+        """Its cells; the best has a star, and so has what looks the same, unless all do."""
+        values = [self.value(outcome) for outcome in outcomes]
+        shown = ["-" if value is None else format(value * self.scale, self.show) for value in values]
+        known = [value for value in values if value is not None]
+        star = shown[values.index(self.best(known))] if known and self.best else None
+        if len(set(shown)) < 2:
+            star = None
+        return [Text(f"{text}*", style="bold green") if text == star else Text(f"{text} ") for text in shown]
+
+
+def _of_spread(time: str, figure: str) -> Callable[[Outcome], float | None]:
+    def value(outcome: Outcome) -> float | None:
+        spread: Spread | None = getattr(outcome.summary, time)
+        return None if spread is None else float(getattr(spread, figure))
+
+    return value
+
+
+def _of_summary(name: str) -> Callable[[Outcome], float | None]:
+    def value(outcome: Outcome) -> float | None:
+        found: float | None = getattr(outcome.summary, name)
+        return found
+
+    return value
+
+
+_FIGURES = ("mean", "p50", "p90", "p99")
+_TTFT = (
+    _Column("in SLO\n%", _of_summary("attainment"), ".2f", max, 100),
+    *(_Column(f"TTFT s\n{figure}", _of_spread("ttft", figure), ".3f") for figure in _FIGURES),
+)
+_TPOT = tuple(
+    _Column(f"TPOT ms\n{figure}", _of_spread("tpot", figure), ".2f", scale=1000) for figure in _FIGURES
+)
+_RATE = _Column(
+    f"rate at\n{TARGET:.0%}", lambda outcome: outcome.found.rate if outcome.found else None, ".3f", max
+)
+_FLEET = (
+    _Column("prefix\nhits %", _of_summary("prefix_hits"), ".1f", max, 100),
+    _Column("P load\nmax/mean", _of_summary("imbalance_max"), ".3f"),
+    _Column("P load\nCV", _of_summary("imbalance_cv"), ".3f"),
+    _Column("P busy\n%", _of_summary("prefill_busy"), ".1f", None, 100),
+    _Column("D busy\n%", _of_summary("decode_busy"), ".1f", None, 100),
+    _Column("rejected\n", lambda outcome: sum(outcome.summary.rejected.values()), ".0f"),
+    _Column("makespan\ns", _of_summary("makespan"), ".1f"),
+    _Column("run took\ns", _of_summary("seconds"), ".1f", None),
+)
+
+
+def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) -> None:
+    """Print tables with a row for each strategy, and below them what a figure cannot say."""
+    fleet = conditions.fleet
+    console.print(
+        f"{conditions.trace}: {conditions.requests} requests at {conditions.rate:g} times their rate "
+        f"({_per_second(conditions)}), {fleet.prefill} prefill and {fleet.decode} decode instances, "
+        f"set-up {fleet.setup}, seed {fleet.seed}",
+        markup=False,
+        highlight=False,
+    )
+    slo = f"SLO: {conditions.ttft_slo:g} s, and {conditions.tpot_slo * 1000:g} ms for each further token"
+    searched = any(outcome.found for outcome in outcomes)
+    console.print(_table(f"Time to first token ({slo})", _TTFT + (_RATE,) * searched, outcomes))
+    console.print(_table("Time per output token", _TPOT, outcomes))
+    console.print(_table("Fleet", _FLEET, outcomes))
+    for note in _notes(outcomes):
+        console.print(note, markup=False, highlight=False)
+
+
+def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, Any]:
+    """All figures, for :func:`json.dumps`; ``docs/scheduling.md`` has the schema."""
+    return {
+        "schema": SCHEMA,
+        "versions": {"vllm_pd_scheduler": _version(), "python": platform.python_version()},
+        "trace": {
+            "name": conditions.trace,
+            "requests": conditions.requests,
+            "seconds": conditions.trace_seconds,
+        },
+        "fleet": asdict(conditions.fleet),
+        "rate": conditions.rate,
+        "slo": {"ttft": conditions.ttft_slo, "tpot": conditions.tpot_slo, "target": TARGET},
+        "strategies": [_entry(outcome) for outcome in outcomes],
+    }
+
+
+@contextmanager
+def progress_bars(labels: Sequence[str], requests: int, console: Console) -> Iterator[PoolProgress]:
+    """Show a bar for each of ``labels`` while the block runs; nothing where ``console`` is no terminal."""
+    bars = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks = [bars.add_task(label, total=requests) for label in labels]
+
+    def progress(index: int, rate: float, finished: int) -> None:
+        bars.update(tasks[index], completed=finished, description=f"{labels[index]} x{rate:.3g}")
+
+    with bars:
+        yield progress
+
+
+def _table(title: str, columns: Sequence[_Column], outcomes: Sequence[Outcome]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("\nstrategy", overflow="fold", min_width=12)
+    for column in columns:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    cells = [column.texts(outcomes) for column in columns]
+    for index, outcome in enumerate(outcomes):
+        table.add_row(Text(outcome.run.strategy), *(each[index] for each in cells))
+    return table
+
+
+def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for outcome in outcomes:
+        label, found = outcome.run.strategy, outcome.found
+        if outcome.summary.rejected:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(outcome.summary.rejected.items()))
+            yield f"{label}: rejected: {reasons}"
+        if found and found.rate is None:
+            lowest = min(rate for rate, _ in found.tried)
+            yield (
+                f"{label}: no rate has {TARGET:.0%} of the requests within the limits, not even "
+                f"{lowest:.3g} with {found.attainment:.1%}"
+            )
+        elif found and found.open_ended:
+            yield (
+                f"{label}: {found.attainment:.1%} are within the limits even at {found.rate:g}, "
+                "the highest rate tried"
+            )
+
+
+def _entry(outcome: Outcome) -> dict[str, Any]:
+    entry = asdict(outcome.summary)
+    found = outcome.found
+    entry["find_rate"] = found and {
+        "rate": found.rate,
+        "attainment": found.attainment,
+        "open_ended": found.open_ended,
+        "tried": [{"rate": rate, "attainment": attainment} for rate, attainment in found.tried],
+    }
+    return entry
+
+
+def _per_second(conditions: Conditions) -> str:
+    if not conditions.trace_seconds:
+        return "all at once"
+    return f"{conditions.requests * conditions.rate / conditions.trace_seconds:.3g} a second"
+
+
+def _version() -> str:
+    try:
+        return version("vllm-pd-scheduler")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
