@@ -13,12 +13,9 @@ from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 from . import fake
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fake_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm_pd_scheduler.replay as package
-
     monkeypatch.setitem(sys.modules, "vllm_pd_scheduler.replay.fleet", fake)
-    monkeypatch.setattr(package, "fleet", fake, raising=False)
 
 
 @pytest.fixture
