@@ -1,0 +1,149 @@
+"""Engine profiles of real set-ups: a model on so many GPUs, by formula from published figures.
+
+A step is bound by arithmetic while it reads prompts and by memory while it decodes (the roofline model). What
+the data sheets promise is never reached; `MFU` and `BANDWIDTH_SHARE` say how much is, and come from
+measurements that others have published. Tests compare the outcome with these:
+
+- vLLM 0.23, Llama 3.1 8B in BF16 on an A100 40 GB decodes 75 tokens/s at batch 1, 77 % of what its memory
+  allows: https://johnmusgrave.com/p/vllm-throughput-latency-sweep-on
+- NVIDIA NIM 1.8, Llama 3.3 70B in FP8 on two H100: prompts of 5,000 tokens take 407 ms to the first token,
+  then 18.6 ms a token: https://docs.nvidia.com/nim/benchmarking/llm/1.0.0/performance
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+GIB = 2**30
+BF16, FP8 = 2, 1
+
+MFU = {BF16: 0.50, FP8: 0.45}
+"""Share of the peak arithmetic that prefill reaches, by bytes per weight. NIM's 407 ms are 46 % in FP8. BF16
+is further from being bound by memory; up to 60 % was published for training, with the same matrix products
+(https://github.com/Dao-AILab/flash-attention), from which 50 % keeps a distance."""
+
+BANDWIDTH_SHARE = 0.85
+"""Share of the peak memory bandwidth that reading weights and KV reaches: with `STEP_OVERHEAD`, it gives the
+77 % measured above."""
+
+STEP_OVERHEAD = 0.001
+"""Seconds a step costs beside the model: scheduling, sampling, launching."""
+
+ALL_REDUCE = 10e-6
+"""Seconds of one small all-reduce over NVLink. Assumed: some latencies of a link of about 2 µs each."""
+
+ACTIVATIONS = 2 * GIB
+"""Bytes that each GPU keeps free of weights and KV for activations and CUDA graphs. Assumed."""
+
+MEMORY_SHARE = 0.9
+"""vLLM's `gpu_memory_utilization`, before it was raised to 0.92."""
+
+NETWORK = 0.8 * 50e9
+"""Bytes a second between two nodes: one 400 Gb/s InfiniBand port, of which RDMA reaches 80 % (assumed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, and the limits vLLM sets by default to servers on it (`EngineArgs`, version 0.32)."""
+
+    memory: int
+    """Bytes, as CUDA reports them."""
+    bandwidth: float
+    """Bytes a second from its memory, at peak."""
+    flops: dict[int, float]
+    """Dense tensor operations a second at peak, by bytes per weight."""
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The shape of a dense transformer with grouped-query attention. `hidden` is heads x `head_dim`."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache of a token in 16 bit: a key and a value per layer and KV head."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * BF16
+
+
+# NVIDIA's data sheets "H100 Tensor Core GPU" (SXM; its figures with sparsity, halved) and "A100 80GB" (SXM).
+H100 = Gpu(int(79.1 * GIB), 3.35e12, {BF16: 989e12, FP8: 1979e12}, 8192, 1024)
+A100 = Gpu(int(79.1 * GIB), 2.039e12, {BF16: 312e12}, 2048, 256)
+
+# config.json and model cards on Hugging Face: meta-llama/Llama-3.1-8B-Instruct,
+# meta-llama/Llama-3.3-70B-Instruct, Qwen/Qwen2.5-32B-Instruct.
+LLAMA_8B = Model(8.03e9, layers=32, hidden=4096, kv_heads=8, head_dim=128)
+LLAMA_70B = Model(70.6e9, layers=80, hidden=8192, kv_heads=8, head_dim=128)
+QWEN_32B = Model(32.8e9, layers=64, hidden=5120, kv_heads=8, head_dim=128)
+
+
+def profile(
+    model: Model,
+    gpu: Gpu,
+    tensor_parallel: int = 1,
+    *,
+    weight_bytes: int = BF16,
+    block_size: int = 16,
+    network: float = NETWORK,
+) -> EngineProfile:
+    """The profile of a model on `tensor_parallel` GPUs of one node; `network` in bytes a second.
+
+    Raise ValueError when the GPU does not know the format of the weights, or has no room for them and KV.
+
+    Prefill costs 2 operations per parameter and token, and attention 4 per layer, hidden unit and pair of
+    tokens: 2 for the score, 2 for the weighted sum. A decode step reads all weights once and each request's
+    KV; the arithmetic of its requests comes on top, though some of it may overlap.
+    """
+    if weight_bytes not in gpu.flops:
+        raise ValueError(f"the GPU has no arithmetic for weights of {weight_bytes} byte")
+    weights = model.parameters * weight_bytes
+    usable = tensor_parallel * (MEMORY_SHARE * gpu.memory - ACTIVATIONS) - weights
+    blocks = int(usable / (model.kv_bytes_per_token * block_size))
+    if blocks < 1:
+        raise ValueError(f"{tensor_parallel} GPUs have no room for {weights / GIB:.0f} GiB of weights and KV")
+    flops = MFU[weight_bytes] * gpu.flops[weight_bytes] * tensor_parallel
+    # Attention is computed in 16 bit whatever the weights are.
+    attention_flops = MFU[BF16] * gpu.flops[BF16] * tensor_parallel
+    bandwidth = BANDWIDTH_SHARE * gpu.bandwidth * tensor_parallel
+    all_reduces = 2 * model.layers * ALL_REDUCE if tensor_parallel > 1 else 0.0
+    read_weights = weights / bandwidth + all_reduces
+    return EngineProfile(
+        block_size=block_size,
+        num_blocks=blocks,
+        max_num_seqs=gpu.max_num_seqs,
+        max_num_batched_tokens=gpu.max_num_batched_tokens,
+        step_overhead=STEP_OVERHEAD,
+        prefill_rate=flops / (2 * model.parameters),
+        prefill_per_kv_token=4 * model.layers * model.hidden / attention_flops,
+        prefill_min=read_weights,
+        decode_base=read_weights,
+        decode_per_seq=2 * model.parameters / flops,
+        decode_per_kv_token=model.kv_bytes_per_token / bandwidth,
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        transfer_bandwidth=network,
+    )
+
+
+_SETUPS = {
+    "llama-3.1-8b-a100": partial(profile, LLAMA_8B, A100),
+    "llama-3.1-8b-h100": partial(profile, LLAMA_8B, H100),
+    "llama-3.3-70b-4xh100": partial(profile, LLAMA_70B, H100, 4),
+    "llama-3.3-70b-fp8-2xh100": partial(profile, LLAMA_70B, H100, 2, weight_bytes=FP8),
+    "qwen2.5-32b-2xh100": partial(profile, QWEN_32B, H100, 2),
+}
+NAMES = tuple(_SETUPS)
+"""The set-ups that have a name: model, GPUs, and BF16 weights where nothing else is said."""
+
+
+def setup(name: str, block_size: int = 16) -> EngineProfile:
+    """The profile of a set-up by its name. Raise ValueError, which lists the names, for any other."""
+    if name not in _SETUPS:
+        raise ValueError(f"unknown set-up {name!r}; known are {', '.join(NAMES)}")
+    return _SETUPS[name](block_size=block_size)
