@@ -249,6 +249,17 @@ class PrefixCacheTest(unittest.TestCase):
         self.assertEqual([step.prefill_tokens for step in run(engine)], [6])
         self.assertEqual((two.cached, engine.pool.used), (8, 0))
 
+    @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=17), min_size=1, max_size=8))
+    def test_hits_are_the_longest_common_beginning(self, prompts: list[list[int]]) -> None:
+        engine = Engine(small(num_blocks=40))
+        seen: list[tuple[int, ...]] = []
+        for number, tokens in enumerate(prompts):
+            blocks = [tuple(tokens[: end + 4]) for end in range(0, len(tokens) - 3, 4)]
+            request = EngineRequest(str(number), len(tokens), 1, block_hashes=list(map(hash, blocks)))
+            expected = sum(4 for block in blocks if block in seen and len(block) < len(tokens))
+            self.assertEqual(self.serve(engine, request), [expected])
+            seen += blocks
+
     def test_the_last_token_is_always_computed(self) -> None:
         cached = self.serve(Engine(small()), *(self.prompt(name, 8, 2) for name in "ab"))
         self.assertEqual(cached, [0, 4])

@@ -1,6 +1,7 @@
 import unittest
 from dataclasses import replace
 
+from vllm_pd_scheduler.sim.options import parse_options
 from vllm_pd_scheduler.sim.setups import A100, FP8, H100, LLAMA_8B, LLAMA_70B, NAMES, profile, setup
 
 
@@ -37,6 +38,10 @@ class SetupTest(unittest.TestCase):
         small, large = setup("qwen2.5-32b-2xh100"), setup("qwen2.5-32b-2xh100", block_size=512)
         self.assertEqual(replace(large, block_size=16, num_blocks=small.num_blocks), small)
         self.assertAlmostEqual(large.capacity / small.capacity, 1, delta=0.01)
+
+    def test_a_server_can_be_started_with_one(self) -> None:
+        for it in (setup("qwen2.5-32b-2xh100"), replace(setup("llama-3.1-8b-a100"), prefix_caching=False)):
+            self.assertEqual(parse_options(["--port=0", *it.arguments()]).profile, it)
 
     def test_an_unknown_name_is_told_the_known_ones(self) -> None:
         with self.assertRaisesRegex(ValueError, r"gpt-9.*llama-3\.1-8b-h100.*qwen"):
