@@ -46,7 +46,7 @@ def trace_file(tmp_path: Path, trace: Trace) -> Path:
 @pytest.fixture
 def job(trace: Trace) -> Callable[[bool], Job]:
     def made(search: bool = False) -> Job:
-        fleet = fake.FleetSpec(3, 2, "default", 7)
+        fleet = fake.FleetSpec(3, 2, "llama-3.3-70b-4xh100", 7)
         conditions = Conditions("trace.jsonl", len(trace.requests), trace.seconds, fleet, 1.0, 5.0, 0.05)
         return Job(trace, conditions, search, fake.run_variant)
 

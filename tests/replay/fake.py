@@ -20,7 +20,7 @@ class FleetSpec:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.setup != "default":
+        if self.setup != "llama-3.3-70b-4xh100":
             raise ValueError(f"unknown set-up {self.setup!r}")
 
 

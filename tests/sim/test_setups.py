@@ -30,9 +30,9 @@ class SetupTest(unittest.TestCase):
                 it = setup(name)
                 self.assertGreater(it.capacity, 50_000)
                 self.assertTrue(0.005 < it.step_time(0, 1, 0) < 0.030)
-                self.assertTrue(4_000 < it.prefill_rate < 40_000)
+                self.assertTrue(4_000 < it.prefill_rate < 60_000)
                 # At 128k tokens, attention outweighs the rest of a prefill, but not by an order of magnitude.
-                self.assertTrue(0.3 < it.prefill_per_kv_token * 64_000 * it.prefill_rate < 5)
+                self.assertTrue(0.3 < it.prefill_per_kv_token * 64_000 * it.prefill_rate < 10)
 
     def test_a_larger_block_changes_the_number_of_blocks_only(self) -> None:
         small, large = setup("qwen2.5-32b-2xh100"), setup("qwen2.5-32b-2xh100", block_size=512)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .job import Conditions, Outcome
     from .trace import Trace
 
-DEFAULT_SETUP = "default"
+DEFAULT_SETUP = "llama-3.3-70b-4xh100"
 _FILE_WIDTH = 140  # of a table that goes to a file or a pipe, where nothing wraps
 
 

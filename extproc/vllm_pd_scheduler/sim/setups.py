@@ -59,29 +59,43 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The shape of a dense transformer with grouped-query attention. `hidden` is heads x `head_dim`."""
+    """What a transformer has to read and to compute."""
 
     parameters: float
+    active: float
+    """Parameters that one token needs: all of a dense model."""
     layers: int
-    hidden: int
-    kv_heads: int
-    head_dim: int
+    attention: int
+    """Operations for a pair of tokens in one layer: 2 for each dimension of the score and of the sum."""
+    kv_bytes_per_token: int
+    """Bytes of KV cache of a token, all layers, in 16 bit."""
+    mfu: float | None = None
+    """Where it is not as `MFU` has it."""
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache of a token in 16 bit: a key and a value per layer and KV head."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * BF16
+    @classmethod
+    def dense(cls, parameters: float, *, layers: int, hidden: int, kv_heads: int, head_dim: int) -> "Model":
+        """Grouped-query attention: a key and a value per layer and head; `hidden` is heads x `head_dim`."""
+        return cls(parameters, parameters, layers, 4 * hidden, 2 * layers * kv_heads * head_dim * BF16)
 
 
 # NVIDIA's data sheets "H100 Tensor Core GPU" (SXM; its figures with sparsity, halved) and "A100 80GB" (SXM).
 H100 = Gpu(int(79.1 * GIB), 3.35e12, {BF16: 989e12, FP8: 1979e12}, 8192, 1024)
 A100 = Gpu(int(79.1 * GIB), 2.039e12, {BF16: 312e12}, 2048, 256)
+# "H200 Tensor Core GPU" (SXM): the arithmetic of an H100 and more memory.
+H200 = Gpu(int(139.8 * GIB), 4.8e12, H100.flops, 8192, 1024)
 
 # config.json and model cards on Hugging Face: meta-llama/Llama-3.1-8B-Instruct,
 # meta-llama/Llama-3.3-70B-Instruct, Qwen/Qwen2.5-32B-Instruct.
-LLAMA_8B = Model(8.03e9, layers=32, hidden=4096, kv_heads=8, head_dim=128)
-LLAMA_70B = Model(70.6e9, layers=80, hidden=8192, kv_heads=8, head_dim=128)
-QWEN_32B = Model(32.8e9, layers=64, hidden=5120, kv_heads=8, head_dim=128)
+LLAMA_8B = Model.dense(8.03e9, layers=32, hidden=4096, kv_heads=8, head_dim=128)
+LLAMA_70B = Model.dense(70.6e9, layers=80, hidden=8192, kv_heads=8, head_dim=128)
+QWEN_32B = Model.dense(32.8e9, layers=64, hidden=5120, kv_heads=8, head_dim=128)
+# deepseek-ai/DeepSeek-V3: mixture of experts, and latent attention: 128 heads of 192 dimensions for the score
+# and 128 for the sum, of which a latent of 512 + 64 is kept per layer. Expert parallelism costs arithmetic:
+# LMSYS measured 52,300 prompt tokens/s for each node of 8 H100, 24 % of the peak (prompts of 2,000 tokens,
+# https://lmsys.org/blog/2025-05-05-large-scale-ep/).
+DEEPSEEK_V3 = Model(
+    671e9, 37e9, layers=61, attention=2 * 128 * (192 + 128), kv_bytes_per_token=61 * 576 * BF16, mfu=0.245
+)
 
 
 def profile(
@@ -97,9 +111,9 @@ def profile(
 
     Raise ValueError when the GPU does not know the format of the weights, or has no room for them and KV.
 
-    Prefill costs 2 operations per parameter and token, and attention 4 per layer, hidden unit and pair of
-    tokens: 2 for the score, 2 for the weighted sum. A decode step reads all weights once and each request's
-    KV; the arithmetic of its requests comes on top, though some of it may overlap.
+    Prefill costs 2 operations per active parameter and token, and those of attention per layer and pair of
+    tokens. A decode step reads all weights once (a batch of some size needs nearly all experts) and each
+    request's KV; the arithmetic of its requests comes on top, though some of it may overlap.
     """
     if weight_bytes not in gpu.flops:
         raise ValueError(f"the GPU has no arithmetic for weights of {weight_bytes} byte")
@@ -108,9 +122,9 @@ def profile(
     blocks = int(usable / (model.kv_bytes_per_token * block_size))
     if blocks < 1:
         raise ValueError(f"{tensor_parallel} GPUs have no room for {weights / GIB:.0f} GiB of weights and KV")
-    flops = MFU[weight_bytes] * gpu.flops[weight_bytes] * tensor_parallel
+    flops = (model.mfu or MFU[weight_bytes]) * gpu.flops[weight_bytes] * tensor_parallel
     # Attention is computed in 16 bit whatever the weights are.
-    attention_flops = MFU[BF16] * gpu.flops[BF16] * tensor_parallel
+    attention_flops = (model.mfu or MFU[BF16]) * gpu.flops[BF16] * tensor_parallel
     bandwidth = BANDWIDTH_SHARE * gpu.bandwidth * tensor_parallel
     all_reduces = 2 * model.layers * ALL_REDUCE if tensor_parallel > 1 else 0.0
     read_weights = weights / bandwidth + all_reduces
@@ -120,11 +134,11 @@ def profile(
         max_num_seqs=gpu.max_num_seqs,
         max_num_batched_tokens=gpu.max_num_batched_tokens,
         step_overhead=STEP_OVERHEAD,
-        prefill_rate=flops / (2 * model.parameters),
-        prefill_per_kv_token=4 * model.layers * model.hidden / attention_flops,
+        prefill_rate=flops / (2 * model.active),
+        prefill_per_kv_token=model.layers * model.attention / attention_flops,
         prefill_min=read_weights,
         decode_base=read_weights,
-        decode_per_seq=2 * model.parameters / flops,
+        decode_per_seq=2 * model.active / flops,
         decode_per_kv_token=model.kv_bytes_per_token / bandwidth,
         kv_bytes_per_token=model.kv_bytes_per_token,
         transfer_bandwidth=network,
@@ -137,6 +151,7 @@ _SETUPS = {
     "llama-3.3-70b-4xh100": partial(profile, LLAMA_70B, H100, 4),
     "llama-3.3-70b-fp8-2xh100": partial(profile, LLAMA_70B, H100, 2, weight_bytes=FP8),
     "qwen2.5-32b-2xh100": partial(profile, QWEN_32B, H100, 2),
+    "deepseek-v3-fp8-8xh200": partial(profile, DEEPSEEK_V3, H200, 8, weight_bytes=FP8),
 }
 NAMES = tuple(_SETUPS)
 """The set-ups that have a name: model, GPUs, and BF16 weights where nothing else is said."""

@@ -93,6 +93,12 @@ class Snapshot:
     generation_tokens: int
     finished: int
     preemptions: int
+    busy: float
+    """Seconds that steps took."""
+    gaps: int
+    """Tokens that followed another of the same request, and"""
+    gap_seconds: float
+    """the time between the two, summed: `vllm:inter_token_latency_seconds`."""
 
     @property
     def waiting(self) -> int:
@@ -126,7 +132,8 @@ class VirtualInstance:
         self._alarm: Handle | None = None
         self._jobs: dict[str, _Job] = {}
         self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
-        self._finished = self._preemptions = 0
+        self._finished = self._preemptions = self._gaps = 0
+        self._busy = self._gap_seconds = 0.0
 
     # -- requests -------------------------------------------------------------------------------------
 
@@ -175,6 +182,9 @@ class VirtualInstance:
         self._settle()
         engine, leap = self.engine, self._leap
         engine.expire(self.clock.now)
+        # The step under way has been applied, but its tokens are not out yet.
+        out = (leap.taken - 1) * leap.batch if leap else 0
+        lasted = leap.end(leap.taken - 1) - leap.start if leap else 0.0
         return Snapshot(
             running=engine.running,
             queued=engine.queued,
@@ -183,10 +193,12 @@ class VirtualInstance:
             kv_usage=engine.kv_usage,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            # The step under way has been applied, but its tokens are not out yet.
-            generation_tokens=self._generation_tokens + ((leap.taken - 1) * leap.batch if leap else 0),
+            generation_tokens=self._generation_tokens + out,
             finished=self._finished,
             preemptions=self._preemptions,
+            busy=self._busy + lasted,
+            gaps=self._gaps + out,
+            gap_seconds=self._gap_seconds + (leap.batch * lasted if leap else 0.0),
         )
 
     # -- steps ----------------------------------------------------------------------------------------
@@ -213,6 +225,8 @@ class VirtualInstance:
 
     def _stepped(self, step: Step) -> None:
         self._generation_tokens += len(step.outputs)
+        following = sum(1 for output in step.outputs if output.index)
+        self._count(step.duration, following)
         for output in step.outputs:
             if output.index and not output.finished:
                 continue
@@ -237,7 +251,14 @@ class VirtualInstance:
         assert leap is not None
         self.engine.take(leap, leap.steps)
         self._generation_tokens += leap.steps * leap.batch
+        lasted = leap.end(leap.steps) - leap.start
+        self._count(lasted, leap.steps * leap.batch, lasted * leap.batch)
         self._begin()
+
+    def _count(self, lasted: float, gaps: int, gap_seconds: float | None = None) -> None:
+        self._busy += lasted
+        self._gaps += gaps
+        self._gap_seconds += gaps * lasted if gap_seconds is None else gap_seconds
 
     def _settle(self) -> None:
         """Apply those steps of a leap to the engine that have begun by now."""
