@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unittest
 from typing import Any
+from unittest import mock
 
 from envoy.service.accesslog.v3 import als_pb2
 
@@ -161,9 +162,10 @@ class HandoffTest(Case):
     async def test_a_late_hand_off_is_not_used(self) -> None:
         """P answers at 0; then the event loop is held up for longer than the hand-off may wait."""
         self.router = self.start(kv_lease_duration=10.0)
-        ticks = iter([0.0, 10.0 * LEASE_SHARE + 0.1])
-        self.router._clock = lambda: next(ticks)
-        forward = await self.forward()
+        limit = self.router._local
+        with mock.patch.object(limit, "take", wraps=limit.take) as take:
+            take.side_effect = lambda _: setattr(self, "now", self.now + 10.0 * LEASE_SHARE + 0.1)
+            forward = await self.forward()
         self.assertEqual((forward.pending, forward.body), (None, None))
         late = self.router.telemetry.prometheus.get_sample_value(
             "pd_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}

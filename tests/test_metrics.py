@@ -11,6 +11,7 @@ from vllm_pd_scheduler.metrics import NotVllmMetrics, Scrape, parse_metrics, sna
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
+ITL = "vllm:inter_token_latency_seconds"
 TTFT = "vllm:time_to_first_token_seconds"
 TPOT = "vllm:request_time_per_output_token_seconds"
 OLD_TPOT = "vllm:time_per_output_token_seconds"
@@ -155,7 +156,8 @@ vllm:time_to_first_token_seconds_count 3
             with self.subTest(page.name):
                 text = page.read_text(encoding="utf-8")
                 scrape = parse_metrics(text)
-                self.assertEqual(set(scrape.histograms), {TTFT, TPOT})
+                self.assertLessEqual({TTFT, TPOT, ITL}, set(scrape.histograms))
+                self.assertEqual(scrape.kv_capacity, 32 * 4096)
                 self.assertTrue(0.0 <= scrape.kv_usage <= 1.0)
                 self.assertGreater(scrape.histograms[TTFT][1], 0)
                 self.assertEqual(scrape.running, self.only_value(text, "vllm:num_requests_running"))

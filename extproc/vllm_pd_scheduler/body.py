@@ -81,6 +81,11 @@ class JsonBody:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
+    def length(self, key: str) -> int:
+        """Return the bytes of a field's text, without decoding it; 0 if it is absent."""
+        raw = self.fields.get(key)
+        return 0 if raw is None else memoryview(raw).nbytes
+
     def starts_with(self, key: str, char: bytes) -> bool:
         """Whether the text of a field begins with ``char``, without decoding it."""
         raw = self.fields.get(key)

@@ -94,6 +94,9 @@ class SchedulerConfig(_Model):
     """The whole configuration. Times are in seconds; see ``scheduler_config.example.json``."""
 
     strategy: str = "least_load"
+    prefill_strategy: str | None = None
+    decode_strategy: str | None = None
+    shadow_strategy: str | None = None
     load_weight: Weight = 0.5
     kv_cache_weight: Weight = 0.3
     latency_weight: Weight = 0.2
@@ -102,6 +105,20 @@ class SchedulerConfig(_Model):
     health_check_timeout: Seconds = 2.0
     unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
     healthy_threshold: Annotated[int, Field(ge=1)] = 1
+
+    session_header: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = "x-session-id"
+    ttft_slo: Seconds | None = None
+    tpot_slo: Seconds | None = None
+    disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1)] = "always"
+    late_binding: bool = False
+
+    max_waiting: Annotated[int, Field(ge=1)] | None = None
+    max_kv_usage: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_in_flight_tokens: Annotated[int, Field(ge=1)] | None = None
+    queue_size: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    queue_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    queue_timeout: Seconds = 30.0
+    max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
     prefill_timeout: Seconds = 120.0
@@ -131,11 +148,11 @@ class SchedulerConfig(_Model):
     prefill_instances: list[InstanceConfig] = []
     decode_instances: list[InstanceConfig] = []
 
-    @field_validator("strategy")
+    @field_validator("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
     @classmethod
-    def _strategy_exists(cls, name: str) -> str:
+    def _strategy_exists(cls, name: str | None) -> str | None:
         try:
-            load_strategy(name)
+            load_strategy(name or "least_load")
         except UnknownStrategy as error:
             raise ValueError(str(error)) from None
         return name

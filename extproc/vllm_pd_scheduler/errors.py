@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from .headers import REASON
+
 RETRY_AFTER_S = 1
 """What a client is told to wait when nothing can serve it; an instance can be back within 2 s."""
 
@@ -30,15 +32,15 @@ class Reject:
     """A short name, for metrics and Envoy's access log."""
 
 
-def reject(status: int, message: str, reason: str) -> Reject:
-    """Return an OpenAI-shaped error, with ``Retry-After`` where trying again can help."""
+def reject(status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S) -> Reject:
+    """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help."""
     error = {
         "message": message,
         "type": _TYPES.get(status, "InternalServerError"),
         "param": None,
         "code": status,
     }
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", REASON: reason}
     if status in (429, 503):
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        headers["retry-after"] = str(retry_after)
     return Reject(status, msgspec.json.encode({"error": error}), headers, reason)

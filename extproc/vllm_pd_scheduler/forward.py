@@ -71,6 +71,8 @@ class Forward:
         if current.active and following:
             current.release()
             self.reservation = registry.reserve(following[0])
+            self.reservation.tokens = current.tokens
+            following[0].tokens += current.tokens
 
     def release(self) -> None:
         """Give back the reservation. Doing it twice is the same as once."""

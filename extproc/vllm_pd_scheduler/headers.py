@@ -26,8 +26,26 @@ HANDOFF_AT: Final = "x-pd-handoff-at"
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
 
+REASON: Final = "x-pd-reason"
+"""Why the scheduler refused a request, in one word, on its own answers."""
+
+PRIORITY: Final = "x-pd-priority"
+"""A client's: a whole number, higher is served first when requests have to wait; 0 without it."""
+
+TENANT: Final = "x-pd-tenant"
+"""A client's: whom the request counts for when those who wait are served in turn."""
+
+TTFT_SLO: Final = "x-pd-ttft-slo-ms"
+"""A client's: milliseconds to the first token that it asks for."""
+
+TPOT_SLO: Final = "x-pd-tpot-slo-ms"
+"""A client's: milliseconds for each further token that it asks for."""
+
+ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO)
+"""Headers by which a client asks for something. The instance does not get them."""
+
 STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
-"""Headers that only the scheduler sets; a client's are removed."""
+"""Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
 FORWARDED_TO_PREFILL: Final = ("x-request-id", "traceparent", "tracestate", "authorization", "content-type")
 """Headers of the client's request that the prefill leg keeps."""

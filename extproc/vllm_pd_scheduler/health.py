@@ -82,7 +82,7 @@ class HealthMonitor:
 
     async def check(self, endpoint: Endpoint) -> None:
         """Probe and scrape one instance, each within the timeout. Raises nothing."""
-        in_flight = endpoint.in_flight
+        in_flight, tokens = endpoint.in_flight, endpoint.tokens
         problem, page = await asyncio.gather(self._probe(endpoint), self._scrape(endpoint))
         if endpoint not in self._registry:
             return
@@ -96,11 +96,11 @@ class HealthMonitor:
             return
         if self._registry.started(endpoint, page.started_at):
             log.warning("%s was restarted", endpoint.id)
-            in_flight = 0
+            in_flight, tokens = 0, 0.0
         last = self._scrapes.get(endpoint)
         taken = snapshot(page, last, endpoint.metrics, endpoint.instance.role, self._clock())
         self._scrapes[endpoint] = page
-        self._registry.scraped(endpoint, taken, in_flight)
+        self._registry.scraped(endpoint, taken, in_flight, tokens)
 
     def _follow(self) -> None:
         """Have exactly one loop for each registered instance."""

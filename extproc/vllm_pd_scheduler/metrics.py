@@ -22,9 +22,20 @@ _LATENCY = {
         "vllm:time_per_output_token_seconds",  # its name in older releases
     ),
 }
-_HISTOGRAMS = {name for names in _LATENCY.values() for name in names}
+_STEP = (
+    "vllm:inter_token_latency_seconds",
+    "vllm:time_per_output_token_seconds",  # before the two were told apart
+)
+_TRANSFER = ("vllm:nixl_xfer_time_seconds",)
+_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER) for name in names}
+_GENERATED = "vllm:generation_tokens_total"
+_FINISHED = "vllm:request_success_total"
+_CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
-_WANTED = {_START, *_GAUGES, *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count"))}
+_WANTED = {
+    _START, _GENERATED, _FINISHED, _CACHE, *_GAUGES,
+    *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,12 @@ class Scrape:
     histograms: dict[str, tuple[float, float]]
     started_at: float | None = None
     """Start time of the server's process, Unix seconds."""
+    kv_capacity: float | None = None
+    """Tokens that the KV cache holds, all engines together."""
+    generated: float = 0.0
+    """Tokens generated since the start."""
+    finished: float = 0.0
+    """Requests that ended since the start."""
 
 
 class NotVllmMetrics(ValueError):
@@ -53,9 +70,12 @@ def parse_metrics(page: str) -> Scrape:
     # every request in between would feel; choosing the lines first, 0.3 ms.
     lines = [line for line in page.splitlines() if line.split("{", 1)[0].split(" ", 1)[0] in _WANTED]
     values: dict[str, list[float]] = {}
+    capacity = 0.0
     try:
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for sample in family.samples:
+                if sample.name == _CACHE:
+                    capacity += _kv_tokens(sample.labels)
                 if math.isfinite(sample.value):  # a NaN would win or lose every comparison
                     values.setdefault(sample.name, []).append(sample.value)
     except ValueError as error:
@@ -78,7 +98,18 @@ def parse_metrics(page: str) -> Scrape:
         sum(kv_usage) / len(kv_usage),
         histograms,
         values.get(_START, [None])[0],
+        capacity or None,
+        sum(values.get(_GENERATED, [])),
+        sum(values.get(_FINISHED, [])),
     )
+
+
+def _kv_tokens(labels: dict[str, str]) -> float:
+    """Tokens that one engine's KV cache holds; 0 if its labels do not say."""
+    try:
+        return float(int(labels["block_size"]) * int(labels["num_gpu_blocks"]))
+    except (KeyError, ValueError):  # "None" until the engine has measured its memory
+        return 0.0
 
 
 def snapshot(
@@ -90,14 +121,42 @@ def snapshot(
     (a restart: none).
     """
     latency = last.latency if last else None
-    for name in _LATENCY[role]:
-        if before is None or name not in scrape.histograms or name not in before.histograms:
-            continue
-        total, count = scrape.histograms[name]
-        total_before, count_before = before.histograms[name]
-        if count < count_before:
-            latency = None
-        elif count > count_before:
-            latency = max(0.0, total - total_before) / (count - count_before)
-        break
-    return MetricsSnapshot(now, scrape.running, scrape.waiting, scrape.kv_usage, latency)
+    seen = _since(scrape, before, _LATENCY[role])
+    if seen is not None:
+        latency = latency if seen.count == 0 else seen.mean  # counters that went back: a restart
+    step, transfer = _since(scrape, before, _STEP), _since(scrape, before, _TRANSFER)
+    restarted = before is None or scrape.generated < before.generated or scrape.finished < before.finished
+    return MetricsSnapshot(
+        now,
+        scrape.running,
+        scrape.waiting,
+        scrape.kv_usage,
+        latency,
+        scrape.kv_capacity,
+        step.mean if step else None,
+        0.0 if restarted or before is None else scrape.generated - before.generated,
+        0.0 if restarted or before is None else scrape.finished - before.finished,
+        transfer.mean if transfer else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Since:
+    """What a histogram counted between two scrapes; a negative count means that it began anew."""
+
+    total: float
+    count: float
+
+    @property
+    def mean(self) -> float | None:
+        return max(0.0, self.total) / self.count if self.count > 0 else None
+
+
+def _since(scrape: Scrape, before: Scrape | None, names: tuple[str, ...]) -> _Since | None:
+    """Return the difference of the first histogram that both scrapes have."""
+    for name in names:
+        if before is not None and name in scrape.histograms and name in before.histograms:
+            total, count = scrape.histograms[name]
+            total_before, count_before = before.histograms[name]
+            return _Since(total - total_before, count - count_before)
+    return None

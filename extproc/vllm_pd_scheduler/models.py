@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from .prefix import Holder
 
 
 class InstanceRole(StrEnum):
@@ -60,16 +62,53 @@ class MetricsSnapshot:
     waiting: float = 0.0
     kv_usage: float = 0.0
     latency: float | None = None
+    kv_capacity: float | None = None
+    """Tokens that its KV cache holds; ``None`` if it does not say."""
+    step_time: float | None = None
+    """Mean seconds between two tokens of a request since the scrape before; ``None`` if there were none."""
+    output_tokens: float = 0.0
+    """Tokens generated since the scrape before."""
+    finished: float = 0.0
+    """Requests that ended since the scrape before."""
+    transfer: float | None = None
+    """Mean seconds of the KV transfers since the scrape before."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class RequestContext:
-    """What a strategy may know of a request. Never its text."""
+    """What a strategy may know of a request. Never its text.
+
+    ``now`` and ``cached`` are set anew for each pick. ``blocks`` are chained hashes of the prompt's leading
+    blocks, ``block_tokens`` tokens each, and empty if no strategy in use reads them.
+    """
 
     path: str
     model: str | None = None
     body_bytes: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
+    prompt_bytes: int = 0
+    """Size of the prompt, of which its length in tokens is estimated; 0 if that is exact."""
+    prompt_tokens: float = 0.0
+    """Length of the prompt: estimated from its bytes, exact once prefill has read it."""
+    output_tokens: float = 0.0
+    """Expected length of the answer."""
+    blocks: Sequence[int] = ()
+    block_tokens: float = 0.0
+    priority: int = 0
+    """Higher is served first when requests have to wait."""
+    tenant: str = ""
+    """Whom a request counts for when those who wait are served in turn."""
+    session: str | None = None
+    """What the requests of one conversation have in common."""
+    ttft_slo: float | None = None
+    """Seconds to the first token that the client asks for."""
+    tpot_slo: float | None = None
+    """Seconds for each further token that the client asks for."""
+    arrived: float = 0.0
+    now: float = 0.0
+    """Time of this pick, monotonic seconds."""
+    cached: Mapping[Holder, int] = field(default_factory=dict)
+    """Leading blocks that are taken for cached, by ``Endpoint.holder``."""
 
 
 def join_address(host: str, port: int) -> str:

@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .breaker import Breaker, BreakerPolicy, BreakerState
-from .models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, is_ip, join_address
+from .endpoint import Endpoint, Reservation
+from .load import DecodeLoad, FleetLoad, PrefillLoad
+from .models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext, is_ip, join_address
+from .prefix import PrefixIndex
+
+__all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
 
 class UnknownInstance(KeyError):
@@ -21,107 +26,6 @@ class UnknownInstance(KeyError):
 
 class DuplicateInstance(ValueError):
     """An id, or an address within a role, is taken already."""
-
-
-@dataclass(slots=True, eq=False)
-class Endpoint:
-    """An instance and all that is known of it. Only the registry changes it; strategies read it."""
-
-    instance: PDInstance
-    address: str | None = None
-    """``ip:port``, the name by which Envoy knows the host; ``None`` until a DNS name was resolved."""
-    metrics: MetricsSnapshot | None = None
-    in_flight: int = 0
-    """Requests that we sent there and that have not ended."""
-    draining: bool = False
-    healthy: bool | None = None
-    """``None`` before the first probe."""
-    reason: str = "not probed yet"
-    """Why it is not healthy, for people."""
-    in_flight_at_scrape: int = 0
-    streak: int = 0
-    """Successive probes that contradict ``healthy``."""
-    breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
-    started_at: float | None = None
-    """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
-    generation: int = 0
-    """How often it was seen to restart. Reservations of an earlier generation count no more."""
-    pending_handoffs: int = 0
-    """Hand-offs that a P holds for requests whose answer has not ended."""
-
-    @property
-    def id(self) -> str:
-        """The instance's id."""
-        return self.instance.instance_id
-
-    @property
-    def state(self) -> InstanceState:
-        """Draining wins over health, since it is what the operator asked for."""
-        if self.draining:
-            return InstanceState.DRAINING
-        if self.healthy is None:
-            return InstanceState.STARTING
-        if self.healthy and self.breaker.state is not BreakerState.OPEN:
-            return InstanceState.HEALTHY
-        return InstanceState.UNHEALTHY
-
-    @property
-    def routable(self) -> bool:
-        """Whether a new request may go there."""
-        return self.state is InstanceState.HEALTHY and self.address is not None
-
-    @property
-    def drained(self) -> bool:
-        """Whether it is draining and nothing that we sent, or that waits to be fetched, is left on it."""
-        return self.draining and not self.in_flight and not self.pending_handoffs
-
-    @property
-    def on_trial(self) -> bool:
-        """Whether it was ejected and its one trial request runs: nothing else goes there meanwhile."""
-        return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
-
-    @property
-    def waiting(self) -> float:
-        """Requests queued there: the last scrape's, plus what we have sent since and it cannot know of.
-
-        The second part is what keeps a burst between two scrapes from herding to one instance.
-        """
-        scraped = self.metrics.waiting if self.metrics else 0.0
-        return max(0.0, scraped + self.in_flight - self.in_flight_at_scrape)
-
-    @property
-    def requests(self) -> float:
-        """Requests running or queued there: ours exactly, and others' (another scheduler's) as last seen."""
-        if self.metrics is None:
-            return float(self.in_flight)
-        others = self.metrics.running + self.metrics.waiting - self.in_flight_at_scrape
-        return self.in_flight + max(0.0, others)
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of the KV cache in use at the last scrape, 0 to 1."""
-        return self.metrics.kv_usage if self.metrics else 0.0
-
-    @property
-    def latency(self) -> float | None:
-        """See :attr:`MetricsSnapshot.latency`."""
-        return self.metrics.latency if self.metrics else None
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """One request's claim on an endpoint, counted from the moment of the pick until ``release``."""
-
-    endpoint: Endpoint
-    generation: int
-    active: bool = True
-
-    def release(self) -> None:
-        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
-        if self.active:
-            self.active = False
-            if self.generation == self.endpoint.generation:
-                self.endpoint.in_flight -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +43,14 @@ class Registry:
     """Instances by id. Listeners are called after a change in who there is or who can serve."""
 
     policy: HealthPolicy = field(default_factory=HealthPolicy)
+    load: FleetLoad = field(default_factory=FleetLoad)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    block_tokens: float = 256.0
+    """Tokens of one block of the prefix index, as the last request had it."""
+    trials: bool = False
+    """Whether some endpoint was ejected and may be on trial."""
+    on_scraped: Callable[[], None] | None = None
+    """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
@@ -162,7 +74,13 @@ class Registry:
                     f"{join_address(instance.host, instance.port)} is already the {instance.role} "
                     f"instance {other.id!r}"
                 )
-        endpoint = Endpoint(instance, breaker=Breaker(self.policy.breaker))
+        endpoint = Endpoint(
+            instance,
+            breaker=Breaker(self.policy.breaker),
+            prefill=PrefillLoad(self.load.prefill),
+            decode=DecodeLoad(self.load.decode),
+            holder=self.prefixes.add(),
+        )
         if is_ip(instance.host):
             endpoint.address = join_address(instance.host, instance.port)
         self._endpoints[instance.instance_id] = endpoint
@@ -174,6 +92,7 @@ class Registry:
         endpoint = self.get(instance_id)
         del self._endpoints[instance_id]
         endpoint.draining = True
+        endpoint.holder.close()
         self._changed()
         return endpoint
 
@@ -246,15 +165,75 @@ class Registry:
             endpoint.streak = 0
             self._changed()
 
-    def scraped(self, endpoint: Endpoint, snapshot: MetricsSnapshot, in_flight_at_scrape: int) -> None:
-        """Record a scrape, and how many of our requests were there when it was asked for."""
-        endpoint.metrics = snapshot
+    def scraped(
+        self,
+        endpoint: Endpoint,
+        snapshot: MetricsSnapshot,
+        in_flight_at_scrape: int,
+        tokens_at_scrape: float = 0.0,
+    ) -> None:
+        """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
+        before, endpoint.metrics = endpoint.metrics, snapshot
         endpoint.in_flight_at_scrape = in_flight_at_scrape
+        endpoint.tokens_at_scrape = tokens_at_scrape
+        if snapshot.kv_capacity is not None:
+            endpoint.kv_capacity = snapshot.kv_capacity
+            endpoint.holder.resize(max(1, int(snapshot.kv_capacity / self.block_tokens)))
+        if endpoint.instance.role is InstanceRole.DECODE:
+            self._learn_decode(endpoint, before, snapshot)
+        if self.on_scraped is not None:
+            self.on_scraped()
 
-    def reserve(self, endpoint: Endpoint) -> Reservation:
-        """Count a request on an endpoint from now on."""
+    def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
+        self.load.learn_output(now.output_tokens, now.finished)
+        if now.transfer is not None:
+            self.load.learn_transfer(now.transfer)
+        if before is None or now.step_time is None:
+            return
+        batch = (before.running + now.running) / 2
+        kv_tokens = (before.kv_usage + now.kv_usage) / 2 * (endpoint.kv_capacity or 0.0)
+        if batch > 0:
+            endpoint.decode.learn(batch, kv_tokens, now.step_time, self.load.decode)
+
+    def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
+        """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
         endpoint.in_flight += 1
-        return Reservation(endpoint, endpoint.generation)
+        reservation = Reservation(endpoint, endpoint.generation)
+        if request is None:
+            return reservation
+        reservation.at = request.now
+        blocks = request.cached.get(endpoint.holder, 0) if request.cached else 0
+        if request.blocks:
+            self.block_tokens = request.block_tokens
+            endpoint.holder.store(request.blocks)
+        if endpoint.instance.role is InstanceRole.DECODE:
+            reservation.tokens = request.prompt_tokens + request.output_tokens
+        else:
+            load = endpoint.prefill
+            reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
+            new = request.prompt_tokens - load.trust * reservation.cached
+            reservation.tokens = new
+            reservation.wait = load.left(request.now)
+            reservation.cost = load.cost(new, request.prompt_tokens)
+            load.begin(reservation, reservation.cost, request.now)
+        endpoint.tokens += reservation.tokens
+        return reservation
+
+    def prefilled(
+        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
+    ) -> None:
+        """End a claim on prefill with what the instance says it read, and learn from how long it took.
+
+        ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
+        """
+        load = reservation.endpoint.prefill
+        seconds = reservation.release(now)
+        if seconds is None:
+            return
+        cached = int(load.trust * reservation.cached) if cached_tokens is None else cached_tokens
+        if cached_tokens is not None:
+            load.believed(reservation.cached, cached_tokens)
+        load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Record a request that an instance served."""
@@ -290,6 +269,9 @@ class Registry:
             return False
         endpoint.generation += 1
         endpoint.in_flight = endpoint.in_flight_at_scrape = 0
+        endpoint.tokens = endpoint.tokens_at_scrape = 0.0
+        endpoint.prefill.restarted()
+        endpoint.holder.clear()
         endpoint.breaker.restarted()
         self._changed()
         return True
@@ -301,5 +283,6 @@ class Registry:
                 for endpoint in endpoints:  # one that fails now and then is better than none
                     endpoint.breaker.readmit()
             self._routable[role] = tuple(e for e in endpoints if e.routable)
+        self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
         for listener in self._listeners:
             listener()

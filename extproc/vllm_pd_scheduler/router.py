@@ -14,14 +14,19 @@ from .attempts import FailedAttempt, Failure
 from .body import BodyError, JsonBody, strip_handoff
 from .breaker import BreakerPolicy
 from .config import SchedulerConfig
-from .connectors import Connector, NixlConnector
+from .connectors import Connector, Handoff, NixlConnector
+from .disaggregation import Disaggregation
+from .dispatch import Dispatcher
 from .errors import Reject, reject
 from .forward import Forward, PendingHandoff
+from .gate import Gate
+from .intake import HeaderError, Intake
 from .limits import ShareLimit
 from .models import InstanceRole, PDInstance, RequestContext
-from .registry import Endpoint, HealthPolicy, Registry
+from .registry import Endpoint, HealthPolicy, Registry, Reservation
 from .scheduler import Scheduler
 from .telemetry import Served, Telemetry
+from .waiting import Ticket
 
 SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
@@ -96,6 +101,12 @@ class PDRouter:
         self.prefill_leg = prefill_leg
         self.release_handoff: ReleaseHandoff | None = None
         self._clock = clock
+        self._intake = Intake(config, self.registry.load)
+        self._disaggregation = Disaggregation(config, self.scheduler)
+        self.dispatcher = Dispatcher(self.scheduler)
+        self._gate = Gate(self.dispatcher, clock)
+        self.registry.on_scraped = self._gate.changed
+        self._held_bytes = 0
         self._local = ShareLimit(config.max_local_prefill_share)
         self._forwards: dict[str, Forward] = {}
         self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
@@ -135,28 +146,42 @@ class PDRouter:
         the call cancels the prefill.
         """
         path = headers.get(":path", "/").partition("?")[0]
+        if self._held_bytes + len(body) > self.config.max_held_bytes:
+            full = reject(429, "The scheduler holds too many requests.", "memory")
+            self.telemetry.rejected(full)
+            return full
+        outcome: Forward | Reject
+        self._held_bytes += len(body)
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 outcome = await self._split(path, headers, JsonBody.parse(body))
             else:
                 clean = strip_handoff(body)
-                context = RequestContext(path, None, len(body), headers)
+                context = self._intake.passed(path, headers, len(body), self._clock())
                 outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
+        except HeaderError as error:
+            outcome = reject(400, str(error), "bad_header")
+        finally:
+            self._held_bytes -= len(body)
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome)
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
-        model = body.get("model")
-        context = RequestContext(path, model if isinstance(model, str) else None, len(body.raw), headers)
+        context = self._intake.read(
+            path, headers, body, self._clock(), prefixes=self.scheduler.reads_prefixes
+        )
         if not self.registry.routable(InstanceRole.DECODE):
             return self._no_decode()
         changed = body.raw if body.stripped else None
         limit = self._first_byte_timeout(body)
         if not self.connector.can_split(body):
-            return self._to_decode(context, changed, Served.WHOLE, limit)
+            return await self._whole(context, changed, Served.WHOLE, limit)
+        alone = self._disaggregation.local(context)
+        if alone is not None:
+            return await self._whole(context, changed, Served.ALONE, limit, alone)
         prefilled = await self._prefill(context, headers, body)
         if isinstance(prefilled, Reject):
             return prefilled
@@ -181,6 +206,21 @@ class PDRouter:
             prefilled.prefill.pending_handoffs += 1
         return forward
 
+    async def _whole(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        preferred: Endpoint | None = None,
+    ) -> Forward | Reject:
+        """Have decode serve a request alone, when it has room."""
+        ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
+        outcome = await self._gate.enter(ticket)
+        if isinstance(outcome, Reject):
+            return outcome
+        return self._to_decode(context, body, served, limit, preferred)
+
     async def _prefill(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody
     ) -> PendingHandoff | Reject | None:
@@ -189,38 +229,47 @@ class PDRouter:
             return None
         tried: list[Endpoint] = []
         leg_body = b""
-        while len(tried) <= self.config.max_retries:
-            picked = self.scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
-            if not picked:
+        outcome = await self._gate.enter(Ticket(context, InstanceRole.PREFILL, context.body_bytes))
+        while not isinstance(outcome, Reject):
+            if outcome is None:
                 break
-            tried.append(picked[0])
+            tried.append(outcome.endpoint)
             leg_body = leg_body or self.connector.prefill_body(body)
-            answer = await self._leg(self.prefill_leg, picked[0], context, headers, leg_body)
-            if answer is None:
-                continue
-            if answer.status != 200:
+            answer = await self._leg(self.prefill_leg, outcome, context, headers, leg_body)
+            if isinstance(answer, Handoff):
+                deadline = self._clock() + self.config.kv_lease_duration * LEASE_SHARE
+                return PendingHandoff(answer, tried[-1], deadline, context.model)
+            if answer is not None:
+                if answer.status == 200:
+                    self.telemetry.prefill_failed(tried[-1], "no_handoff")
+                    return None
                 kept = {"content-type": answer.content_type}
                 return Reject(answer.status, answer.body, kept, "prefill_4xx")
-            handoff = self.connector.handoff(answer.body)
-            if handoff is None:
-                self.telemetry.prefill_failed(picked[0], "no_handoff")
-                return None
-            deadline = self._clock() + self.config.kv_lease_duration * LEASE_SHARE
-            return PendingHandoff(handoff, picked[0], deadline, context.model)
+            outcome = self._another(context, tried)
+        else:
+            return outcome
         if self.config.on_prefill_failure == "fail":
             return _no_prefill()
         return None
 
+    def _another(self, context: RequestContext, tried: list[Endpoint]) -> Reservation | None:
+        """Reserve an endpoint that was not tried; it does not wait in line a second time."""
+        if len(tried) > self.config.max_retries:
+            return None
+        context.now = self._clock()
+        picked = self.scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
+        return self.registry.reserve(picked[0], context) if picked else None
+
     async def _leg(
         self,
         leg: PrefillLeg,
-        endpoint: Endpoint,
+        reservation: Reservation,
         context: RequestContext,
         headers: Mapping[str, str],
         body: bytes,
-    ) -> PrefillAnswer | None:
+    ) -> Handoff | PrefillAnswer | None:
         """Make one attempt; ``None`` if another instance should be tried."""
-        reservation = self.registry.reserve(endpoint)
+        endpoint = reservation.endpoint
         try:
             with self.telemetry.prefill(endpoint):
                 answer = await leg(endpoint, context.path, headers, body)
@@ -229,27 +278,48 @@ class PDRouter:
         else:
             if answer.status == 200 or _is_the_clients_fault(answer.status):
                 self.registry.succeeded(endpoint)
-                return answer
+                handoff = self.connector.handoff(answer.body) if answer.status == 200 else None
+                if handoff is not None:
+                    self._prefilled(reservation, context, handoff)
+                return handoff or answer
             reason = f"status_{answer.status}"
         finally:
-            reservation.release()
+            reservation.release(self._clock())
+            self._gate.changed()
         self.telemetry.prefill_failed(endpoint, reason)
         self.registry.failed(endpoint, f"prefill: {reason}", self._clock())
         return None
 
+    def _prefilled(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
+        """Learn from a prefill how long it took, and how long the prompt was."""
+        tokens, now = handoff.prompt_tokens, self._clock()
+        if tokens is None or tokens < 1:
+            return
+        self.telemetry.prefill_predicted(reservation, now)
+        self.registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
+        self.registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
+        context.prompt_tokens = tokens
+
     def _to_decode(
-        self, context: RequestContext, body: bytes | None, served: Served, limit: float | None
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        preferred: Endpoint | None = None,
     ) -> Forward | Reject:
+        context.now = self._clock()
         picked = self.scheduler.pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
         if not picked:
             return self._no_decode()
+        if preferred is not None and preferred.routable:
+            picked = [preferred, *(e for e in picked if e is not preferred)]
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         self.telemetry.forwarded(decode[0], served)
-        forward = Forward(
-            f"{self._run}-{next(self._numbers)}", decode, self.registry.reserve(decode[0]), body
-        )
+        reservation = self.registry.reserve(decode[0], context)
+        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body)
         forward.first_byte_timeout = limit
         forward.remove_headers = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         forward.on_release = self._released
@@ -304,6 +374,7 @@ class PDRouter:
             forward.pending.prefill.pending_handoffs -= 1
         if not forward.failed:
             self.registry.succeeded(forward.decode[0])
+        self._gate.changed()
 
     def _no_decode(self) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from .config import SchedulerConfig
 from .models import InstanceRole, RequestContext
@@ -11,23 +11,68 @@ from .strategies import Strategy, load_strategy
 
 
 class Scheduler:
-    """Picks endpoints of a registry by a strategy that can be changed while requests run."""
+    """Picks endpoints of a registry, each role's by a strategy that can be changed while requests run.
 
-    def __init__(self, config: SchedulerConfig, registry: Registry) -> None:
+    ``seed`` makes the strategies that choose at random repeatable.
+    """
+
+    def __init__(self, config: SchedulerConfig, registry: Registry, seed: int | None = None) -> None:
         self.config = config
         self.registry = registry
-        self.strategy_name = ""
+        self.names: dict[InstanceRole, str] = {}
+        self._seed = seed
         self._strategies: dict[InstanceRole, Strategy] = {}
-        self.use(config.strategy)
+        self.use(config.prefill_strategy or config.strategy, InstanceRole.PREFILL)
+        self.use(config.decode_strategy or config.strategy, InstanceRole.DECODE)
+        self._limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
-    def use(self, name: str) -> None:
-        """Change the strategy; the next pick uses it.
+    @property
+    def strategy_name(self) -> str:
+        """The strategy's name, or both if the roles differ: ``prefill_name/decode_name``."""
+        return "/".join(dict.fromkeys(self.names.values()))
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether requests should come with their prompt's block hashes."""
+        return self.config.disaggregation == "auto" or any(
+            s.reads_prefixes for s in self._strategies.values()
+        )
+
+    def use(self, name: str, role: InstanceRole | None = None) -> None:
+        """Change the strategy of a role or, without one, of both; the next pick uses it.
 
         Raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and keeps the old one.
         """
         strategy = load_strategy(name)
-        self._strategies = {role: strategy(self.config) for role in InstanceRole}
-        self.strategy_name = name
+        for one in InstanceRole if role is None else (role,):
+            self.install(strategy, one, name)
+
+    def install(self, strategy: type[Strategy], role: InstanceRole, name: str) -> None:
+        """Use a strategy that no name is known for."""
+        self._strategies[role] = strategy(self.config)
+        if self._seed is not None:
+            self._strategies[role].random.seed(self._seed)
+        self.names[role] = name
+
+    def strategy(self, role: InstanceRole) -> Strategy:
+        """Return the strategy object of a role."""
+        return self._strategies[role]
+
+    def saturated(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint has as much as the configuration lets it have."""
+        config = self.config
+        return (
+            (config.max_waiting is not None and endpoint.waiting >= config.max_waiting)
+            or (config.max_kv_usage is not None and _kv_usage(endpoint) >= config.max_kv_usage)
+            or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
+        )
+
+    def open(self, role: InstanceRole) -> bool:
+        """Whether some endpoint of a role is not saturated, or none can serve at all."""
+        if not self._limited:
+            return True
+        routable = self.registry.routable(role)
+        return not routable or not all(map(self.saturated, routable))
 
     def pick(
         self,
@@ -37,13 +82,27 @@ class Scheduler:
         count: int = 1,
         exclude: Collection[Endpoint] = (),
     ) -> list[Endpoint]:
-        """Return up to ``count`` endpoints of ``role``, best first; empty when none can serve."""
-        candidates = self.registry.routable(role)
+        """Return up to ``count`` endpoints of ``role``, best first; empty when none can serve.
+
+        Saturated ones are left out as long as there are others.
+        """
+        candidates: Sequence[Endpoint] = self.registry.routable(role)
         if exclude:
             candidates = tuple(e for e in candidates if e not in exclude)
-        if any(e.on_trial for e in candidates):
+        if self.registry.trials:
             # Its one trial request runs. Only if there is nobody else does it get another.
             candidates = tuple(e for e in candidates if not e.on_trial) or candidates
+        if self._limited:
+            candidates = tuple(e for e in candidates if not self.saturated(e)) or candidates
         if not candidates:
             return []
+        if request.blocks:
+            request.cached = self.registry.prefixes.match(request.blocks)
         return self._strategies[role].rank(candidates, request, count)
+
+
+def _kv_usage(endpoint: Endpoint) -> float:
+    """Share of the KV cache in use: as scraped, or by what has been sent since if that is more."""
+    if not endpoint.kv_capacity:
+        return endpoint.kv_usage
+    return max(endpoint.kv_usage, endpoint.kv_tokens / endpoint.kv_capacity)

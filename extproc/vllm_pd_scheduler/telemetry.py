@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from .errors import Reject
 from .models import InstanceRole, InstanceState
-from .registry import Endpoint, Registry
+from .registry import Endpoint, Registry, Reservation
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -27,6 +27,8 @@ class Served(StrEnum):
     """On D alone, since it cannot be split."""
     LOCAL = "local"
     """On D alone, since no P could prefill it."""
+    ALONE = "alone"
+    """On D alone, since that was predicted to be faster, or is configured."""
     PASSED = "passed"
     """Another path or method, on D as it is."""
 
@@ -54,6 +56,13 @@ class Telemetry:
             "Time of the prefill leg, as the scheduler sees it.",
             ["prefill"],
             buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        self._predicted = Histogram(
+            "pd_prefill_predicted_ratio",
+            "Predicted over measured time of a prefill, queueing included: 1 is right.",
+            ["prefill"],
+            buckets=(0.1, 0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2, 4, 10),
             registry=self.prometheus,
         )
         self._prefill_failures = Counter(
@@ -96,6 +105,13 @@ class Telemetry:
         start = self._clock()
         yield
         self._prefill_seconds.labels(endpoint.id).observe(self._clock() - start)
+
+    def prefill_predicted(self, reservation: Reservation, now: float) -> None:
+        """Compare what was predicted of a prefill that ends now with what it took."""
+        took = now - reservation.at
+        if took > 0:
+            ratio = (reservation.wait + reservation.cost) / took
+            self._predicted.labels(reservation.endpoint.id).observe(ratio)
 
     def prefill_failed(self, endpoint: Endpoint, reason: str) -> None:
         """Count a prefill attempt that gave no hand-off."""

@@ -123,7 +123,8 @@ class EncodeTest(unittest.TestCase):
             immediate = response.immediate_response
             self.assertEqual((immediate.status.code, immediate.details), (503, f"{DETAILS_PREFIX}no_decode"))
             self.assertEqual(
-                headers_of(immediate.headers), {"content-type": "application/json", "retry-after": "1"}
+                headers_of(immediate.headers),
+                {"content-type": "application/json", "retry-after": "1", "x-pd-reason": "no_decode"},
             )
             error = json.loads(immediate.body)["error"]
             self.assertEqual(

@@ -13,11 +13,12 @@ class Handoff:
     """What prefill left for one decode, and only one: using it a second time gives a wrong text.
 
     ``params`` is the JSON text that the decode request carries; ``prompt_tokens`` is the prompt's length
-    as prefill counted it.
+    as prefill counted it, ``cached_tokens`` how many of them it had in its cache, if it says so.
     """
 
     params: bytes
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
 
 
 class Connector(Protocol):

@@ -14,8 +14,13 @@ _REMOTE_DECODE = (
 _DROPPED_FOR_PREFILL = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -36,6 +41,7 @@ class _Params(msgspec.Struct):
     remote_host: str
     remote_port: int
     remote_request_id: str | None = None
+    remote_prefill_cached_tokens: int | None = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
@@ -85,8 +91,11 @@ class NixlConnector:
             return None
         if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
             return None
-        usage = decoded.usage
-        return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens if usage else None)
+        usage = decoded.usage or _Usage()
+        cached = params.remote_prefill_cached_tokens
+        if cached is None and usage.prompt_tokens_details is not None:
+            cached = usage.prompt_tokens_details.cached_tokens
+        return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens, cached)
 
     def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
         """Return the client's body with the hand-off spliced in as its last field."""

@@ -8,7 +8,12 @@ from typing import Any
 
 from .base import Strategy
 from .least_load import LeastLoad
+from .power_of_two import PowerOfTwo
+from .predicted_latency import PredictedLatency
+from .prefix_cache import PrefixCache
 from .round_robin import RoundRobin
+from .session import Session
+from .slo import Slo
 from .weighted import Weighted
 
 __all__ = ["ENTRY_POINT_GROUP", "Strategy", "UnknownStrategy", "load_strategy", "strategy_names"]
@@ -19,6 +24,11 @@ _BUILT_IN: dict[str, type[Strategy]] = {
     "round_robin": RoundRobin,
     "least_load": LeastLoad,
     "weighted": Weighted,
+    "power_of_two": PowerOfTwo,
+    "prefix_cache": PrefixCache,
+    "session": Session,
+    "predicted_latency": PredictedLatency,
+    "slo": Slo,
 }
 
 

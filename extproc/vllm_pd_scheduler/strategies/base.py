@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..endpoint import Endpoint
 from ..models import RequestContext
-from ..registry import Endpoint
 
 if TYPE_CHECKING:
     from ..config import SchedulerConfig
+
+
+AGEING = 0.1
+"""Seconds of work that a second of waiting makes up for."""
 
 
 class Strategy:
@@ -21,13 +26,29 @@ class Strategy:
     of an entry point in the group ``vllm_pd_scheduler.strategies``.
     """
 
+    reads_prefixes: ClassVar[bool] = False
+    """Whether it reads ``request.cached``; prompts are hashed, at some cost, only if some strategy does."""
+
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
+        self.random = Random()
         self._turn = 0
 
     def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
         """How bad ``endpoint`` would be for ``request``: the least wins. Any comparable value will do."""
         raise NotImplementedError(f"{type(self).__name__} defines neither score() nor rank()")
+
+    def order(self, request: RequestContext, cost: float) -> float:
+        """Place of a request among those that wait in the scheduler for prefill: the least goes first.
+
+        ``cost`` is its predicted seconds of work. Shortest first gives the least mean wait; each second
+        of waiting counts as ``AGEING`` seconds less work, so that nothing waits for ever.
+        """
+        return cost + AGEING * request.arrived
+
+    def hopeless(self, request: RequestContext, cost: float) -> bool:
+        """Whether a waiting request cannot be served in time any more, and lets all others pass."""
+        return False
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Return the ``count`` best of ``endpoints`` (never empty), best first.

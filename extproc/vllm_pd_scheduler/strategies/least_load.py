@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..endpoint import Endpoint
 from ..models import RequestContext
-from ..registry import Endpoint
 from .base import Strategy
 
 

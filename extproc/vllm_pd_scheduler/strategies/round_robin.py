@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..endpoint import Endpoint
 from ..models import RequestContext
-from ..registry import Endpoint
 from .base import Strategy
 
 

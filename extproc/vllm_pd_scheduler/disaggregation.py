@@ -1,0 +1,67 @@
+"""Whether a request's prefill goes to a prefill instance, or decode does it itself."""
+
+from __future__ import annotations
+
+from .config import SchedulerConfig
+from .endpoint import Endpoint
+from .load import prefill_pairs
+from .models import InstanceRole, RequestContext
+from .scheduler import Scheduler
+from .strategies.predicted_latency import WORK_WEIGHT
+
+
+class Disaggregation:
+    """Decides by the setting ``disaggregation``: always, never, from a prompt length on, or by cost.
+
+    By cost (``auto``), what counts is the delay for everybody, in predicted seconds. On decode instance D the
+    prefill of the tokens that D has not cached stalls D's running requests as long as it takes::
+
+        local  = cost * (1 + requests on D)
+        remote = left on P + (1 + WORK_WEIGHT) * cost on P + KV transfer
+
+    so that a long prompt goes to P, and a short one, or one that D has cached, stays on a D with little to
+    do or when P has a queue.
+    """
+
+    def __init__(self, config: SchedulerConfig, scheduler: Scheduler) -> None:
+        self._setting = config.disaggregation
+        self._scheduler = scheduler
+        self._registry = scheduler.registry
+
+    def local(self, request: RequestContext) -> Endpoint | None:
+        """Return the decode instance that should serve a request alone, or ``None`` if it is to be split."""
+        if self._setting == "always":
+            return None
+        if self._setting == "auto":
+            return self._cheapest(request)
+        if self._setting == "never" or request.prompt_tokens < self._setting:
+            return next(iter(self._scheduler.pick(InstanceRole.DECODE, request)), None)
+        return None
+
+    def _cheapest(self, request: RequestContext) -> Endpoint | None:
+        prefill = self._scheduler.pick(InstanceRole.PREFILL, request)
+        if not prefill:
+            return None
+        decodes = self._scheduler.pick(InstanceRole.DECODE, request)
+        # The one with the longest prefix may be better than the one that decodes fastest.
+        caches = [e for e in self._registry.routable(InstanceRole.DECODE) if e.holder in request.cached]
+        decodes += [max(caches, key=lambda e: request.cached[e.holder])] if caches else []
+        best = min(decodes, key=lambda e: self._local_cost(e, request), default=None)
+        if best is None or self._local_cost(best, request) > self._remote_cost(prefill[0], request):
+            return None
+        return best
+
+    def _local_cost(self, decode: Endpoint, request: RequestContext) -> float:
+        new = _uncached(decode, request, 1.0)
+        cost = self._registry.load.prefill.predict((1.0, new, prefill_pairs(new, request.prompt_tokens)))
+        return cost * (1 + decode.requests)
+
+    def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
+        load = prefill.prefill
+        cost = load.cost(_uncached(prefill, request, load.trust), request.prompt_tokens)
+        return load.left(request.now) + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer
+
+
+def _uncached(endpoint: Endpoint, request: RequestContext, trust: float) -> float:
+    cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
+    return max(1.0, request.prompt_tokens - trust * cached)

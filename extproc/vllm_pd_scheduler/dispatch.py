@@ -1,0 +1,130 @@
+"""Who is served next: late binding and admission control, with one line for both.
+
+Pure: it reads no clock and does no I/O. The caller calls ``pump`` when something has changed (a request
+has ended, an instance was scraped) and at ``wake_at``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from .endpoint import Reservation
+from .errors import Reject, reject
+from .models import InstanceRole, RequestContext
+from .scheduler import Scheduler
+from .waiting import Ticket, WaitingLine
+
+SLACK_S = 0.05
+"""A prefill instance is about to be free when so little is left: it must not stand idle until we know."""
+_SOONEST_S = 0.001
+"""Pause before the next look, at least: what should be free by then can be late."""
+_LOOK_AT = 16
+"""Requests, from the front of the line, that are tried when something has changed."""
+_LONGEST_RETRY_S = 60
+
+
+class Dispatcher:
+    """Gives requests an endpoint, at once or when there is one for them.
+
+    A request waits while all endpoints of its role (for prefill also: of decode) are saturated, and with
+    ``late_binding`` while the prefill instance that is best for it has still more than ``SLACK_S`` to do:
+    what waits here can still go elsewhere, and the shortest first.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        config = scheduler.config
+        self.line = WaitingLine(config.queue_size, config.queue_bytes)
+        self._scheduler = scheduler
+        self._registry = scheduler.registry
+        self._late_binding = config.late_binding
+        self._timeout = config.queue_timeout
+
+    def submit(self, ticket: Ticket, now: float) -> None:
+        """Take a request; it is settled at once if it need not wait, or cannot."""
+        request = ticket.request
+        if not len(self.line) and self._try(ticket, now):
+            return
+        ticket.cost = self._cost(request)
+        strategy = self._scheduler.strategy(InstanceRole.PREFILL)
+        request.now = now
+        if request.priority < 0 and strategy.hopeless(request, ticket.cost):
+            ticket.settle(self._refusal(ticket, "slo_missed", "No instance can meet its SLO now"))
+            return
+        displaced = self.line.push(ticket, strategy.order(request, ticket.cost))
+        if displaced is None:
+            ticket.settle(self._refusal(ticket, "queue_full", "All instances are busy and the queue is full"))
+            return
+        for other in displaced:
+            other.settle(self._refusal(other, "queue_displaced", "Requests of a higher priority came"))
+        self.pump(now)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Forget a request that waits: its client is gone."""
+        if ticket in self.line:
+            self.line.remove(ticket)
+
+    def pump(self, now: float) -> None:
+        """Settle all that need not wait any longer."""
+        for ticket in list(self._overdue(now)):
+            self.line.remove(ticket)
+            ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
+        while self._serve_one(now):
+            pass
+
+    def wake_at(self, now: float) -> float | None:
+        """When to call ``pump`` though nothing happens; ``None``: never, for nobody waits."""
+        first = next(self.line.by_arrival(), None)
+        if first is None:
+            return None
+        times = [first.request.arrived + self._timeout]
+        if self._late_binding:
+            lefts = (e.prefill.left(now) for e in self._registry.routable(InstanceRole.PREFILL))
+            times += [now + left - SLACK_S for left in lefts if left > SLACK_S]
+        return max(now + _SOONEST_S, min(times))
+
+    def _overdue(self, now: float) -> itertools.takewhile[Ticket]:
+        return itertools.takewhile(
+            lambda ticket: ticket.request.arrived + self._timeout <= now, self.line.by_arrival()
+        )
+
+    def _serve_one(self, now: float) -> bool:
+        for ticket in list(itertools.islice(self.line, _LOOK_AT)):
+            request = ticket.request
+            request.now = now
+            if self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost):
+                self.line.let_pass(ticket)
+            if self._try(ticket, now):
+                return True
+        return False
+
+    def _try(self, ticket: Ticket, now: float) -> bool:
+        """Settle a request if there is an endpoint for it, or will never be."""
+        request, role = ticket.request, ticket.role
+        if not self._scheduler.open(InstanceRole.DECODE) or not self._scheduler.open(role):
+            return False
+        outcome: Reservation | None = None
+        if role is InstanceRole.PREFILL:
+            request.now = now
+            picked = self._scheduler.pick(role, request)
+            if picked:
+                if self._late_binding and picked[0].prefill.left(now) > SLACK_S:
+                    return False
+                outcome = self._registry.reserve(picked[0], request)
+        if ticket in self.line:
+            self.line.remove(ticket, served=True)
+        ticket.settle(outcome)
+        return True
+
+    def _cost(self, request: RequestContext) -> float:
+        """Least predicted seconds of prefill, wherever that is."""
+        blocks = max(request.cached.values(), default=0) if request.cached else 0
+        new = max(1.0, request.prompt_tokens - blocks * request.block_tokens)
+        routable = self._registry.routable(InstanceRole.PREFILL)
+        return min((e.prefill.cost(new, request.prompt_tokens) for e in routable[:16]), default=0.0)
+
+    def _refusal(self, ticket: Ticket, reason: str, message: str) -> Reject:
+        work = sum(waiting.cost for waiting in self.line)
+        serving = max(1, len(self._registry.routable(InstanceRole.PREFILL)))
+        retry_after = min(_LONGEST_RETRY_S, max(1, math.ceil(work / serving)))
+        return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)

@@ -1,0 +1,55 @@
+"""Where requests wait in an event loop until the dispatcher has an endpoint for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from .dispatch import Dispatcher
+from .endpoint import Reservation
+from .errors import Reject
+from .waiting import Ticket
+
+
+class Gate:
+    """Turns the dispatcher's decisions into something to await, and wakes it when its time has come."""
+
+    def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def enter(self, ticket: Ticket) -> Reservation | Reject | None:
+        """Return the ticket's outcome. Cancelling the call takes the request out of the line."""
+        self._dispatcher.submit(ticket, self._clock())
+        if not ticket.settled:
+            await self._wait(ticket)
+        return ticket.outcome
+
+    async def _wait(self, ticket: Ticket) -> None:
+        settled = asyncio.Event()
+        ticket.on_settled = lambda _: settled.set()
+        self._wake_in_time()
+        try:
+            await settled.wait()
+        except asyncio.CancelledError:
+            self._dispatcher.withdraw(ticket)
+            if isinstance(ticket.outcome, Reservation):
+                ticket.outcome.release(self._clock())
+            self.changed()
+            raise
+
+    def changed(self) -> None:
+        """Take that something has changed: a request has ended, an instance was scraped."""
+        if len(self._dispatcher.line):
+            self._dispatcher.pump(self._clock())
+            self._wake_in_time()
+
+    def _wake_in_time(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = self._clock()
+        at = self._dispatcher.wake_at(now)
+        if at is not None:
+            self._timer = asyncio.get_running_loop().call_later(at - now, self.changed)

@@ -1,0 +1,160 @@
+"""The load model: how long an instance would need for what, learned from how long it did need.
+
+Pure: every time comes as an argument, in seconds of the caller's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from .fit import OnlineFit
+
+_PREFILL_PRIOR = (0.02, 1e-4, 0.0)
+"""Until something was measured: 20 ms a request and 10,000 tokens/s, the order of a 70B model on 4 GPUs."""
+_PREFILL_SCALE = (1.0, 1024.0, 1024.0 * 16384.0)
+_DECODE_PRIOR = (0.02, 2e-4, 1e-8)
+_DECODE_SCALE = (1.0, 32.0, 262144.0)
+
+_RECENT = 0.1
+"""Weight of the newest sample in running means."""
+
+BYTES_PER_TOKEN = 4.0
+"""Of a model's prompts, until its first usage report: English text with today's vocabularies."""
+OUTPUT_TOKENS = 256.0
+"""Length of an answer, until the first was seen to end."""
+_MAX_MODELS = 1000
+
+
+def prefill_pairs(tokens: float, context: float) -> float:
+    """Pairs of (token, token it attends to) of ``tokens`` new tokens at the end of ``context`` tokens."""
+    return tokens * (context - tokens / 2)
+
+
+class PrefillLoad:
+    """What is queued for prefill on one instance, in predicted seconds, first come first served.
+
+    seconds(request) = ``overhead`` + ``per_token`` * uncached tokens + ``per_pair`` * attended pairs;
+    the last term is attention, which grows with the square of a prompt. vLLM computes prompts in the order
+    in which they came, so what is ``left`` when a request arrives is its wait.
+    """
+
+    __slots__ = (
+        "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued", "trust",
+    )  # fmt: skip
+
+    def __init__(self, prior: OnlineFit) -> None:
+        self.fit = OnlineFit(prior.coefficients, _PREFILL_SCALE)
+        self.overhead, self.per_token, self.per_pair = prior.coefficients
+        self.trust = 1.0
+        """Share of the prompt tokens we take for cached there that are: 0 without prefix caching."""
+        self._pending: dict[Hashable, float] = {}
+        self.queued = 0.0
+        self.head_cost = 0.0
+        self.head_at = 0.0
+
+    def cost(self, tokens: float, context: float) -> float:
+        """Seconds for a request of ``context`` prompt tokens of which ``tokens`` are not cached."""
+        return self.overhead + self.per_token * tokens + self.per_pair * prefill_pairs(tokens, context)
+
+    def left(self, now: float) -> float:
+        """Seconds until what is queued is done; a first one that takes too long counts as done."""
+        return self.queued - min(self.head_cost, max(0.0, now - self.head_at))
+
+    def begin(self, key: Hashable, cost: float, now: float) -> None:
+        """Count a request of so many seconds."""
+        if not self._pending:
+            self.head_cost, self.head_at = cost, now
+        self._pending[key] = cost
+        self.queued += cost
+
+    def end(self, key: Hashable, now: float) -> float | None:
+        """Take a request out; return the seconds since the instance began it; ``None``: it was not in."""
+        cost = self._pending.pop(key, None)
+        if cost is None:
+            return None
+        spent = max(0.0, now - self.head_at)
+        self.head_at = now
+        self.head_cost = next(iter(self._pending.values()), 0.0)
+        self.queued = self.queued - cost if self._pending else 0.0
+        return spent
+
+    def learn(self, tokens: int, context: int, seconds: float, fleet: OnlineFit) -> None:
+        """Take how long a request of so many uncached of ``context`` tokens took, queueing not counted."""
+        x = (1.0, float(tokens), prefill_pairs(tokens, context))
+        fleet.learn(x, seconds, _PREFILL_PRIOR)
+        self.fit.learn(x, seconds, fleet.coefficients)
+        self.overhead, self.per_token, self.per_pair = self.fit.coefficients
+
+    def believed(self, tokens: float, found: float) -> None:
+        """Take how many of the tokens that we took for cached there were."""
+        if tokens > 0:
+            self.trust += _RECENT * (min(1.0, found / tokens) - self.trust)
+
+    def restarted(self) -> None:
+        """Forget what was queued; what the hardware can do stays known."""
+        self._pending.clear()
+        self.queued = self.head_cost = 0.0
+        self.trust = 1.0
+
+
+class DecodeLoad:
+    """How long one decode step takes: ``base`` + ``per_seq`` * batch + ``per_kv_token`` * KV tokens."""
+
+    __slots__ = ("base", "fit", "per_kv_token", "per_seq")
+
+    def __init__(self, prior: OnlineFit) -> None:
+        self.fit = OnlineFit(prior.coefficients, _DECODE_SCALE, forget=0.95)
+        self.base, self.per_seq, self.per_kv_token = prior.coefficients
+
+    def step(self, batch: float, kv_tokens: float) -> float:
+        """Seconds of a step, which is the time per output token of each of its requests."""
+        return self.base + self.per_seq * batch + self.per_kv_token * kv_tokens
+
+    def learn(self, batch: float, kv_tokens: float, seconds: float, fleet: OnlineFit) -> None:
+        """Take the mean time between tokens while so much was running."""
+        x = (1.0, batch, kv_tokens)
+        fleet.learn(x, seconds, _DECODE_PRIOR)
+        self.fit.learn(x, seconds, fleet.coefficients)
+        self.base, self.per_seq, self.per_kv_token = self.fit.coefficients
+
+
+@dataclass(slots=True)
+class FleetLoad:
+    """What is known of the fleet as a whole; a new instance starts from it."""
+
+    prefill: OnlineFit = field(default_factory=lambda: OnlineFit(_PREFILL_PRIOR, _PREFILL_SCALE))
+    decode: OnlineFit = field(default_factory=lambda: OnlineFit(_DECODE_PRIOR, _DECODE_SCALE))
+    output_tokens: float = OUTPUT_TOKENS
+    """Mean length of an answer."""
+    transfer: float = 0.02
+    """Mean seconds from prefill's answer until decode has the KV cache."""
+    _prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Recent prompts of each model: bytes and tokens."""
+
+    def bytes_per_token(self, model: str | None) -> float:
+        """Bytes of prompt that make one token of a model, on average over recent tokens."""
+        size, tokens = self._prompts.get(model or "", (BYTES_PER_TOKEN, 1.0))
+        return size / tokens
+
+    def learn_bytes(self, model: str | None, size: int, tokens: int) -> None:
+        """Take the size in bytes and in tokens of a prompt that a model has read."""
+        name = model or ""
+        if size > 0 and tokens > 0 and (name in self._prompts or len(self._prompts) < _MAX_MODELS):
+            old_size, old_tokens = self._prompts.get(name, (0.0, 0.0))
+            keep = 1 - _RECENT
+            self._prompts[name] = (keep * old_size + size, keep * old_tokens + tokens)
+
+    def learn_transfer(self, seconds: float) -> None:
+        """Take the mean time of some KV transfers."""
+        self.transfer += _RECENT * (seconds - self.transfer)
+
+    def learn_output(self, tokens: float, requests: float) -> None:
+        """Take how many tokens some requests that ended have had."""
+        if requests > 0:
+            weight = 1 - (1 - _RECENT) ** min(requests, 100.0)
+            self.output_tokens += weight * (tokens / requests - self.output_tokens)
+
+    def ratios(self) -> dict[str, float]:
+        """Bytes per token by model, a copy."""
+        return {model: self.bytes_per_token(model) for model in self._prompts}
