@@ -14,11 +14,13 @@ from typing import Any
 import yaml
 from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
 
+from tests.certificates import make_certificates
 from vllm_pd_scheduler import headers
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy_process import EnvoyPorts, config_path, find_envoy, render_config
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.processor.messages import DETAILS_PREFIX
+from vllm_pd_scheduler.tls import InstanceTlsConfig
 from vllm_pd_scheduler.xds import METADATA_NAMESPACE
 
 RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
@@ -74,10 +76,32 @@ class TypesTest(unittest.TestCase):
 
 
 class EnvoyTest(unittest.IsolatedAsyncioTestCase):
+    def setUp(self) -> None:
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.ports = EnvoyPorts(*unused_ports(4), "127.0.0.1")
+
     async def test_envoy_takes_it_with_other_ports(self) -> None:
-        config = render_config(EnvoyPorts(*unused_ports(4), "127.0.0.1"))
-        directory = self.enterContext(tempfile.TemporaryDirectory())
-        path = Path(directory) / "envoy.yaml"
+        await self.accepted(render_config(self.ports))
+
+    async def test_envoy_takes_it_with_tls_to_instances(self) -> None:
+        made = make_certificates(self.directory)
+        tls = InstanceTlsConfig(ca=made.ca, **made.client)
+        config = render_config(self.ports, tls)
+        for role in InstanceRole:
+            (context,) = [
+                each["typed_config"] for each in every("transport_socket", cluster(config, role.value))
+            ]
+            self.assertIs(context["auto_sni_san_validation"], True)
+            self.assertEqual(set(every("filename", context)), {made.ca, *made.client.values()})
+        await self.accepted(config)
+
+    def test_as_it_is_no_instances_certificate_passes(self) -> None:
+        for role in InstanceRole:
+            (accepted,) = every("verify_certificate_hash", cluster(RAW, role.value))
+            self.assertEqual(accepted, ["0" * 64])
+
+    async def accepted(self, config: dict[str, Any]) -> None:
+        path = self.directory / "envoy.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         process = await asyncio.create_subprocess_exec(
             find_envoy(),

@@ -80,7 +80,7 @@ class SnapshotTest(unittest.TestCase):
         router.scheduler.use("weighted")
         router.drain_instance("d0")
         router.unregister_instance("d1")
-        router.register_instance(NEW.instance(None))
+        router.register_instance(router.config.instance(NEW.role, NEW))
         found = snapshot(router, [NEW])
         self.assertEqual((found.strategy, found.drained, found.added), ("weighted", ["d0"], [NEW]))
         self.assertEqual(found.removed, [saved(**D1)])
@@ -92,7 +92,8 @@ class SnapshotTest(unittest.TestCase):
         router.drain_instance("d0")
         router.undrain_instance("d0")
         router.unregister_instance("d1")
-        router.register_instance(saved(**D1).instance(None))
+        again = saved(**D1)
+        router.register_instance(router.config.instance(again.role, again))
         self.assertEqual(snapshot(router, [saved(**D1)]), AdminState(version=1))
 
     def test_what_others_registered_is_not_the_admins(self) -> None:
@@ -106,7 +107,7 @@ class SnapshotTest(unittest.TestCase):
         with mock.patch.dict(os.environ, {"PD_TEST_KEY": "sk-secret"}):
             other = saved(**D1, api_key={"env": "PD_TEST_KEY"})
             router.unregister_instance("d1")
-            router.register_instance(other.instance(None))
+            router.register_instance(router.config.instance(other.role, other))
             state = snapshot(router, [other])
             self.assertEqual((state.removed, state.added), ([saved(**D1)], [other]))
             again = PDRouter(config())

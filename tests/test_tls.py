@@ -1,4 +1,4 @@
-"""TLS of the scheduler's own servers: what a configuration may name, and who gets in."""
+"""TLS: what a configuration may name, and who gets into the scheduler's own servers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import ssl
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.certificates import make_certificates
 from tests.processes import unused_ports
+from vllm_pd_scheduler import tls
 from vllm_pd_scheduler.app import App, StartupError
 from vllm_pd_scheduler.config import ConfigError, parse_config
 from vllm_pd_scheduler.envoy_process import EnvoyPorts
 from vllm_pd_scheduler.server import up
+from vllm_pd_scheduler.tls import InstanceTlsConfig
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "127.0.0.1", "port": 1}],
@@ -108,6 +111,81 @@ class ConfigTest(Case):
         config = parse_config(self.config(grpc_tls=self.made.server))
         with self.assertRaisesRegex(StartupError, "grpc_tls: .* use serve"):
             await up(config, EnvoyPorts(), "error", started)
+
+
+class InstanceTlsTest(Case):
+    """What ``instance_tls`` may be, and the name that each instance's certificate must be for."""
+
+    def problems(self, **more: Any) -> list[str]:
+        with self.assertRaises(ConfigError) as caught:
+            parse_config(self.config(**more))
+        return caught.exception.problems
+
+    def entry(self, **more: Any) -> dict[str, Any]:
+        return {"decode_instances": [{"id": "d0", "host": "127.0.0.1", "port": 2, **more}]}
+
+    def test_files_and_names_that_cannot_be_used(self) -> None:
+        absent, text = str(self.directory / "absent.pem"), self.directory / "text.pem"
+        text.write_text("not a certificate")
+        cases: list[tuple[Any, str]] = [
+            ({"ca": absent}, "absent.pem cannot be read: No such file or directory"),
+            ({"ca": str(text)}, "text.pem has no PEM certificate"),
+            ({"cert": self.made.client["cert"]}, '"cert" and "key" belong together'),
+            ({**self.made.client, "key": self.made.stranger["key"]}, "key values mismatch"),
+            ({**self.made.client, "cert": absent}, "absent.pem cannot be read"),
+            ({"client_ca": self.made.ca}, "client_ca: unknown key"),
+            ({"server_name": "10.0.0.1"}, "server_name: must be a DNS name"),
+            ({"server_name": "https://vllm"}, "server_name: must be a DNS name"),
+            (True, "must be "),
+        ]
+        for value, expected in cases:
+            named = {"server_name": "vllm", **value} if isinstance(value, dict) else value
+            with self.subTest(value=value):
+                (problem,) = self.problems(instance_tls=named)
+                self.assertRegex(problem, f"^instance_tls[.:].*{expected}")
+
+    def test_whose_certificate(self) -> None:
+        tls = {"ca": self.made.ca, "server_name": "vllm.example"}
+        for common, entry, expected in (
+            (tls, {}, "vllm.example"),
+            (tls, {"server_name": "d0.example"}, "d0.example"),
+            (tls, {"tls": True}, "vllm.example"),
+            (tls, {"tls": False}, None),
+            ({"ca": self.made.ca}, {"host": "d0.internal."}, "d0.internal"),
+            (None, {}, None),
+            (None, {"tls": False}, None),
+        ):
+            with self.subTest(common=common, entry=entry):
+                more = {"instance_tls": common} if common else {}
+                prefill = [{**FLEET["prefill_instances"][0], "tls": False}]  # type: ignore[index]
+                config = parse_config(self.config(prefill_instances=prefill, **more, **self.entry(**entry)))
+                instance = list(config.instances())[-1]
+                self.assertEqual(instance.tls_name, expected)
+                self.assertEqual(instance.url.split(":")[0], "https" if expected else "http")
+
+    def test_entries_that_do_not_fit(self) -> None:
+        self.assertEqual(
+            [problem.split(" ")[0] for problem in self.problems(instance_tls={"ca": self.made.ca})],
+            ["prefill_instances[0].server_name:", "decode_instances[0].server_name:"],
+            "both are listed by an IP address",
+        )
+        for entry in ({"tls": True}, {"server_name": "d0.example"}):
+            (problem,) = self.problems(**self.entry(**entry))
+            (key,) = entry
+            self.assertRegex(problem, rf"^decode_instances\[0\]\.{key}: needs instance_tls")
+
+    def test_without_ca_it_is_the_systems(self) -> None:
+        with unittest.mock.patch.object(tls, "_SYSTEM_CA", (None, "/nowhere", self.made.ca)):
+            self.assertEqual(InstanceTlsConfig().ca_file(), self.made.ca)
+            self.assertEqual(len(InstanceTlsConfig().context().get_ca_certs()), 1)
+        with unittest.mock.patch.object(tls, "_SYSTEM_CA", (None, "/nowhere")):
+            (problem,) = self.problems(instance_tls={"server_name": "vllm"})
+        self.assertIn("instance_tls: no file with the system's certificate authorities is found", problem)
+
+    def test_it_verifies_and_is_tls_1_2_at_least(self) -> None:
+        context = InstanceTlsConfig(ca=self.made.ca).context()
+        self.assertEqual((context.verify_mode, context.check_hostname), (ssl.CERT_REQUIRED, True))
+        self.assertIs(context.minimum_version, ssl.TLSVersion.TLSv1_2)
 
 
 class AdminTest(Case):

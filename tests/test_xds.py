@@ -12,7 +12,7 @@ from envoy_data_plane.google.rpc import Status
 
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.registry import Registry
-from vllm_pd_scheduler.xds import SERVICE, TYPE_URL, EndpointDiscovery, load_assignment
+from vllm_pd_scheduler.xds import SERVICE, TLS_NAMESPACE, TYPE_URL, EndpointDiscovery, load_assignment
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
@@ -56,6 +56,15 @@ class AssignmentTest(unittest.TestCase):
         self.assertEqual(told(load_assignment(registry, D)), [])
         registry.resolved(endpoint, "fd00::1")
         self.assertEqual(told(load_assignment(registry, D))[0][1:3], ("fd00::1", 8200))
+
+    def test_tls_and_the_name_to_check(self) -> None:
+        registry = Registry()
+        registry.add(PDInstance("clear", D, "10.0.0.1", 8200))
+        registry.add(PDInstance("secured", D, "10.0.0.2", 8200, tls_name="vllm.example"))
+        clear, secured = load_assignment(registry, D).endpoints[0].lb_endpoints
+        self.assertEqual((clear.endpoint.hostname, secured.endpoint.hostname), ("", "vllm.example"))
+        self.assertNotIn(TLS_NAMESPACE, clear.metadata.filter_metadata)
+        self.assertIs(secured.metadata.filter_metadata[TLS_NAMESPACE].fields["tls"].bool_value, True)
 
     def test_nobody(self) -> None:
         self.assertEqual(told(load_assignment(Registry(), D)), [])

@@ -63,7 +63,7 @@ class App:
         """Bring the parts up in the order in which they need each other; readiness comes last."""
         config, router = self.config, self.router
         self.changes.restore()
-        session = await self._stack.enter_async_context(open_session())
+        session = await self._stack.enter_async_context(open_session(config.instance_tls))
         router.prefill_leg = HttpPrefill(session, config.prefill_listener, config.prefill_timeout)
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
         router.release_handoff = releaser

@@ -16,15 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .models import InstanceRole, PDInstance, is_ip, join_address
 from .strategies import UnknownStrategy, load_strategy
-from .tls import TlsConfig
+from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+_HOST = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 class ConfigError(ValueError):
@@ -74,12 +73,17 @@ class SecretSource(_Model):
 
 
 class InstanceConfig(_Model):
-    """One vLLM server of the fleet."""
+    """One vLLM server of the fleet.
+
+    With ``instance_tls``, ``tls: false`` says that this one speaks plain HTTP.
+    """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     host: Annotated[str, Field(max_length=253)]
     port: Port
     api_key: SecretSource | None = None
+    tls: bool | None = None
+    server_name: ServerName | None = None
 
     @field_validator("host")
     @classmethod
@@ -145,6 +149,7 @@ class SchedulerConfig(_Model):
     state_file: Annotated[str, Field(pattern=r"^[^\x00]+$")] | None = None
 
     api_key: SecretSource | None = None
+    instance_tls: InstanceTlsConfig | None = None
     prefill_instances: list[InstanceConfig] = []
     decode_instances: list[InstanceConfig] = []
 
@@ -160,8 +165,36 @@ class SchedulerConfig(_Model):
     def instances(self) -> Iterator[PDInstance]:
         """Every configured instance, with its API key read from its source."""
         for role, _, item in self._listed():
-            source = item.api_key or self.api_key
-            yield PDInstance(item.id, role, item.host, item.port, source.read() if source else None)
+            yield self.instance(role, item)
+
+    def instance(self, role: InstanceRole, item: InstanceConfig) -> PDInstance:
+        """Return an instance as an entry and the settings for all describe it.
+
+        Raises :exc:`ValueError` naming the entry's key that cannot be used.
+        """
+        source = item.api_key or self.api_key
+        try:
+            key = source.read() if source else None
+        except ValueError as error:
+            raise ValueError(f"api_key: {error}") from None
+        return PDInstance(item.id, role, item.host, item.port, key, self._tls_name(item))
+
+    def _tls_name(self, item: InstanceConfig) -> str | None:
+        """Return the name that an instance's certificate must be for, ``None`` without TLS."""
+        if self.instance_tls is None:
+            for key, unused in (("tls", item.tls), ("server_name", item.server_name)):
+                if unused:
+                    raise ValueError(f"{key}: needs instance_tls, {{}} to trust the system's authorities")
+            return None
+        if item.tls is False:
+            return None
+        name = item.server_name or self.instance_tls.server_name or item.host.removesuffix(".")
+        if is_ip(name):  # Envoy compares what it gets from EDS with DNS names only
+            raise ValueError(
+                f"server_name: needed because host {item.host} is an IP address, and certificates are "
+                "checked for DNS names; give it here or in instance_tls"
+            )
+        return name
 
     def api_keys(self) -> list[SecretSource]:
         """Every source of an API key that is named, for all instances or for one."""
@@ -183,8 +216,13 @@ class SchedulerConfig(_Model):
         found = _doubles(items)
         for _, key, item in items:
             found += _unreadable(f"{key}.api_key", item.api_key)
+            try:
+                self._tls_name(item)
+            except ValueError as error:
+                found.append(f"{key}.{error}")
         found += _unreadable("api_key", self.api_key) + _unreadable("admin_token", self.admin_token)
         found += _unreadable("grpc_tls", self.grpc_tls) + _unreadable("admin_tls", self.admin_tls)
+        found += _unreadable("instance_tls", self.instance_tls)
         if self.admin_token is None and not is_loopback(self.admin_host):
             found.append(
                 f"admin_token: needed because admin_host {self.admin_host} can be reached from other "
@@ -323,11 +361,11 @@ def _unusable(state_file: str | None) -> list[str]:
     return []
 
 
-def _unreadable(key: str, source: SecretSource | TlsConfig | None) -> list[str]:
+def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig | None) -> list[str]:
     if source is None:
         return []
     try:
-        source.context() if isinstance(source, TlsConfig) else source.read()
+        source.read() if isinstance(source, SecretSource) else source.context()
     except ValueError as error:
         return [f"{key}: {error}"]
     return []

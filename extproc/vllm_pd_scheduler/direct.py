@@ -33,7 +33,7 @@ def serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
 
 
 async def _check_all(router: PDRouter) -> dict[str, bool]:
-    async with open_session() as session:
+    async with open_session(router.config.instance_tls) as session:
         await _check(router, session)
     # A streak means that the probe just made contradicts the state that the thresholds still keep.
     return {e.id: e.routable and not e.streak for e in router.registry}
@@ -51,7 +51,7 @@ async def _serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
         return RouteResult(False, status=400, error=f"the request cannot be written as JSON: {error}")
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     headers = {":method": "POST", ":path": path, "content-type": "application/json"}
-    async with open_session() as session:
+    async with open_session(router.config.instance_tls) as session:
         if any(endpoint.state is InstanceState.STARTING for endpoint in router.registry):
             await _check(router, session)
         leg = router.prefill_leg
@@ -86,7 +86,8 @@ async def _decode(session: aiohttp.ClientSession, forward: Forward, path: str, d
     body = data if forward.body is None else forward.body
     try:
         async with session.post(
-            f"http://{endpoint.address}{path}",
+            endpoint.url + path,
+            server_hostname=endpoint.instance.tls_name,
             data=body,
             headers={"content-type": "application/json", **forward.headers()},
             timeout=aiohttp.ClientTimeout(total=_DECODE_TIMEOUT_S),

@@ -51,6 +51,11 @@ class Endpoint:
         return self.instance.instance_id
 
     @property
+    def url(self) -> str:
+        """Base URL by its address, which must be known."""
+        return f"{self.instance.scheme}://{self.address}"
+
+    @property
     def state(self) -> InstanceState:
         """Draining wins over health, since it is what the operator asked for."""
         if self.draining:

@@ -16,6 +16,8 @@ from typing import Any
 import aiohttp
 import yaml
 
+from .tls import InstanceTlsConfig
+
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
@@ -46,8 +48,8 @@ def config_path() -> Path:
     return packaged if packaged.exists() else Path(__file__).parents[2] / "envoy" / "envoy.yaml"
 
 
-def render_config(ports: EnvoyPorts) -> dict[str, Any]:
-    """Return ``envoy.yaml`` as a dict with these ports in place of its own."""
+def render_config(ports: EnvoyPorts, tls: InstanceTlsConfig | None = None) -> dict[str, Any]:
+    """Return ``envoy.yaml`` as a dict with these ports, and TLS to instances, in place of its own."""
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     for listener in config["static_resources"]["listeners"]:
@@ -59,7 +61,23 @@ def render_config(ports: EnvoyPorts) -> dict[str, Any]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
             endpoint["address"]["socket_address"]["port_value"] = ports.grpc
+        elif tls is not None:
+            (match,) = cluster["transport_socket_matches"]
+            match["transport_socket"]["typed_config"] = _upstream_tls(tls)
     return config
+
+
+def _upstream_tls(tls: InstanceTlsConfig) -> dict[str, Any]:
+    common: dict[str, Any] = {"validation_context": {"trusted_ca": {"filename": tls.ca_file()}}}
+    if tls.cert is not None:
+        files = {"certificate_chain": {"filename": tls.cert}, "private_key": {"filename": tls.key}}
+        common["tls_certificates"] = [files]
+    return {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        "auto_host_sni": True,  # the name comes with the instance, by EDS
+        "auto_sni_san_validation": True,
+        "common_tls_context": common,
+    }
 
 
 def find_envoy() -> str:
@@ -81,8 +99,15 @@ class EnvoyProcess:
     when it ends, whatever the reason.
     """
 
-    def __init__(self, ports: EnvoyPorts, log_level: str = "warning", access_log: bool = True) -> None:
+    def __init__(
+        self,
+        ports: EnvoyPorts,
+        log_level: str = "warning",
+        access_log: bool = True,
+        tls: InstanceTlsConfig | None = None,
+    ) -> None:
         self.ports = ports
+        self._tls = tls
         self._log_level = log_level
         self._stdout = None if access_log else asyncio.subprocess.DEVNULL
         self._directory = tempfile.TemporaryDirectory(prefix="vllm-pd-envoy-")
@@ -97,7 +122,7 @@ class EnvoyProcess:
 
     async def __aenter__(self) -> EnvoyProcess:
         path = Path(self._directory.name) / "envoy.yaml"
-        path.write_text(yaml.safe_dump(render_config(self.ports)), encoding="utf-8")
+        path.write_text(yaml.safe_dump(render_config(self.ports, self._tls)), encoding="utf-8")
         arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
         arguments += ["--drain-time-s", str(_DRAIN_TIME_S), "--concurrency", str(_workers())]
         self._process = await asyncio.create_subprocess_exec(

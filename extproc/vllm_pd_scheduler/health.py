@@ -6,8 +6,10 @@ import asyncio
 import logging
 import random
 import socket
+import ssl
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 
@@ -131,7 +133,7 @@ class HealthMonitor:
             async with asyncio.timeout(self._timeout):
                 if not is_ip(endpoint.instance.host):
                     await self._resolve(endpoint)
-                async with self._session.get(f"http://{endpoint.address}/health") as response:
+                async with self._get(endpoint, "/health") as response:
                     return None if response.status == 200 else f"/health answers {response.status}"
         except TimeoutError:
             return f"/health did not answer within {self._timeout:g} s"
@@ -139,8 +141,15 @@ class HealthMonitor:
             return f"the name {endpoint.instance.host} cannot be resolved: {error.strerror}"
         except UnicodeError as error:  # a label that is empty or too long
             return f"the name {endpoint.instance.host} cannot be resolved: {error}"
+        except aiohttp.ClientConnectorCertificateError as error:
+            return f"its certificate is not trusted: {_verdict(error.certificate_error)}"
+        except aiohttp.ServerDisconnectedError:
+            return f"/health hung up without an answer: {_guess(endpoint)}"
         except (aiohttp.ClientError, OSError) as error:
             return f"/health cannot be reached: {error}"
+
+    def _get(self, endpoint: Endpoint, path: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.get(endpoint.url + path, server_hostname=endpoint.instance.tls_name)
 
     async def _resolve(self, endpoint: Endpoint) -> None:
         instance = endpoint.instance
@@ -158,7 +167,7 @@ class HealthMonitor:
             return None
         try:
             async with asyncio.timeout(self._timeout):
-                async with self._session.get(f"http://{endpoint.address}/metrics") as response:
+                async with self._get(endpoint, "/metrics") as response:
                     if response.status != 200:
                         return None
                     return parse_metrics(await response.text())
@@ -167,3 +176,14 @@ class HealthMonitor:
         except NotVllmMetrics as error:
             log.debug("scrape of %s: %s", endpoint.id, error)
         return None
+
+
+def _guess(endpoint: Endpoint) -> str:
+    """Return the usual reason of a server that accepts a connection and closes it."""
+    if endpoint.instance.tls_name is None:
+        return "if it serves TLS, set instance_tls"
+    return "if it wants a client certificate, set cert and key in instance_tls to one that it trusts"
+
+
+def _verdict(error: Exception) -> str:
+    return error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)

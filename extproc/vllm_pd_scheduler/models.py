@@ -33,7 +33,8 @@ class PDInstance:
     """One vLLM server: an id of the operator's choice, a role and where it listens.
 
     ``host`` is an IP address or a DNS name, without a scheme. ``api_key``, if the instance was started
-    with ``--api-key``, is sent to it as a bearer token and never shown.
+    with ``--api-key``, is sent to it as a bearer token and never shown. ``tls_name`` makes it TLS: the DNS
+    name that the instance's certificate must be for.
     """
 
     instance_id: str
@@ -41,11 +42,17 @@ class PDInstance:
     host: str
     port: int
     api_key: str | None = field(default=None, repr=False)
+    tls_name: str | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Of its URLs: ``http`` or ``https``."""
+        return "http" if self.tls_name is None else "https"
 
     @property
     def url(self) -> str:
         """Base URL, IPv6 addresses in brackets."""
-        return f"http://{join_address(self.host, self.port)}"
+        return f"{self.scheme}://{join_address(self.host, self.port)}"
 
 
 @dataclass(frozen=True, slots=True)

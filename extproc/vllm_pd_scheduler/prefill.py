@@ -9,6 +9,7 @@ import aiohttp
 from . import headers as names
 from .registry import Endpoint
 from .router import PrefillAnswer, PrefillFailed
+from .tls import InstanceTlsConfig
 
 
 class HttpPrefill:
@@ -34,12 +35,19 @@ class HttpPrefill:
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")
-        base = endpoint.instance.url if self._listener is None else self._listener
-        if self._listener is not None:
+        if self._listener is None:
+            base, name = endpoint.instance.url, endpoint.instance.tls_name
+        else:  # TLS to the instance is Envoy's
+            base, name = self._listener, None
             kept[names.DESTINATION] = str(endpoint.address)
         try:
             async with self._session.post(
-                base + path, data=body, headers=kept, timeout=self._timeout, allow_redirects=False
+                base + path,
+                data=body,
+                headers=kept,
+                timeout=self._timeout,
+                allow_redirects=False,
+                server_hostname=name,
             ) as response:
                 answer = await response.read()
                 content_type = response.headers.get("content-type", "application/json")
@@ -52,10 +60,15 @@ class HttpPrefill:
             raise PrefillFailed("reset") from None
 
 
-def open_session() -> aiohttp.ClientSession:
-    """Return a client session for prefill legs: no connection limit, no cookies, no headers of its own."""
+def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:
+    """Return a client session for instances: no connection limit, no cookies, no headers of its own.
+
+    ``tls`` is what it wants of those with TLS, by default a certificate that the system trusts. Raises
+    :exc:`ValueError` if a file of it cannot be read.
+    """
+    verified = tls.context() if tls is not None else True
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=verified),
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=("user-agent", "accept-encoding", "accept"),
         auto_decompress=False,

@@ -56,7 +56,8 @@ class HandoffReleaser:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
             try:
                 async with self._session.post(
-                    f"http://{endpoint.address}{PATH}",
+                    endpoint.url + PATH,
+                    server_hostname=endpoint.instance.tls_name,
                     data=body,
                     headers=headers,
                     timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),

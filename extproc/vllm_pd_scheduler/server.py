@@ -66,7 +66,8 @@ async def up(
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
     signals = Signals()
-    async with App(config) as app, EnvoyProcess(ports, log_level, access_log) as envoy:
+    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls)
+    async with App(config) as app, process as envoy:
         await started()
         asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())
         ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .config import InstanceConfig, SchedulerConfig, SecretSource, read_problem
+from .config import InstanceConfig, SchedulerConfig, read_problem
 from .models import InstanceRole, PDInstance, join_address
 from .registry import DuplicateInstance, UnknownInstance
 from .router import PDRouter
@@ -31,11 +31,6 @@ class SavedInstance(InstanceConfig):
     """An instance and its role. Of an API key it has the place where it is kept, never the key."""
 
     role: InstanceRole
-
-    def instance(self, default: SecretSource | None) -> PDInstance:
-        """Read the key from its place, or from ``default``; raises :exc:`ValueError` if there is none."""
-        source = self.api_key or default
-        return PDInstance(self.id, self.role, self.host, self.port, source.read() if source else None)
 
     def is_at(self, instance: PDInstance) -> bool:
         """Whether that is this instance: the same id, role and address."""
@@ -123,12 +118,12 @@ def _add(added: list[SavedInstance], router: PDRouter) -> tuple[list[SavedInstan
         if item.id in present and item.is_at(present[item.id]):
             continue  # the configuration has it by now
         try:
-            router.register_instance(item.instance(router.config.api_key))
+            router.register_instance(router.config.instance(item.role, item))
             done.append(item)
         except DuplicateInstance as error:
             problems.append(f"added: {item.id!r} at {join_address(item.host, item.port)}: {error}")
         except ValueError as error:
-            problems.append(f"added: {item.id!r}: api_key: {error}")
+            problems.append(f"added: {item.id!r}: {error}")
     return done, problems
 
 
@@ -212,10 +207,10 @@ class AdminChanges:
     def add(self, item: SavedInstance) -> None:
         """Register an instance in the router.
 
-        Raises :exc:`~vllm_pd_scheduler.registry.DuplicateInstance`, or another :exc:`ValueError` if its
-        API key cannot be read.
+        Raises :exc:`~vllm_pd_scheduler.registry.DuplicateInstance`, or another :exc:`ValueError` that
+        names the key that cannot be used: its API key cannot be read, say.
         """
-        self._router.register_instance(item.instance(self._router.config.api_key))
+        self._router.register_instance(self._router.config.instance(item.role, item))
         self._added[item.id] = item
         self.save()
 

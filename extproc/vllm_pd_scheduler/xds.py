@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.endpoint.v3.EndpointDiscoveryService"
 TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+TLS_NAMESPACE = "envoy.transport_socket_match"
 METADATA_NAMESPACE = "vllm_pd"
 """Filter metadata of each endpoint, with its id under ``id``: Envoy's access log and answers show it."""
 
@@ -51,11 +52,14 @@ def load_assignment(registry: Registry, role: InstanceRole) -> ClusterLoadAssign
 def _lb_endpoint(endpoint: Endpoint) -> LbEndpoint:
     host = str(endpoint.address).rpartition(":")[0].strip("[]")
     address = SocketAddress(address=host, port_value=endpoint.instance.port)
-    identity = Struct(fields={"id": Value(string_value=endpoint.id)})
+    tls_name = endpoint.instance.tls_name
+    metadata = {METADATA_NAMESPACE: Struct(fields={"id": Value(string_value=endpoint.id)})}
+    if tls_name is not None:  # Envoy's transport_socket_matches has the rest
+        metadata[TLS_NAMESPACE] = Struct(fields={"tls": Value(bool_value=True)})
     return LbEndpoint(
-        endpoint=EnvoyEndpoint(address=Address(socket_address=address)),
+        endpoint=EnvoyEndpoint(address=Address(socket_address=address), hostname=tls_name or ""),
         health_status=_HEALTH[endpoint.state],
-        metadata=Metadata(filter_metadata={METADATA_NAMESPACE: identity}),
+        metadata=Metadata(filter_metadata=metadata),
     )
 
 

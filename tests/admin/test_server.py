@@ -135,6 +135,7 @@ class TestInstances:
             ),
             ({"api_key": {"file": "/etc/hostname"}}, "api_key: must be one that the configuration names"),
             ({"api_key": "sk-inline"}, "api_key: must be"),
+            ({"tls": True}, "tls: needs instance_tls"),
         ],
     )
     async def test_what_cannot_be_added(self, admin: Admin, change: dict[str, Any], message: str) -> None:

@@ -155,7 +155,7 @@ class AdminServer:
         except DuplicateInstance as error:
             raise _Problem(409, str(error)) from None
         except ValueError as error:
-            raise _Problem(400, f"api_key: {error}") from None
+            raise _Problem(400, str(error)) from None
         log.info("%s added", body.id)
         return web.json_response(_describe(self._router.registry.get(body.id)), status=201)
 

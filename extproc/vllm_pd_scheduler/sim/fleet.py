@@ -4,6 +4,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -33,11 +34,12 @@ class SimInstance:
     process: subprocess.Popen[bytes]
     reserved: socket.socket
     log: IO[bytes]
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
         """Where it serves, without a slash at the end."""
-        return f"http://{self.host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -56,7 +58,8 @@ class Fleet:
 
     Instances are called `prefill-0`, `decode-0` and so on. With a `base_port`, prefill instances serve from
     there and decode instances from 100 above; without, on unused ports. An instance keeps its port
-    through a restart. `arguments` go to every server, the other two to those of one role.
+    through a restart. `arguments` go to every server, the other two to those of one role. If they make it
+    serve TLS, `tls` is a client's context that trusts it.
 
         with Fleet(prefill=2, decode=2, profile=EngineProfile.instant()) as fleet:
             scheduler = start_scheduler(fleet.config())
@@ -74,6 +77,7 @@ class Fleet:
         arguments: Sequence[str] = (),
         prefill_arguments: Sequence[str] = (),
         decode_arguments: Sequence[str] = (),
+        tls: ssl.SSLContext | None = None,
         timeout: float = 30.0,
     ) -> None:
         if base_port is not None and prefill > DECODE_PORT_OFFSET:
@@ -83,6 +87,7 @@ class Fleet:
         self._base_port = base_port
         common = [f"--model={model}", *(profile.arguments() if profile else ()), *arguments]
         self._arguments = {"prefill": [*common, *prefill_arguments], "decode": [*common, *decode_arguments]}
+        self._tls = tls
         self._timeout = timeout
         self._instances: dict[str, SimInstance] = {}
         # The kernel ends a child with the thread that started it, so that thread must be the fleet's own.
@@ -185,7 +190,7 @@ class Fleet:
         port = reserved.getsockname()[1]
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the instance owns it
         process = self._spawn(role, port, log)
-        self._instances[name] = SimInstance(name, role, self._host, port, process, reserved, log)
+        self._instances[name] = SimInstance(name, role, self._host, port, process, reserved, log, self._tls)
 
     def _spawn(self, role: str, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
         assert self._spawner is not None
@@ -238,7 +243,12 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 
 def _healthy(instance: SimInstance) -> bool:
-    connection = http.client.HTTPConnection(instance.host, instance.port, timeout=1)
+    address, tls = (instance.host, instance.port), instance.tls
+    connection = (
+        http.client.HTTPSConnection(*address, timeout=1, context=tls)
+        if tls
+        else http.client.HTTPConnection(*address, timeout=1)
+    )
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

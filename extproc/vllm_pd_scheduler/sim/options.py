@@ -2,6 +2,7 @@
 
 import argparse
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
@@ -27,6 +28,10 @@ class Options:
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = ssl.CERT_NONE
     reuse_port: bool = False
     parent: int | None = None
 
@@ -37,6 +42,20 @@ class Options:
                 f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
                 f"{self.profile.num_blocks} blocks of {self.profile.block_size} hold"
             )
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Return what to serve TLS with, as vLLM's options of these names say; None for plain HTTP.
+
+        Raise OSError (ssl.SSLError is one) for files that cannot be used.
+        """
+        if self.ssl_certfile is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+        context.verify_mode = ssl.VerifyMode(self.ssl_cert_reqs)
+        if self.ssl_ca_certs:
+            context.load_verify_locations(self.ssl_ca_certs)
+        return context
 
     @property
     def kv_host(self) -> str:
@@ -70,6 +89,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--load-fail-delay", type=float, default=0.5, help="seconds until a dead sender is given up")
     add("--instant", action="store_true", help="an engine whose steps and transfers take no time")
+    add("--ssl-certfile", help="serve TLS with this certificate (PEM)")
+    add("--ssl-keyfile", help="its key, if it is in another file")
+    add("--ssl-ca-certs", help="who signs the certificates of clients")
+    add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help="2: clients must have one")
     add("--reuse-port", action="store_true", help=argparse.SUPPRESS)
     add("--die-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
     engine = parser.add_argument_group("engine")
@@ -107,6 +130,10 @@ def _options(given: argparse.Namespace) -> Options:
         recompute=given.load_fail_policy == "recompute",
         fail_delay=given.load_fail_delay,
         profile=profile,
+        ssl_certfile=given.ssl_certfile,
+        ssl_keyfile=given.ssl_keyfile,
+        ssl_ca_certs=given.ssl_ca_certs,
+        ssl_cert_reqs=given.ssl_cert_reqs,
         reuse_port=given.reuse_port,
         parent=given.die_with_parent,
     )

@@ -55,12 +55,22 @@ async def serve(options: Options) -> int:
     stepping = loop.create_task(worker.run())
     stepping.add_done_callback(lambda _: None if worker.dead else stop.set())
     try:
+        tls = options.ssl_context()
         site = web.TCPSite(
-            runner, options.host, options.port, reuse_port=options.reuse_port or None, backlog=1024
+            runner,
+            options.host,
+            options.port,
+            reuse_port=options.reuse_port or None,
+            backlog=1024,
+            ssl_context=tls,
         )
         await site.start()
-        api.port = runner.addresses[0][1]
-        print(f"{options.role} instance of {options.model} on http://{options.host}:{api.port}", flush=True)
+        port = api.port = runner.addresses[0][1]
+        if tls:  # the KV cache has a port of its own, and no TLS there, as with NIXL
+            await web.TCPSite(runner, options.host, 0).start()
+            api.port = runner.addresses[1][1]
+        scheme = "https" if tls else "http"
+        print(f"{options.role} instance of {options.model} on {scheme}://{options.host}:{port}", flush=True)
         await stop.wait()
     finally:
         await runner.cleanup()
