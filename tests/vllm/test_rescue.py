@@ -1,23 +1,23 @@
-"""A real vLLM pair and a decode instance that breaks: what is rescued is right, what is unused is freed."""
+"""A real vLLM pair among instances that break: what is rescued is right, what is unused is freed."""
 
 from __future__ import annotations
 
-import os
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-import aiohttp
 import pytest
 
-from tests.processes import Stack, spawned, until
-from tests.vllm.test_real_pair import AGGREGATED, DECODE, PREFILL, _post, _prompt, _ready, pair
-from vllm_pd_scheduler.metrics import parse_metrics
-
-__all__ = ["pair"]
+from tests.processes import Stack, spawned
+from tests.vllm.instances import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
+
+PREFILL_TIMEOUT_S = 2.0
 
 
 class _Broken(BaseHTTPRequestHandler):
@@ -37,25 +37,42 @@ class _Broken(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def broken() -> Iterator[int]:
-    """The port of an instance that breaks."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Broken) as server:
+class _Failing(_Broken):
+    """Answers 500."""
+
+    def do_POST(self) -> None:
+        self.send_response(500)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+
+class _Hanging(_Broken):
+    """Answers nothing in time."""
+
+    def do_POST(self) -> None:
+        time.sleep(2 * PREFILL_TIMEOUT_S)
+        self.close_connection = True
+
+
+@contextmanager
+def _serving(handler: type[_Broken]) -> Iterator[dict[str, Any]]:
+    """An instance that breaks, as the configuration lists it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
+        yield {"id": handler.__name__.strip("_").lower(), "host": "127.0.0.1", "port": server.server_port}
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def stack(pair: None, broken: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(Path(tmp_path_factory.mktemp("stack")))
+@contextmanager
+def _up(
+    directory: Path, pair: Pair, prefill: list[dict[str, Any]], decode: list[dict[str, Any]]
+) -> Iterator[Stack]:
+    stack = Stack(directory)
     config = {
         "strategy": "round_robin",
-        "prefill_instances": [{"id": "p", "host": "127.0.0.1", "port": PREFILL}],
-        "decode_instances": [
-            {"id": "d", "host": "127.0.0.1", "port": DECODE},
-            {"id": "broken", "host": "127.0.0.1", "port": broken},
-        ],
+        "prefill_instances": [*prefill, pair.prefill.entry("p")],
+        "decode_instances": [pair.decode.entry("d"), *decode],
+        "prefill_timeout": PREFILL_TIMEOUT_S,
         "ejection_failures": 1_000_000,
         "ejection_success_rate": 0.0,
     }
@@ -63,29 +80,48 @@ def stack(pair: None, broken: int, tmp_path_factory: pytest.TempPathFactory) -> 
         yield stack
 
 
-async def _kv_usage(port: int) -> float:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(f"http://127.0.0.1:{port}/metrics") as response,
-    ):
-        return parse_metrics(await response.text()).kv_usage
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_decode_instance_that_breaks(stack: Stack, stream: bool) -> None:
-    await _ready(stack)
-    rescued = 0
-    for number in range(4):
-        prompt = _prompt(f"broken-{stream}-{number}-{os.getpid()}")
-        body = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "max_tokens": 16, "stream": stream}
-        expected = await _post(f"http://127.0.0.1:{AGGREGATED}", "/v1/completions", body)
-        answer = await _post(stack.url, "/v1/completions", body)
-        assert answer.text == expected.text
-        assert answer.headers["x-pd-decode"] == "d"
-        rescued += "x-pd-prefill" not in answer.headers
-    assert rescued == 2
+async def test_a_decode_instance_that_breaks(pair: Pair, tmp_path: Path, stream: bool) -> None:
+    with _serving(_Broken) as broken, _up(tmp_path, pair, [], [broken]) as stack:
+        await ready(stack)
+        rescued = 0
+        for number in range(4):
+            body = completion(f"broken-{stream}-{number}", stream=stream)
+            expected = await aggregated(body)
+            answer = await post(stack.url, "/v1/completions", body)
+            assert answer.text == expected
+            assert answer.headers["x-pd-decode"] == "d"
+            rescued += "x-pd-prefill" not in answer.headers
+        assert rescued == 2
+        await pair.prefill.freed(5)  # the lease is 30 s
 
-    async def freed() -> bool:
-        return await _kv_usage(PREFILL) == 0
 
-    await until(freed, 5)  # the lease is 30 s
+@pytest.mark.parametrize("handler", [_Broken, _Failing, _Hanging])
+async def test_a_prefill_instance_that_breaks(pair: Pair, tmp_path: Path, handler: type[_Broken]) -> None:
+    with _serving(handler) as broken, _up(tmp_path, pair, [broken], []) as stack:
+        await ready(stack)
+        for stream in (False, True):
+            body = completion(f"prefill-{handler.__name__}-{stream}", stream=stream)
+            expected = await aggregated(body)
+            answer = await post(stack.url, "/v1/completions", body)
+            assert answer.text == expected
+            assert answer.headers["x-pd-prefill"] == "p"
+
+
+async def test_no_prefill_instance_but_those_that_break(pair: Pair, tmp_path: Path) -> None:
+    with ExitStack() as exits:
+        broken = [exits.enter_context(_serving(handler)) for handler in (_Broken, _Failing)]
+        stack = exits.enter_context(_up(tmp_path, pair, broken, []))
+        await ready(stack)
+        await _drain(stack, "p")
+        for stream in (False, True):
+            body = completion(f"none-{stream}", stream=stream)
+            expected = await aggregated(body)
+            answer = await post(stack.url, "/v1/completions", body)
+            assert answer.text == expected
+            assert "x-pd-prefill" not in answer.headers
+
+
+async def _drain(stack: Stack, name: str) -> None:
+    answer = await post(stack.admin, f"/instances/{name}/drain", {})
+    assert answer.status == 202
