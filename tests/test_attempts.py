@@ -197,6 +197,12 @@ class FirstByteTest(Case):
         forward = await self.forward(stream=True)
         self.assertEqual(forward.first_byte_timeout, 30.0 * LEASE_SHARE)
 
+    async def test_so_must_an_answer_in_one_piece_that_is_expected_by_then(self) -> None:
+        self.router = self.start(decode_first_byte_timeout=20.0, decode_seconds_per_token=0.1)
+        for tokens, expected in ((30, 23.0), (200, 24.0), (300, 50.0)):
+            forward = await self.forward(max_tokens=tokens)
+            self.assertEqual(forward.first_byte_timeout, expected)
+
     async def test_a_limit_beyond_all_bounds(self) -> None:
         forward = await self.forward(n=2, max_tokens=10**300)
         self.assertLess(forward.first_byte_timeout or 0, 2e6)

@@ -64,10 +64,13 @@ class App:
         config, router = self.config, self.router
         self.changes.restore()
         session = await self._stack.enter_async_context(open_session(config.instance_tls))
-        router.prefill_leg = HttpPrefill(session, config.prefill_listener, config.prefill_timeout)
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
         router.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
+        router.prefill_leg = leg = HttpPrefill(
+            session, config.prefill_listener, config.prefill_timeout, releaser.unwanted
+        )
+        self._stack.push_async_callback(leg.close)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
 
 import aiohttp
 
@@ -11,24 +13,64 @@ from .registry import Endpoint
 from .router import PrefillAnswer, PrefillFailed
 from .tls import InstanceTlsConfig
 
+LINGER_S = 1.0
+"""How long a prefill goes on when its client has left. An answer that is not read pins P's blocks for the
+lease: an abort that comes when P has just finished is too late, and only the answer says what to free."""
+
 
 class HttpPrefill:
     """A :class:`~vllm_pd_scheduler.router.PrefillLeg` by aiohttp.
 
     ``listener`` is the base URL of Envoy's prefill listener, which sends the request to the endpoint
-    that a header names; ``None`` means straight to the instance. Cancelling the call closes the
-    connection, which makes vLLM abort the request.
+    that a header names; ``None`` means straight to the instance. When the call is cancelled, ``unwanted``
+    gets the answer if it comes within ``LINGER_S``. After that, or at once without ``unwanted``, the
+    connection is closed, which makes vLLM abort the request.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, listener: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        listener: str | None,
+        timeout: float,
+        unwanted: Callable[[Endpoint, PrefillAnswer], None] | None = None,
+    ) -> None:
         self._session = session
         self._listener = listener
         self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._unwanted = unwanted
+        self._lingering: set[asyncio.Task[None]] = set()
 
     async def __call__(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
+        if self._unwanted is None:
+            return await self._send(endpoint, path, headers, body)
+        sent = asyncio.ensure_future(self._send(endpoint, path, headers, body))
+        try:
+            return await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            task = asyncio.ensure_future(self._linger(endpoint, sent, self._unwanted))
+            self._lingering.add(task)
+            task.add_done_callback(self._lingering.discard)
+            raise
+
+    async def close(self) -> None:
+        """Wait for the prefills that linger."""
+        await asyncio.gather(*self._lingering, return_exceptions=True)
+
+    async def _linger(
+        self,
+        endpoint: Endpoint,
+        sent: asyncio.Future[PrefillAnswer],
+        unwanted: Callable[[Endpoint, PrefillAnswer], None],
+    ) -> None:
+        with contextlib.suppress(TimeoutError, PrefillFailed):
+            unwanted(endpoint, await asyncio.wait_for(sent, LINGER_S))
+
+    async def _send(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+    ) -> PrefillAnswer:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
         # What is not ASCII means nothing here, and would come to P as other bytes, three times as many.
         kept = {name: value for name, value in given if value.isascii()}

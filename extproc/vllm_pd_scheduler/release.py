@@ -10,7 +10,8 @@ import aiohttp
 from .connectors import Connector
 from .forward import PendingHandoff
 from .models import InstanceRole
-from .registry import Registry
+from .registry import Endpoint, Registry
+from .router import PrefillAnswer
 from .telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,12 @@ class HandoffReleaser:
         task = asyncio.ensure_future(self._release(pending))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
+        """Release what a prefill has left, if anything, whose client did not wait for it."""
+        handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        if handoff is not None:
+            self(PendingHandoff(handoff, prefill, deadline=0.0))
 
     async def close(self) -> None:
         """Wait for the releases that are under way."""

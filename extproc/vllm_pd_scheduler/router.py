@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -196,9 +197,7 @@ class PDRouter:
             self.telemetry.handoff_late(prefilled.prefill)
             return self._to_decode(context, changed, Served.LOCAL, limit)
         spliced, at = self.connector.decode_body(body, prefilled.handoff)
-        if limit is not None and body.get("stream") is True:
-            limit = min(limit, left)  # a first byte that comes later may be of a hand-off that is too old
-        forward = self._to_decode(context, spliced, Served.SPLIT, limit)
+        forward = self._to_decode(context, spliced, Served.SPLIT, self._first_byte_timeout(body, left))
         if isinstance(forward, Reject):
             self._free(prefilled)
         else:
@@ -326,18 +325,21 @@ class PDRouter:
         self._forwards[forward.id] = forward
         return forward
 
-    def _first_byte_timeout(self, body: JsonBody) -> float | None:
-        """How long D may take to its first byte: with a stream that is its first token, else its last.
+    def _first_byte_timeout(self, body: JsonBody, left: float = math.inf) -> float | None:
+        """How long D may take to its first byte: with a stream that is its headers, else the whole answer.
 
-        ``None``, that is no limit, for an answer in one piece of unknown length.
+        ``left`` is how long the hand-off may be used: a byte that comes later may be of one that is too old,
+        fetched by a D that was frozen meanwhile. Only an answer in one piece that takes longer by itself
+        gets more. ``None``, that is no limit, for one of unknown length.
         """
         limit = self.config.decode_first_byte_timeout
         if body.get("stream") is True:
-            return limit
+            return min(limit, left)
         tokens = body.get("max_completion_tokens") or body.get("max_tokens")
         if type(tokens) is not int or tokens < 1:
             return None
-        return limit + min(tokens, MAX_TOKENS) * self.config.decode_seconds_per_token
+        decoding = min(tokens, MAX_TOKENS) * self.config.decode_seconds_per_token
+        return limit + decoding if decoding > left else min(limit + decoding, left)
 
     def attempt_failed(self, attempt: FailedAttempt) -> None:
         """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""

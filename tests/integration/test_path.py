@@ -199,6 +199,26 @@ async def test_a_client_that_leaves_during_prefill_cancels_it(client: Client, fl
     assert 'pd_requests_rejected_total{reason="prefill' not in answers[1]
 
 
+async def test_what_a_prefill_leaves_whose_client_has_left_is_freed(client: Client, fleet: Fleet) -> None:
+    """An abort may come just after P has finished and pinned its blocks: its answer is waited for."""
+    for instance in fleet.prefill:
+        await client.fault(instance.id, delay=0.3)
+    before = await client.seen_by_all()
+    request = asyncio.ensure_future(client.complete())
+
+    async def prefilling() -> bool:
+        return await client.in_flight() == 1
+
+    await until(prefilling)
+    request.cancel()
+
+    async def released() -> bool:
+        seen = [each for one in fleet.decode for each in await client.seen_since(one.id, before[one.id])]
+        return [each["outcomes"] for each in seen] == [["released"]]
+
+    await until(released)
+
+
 async def test_in_flight_counts_streams_until_they_end(client: Client) -> None:
     body = {"prompt": "p", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     async with client.session.post(client.stack.url + "/v1/completions", json=body) as response:

@@ -29,7 +29,9 @@ def _done(result: subprocess.CompletedProcess[str]) -> None:
 def pair() -> Iterator[Pair]:
     """Prefill, decode and aggregated instances, unless they run already; what was started is ended."""
     if not SCRIPT.exists():
-        pytest.skip(f"{SCRIPT} is not there (VLLM_PAIR_SCRIPT): it installs and starts a vLLM pair on this CPU")
+        pytest.skip(
+            f"{SCRIPT} is not there (VLLM_PAIR_SCRIPT): it installs and starts a vLLM pair on this CPU"
+        )
     runs_already = "pid" in _run("status").stdout
     _done(_run("up", AGG=1))
     yield Pair(Instance(28201, ROOT / "run/prefill.pid"), Instance(28202, ROOT / "run/decode.pid"))

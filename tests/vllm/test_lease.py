@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.processes import Answer, Stack, spawned, until
-from tests.vllm.instances import Pair, aggregated, completion, post, ready
+from tests.vllm.instances import Instance, Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 
@@ -64,21 +65,27 @@ async def held(stack: Stack, body: dict[str, Any]) -> asyncio.Task[Answer]:
             return task
 
 
-async def test_a_hand_off_that_is_held_up_beyond_the_lease(stack: Stack, short_lease: Pair) -> None:
+async def expired(prefill: Instance, name: str) -> None:
+    """Wait until P's lease has ended, then have other prompts take its blocks."""
+    await prefill.freed(LEASE_S + 2)
+    for number in range(20):
+        await post(prefill.url, "/v1/completions", completion(f"{name}-other-{number}", max_tokens=1))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_hand_off_that_is_held_up_beyond_the_lease(
+    stack: Stack, short_lease: Pair, stream: bool
+) -> None:
     """Another D answers in time; and ``d``, when it wakes up, does not keep what it may have fetched."""
     await ready(stack)
     await use(stack, "p", drained="other-p")
-    body = completion("late")
+    body = completion(f"late-{stream}")
     expected = await aggregated(body)
     with short_lease.decode.frozen():
-        task = await held(stack, {**body, "stream": True})
+        task = await held(stack, {**body, "stream": stream})
         assert await short_lease.prefill.kv_usage() > 0
-        answer = await task
-        await short_lease.prefill.freed(LEASE_S + 2)
-        for number in range(20):  # other prompts take P's blocks
-            await post(
-                short_lease.prefill.url, "/v1/completions", completion(f"other-{number}", max_tokens=1)
-            )
+        await expired(short_lease.prefill, f"late-{stream}")
+    answer = await task
     assert answer.text == expected
     assert answer.headers["x-pd-decode"] == "other-d"
     assert "x-pd-prefill" not in answer.headers
@@ -86,21 +93,45 @@ async def test_a_hand_off_that_is_held_up_beyond_the_lease(stack: Stack, short_l
     assert (await post(short_lease.decode.url, "/v1/completions", body)).text == expected
 
 
+async def test_a_late_hand_off_is_a_wrong_text(short_lease: Pair) -> None:
+    """What the test above would see if one were used."""
+    body = completion("control")
+    expected = await aggregated(body)
+    asked: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+    asked |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    prefill = {**body, "max_tokens": 1, "kv_transfer_params": asked}
+    prefilled = await post(short_lease.prefill.url, "/v1/completions", prefill)
+    await expired(short_lease.prefill, "control")
+    late = {**body, "kv_transfer_params": prefilled.json["kv_transfer_params"]}
+    assert (await post(short_lease.decode.url, "/v1/completions", late)).text != expected
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_one_that_waits_in_decodes_own_queue(stack: Stack, short_lease: Pair, stream: bool) -> None:
-    """vLLM's D keeps the lease alive for what it has queued; a stream goes to another D before that."""
+    """vLLM's D keeps the lease alive for what it has queued."""
     await ready(stack)
     await use(stack, "p", drained="other-p")
-    decode = short_lease.decode.url
-    for number in range(2):  # round robin: one of the two goes to d
-        body = completion(f"queued-{stream}-{number}", stream=stream)
-        expected = await aggregated(body)
-        long = [completion(f"long-{stream}-{number}-{each}", max_tokens=1700) for each in range(2)]
-        running = [asyncio.ensure_future(post(decode, "/v1/completions", each)) for each in long]
+    # So many tokens that an answer in one piece may take longer than the lease.
+    body = completion(f"queued-{stream}", stream=stream, max_tokens=40)
+    expected = await aggregated(body)
+    decode = short_lease.decode
+    for _ in range(4):  # round robin takes the other D in between
+        ahead = [
+            asyncio.ensure_future(
+                post(decode.url, "/v1/completions", completion(f"{stream}-{n}", max_tokens=1700))
+            )
+            for n in range(2)  # as many as it takes
+        ]
+        before, start = await decode.transferred(), time.monotonic()
         answer = await post(stack.url, "/v1/completions", body)
+        took = time.monotonic() - start
+        await asyncio.gather(*ahead)
         assert answer.text == expected
-        for each in running:
-            each.cancel()
+        if answer.headers["x-pd-decode"] == "d":
+            break
+    assert took > LEASE_S
+    assert answer.headers["x-pd-prefill"] == "p"
+    assert await decode.transferred() > before
 
 
 async def test_a_prefill_instance_that_dies_after_its_answer(stack: Stack, short_lease: Pair) -> None:
