@@ -6,6 +6,7 @@ one message comes for each attempt that failed, and nothing for one that succeed
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Failure(StrEnum):
     """The answer was 5xx."""
     CUT = "cut"
     """The answer had begun: the client's stream was cut."""
+    LEFT = "left"
+    """Nothing failed: the client left before an answer began."""
+
+
+SETTLE_S = 1.0
+"""How long after a client has left its D gets to fetch or to drop the hand-off, before it is told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,10 @@ class AttemptLog:
     async def _stream(self, messages: Any, _: object) -> bytes:
         async for data in messages:
             for attempt in read_attempts(data):
-                self._listener(attempt)
+                if attempt.failure is Failure.LEFT:
+                    asyncio.get_running_loop().call_later(SETTLE_S, self._listener, attempt)
+                else:
+                    self._listener(attempt)
         return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
 
@@ -89,6 +99,9 @@ def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
         )
 
 
+_RESETS = ("upstream_connection_termination", "upstream_remote_reset", "upstream_protocol_error")
+
+
 def _failure(flags: Any, status: int) -> Failure:
     if 0 < status < 500:
         return Failure.CUT
@@ -96,4 +109,6 @@ def _failure(flags: Any, status: int) -> Failure:
         return Failure.CONNECT
     if flags.upstream_request_timeout:
         return Failure.TIMEOUT
+    if not status and not any(getattr(flags, name) for name in _RESETS):
+        return Failure.LEFT
     return Failure.STATUS if status else Failure.RESET

@@ -33,6 +33,9 @@ SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
 
 
+MAX_ENDED = 4096
+"""Hand-offs of requests that have ended that are remembered, for a second or more: Envoy tells later why."""
+
 LEASE_SHARE = 0.8
 """Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
 seen: the way of P's answer to us, and D's own queue."""
@@ -110,6 +113,7 @@ class PDRouter:
         self._held_bytes = 0
         self._local = ShareLimit(config.max_local_prefill_share)
         self._forwards: dict[str, Forward] = {}
+        self._ended: dict[str, PendingHandoff] = {}
         self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
         self._numbers = itertools.count()
 
@@ -343,6 +347,11 @@ class PDRouter:
 
     def attempt_failed(self, attempt: FailedAttempt) -> None:
         """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""
+        if attempt.failure is Failure.LEFT:
+            # A D that has not begun with the request drops it, and the hand-off without a word to P.
+            if (pending := self._ended.pop(attempt.request or "", None)) is not None and attempt.first:
+                self._free(pending)
+            return
         endpoint = self.registry.at(InstanceRole.DECODE, attempt.address)
         if endpoint is None:
             return
@@ -374,6 +383,9 @@ class PDRouter:
         self._forwards.pop(forward.id, None)
         if forward.pending is not None:
             forward.pending.prefill.pending_handoffs -= 1
+            self._ended[forward.id] = forward.pending
+            if len(self._ended) > MAX_ENDED:
+                del self._ended[next(iter(self._ended))]
         if not forward.failed:
             self.registry.succeeded(forward.decode[0])
         self._gate.changed()

@@ -219,6 +219,27 @@ async def test_what_a_prefill_leaves_whose_client_has_left_is_freed(client: Clie
     await until(released)
 
 
+async def test_a_hand_off_that_decode_had_not_begun_with_is_freed(client: Client, fleet: Fleet) -> None:
+    for instance in fleet.decode:
+        await client.fault(instance.id, delay=30)  # and then it would begin
+    before = await client.seen_by_all()
+    request = asyncio.ensure_future(client.complete())
+
+    async def forwarded() -> bool:
+        return any([await client.seen_since(one.id, before[one.id]) for one in fleet.decode])
+
+    await until(forwarded)
+    request.cancel()
+    for instance in fleet.decode:
+        await client.fault(instance.id)
+
+    async def released() -> bool:
+        seen = [each for one in fleet.decode for each in await client.seen_since(one.id, before[one.id])]
+        return ["released"] in [each["outcomes"] for each in seen]
+
+    await until(released)
+
+
 async def test_in_flight_counts_streams_until_they_end(client: Client) -> None:
     body = {"prompt": "p", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     async with client.session.post(client.stack.url + "/v1/completions", json=body) as response:
