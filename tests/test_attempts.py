@@ -12,6 +12,7 @@ from envoy.service.accesslog.v3 import als_pb2
 from tests.test_router import BODY, Leg
 from vllm_pd_scheduler import headers as names
 from vllm_pd_scheduler.attempts import FailedAttempt, Failure, read_attempts
+from vllm_pd_scheduler.breaker import BreakerState
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.errors import Reject
 from vllm_pd_scheduler.forward import Forward, PendingHandoff
@@ -68,7 +69,7 @@ class FailedAttemptTest(Case):
     async def test_whose_hand_off_is_freed(self) -> None:
         """After a time-out the hung D may still fetch it; after a cut it was fetched."""
         freed = {}
-        for failure in Failure:
+        for failure in set(Failure) - {Failure.LEFT}:
             forward = await self.forward()
             self.freed.clear()
             self.fail(forward, failure)
@@ -84,6 +85,19 @@ class FailedAttemptTest(Case):
                 Failure.CUT: False,
             },
         )
+
+    async def test_a_client_that_left_before_an_answer_began(self) -> None:
+        """Envoy tells of it after the end. It is nobody's failure, and frees once."""
+        forward = await self.forward()
+        forward.release()
+        for _ in range(2):
+            self.fail(forward, Failure.LEFT)
+            self.assertEqual(self.freed, [forward.pending])
+        second = await self.forward()
+        second.release()
+        self.fail(second, Failure.LEFT, 1)
+        self.assertEqual(self.freed, [forward.pending], "the second attempt went without it")
+        self.assertEqual({e.breaker.state for e in self.router.registry}, {BreakerState.CLOSED})
 
     async def test_a_further_attempt_has_no_hand_off_to_free(self) -> None:
         forward = await self.forward()
@@ -253,6 +267,8 @@ class ReadTest(unittest.TestCase):
             (self.read(upstream_remote_reset=True), Failure.RESET),
             (self.read(upstream_request_timeout=True), Failure.TIMEOUT),
             (self.read(status=503), Failure.STATUS),
+            (self.read(), Failure.LEFT),
+            (self.read(upstream_protocol_error=True), Failure.RESET),
             (self.read(status=200, upstream_connection_termination=True), Failure.CUT),
             (self.read(status=200, upstream_protocol_error=True), Failure.CUT),
         ):

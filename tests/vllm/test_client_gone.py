@@ -16,6 +16,9 @@ from tests.vllm.instances import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 
+HANDOFF = 0.003
+"""What one prompt of these tests pins at most, as a share of P's KV cache."""
+
 
 @pytest.fixture(scope="module")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
@@ -58,9 +61,15 @@ async def test_one_that_leaves_before_decode_has_read_the_request(
 
 
 async def test_one_that_leaves_at_any_moment(stack: Stack, pair: Pair) -> None:
+    """Few find the moment in which nobody can tell: the scheduler has answered, and Envoy not read it."""
     await ready(stack)
+    await pair.prefill.freed(35)  # of what other tests left
     for milliseconds in range(0, 200, 4):
         async with _client(stack, completion(f"any-{milliseconds}", max_tokens=200)):
             await asyncio.sleep(milliseconds / 1000)
-    await pair.prefill.freed(5)
+
+    async def nearly_free() -> bool:
+        return await pair.prefill.kv_usage() <= 3 * HANDOFF
+
+    await until(nearly_free, 5)
     await _still_right(stack, "after-any")
