@@ -271,6 +271,8 @@ ONE_REQUEST = {
 @pytest.mark.parametrize("data", ONE_REQUEST.values(), ids=ONE_REQUEST)
 async def test_exactly_one_request(client: Client, data: bytes) -> None:
     answers, seen = await exchange(client, data)
+    # The scheduler itself may free what a client of a test before has left behind.
+    seen = [each for each in seen if each["outcomes"] != ["released"]]
     assert [answer.status for answer in answers][:1] == [200]
     assert [answer.headers["x-request-id"] for answer in answers] in (["first", "last"], ["first"])
     got = [(_id(each), each["path"]) for each in seen if _id(each) != "last"]
