@@ -8,9 +8,10 @@ from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.errors import Reject
+from vllm_pd_scheduler.legs import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.registry import DuplicateInstance, Endpoint, UnknownInstance
-from vllm_pd_scheduler.router import PDRouter, PrefillAnswer, PrefillFailed
+from vllm_pd_scheduler.router import PDRouter
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 PARAMS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -12,12 +13,28 @@ import msgspec
 from .errors import Reject
 from .forward import Forward
 from .health import HealthMonitor
-from .models import InstanceState
+from .models import InstanceState, PDInstance
 from .prefill import HttpPrefill, open_session
 from .registry import Endpoint
-from .router import PDRouter, RouteResult
+from .router import PDRouter
 
 _DECODE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouteResult:
+    """How a request of :meth:`PDRouter.route_request` ended.
+
+    ``instance`` is the decode instance that answered, ``prefill_instance`` the one that prefilled, if
+    one did. ``response`` is the decoded answer; if there is none, ``error`` says why.
+    """
+
+    success: bool
+    instance: PDInstance | None = None
+    prefill_instance: PDInstance | None = None
+    status: int = 0
+    response: dict[str, Any] | None = None
+    error: str | None = None
 
 
 def check_all(router: PDRouter) -> dict[str, bool]:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from . import headers as names
+from .legs import PrefillAnswer, PrefillFailed
 from .registry import Endpoint
-from .router import PrefillAnswer, PrefillFailed
 from .tls import InstanceTlsConfig
 
 LINGER_S = 1.0
@@ -19,7 +19,7 @@ lease: an abort that comes when P has just finished is too late, and only the an
 
 
 class HttpPrefill:
-    """A :class:`~vllm_pd_scheduler.router.PrefillLeg` by aiohttp.
+    """A :class:`~vllm_pd_scheduler.legs.PrefillLeg` by aiohttp.
 
     ``listener`` is the base URL of Envoy's prefill listener, which sends the request to the endpoint
     that a header names; ``None`` means straight to the instance. When the call is cancelled, ``unwanted``

@@ -9,9 +9,9 @@ import aiohttp
 
 from .connectors import Connector
 from .forward import PendingHandoff
+from .legs import PrefillAnswer
 from .models import InstanceRole
 from .registry import Endpoint, Registry
-from .router import PrefillAnswer
 from .telemetry import Telemetry
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from . import headers as names
 from .attempts import FailedAttempt, Failure
@@ -22,12 +21,16 @@ from .errors import Reject, reject
 from .forward import Forward, PendingHandoff
 from .gate import Gate
 from .intake import HeaderError, Intake
+from .legs import PrefillAnswer, PrefillFailed, PrefillLeg, ReleaseHandoff
 from .limits import ShareLimit
 from .models import InstanceRole, PDInstance, RequestContext
 from .registry import Endpoint, HealthPolicy, Registry, Reservation
 from .scheduler import Scheduler
 from .telemetry import Served, Telemetry
 from .waiting import Ticket
+
+if TYPE_CHECKING:
+    from .direct import RouteResult
 
 SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
@@ -45,37 +48,6 @@ MAX_TOKENS = 10_000_000
 
 _HANDOFF_IS_FREE = frozenset({Failure.CONNECT, Failure.RESET, Failure.STATUS})
 """How an attempt must have failed for nobody to be fetching its hand-off any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillAnswer:
-    """What a prefill instance answered, its body whole."""
-
-    status: int
-    content_type: str
-    body: bytes
-
-
-class PrefillFailed(Exception):
-    """No answer came: ``args[0]`` is a short reason, for metrics and logs."""
-
-
-class PrefillLeg(Protocol):
-    """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
-
-    async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
-    ) -> PrefillAnswer:
-        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none."""
-        ...
-
-
-class ReleaseHandoff(Protocol):
-    """Frees a hand-off on P in the background."""
-
-    def __call__(self, pending: PendingHandoff) -> None:
-        """Start to free it; raises nothing."""
-        ...
 
 
 class PDRouter:
@@ -412,22 +384,6 @@ class PDRouter:
         from .direct import serve_one
 
         return serve_one(self, body)
-
-
-@dataclass(frozen=True, slots=True)
-class RouteResult:
-    """How a request of :meth:`PDRouter.route_request` ended.
-
-    ``instance`` is the decode instance that answered, ``prefill_instance`` the one that prefilled, if
-    one did. ``response`` is the decoded answer; if there is none, ``error`` says why.
-    """
-
-    success: bool
-    instance: PDInstance | None = None
-    prefill_instance: PDInstance | None = None
-    status: int = 0
-    response: dict[str, Any] | None = None
-    error: str | None = None
 
 
 def _no_prefill() -> Reject:

@@ -7,9 +7,10 @@ from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.errors import Reject
+from vllm_pd_scheduler.legs import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.registry import Endpoint
-from vllm_pd_scheduler.router import PDRouter, PrefillAnswer
+from vllm_pd_scheduler.router import PDRouter
 
 COMPLETION = {":method": "POST", ":path": "/v1/completions"}
 MODELS = {":method": "GET", ":path": "/v1/models"}
