@@ -43,8 +43,10 @@ class Disaggregation:
         if not prefill:
             return None
         decodes = self._scheduler.pick(InstanceRole.DECODE, request)
+        routable = self._registry.routable(InstanceRole.DECODE)
+        self._mean = sum(e.requests for e in routable) / max(1, len(routable))
         # The one with the longest prefix may be better than the one that decodes fastest.
-        caches = [e for e in self._registry.routable(InstanceRole.DECODE) if e.holder in request.cached]
+        caches = [e for e in routable if e.holder in request.cached]
         decodes += [max(caches, key=lambda e: request.cached[e.holder])] if caches else []
         best = min(decodes, key=lambda e: self._local_cost(e, request), default=None)
         if best is None or self._local_cost(best, request) > self._remote_cost(prefill[0], request):
@@ -54,7 +56,7 @@ class Disaggregation:
     def _local_cost(self, decode: Endpoint, request: RequestContext) -> float:
         new = _uncached(decode, request, 1.0)
         cost = self._registry.load.prefill.predict((1.0, new, prefill_pairs(new, request.prompt_tokens)))
-        return cost * (1 + decode.requests)
+        return cost * (1 + max(self._mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
         load = prefill.prefill

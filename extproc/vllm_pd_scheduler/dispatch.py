@@ -15,8 +15,9 @@ from .models import InstanceRole, RequestContext
 from .scheduler import Scheduler
 from .waiting import Ticket, WaitingLine
 
-SLACK_S = 0.05
-"""A prefill instance is about to be free when so little is left: it must not stand idle until we know."""
+SLACK_S = 0.01
+"""A prefill instance is about to be free when so little is left: it must not stand idle until we know, and
+what is sent earlier waits there, where nothing shorter can pass it."""
 _SOONEST_S = 0.001
 """Pause before the next look, at least: what should be free by then can be late."""
 _LOOK_AT = 16
@@ -89,6 +90,8 @@ class Dispatcher:
         )
 
     def _serve_one(self, now: float) -> bool:
+        if self._late_binding and not self._any_free(now):
+            return False
         for ticket in list(itertools.islice(self.line, _LOOK_AT)):
             request = ticket.request
             request.now = now
@@ -97,6 +100,11 @@ class Dispatcher:
             if self._try(ticket, now):
                 return True
         return False
+
+    def _any_free(self, now: float) -> bool:
+        """Whether it is worth to ask the strategy. It is, too, when no instance is left to wait for."""
+        routable = self._registry.routable(InstanceRole.PREFILL)
+        return not routable or any(e.prefill.left(now) <= SLACK_S for e in routable)
 
     def _try(self, ticket: Ticket, now: float) -> bool:
         """Settle a request if there is an endpoint for it, or will never be."""

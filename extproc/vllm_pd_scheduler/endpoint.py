@@ -147,6 +147,4 @@ class Reservation:
             return None
         endpoint.in_flight -= 1
         endpoint.tokens = endpoint.tokens - self.tokens if endpoint.in_flight else 0.0
-        if not self.cost:
-            return None
         return endpoint.prefill.end(self, endpoint.prefill.head_at if now is None else now)

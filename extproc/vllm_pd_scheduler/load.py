@@ -16,6 +16,9 @@ _PREFILL_SCALE = (1.0, 1024.0, 1024.0 * 16384.0)
 _DECODE_PRIOR = (0.02, 2e-4, 1e-8)
 _DECODE_SCALE = (1.0, 32.0, 262144.0)
 
+_TOGETHER = 8
+"""Prefills that are learned from together, at most."""
+
 _RECENT = 0.1
 """Weight of the newest sample in running means."""
 
@@ -40,7 +43,7 @@ class PrefillLoad:
     """
 
     __slots__ = (
-        "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued", "trust",
+        "_group", "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued", "trust",
     )  # fmt: skip
 
     def __init__(self, prior: OnlineFit) -> None:
@@ -49,6 +52,8 @@ class PrefillLoad:
         self.trust = 1.0
         """Share of the prompt tokens we take for cached there that are: 0 without prefix caching."""
         self._pending: dict[Hashable, float] = {}
+        self._group = [0.0, 0.0, 0.0, 0.0]
+        """Requests, tokens, attended pairs and seconds that were not learned from yet."""
         self.queued = 0.0
         self.head_cost = 0.0
         self.head_at = 0.0
@@ -80,8 +85,18 @@ class PrefillLoad:
         return spent
 
     def learn(self, tokens: int, context: int, seconds: float, fleet: OnlineFit) -> None:
-        """Take how long a request of so many uncached of ``context`` tokens took, queueing not counted."""
-        x = (1.0, float(tokens), prefill_pairs(tokens, context))
+        """Take how long a request of so many uncached of ``context`` tokens took, queueing not counted.
+
+        Requests that follow each other can share a step of the engine, and both end with it: which of them
+        took how long cannot be known, but how long they took together. So they are learned from together,
+        as far as the queue was not empty in between, and eight at most.
+        """
+        mine = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
+        self._group = [sum(pair) for pair in zip(self._group, mine, strict=True)]
+        if self._pending and self._group[0] < _TOGETHER:
+            return
+        *x, seconds = self._group
+        self._group = [0.0, 0.0, 0.0, 0.0]
         fleet.learn(x, seconds, _PREFILL_PRIOR)
         self.fit.learn(x, seconds, fleet.coefficients)
         self.overhead, self.per_token, self.per_pair = self.fit.coefficients
@@ -94,6 +109,7 @@ class PrefillLoad:
     def restarted(self) -> None:
         """Forget what was queued; what the hardware can do stays known."""
         self._pending.clear()
+        self._group = [0.0, 0.0, 0.0, 0.0]
         self.queued = self.head_cost = 0.0
         self.trust = 1.0
 

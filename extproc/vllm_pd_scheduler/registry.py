@@ -211,7 +211,7 @@ class Registry:
         else:
             load = endpoint.prefill
             reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
-            new = request.prompt_tokens - load.trust * reservation.cached
+            new = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
             reservation.tokens = new
             reservation.wait = load.left(request.now)
             reservation.cost = load.cost(new, request.prompt_tokens)

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from ..config import ConfigError, parse_config
+from ..disaggregation import Disaggregation
 from ..dispatch import Dispatcher
 from ..endpoint import Endpoint, Reservation
 from ..errors import Reject
@@ -170,6 +171,7 @@ class _Run:
             for role in InstanceRole:
                 self._scheduler.install(PEERS[variant.strategy], role, variant.strategy)
         self._dispatcher = Dispatcher(self._scheduler)
+        self._disaggregation = Disaggregation(config, self._scheduler)
         self._instances: dict[Endpoint, VirtualInstance] = {}
         self._scraped: dict[Endpoint, Snapshot] = {}
         self._wake: Any = None
@@ -224,6 +226,10 @@ class _Run:
         if number + 1 < len(self._trace.requests):
             self._clock.call_at(self._trace.requests[number + 1].arrival, partial(self._arrive, number + 1))
         job = _Job(number, asked, self._context(asked))
+        alone = self._disaggregation.local(job.context)
+        if alone is not None:
+            self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
+            return
         self._dispatcher.submit(
             Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._settled, job)), self._clock.now
         )
@@ -253,6 +259,32 @@ class _Run:
         else:
             self._end(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
 
+    def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
+        asked = job.asked
+        job.context.now = self._clock.now
+        job.decode, job.claim = decode, self._registry.reserve(decode, job.context)
+        request = EngineRequest(
+            str(job.number), asked.prompt_tokens, asked.output_tokens, HandOff.NONE, asked.blocks
+        )
+        self._decode(job, request, None)
+
+    def _decode(self, job: _Job, request: EngineRequest, offer: Offer | None) -> None:
+        assert job.decode is not None
+        try:
+            self._instances[job.decode].add(
+                request,
+                offer=offer,
+                on_first_token=partial(self._began, job),
+                on_finished=partial(self._decoded, job),
+            )
+        except ValueError:
+            if offer is not None:
+                offer.source.release(offer.request_id)
+            self._release(job)
+            self._end(job, "too_long")
+            return
+        self._changed()
+
     def _prefill(self, job: _Job) -> None:
         asked, endpoint = job.asked, job.prefill
         assert endpoint is not None
@@ -280,22 +312,12 @@ class _Run:
         request = EngineRequest(
             str(job.number), asked.prompt_tokens, asked.output_tokens, HandOff.RECEIVE, asked.blocks
         )
-        try:
-            self._instances[job.decode].add(
-                request,
-                offer=offer,
-                on_first_token=partial(self._began, job),
-                on_finished=partial(self._decoded, job),
-            )
-        except ValueError:
-            offer.source.release(offer.request_id)
-            self._release(job)
-            self._end(job, "too_long")
-            return
-        self._changed()
+        self._decode(job, request, offer)
 
-    def _began(self, job: _Job, _: EngineRequest, at: float) -> None:
+    def _began(self, job: _Job, request: EngineRequest, at: float) -> None:
         job.first = at
+        if job.prefill is None:
+            job.cached = request.cached
 
     def _decoded(self, job: _Job, _: EngineRequest, at: float) -> None:
         self._release(job)
