@@ -35,14 +35,14 @@ class Disaggregation:
         if self._setting == "auto":
             return self._cheapest(request)
         if self._setting == "never" or request.prompt_tokens < self._setting:
-            return next(iter(self._scheduler.pick(InstanceRole.DECODE, request)), None)
+            return next(iter(self._scheduler.preview(InstanceRole.DECODE, request)), None)
         return None
 
     def _cheapest(self, request: RequestContext) -> Endpoint | None:
-        prefill = self._scheduler.pick(InstanceRole.PREFILL, request)
+        prefill = self._scheduler.preview(InstanceRole.PREFILL, request)
         if not prefill:
             return None
-        decodes = self._scheduler.pick(InstanceRole.DECODE, request)
+        decodes = self._scheduler.preview(InstanceRole.DECODE, request)
         routable = self._registry.routable(InstanceRole.DECODE)
         self._mean = sum(e.requests for e in routable) / max(1, len(routable))
         # The one with the longest prefix may be better than the one that decodes fastest.

@@ -80,8 +80,10 @@ class Dispatcher:
             return None
         times = [first.request.arrived + self._timeout]
         if self._late_binding:
-            lefts = (e.prefill.left(now) for e in self._registry.routable(InstanceRole.PREFILL))
-            times += [now + left - SLACK_S for left in lefts if left > SLACK_S]
+            for load in (e.prefill for e in self._registry.routable(InstanceRole.PREFILL)):
+                # What is queued behind the first one does not get less before that has ended.
+                if load.left(now) > SLACK_S >= load.queued - load.head_cost:
+                    times.append(load.head_at + load.queued - SLACK_S)
         return max(now + _SOONEST_S, min(times))
 
     def _overdue(self, now: float) -> itertools.takewhile[Ticket]:
@@ -90,16 +92,19 @@ class Dispatcher:
         )
 
     def _serve_one(self, now: float) -> bool:
-        if self._late_binding and not self._any_free(now):
-            return False
+        """Return whether to look again: one was served, or has let the others pass."""
+        passed, free = False, not self._late_binding or self._any_free(now)
         for ticket in list(itertools.islice(self.line, _LOOK_AT)):
+            if ticket.role is InstanceRole.PREFILL and not free:
+                continue
             request = ticket.request
             request.now = now
-            if self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost):
-                self.line.let_pass(ticket)
-            if self._try(ticket, now):
+            hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
+            if hopeless and self.line.let_pass(ticket):
+                passed = True
+            elif self._try(ticket, now):
                 return True
-        return False
+        return passed
 
     def _any_free(self, now: float) -> bool:
         """Whether it is worth to ask the strategy. It is, too, when no instance is left to wait for."""
@@ -112,13 +117,13 @@ class Dispatcher:
         if not self._scheduler.open(InstanceRole.DECODE) or not self._scheduler.open(role):
             return False
         outcome: Reservation | None = None
-        if role is InstanceRole.PREFILL:
-            request.now = now
-            picked = self._scheduler.pick(role, request)
-            if picked:
-                if self._late_binding and picked[0].prefill.left(now) > SLACK_S:
-                    return False
-                outcome = self._registry.reserve(picked[0], request)
+        request.now = now
+        picked = self._scheduler.pick(role, request)
+        if picked:
+            late = self._late_binding and role is InstanceRole.PREFILL
+            if late and picked[0].prefill.left(now) > SLACK_S:
+                return False
+            outcome = self._registry.reserve(picked[0], request)
         if ticket in self.line:
             self.line.remove(ticket, served=True)
         ticket.settle(outcome)
@@ -126,13 +131,14 @@ class Dispatcher:
 
     def _cost(self, request: RequestContext) -> float:
         """Least predicted seconds of prefill, wherever that is."""
-        blocks = max(request.cached.values(), default=0) if request.cached else 0
+        routable, blocks = self._registry.routable(InstanceRole.PREFILL), 0
+        if request.blocks:
+            cached = self._registry.prefixes.match(request.blocks)
+            blocks = max((cached.get(e.holder, 0) for e in routable), default=0) if cached else 0
         new = max(1.0, request.prompt_tokens - blocks * request.block_tokens)
-        routable = self._registry.routable(InstanceRole.PREFILL)
         return min((e.prefill.cost(new, request.prompt_tokens) for e in routable[:16]), default=0.0)
 
     def _refusal(self, ticket: Ticket, reason: str, message: str) -> Reject:
-        work = sum(waiting.cost for waiting in self.line)
         serving = max(1, len(self._registry.routable(InstanceRole.PREFILL)))
-        retry_after = min(_LONGEST_RETRY_S, max(1, math.ceil(work / serving)))
+        retry_after = min(_LONGEST_RETRY_S, max(1, math.ceil(self.line.work / serving)))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)

@@ -134,17 +134,24 @@ class Reservation:
     """Prompt tokens that are taken for cached there."""
     active: bool = True
 
-    def release(self, now: float | None = None) -> float | None:
-        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing.
+    def release(self, now: float | None = None) -> None:
+        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
+        if self._end():
+            load = self.endpoint.prefill
+            load.cancel(self, load.head_at if now is None else now)
 
-        Return the seconds since the instance began the request's prefill, if it is a claim on prefill.
-        """
+    def finish(self, now: float) -> float | None:
+        """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""
+        return self.endpoint.prefill.end(self, now) if self._end() else None
+
+    def _end(self) -> bool:
+        """Return whether it had not ended, nor the process that it was a claim on."""
         if not self.active:
-            return None
+            return False
         self.active = False
         endpoint = self.endpoint
         if self.generation != endpoint.generation:
-            return None
+            return False
         endpoint.in_flight -= 1
-        endpoint.tokens = endpoint.tokens - self.tokens if endpoint.in_flight else 0.0
-        return endpoint.prefill.end(self, endpoint.prefill.head_at if now is None else now)
+        endpoint.tokens = max(0.0, endpoint.tokens - self.tokens) if endpoint.in_flight else 0.0
+        return True

@@ -37,8 +37,9 @@ class OnlineFit:
 
     def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
         """Take a sample; ``prior`` is what to believe where the samples say nothing."""
-        if self.samples >= _TRUSTED:
-            y = min(y, _OUTLIER * self.predict(x))
+        expected = self.predict(x)
+        if self.samples >= _TRUSTED and expected > 0.0:
+            y = min(y, _OUTLIER * expected)
         scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
         weight = 1.0 / (1.0 + sum(scaled))  # errors grow with the work; else the big ones would decide alone
         for i, (row, xi) in enumerate(zip(self._m, scaled, strict=True)):

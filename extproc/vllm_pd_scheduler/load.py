@@ -64,7 +64,7 @@ class PrefillLoad:
 
     def left(self, now: float) -> float:
         """Seconds until what is queued is done; a first one that takes too long counts as done."""
-        return self.queued - min(self.head_cost, max(0.0, now - self.head_at))
+        return max(0.0, self.queued - min(self.head_cost, max(0.0, now - self.head_at)))
 
     def begin(self, key: Hashable, cost: float, now: float) -> None:
         """Count a request of so many seconds."""
@@ -74,15 +74,31 @@ class PrefillLoad:
         self.queued += cost
 
     def end(self, key: Hashable, now: float) -> float | None:
-        """Take a request out; return the seconds since the instance began it; ``None``: it was not in."""
-        cost = self._pending.pop(key, None)
-        if cost is None:
+        """Take out what the instance has done; return the seconds that it had for it, ``None`` if it was not in.
+
+        These count from when it had done the one before, or from ``begin`` if it had nothing to do.
+        """
+        if key not in self._pending:
             return None
         spent = max(0.0, now - self.head_at)
-        self.head_at = now
-        self.head_cost = next(iter(self._pending.values()), 0.0)
-        self.queued = self.queued - cost if self._pending else 0.0
+        self._remove(key)
+        self._begin_next(now)
         return spent
+
+    def cancel(self, key: Hashable, now: float) -> None:
+        """Take out what was given up: if the instance was at it, it begins the next one."""
+        if key in self._pending:
+            first = next(iter(self._pending))
+            self._remove(key)
+            if first == key:
+                self._begin_next(now)
+
+    def _remove(self, key: Hashable) -> None:
+        cost = self._pending.pop(key)
+        self.queued = self.queued - cost if self._pending else 0.0
+
+    def _begin_next(self, now: float) -> None:
+        self.head_at, self.head_cost = now, next(iter(self._pending.values()), 0.0)
 
     def learn(self, tokens: int, context: int, seconds: float, fleet: OnlineFit) -> None:
         """Take how long a request of so many uncached of ``context`` tokens took, queueing not counted.
@@ -100,6 +116,10 @@ class PrefillLoad:
         fleet.learn(x, seconds, _PREFILL_PRIOR)
         self.fit.learn(x, seconds, fleet.coefficients)
         self.overhead, self.per_token, self.per_pair = self.fit.coefficients
+
+    def follow(self, fleet: OnlineFit) -> None:
+        """Take over what the fleet has learned, as long as nothing was measured here."""
+        self.overhead, self.per_token, self.per_pair = fleet.coefficients
 
     def believed(self, tokens: float, found: float) -> None:
         """Take how many of the tokens that we took for cached there were."""
@@ -134,6 +154,10 @@ class DecodeLoad:
         self.fit.learn(x, seconds, fleet.coefficients)
         self.base, self.per_seq, self.per_kv_token = self.fit.coefficients
 
+    def follow(self, fleet: OnlineFit) -> None:
+        """Take over what the fleet has learned, as long as nothing was measured here."""
+        self.base, self.per_seq, self.per_kv_token = fleet.coefficients
+
 
 @dataclass(slots=True)
 class FleetLoad:
@@ -147,6 +171,8 @@ class FleetLoad:
     """Mean seconds from prefill's answer until decode has the KV cache."""
     _prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Recent prompts of each model: bytes and tokens."""
+    _answers: tuple[float, float] = (OUTPUT_TOKENS, 1.0)
+    """Recent answers: tokens generated and requests ended."""
 
     def bytes_per_token(self, model: str | None) -> float:
         """Bytes of prompt that make one token of a model, on average over recent tokens."""
@@ -166,10 +192,16 @@ class FleetLoad:
         self.transfer += _RECENT * (seconds - self.transfer)
 
     def learn_output(self, tokens: float, requests: float) -> None:
-        """Take how many tokens some requests that ended have had."""
+        """Take how many tokens were generated, and how many requests ended, since the last time.
+
+        Most tokens are those of requests that end some other time, so only the sums can be compared.
+        """
+        keep = (1 - _RECENT) ** min(requests, 100.0)
+        generated, ended = self._answers
+        generated, ended = keep * generated + tokens, keep * ended + requests
+        self._answers = generated, ended
         if requests > 0:
-            weight = 1 - (1 - _RECENT) ** min(requests, 100.0)
-            self.output_tokens += weight * (tokens / requests - self.output_tokens)
+            self.output_tokens = generated / ended
 
     def ratios(self) -> dict[str, float]:
         """Bytes per token by model, a copy."""

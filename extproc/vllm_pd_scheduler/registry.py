@@ -17,6 +17,12 @@ from .prefix import PrefixIndex
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
 
+_LEAST_BLOCK_TOKENS = 16.0
+"""A client can send one token id of a megabyte; no real prompt has so few tokens in a block."""
+_RECENT = 0.1
+"""Weight of the newest request in running means."""
+
+
 class UnknownInstance(KeyError):
     """No instance has this id."""
 
@@ -46,12 +52,16 @@ class Registry:
     load: FleetLoad = field(default_factory=FleetLoad)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     block_tokens: float = 256.0
-    """Tokens of one block of the prefix index, as the last request had it."""
+    """Tokens of one block of the prefix index, on average over recent requests."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    _untried: dict[InstanceRole, set[Endpoint]] = field(
+        default_factory=lambda: {role: set() for role in InstanceRole}
+    )
+    """Those of which the load model has measured nothing yet."""
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
@@ -84,6 +94,7 @@ class Registry:
         if is_ip(instance.host):
             endpoint.address = join_address(instance.host, instance.port)
         self._endpoints[instance.instance_id] = endpoint
+        self._untried[instance.role].add(endpoint)
         self._changed()
         return endpoint
 
@@ -91,6 +102,7 @@ class Registry:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
         endpoint = self.get(instance_id)
         del self._endpoints[instance_id]
+        self._untried[endpoint.instance.role].discard(endpoint)
         endpoint.draining = True
         endpoint.holder.close()
         self._changed()
@@ -194,6 +206,7 @@ class Registry:
         kv_tokens = (before.kv_usage + now.kv_usage) / 2 * (endpoint.kv_capacity or 0.0)
         if batch > 0:
             endpoint.decode.learn(batch, kv_tokens, now.step_time, self.load.decode)
+            self._learned(endpoint)
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
@@ -204,7 +217,8 @@ class Registry:
         reservation.at = request.now
         blocks = request.cached.get(endpoint.holder, 0) if request.cached else 0
         if request.blocks:
-            self.block_tokens = request.block_tokens
+            size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
+            self.block_tokens += _RECENT * (size - self.block_tokens)
             endpoint.holder.store(request.blocks)
         if endpoint.instance.role is InstanceRole.DECODE:
             reservation.tokens = request.prompt_tokens + request.output_tokens
@@ -227,13 +241,25 @@ class Registry:
         ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
         """
         load = reservation.endpoint.prefill
-        seconds = reservation.release(now)
+        seconds = reservation.finish(now)
         if seconds is None:
             return
-        cached = int(load.trust * reservation.cached) if cached_tokens is None else cached_tokens
+        cached = int(load.trust * reservation.cached) if cached_tokens is None else max(0, cached_tokens)
         if cached_tokens is not None:
-            load.believed(reservation.cached, cached_tokens)
+            load.believed(reservation.cached, cached)
         load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
+        self._learned(reservation.endpoint)
+
+    def _learned(self, endpoint: Endpoint) -> None:
+        """Tell what the fleet has learned to those of a role of which nothing was measured yet."""
+        role = endpoint.instance.role
+        untried = self._untried[role]
+        untried.discard(endpoint)
+        for other in untried:
+            if role is InstanceRole.DECODE:
+                other.decode.follow(self.load.decode)
+            else:
+                other.prefill.follow(self.load.prefill)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Record a request that an instance served."""

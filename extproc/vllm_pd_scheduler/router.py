@@ -82,6 +82,7 @@ class PDRouter:
         self.dispatcher = Dispatcher(self.scheduler)
         self._gate = Gate(self.dispatcher, clock)
         self.registry.on_scraped = self._gate.changed
+        self.registry.subscribe(self._gate.changed)
         self._held_bytes = 0
         self._local = ShareLimit(config.max_local_prefill_share)
         self._forwards: dict[str, Forward] = {}
@@ -194,6 +195,9 @@ class PDRouter:
         outcome = await self._gate.enter(ticket)
         if isinstance(outcome, Reject):
             return outcome
+        if outcome is not None:  # it has kept the place until now
+            outcome.release()
+            preferred = preferred or outcome.endpoint
         return self._to_decode(context, body, served, limit, preferred)
 
     async def _prefill(
@@ -284,11 +288,13 @@ class PDRouter:
         preferred: Endpoint | None = None,
     ) -> Forward | Reject:
         context.now = self._clock()
-        picked = self.scheduler.pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
+        pick = self.scheduler.preview if preferred else self.scheduler.pick
+        picked = pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
         if not picked:
             return self._no_decode()
-        if preferred is not None and preferred.routable:
-            picked = [preferred, *(e for e in picked if e is not preferred)]
+        if preferred is not None and preferred.routable and not self.scheduler.saturated(preferred):
+            others = (e for e in picked if e is not preferred)
+            picked = [preferred, *others][: 1 + self.config.max_retries]
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]

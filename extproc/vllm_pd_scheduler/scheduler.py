@@ -71,8 +71,8 @@ class Scheduler:
         """Whether some endpoint of a role is not saturated, or none can serve at all."""
         if not self._limited:
             return True
-        routable = self.registry.routable(role)
-        return not routable or not all(map(self.saturated, routable))
+        candidates = self._candidates(role, ())
+        return not candidates or not all(map(self.saturated, candidates))
 
     def pick(
         self,
@@ -86,12 +86,7 @@ class Scheduler:
 
         Saturated ones are left out as long as there are others.
         """
-        candidates: Sequence[Endpoint] = self.registry.routable(role)
-        if exclude:
-            candidates = tuple(e for e in candidates if e not in exclude)
-        if self.registry.trials:
-            # Its one trial request runs. Only if there is nobody else does it get another.
-            candidates = tuple(e for e in candidates if not e.on_trial) or candidates
+        candidates = self._candidates(role, exclude)
         if self._limited:
             candidates = tuple(e for e in candidates if not self.saturated(e)) or candidates
         if not candidates:
@@ -99,6 +94,21 @@ class Scheduler:
         if request.blocks:
             request.cached = self.registry.prefixes.match(request.blocks)
         return self._strategies[role].rank(candidates, request, count)
+
+    def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
+        """Return what ``pick`` would, when nothing will be sent there for it: nobody's turn has passed."""
+        strategy = self._strategies[role]
+        with strategy.same_turn():
+            return self.pick(role, request, count=count)
+
+    def _candidates(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:
+        candidates: Sequence[Endpoint] = self.registry.routable(role)
+        if exclude:
+            candidates = tuple(e for e in candidates if e not in exclude)
+        if self.registry.trials:
+            # Its one trial request runs. Only if there is nobody else does it get another.
+            candidates = tuple(e for e in candidates if not e.on_trial) or candidates
+        return candidates
 
 
 def _kv_usage(endpoint: Endpoint) -> float:

@@ -12,12 +12,16 @@ from .errors import Reject
 from .models import InstanceRole, RequestContext
 
 
+_REMEMBERED = 1024
+"""Tenants with nothing waiting of whom is known what they were given, in each priority."""
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A request that wants to go to an endpoint of a role, and how that ended.
 
-    ``settle`` is called once, by the dispatcher. For prefill the outcome is a reservation, an error, or
-    ``None`` if no endpoint can serve; for decode, which is picked later, ``None`` or an error.
+    ``settle`` is called once, by the dispatcher. The outcome is a reservation, an error, or ``None`` if no
+    endpoint can serve.
     """
 
     request: RequestContext
@@ -49,6 +53,8 @@ class _Class:
     """The requests of one priority."""
 
     tenants: dict[str, _Tenant] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
+    """What tenants with nothing waiting were given: who comes back at once has not been given less."""
 
     def __iter__(self) -> Iterator[Ticket]:
         """Yield them as they should be served: always the next of the tenant that has had the least."""
@@ -71,12 +77,15 @@ class WaitingLine:
 
     Priorities are strict. Within one, tenants share what is served by predicted work (a virtual token
     counter: Sheng et al., "Fairness in Serving Large Language Models", 2024); a tenant that comes anew
-    starts level with the one that has had the least. Within a tenant the least ``order`` goes first.
+    starts level with the one that has had the least, if it has not had more. Within a tenant the least
+    ``order`` goes first.
     """
 
     size: int
     size_bytes: int
     bytes: int = 0
+    work: float = 0.0
+    """Predicted seconds of all together."""
     _places: dict[Ticket, tuple[int, float, int]] = field(default_factory=dict)
     """Priority, order and arrival number of each, in the order of arrival."""
     _classes: dict[int, _Class] = field(default_factory=dict)
@@ -102,7 +111,8 @@ class WaitingLine:
     def push(self, ticket: Ticket, order: float) -> Collection[Ticket] | None:
         """Take a request in. Return those that it displaces, or ``None`` if there is no room for it.
 
-        It displaces the last ones of a lower priority, and only if that makes room.
+        It displaces the last ones of a lower priority, and only if that makes room. First to go are those
+        that were let pass, of its own priority too.
         """
         displaced: list[Ticket] = []
         room, room_bytes = self.size - len(self), self.size_bytes - self.bytes
@@ -121,38 +131,48 @@ class WaitingLine:
     def _insert(self, ticket: Ticket, order: float) -> None:
         self._number += 1
         priority = ticket.request.priority
-        tenants = self._classes.setdefault(priority, _Class()).tenants
+        one = self._classes.setdefault(priority, _Class())
+        tenants = one.tenants
         tenant = tenants.get(ticket.request.tenant)
         if tenant is None:
             level = min((t.served for t in tenants.values()), default=0.0)
-            tenant = tenants[ticket.request.tenant] = _Tenant(level)
+            tenant = _Tenant(max(level, one.left.pop(ticket.request.tenant, 0.0)))
+            tenants[ticket.request.tenant] = tenant
         bisect.insort(tenant.waiting, (order, self._number, ticket))
         self._places[ticket] = (priority, order, self._number)
         self.bytes += ticket.size
+        self.work += ticket.cost
 
     def remove(self, ticket: Ticket, *, served: bool = False) -> None:
         """Take a request out; ``served`` counts its work for its tenant."""
         priority, order, number = self._places.pop(ticket)
         self.bytes -= ticket.size
+        self.work = max(0.0, self.work - ticket.cost) if self._places else 0.0
         if ticket in self._late:
             del self._late[ticket]
         else:
             self._leave_class(ticket, priority, order, number, served)
 
-    def let_pass(self, ticket: Ticket) -> None:
-        """Have a request wait until nobody else does."""
-        if ticket not in self._late:
-            self._leave_class(ticket, *self._places[ticket], served=False)
-            self._late[ticket] = None
+    def let_pass(self, ticket: Ticket) -> bool:
+        """Have a request wait until nobody else does; return whether it did not yet."""
+        if ticket in self._late:
+            return False
+        self._leave_class(ticket, *self._places[ticket], served=False)
+        self._late[ticket] = None
+        return True
 
     def _leave_class(self, ticket: Ticket, priority: int, order: float, number: int, served: bool) -> None:
-        tenants = self._classes[priority].tenants
+        one = self._classes[priority]
+        tenants = one.tenants
         tenant = tenants[ticket.request.tenant]
         del tenant.waiting[bisect.bisect_left(tenant.waiting, (order, number))]
         if served:
             tenant.served += ticket.cost
         if not tenant.waiting:
             del tenants[ticket.request.tenant]
+            one.left[ticket.request.tenant] = tenant.served
+            if len(one.left) > _REMEMBERED:
+                del one.left[next(iter(one.left))]
             if not tenants:
                 del self._classes[priority]
 

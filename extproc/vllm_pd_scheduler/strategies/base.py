@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,15 @@ class Strategy:
         self.config = config
         self.random = Random()
         self._turn = 0
+
+    @contextmanager
+    def same_turn(self) -> Iterator[None]:
+        """Rank without taking a turn: endpoints that are equal come in the order of the next pick."""
+        turn = self._turn
+        try:
+            yield
+        finally:
+            self._turn = turn
 
     def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
         """How bad ``endpoint`` would be for ``request``: the least wins. Any comparable value will do."""
