@@ -19,6 +19,19 @@ AGEING = 0.1
 """Seconds of work that a second of waiting makes up for."""
 
 
+def all_requests(endpoints: Sequence[Endpoint]) -> list[float]:
+    """Return :attr:`Endpoint.requests` of each. Written out: calls would cost half a millisecond for 1,000."""
+    found = []
+    for endpoint in endpoints:
+        metrics, ours = endpoint.metrics, endpoint.in_flight
+        if metrics is not None:
+            others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
+            found.append(ours + others if others > 0.0 else float(ours))
+        else:
+            found.append(float(ours))
+    return found
+
+
 class Strategy:
     """Ranks the endpoints of one role for one request. Each role has an object of its own.
 
@@ -48,6 +61,10 @@ class Strategy:
         """How bad ``endpoint`` would be for ``request``: the least wins. Any comparable value will do."""
         raise NotImplementedError(f"{type(self).__name__} defines neither score() nor rank()")
 
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[Any]:
+        """Return the score of each: written out where a thousand calls of :meth:`score` take too long."""
+        return [self.score(endpoint, request) for endpoint in endpoints]
+
     def order(self, request: RequestContext, cost: float) -> float:
         """Place of a request among those that wait in the scheduler for prefill: the least goes first.
 
@@ -66,8 +83,13 @@ class Strategy:
         Equal scores take turns, so that an idle fleet is used evenly.
         """
         self._turn += 1
-        offset = self._turn % len(endpoints)
-        rotated = [*endpoints[offset:], *endpoints[:offset]]
-        if count == 1:
-            return [min(rotated, key=lambda endpoint: self.score(endpoint, request))]
-        return heapq.nsmallest(count, rotated, key=lambda endpoint: self.score(endpoint, request))
+        scores, size = self.scores(endpoints, request), len(endpoints)
+        turn = self._turn % size
+        if count == 1:  # min() and index() are loops in C
+            best = min(scores)
+            try:
+                return [endpoints[scores.index(best, turn)]]
+            except ValueError:
+                return [endpoints[scores.index(best)]]
+        order = heapq.nsmallest(count, (*range(turn, size), *range(turn)), key=scores.__getitem__)
+        return [endpoints[i] for i in order]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from ..endpoint import Endpoint
 from ..load import prefill_pairs
@@ -11,6 +13,10 @@ from .base import Strategy
 
 WORK_WEIGHT = 1.0
 """What a second of an instance's work counts beside a second of waiting: it delays those who come after."""
+
+
+LATE = 1e9
+"""Added to the score of an endpoint that would miss the SLO: it comes after all that would not."""
 
 
 class PredictedLatency(Strategy):
@@ -27,29 +33,22 @@ class PredictedLatency(Strategy):
 
     reads_prefixes = True
 
-    def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Score all; equal ones take turns."""
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[Any]:
+        """Return the score of each, for its role."""
         if endpoints[0].instance.role is InstanceRole.DECODE:
-            return super().rank(endpoints, request, count)
-        self._turn += 1
-        scores = self.prefill_scores(endpoints, request)
-        size = len(scores)
-        if count == 1:  # min() and index() are loops in C
-            best, turn = min(scores), self._turn % size
-            try:
-                return [endpoints[scores.index(best, turn)]]
-            except ValueError:
-                return [endpoints[scores.index(best)]]
-        order = sorted(range(size), key=lambda i: (scores[i], (i - self._turn) % size))
-        return [endpoints[i] for i in order[:count]]
+            return self.decode_scores(endpoints, request)
+        return self.prefill_scores(endpoints, request)
 
     def prefill_scores(
-        self, endpoints: Sequence[Endpoint], request: RequestContext, work_weight: float | None = None
+        self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
-        """Return the score of each. Written out, since a call for each of 1,000 would cost a millisecond."""
+        """Return the score of each, ``LATE`` more for a time to first token above ``limit``.
+
+        Written out, since a call for each of 1,000 would cost a millisecond.
+        """
         now, prompt = request.now, request.prompt_tokens
         cached, block_tokens = request.cached, request.block_tokens
-        factor = 1.0 + (WORK_WEIGHT if work_weight is None else work_weight)
+        factor = 1.0 + WORK_WEIGHT
         all_pairs = prefill_pairs(prompt, prompt)
         scores = []
         for endpoint in endpoints:
@@ -62,13 +61,30 @@ class PredictedLatency(Strategy):
             if depth is None:
                 cost = load.overhead + load.per_token * prompt + load.per_pair * all_pairs
             else:
-                cost = load.cost(max(1.0, prompt - load.trust * depth * block_tokens), prompt)
-            scores.append(left + factor * cost)
+                new = prompt - load.trust * depth * block_tokens
+                if new < 1.0:
+                    new = 1.0
+                cost = load.overhead + load.per_token * new + load.per_pair * new * (prompt - new / 2)
+            scores.append(left + factor * cost + (LATE if left + cost > limit else 0.0))
         return scores
 
-    def score(self, endpoint: Endpoint, request: RequestContext) -> tuple[float, float]:
-        """Return (KV tokens that are missing, predicted step time) for decode."""
+    def decode_scores(
+        self, endpoints: Sequence[Endpoint], request: RequestContext
+    ) -> list[tuple[float, float]]:
+        """Return (KV tokens that are missing, predicted step time) of each."""
         own = request.prompt_tokens + request.output_tokens
-        kv_tokens = endpoint.kv_tokens + own
-        missing = 0.0 if endpoint.kv_capacity is None else max(0.0, kv_tokens - endpoint.kv_capacity)
-        return missing, endpoint.decode.step(endpoint.requests + 1, kv_tokens)
+        scores = []
+        for endpoint in endpoints:  # Endpoint.requests and Endpoint.kv_tokens, written out
+            metrics, capacity, load = endpoint.metrics, endpoint.kv_capacity, endpoint.decode
+            batch, tokens = endpoint.in_flight + 1.0, endpoint.tokens + own
+            if metrics is not None:
+                others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
+                if others > 0.0:
+                    batch += others
+                if capacity is not None:
+                    others = metrics.kv_usage * capacity - endpoint.tokens_at_scrape
+                    if others > 0.0:
+                        tokens += others
+            missing = tokens - capacity if capacity is not None and tokens > capacity else 0.0
+            scores.append((missing, load.base + load.per_seq * batch + load.per_kv_token * tokens))
+        return scores

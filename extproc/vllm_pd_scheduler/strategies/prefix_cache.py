@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..endpoint import Endpoint
 from ..models import RequestContext
-from .base import Strategy
+from .base import Strategy, all_requests
 
 _SHARE = 0.5
 """Cached share of the prompt from which on it is worth a longer queue."""
@@ -24,16 +24,12 @@ class PrefixCache(Strategy):
 
     reads_prefixes = True
 
-    def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Find the least load, then rank by score."""
-        self._bound = min(e.requests for e in endpoints) + _MORE
-        return super().rank(endpoints, request, count)
-
-    def score(self, endpoint: Endpoint, request: RequestContext) -> tuple[float, float]:
-        """Return (-cached blocks, requests), the first 0 where the cache does not count."""
-        requests = endpoint.requests
-        depth = request.cached.get(endpoint.holder, 0)
-        counts = requests <= self._bound and depth >= _SHARE * len(request.blocks)
-        return -depth if counts else 0, requests
-
-    _bound = 0.0
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[tuple[int, float]]:
+        """Return (-cached blocks, requests) of each, the first 0 where the cache does not count."""
+        loads, cached = all_requests(endpoints), request.cached
+        most, enough = min(loads) + _MORE, _SHARE * len(request.blocks)
+        scores = []
+        for endpoint, requests in zip(endpoints, loads, strict=True):
+            depth = cached.get(endpoint.holder, 0) if cached and requests <= most else 0
+            scores.append((-depth if depth >= enough else 0, requests))
+        return scores

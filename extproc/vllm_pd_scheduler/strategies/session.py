@@ -6,10 +6,14 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from ..endpoint import Endpoint
 from ..models import RequestContext
-from .base import Strategy
+from .base import Strategy, all_requests
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
 
 _POINTS = 100
 """Points that each endpoint has on the ring: shares then differ by about a tenth."""
@@ -26,18 +30,23 @@ class Session(Strategy):
 
     bound: float | None = 1.25
     """Requests that an endpoint may have, as a multiple of the mean; ``None``: any number."""
-    _endpoints: Sequence[Endpoint] = ()
-    _ring: Sequence[tuple[int, int]] = ()
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self._endpoints: Sequence[Endpoint] = ()
+        self._members: dict[str, Endpoint] = {}
+        self._on_ring: set[str] = set()
+        self._ring: list[tuple[int, str]] = []
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Walk the ring from the session's point; those at their bound come last."""
         if request.session is None:
             return super().rank(endpoints, request, count)
         if endpoints is not self._endpoints:
-            self._endpoints = endpoints
-            self._ring = sorted((p, i) for i, e in enumerate(endpoints) for p in _points(e.id))
-        mean = (sum(e.requests for e in endpoints) + 1) / len(endpoints)
-        bound = math.inf if self.bound is None else math.ceil(self.bound * mean)
+            self._place(endpoints)
+        bound = math.inf
+        if self.bound is not None:
+            bound = math.ceil(self.bound * (sum(all_requests(endpoints)) + 1) / len(endpoints))
         chosen: list[Endpoint] = []
         full: list[Endpoint] = []
         for endpoint in self._walk(_hash(request.session)):
@@ -50,14 +59,33 @@ class Session(Strategy):
         """Fewest requests, for a request without a session."""
         return endpoint.requests
 
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
+        """Return the score of each."""
+        return all_requests(endpoints)
+
+    def _place(self, endpoints: Sequence[Endpoint]) -> None:
+        """Put those on the ring that are not there; those that may not be chosen now stay for a while.
+
+        1,000 endpoints take a tenth of a second to hash, and any of them can be saturated in one pick only.
+        """
+        self._endpoints, self._members = endpoints, {e.id: e for e in endpoints}
+        if new := self._members.keys() - self._on_ring:
+            if len(self._on_ring) > 2 * len(self._members):
+                self._on_ring &= self._members.keys()
+                self._ring = [point for point in self._ring if point[1] in self._on_ring]
+            self._on_ring |= new
+            self._ring += [(point, name) for name in new for point in _points(name)]
+            self._ring.sort()
+
     def _walk(self, point: int) -> Iterator[Endpoint]:
-        start = bisect.bisect_left(self._ring, (point, 0))
-        seen: set[int] = set()
-        for at in range(len(self._ring)):
-            index = self._ring[(start + at) % len(self._ring)][1]
-            if index not in seen:
-                seen.add(index)
-                yield self._endpoints[index]
+        start = bisect.bisect_left(self._ring, (point, ""))
+        left = dict(self._members)
+        for at in range(start, start + len(self._ring)):
+            endpoint = left.pop(self._ring[at % len(self._ring)][1], None)
+            if endpoint is not None:
+                yield endpoint
+                if not left:
+                    return
 
 
 def _hash(text: str) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..endpoint import Endpoint
 from ..models import RequestContext
 from .predicted_latency import PredictedLatency
-
-LATE = 1e9
-"""Added to the score of an endpoint that would miss the SLO: it comes after all that would not."""
 
 
 class Slo(PredictedLatency):
@@ -26,20 +24,18 @@ class Slo(PredictedLatency):
     """
 
     def prefill_scores(
-        self, endpoints: Sequence[Endpoint], request: RequestContext, work_weight: float | None = None
+        self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
         """Add ``LATE`` to the score of those that would miss the TTFT."""
-        scores = super().prefill_scores(endpoints, request)
-        if request.ttft_slo is None:
-            return scores
-        left = request.ttft_slo - (request.now - request.arrived)
-        ttfts = super().prefill_scores(endpoints, request, 0.0)
-        return [s if ttft <= left else s + LATE for s, ttft in zip(scores, ttfts, strict=True)]
+        if request.ttft_slo is not None:
+            limit = request.ttft_slo - (request.now - request.arrived)
+        return super().prefill_scores(endpoints, request, limit)
 
-    def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
-        """Return (KV tokens missing, whether the TPOT is missed, predicted step time) for decode."""
-        missing, step = super().score(endpoint, request)
-        return missing, request.tpot_slo is not None and step > request.tpot_slo, step
+    def decode_scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[Any]:
+        """Return (KV tokens missing, whether the TPOT is missed, predicted step time) of each."""
+        scores = super().decode_scores(endpoints, request)
+        limit = request.tpot_slo
+        return scores if limit is None else [(missing, step > limit, step) for missing, step in scores]
 
     def hopeless(self, request: RequestContext, cost: float) -> bool:
         """Whether even an idle endpoint would be too late."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..endpoint import Endpoint
 from ..models import RequestContext
-from .base import Strategy
+from .base import Strategy, all_requests
 
 
 class Weighted(Strategy):
@@ -20,24 +20,18 @@ class Weighted(Strategy):
     with no latency measured yet counts with the candidates' mean: neither punished nor preferred.
     """
 
-    _max_requests = 1.0
-    _max_latency = 0.0
-    _mean_latency = 0.0
-
-    def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Find the maxima, then rank by score."""
-        self._max_requests = max(1.0, *(e.requests for e in endpoints))
-        known = [e.latency for e in endpoints if e.latency is not None]
-        self._max_latency = max(known, default=0.0)
-        self._mean_latency = sum(known) / len(known) if known else 0.0
-        return super().rank(endpoints, request, count)
-
-    def score(self, endpoint: Endpoint, request: RequestContext) -> float:
-        """Return the weighted sum, with the maxima of this pick."""
-        config = self.config
-        score = config.load_weight * endpoint.requests / self._max_requests
-        score += config.kv_cache_weight * endpoint.kv_usage
-        if self._max_latency > 0:
-            latency = self._mean_latency if endpoint.latency is None else endpoint.latency
-            score += config.latency_weight * latency / self._max_latency
-        return score
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
+        """Return the weighted sum of each."""
+        config, loads = self.config, all_requests(endpoints)
+        latencies = [e.metrics.latency if e.metrics is not None else None for e in endpoints]
+        known = [latency for latency in latencies if latency is not None]
+        mean = sum(known) / len(known) if known else 0.0
+        load_weight = config.load_weight / max(1.0, max(loads))
+        kv_weight = config.kv_cache_weight
+        latency_weight = config.latency_weight / max(known) if known and max(known) > 0 else 0.0
+        return [
+            load_weight * requests
+            + (kv_weight * endpoint.metrics.kv_usage if endpoint.metrics is not None else 0.0)
+            + latency_weight * (mean if latency is None else latency)
+            for endpoint, requests, latency in zip(endpoints, loads, latencies, strict=True)
+        ]
