@@ -9,18 +9,21 @@ from .models import InstanceRole, RequestContext
 from .scheduler import Scheduler
 from .strategies.predicted_latency import WORK_WEIGHT
 
+STALL_WEIGHT = 3.0
+"""What a second counts in which running answers stand still, beside one before an answer begins."""
+
 
 class Disaggregation:
     """Decides by the setting ``disaggregation``: always, never, from a prompt length on, or by cost.
 
     By cost (``auto``), what counts is the delay for everybody, in predicted seconds. On decode instance D the
-    prefill of the tokens that D has not cached stalls D's running requests as long as it takes::
+    prefill of the tokens that D has not cached stalls D's running answers for as long as it takes::
 
-        local  = cost * (1 + requests on D)
+        local  = STALL_WEIGHT * cost * (1 + requests on D, or on average if that is more)
         remote = left on P + (1 + WORK_WEIGHT) * cost on P + KV transfer
 
     so that a long prompt goes to P, and a short one, or one that D has cached, stays on a D with little to
-    do or when P has a queue.
+    do or when P has a queue. The average counts since a D that is idle now will not stay so meanwhile.
     """
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler) -> None:
@@ -56,7 +59,7 @@ class Disaggregation:
     def _local_cost(self, decode: Endpoint, request: RequestContext) -> float:
         new = _uncached(decode, request, 1.0)
         cost = self._registry.load.prefill.predict((1.0, new, prefill_pairs(new, request.prompt_tokens)))
-        return cost * (1 + max(self._mean, decode.requests))
+        return STALL_WEIGHT * cost * (1 + max(self._mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
         load = prefill.prefill

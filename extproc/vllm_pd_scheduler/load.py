@@ -43,7 +43,8 @@ class PrefillLoad:
     """
 
     __slots__ = (
-        "_group", "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued", "trust",
+        "_group", "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued",
+        "trust",
     )  # fmt: skip
 
     def __init__(self, prior: OnlineFit) -> None:
@@ -74,7 +75,7 @@ class PrefillLoad:
         self.queued += cost
 
     def end(self, key: Hashable, now: float) -> float | None:
-        """Take out what the instance has done; return the seconds that it had for it, ``None`` if it was not in.
+        """Take out what the instance has done; return the seconds it had for it; ``None``: it was not in.
 
         These count from when it had done the one before, or from ``begin`` if it had nothing to do.
         """

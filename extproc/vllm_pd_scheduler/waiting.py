@@ -11,7 +11,6 @@ from .endpoint import Reservation
 from .errors import Reject
 from .models import InstanceRole, RequestContext
 
-
 _REMEMBERED = 1024
 """Tenants with nothing waiting of whom is known what they were given, in each priority."""
 

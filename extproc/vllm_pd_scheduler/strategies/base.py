@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ..config import SchedulerConfig
 
 
-AGEING = 0.1
+AGEING = 0.2
 """Seconds of work that a second of waiting makes up for."""
 
 
 def all_requests(endpoints: Sequence[Endpoint]) -> list[float]:
-    """Return :attr:`Endpoint.requests` of each. Written out: calls would cost half a millisecond for 1,000."""
+    """Return :attr:`Endpoint.requests` of each. Written out: calls would cost half a millisecond at 1,000."""
     found = []
     for endpoint in endpoints:
         metrics, ours = endpoint.metrics, endpoint.in_flight
