@@ -75,9 +75,9 @@ class PrefillLoad:
         self.queued += cost
 
     def end(self, key: Hashable, now: float) -> float | None:
-        """Take out what the instance has done; return the seconds it had for it; ``None``: it was not in.
+        """Take out what the instance has done; return the seconds that it took; ``None``: it was not in.
 
-        These count from when it had done the one before, or from ``begin`` if it had nothing to do.
+        They count from when the one before was done, or from ``begin`` if there was none.
         """
         if key not in self._pending:
             return None
@@ -197,12 +197,11 @@ class FleetLoad:
 
         Most tokens are those of requests that end some other time, so only the sums can be compared.
         """
-        keep = (1 - _RECENT) ** min(requests, 100.0)
-        generated, ended = self._answers
-        generated, ended = keep * generated + tokens, keep * ended + requests
-        self._answers = generated, ended
+        generated, ended = self._answers[0] + tokens, self._answers[1] + requests
         if requests > 0:
             self.output_tokens = generated / ended
+        keep = (1 - _RECENT) ** min(requests, 100.0)
+        self._answers = keep * generated, keep * ended
 
     def ratios(self) -> dict[str, float]:
         """Bytes per token by model, a copy."""
