@@ -134,6 +134,10 @@ class TestOptions:
             (["--config", str(EXAMPLE), "--interval", "-1"], "--interval"),
             (["--config", str(EXAMPLE), "--interval", "soon"], "--interval"),
             (["--config", str(EXAMPLE), "check"], "after 'check'"),
+            (["--config", str(EXAMPLE), "--shadow", "fastest"], "unknown strategy 'fastest'"),
+            (["serve", "--config", str(EXAMPLE), "--shadow", "fastest"], "--shadow"),
+            (["up", "--config", str(EXAMPLE), "--shadow", "no.such:Module"], "--shadow"),
+            (["--shadow", "slo", "check", "--config", str(EXAMPLE)], "after 'check'"),
             (["up", "--config", str(EXAMPLE), "--port", "70000"], "--port"),
             (["up", "--config", str(EXAMPLE), "--port", "0"], "--port"),
             (["sim", "--prefill", "0"], "--prefill"),
@@ -171,4 +175,17 @@ class TestOptions:
             assert (logged, config.health_check_interval, config.strategy) == (level, 0.5, "least_load")
             served.clear()
         assert call("--config", path).exit_code == 0
-        assert served[1].health_check_interval == 5.0
+        assert (served[1].health_check_interval, served[1].shadow_strategy) == (5.0, None)
+        for arguments in (["--config", path], ["serve", "--config", path]):
+            served.clear()
+            assert call(*arguments, "--shadow", "slo").exit_code == 0
+            assert (served[1].strategy, served[1].shadow_strategy) == ("least_load", "slo")
+
+    def test_a_strategy_that_cannot_be_made(self, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: Any) -> None:
+            raise RuntimeError("odd")
+
+        monkeypatch.setattr("vllm_pd_scheduler.strategies.Weighted.__init__", broken)
+        ended = call("--config", written({**FLEET, "strategy": "weighted"}))
+        assert ended.exit_code == 1
+        assert ended.stderr.endswith("vllm-pd-scheduler: strategy 'weighted' cannot be made: odd\n")

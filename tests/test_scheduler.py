@@ -78,6 +78,19 @@ class SchedulerTest(unittest.TestCase):
         self.assertEqual(self.scheduler.strategy_name, "least_load")
         self.assertEqual([self.pick() for _ in range(3)], [["d2"]] * 3)
 
+    def test_roles_may_differ(self) -> None:
+        config = SchedulerConfig(strategy="weighted", decode_strategy="session")
+        scheduler = Scheduler(config, self.registry)
+        self.assertEqual(scheduler.names, {P: "weighted", D: "session"})
+        self.assertEqual(scheduler.strategy_name, "weighted/session")
+        scheduler.use("slo", P)
+        self.assertEqual(scheduler.names, {P: "slo", D: "session"})
+        with self.assertRaises(UnknownStrategy):
+            scheduler.use_each({P: "least_load", D: "fastest"})
+        self.assertEqual(scheduler.names, {P: "slo", D: "session"}, "both or none")
+        scheduler.use("slo")
+        self.assertEqual(scheduler.strategy_name, "slo")
+
     def test_an_unknown_one_changes_nothing(self) -> None:
         self.pick()
         for name in ("fastest", "no.such:Module", "os:path"):

@@ -85,6 +85,41 @@ class SnapshotTest(unittest.TestCase):
         self.assertEqual((found.strategy, found.drained, found.added), ("weighted", ["d0"], [NEW]))
         self.assertEqual(found.removed, [saved(**D1)])
 
+    def test_strategies_by_role(self) -> None:
+        configured = {"strategy": "least_load", "decode_strategy": "weighted"}
+        for changes, kept in (
+            ({}, {}),
+            ({P: "slo"}, {"prefill_strategy": "slo"}),
+            ({D: "slo"}, {"decode_strategy": "slo"}),
+            ({D: "least_load"}, {"decode_strategy": "least_load"}),
+            ({P: "slo", D: "slo"}, {"strategy": "slo"}),
+            ({P: "weighted", D: "slo"}, {"prefill_strategy": "weighted", "decode_strategy": "slo"}),
+        ):
+            with self.subTest(changes):
+                router, again = PDRouter(config(**configured)), PDRouter(config(**configured))
+                router.scheduler.use_each(changes)
+                state = snapshot(router, [])
+                self.assertEqual(state, AdminState(version=1, **kept))
+                self.assertEqual(apply(state, again), ([], []))
+                self.assertEqual(again.scheduler.names, router.scheduler.names)
+
+    def test_a_shadow(self) -> None:
+        for configured, used, kept in (
+            (None, None, None),
+            (None, "slo", "slo"),
+            ("slo", "slo", None),
+            ("slo", "weighted", "weighted"),
+            ("slo", None, ""),
+        ):
+            with self.subTest(configured=configured, used=used):
+                settings = config(shadow_strategy=configured)
+                router, again = PDRouter(settings), PDRouter(settings)
+                router.scheduler.use_shadow(used)
+                state = snapshot(router, [])
+                self.assertEqual(state, AdminState(version=1, shadow_strategy=kept))
+                self.assertEqual(apply(state, again), ([], []))
+                self.assertEqual(again.scheduler.shadow and again.scheduler.shadow.name, used)
+
     def test_a_change_that_is_undone_is_none(self) -> None:
         router = PDRouter(config())
         for strategy in ("weighted", "least_load"):
@@ -120,6 +155,11 @@ CHANGES = st.lists(
     st.one_of(
         st.tuples(st.just("use"), st.sampled_from(["round_robin", "least_load", "weighted"])),
         st.tuples(
+            st.just("use_each"),
+            st.dictionaries(st.sampled_from([P, D]), st.sampled_from(["round_robin", "least_load", "slo"])),
+        ),
+        st.tuples(st.just("shadow"), st.sampled_from([None, "round_robin", "slo"])),
+        st.tuples(
             st.just("add"),
             st.builds(
                 saved,
@@ -141,6 +181,8 @@ def change(router: PDRouter, kept: AdminChanges, kind: str, value: Any) -> None:
     """Do one change as the admin interface does; one that is impossible changes nothing."""
     calls = {
         "use": router.scheduler.use,
+        "use_each": router.scheduler.use_each,
+        "shadow": router.scheduler.use_shadow,
         "drain": router.drain_instance,
         "undrain": router.undrain_instance,
         "add": kept.add,
@@ -156,14 +198,17 @@ def change(router: PDRouter, kept: AdminChanges, kind: str, value: Any) -> None:
 def shape(router: PDRouter) -> Any:
     """All of a router that a restart must bring back."""
     fleet = {e.id: (e.instance, e.draining) for e in router.registry}
-    return router.scheduler.strategy_name, fleet
+    shadow = router.scheduler.shadow
+    return router.scheduler.names, shadow and shadow.name, fleet
 
 
 class RoundTripTest(unittest.TestCase):
     @given(CHANGES)
     def test_any_changes_survive_a_restart(self, changes: list[tuple[str, Any]]) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            settings = config(state_file=f"{directory}/state.json")
+            settings = config(
+                state_file=f"{directory}/state.json", decode_strategy="weighted", shadow_strategy="slo"
+            )
             router = PDRouter(settings)
             kept = AdminChanges(router)
             for kind, value in changes:
@@ -236,9 +281,27 @@ class OvertakenTest(Case):
         self.keep(strategy="gone")
         self.assertIn("strategy: unknown strategy 'gone'", self.warnings()[0])
 
+    def test_one_that_cannot_be_used_leaves_the_others(self) -> None:
+        self.keep(prefill_strategy="gone", decode_strategy="weighted", shadow_strategy="lost")
+        with self.assertLogs("vllm_pd_scheduler.state", "WARNING") as logged:
+            router, _ = self.start()
+        self.assertEqual(router.scheduler.names, {P: "least_load", D: "weighted"})
+        self.assertIn("prefill_strategy: unknown strategy 'gone'", logged.output[0])
+        self.assertIn("shadow_strategy: unknown strategy 'lost'", logged.output[1])
+
+    def test_a_file_of_a_time_with_one_strategy_for_both_roles(self) -> None:
+        text = '{"version": 1, "strategy": "weighted", "removed": [], "added": [], "drained": ["d0"]}'
+        self.path.write_text(text)
+        router, kept = self.start()
+        self.assertEqual(router.scheduler.names, {P: "weighted", D: "weighted"})
+        kept.save()
+        self.assertEqual(json.loads(self.path.read_text()), json.loads(text))
+
     def test_a_dotted_path_runs_no_code(self) -> None:
-        self.keep(strategy="this:Strategy")
-        self.assertIn("only if the configuration names it", self.warnings()[0])
+        for key in ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy"):
+            self.keep(**{key: "this:Strategy"})
+            (warning,) = self.warnings()
+            self.assertIn(f"{key}: 'this:Strategy' can be used only if the configuration names it", warning)
         self.assertNotIn("this", sys.modules)
 
     def test_a_dotted_path_that_the_configuration_names(self) -> None:
@@ -253,7 +316,7 @@ class OvertakenTest(Case):
     def test_a_strategy_that_cannot_be_made(self) -> None:
         self.keep(strategy="weighted")
         with mock.patch("vllm_pd_scheduler.strategies.Weighted.__init__", side_effect=RuntimeError("odd")):
-            self.assertIn("strategy: odd", self.warnings()[0])
+            self.assertIn("strategy: strategy 'weighted' cannot be made: odd", self.warnings()[0])
 
     def test_a_key_that_is_gone(self) -> None:
         self.keep(added=[saved(**{**D1, "id": "x", "port": 1}, api_key={"env": "PD_TEST_GONE"})])

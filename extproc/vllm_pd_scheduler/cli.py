@@ -28,6 +28,7 @@ from .models import join_address
 from .replay.cli import replay
 from .server import serve as run_serve
 from .server import up as run_up
+from .strategies import UnknownStrategy, load_strategy
 
 app = typer.Typer(
     help="Routes requests to a vLLM fleet whose prefill and decode run on separate instances.",
@@ -54,6 +55,10 @@ IntervalOption = Annotated[
     float | None,
     typer.Option("--interval", min=0.05, help="Seconds between health checks."),
 ]
+ShadowOption = Annotated[
+    str | None,
+    typer.Option("--shadow", help="A second strategy, that is only compared: see GET /shadow of the admin."),
+]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, to stderr.")]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
 PrefillPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's loopback prefill listener.")]
@@ -67,26 +72,30 @@ def default(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", help="JSON configuration file.")] = None,
     interval: IntervalOption = None,
+    shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve, if no other command is given."""
     if context.invoked_subcommand is not None:
-        if config is not None or interval is not None:
+        if config is not None or interval is not None or shadow is not None:
             raise typer.BadParameter(f"give the options after {context.invoked_subcommand!r}")
         return
     if config is None:
         typer.echo(context.get_help())
         typer.echo("\nvllm-pd-scheduler: a command, or --config FILE to serve, is needed", err=True)
         raise typer.Exit(2)
-    serve(config, interval, log_level)
+    serve(config, interval, shadow, log_level)
 
 
 @app.command()
 def serve(
-    config: ConfigOption, interval: IntervalOption = None, log_level: LogLevelOption = LogLevel.INFO
+    config: ConfigOption,
+    interval: IntervalOption = None,
+    shadow: ShadowOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
-    settings = _load(config)
+    settings = _with_shadow(_load(config), shadow)
     if interval is not None:
         if not math.isfinite(interval):
             raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
@@ -103,10 +112,11 @@ def up(
     grpc_port: GrpcPortOption = None,
     admin_port: AdminPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = _DEFAULTS.admin,
+    shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
-    settings = _with_ports(_load(config), prefill_port, grpc_port, admin_port)
+    settings = _with_ports(_with_shadow(_load(config), shadow), prefill_port, grpc_port, admin_port)
     ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port)
     _log_to_stderr(log_level)
 
@@ -176,6 +186,16 @@ def _load(path: Path) -> SchedulerConfig:
         raise typer.Exit(2) from None
 
 
+def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
+    if name is None:
+        return config
+    try:
+        load_strategy(name)
+    except UnknownStrategy as error:
+        raise typer.BadParameter(str(error), param_hint="--shadow") from None
+    return config.model_copy(update={"shadow_strategy": name})
+
+
 def _with_ports(
     config: SchedulerConfig, prefill_port: int, grpc_port: int | None, admin_port: int | None
 ) -> SchedulerConfig:
@@ -202,7 +222,7 @@ def _envoy_log_level(level: LogLevel) -> str:
 def _run(main: Coroutine[Any, Any, int]) -> None:
     try:
         status = uvloop.run(main)
-    except (StartupError, EnvoyError) as error:
+    except (StartupError, EnvoyError, UnknownStrategy) as error:
         _fail(str(error))
     if status:
         raise typer.Exit(status)

@@ -162,6 +162,19 @@ class SchedulerConfig(_Model):
             raise ValueError(str(error)) from None
         return name
 
+    def strategy_of(self, role: InstanceRole) -> str:
+        """Return the name of a role's strategy."""
+        own = self.prefill_strategy if role is InstanceRole.PREFILL else self.decode_strategy
+        return own or self.strategy
+
+    def may_use(self, strategy: str) -> bool:
+        """Whether a strategy may be used from now on by those who do not write the configuration.
+
+        A dotted path runs code on import, so only one that the configuration names.
+        """
+        named = (self.strategy, self.prefill_strategy, self.decode_strategy, self.shadow_strategy)
+        return ":" not in strategy or strategy in named
+
     def instances(self) -> Iterator[PDInstance]:
         """Every configured instance, with its API key read from its source."""
         for role, _, item in self._listed():

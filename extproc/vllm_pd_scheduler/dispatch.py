@@ -123,6 +123,8 @@ class Dispatcher:
             late = self._late_binding and role is InstanceRole.PREFILL
             if late and picked[0].prefill.left(now) > SLACK_S:
                 return False
+            if role is InstanceRole.PREFILL:
+                self._scheduler.decided(role, request, picked[0])
             outcome = self._registry.reserve(picked[0], request)
         if ticket in self.line:
             self.line.remove(ticket, served=True)

@@ -73,6 +73,7 @@ class PDRouter:
             self.registry.add(instance)
         self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry(self.registry)
+        self.telemetry.watch_shadow(lambda: self.scheduler.shadow)
         self.connector = connector or NixlConnector()
         self.prefill_leg = prefill_leg
         self.release_handoff: ReleaseHandoff | None = None
@@ -237,7 +238,10 @@ class PDRouter:
             return None
         context.now = self._clock()
         picked = self.scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
-        return self.registry.reserve(picked[0], context) if picked else None
+        if not picked:
+            return None
+        self.scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried)
+        return self.registry.reserve(picked[0], context)
 
     async def _leg(
         self,
@@ -292,6 +296,7 @@ class PDRouter:
         picked = pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
         if not picked:
             return self._no_decode()
+        self.scheduler.decided(InstanceRole.DECODE, context, picked[0])
         if preferred is not None and preferred.routable and not self.scheduler.saturated(preferred):
             others = (e for e in picked if e is not preferred)
             picked = [preferred, *others][: 1 + self.config.max_retries]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .config import SchedulerConfig
 from .models import InstanceRole, RequestContext
 from .registry import Endpoint, Registry
-from .strategies import Strategy, load_strategy
+from .shadow import Shadow
+from .strategies import Strategy, make_strategy
 
 
 class Scheduler:
@@ -20,10 +21,12 @@ class Scheduler:
         self.config = config
         self.registry = registry
         self.names: dict[InstanceRole, str] = {}
+        self.shadow: Shadow | None = None
+        """The strategy that is asked too, without being followed."""
         self._seed = seed
         self._strategies: dict[InstanceRole, Strategy] = {}
-        self.use(config.prefill_strategy or config.strategy, InstanceRole.PREFILL)
-        self.use(config.decode_strategy or config.strategy, InstanceRole.DECODE)
+        self.use_each({role: config.strategy_of(role) for role in InstanceRole})
+        self.use_shadow(config.shadow_strategy)
         self._limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     @property
@@ -34,8 +37,10 @@ class Scheduler:
     @property
     def reads_prefixes(self) -> bool:
         """Whether requests should come with their prompt's block hashes."""
-        return self.config.disaggregation == "auto" or any(
-            s.reads_prefixes for s in self._strategies.values()
+        return (
+            self.config.disaggregation == "auto"
+            or any(s.reads_prefixes for s in self._strategies.values())
+            or (self.shadow is not None and self.shadow.reads_prefixes)
         )
 
     def use(self, name: str, role: InstanceRole | None = None) -> None:
@@ -43,16 +48,26 @@ class Scheduler:
 
         Raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and keeps the old one.
         """
-        strategy = load_strategy(name)
-        for one in InstanceRole if role is None else (role,):
-            self.install(strategy, one, name)
+        self.use_each(dict.fromkeys(InstanceRole if role is None else (role,), name))
+
+    def use_each(self, names: Mapping[InstanceRole, str]) -> None:
+        """Change the strategies of some roles: all or, if one cannot be used, none; raises as ``use``."""
+        made = {role: make_strategy(name, self.config) for role, name in names.items()}
+        for role, strategy in made.items():
+            self._put(strategy, role, names[role])
+
+    def use_shadow(self, name: str | None) -> None:
+        """Begin anew with a shadow strategy, or have none; raises as ``use``."""
+        self.shadow = None if name is None else Shadow(name, self.config)
 
     def install(self, strategy: type[Strategy], role: InstanceRole, name: str) -> None:
         """Use a strategy that no name is known for."""
-        self._strategies[role] = strategy(self.config)
+        self._put(strategy(self.config), role, name)
+
+    def _put(self, strategy: Strategy, role: InstanceRole, name: str) -> None:
         if self._seed is not None:
-            self._strategies[role].random.seed(self._seed)
-        self.names[role] = name
+            strategy.random.seed(self._seed)
+        self._strategies[role], self.names[role] = strategy, name
 
     def strategy(self, role: InstanceRole) -> Strategy:
         """Return the strategy object of a role."""
@@ -86,20 +101,35 @@ class Scheduler:
 
         Saturated ones are left out as long as there are others.
         """
-        candidates = self._candidates(role, exclude)
-        if self._limited:
-            candidates = tuple(e for e in candidates if not self.saturated(e)) or candidates
+        candidates = self._unsaturated(role, exclude)
         if not candidates:
             return []
         if request.blocks:
             request.cached = self.registry.prefixes.match(request.blocks)
         return self._strategies[role].rank(candidates, request, count)
 
+    def decided(
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        picked: Endpoint,
+        exclude: Collection[Endpoint] = (),
+    ) -> None:
+        """Take that the pick just made counts, before it is reserved: the shadow is asked the same."""
+        if self.shadow is not None:
+            self.shadow.compare(role, self._unsaturated(role, exclude), request, picked)
+
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
         """Return what ``pick`` would, when nothing will be sent there for it: nobody's turn has passed."""
         strategy = self._strategies[role]
         with strategy.same_turn():
             return self.pick(role, request, count=count)
+
+    def _unsaturated(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:
+        candidates = self._candidates(role, exclude)
+        if self._limited:
+            candidates = tuple(e for e in candidates if not self.saturated(e)) or candidates
+        return candidates
 
     def _candidates(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:
         candidates: Sequence[Endpoint] = self.registry.routable(role)

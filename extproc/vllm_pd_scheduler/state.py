@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from .config import InstanceConfig, SchedulerConfig, read_problem
 from .models import InstanceRole, PDInstance, join_address
 from .registry import DuplicateInstance, UnknownInstance
 from .router import PDRouter
+from .strategies import UnknownStrategy
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +41,20 @@ class SavedInstance(InstanceConfig):
 
 
 class AdminState(BaseModel):
-    """How a router differs from its configuration. ``strategy`` is ``None`` when it does not.
+    """How a router differs from its configuration. A strategy is ``None`` when it does not.
 
-    An instance of the configuration that was replaced is in both ``removed`` and ``added``.
+    ``strategy`` is that of both roles. An instance of the configuration that was replaced is in both
+    ``removed`` and ``added``.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
     version: Literal[1]
     strategy: str | None = None
+    prefill_strategy: str | None = None
+    decode_strategy: str | None = None
+    shadow_strategy: str | None = None
+    """Empty: the configuration has one, and it is not used."""
     removed: list[SavedInstance] = []
     added: list[SavedInstance] = []
     drained: list[str] = []
@@ -55,14 +62,14 @@ class AdminState(BaseModel):
 
 def snapshot(router: PDRouter, added: Iterable[SavedInstance]) -> AdminState:
     """Return how a router differs from its configuration; ``added`` is what the admin interface added."""
-    strategy, endpoints = router.scheduler.strategy_name, {e.id: e for e in router.registry}
+    endpoints = {e.id: e for e in router.registry}
     configured = {item.id: item for item in _configured(router.config)}
     new = {item.id: item for item in added if item.id in endpoints and item != configured.get(item.id)}
     gone = [item for item in configured.values() if item.id in new or item.id not in endpoints]
     known = configured.keys() | new.keys()
     return AdminState(
         version=1,
-        strategy=strategy if strategy != router.config.strategy else None,
+        **_strategies(router),
         removed=[item.model_copy(update={"api_key": None}) for item in gone],
         added=list(new.values()),
         drained=[e.id for e in endpoints.values() if e.draining and e.id in known],
@@ -74,7 +81,7 @@ def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], lis
 
     Skipped is what the configuration has overtaken since, or what cannot be done any more.
     """
-    problems = _use(state.strategy, router) + _remove(state.removed, router)
+    problems = _use(state, router) + _remove(state.removed, router)
     added, failed = _add(state.added, router)
     problems += failed
     for name in state.drained:
@@ -85,16 +92,38 @@ def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], lis
     return added, problems
 
 
-def _use(strategy: str | None, router: PDRouter) -> list[str]:
-    if strategy is None:
-        return []
-    if ":" in strategy and strategy != router.config.strategy:
-        return [f"strategy: {strategy!r} can be used only if the configuration names it"]
-    try:
-        router.scheduler.use(strategy)
-    except Exception as error:  # unknown, or its constructor is someone else's code
-        return [f"strategy: {error}"]
-    return []
+def _strategies(router: PDRouter) -> dict[str, str]:
+    """Return the keys of a state in which a router's strategies differ from the configuration's."""
+    config, names = router.config, router.scheduler.names
+    changed = {role: name for role, name in names.items() if name != config.strategy_of(role)}
+    if len(changed) == len(names) and len(set(changed.values())) == 1:
+        found = {"strategy": next(iter(changed.values()))}
+    else:
+        found = {f"{role}_strategy": name for role, name in changed.items()}
+    shadow = router.scheduler.shadow.name if router.scheduler.shadow else None
+    return found if shadow == config.shadow_strategy else {**found, "shadow_strategy": shadow or ""}
+
+
+def _use(state: AdminState, router: PDRouter) -> list[str]:
+    problems = []
+    use, use_shadow = router.scheduler.use, router.scheduler.use_shadow
+    wanted: list[tuple[str, str | None, Callable[[str], None]]] = [
+        ("strategy", state.strategy, use),
+        ("prefill_strategy", state.prefill_strategy, partial(use, role=InstanceRole.PREFILL)),
+        ("decode_strategy", state.decode_strategy, partial(use, role=InstanceRole.DECODE)),
+        ("shadow_strategy", state.shadow_strategy, lambda name: use_shadow(name or None)),
+    ]
+    for key, name, change in wanted:
+        if name is None:
+            continue
+        if not router.config.may_use(name):
+            problems.append(f"{key}: {name!r} can be used only if the configuration names it")
+            continue
+        try:
+            change(name)
+        except UnknownStrategy as error:
+            problems.append(f"{key}: {error}")
+    return problems
 
 
 def _remove(removed: list[SavedInstance], router: PDRouter) -> list[str]:
@@ -233,6 +262,7 @@ class AdminChanges:
 def _summary(state: AdminState) -> str:
     lists = {"removed": [i.id for i in state.removed], "added": [i.id for i in state.added]}
     lists["drained"] = state.drained
-    parts = [f"strategy {state.strategy}"] if state.strategy else []
+    keys = ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
+    parts = [f"{key} {name or 'none'}" for key in keys if (name := getattr(state, key)) is not None]
     parts += [f"{name} {', '.join(ids)}" for name, ids in lists.items() if ids]
     return "; ".join(parts) or "no changes"

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from .errors import Reject
 from .models import InstanceRole, InstanceState
 from .registry import Endpoint, Registry, Reservation
+from .shadow import GAINS_S, Shadow
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -137,6 +139,10 @@ class Telemetry:
         """Count a scrape that failed."""
         self._scrape_failures.labels(endpoint.id).inc()
 
+    def watch_shadow(self, shadow: Callable[[], Shadow | None]) -> None:
+        """Have the page show what the shadow strategy of the moment, if there is one, has found."""
+        self.prometheus.register(_ShadowCollector(shadow))
+
     def page(self) -> bytes:
         """Return the Prometheus text page."""
         return generate_latest(self.prometheus)
@@ -177,3 +183,34 @@ class _RegistryCollector(Collector):
         for role in InstanceRole:
             ready.add_metric([role.value], len(self._registry.routable(role)))
         yield from (state, in_flight, waiting, kv_usage, age, ready)
+
+
+class _ShadowCollector(Collector):
+    def __init__(self, shadow: Callable[[], Shadow | None]) -> None:
+        self._shadow = shadow
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        shadow = self._shadow()
+        if shadow is None:
+            return
+        labels = ["strategy", "role"]
+        picks = CounterMetricFamily(
+            "pd_shadow_picks",
+            "Picks that the shadow strategy was asked for too, by what came of it.",
+            labels=[*labels, "outcome"],
+        )
+        gains = HistogramMetricFamily(
+            "pd_shadow_gain_seconds",
+            "Predicted seconds by which the shadow's choice, where it differed, would have been better.",
+            labels=labels,
+        )
+        for role, tally in shadow.tallies.items():
+            values = [shadow.name, role.value]
+            for outcome in ("agreed", "differed", "failed"):
+                picks.add_metric([*values, outcome], getattr(tally, outcome))
+            bounds = [*map(str, GAINS_S), "+Inf"]
+            gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
+        yield from (picks, gains)

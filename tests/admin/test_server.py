@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import pytest
@@ -12,12 +13,13 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
 from vllm_pd_scheduler.router import PDRouter
 
 NEW: dict[str, Any] = {"id": "d1", "role": "decode", "host": "10.0.0.3", "port": 8201}
 
 
+P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 KEYS = ("PD_TEST_KEY", "PD_TEST_NOT_SET")
 """Variables that the configuration names as API keys; the second is not set."""
 
@@ -193,7 +195,13 @@ class TestStrategy:
             {"strategy": 5},
             {},
             {"strategy": "weighted", "more": 1},
+            {"strategy": None},
+            {"strategy": ""},
+            {"prefill_strategy": "fastest"},
+            {"prefill_strategy": "weighted", "decode_strategy": "fastest"},
+            {"decode_strategy": None},
             {"strategy": "vllm_pd_scheduler.strategies.weighted:Weighted"},
+            {"decode_strategy": "vllm_pd_scheduler.strategies.weighted:Weighted"},
         ],
     )
     async def test_what_it_cannot_be(self, admin: Admin, body: dict[str, Any]) -> None:
@@ -201,6 +209,36 @@ class TestStrategy:
         assert status == 400
         assert answer["error"]
         assert admin.router.scheduler.strategy_name == "least_load"
+
+    async def test_errors_name_the_key_and_what_there_is(self, admin: Admin) -> None:
+        _, answer = await admin.ask("PUT", "/strategy", {"decode_strategy": "fastest"})
+        assert answer["error"].startswith("decode_strategy: unknown strategy 'fastest'; choose one of")
+        _, answer = await admin.ask("PUT", "/strategy", {})
+        assert answer["error"].startswith('give "strategy" for both roles, ')
+        with mock.patch("vllm_pd_scheduler.strategies.Weighted.__init__", side_effect=RuntimeError("odd")):
+            status, answer = await admin.ask("PUT", "/strategy", {"strategy": "weighted"})
+        assert (status, answer) == (400, {"error": "strategy 'weighted' cannot be made: odd"})
+
+    async def test_each_role_of_its_own(self, admin: Admin) -> None:
+        for body, prefill, decode in (
+            ({"prefill_strategy": "slo"}, "slo", "least_load"),
+            ({"decode_strategy": "weighted"}, "slo", "weighted"),
+            ({"strategy": "session"}, "session", "session"),
+            ({"strategy": "slo", "decode_strategy": "power_of_two"}, "slo", "power_of_two"),
+            ({"prefill_strategy": "weighted", "decode_strategy": "slo"}, "weighted", "slo"),
+        ):
+            status, found = await admin.ask("PUT", "/strategy", body)
+            assert (status, found["prefill_strategy"], found["decode_strategy"]) == (200, prefill, decode)
+            assert found["strategy"] == (prefill if prefill == decode else f"{prefill}/{decode}")
+            assert await admin.ask("GET", "/strategy") == (200, found)
+            assert admin.router.scheduler.names == {P: prefill, D: decode}
+
+    async def test_the_next_request_has_its_prefixes_read(self, admin: Admin) -> None:
+        assert not admin.router.scheduler.reads_prefixes
+        await admin.ask("PUT", "/strategy", {"prefill_strategy": "prefix_cache"})
+        assert admin.router.scheduler.reads_prefixes
+        await admin.ask("PUT", "/strategy", {"prefill_strategy": "least_load"})
+        assert not admin.router.scheduler.reads_prefixes
 
     async def test_a_dotted_path_of_the_configuration(self) -> None:
         name = "vllm_pd_scheduler.strategies.weighted:Weighted"
@@ -210,6 +248,50 @@ class TestStrategy:
         status, body = await admin.ask("PUT", "/strategy", {"strategy": name})
         assert (status, body["strategy"]) == (200, name)
         await admin.client.close()
+
+
+class TestShadow:
+    async def test_set_read_and_unset(self, admin: Admin) -> None:
+        assert await admin.ask("GET", "/shadow") == (200, {"strategy": None})
+        status, found = await admin.ask("PUT", "/shadow", {"strategy": "slo"})
+        nothing = {"agreed": 0, "differed": 0, "failed": 0}
+        nothing |= {"live_predicted_seconds": None, "shadow_predicted_seconds": None}
+        expected = {"strategy": "slo", "microseconds_per_pick": None, "differences": []}
+        assert (status, found) == (200, {**expected, "prefill": nothing, "decode": nothing})
+        assert admin.router.scheduler.reads_prefixes
+        assert admin.router.scheduler.strategy_name == "least_load"
+        assert await admin.ask("DELETE", "/shadow") == (204, "")
+        assert await admin.ask("DELETE", "/shadow") == (204, "")
+        assert await admin.ask("GET", "/shadow") == (200, {"strategy": None})
+        assert not admin.router.scheduler.reads_prefixes
+
+    @pytest.mark.parametrize("name", [None, "", 5, "fastest", "vllm_pd_scheduler.strategies.slo:Slo"])
+    async def test_what_it_cannot_be(self, admin: Admin, name: Any) -> None:
+        await admin.ask("PUT", "/shadow", {"strategy": "weighted"})
+        status, found = await admin.ask("PUT", "/shadow", {"strategy": name})
+        assert (status, found["error"].split(": ")[0]) == (400, "strategy")
+        assert (await admin.ask("GET", "/shadow"))[1]["strategy"] == "weighted"
+
+    async def test_what_it_found(self, admin: Admin) -> None:
+        await admin.ask("POST", "/instances", NEW)
+        admin.healthy("d0", "d1")
+        await admin.ask("PUT", "/shadow", {"strategy": "predicted_latency"})
+        scheduler, registry = admin.router.scheduler, admin.router.registry
+        registry.reserve(registry.get("d0"))
+        request = RequestContext("/v1/completions", prompt_tokens=100.0)
+        scheduler.decided(InstanceRole.DECODE, request, registry.get("d0"))
+        scheduler.decided(InstanceRole.DECODE, request, registry.get("d1"))
+        _, found = await admin.ask("GET", "/shadow")
+        assert (found["decode"]["agreed"], found["decode"]["differed"]) == (1, 1)
+        assert found["decode"]["live_predicted_seconds"] > found["decode"]["shadow_predicted_seconds"]
+        assert found["microseconds_per_pick"] > 0
+        (difference,) = found["differences"]
+        assert (difference["role"], difference["live"], difference["shadow"]) == ("decode", "d0", "d1")
+        _, page = await admin.ask("GET", "/metrics")
+        labels = 'outcome="differed",role="decode",strategy="predicted_latency"'
+        assert f"pd_shadow_picks_total{{{labels}}} 1.0" in page
+        await admin.ask("DELETE", "/shadow")
+        assert "pd_shadow" not in (await admin.ask("GET", "/metrics"))[1]
 
 
 class TestProbes:
@@ -239,6 +321,7 @@ class TestToken:
     async def test_needed_for_all_but_the_probes(self, guarded: Admin) -> None:
         calls = [("GET", "/strategy"), ("PUT", "/strategy"), ("GET", "/instances"), ("POST", "/instances")]
         calls += [("GET", "/instances/d0"), ("DELETE", "/instances/d0"), ("POST", "/instances/d0/drain")]
+        calls += [("GET", "/shadow"), ("PUT", "/shadow"), ("DELETE", "/shadow")]
         calls += [("GET", "/metrics"), ("GET", "/nowhere"), ("GET", "/healthz/")]
         for method, path in calls:
             status, body = await guarded.ask(method, path)

@@ -18,7 +18,7 @@ from ..models import InstanceRole
 from ..registry import DuplicateInstance, Endpoint, UnknownInstance
 from ..router import PDRouter
 from ..state import AdminChanges, SavedInstance
-from ..strategies import UnknownStrategy, strategy_names
+from ..strategies import UnknownStrategy, load_strategy, strategy_names
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,23 @@ _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
 class _StrategyBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    strategy: str = ""
+    """Of both roles; what is given for one of them goes before it."""
+    prefill_strategy: str = ""
+    decode_strategy: str = ""
+
+    def by_role(self) -> dict[InstanceRole, str]:
+        """Return the strategies that are given; raises :exc:`_Problem` if none is."""
+        given = self.model_dump(exclude_unset=True)
+        if not given:
+            raise _Problem(400, 'give "strategy" for both roles, "prefill_strategy" or "decode_strategy"')
+        names = {role: given.get(f"{role}_strategy", given.get("strategy")) for role in InstanceRole}
+        return {role: name for role, name in names.items() if name is not None}
+
+
+class _ShadowBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     strategy: str
@@ -72,6 +89,9 @@ class AdminServer:
                 web.get("/metrics", self._metrics),
                 web.get("/strategy", self._get_strategy),
                 web.put("/strategy", self._put_strategy),
+                web.get("/shadow", self._get_shadow),
+                web.put("/shadow", self._put_shadow),
+                web.delete("/shadow", self._remove_shadow),
                 web.get("/instances", self._list_instances),
                 web.post("/instances", self._add_instance),
                 web.get("/instances/{id}", self._get_instance),
@@ -116,22 +136,54 @@ class AdminServer:
         return web.Response(body=self._router.telemetry.page(), content_type="text/plain", charset="utf-8")
 
     async def _get_strategy(self, _: web.Request) -> web.Response:
+        scheduler = self._router.scheduler
+        by_role = {f"{role}_strategy": name for role, name in scheduler.names.items()}
         return web.json_response(
-            {"strategy": self._router.scheduler.strategy_name, "available": strategy_names()}
+            {"strategy": scheduler.strategy_name, **by_role, "available": strategy_names()}
         )
 
     async def _put_strategy(self, request: web.Request) -> web.Response:
         body = await _read(request, _StrategyBody)
-        if ":" in body.strategy and body.strategy != self._router.config.strategy:
-            # A dotted path runs code on import: that is for those who write the configuration.
-            raise _Problem(400, "strategy: a dotted path can be used only if the configuration names it")
+        names = body.by_role()
+        for key, name in body.model_dump(exclude_unset=True).items():
+            self._check_strategy(key, name)
         try:
-            self._router.scheduler.use(body.strategy)
+            self._router.scheduler.use_each(names)
         except UnknownStrategy as error:
-            raise _Problem(400, f"strategy: {error}") from None
+            raise _Problem(400, str(error)) from None
         self._changes.save()
-        log.info("strategy is %s", body.strategy)
+        log.info("strategy is %s", self._router.scheduler.strategy_name)
         return await self._get_strategy(request)
+
+    async def _get_shadow(self, _: web.Request) -> web.Response:
+        shadow = self._router.scheduler.shadow
+        return web.json_response({"strategy": None} if shadow is None else shadow.report())
+
+    async def _put_shadow(self, request: web.Request) -> web.Response:
+        body = await _read(request, _ShadowBody)
+        self._check_strategy("strategy", body.strategy)
+        try:
+            self._router.scheduler.use_shadow(body.strategy)
+        except UnknownStrategy as error:
+            raise _Problem(400, str(error)) from None
+        self._changes.save()
+        log.info("shadow strategy is %s", body.strategy)
+        return await self._get_shadow(request)
+
+    async def _remove_shadow(self, _: web.Request) -> web.Response:
+        self._router.scheduler.use_shadow(None)
+        self._changes.save()
+        log.info("there is no shadow strategy")
+        return web.Response(status=204)
+
+    def _check_strategy(self, key: str, name: str) -> None:
+        """Raise :exc:`_Problem` if a strategy cannot be used."""
+        if not self._router.config.may_use(name):
+            raise _Problem(400, f"{key}: a dotted path can be used only if the configuration names it")
+        try:
+            load_strategy(name)
+        except UnknownStrategy as error:
+            raise _Problem(400, f"{key}: {error}") from None
 
     async def _list_instances(self, request: web.Request) -> web.Response:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .base import Strategy
 from .least_load import LeastLoad
@@ -16,7 +16,12 @@ from .session import Session
 from .slo import Slo
 from .weighted import Weighted
 
-__all__ = ["ENTRY_POINT_GROUP", "Strategy", "UnknownStrategy", "load_strategy", "strategy_names"]
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+
+__all__ = [
+    "ENTRY_POINT_GROUP", "Strategy", "UnknownStrategy", "load_strategy", "make_strategy", "strategy_names",
+]  # fmt: skip
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.strategies"
 
@@ -33,7 +38,7 @@ _BUILT_IN: dict[str, type[Strategy]] = {
 
 
 class UnknownStrategy(ValueError):
-    """No strategy has this name, or what it names is not one."""
+    """No strategy has this name, or what it names is not one, or cannot be made."""
 
 
 def strategy_names() -> list[str]:
@@ -67,3 +72,12 @@ def load_strategy(name: str) -> type[Strategy]:
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise UnknownStrategy(f"{name!r} is not a subclass of vllm_pd_scheduler.strategies.Strategy")
     return found
+
+
+def make_strategy(name: str, config: SchedulerConfig) -> Strategy:
+    """Return a new strategy object; raises :exc:`UnknownStrategy`, also if its constructor fails."""
+    found = load_strategy(name)
+    try:
+        return found(config)
+    except Exception as error:  # someone else's code, as on import
+        raise UnknownStrategy(f"strategy {name!r} cannot be made: {error}") from error
