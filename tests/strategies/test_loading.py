@@ -4,6 +4,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from typing import Any
 
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.models import RequestContext
@@ -71,6 +72,16 @@ class OwnStrategyTest(OnPath):
         self.assertEqual(parse_config(raw).strategy, "sticky_model:StickyModel")
         with self.assertRaisesRegex(ConfigError, "strategy: strategy 'sticky_model:Stick' cannot be loaded"):
             parse_config({**raw, "strategy": "sticky_model:Stick"})
+
+    def test_the_one_in_the_documentation(self) -> None:
+        text = (EXAMPLES.parent / "scheduling.md").read_text(encoding="utf-8")
+        found: dict[str, Any] = {}
+        exec(text.split("```python\n")[1].split("```")[0], found)
+        strategy = found["CachedThenFree"](SchedulerConfig())
+        self.assertTrue(strategy.reads_prefixes)
+        _, endpoints = build({"kv_usage": 0.5}, {"kv_usage": 0.2}, {"kv_usage": 0.9})
+        request = RequestContext("/", cached={endpoints[2].holder: 4})
+        self.assertEqual(ids(strategy.rank(endpoints, request, 3)), ["d2", "d1", "d0"])
 
     def test_by_entry_point(self) -> None:
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
