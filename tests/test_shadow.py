@@ -14,6 +14,7 @@ from vllm_pd_scheduler.registry import Endpoint
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.shadow import GAINS_S, LOG_PAUSE_S, MAX_DIFFERENCES, Shadow, predicted
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy
+from vllm_pd_scheduler.waiting import Ticket
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
@@ -220,6 +221,23 @@ class ShadowTest(unittest.TestCase):
                 claim.release(request.now)
             chosen.append(picked.id)
         return chosen
+
+    def test_a_request_that_waits_is_compared_once(self) -> None:
+        """When it is sent, however often it was looked at before."""
+        self.router = fleet(strategy="predicted_latency", shadow_strategy="least_load", late_binding=True)
+        registry, dispatcher = self.router.registry, self.router.dispatcher
+        claims = [registry.reserve(e, self.request(50_000.0)) for e in registry.endpoints(P)]
+        ticket = Ticket(self.request(), P)
+        shadow = self.router.scheduler.shadow
+        assert shadow is not None
+        dispatcher.submit(ticket, 0.1)
+        for now in (0.2, 0.3, 0.4):
+            dispatcher.pump(now)
+        tally = shadow.tallies[P]
+        self.assertEqual((ticket.settled, tally.agreed + tally.differed), (False, 0))
+        claims[1].release(0.5)
+        dispatcher.pump(0.5)
+        self.assertEqual((ticket.settled, tally.agreed + tally.differed), (True, 1))
 
     def test_metrics(self) -> None:
         shadow = self.shadow("predicted_latency")
