@@ -24,6 +24,9 @@ from .xds import EndpointDiscovery
 
 log = logging.getLogger(__name__)
 
+LAST_CALL = 0.5
+"""Share of a drain after which requests that wait are refused: served later, their answers would be cut."""
+
 _MESSAGE_OVERHEAD = 1 << 20
 """What an ext_proc message may have beyond the request's body, in bytes."""
 
@@ -133,10 +136,14 @@ class App:
     async def drain(self) -> bool:
         """Report not ready, then wait until every response has ended; ``False`` if time ran out."""
         self.draining = True
+        timeout = self.config.drain_timeout
+        last_call = asyncio.get_running_loop().call_later(LAST_CALL * timeout, self.router.dispatcher.close)
         try:
-            await asyncio.wait_for(self.ext_proc.idle(), self.config.drain_timeout)
+            await asyncio.wait_for(self.ext_proc.idle(), timeout)
         except TimeoutError:
             left = self.ext_proc.open_streams
-            log.warning("%d requests still run after drain_timeout (%g s)", left, self.config.drain_timeout)
+            log.warning("%d requests still run after drain_timeout (%g s)", left, timeout)
             return False
+        finally:
+            last_call.cancel()
         return True

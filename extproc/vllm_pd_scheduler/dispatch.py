@@ -40,6 +40,7 @@ class Dispatcher:
         self._registry = scheduler.registry
         self._late_binding = config.late_binding
         self._timeout = config.queue_timeout
+        self._closed = False
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """Take a request; it is settled at once if it need not wait, or cannot."""
@@ -52,6 +53,9 @@ class Dispatcher:
         if request.priority < 0 and strategy.hopeless(request, ticket.cost):
             ticket.settle(self._refusal(ticket, "slo_missed", "No instance can meet its SLO now"))
             return
+        if self._closed:
+            ticket.settle(_ending())
+            return
         displaced = self.line.push(ticket, strategy.order(request, ticket.cost))
         if displaced is None:
             ticket.settle(self._refusal(ticket, "queue_full", "All instances are busy and the queue is full"))
@@ -59,6 +63,13 @@ class Dispatcher:
         for other in displaced:
             other.settle(self._refusal(other, "queue_displaced", "Requests of a higher priority came"))
         self.pump(now)
+
+    def close(self) -> None:
+        """Refuse all that wait, and from now on whoever would have to."""
+        self._closed = True
+        for ticket in list(self.line.by_arrival()):
+            self.line.remove(ticket)
+            ticket.settle(_ending())
 
     def withdraw(self, ticket: Ticket) -> None:
         """Forget a request that waits: its client is gone."""
@@ -144,3 +155,7 @@ class Dispatcher:
         serving = max(1, len(self._registry.routable(InstanceRole.PREFILL)))
         retry_after = min(_LONGEST_RETRY_S, max(1, math.ceil(self.line.work / serving)))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
+
+
+def _ending() -> Reject:
+    return reject(503, "The scheduler is shutting down and has no time left for this request.", "draining")

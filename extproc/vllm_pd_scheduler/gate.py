@@ -8,15 +8,19 @@ from collections.abc import Callable
 from .dispatch import Dispatcher
 from .endpoint import Reservation
 from .errors import Reject
+from .telemetry import Left, Telemetry
 from .waiting import Ticket
 
 
 class Gate:
     """Turns the dispatcher's decisions into something to await, and wakes it when its time has come."""
 
-    def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, clock: Callable[[], float], telemetry: Telemetry | None = None
+    ) -> None:
         self._dispatcher = dispatcher
         self._clock = clock
+        self._telemetry = telemetry
         self._timer: asyncio.TimerHandle | None = None
 
     async def enter(self, ticket: Ticket) -> Reservation | Reject | None:
@@ -27,17 +31,23 @@ class Gate:
         return ticket.outcome
 
     async def _wait(self, ticket: Ticket) -> None:
-        settled = asyncio.Event()
+        settled, since = asyncio.Event(), self._clock()
         ticket.on_settled = lambda _: settled.set()
         self._wake_in_time()
         try:
             await settled.wait()
+            self._left(Left.REFUSED if isinstance(ticket.outcome, Reject) else Left.SERVED, since)
         except asyncio.CancelledError:
+            self._left(Left.GONE, since)
             self._dispatcher.withdraw(ticket)
             if isinstance(ticket.outcome, Reservation):
                 ticket.outcome.release(self._clock())
             self.changed()
             raise
+
+    def _left(self, outcome: Left, since: float) -> None:
+        if self._telemetry is not None:
+            self._telemetry.left_queue(outcome, self._clock() - since)
 
     def changed(self) -> None:
         """Take that something has changed: a request has ended, an instance was scraped."""

@@ -20,6 +20,7 @@ from .dispatch import Dispatcher
 from .errors import Reject, reject
 from .forward import Forward, PendingHandoff
 from .gate import Gate
+from .held import HeldBytes
 from .intake import HeaderError, Intake
 from .legs import PrefillAnswer, PrefillFailed, PrefillLeg, ReleaseHandoff
 from .limits import ShareLimit
@@ -81,10 +82,11 @@ class PDRouter:
         self._intake = Intake(config, self.registry.load)
         self._disaggregation = Disaggregation(config, self.scheduler)
         self.dispatcher = Dispatcher(self.scheduler)
-        self._gate = Gate(self.dispatcher, clock)
+        self._gate = Gate(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = self._gate.changed
         self.registry.subscribe(self._gate.changed)
-        self._held_bytes = 0
+        self.held = HeldBytes(config.max_held_bytes)
+        self.telemetry.watch(self.dispatcher.line, lambda: self.held.total)
         self._local = ShareLimit(config.max_local_prefill_share)
         self._forwards: dict[str, Forward] = {}
         self._ended: dict[str, PendingHandoff] = {}
@@ -125,12 +127,7 @@ class PDRouter:
         the call cancels the prefill.
         """
         path = headers.get(":path", "/").partition("?")[0]
-        if self._held_bytes + len(body) > self.config.max_held_bytes:
-            full = reject(429, "The scheduler holds too many requests.", "memory")
-            self.telemetry.rejected(full)
-            return full
         outcome: Forward | Reject
-        self._held_bytes += len(body)
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 outcome = await self._split(path, headers, JsonBody.parse(body))
@@ -142,11 +139,18 @@ class PDRouter:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
             outcome = reject(400, str(error), "bad_header")
-        finally:
-            self._held_bytes -= len(body)
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome)
         return outcome
+
+    def no_memory(self, size: int) -> Reject:
+        """Return the answer to a request whose body of ``size`` bytes cannot be held (see :attr:`held`)."""
+        if size > self.held.limit:
+            answer = reject(413, f"The request body is larger than {self.held.limit} bytes.", "memory")
+        else:
+            answer = reject(429, "The scheduler holds too many requests.", "memory")
+        self.telemetry.rejected(answer)
+        return answer
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
         context = self._intake.read(

@@ -1,9 +1,10 @@
-"""Our own Prometheus metrics. Gauges are read from the registry when they are scraped."""
+"""Our own Prometheus metrics. Gauges are read from what they tell of when they are scraped."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from itertools import accumulate
@@ -16,6 +17,7 @@ from .errors import Reject
 from .models import InstanceRole, InstanceState
 from .registry import Endpoint, Registry, Reservation
 from .shadow import GAINS_S, Shadow
+from .waiting import WaitingLine
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -33,6 +35,15 @@ class Served(StrEnum):
     """On D alone, since that was predicted to be faster, or is configured."""
     PASSED = "passed"
     """Another path or method, on D as it is."""
+
+
+class Left(StrEnum):
+    """How a request left the scheduler's queue."""
+
+    SERVED = "served"
+    REFUSED = "refused"
+    GONE = "gone"
+    """Its client did not wait for it."""
 
 
 class Telemetry:
@@ -53,6 +64,15 @@ class Telemetry:
             ["status", "reason"],
             registry=self.prometheus,
         )
+        self._queue_seconds = Histogram(
+            "pd_queue_wait_seconds",
+            "Time in the scheduler's queue of requests that had to wait, by how they left it.",
+            ["outcome"],
+            buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        for outcome in Left:
+            self._queue_seconds.labels(outcome)
         self._prefill_seconds = Histogram(
             "pd_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
@@ -93,6 +113,10 @@ class Telemetry:
         )
         self.prometheus.register(_RegistryCollector(registry, clock))
 
+    def watch(self, line: WaitingLine, held: Callable[[], int]) -> None:
+        """Show who waits in a line, and the bytes of bodies that ``held`` says are held in all."""
+        self.prometheus.register(_QueueCollector(line, held))
+
     def forwarded(self, decode: Endpoint, served: Served) -> None:
         """Count a request that goes to decode."""
         self._requests.labels(decode.id, served).inc()
@@ -100,6 +124,10 @@ class Telemetry:
     def rejected(self, answer: Reject) -> None:
         """Count a request that was answered with an error."""
         self._rejected.labels(str(answer.status), answer.reason).inc()
+
+    def left_queue(self, outcome: Left, seconds: float) -> None:
+        """Take how long a request waited in the scheduler."""
+        self._queue_seconds.labels(outcome).observe(seconds)
 
     @contextmanager
     def prefill(self, endpoint: Endpoint) -> Iterator[None]:
@@ -148,6 +176,66 @@ class Telemetry:
         return generate_latest(self.prometheus)
 
 
+def _prefill_rate(endpoint: Endpoint, _: float) -> float | None:
+    per_token = endpoint.prefill.per_token
+    return 1 / per_token if per_token > 0 else None
+
+
+def _decode_step(endpoint: Endpoint, _: float) -> float:
+    return endpoint.decode.step(endpoint.requests, endpoint.kv_tokens)
+
+
+_Read = Callable[[Endpoint, float], float | None]
+"""Reads a value of an endpoint at a time; ``None``: there is none yet."""
+
+_OF_ALL: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
+    (
+        "pd_waiting",
+        "Requests queued on an instance: scraped, plus sent since.",
+        lambda e, _: e.waiting if e.metrics else None,
+    ),
+    (
+        "pd_kv_cache_usage",
+        "KV-cache use, 0 to 1, as scraped.",
+        lambda e, _: e.kv_usage if e.metrics else None,
+    ),
+    (
+        "pd_metrics_age_seconds",
+        "Age of the last scrape that succeeded.",
+        lambda e, now: now - e.metrics.taken_at if e.metrics else None,
+    ),
+    (
+        "pd_tokens_in_flight",
+        "Tokens of our requests on an instance: to compute for prefill, prompt and answer for decode.",
+        lambda e, _: e.tokens,
+    ),
+    ("pd_kv_capacity_tokens", "Tokens that its KV cache holds, as scraped.", lambda e, _: e.kv_capacity),
+    ("pd_prefix_blocks", "Prompt blocks that are taken for cached there.", lambda e, _: len(e.holder)),
+)
+_OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_prefill_rate", "Learned: prompt tokens a second, without attention's share.", _prefill_rate),
+    (
+        "pd_prefill_overhead_seconds",
+        "Learned: time of a prefill of no tokens.",
+        lambda e, _: e.prefill.overhead,
+    ),
+    (
+        "pd_prefill_left_seconds",
+        "Predicted time until the prefills that we have sent there are done.",
+        lambda e, now: e.prefill.left(now),
+    ),
+    (
+        "pd_prefix_trust",
+        "Learned: share of the tokens taken for cached there that were.",
+        lambda e, _: e.prefill.trust,
+    ),
+)
+_OF_DECODE: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_decode_step_seconds", "Predicted time of a decode step with what runs there now.", _decode_step),
+)
+
+
 class _RegistryCollector(Collector):
     def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
         self._registry = registry
@@ -157,32 +245,64 @@ class _RegistryCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        labels = ["instance", "role"]
+        yield from self._states()
+        yield from self._values(_OF_ALL, tuple(self._registry))
+        yield from self._values(_OF_PREFILL, self._registry.endpoints(InstanceRole.PREFILL))
+        yield from self._values(_OF_DECODE, self._registry.endpoints(InstanceRole.DECODE))
+        ratios = GaugeMetricFamily(
+            "pd_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
+        )
+        for model, ratio in self._registry.load.ratios().items():
+            ratios.add_metric([model], ratio)
+        yield ratios
+
+    def _states(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(
-            "pd_instance_state", "1 for the state that an instance is in.", labels=[*labels, "state"]
+            "pd_instance_state",
+            "1 for the state that an instance is in.",
+            labels=["instance", "role", "state"],
         )
-        in_flight = GaugeMetricFamily("pd_in_flight", "Requests of ours on an instance.", labels=labels)
-        waiting = GaugeMetricFamily(
-            "pd_waiting", "Requests queued on an instance: scraped, plus sent since.", labels=labels
-        )
-        kv_usage = GaugeMetricFamily("pd_kv_cache_usage", "KV-cache use, 0 to 1, as scraped.", labels=labels)
-        age = GaugeMetricFamily(
-            "pd_metrics_age_seconds", "Age of the last scrape that succeeded.", labels=labels
-        )
-        now = self._clock()
         for endpoint in self._registry:
-            values = [endpoint.id, endpoint.instance.role.value]
             for one in InstanceState:
-                state.add_metric([*values, one.value], float(endpoint.state is one))
-            in_flight.add_metric(values, endpoint.in_flight)
-            if endpoint.metrics is not None:
-                waiting.add_metric(values, endpoint.waiting)
-                kv_usage.add_metric(values, endpoint.kv_usage)
-                age.add_metric(values, now - endpoint.metrics.taken_at)
+                values = [endpoint.id, endpoint.instance.role.value, one.value]
+                state.add_metric(values, float(endpoint.state is one))
         ready = GaugeMetricFamily("pd_routable_instances", "Instances that can serve.", labels=["role"])
         for role in InstanceRole:
             ready.add_metric([role.value], len(self._registry.routable(role)))
-        yield from (state, in_flight, waiting, kv_usage, age, ready)
+        yield from (state, ready)
+
+    def _values(
+        self, table: tuple[tuple[str, str, _Read], ...], endpoints: Sequence[Endpoint]
+    ) -> Iterator[Metric]:
+        now = self._clock()
+        for name, text, read in table:
+            family = GaugeMetricFamily(name, text, labels=["instance", "role"])
+            for endpoint in endpoints:
+                if (value := read(endpoint, now)) is not None:
+                    family.add_metric([endpoint.id, endpoint.instance.role.value], value)
+            yield family
+
+
+class _QueueCollector(Collector):
+    def __init__(self, line: WaitingLine, held: Callable[[], int]) -> None:
+        self._line = line
+        self._held = held
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily(
+            "pd_queue_requests", "Requests that wait in the scheduler.", labels=["priority"]
+        )
+        tally = Tally(ticket.request.priority for ticket in self._line.by_arrival())
+        for priority, count in ({0: 0} | tally).items():
+            waiting.add_metric([str(priority)], count)
+        yield waiting
+        yield GaugeMetricFamily("pd_queue_bytes", "Bytes of their bodies.", self._line.bytes)
+        yield GaugeMetricFamily(
+            "pd_held_bytes", "Bytes of request bodies between arrival and decode.", self._held()
+        )
 
 
 class _ShadowCollector(Collector):

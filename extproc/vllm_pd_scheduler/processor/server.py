@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from ..held import Hold
 from ..router import PDRouter
 from .messages import SERVICE, decode, encode
 from .stream import Reply, Route, State, Stream, StreamError
@@ -35,11 +36,12 @@ class ExtProcService:
         await self._idle.wait()
 
     async def _process(self, _: object, context: Any) -> None:
-        stream = Stream()
+        stream, hold = Stream(), Hold(self._router.held)
         self.open_streams += 1
         self._idle.clear()
         try:
-            await self._converse(stream, context)
+            while stream.state is not State.CLOSED and await self._exchange(stream, hold, context):
+                pass
         except StreamError as error:
             log.warning("ext_proc stream ended: %s", error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -49,23 +51,37 @@ class ExtProcService:
             await context.abort(grpc.StatusCode.INTERNAL, type(error).__name__)
         finally:
             stream.close()
+            hold.release()
             self.open_streams -= 1
             if not self.open_streams:
                 self._idle.set()
 
-    async def _converse(self, stream: Stream, context: Any) -> None:
-        """Answer message by message. Envoy cancels the call when a client leaves, also during a prefill."""
-        while (data := await context.read()) is not grpc.aio.EOF:
-            action = stream.receive(decode(data))
-            if isinstance(action, Route):
-                reply: Reply = stream.routed(await self._router.route(action.headers, action.body))
-            else:
-                reply = action
-            try:
-                await context.write(encode(reply))
-            except asyncio.CancelledError:
-                if stream.forward is not None:  # the client left: Envoy does not take this answer
-                    self._router.handoff_unused(stream.forward)
-                raise
-            if stream.state is State.CLOSED:
-                return
+    async def _exchange(self, stream: Stream, hold: Hold, context: Any) -> bool:
+        """Take a message of Envoy's and answer it; ``False`` if there are no more.
+
+        Envoy cancels the call when a client leaves, also during a prefill. The stream lasts as long as the
+        answer: nothing that is as large as the body may be kept after this.
+        """
+        data = await context.read()
+        if data is grpc.aio.EOF:
+            return False
+        message = decode(data)
+        del data
+        action, size = stream.receive(message), message.body_size
+        reply: Reply
+        if size and not hold.resize(size):
+            reply = stream.refused(self._router.no_memory(size))
+        elif isinstance(action, Route):
+            reply = stream.routed(await self._router.route(action.headers, action.body))
+        else:
+            reply = action
+        try:
+            await context.write(encode(reply))
+        except asyncio.CancelledError:
+            if isinstance(action, Route) and stream.forward is not None:
+                self._router.handoff_unused(stream.forward)  # the client left: Envoy does not take it
+            raise
+        if isinstance(action, Route):
+            stream.sent()
+            hold.release()
+        return True

@@ -51,6 +51,12 @@ class Message:
     headers: Mapping[str, str] | None = None
     body: bytes = b""
 
+    @property
+    def body_size(self) -> int:
+        """Bytes of the request's body that it brings or, if it has the headers, announces."""
+        announced = (self.headers or {}).get("content-length", "")
+        return int(announced) if announced.isdecimal() and not self.end_of_stream else len(self.body)
+
 
 @dataclass(frozen=True, slots=True)
 class Continue:
@@ -97,17 +103,23 @@ class Stream:
     def receive(self, message: Message) -> Continue | Route:
         """Take a message of Envoy's; raises :exc:`StreamError` for one that cannot come now."""
         state, phase = self.state, message.phase
+        self._phase = phase
         if state is State.AWAIT_HEADERS and phase is Phase.REQUEST_HEADERS:
             self._headers = message.headers or {}
             if message.end_of_stream:
-                return self._route(phase, b"")
+                return self._route(b"")
             self.state = State.AWAIT_BODY
             return Continue(phase)
         if state is State.AWAIT_BODY and phase is Phase.REQUEST_BODY:
-            return self._route(phase, message.body)
+            return self._route(message.body)
         if state is State.FORWARDED and phase in _AFTER_ROUTING:
             return Continue(phase)
         raise StreamError(f"{phase.name} cannot come in state {state.name}")
+
+    def refused(self, answer: Reject) -> Answer:
+        """Answer the request in place of the action for the message that has just come."""
+        self.state = State.CLOSED
+        return Answer(self._phase, answer)
 
     def routed(self, outcome: Forward | Reject) -> Answer:
         """Take the outcome of a :class:`Route` action."""
@@ -122,15 +134,19 @@ class Stream:
             self.state = State.CLOSED
         return Answer(self._phase, outcome)
 
+    def sent(self) -> None:
+        """Take that Envoy has the outcome: a body is not needed any more."""
+        if self.forward is not None:
+            self.forward.body = None
+
     def close(self) -> None:
         """Take the end of the stream: give back what the request had reserved."""
         self.state = State.CLOSED
         if self.forward is not None:
             self.forward.release()
 
-    def _route(self, phase: Phase, body: bytes) -> Route:
+    def _route(self, body: bytes) -> Route:
         self.state = State.ROUTING
-        self._phase = phase
         return Route(self._headers, body)
 
 

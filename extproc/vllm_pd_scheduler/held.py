@@ -1,0 +1,33 @@
+"""Bytes of request bodies that this process holds: counted, and never more than it may."""
+
+from __future__ import annotations
+
+
+class HeldBytes:
+    """What all requests hold together, at most ``limit``."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.total = 0
+
+
+class Hold:
+    """The part of one request. ``release`` must be called when its body is let go of."""
+
+    __slots__ = ("_all", "_size")
+
+    def __init__(self, held: HeldBytes) -> None:
+        self._all = held
+        self._size = 0
+
+    def resize(self, size: int) -> bool:
+        """Hold so many bytes; ``False``, with nothing changed, if that would be too many in all."""
+        total = self._all.total + size - self._size
+        if total > max(self._all.limit, self._all.total):
+            return False
+        self._all.total, self._size = total, size
+        return True
+
+    def release(self) -> None:
+        """Hold nothing. Doing it twice is the same as once."""
+        self.resize(0)
