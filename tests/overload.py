@@ -98,9 +98,7 @@ async def overload(fleet: Fleet, directory: Path, **settings: Any) -> AsyncItera
     timeout = aiohttp.ClientTimeout(total=30)
     with contextlib.ExitStack() as processes:
         process = processes.enter_context(spawned(stack.up({**PATIENT, **fleet.config(), **settings})))
-        async with aiohttp.ClientSession(
-            timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
-        ) as session:
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
             client = Client(session, stack, fleet)
             await ready(client, process)
             yield Overload(client), process

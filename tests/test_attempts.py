@@ -36,7 +36,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         for endpoint in router.registry:
             router.registry.probed(endpoint, None)
         self.freed: list[PendingHandoff] = []
-        router.release_handoff = self.freed.append
+        router.forwards.release_handoff = self.freed.append
         return router
 
     async def forward(self, **body: Any) -> Forward:
@@ -47,7 +47,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     def fail(self, forward: Forward, failure: Failure, number: int = 0) -> None:
         address = str(forward.decode[number].address)
-        self.router.attempt_failed(FailedAttempt(address, failure, forward.id, number == 0))
+        self.router.forwards.attempt_failed(FailedAttempt(address, failure, forward.id, number == 0))
 
     def in_flight(self) -> dict[str, int]:
         return {e.id: e.in_flight for e in self.router.registry if e.in_flight}
@@ -108,14 +108,14 @@ class FailedAttemptTest(Case):
         forward = await self.forward()
         forward.release()
         self.fail(forward, Failure.RESET)
-        self.router.attempt_failed(FailedAttempt("10.9.9.9:1", Failure.RESET, forward.id))
-        self.router.attempt_failed(FailedAttempt("10.0.0.1:8000", Failure.RESET, None))
+        self.router.forwards.attempt_failed(FailedAttempt("10.9.9.9:1", Failure.RESET, forward.id))
+        self.router.forwards.attempt_failed(FailedAttempt("10.0.0.1:8000", Failure.RESET, None))
         self.assertEqual((self.in_flight(), self.freed), ({}, []))
 
     async def test_an_instance_is_ejected_and_tried_with_one_request(self) -> None:
         bad = self.router.registry.get("d1")
         for _ in range(3):
-            self.router.attempt_failed(FailedAttempt(str(bad.address), Failure.STATUS))
+            self.router.forwards.attempt_failed(FailedAttempt(str(bad.address), Failure.STATUS))
         self.assertIs(bad.state, InstanceState.UNHEALTHY)
         self.router.registry.probed(bad, None, self.now + 0.5)
         self.assertIs(bad.state, InstanceState.UNHEALTHY, "the pause is 1 s")
@@ -131,7 +131,7 @@ class FailedAttemptTest(Case):
     async def test_the_last_one_serves_even_on_trial_or_ejected(self) -> None:
         registry, last = self.router.registry, self.router.registry.get("d3")
         for _ in range(3):
-            self.router.attempt_failed(FailedAttempt(str(last.address), Failure.STATUS))
+            self.router.forwards.attempt_failed(FailedAttempt(str(last.address), Failure.STATUS))
         self.assertIs(last.state, InstanceState.UNHEALTHY)
         for number in range(3):
             registry.drain(f"d{number}")
@@ -142,7 +142,9 @@ class FailedAttemptTest(Case):
     async def test_half_of_a_role_stays(self) -> None:
         for number in range(4):
             for _ in range(5):
-                self.router.attempt_failed(FailedAttempt(f"10.0.0.{number + 1}:8000", Failure.STATUS))
+                self.router.forwards.attempt_failed(
+                    FailedAttempt(f"10.0.0.{number + 1}:8000", Failure.STATUS)
+                )
         self.assertEqual(len(self.router.registry.routable(InstanceRole.DECODE)), 2)
 
     async def test_a_restarted_instance_has_no_reservations_of_the_one_before(self) -> None:
@@ -170,7 +172,7 @@ class HandoffTest(Case):
 
     async def test_a_client_that_left_before_decode(self) -> None:
         forward = await self.forward()
-        self.router.handoff_unused(forward)
+        self.router.forwards.unused(forward)
         self.assertEqual((self.freed, self.in_flight()), ([forward.pending], {}))
 
     async def test_a_late_hand_off_is_not_used(self) -> None:

@@ -82,9 +82,7 @@ class OnlineFitTest(unittest.TestCase):
         self.assertAlmostEqual(fit.predict((1.0, 1000.0)), 0.5, delta=0.005)
 
     @given(
-        st.lists(
-            st.tuples(st.floats(0, 1e6), st.floats(0, 1e9), st.floats(0, 1e4)), min_size=1, max_size=60
-        )
+        st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e9), st.floats(0, 1e4)), min_size=1, max_size=60)
     )
     @settings(derandomize=True, deadline=None, max_examples=150)
     def test_no_coefficient_is_ever_negative(self, samples: list[tuple[float, float, float]]) -> None:

@@ -1,4 +1,4 @@
-"""The line: bounded, by priority, in turn by tenant, shortest first, against a model that is written plainly."""
+"""The line: bounded, by priority, in turn by tenant, shortest first, against a plain model."""
 
 import tracemalloc
 import unittest

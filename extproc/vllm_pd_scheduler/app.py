@@ -68,7 +68,7 @@ class App:
         self.changes.restore()
         session = await self._stack.enter_async_context(open_session(config.instance_tls))
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
-        router.release_handoff = releaser
+        router.forwards.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
         router.prefill_leg = leg = HttpPrefill(
             session, config.prefill_listener, config.prefill_timeout, releaser.unwanted
@@ -112,7 +112,7 @@ class App:
             ]
         )
         discovery = EndpointDiscovery(self.router.registry)
-        attempts = AttemptLog(self.router.attempt_failed)
+        attempts = AttemptLog(self.router.forwards.attempt_failed)
         server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler(), attempts.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = join_address(config.grpc_host, config.grpc_port)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_PRIOR_WEIGHT = 0.1
+_PRIOR_WEIGHT = 0.01
 """Weight of the prior against one sample whose features are 1."""
 _OUTLIER = 5.0
 """A sample counts as at most so many times what was expected: one hang must not teach a slow instance."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import headers as names
-from .attempts import FailedAttempt, Failure
 from .body import BodyError, JsonBody, strip_handoff
 from .breaker import BreakerPolicy
 from .config import SchedulerConfig
@@ -19,10 +16,11 @@ from .disaggregation import Disaggregation
 from .dispatch import Dispatcher
 from .errors import Reject, reject
 from .forward import Forward, PendingHandoff
+from .forwards import Forwards
 from .gate import Gate
 from .held import HeldBytes
 from .intake import HeaderError, Intake
-from .legs import PrefillAnswer, PrefillFailed, PrefillLeg, ReleaseHandoff
+from .legs import PrefillAnswer, PrefillFailed, PrefillLeg
 from .limits import ShareLimit
 from .models import InstanceRole, PDInstance, RequestContext
 from .registry import Endpoint, HealthPolicy, Registry, Reservation
@@ -37,18 +35,12 @@ SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
 
 
-MAX_ENDED = 4096
-"""Hand-offs of requests that have ended that are remembered, for a second or more: Envoy tells later why."""
-
 LEASE_SHARE = 0.8
 """Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
 seen: the way of P's answer to us, and D's own queue."""
 
 MAX_TOKENS = 10_000_000
 """More than any context has: a client that asks for more tokens than this gets no longer limit for it."""
-
-_HANDOFF_IS_FREE = frozenset({Failure.CONNECT, Failure.RESET, Failure.STATUS})
-"""How an attempt must have failed for nobody to be fetching its hand-off any more."""
 
 
 class PDRouter:
@@ -77,7 +69,6 @@ class PDRouter:
         self.telemetry.watch_shadow(lambda: self.scheduler.shadow)
         self.connector = connector or NixlConnector()
         self.prefill_leg = prefill_leg
-        self.release_handoff: ReleaseHandoff | None = None
         self._clock = clock
         self._intake = Intake(config, self.registry.load)
         self._disaggregation = Disaggregation(config, self.scheduler)
@@ -88,10 +79,7 @@ class PDRouter:
         self.held = HeldBytes(config.max_held_bytes)
         self.telemetry.watch(self.dispatcher.line, lambda: self.held.total)
         self._local = ShareLimit(config.max_local_prefill_share)
-        self._forwards: dict[str, Forward] = {}
-        self._ended: dict[str, PendingHandoff] = {}
-        self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
-        self._numbers = itertools.count()
+        self.forwards = Forwards(self.registry, self.telemetry, clock, self._gate.changed)
 
     # -- instances
 
@@ -181,7 +169,7 @@ class PDRouter:
         spliced, at = self.connector.decode_body(body, prefilled.handoff)
         forward = self._to_decode(context, spliced, Served.SPLIT, self._first_byte_timeout(body, left))
         if isinstance(forward, Reject):
-            self._free(prefilled)
+            self.forwards.free(prefilled)
         else:
             forward.handoff_at, forward.pending = at, prefilled
             prefilled.prefill.pending_handoffs += 1
@@ -308,13 +296,8 @@ class PDRouter:
         key = picked[0].instance.api_key
         decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         self.telemetry.forwarded(decode[0], served)
-        reservation = self.registry.reserve(decode[0], context)
-        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body)
-        forward.first_byte_timeout = limit
-        forward.remove_headers = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
-        forward.on_release = self._released
-        self._forwards[forward.id] = forward
-        return forward
+        removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
+        return self.forwards.start(decode, self.registry.reserve(decode[0], context), body, limit, removed)
 
     def _first_byte_timeout(self, body: JsonBody, left: float = math.inf) -> float | None:
         """How long D may take to its first byte: with a stream that is its headers, else the whole answer.
@@ -331,51 +314,6 @@ class PDRouter:
             return None
         decoding = min(tokens, MAX_TOKENS) * self.config.decode_seconds_per_token
         return limit + decoding if decoding > left else min(limit + decoding, left)
-
-    def attempt_failed(self, attempt: FailedAttempt) -> None:
-        """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""
-        if attempt.failure is Failure.LEFT:
-            # A D that has not begun with the request drops it, and the hand-off without a word to P.
-            if (pending := self._ended.pop(attempt.request or "", None)) is not None and attempt.first:
-                self._free(pending)
-            return
-        endpoint = self.registry.at(InstanceRole.DECODE, attempt.address)
-        if endpoint is None:
-            return
-        self.telemetry.attempt_failed(endpoint, attempt.failure)
-        self.registry.failed(endpoint, f"decode: {attempt.failure}", self._clock())
-        forward = self._forwards.get(attempt.request or "")
-        if forward is None:
-            return
-        forward.failed = True
-        if attempt.failure is not Failure.CUT:
-            forward.moved(self.registry)
-        # After a time-out that D may still be fetching: freeing the blocks then would spoil its prefix cache.
-        if attempt.first and forward.pending is not None and attempt.failure in _HANDOFF_IS_FREE:
-            self._free(forward.pending)
-
-    def handoff_unused(self, forward: Forward) -> None:
-        """Take that a forward will not be sent: the client left before Envoy could."""
-        forward.release()
-        if forward.pending is not None:
-            self._free(forward.pending)
-
-    def _free(self, pending: PendingHandoff) -> None:
-        if self.release_handoff is not None:
-            self.release_handoff(pending)
-        else:
-            self.telemetry.handoff_stranded(pending.prefill)
-
-    def _released(self, forward: Forward) -> None:
-        self._forwards.pop(forward.id, None)
-        if forward.pending is not None:
-            forward.pending.prefill.pending_handoffs -= 1
-            self._ended[forward.id] = forward.pending
-            if len(self._ended) > MAX_ENDED:
-                del self._ended[next(iter(self._ended))]
-        if not forward.failed:
-            self.registry.succeeded(forward.decode[0])
-        self._gate.changed()
 
     def _no_decode(self) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)

@@ -176,7 +176,11 @@ async def test_a_higher_priority_is_served_first(stacks: Open) -> None:
                 [("low", {"x-pd-priority": "-1"}), ("usual", {}), ("high", {"x-pd-priority": "5"})]
             )
             metrics = await load.metrics()
-            assert {p: metrics[f'pd_queue_requests{{priority="{p}"}}'] for p in (-1, 0, 5)} == {-1: 1, 0: 1, 5: 1}
+            assert {p: metrics[f'pd_queue_requests{{priority="{p}"}}'] for p in (-1, 0, 5)} == {
+                -1: 1,
+                0: 1,
+                5: 1,
+            }
         assert {(await task).status for task in tasks} == {200}
         assert (await load.prompts_at("prefill-0"))[-4:] == ["zero", "high", "usual", "low"]
 

@@ -79,7 +79,7 @@ class ExtProcService:
             await context.write(encode(reply))
         except asyncio.CancelledError:
             if isinstance(action, Route) and stream.forward is not None:
-                self._router.handoff_unused(stream.forward)  # the client left: Envoy does not take it
+                self._router.forwards.unused(stream.forward)  # the client left: Envoy does not take it
             raise
         if isinstance(action, Route):
             stream.sent()
