@@ -248,8 +248,20 @@ class AnyOrderTest(unittest.TestCase):
         calls=st.lists(
             st.tuples(
                 st.sampled_from(
-                    ["submit", "submit", "submit", "whole", "finish", "give_up", "withdraw", "scrape", "wake",
-                     "time", "drain", "restart"]
+                    [
+                        "submit",
+                        "submit",
+                        "submit",
+                        "whole",
+                        "finish",
+                        "give_up",
+                        "withdraw",
+                        "scrape",
+                        "wake",
+                        "time",
+                        "drain",
+                        "restart",
+                    ]
                 ),  # fmt: skip
                 st.integers(0, 30),
                 st.floats(0, 2),

@@ -92,7 +92,12 @@ class IntakeTest(unittest.TestCase):
 
     def test_headers(self) -> None:
         request = self.read(
-            {"x-pd-priority": "-7", "x-pd-tenant": "t" * 300, "x-pd-ttft-slo-ms": "250", "x-pd-tpot-slo-ms": "1"}
+            {
+                "x-pd-priority": "-7",
+                "x-pd-tenant": "t" * 300,
+                "x-pd-ttft-slo-ms": "250",
+                "x-pd-tpot-slo-ms": "1",
+            }
         )
         self.assertEqual((request.priority, request.tenant), (-7, "t" * 256))
         self.assertEqual((request.ttft_slo, request.tpot_slo), (0.25, 0.001))

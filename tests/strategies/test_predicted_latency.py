@@ -1,0 +1,126 @@
+import unittest
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.models import MetricsSnapshot
+from vllm_pd_scheduler.registry import Endpoint, Registry
+from vllm_pd_scheduler.strategies.predicted_latency import WORK_WEIGHT, PredictedLatency
+
+from ..fleet import D, P, prompt, registry_of
+
+BLOCKS = tuple(range(1, 11))
+
+loads = st.lists(
+    st.fixed_dictionaries(
+        {
+            "queued": st.lists(st.integers(1, 20_000), max_size=3),
+            "cached": st.integers(0, 10),
+            "trust": st.sampled_from([0.0, 0.5, 1.0]),
+            "overhead": st.sampled_from([0.0, 0.01, 0.05]),
+            "others": st.integers(0, 5),
+            "usage": st.sampled_from([0.0, 0.3, 0.99]),
+            "capacity": st.sampled_from([None, 5000.0, 1e6]),
+        }
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def fleet(described: list[dict[str, Any]]) -> Registry:
+    registry = registry_of(len(described), len(described))
+    for role in (P, D):
+        for endpoint, one in zip(registry.endpoints(role), described, strict=True):
+            endpoint.holder.store(BLOCKS[: one["cached"]])
+            endpoint.prefill.trust, endpoint.prefill.overhead = one["trust"], one["overhead"]
+            endpoint.kv_capacity = one["capacity"]
+            endpoint.metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"])
+            for tokens in one["queued"]:
+                registry.reserve(endpoint, prompt(float(tokens)))
+    return registry
+
+
+def ttft(endpoint: Endpoint, request: Any, work_weight: float) -> float:
+    load = endpoint.prefill
+    cached = load.trust * request.cached.get(endpoint.holder, 0) * request.block_tokens
+    cost = load.cost(max(1.0, request.prompt_tokens - cached), request.prompt_tokens)
+    return load.left(request.now) + (1 + work_weight) * cost
+
+
+def step(endpoint: Endpoint, request: Any) -> tuple[float, float]:
+    tokens = endpoint.kv_tokens + request.prompt_tokens + request.output_tokens
+    missing = max(0.0, tokens - endpoint.kv_capacity) if endpoint.kv_capacity is not None else 0.0
+    return missing, endpoint.decode.step(endpoint.requests + 1, tokens)
+
+
+class FormulaTest(unittest.TestCase):
+    @given(described=loads, now=st.sampled_from([0.0, 0.05, 3.0]), tokens=st.integers(1, 9000))
+    @settings(derandomize=True, deadline=None, max_examples=200)
+    def test_scores_are_as_written(self, described: list[dict[str, Any]], now: float, tokens: int) -> None:
+        registry = fleet(described)
+        request = prompt(float(tokens), now=now, blocks=BLOCKS, block_tokens=tokens / 10)
+        request.cached = registry.prefixes.match(BLOCKS)
+        strategy = PredictedLatency(SchedulerConfig())
+        for role, naive in ((P, lambda e: ttft(e, request, WORK_WEIGHT)), (D, lambda e: step(e, request))):
+            endpoints = registry.routable(role)
+            expected = [naive(endpoint) for endpoint in endpoints]
+            found = strategy.scores(endpoints, request)
+            for one, other in zip(found, expected, strict=True):
+                pairs = zip(one, other, strict=True) if role is D else [(one, other)]
+                for a, b in pairs:
+                    self.assertAlmostEqual(a, b)
+            ordered = sorted(found)
+            for count in (1, 3):
+                ranked = strategy.rank(endpoints, request, count)
+                chosen = [found[endpoints.index(one)] for one in ranked]
+                self.assertEqual(chosen, ordered[:count])
+                self.assertEqual(len(set(ranked)), min(count, len(endpoints)))
+
+
+class PrefillTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.registry = registry_of(2, 2)
+        self.p0, self.p1 = self.registry.routable(P)
+        self.d0, self.d1 = self.registry.routable(D)
+        self.strategy = PredictedLatency(SchedulerConfig())
+
+    def best(self, endpoints: tuple[Endpoint, ...], request: Any) -> str:
+        request.cached = self.registry.prefixes.match(request.blocks)
+        return self.strategy.rank(endpoints, request, 1)[0].id
+
+    def test_a_queue_of_short_ones_is_less_than_one_long(self) -> None:
+        for _ in range(5):
+            self.registry.reserve(self.p0, prompt(100.0))
+        self.registry.reserve(self.p1, prompt(50_000.0))
+        self.assertEqual(self.best((self.p0, self.p1), prompt()), "p0")
+
+    def test_a_cache_is_worth_a_wait_that_it_saves(self) -> None:
+        self.p0.holder.store(BLOCKS)
+        long = prompt(20_000.0, blocks=BLOCKS, block_tokens=2000.0)
+        for queued, expected in ((10_000.0, "p0"), (100_000.0, "p1")):
+            held = self.registry.reserve(self.p0, prompt(queued))
+            self.assertEqual(self.best((self.p0, self.p1), long), expected)
+            held.release(0.0)
+        self.p0.prefill.trust = 0.0  # it has no prefix caching
+        self.registry.reserve(self.p0, prompt(1000.0))
+        self.assertEqual(self.best((self.p0, self.p1), long), "p1")
+
+    def test_equal_ones_take_turns(self) -> None:
+        for endpoints in ((self.p0, self.p1), (self.d0, self.d1)):
+            names = [self.best(endpoints, prompt()) for _ in range(6)]
+            self.assertEqual(len({*names[::2]}), 1)
+            self.assertNotEqual(names[0], names[1])
+
+    def test_decode_without_room_comes_last(self) -> None:
+        self.d0.kv_capacity = 1050.0
+        for _ in range(20):
+            self.registry.reserve(self.d1, prompt(10.0))
+        self.assertEqual(self.best((self.d0, self.d1), prompt(1000.0)), "d1")
+        self.assertEqual(self.best((self.d0, self.d1), prompt(900.0)), "d0")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,59 @@
+import unittest
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.strategies.predicted_latency import WORK_WEIGHT, PredictedLatency
+from vllm_pd_scheduler.strategies.slo import Slo
+
+from ..fleet import D, P, prompt
+from .test_predicted_latency import BLOCKS, fleet, loads, step, ttft
+
+
+class MeetsTest(unittest.TestCase):
+    @given(described=loads, slo=st.sampled_from([None, 0.01, 0.3, 2.0]), tokens=st.integers(1, 9000))
+    @settings(derandomize=True, deadline=None, max_examples=200)
+    def test_slo_takes_one_that_meets_it_if_there_is_one(
+        self, described: list[dict[str, Any]], slo: float | None, tokens: int
+    ) -> None:
+        registry = fleet(described)
+        request = prompt(
+            float(tokens), now=0.2, arrived=0.1, ttft_slo=slo, tpot_slo=slo and slo / 10,
+            blocks=BLOCKS, block_tokens=tokens / 10,
+        )  # fmt: skip
+        request.cached = registry.prefixes.match(BLOCKS)
+        strategy = Slo(SchedulerConfig())
+        endpoints = registry.routable(P)
+        chosen = strategy.rank(endpoints, request, 1)[0]
+        meeting = [e for e in endpoints if slo is None or ttft(e, request, 0.0) <= slo - 0.1]
+        among = meeting or list(endpoints)
+        self.assertIn(chosen, among)
+        best = min(ttft(e, request, WORK_WEIGHT) for e in among)
+        self.assertAlmostEqual(ttft(chosen, request, WORK_WEIGHT), best, places=5)
+        endpoints = registry.routable(D)
+        chosen = strategy.rank(endpoints, request, 1)[0]
+        least = min(step(e, request)[0] for e in endpoints)
+        roomy = [e for e in endpoints if step(e, request)[0] == least]
+        fast = [e for e in roomy if slo is None or step(e, request)[1] <= slo / 10]
+        self.assertIn(chosen, fast or roomy)
+
+
+class HopelessTest(unittest.TestCase):
+    def test_when_even_an_idle_endpoint_is_too_late(self) -> None:
+        strategy = Slo(SchedulerConfig())
+        for slo, now, cost, expected in (
+            (None, 1e9, 1e9, False),
+            (1.0, 10.0, 1.0, False),
+            (1.0, 10.0, 1.001, True),
+            (1.0, 10.5, 0.6, True),
+            (1.0, 11.1, 0.0, True),
+        ):
+            request = prompt(arrived=10.0, now=now, ttft_slo=slo)
+            self.assertIs(strategy.hopeless(request, cost), expected)
+            self.assertFalse(PredictedLatency(SchedulerConfig()).hopeless(request, cost))
+
+
+if __name__ == "__main__":
+    unittest.main()
