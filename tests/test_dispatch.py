@@ -233,6 +233,19 @@ class SloTest(Case):
         self.assertWaits(*many)
 
 
+CALLS = ["submit"] * 3 + [
+    "whole",
+    "finish",
+    "give_up",
+    "withdraw",
+    "scrape",
+    "wake",
+    "time",
+    "drain",
+    "restart",
+]
+
+
 class AnyOrderTest(unittest.TestCase):
     @given(
         settings_=st.fixed_dictionaries(
@@ -247,22 +260,7 @@ class AnyOrderTest(unittest.TestCase):
         ),
         calls=st.lists(
             st.tuples(
-                st.sampled_from(
-                    [
-                        "submit",
-                        "submit",
-                        "submit",
-                        "whole",
-                        "finish",
-                        "give_up",
-                        "withdraw",
-                        "scrape",
-                        "wake",
-                        "time",
-                        "drain",
-                        "restart",
-                    ]
-                ),  # fmt: skip
+                st.sampled_from(CALLS),
                 st.integers(0, 30),
                 st.floats(0, 2),
             ),
