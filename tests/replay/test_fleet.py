@@ -1,0 +1,146 @@
+"""The fleet in virtual time: repeatable, plausible, and it always ends."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from vllm_pd_scheduler.replay.fleet import (
+    LOWER_BOUND,
+    FleetSpec,
+    Variant,
+    parse_variant,
+    run_variant,
+    variant_names,
+)
+from vllm_pd_scheduler.replay.result import RunResult, summary
+from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
+
+FLEET = FleetSpec(3, 3, seed=5)
+BLOCK = 512
+
+
+def synthetic(count: int, rate: float, seed: int = 1) -> Trace:
+    """Poisson arrivals; a few system prompts that are shared, and prompts of very unequal length."""
+    draw = Random(seed)
+    now, requests = 0.0, []
+    for number in range(count):
+        shared, own = draw.randrange(4), draw.choice((1, 2, 4, 16))
+        blocks = (shared + 1, (shared + 1) * 100, *(10_000 + 100 * number + i for i in range(own)))
+        requests.append(TraceRequest(now, len(blocks) * BLOCK + 7, draw.randrange(1, 120), blocks))
+        now += draw.expovariate(rate)
+    return Trace(requests, BLOCK)
+
+
+TRACE = synthetic(120, 6.0)
+
+
+def run(text: str, trace: Trace = TRACE, fleet: FleetSpec = FLEET) -> RunResult:
+    return run_variant(parse_variant(text), trace, fleet, lambda finished: None)
+
+
+def same(a: RunResult, b: RunResult) -> bool:
+    """Equal in all but the wall time."""
+    return replace(a, seconds=0.0) == replace(b, seconds=0.0)
+
+
+def mean_ttft(found: RunResult) -> float:
+    spread = summary(found, 5.0, 0.05).ttft
+    assert spread is not None
+    return spread.mean
+
+
+@pytest.mark.parametrize("name", ["power_of_two", "random", "llm_d", "predicted_latency+late_binding"])
+def test_a_run_can_be_repeated(name: str) -> None:
+    first = run(name)
+    assert same(first, run(name))
+    assert not same(first, run(name, fleet=replace(FLEET, seed=6)))
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_every_request_ends_once_and_its_times_make_sense(name: str) -> None:
+    told: list[int] = []
+    found = run_variant(parse_variant(name), TRACE, FLEET, told.append)
+    assert told[-1] == len(TRACE.requests) == len(found.results)
+    for asked, result in zip(TRACE.requests, found.results, strict=True):
+        assert (result.arrival, result.prompt_tokens) == (asked.arrival, asked.prompt_tokens)
+        assert result.reason is None
+        assert result.ttft is not None
+        assert result.finished is not None
+        assert 0 < result.ttft <= result.finished - result.arrival
+        assert (result.tpot is None) == (asked.output_tokens == 1)
+        assert 0 <= result.cached_tokens < result.prompt_tokens
+    assert all(0 <= share <= 1 for share in (*found.prefill_busy.values(), *found.decode_busy.values()))
+    assert {sample.instance for sample in found.samples} >= {*found.prefill_busy, *found.decode_busy}
+
+
+def test_looking_is_better_than_chance() -> None:
+    assert mean_ttft(run("least_load+health_check_interval=0.1")) < mean_ttft(run("random"))
+    assert mean_ttft(run("predicted_latency")) < mean_ttft(run("random"))
+
+
+def test_nobody_is_better_than_the_lower_bound() -> None:
+    bound = mean_ttft(run(LOWER_BOUND))
+    for name in variant_names():
+        assert bound <= mean_ttft(run(name)), name
+
+
+def test_settings() -> None:
+    assert parse_variant(" least_load + late_binding ") == Variant(
+        " least_load + late_binding ", "least_load", {"late_binding": True}
+    )
+    variant = parse_variant("slo+health_check_interval=1+ttft_slo=0.5+session_header=x-a")
+    assert variant.settings == {"health_check_interval": 1, "ttft_slo": 0.5, "session_header": "x-a"}
+    often, rarely = run("least_load+health_check_interval=0.1"), run("least_load+health_check_interval=30")
+    assert not same(replace(often, strategy=""), replace(rarely, strategy=""))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fastest", r"unknown strategy 'fastest'; choose one of round_robin, "),
+        ("least_load+health_check_interval=0", r"^health_check_interval: "),
+        ("least_load+health_check_interval=soon", r"^health_check_interval: "),
+        ("least_load+late_bindin", r"late_bindin.*late_binding"),
+        ("least_load+", "."),
+        ("", "unknown strategy"),
+        ("random+queue_size=-1", r"^queue_size: "),
+        ("random+prefill_strategy=fastest", r"^prefill_strategy: unknown strategy 'fastest'"),
+    ],
+)
+def test_what_is_wrong_is_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_variant(text)
+
+
+def test_an_unknown_set_up() -> None:
+    with pytest.raises(ValueError, match="no-such"):
+        FleetSpec(1, 1, "no-such")
+
+
+@pytest.mark.parametrize("name", ["least_load", "predicted_latency+late_binding", LOWER_BOUND])
+def test_what_is_too_long_for_the_engine_is_rejected(name: str) -> None:
+    huge = 50_000_000
+    requests = [
+        TraceRequest(0.0, huge, 5),
+        TraceRequest(0.1, 1000, 5),
+        TraceRequest(0.2, 1000, huge),
+        TraceRequest(0.3, 1000, 5),
+    ]
+    found = run(name, Trace(requests, BLOCK))
+    assert [each.reason for each in found.results] == ["too_long", None, "too_long", None]
+    assert found.results[0].ttft is found.results[2].ttft is found.results[0].finished is None
+
+
+def test_who_waits_too_long_is_rejected_and_the_run_ends() -> None:
+    for settings, reason in (("queue_timeout=0.2", "queue_timeout"), ("queue_size=1", "queue_full")):
+        found = run(f"least_load+max_waiting=1+{settings}", synthetic(80, 1000.0))
+        reasons = {each.reason for each in found.results}
+        assert reasons == {None, reason}
+        assert len(found.results) == 80
+
+
+def test_nothing_to_do() -> None:
+    found = run("least_load", Trace([], BLOCK))
+    assert (found.results, found.samples) == ([], [])
+    assert set(found.prefill_busy.values()) == {0.0}
