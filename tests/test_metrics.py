@@ -2,6 +2,7 @@
 
 import math
 import unittest
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -167,6 +168,36 @@ vllm:time_to_first_token_seconds_count 3
         (line,) = [line for line in page.splitlines() if line.startswith(name + "{")]
         return float(line.rsplit(" ", 1)[1])
 
+    def capacity(self, *labels: str) -> float | None:
+        lines = [f"vllm:cache_config_info{{{each}}} 1.0\n" for each in labels]
+        return parse_metrics("vllm:num_requests_running 1\n" + "".join(lines)).kv_capacity
+
+    def test_tokens_that_the_cache_holds(self) -> None:
+        one = 'block_size="16",cache_dtype="auto",engine="0",num_gpu_blocks="1000"'
+        for labels, expected in (
+            ([], None),
+            ([one], 16_000.0),
+            ([one, one.replace("1000", "500")], 24_000.0),  # engines
+            ([one.replace("1000", "None")], None),  # its memory is not measured yet
+            (['block_size="16"'], None),
+            (['num_gpu_blocks="16"'], None),
+        ):
+            with self.subTest(labels):
+                self.assertEqual(self.capacity(*labels), expected)
+
+    def test_counters_of_engines_and_reasons_add_up(self) -> None:
+        page = """\
+vllm:num_requests_running 1
+vllm:generation_tokens_total{engine="0"} 100
+vllm:generation_tokens_total{engine="1"} 50
+vllm:request_success_total{engine="0",finished_reason="stop"} 3
+vllm:request_success_total{engine="0",finished_reason="length"} 4
+process_start_time_seconds 1700000000.5
+"""
+        scrape = parse_metrics(page)
+        self.assertEqual((scrape.generated, scrape.finished), (150.0, 7.0))
+        self.assertEqual(scrape.started_at, 1700000000.5)
+
 
 def scrape(**histograms: tuple[float, float]) -> Scrape:
     return Scrape(1.0, 2.0, 0.5, {f"vllm:{name}": value for name, value in histograms.items()})
@@ -227,6 +258,42 @@ class SnapshotTest(unittest.TestCase):
     def test_it_is_never_negative(self) -> None:
         before = scrape(time_to_first_token_seconds=(5.0, 10.0))
         self.assertEqual(self.latency(scrape(time_to_first_token_seconds=(4.9, 11.0)), before), 0.0)
+
+    def counted(self, generated: float, finished: float, **histograms: tuple[float, float]) -> Scrape:
+        return replace(scrape(**histograms), generated=generated, finished=finished, kv_capacity=64.0)
+
+    def test_what_happened_in_between(self) -> None:
+        before = self.counted(
+            1000, 10, inter_token_latency_seconds=(5.0, 500.0), nixl_xfer_time_seconds=(1.0, 10.0)
+        )
+        now = self.counted(
+            1600, 13, inter_token_latency_seconds=(11.0, 800.0), nixl_xfer_time_seconds=(1.6, 12.0)
+        )
+        found = snapshot(now, before, None, D, 2.0)
+        self.assertEqual((found.output_tokens, found.finished, found.kv_capacity), (600.0, 3.0, 64.0))
+        self.assertAlmostEqual(found.step_time or 0.0, 0.02)
+        self.assertAlmostEqual(found.transfer or 0.0, 0.3)
+
+    def test_nothing_in_between_is_nothing_known(self) -> None:
+        same = self.counted(5, 5, inter_token_latency_seconds=(5.0, 5.0), nixl_xfer_time_seconds=(1.0, 1.0))
+        for before in (None, same):
+            found = snapshot(same, before, self.LAST, D, 2.0)
+            self.assertEqual((found.output_tokens, found.finished), (0.0, 0.0))
+            self.assertEqual((found.step_time, found.transfer), (None, None))
+
+    def test_counters_that_went_back_count_nothing(self) -> None:
+        before = self.counted(1000, 10, inter_token_latency_seconds=(5.0, 500.0))
+        for now in (
+            self.counted(10, 1, inter_token_latency_seconds=(0.1, 9.0)),
+            self.counted(2000, 1, inter_token_latency_seconds=(0.1, 9.0)),
+        ):
+            found = snapshot(now, before, None, D, 2.0)
+            self.assertEqual((found.output_tokens, found.finished, found.step_time), (0.0, 0.0, None))
+
+    def test_steps_under_their_older_name(self) -> None:
+        before = self.counted(0, 0, time_per_output_token_seconds=(1.0, 10.0))
+        now = self.counted(0, 0, time_per_output_token_seconds=(1.5, 20.0))
+        self.assertEqual(snapshot(now, before, None, D, 2.0).step_time, 0.05)
 
 
 if __name__ == "__main__":

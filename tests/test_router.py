@@ -418,6 +418,140 @@ class ApiKeysTest(Case):
         self.assertEqual(self.leg.sent[0][2]["authorization"], "Bearer client")
 
 
+class LearningTest(Case):
+    CONFIG: Mapping[str, Any] = {"prefill_strategy": "predicted_latency"}
+
+    async def test_the_length_of_prompts_is_learned(self) -> None:
+        load = self.router.registry.load
+        body = {**BODY, "prompt": "x" * 3000}
+        self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), self.read(1500))
+        forward = await self.route(body)
+        self.assertEqual(load.ratios(), {"m": 2.0})
+        self.assertEqual(forward.decode[0].tokens, 1500 + min(load.output_tokens, BODY["max_tokens"]))
+        self.assertEqual(sum(e.prefill.fit.samples for e in self.router.registry.endpoints(P)), 1)
+        forward.release()
+
+    async def test_what_says_nothing_teaches_nothing(self) -> None:
+        for tokens in (0, -5, None):
+            self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), self.read(tokens))
+            (await self.route()).release()
+            self.assertEqual(self.router.registry.load.ratios(), {})
+            self.assertEqual(sum(e.prefill.queued for e in self.router.registry), 0.0)
+
+    def read(self, tokens: int | None) -> PrefillAnswer:
+        content = {"usage": {"prompt_tokens": tokens}, "kv_transfer_params": PARAMS}
+        return answer(body=json.dumps(content).encode())
+
+
+class AloneTest(Case):
+    CONFIG: Mapping[str, Any] = {"disaggregation": 1000, "max_retries": 1}
+
+    async def test_a_short_prompt_stays_at_decode(self) -> None:
+        names = []
+        for _ in range(6):
+            forward = await self.route()
+            self.assertLocal(forward)
+            self.assertEqual(len(forward.decode), 2)
+            names.append(forward.decode[0].id)
+            forward.release()
+        self.assertEqual(self.leg.sent, [])
+        self.assertEqual(
+            sum(self.count("pd_requests_total", decode=f"d{i}", served="alone") for i in range(3)), 6
+        )
+        self.assertEqual({name: names.count(name) for name in names}, {"d0": 2, "d1": 2, "d2": 2})
+        self.assertIdle()
+
+    async def test_a_long_one_is_split(self) -> None:
+        body = {**BODY, "prompt": "x" * 5000}
+        forward = await self.route(body)
+        self.assertEqual(json.loads(forward.body), {**body, "kv_transfer_params": PARAMS})
+        forward.release()
+
+
+class LineTest(Case):
+    CONFIG: Mapping[str, Any] = {"max_in_flight_tokens": 1, "queue_size": 4, "max_held_bytes": 1 << 20}
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in ("p1", "p2", "d1", "d2"):
+            self.router.unregister_instance(name)
+
+    async def settle(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def test_requests_wait_for_decode_and_are_served_in_turn(self) -> None:
+        forward = await self.route()
+        tasks = [asyncio.ensure_future(self.route()) for _ in range(3)]
+        await self.settle()
+        self.assertEqual(self.leg.tried, ["p0"])
+        for number in range(3):
+            forward.release()
+            await self.settle()
+            self.assertEqual([task.done() for task in tasks], [True] * (number + 1) + [False] * (2 - number))
+            forward = tasks[number].result()
+        forward.release()
+        self.assertIdle()
+
+    async def test_whole_requests_wait_too_and_one_place_is_for_one(self) -> None:
+        whole = {**BODY, "n": 2}
+        forward = await self.route(whole)
+        tasks = [asyncio.ensure_future(self.route(whole)) for _ in range(3)]
+        for number in range(3):
+            await self.settle()
+            self.assertEqual(sum(task.done() for task in tasks), number)
+            self.assertEqual(forward.decode[0].in_flight, 1)
+            forward.release()
+            await self.settle()
+            forward = tasks[number].result()
+        forward.release()
+        self.assertIdle()
+
+    async def test_a_full_queue(self) -> None:
+        await self.route()
+        tasks = [asyncio.ensure_future(self.route()) for _ in range(4)]
+        await self.settle()
+        outcome = await self.route()
+        self.assertEqual((outcome.status, outcome.reason), (429, "queue_full"))
+        self.assertIn("retry-after", outcome.headers)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.assertEqual(len(self.router.dispatcher.line), 0)
+
+    async def test_an_instance_that_is_added_or_leaves_ends_the_wait(self) -> None:
+        forward = await self.route()
+        task = asyncio.ensure_future(self.route())
+        await self.settle()
+        self.router.unregister_instance("d0")
+        await self.settle()
+        self.assertEqual(task.result().reason, "no_decode")
+        forward.release()
+
+    async def test_held_bytes_are_bounded_and_given_back(self) -> None:
+        self.leg.hold = asyncio.Event()
+        big = {**BODY, "prompt": "x" * 700_000}
+        first = asyncio.ensure_future(self.route(big))
+        await self.leg.entered.wait()
+        outcome = await self.route(big)
+        self.assertEqual((outcome.status, outcome.reason), (429, "memory"))
+        self.assertEqual(self.count("pd_requests_rejected_total", status="429", reason="memory"), 1.0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        for bad in (b"x" * 700_000, json.dumps(big).encode()[:-1]):
+            self.assertEqual((await self.route(bad)).reason, "bad_body")
+        self.assertEqual(self.router._held_bytes, 0)
+        self.leg.hold = None
+        (await self.route(big)).release()
+        self.assertIdle()
+
+    async def test_headers_that_are_wrong(self) -> None:
+        for path in ("/v1/completions", "/v1/embeddings"):
+            self.setUp()
+            error = self.assertRejected(await self.route(path=path, x_pd_priority="high"), 400, "bad_header")
+            self.assertIn("x-pd-priority", error["message"])
+
+
 class InstancesTest(Case):
     async def test_the_library_interface(self) -> None:
         self.assertEqual([i.instance_id for i in self.router.get_instances(role=P)], ["p0", "p1", "p2"])

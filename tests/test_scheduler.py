@@ -3,10 +3,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import InstanceRole, PDInstance, RequestContext
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
 from vllm_pd_scheduler.registry import Endpoint, Registry
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy
+
+from .fleet import prompt, scheduler_of
 
 REQUEST = RequestContext("/v1/completions")
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
@@ -98,6 +100,112 @@ class SchedulerTest(unittest.TestCase):
                 self.scheduler.use(name)
         self.assertEqual(self.scheduler.strategy_name, "round_robin")
         self.assertEqual(self.pick(), ["d1"])
+
+    def test_roles_can_have_strategies_of_their_own(self) -> None:
+        config = SchedulerConfig(strategy="weighted", prefill_strategy="slo")
+        scheduler = Scheduler(config, self.registry)
+        self.assertEqual(scheduler.strategy_name, "slo/weighted")
+        self.assertEqual(scheduler.names, {P: "slo", D: "weighted"})
+        scheduler.use("session", D)
+        self.assertEqual(scheduler.strategy_name, "slo/session")
+        with self.assertRaises(UnknownStrategy):
+            scheduler.use("fastest", P)
+        self.assertEqual(scheduler.strategy_name, "slo/session")
+        scheduler.use("slo")
+        self.assertEqual(scheduler.strategy_name, "slo")
+        self.assertIsNot(scheduler.strategy(P), scheduler.strategy(D))
+
+    def test_prompts_are_hashed_if_somebody_wants_it(self) -> None:
+        for settings, expected in (
+            ({}, False),
+            ({"prefill_strategy": "prefix_cache"}, True),
+            ({"decode_strategy": "predicted_latency"}, True),
+            ({"disaggregation": "auto"}, True),
+            ({"disaggregation": 100}, False),
+        ):
+            with self.subTest(settings):
+                scheduler = Scheduler(SchedulerConfig(**settings), self.registry)
+                self.assertIs(scheduler.reads_prefixes, expected)
+
+    def test_what_is_cached_is_looked_up_for_each_pick(self) -> None:
+        request = RequestContext("/", blocks=(1, 2, 3))
+        self.scheduler.pick(D, request)
+        self.assertEqual(request.cached, {})
+        d1 = self.registry.get("d1")
+        d1.holder.store((1, 2))
+        self.scheduler.pick(D, request)
+        self.assertEqual(request.cached, {d1.holder: 2})
+
+    def test_a_preview_takes_no_turn(self) -> None:
+        names = ("round_robin", "least_load", "predicted_latency", "session", "prefix_cache", "slo")
+        for name in names:
+            with self.subTest(name):
+                self.scheduler.use(name)
+                for _ in range(4):
+                    seen = [self.scheduler.preview(D, REQUEST, count=2)[0].id for _ in range(3)]
+                    self.assertEqual(seen + self.pick(), [seen[0]] * 4)
+
+    def test_the_same_seed_draws_the_same(self) -> None:
+        config = SchedulerConfig(strategy="power_of_two")
+        drawn = []
+        for seed in (1, 1, 2):
+            self.scheduler = Scheduler(config, self.registry, seed)
+            drawn.append([self.pick() for _ in range(20)])
+        self.assertEqual(drawn[0], drawn[1])
+        self.assertNotEqual(drawn[0], drawn[2])
+
+
+class SaturationTest(unittest.TestCase):
+    def start(self, **limits: Any) -> None:
+        self.scheduler = scheduler_of(1, 3, **limits)
+        self.registry = self.scheduler.registry
+        self.d0, self.d1, self.d2 = self.registry.endpoints(D)
+
+    def scrape(self, endpoint: Endpoint, **metrics: Any) -> None:
+        self.registry.scraped(endpoint, MetricsSnapshot(0.0, **metrics), endpoint.in_flight, endpoint.tokens)
+
+    def picked(self) -> set[str]:
+        return {endpoint.id for endpoint in self.scheduler.pick(D, prompt(), count=3)}
+
+    def test_each_limit(self) -> None:
+        self.start(max_waiting=2)
+        for waiting, saturated in ((1.0, False), (2.0, True)):
+            self.scrape(self.d0, waiting=waiting)
+            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+        self.start(max_in_flight_tokens=2000)
+        for saturated in (False, True):
+            self.registry.reserve(self.d0, prompt())
+            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+        self.start(max_kv_usage=0.5)
+        for usage, saturated in ((0.49, False), (0.5, True)):
+            self.scrape(self.d0, kv_usage=usage)
+            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+
+    def test_what_was_sent_since_the_scrape_fills_the_cache_too(self) -> None:
+        self.start(max_kv_usage=0.5)
+        self.scrape(self.d0, kv_usage=0.1, kv_capacity=4000.0)
+        self.assertFalse(self.scheduler.saturated(self.d0))
+        self.registry.reserve(self.d0, prompt(1600.0))  # and 100 of the answer, and the 400 of others
+        self.assertTrue(self.scheduler.saturated(self.d0))
+
+    def test_saturated_ones_are_left_out_as_long_as_there_are_others(self) -> None:
+        self.start(max_waiting=1)
+        self.assertEqual(self.picked(), {"d0", "d1", "d2"})
+        self.scrape(self.d0, waiting=5.0)
+        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d1", "d2"}, True))
+        for endpoint in (self.d1, self.d2):
+            self.scrape(endpoint, waiting=5.0)
+        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d0", "d1", "d2"}, False))
+        for endpoint in (self.d0, self.d1, self.d2):
+            self.registry.drain(endpoint.id)
+        self.assertTrue(self.scheduler.open(D), "there is nothing to wait for")
+
+    def test_without_limits_nobody_is_saturated(self) -> None:
+        self.start()
+        for endpoint in (self.d0, self.d1, self.d2):
+            self.scrape(endpoint, waiting=1e6, kv_usage=1.0)
+        self.assertTrue(self.scheduler.open(D))
+        self.assertFalse(self.scheduler.saturated(self.d0))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -260,7 +261,8 @@ class PDRouter:
             reason = f"status_{answer.status}"
         finally:
             reservation.release(self._clock())
-            self._gate.changed()
+            # Soon, since this request itself is about to take a place at decode.
+            asyncio.get_running_loop().call_soon(self._gate.changed)
         self.telemetry.prefill_failed(endpoint, reason)
         self.registry.failed(endpoint, f"prefill: {reason}", self._clock())
         return None
