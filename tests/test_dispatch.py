@@ -222,6 +222,13 @@ class SloTest(Case):
         self.end(longer, 0.2)
         self.served(hopeless)
 
+    def test_so_does_what_became_too_late_while_it_waited(self) -> None:
+        was_good = self.submit(tokens=1000, ttft_slo=1.0)
+        longer = self.submit(tokens=9000, ttft_slo=100.0)
+        self.end(self.busy, 5.0)
+        self.assertTrue(longer.settled)
+        self.assertWaits(was_good)
+
     def test_with_a_priority_below_zero_it_is_refused(self) -> None:
         self.assertRefused(self.submit(tokens=5000, ttft_slo=0.001, priority=-1), "slo_missed")
 
