@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from .admin import AdminServer
+from .allocator import return_large_blocks
 from .attempts import AttemptLog
 from .config import SchedulerConfig, is_loopback
 from .health import HealthMonitor
@@ -65,6 +66,7 @@ class App:
     async def _start(self) -> None:
         """Bring the parts up in the order in which they need each other; readiness comes last."""
         config, router = self.config, self.router
+        return_large_blocks()
         self.changes.restore()
         session = await self._stack.enter_async_context(open_session(config.instance_tls))
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)

@@ -45,7 +45,8 @@ class Dispatcher:
     def submit(self, ticket: Ticket, now: float) -> None:
         """Take a request; it is settled at once if it need not wait, or cannot."""
         request = ticket.request
-        if not len(self.line) and self._try(ticket, now):
+        # What only decode is for need not wait behind those that wait for prefill.
+        if not self.line.waiting(ticket.role) and self._try(ticket, now):
             return
         ticket.cost = self._cost(request)
         strategy = self._scheduler.strategy(InstanceRole.PREFILL)

@@ -77,7 +77,7 @@ class Scheduler:
         """Whether an endpoint has as much as the configuration lets it have."""
         config = self.config
         return (
-            (config.max_waiting is not None and endpoint.waiting >= config.max_waiting)
+            (config.max_waiting is not None and _waiting(endpoint) >= config.max_waiting)
             or (config.max_kv_usage is not None and _kv_usage(endpoint) >= config.max_kv_usage)
             or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
         )
@@ -139,6 +139,16 @@ class Scheduler:
             # Its one trial request runs. Only if there is nobody else does it get another.
             candidates = tuple(e for e in candidates if not e.on_trial) or candidates
         return candidates
+
+
+def _waiting(endpoint: Endpoint) -> float:
+    """Requests queued there. A decode instance runs at once what it has room for.
+
+    So what was sent there since the last scrape counts only if others had to wait then.
+    """
+    if endpoint.instance.role is InstanceRole.DECODE and not (endpoint.metrics and endpoint.metrics.waiting):
+        return 0.0
+    return endpoint.waiting
 
 
 def _kv_usage(endpoint: Endpoint) -> float:

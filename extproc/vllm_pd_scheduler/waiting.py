@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -84,7 +85,8 @@ class WaitingLine:
     size_bytes: int
     bytes: int = 0
     work: float = 0.0
-    """Predicted seconds of all together."""
+    """Predicted seconds of all that wait."""
+    _roles: Counter[InstanceRole] = field(default_factory=Counter)
     _places: dict[Ticket, tuple[int, float, int]] = field(default_factory=dict)
     """Priority, order and arrival number of each, in the order of arrival."""
     _classes: dict[int, _Class] = field(default_factory=dict)
@@ -102,6 +104,10 @@ class WaitingLine:
         for priority in sorted(self._classes, reverse=True):
             yield from self._classes[priority]
         yield from self._late
+
+    def waiting(self, role: InstanceRole) -> int:
+        """Return how many wait for a role."""
+        return self._roles[role]
 
     def by_arrival(self) -> Iterator[Ticket]:
         """Yield all, the one that has waited longest first."""
@@ -141,12 +147,14 @@ class WaitingLine:
         self._places[ticket] = (priority, order, self._number)
         self.bytes += ticket.size
         self.work += ticket.cost
+        self._roles[ticket.role] += 1
 
     def remove(self, ticket: Ticket, *, served: bool = False) -> None:
         """Take a request out; ``served`` counts its work for its tenant."""
         priority, order, number = self._places.pop(ticket)
         self.bytes -= ticket.size
         self.work = max(0.0, self.work - ticket.cost) if self._places else 0.0
+        self._roles[ticket.role] -= 1
         if ticket in self._late:
             del self._late[ticket]
         else:

@@ -1,4 +1,4 @@
-"""A flood of large bodies onto prefill instances that hang: memory is bounded, everybody gets an answer."""
+"""A flood of large bodies: the scheduler's memory stays bounded, and everybody gets an answer."""
 
 from __future__ import annotations
 
@@ -8,78 +8,119 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tests.overload import overload
-from tests.processes import until
+import aiohttp
+
+from tests.overload import Overload, overload
+from tests.processes import Answer, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 MIB = 1 << 20
 CLIENTS = 200
 BODY = 256 << 10
 LIMIT = 8 * MIB
+PER_REQUEST = 100 << 10
+"""What a request takes beside its body; see docs/reliability.md."""
+LONG = ["--instant", "--max-model-len=100000", "--num-blocks=600000"]
 
 
 def memory(pid: int, what: str = "VmRSS") -> int:
-    """Return the resident bytes of a process, or with ``VmHWM`` the most that it had since the last reset."""
+    """Return the resident bytes of a process, or with ``VmHWM`` the most that it had since ``reset_peak``."""
     (kib,) = re.findall(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(kib) << 10
 
 
-async def test_a_flood(tmp_path: Path) -> None:
-    arguments = ["--instant", "--max-model-len=100000"]
-    with Fleet(2, 1, arguments=arguments) as fleet:
-        settings = {
-            "max_held_bytes": LIMIT,
-            "max_body_bytes": MIB,
-            "prefill_timeout": 60.0,
-            "max_in_flight_tokens": 1,
-        }
+def reset_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def prompt(number: int) -> str:
+    return f"{number:06} " + "word " * (BODY // 5)
+
+
+async def flood(load: Overload) -> list[Answer]:
+    """Send large bodies while no prefill instance answers, until those without room are refused."""
+    with load.held("prefill-0", "prefill-1"):
+        tasks = [load.ask(prompt(number), max_tokens=2) for number in range(CLIENTS)]
+
+        async def refused() -> bool:
+            return sum(task.done() for task in tasks) >= CLIENTS - LIMIT // BODY
+
+        await until(refused, 30)
+        held = (await load.metrics())["pd_held_bytes"]
+        assert LIMIT - BODY * 1.1 < held <= LIMIT
+    return await asyncio.gather(*tasks)
+
+
+async def test_memory_is_bounded(tmp_path: Path) -> None:
+    """The bound of docs/reliability.md, and most of it is given back, flood after flood."""
+    with Fleet(2, 1, arguments=LONG) as fleet:
+        settings = {"max_held_bytes": LIMIT, "max_body_bytes": MIB, "prefill_timeout": 60.0}
         async with overload(fleet, tmp_path, **settings) as (load, process):
             pid = process.process.pid
-            assert (await load.client.complete()).status == 200
-            before = memory(pid)
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # noqa: ASYNC240 - the peak counts from here
-            with load.held("prefill-0", "prefill-1"):
-                tasks = [
-                    load.ask(f"{number:06} " + "word " * (BODY // 5), max_tokens=2)
-                    for number in range(CLIENTS)
-                ]
+            assert (await load.ask("the first")).status == 200
+            before, after = memory(pid), []
+            for _ in range(3):
+                reset_peak(pid)
+                answers = await flood(load)
+                seen = Counter((answer.status, answer.headers.get("x-pd-reason")) for answer in answers)
+                assert set(seen) == {(200, None), (429, "memory")}
+                assert seen[200, None] == LIMIT // BODY - 1, "the last one's place is not quite large enough"
+                assert memory(pid, "VmHWM") < before + 3 * LIMIT + CLIENTS * PER_REQUEST
+                await load.until_in_flight(0)
+                after.append(memory(pid))
+            assert (await load.metrics())["pd_held_bytes"] == 0
+            assert max(after) < before + LIMIT + CLIENTS * PER_REQUEST
 
-                async def refused() -> bool:
-                    return sum(task.done() for task in tasks) + LIMIT // BODY >= CLIENTS
 
-                await until(refused, 30)
-                print(
-                    "held",
-                    [
-                        f"{k} {v}"
-                        for k, v in (await load.metrics()).items()
-                        if "pd_held" in k or ("pd_queue" in k and "bucket" not in k)
-                    ],
-                )
-                print("rss during", memory(pid) / MIB)
-            answers = await asyncio.gather(*tasks)
-            print(Counter((a.status, a.headers.get("x-pd-reason")) for a in answers))
-            print("before", before / MIB, "peak", memory(pid, "VmHWM") / MIB, "after", memory(pid) / MIB)
-            await asyncio.sleep(1)
-            print("before", before / MIB, "peak", memory(pid, "VmHWM") / MIB, "after", memory(pid) / MIB)
+async def test_chunked_bodies_are_counted_too(tmp_path: Path) -> None:
+    """They come to the scheduler with a length, like all others, and only when they are whole."""
+    with Fleet(2, 1, arguments=LONG) as fleet:
+        settings = {"max_held_bytes": MIB, "max_body_bytes": MIB}
+        async with overload(fleet, tmp_path, **settings) as (load, _):
+            url = load.client.stack.url + "/v1/completions"
+            begun = asyncio.Event()
+
+            async def slow() -> object:
+                async def chunks() -> object:
+                    yield b'{"prompt": "'
+                    begun.set()
+                    await asyncio.sleep(3600)
+
+                return await load.client.session.post(url, data=chunks())
+
+            async def twice() -> object:
+                yield b'{"prompt": "' + b"a" * (600 << 10)
+                yield b"a" * (600 << 10) + b'"}'
+
+            sends_slowly = asyncio.ensure_future(slow())
+            await begun.wait()
+            assert (await load.ask("not held up by the slow one")).status == 200
+            assert (await load.metrics())["pd_held_bytes"] == 0
+            async with load.client.session.post(url, data=twice()) as response:
+                assert (response.status, response.headers["x-pd-reason"]) == (413, "memory")
+            sends_slowly.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sends_slowly
 
 
 async def test_bodies_are_not_kept_while_their_answers_run(tmp_path: Path) -> None:
-    arguments = ["--instant", "--max-model-len=100000", "--num-blocks=600000", "--decode-base=0.05"]
-    with Fleet(1, 1, arguments=arguments) as fleet:
+    requests = 100
+    with Fleet(1, 1, arguments=[*LONG, "--decode-base=0.05"]) as fleet:
         async with overload(fleet, tmp_path, max_held_bytes=LIMIT) as (load, process):
             pid = process.process.pid
             before = memory(pid)
             url = load.client.stack.url + "/v1/completions"
             async with contextlib.AsyncExitStack() as answers:
-                for number in range(100):
+                for number in range(requests):
                     body = {
-                        "prompt": f"{number:06} " + "word " * (BODY // 5),
-                        "max_tokens": 10000,
+                        "prompt": prompt(number),
+                        "max_tokens": 10_000,
                         "stream": True,
                         "ignore_eos": True,
                     }
-                    response = await answers.enter_async_context(load.client.session.post(url, json=body))
-                    assert response.status == 200
-                print("before", before / MIB, "during", memory(pid) / MIB)
-                print([f"{k} {v}" for k, v in (await load.metrics()).items() if "pd_held" in k])
+                    sent: contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]
+                    sent = load.client.session.post(url, json=body)
+                    assert (await answers.enter_async_context(sent)).status == 200
+                assert await load.client.in_flight() == requests
+                assert (await load.metrics())["pd_held_bytes"] == 0
+                assert memory(pid) < before + requests * BODY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,6 +132,30 @@ async def test_a_decode_fleet_that_is_full_holds_back_the_prefill(fleet: Fleet, 
             assert answer.headers["x-pd-prefill"] == "prefill-0"
             seen = await load.client.request_of(answer)
             assert seen["outcomes"] == ["good"]
+
+
+async def test_a_decode_instance_with_room_is_not_waited_for(tmp_path: Path) -> None:
+    """Though it has got more since its last scrape than may wait there: it runs them side by side."""
+    with Fleet(1, 1, profile=EngineProfile.instant(), decode_arguments=["--decode-base=0.05"]) as slow:
+        async with overload(slow, tmp_path, **ONE_AT_A_TIME) as (load, _):
+            url = load.client.stack.url + "/v1/completions"
+            body = {"prompt": "p", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+            async with AsyncExitStack() as answers:
+                for _ in range(6):
+                    answer = load.client.session.post(url, json=body)
+                    assert (await answers.enter_async_context(answer)).status == 200
+                assert await load.client.in_flight() == 6
+
+
+async def test_what_only_decode_is_for_does_not_wait_for_prefill(stacks: Open) -> None:
+    async with stacks(**ONE_AT_A_TIME) as (load, _):
+        with load.held("prefill-0"):
+            tasks = [load.ask("first")]
+            await load.until_in_flight(1)
+            tasks += [load.ask(f"waits {number}") for number in range(30)]
+            await load.until_waiting(30)
+            assert (await load.ask("two answers", n=2)).status == 200
+        assert {(await task).status for task in tasks} == {200}
 
 
 async def test_an_instance_that_comes_serves_those_that_wait(fleet: Fleet, stacks: Open) -> None:
@@ -299,7 +323,6 @@ async def test_late_binding(tmp_path: Path) -> None:
                     most[name] = max(most[name], (await load.client.instance(name))["in_flight"])
             answers = await asyncio.gather(*tasks)
             assert {answer.status for answer in answers} == {200}
-            print(most, waited)
             again = await texts(load, [prompt + "and more" for prompt in prompts])
             assert [answer.text for answer in answers] == again
             assert [answer.text for answer in answers] != expected
