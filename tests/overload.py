@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -86,8 +87,6 @@ class Overload:
 
 def json_body(seen: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a request that an instance got."""
-    import json
-
     return dict(json.loads(seen["body"]))
 
 

@@ -93,6 +93,18 @@ class SchedulerTest(unittest.TestCase):
         scheduler.use("slo")
         self.assertEqual(scheduler.strategy_name, "slo")
 
+    def test_what_a_decode_instance_got_since_its_scrape_waits_only_if_others_do(self) -> None:
+        scheduler = Scheduler(SchedulerConfig(max_waiting=1), self.registry)
+        for role, alone in ((P, True), (D, False)):
+            for endpoint in self.registry.endpoints(role):
+                self.assertFalse(scheduler.saturated(endpoint))
+                self.registry.reserve(endpoint)
+                self.assertIs(scheduler.saturated(endpoint), alone)
+                self.registry.scraped(endpoint, MetricsSnapshot(0.0, running=1.0), 1)
+                self.assertFalse(scheduler.saturated(endpoint))
+                self.registry.scraped(endpoint, MetricsSnapshot(0.0, waiting=1.0), 1)
+                self.assertTrue(scheduler.saturated(endpoint))
+
     def test_an_unknown_one_changes_nothing(self) -> None:
         self.pick()
         for name in ("fastest", "no.such:Module", "os:path"):

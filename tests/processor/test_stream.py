@@ -182,5 +182,37 @@ class ConversationsTest(Case):
         self.assertEqual(self.in_flight, 0)
 
 
+class BodySizeTest(Case):
+    def test_announced_by_the_headers_or_come(self) -> None:
+        def of(**more: Any) -> int:
+            return Message(**{"phase": Phase.REQUEST_HEADERS, **more}).body_size
+
+        self.assertEqual(of(headers={"content-length": "70"}), 70)
+        self.assertEqual(of(headers={"content-length": "70"}, end_of_stream=True), 0)
+        self.assertEqual(of(headers={}), 0, "chunked: known when it has come")
+        self.assertEqual(of(phase=Phase.REQUEST_BODY, body=b"12345"), 5)
+        self.assertEqual(of(phase=Phase.RESPONSE_TRAILERS), 0)
+
+    def test_a_request_can_be_refused_at_either_message(self) -> None:
+        messages = [
+            Message(Phase.REQUEST_HEADERS, headers=HEADERS),
+            Message(Phase.REQUEST_BODY, True, body=b"{}"),
+        ]
+        for count in (1, 2):
+            stream = Stream()
+            for message in messages[:count]:
+                stream.receive(message)
+            full = reject(429, "full", "memory")
+            self.assertEqual(stream.refused(full), Answer(messages[count - 1].phase, full))
+            self.assertIs(stream.state, State.CLOSED)
+
+    def test_a_body_is_let_go_of_when_it_was_sent(self) -> None:
+        stream = self.in_state(State.FORWARDED)
+        assert stream.forward is not None
+        stream.forward.body = b"large"
+        stream.sent()
+        self.assertIsNone(stream.forward.body)
+
+
 if __name__ == "__main__":
     unittest.main()
