@@ -189,8 +189,17 @@ class NamesTest(unittest.TestCase):
     def test_the_schedulers_own_answers_are_known_by_their_details(self) -> None:
         self.assertIn(f"response.code_details.startsWith('{DETAILS_PREFIX}')", json.dumps(RAW))
 
+    def test_what_clients_ask_for_ends_here(self) -> None:
+        (gone,) = every("request_headers_to_remove", listener(RAW, "ingress"))
+        self.assertEqual(set(gone), set(headers.ASKED))
+
+    def test_the_scheduler_gets_only_what_has_come_whole(self) -> None:
+        (filters,) = every("http_filters", listener(RAW, "ingress"))
+        names = [each["name"].removeprefix("envoy.filters.http.") for each in filters]
+        self.assertEqual(names[names.index("ext_proc") - 1], "buffer")
+
     def test_the_largest_body_is_the_same(self) -> None:
-        limits = set(every("per_connection_buffer_limit_bytes", RAW))
+        limits = {*every("per_connection_buffer_limit_bytes", RAW), *every("max_request_bytes", RAW)}
         self.assertEqual(limits, {SchedulerConfig().max_body_bytes})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp
 import pytest
+import yaml
 
 from tests.integration.conftest import ready
 from tests.overload import PATIENT, Overload, overload
@@ -20,6 +22,8 @@ from vllm_pd_scheduler.sim.profile import EngineProfile
 
 ONE_AT_A_TIME = {"max_waiting": 1}
 """A prefill instance that has a request is saturated until its next scrape, or until that has ended."""
+
+SECURITY = (Path(__file__).parents[2] / "docs/security.md").read_text()
 
 Opened = AbstractAsyncContextManager[tuple[Overload, Process]]
 
@@ -302,6 +306,33 @@ async def test_neither_reach_an_instance_without_the_scheduler(
             scheduler.signal(signal.SIGKILL)
             scheduler.wait()
         await check_headers(client, path, set())
+
+
+async def test_priority_can_be_taken_away_from_clients(
+    session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path
+) -> None:
+    """By what docs/security.md shows."""
+    (shown,) = re.findall(r"```yaml\n(- name: envoy.filters.http.header_mutation.*?)```", SECURITY, re.DOTALL)
+    stack = Stack(tmp_path)
+    command = stack.envoy()
+    path = tmp_path / "envoy.yaml"
+    config = yaml.safe_load(path.read_text())
+    (listener,) = [each for each in config["static_resources"]["listeners"] if each["name"] == "ingress"]
+    filters = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+    (at,) = [n for n, each in enumerate(filters) if each["name"] == "envoy.filters.http.ext_proc"]
+    filters[at:at] = yaml.safe_load(shown)
+    path.write_text(yaml.safe_dump(config))
+    with spawned(command) as envoy, spawned(stack.serve(fleet.config())):
+        client = Client(session, stack, fleet)
+        await ready(client, envoy)
+
+        async def split() -> bool:
+            return "x-pd-prefill" in (await client.complete()).headers
+
+        await until(split)
+        answer = await client.post("/v1/completions", {"prompt": "p"}, {"x-pd-priority": "not a number"})
+        assert answer.status == 200
+        assert answer.headers["x-pd-prefill"]
 
 
 # -- late binding
