@@ -5,7 +5,7 @@ from vllm_pd_scheduler.held import HeldBytes, Hold
 
 class HeldBytesTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.held = HeldBytes(100)
+        self.held = HeldBytes(100, 95)
         self.one, self.other = Hold(self.held), Hold(self.held)
 
     def test_all_together_hold_no_more_than_the_limit(self) -> None:
@@ -18,7 +18,7 @@ class HeldBytesTest(unittest.TestCase):
     def test_a_body_that_has_come_takes_the_place_of_the_one_announced(self) -> None:
         self.assertTrue(self.one.resize(60))
         self.assertTrue(self.one.resize(90))
-        self.assertFalse(self.one.resize(101))
+        self.assertFalse(self.one.resize(96))
         self.assertEqual(self.held.total, 90)
         self.assertTrue(self.one.resize(10))
         self.assertEqual(self.held.total, 10)

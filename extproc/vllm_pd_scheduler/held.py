@@ -4,10 +4,11 @@ from __future__ import annotations
 
 
 class HeldBytes:
-    """What all requests hold together, at most ``limit``."""
+    """What all requests hold together, at most ``limit``, and one of them at most ``largest``."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, largest: int) -> None:
         self.limit = limit
+        self.largest = min(limit, largest)
         self.total = 0
 
 
@@ -21,9 +22,9 @@ class Hold:
         self._size = 0
 
     def resize(self, size: int) -> bool:
-        """Hold so many bytes; ``False``, with nothing changed, if that would be too many in all."""
+        """Hold so many bytes; ``False``, with nothing changed, if that is too many, alone or in all."""
         total = self._all.total + size - self._size
-        if total > max(self._all.limit, self._all.total):
+        if size > self._all.largest or total > self._all.limit:
             return False
         self._all.total, self._size = total, size
         return True

@@ -77,7 +77,7 @@ class PDRouter:
         self._gate = Gate(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = self._gate.changed
         self.registry.subscribe(self._gate.changed)
-        self.held = HeldBytes(config.max_held_bytes)
+        self.held = HeldBytes(config.max_held_bytes, config.max_body_bytes)
         self.telemetry.watch(self.dispatcher.line, lambda: self.held.total)
         self._local = ShareLimit(config.max_local_prefill_share)
         self.forwards = Forwards(self.registry, self.telemetry, clock, self._gate.changed)
@@ -134,8 +134,8 @@ class PDRouter:
 
     def no_memory(self, size: int) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes cannot be held (see :attr:`held`)."""
-        if size > self.held.limit:
-            answer = reject(413, f"The request body is larger than {self.held.limit} bytes.", "memory")
+        if size > self.held.largest:
+            answer = reject(413, f"The request body is larger than {self.held.largest} bytes.", "too_large")
         else:
             answer = reject(429, "The scheduler holds too many requests.", "memory")
         self.telemetry.rejected(answer)

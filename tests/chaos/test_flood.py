@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -75,32 +76,28 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
 async def test_chunked_bodies_are_counted_too(tmp_path: Path) -> None:
     """They come to the scheduler with a length, like all others, and only when they are whole."""
     with Fleet(2, 1, arguments=LONG) as fleet:
-        settings = {"max_held_bytes": MIB, "max_body_bytes": MIB}
-        async with overload(fleet, tmp_path, **settings) as (load, _):
+        async with overload(fleet, tmp_path, max_body_bytes=MIB) as (load, _):
             url = load.client.stack.url + "/v1/completions"
             begun = asyncio.Event()
 
-            async def slow() -> object:
-                async def chunks() -> object:
-                    yield b'{"prompt": "'
-                    begun.set()
-                    await asyncio.sleep(3600)
+            async def never_ends() -> AsyncIterator[bytes]:
+                yield b'{"prompt": "'
+                begun.set()
+                await asyncio.sleep(3600)
 
-                return await load.client.session.post(url, data=chunks())
+            async def too_large() -> AsyncIterator[bytes]:
+                yield b'{"prompt": "' + b"a" * (2 * MIB)
+                yield b"a" * (2 * MIB) + b'"}'
 
-            async def twice() -> object:
-                yield b'{"prompt": "' + b"a" * (600 << 10)
-                yield b"a" * (600 << 10) + b'"}'
-
-            sends_slowly = asyncio.ensure_future(slow())
+            slow = asyncio.ensure_future(load.client.session.post(url, data=never_ends()))
             await begun.wait()
             assert (await load.ask("not held up by the slow one")).status == 200
             assert (await load.metrics())["pd_held_bytes"] == 0
-            async with load.client.session.post(url, data=twice()) as response:
-                assert (response.status, response.headers["x-pd-reason"]) == (413, "memory")
-            sends_slowly.cancel()
+            async with load.client.session.post(url, data=too_large()) as response:
+                assert (response.status, response.headers["x-pd-reason"]) == (413, "too_large")
+            slow.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await sends_slowly
+                await slow
 
 
 async def test_bodies_are_not_kept_while_their_answers_run(tmp_path: Path) -> None:
