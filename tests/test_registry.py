@@ -253,10 +253,10 @@ class WorkTest(unittest.TestCase):
         second = self.registry.reserve(self.p0, prompt(now=5.01))
         self.assertAlmostEqual(second.wait, cost - 0.01)
 
-    def test_cached_tokens_bring_no_work(self) -> None:
+    def test_cached_tokens_bring_no_work_but_one_token(self) -> None:
         self.registry.reserve(self.p0, prompt(registry=self.registry))
         again = self.registry.reserve(self.p0, prompt(registry=self.registry))
-        self.assertEqual((again.cached, again.tokens), (1000.0, 0.0))
+        self.assertEqual((again.cached, again.tokens), (1000.0, 1.0))
         self.p0.prefill.trust = 0.25
         third = self.registry.reserve(self.p0, prompt(registry=self.registry))
         self.assertEqual((third.cached, third.tokens), (1000.0, 750.0))

@@ -19,7 +19,7 @@ class Disaggregation:
     By cost (``auto``), what counts is the delay for everybody, in predicted seconds. On decode instance D the
     prefill of the tokens that D has not cached stalls D's running answers for as long as it takes::
 
-        local  = STALL_WEIGHT * cost * (1 + requests on D, or on average if that is more)
+        local  = cost * (1 + STALL_WEIGHT * requests on D, or on average if that is more)
         remote = left on P + (1 + WORK_WEIGHT) * cost on P + KV transfer
 
     so that a long prompt goes to P, and a short one, or one that D has cached, stays on a D with little to
@@ -59,7 +59,7 @@ class Disaggregation:
     def _local_cost(self, decode: Endpoint, request: RequestContext) -> float:
         new = _uncached(decode, request, 1.0)
         cost = self._registry.load.prefill.predict((1.0, new, prefill_pairs(new, request.prompt_tokens)))
-        return STALL_WEIGHT * cost * (1 + max(self._mean, decode.requests))
+        return cost * (1 + STALL_WEIGHT * max(self._mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
         load = prefill.prefill

@@ -50,6 +50,17 @@ def test_one_that_fails_ends_all(job: Make, name: str, message: str) -> None:
 
 
 def test_an_interrupt_ends_all(job: Make) -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_all(job(False), [Variant("stuck"), Variant("stuck")], 2, silent)
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        while not ended.wait(0.5):  # Python drops one that comes while it collects garbage
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all(job(False), [Variant("stuck"), Variant("stuck")], 2, silent)
+    finally:
+        ended.set()
+        thread.join()
