@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..endpoint import Endpoint
 from ..load import prefill_pairs
@@ -15,8 +14,10 @@ WORK_WEIGHT = 1.0
 """What a second of an instance's work counts beside a second of waiting: it delays those who come after."""
 
 
-LATE = 1e9
-"""Added to the score of an endpoint that would miss the SLO: it comes after all that would not."""
+LATE = 1e6
+"""Added to the score, in seconds, of an endpoint that is late: it comes after all that are not."""
+NO_ROOM = 1e9
+"""Added to the score of an endpoint whose KV cache has no room: it comes after all others."""
 
 
 class PredictedLatency(Strategy):
@@ -33,7 +34,7 @@ class PredictedLatency(Strategy):
 
     reads_prefixes = True
 
-    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[Any]:
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
         """Return the score of each, for its role."""
         if endpoints[0].instance.role is InstanceRole.DECODE:
             return self.decode_scores(endpoints, request)
@@ -69,9 +70,12 @@ class PredictedLatency(Strategy):
         return scores
 
     def decode_scores(
-        self, endpoints: Sequence[Endpoint], request: RequestContext
-    ) -> list[tuple[float, float]]:
-        """Return (KV tokens that are missing, predicted step time) of each."""
+        self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
+    ) -> list[float]:
+        """Return the predicted step time of each, ``LATE`` more above ``limit``.
+
+        Where KV tokens are missing it is ``NO_ROOM`` and their number more.
+        """
         own = request.prompt_tokens + request.output_tokens
         scores = []
         for endpoint in endpoints:  # Endpoint.requests and Endpoint.kv_tokens, written out
@@ -85,6 +89,10 @@ class PredictedLatency(Strategy):
                     others = metrics.kv_usage * capacity - endpoint.tokens_at_scrape
                     if others > 0.0:
                         tokens += others
-            missing = tokens - capacity if capacity is not None and tokens > capacity else 0.0
-            scores.append((missing, load.base + load.per_seq * batch + load.per_kv_token * tokens))
+            step = load.base + load.per_seq * batch + load.per_kv_token * tokens
+            if capacity is not None and tokens > capacity:
+                step += NO_ROOM + tokens - capacity
+            elif step > limit:
+                step += LATE
+            scores.append(step)
         return scores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..endpoint import Endpoint
 from ..models import RequestContext
@@ -14,7 +13,7 @@ from .predicted_latency import PredictedLatency
 class Slo(PredictedLatency):
     """``predicted_latency`` among the endpoints that are predicted to meet the SLO, if there are any.
 
-    Prefill: score = ``predicted_latency``'s + 1e9 if left + cost is more than what remains of the TTFT
+    Prefill: score = ``predicted_latency``'s + ``LATE`` if left + cost is more than what remains of the TTFT
     that was asked for. Decode: an endpoint whose predicted step time is more than the TPOT that was asked
     for comes after all others with room. ``x-pd-ttft-slo-ms`` and ``x-pd-tpot-slo-ms`` say what is asked for,
     else ``ttft_slo`` and ``tpot_slo`` of the configuration; without either it is ``predicted_latency``.
@@ -31,11 +30,11 @@ class Slo(PredictedLatency):
             limit = request.ttft_slo - (request.now - request.arrived)
         return super().prefill_scores(endpoints, request, limit)
 
-    def decode_scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[Any]:
-        """Return (KV tokens missing, whether the TPOT is missed, predicted step time) of each."""
-        scores = super().decode_scores(endpoints, request)
-        limit = request.tpot_slo
-        return scores if limit is None else [(missing, step > limit, step) for missing, step in scores]
+    def decode_scores(
+        self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
+    ) -> list[float]:
+        """Add ``LATE`` to the score of those that would miss the TPOT."""
+        return super().decode_scores(endpoints, request, request.tpot_slo or limit)
 
     def hopeless(self, request: RequestContext, cost: float) -> bool:
         """Whether even an idle endpoint would be too late."""
