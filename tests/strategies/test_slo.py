@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.strategies.predicted_latency import WORK_WEIGHT, PredictedLatency
+from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM, WORK_WEIGHT, PredictedLatency
 from vllm_pd_scheduler.strategies.slo import Slo
 
 from ..fleet import D, P, prompt
@@ -34,10 +34,11 @@ class MeetsTest(unittest.TestCase):
         self.assertAlmostEqual(ttft(chosen, request, WORK_WEIGHT), best, places=5)
         endpoints = registry.routable(D)
         chosen = strategy.rank(endpoints, request, 1)[0]
-        least = min(step(e, request)[0] for e in endpoints)
-        roomy = [e for e in endpoints if step(e, request)[0] == least]
-        fast = [e for e in roomy if slo is None or step(e, request)[1] <= slo / 10]
-        self.assertIn(chosen, fast or roomy)
+        fast = [e for e in endpoints if slo is None or step(e, request) <= slo / 10]
+        roomy = [e for e in endpoints if step(e, request) < NO_ROOM]
+        among = fast or roomy or list(endpoints)
+        self.assertIn(chosen, among)
+        self.assertAlmostEqual(step(chosen, request), min(step(e, request) for e in among), places=5)
 
 
 class HopelessTest(unittest.TestCase):
