@@ -3,6 +3,7 @@
 import json
 import unittest
 from typing import Any
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,19 @@ class AtOnceTest(Case):
         self.start(0, 1, late_binding=True, max_waiting=1)
         ticket = self.submit()
         self.assertEqual((ticket.settled, ticket.outcome), (True, None))
+
+
+class RaisingTest(Case):
+    def test_a_strategy_that_raises_fails_the_request_and_no_other(self) -> None:
+        self.start(late_binding=True)
+        first, second, third = self.submit(), self.submit(tokens=10.0), self.submit(tokens=20.0)
+        self.assertWaits(second, third)
+        strategy = self.scheduler.strategy(P)
+        with mock.patch.object(strategy, "rank", side_effect=[ZeroDivisionError, [self.registry.get("p0")]]):
+            self.end(first, 1.0)
+        self.assertIsInstance(second.outcome, ZeroDivisionError)
+        self.assertEqual(self.served(third), "p0")
+        self.assertEqual(len(self.dispatcher.line), 0)
 
 
 class LateBindingTest(Case):

@@ -114,9 +114,18 @@ class Dispatcher:
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.line.let_pass(ticket):
                 passed = True
-            elif self._try(ticket, now):
+            elif self._served(ticket, now):
                 return True
         return passed
+
+    def _served(self, ticket: Ticket, now: float) -> bool:
+        """Try one that waits. A strategy of the operator's own that raises fails it, and no other."""
+        try:
+            return self._try(ticket, now)
+        except Exception as error:
+            self.line.remove(ticket)
+            ticket.settle(error)
+            return True
 
     def _any_free(self, now: float) -> bool:
         """Whether it is worth to ask the strategy. It is, too, when no instance is left to wait for."""

@@ -24,10 +24,15 @@ class Gate:
         self._timer: asyncio.TimerHandle | None = None
 
     async def enter(self, ticket: Ticket) -> Reservation | Reject | None:
-        """Return the ticket's outcome. Cancelling the call takes the request out of the line."""
+        """Return the ticket's outcome; raises what a strategy has raised.
+
+        Cancelling the call takes the request out of the line.
+        """
         self._dispatcher.submit(ticket, self._clock())
         if not ticket.settled:
             await self._wait(ticket)
+        if isinstance(ticket.outcome, Exception):
+            raise ticket.outcome
         return ticket.outcome
 
     async def _wait(self, ticket: Ticket) -> None:

@@ -16,6 +16,10 @@ _REMEMBERED = 1024
 """Tenants with nothing waiting of whom is known what they were given, in each priority."""
 
 
+Outcome = Reservation | Reject | Exception | None
+"""How a ticket ended; an exception is what the strategy raised."""
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A request that wants to go to an endpoint of a role, and how that ended.
@@ -31,10 +35,10 @@ class Ticket:
     cost: float = 0.0
     """Predicted seconds of work."""
     settled: bool = False
-    outcome: Reservation | Reject | None = None
+    outcome: Outcome = None
     on_settled: Callable[[Ticket], None] | None = None
 
-    def settle(self, outcome: Reservation | Reject | None) -> None:
+    def settle(self, outcome: Outcome) -> None:
         """Say how it ended."""
         self.settled, self.outcome = True, outcome
         if self.on_settled is not None:
