@@ -428,8 +428,10 @@ class LearningTest(Case):
         forward = await self.route(body)
         self.assertEqual(load.ratios(), {"m": 2.0})
         self.assertEqual(forward.decode[0].tokens, 1500 + min(load.output_tokens, BODY["max_tokens"]))
-        self.assertEqual(sum(e.prefill.fit.samples for e in self.router.registry.endpoints(P)), 1)
         forward.release()
+        for _ in range(3 * 8):  # no time at all: what takes so little is learned from eight at a time
+            (await self.route(body)).release()
+        self.assertGreaterEqual(sum(e.prefill.fit.samples for e in self.router.registry.endpoints(P)), 3)
 
     async def test_what_says_nothing_teaches_nothing(self) -> None:
         for tokens in (0, -5, None):

@@ -18,6 +18,8 @@ _DECODE_SCALE = (1.0, 32.0, 262144.0)
 
 _TOGETHER = 8
 """Prefills that are learned from together, at most."""
+_SHORT_S = 0.02
+"""Seconds that are not enough to learn from."""
 
 _RECENT = 0.1
 """Weight of the newest sample in running means."""
@@ -106,11 +108,12 @@ class PrefillLoad:
 
         Requests that follow each other can share a step of the engine, and both end with it: which of them
         took how long cannot be known, but how long they took together. So they are learned from together,
-        as far as the queue was not empty in between, and eight at most.
+        as far as the queue was not empty in between, and eight at most. So are very short ones, since there
+        can be thousands a second.
         """
         mine = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
         self._group = [sum(pair) for pair in zip(self._group, mine, strict=True)]
-        if self._pending and self._group[0] < _TOGETHER:
+        if self._group[0] < _TOGETHER and (self._pending or self._group[3] < _SHORT_S):
             return
         *x, seconds = self._group
         self._group = [0.0, 0.0, 0.0, 0.0]
