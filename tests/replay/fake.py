@@ -40,7 +40,11 @@ def parse_variant(text: str) -> Variant:
 
 
 def run_variant(
-    variant: Variant, trace: Trace, fleet: FleetSpec, progress: Callable[[int], None]
+    variant: Variant,
+    trace: Trace,
+    fleet: FleetSpec,
+    progress: Callable[[int], None],
+    give_up: Callable[[RequestResult], bool] | None = None,
 ) -> RunResult:
     """The first token takes SPEEDS times requests a second; `slow` refuses every fifth request."""
     name = variant.label.partition("+")[0]

@@ -13,7 +13,7 @@ from vllm_pd_scheduler.replay.fleet import (
     run_variant,
     variant_names,
 )
-from vllm_pd_scheduler.replay.result import RunResult, summary
+from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 
 FLEET = FleetSpec(3, 3, seed=5)
@@ -144,3 +144,15 @@ def test_nothing_to_do() -> None:
     found = run("least_load", Trace([], BLOCK))
     assert (found.results, found.samples) == ([], [])
     assert set(found.prefill_busy.values()) == {0.0}
+
+
+def test_a_run_that_is_given_up_ends_there() -> None:
+    whole, seen = run("least_load"), []
+
+    def three(result: RequestResult) -> bool:
+        seen.append(result)
+        return len(seen) == 3
+
+    part = run_variant(parse_variant("least_load"), TRACE, FLEET, lambda finished: None, three)
+    assert len(part.results) == len(seen) == 3
+    assert all(result in whole.results for result in part.results)

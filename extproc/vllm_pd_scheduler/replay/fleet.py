@@ -107,10 +107,19 @@ def parse_variant(text: str) -> Variant:
 
 
 def run_variant(
-    variant: Variant, trace: Trace, fleet: FleetSpec, progress: Callable[[int], None]
+    variant: Variant,
+    trace: Trace,
+    fleet: FleetSpec,
+    progress: Callable[[int], None],
+    give_up: Callable[[RequestResult], bool] | None = None,
 ) -> RunResult:
-    """Replay a trace; ``progress`` is told the number of requests that have ended, now and then."""
-    return _Run(variant, trace, fleet, progress).run()
+    """Replay a trace; ``progress`` is told the number of requests that have ended, now and then.
+
+    ``give_up`` is told each request that has ended; when it says so, the run ends with those.
+    """
+    run = _Run(variant, trace, fleet, progress)
+    run.give_up = give_up
+    return run.run()
 
 
 def _config(settings: dict[str, Any]) -> Any:
@@ -163,6 +172,7 @@ class _Run:
             config = config.model_copy(update={"strategy": "predicted_latency"})
         elif variant.strategy == "llm_d" and "health_check_interval" not in variant.settings:
             config = config.model_copy(update={"health_check_interval": _LLM_D_SCRAPES_S})
+        self.give_up: Callable[[RequestResult], bool] | None = None
         self._interval = config.health_check_interval
         self._config = config
         self._registry = Registry()
@@ -345,6 +355,8 @@ class _Run:
             now if reason is None else None,
             reason,
         )
+        if self.give_up is not None and self.give_up(self._results[job.number]):
+            self._clock.stop()
         if len(self._results) % _PROGRESS_EVERY == 0:
             self._progress(len(self._results))
 

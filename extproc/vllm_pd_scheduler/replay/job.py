@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from .result import RunResult, Summary, summary
+from .result import RequestResult, RunResult, Summary, summary
 from .search import RateResult, find_rate
 from .trace import Trace
 
@@ -16,8 +16,25 @@ if TYPE_CHECKING:
 TARGET = 0.95
 """Share of the requests that must meet both limits for a rate to pass."""
 
-Runner = Callable[["Variant", Trace, "FleetSpec", Callable[[int], None]], RunResult]
-"""Runs a variant on a trace; tells the last argument how many requests have ended. `fleet.run_variant`."""
+GiveUp = Callable[[RequestResult], bool]
+"""Told each request that has ended; whether the rest of the run does not matter."""
+
+
+class Runner(Protocol):
+    """Runs a variant on a trace: `fleet.run_variant`."""
+
+    def __call__(
+        self,
+        variant: Variant,
+        trace: Trace,
+        fleet: FleetSpec,
+        progress: Callable[[int], None],
+        give_up: GiveUp | None = None,
+    ) -> RunResult:
+        """Tell ``progress`` how many requests have ended, now and then."""
+        ...
+
+
 Progress = Callable[[float, int], None]
 """Told the rate of the run and how many of its requests have ended."""
 
@@ -71,17 +88,35 @@ class Job:
 
         def attainment(rate: float) -> float:
             # The search begins with the rate that was run already.
-            outcome = given if rate == self.conditions.rate else self._run(variant, rate, progress)
-            return outcome.summary.attainment
+            if rate == self.conditions.rate:
+                return given.summary.attainment
+            return self._attainment(variant, rate, progress)
 
         return replace(given, found=find_rate(attainment, TARGET, self.conditions.rate))
 
-    def _run(self, variant: Variant, rate: float, progress: Progress) -> Outcome:
+    def _attainment(self, variant: Variant, rate: float, progress: Progress) -> float:
+        """Return the share of requests within the limits; once it cannot reach the target, a bound of it."""
+        total = len(self.trace.requests)
+        missed = 0
+
+        def too_many(result: RequestResult) -> bool:
+            nonlocal missed
+            missed += not result.meets(self.conditions.ttft_slo, self.conditions.tpot_slo)
+            return missed > (1 - TARGET) * total
+
+        outcome = self._run(variant, rate, progress, too_many)
+        if len(outcome.run.results) < total:
+            return (total - missed) / total
+        return outcome.summary.attainment
+
+    def _run(
+        self, variant: Variant, rate: float, progress: Progress, give_up: GiveUp | None = None
+    ) -> Outcome:
         trace = self.trace.scaled(rate)
         progress(rate, 0)
         try:
             run = self.runner(
-                variant, trace, self.conditions.fleet, lambda finished: progress(rate, finished)
+                variant, trace, self.conditions.fleet, lambda finished: progress(rate, finished), give_up
             )
         except ValueError as error:
             raise ReplayError(f"{variant.label}: {error}") from error

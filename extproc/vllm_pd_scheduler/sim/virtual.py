@@ -41,6 +41,7 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self._stopped = False
         self._events: list[tuple[float, int, Handle]] = []
         self._count = 0
 
@@ -54,9 +55,13 @@ class VirtualClock:
     def run(self) -> None:
         """Let events happen until there are none left."""
         events = self._events
-        while events:
+        while events and not self._stopped:
             self.now, _, handle = heappop(events)
             handle.fire()
+
+    def stop(self) -> None:
+        """End `run`: nothing that is to come happens."""
+        self._stopped = True
 
     def run_until(self, time: float) -> None:
         """Let the events up to that time happen, those of that very moment too; then it is `time`."""
