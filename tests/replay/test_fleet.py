@@ -13,7 +13,9 @@ from vllm_pd_scheduler.replay.fleet import (
     run_variant,
     variant_names,
 )
+from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
+from vllm_pd_scheduler.replay.search import find_rate
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 
 FLEET = FleetSpec(3, 3, seed=5)
@@ -156,3 +158,17 @@ def test_a_run_that_is_given_up_ends_there() -> None:
     part = run_variant(parse_variant("least_load"), TRACE, FLEET, lambda finished: None, three)
     assert len(part.results) == len(seen) == 3
     assert all(result in whole.results for result in part.results)
+
+
+def test_a_search_that_gives_up_runs_finds_the_same_rate() -> None:
+    limits = (1.0, 0.05)
+    conditions = Conditions("synthetic", len(TRACE.requests), TRACE.seconds, FLEET, 1.0, *limits)
+    found = Job(TRACE, conditions, True, run_variant).run(parse_variant("least_load"), lambda *_: None).found
+
+    def attainment(rate: float) -> float:
+        return summary(run("least_load", TRACE.scaled(rate)), *limits).attainment
+
+    plain = find_rate(attainment, TARGET, 1.0)
+    assert found is not None
+    assert (found.rate, found.attainment) == (plain.rate, plain.attainment)
+    assert [rate for rate, _ in found.tried] == [rate for rate, _ in plain.tried]
