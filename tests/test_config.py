@@ -23,6 +23,7 @@ from vllm_pd_scheduler.models import InstanceRole
 
 EXAMPLE = Path(__file__).parents[1] / "scheduler_config.example.json"
 SECRET = "sk-do-not-show"
+STRATEGIES = ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
 
 
 def fleet(**more: Any) -> dict[str, Any]:
@@ -135,7 +136,9 @@ class MistakesTest(Case):
             (fleet(max_retries=None), r"^max_retries: must be a valid integer$"),
             (fleet(load_weight=[0.5]), r"^load_weight: must be a valid number$"),
             (fleet(decode_instances={"id": "d0"}), r"^decode_instances: must be a valid list$"),
-            (fleet(decode_instances=["10.0.0.2:8200"]), r"^decode_instances\[0\]: must be a valid dict"),
+            (fleet(decode_instances=["10.0.0.2:8200"]), r"^decode_instances\[0\]: must be a JSON object$"),
+            (fleet(api_key="k"), r'^api_key: must be {"env": NAME} or {"file": PATH}$'),
+            (fleet(instance_tls=True), r"^instance_tls: must be a JSON object$"),
             (decode(id=7), r"^decode_instances\[0\]\.id: must be a valid string$"),
             (decode(host=7), r"^decode_instances\[0\]\.host: must be a valid string$"),
             (decode(port="8200"), r"^decode_instances\[0\]\.port: must be a valid integer$"),
@@ -153,13 +156,27 @@ class MistakesTest(Case):
             (fleet(prefill_timeout=float("inf")), r"^prefill_timeout: must be a finite number$"),
             (fleet(max_retries=-1), r"^max_retries: must be greater than or equal to 0$"),
             (fleet(unhealthy_threshold=0), r"^unhealthy_threshold: must be greater than or equal to 1$"),
+            (
+                fleet(disaggregation=0),
+                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number of tok",
+            ),
+            (
+                fleet(disaggregation="some"),
+                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number",
+            ),
+            (
+                fleet(disaggregation=True),
+                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number",
+            ),
+            (fleet(late_binding=1), r"^late_binding: must be a valid boolean$"),
+            (fleet(max_kv_usage=90), r"^max_kv_usage: must be less than or equal to 1$"),
             (fleet(max_body_bytes=10), r"^max_body_bytes: must be greater than or equal to 1024$"),
             # missing
             (fleet(decode_instances=[{"id": "d0", "port": 1}]), r"^decode_instances\[0\]\.host: missing$"),
             (fleet(decode_instances=[]), r"^decode_instances: there are none"),
             (fleet(prefill_instances=[]), r"^prefill_instances: there are none"),
             # ids and hosts
-            (decode(id=""), r"^decode_instances\[0\]\.id: "),
+            (decode(id=""), r"^decode_instances\[0\]\.id: must be 1 to 128 letters, digits, "),
             (decode(id="a b"), r"^decode_instances\[0\]\.id: "),
             (decode(id="a/b"), r"^decode_instances\[0\]\.id: "),
             (decode(id="a\n"), r"^decode_instances\[0\]\.id: "),
@@ -178,7 +195,13 @@ class MistakesTest(Case):
                 r"^strategy: strategy 'no.such:Thing' cannot be loaded: No module",
             ),
             (fleet(strategy="os:getcwd"), r"^strategy: 'os:getcwd' is not a subclass of "),
-            (fleet(prefill_listener="127.0.0.1:10001"), r"^prefill_listener: "),
+            *(
+                (fleet(**{key: ""}), rf"^{key}: unknown strategy ''; choose one of round")
+                for key in STRATEGIES
+            ),
+            (fleet(session_header="X-Chat"), r"^session_header: must be the name of a header in lower case"),
+            (fleet(state_file=""), r"^state_file: must be a path$"),
+            (fleet(prefill_listener="127.0.0.1:10001"), r"^prefill_listener: must be http://HOST:PORT"),
             (fleet(prefill_listener="http://h/path"), r"^prefill_listener: "),
             (
                 fleet(admin_host="0.0.0.0"),

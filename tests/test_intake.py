@@ -108,6 +108,7 @@ class IntakeTest(unittest.TestCase):
     def test_headers_that_are_wrong(self) -> None:
         for name, values in (
             ("x-pd-priority", ("", "high", "1.5", str(MAX_PRIORITY + 1), str(-MAX_PRIORITY - 1), "9" * 5000)),
+            ("x-pd-priority", ("1_0", " 5 ", "5\n", "+5", "--5", "-", "\u0665", "\uff15", "²")),
             ("x-pd-ttft-slo-ms", ("", "0", "-1", "1.5", "fast", "²", "1" * 11)),
             ("x-pd-tpot-slo-ms", ("0", "1s")),
         ):

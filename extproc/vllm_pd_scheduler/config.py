@@ -12,7 +12,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from .models import InstanceRole, PDInstance, is_ip, join_address
 from .strategies import UnknownStrategy, load_strategy
@@ -24,6 +32,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _HOST = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+
+_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_HEADER = r"^[a-z0-9-]+$"
+_LISTENER = r"^http://[^/\s]+$"
+_PATH = r"^[^\x00]+$"
+_MEANING = {
+    _ID: "must be 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first",
+    _HEADER: "must be the name of a header in lower case: letters, digits and '-'",
+    _LISTENER: "must be http://HOST:PORT, without a path",
+    _PATH: "must be a path",
+}
+"""What is wrong with a string that one of these patterns does not match."""
 
 
 class ConfigError(ValueError):
@@ -78,7 +98,7 @@ class InstanceConfig(_Model):
     With ``instance_tls``, ``tls: false`` says that this one speaks plain HTTP.
     """
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    id: Annotated[str, Field(pattern=_ID)]
     host: Annotated[str, Field(max_length=253)]
     port: Port
     api_key: SecretSource | None = None
@@ -110,7 +130,7 @@ class SchedulerConfig(_Model):
     unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
     healthy_threshold: Annotated[int, Field(ge=1)] = 1
 
-    session_header: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = "x-session-id"
+    session_header: Annotated[str, Field(pattern=_HEADER)] = "x-session-id"
     ttft_slo: Seconds | None = None
     tpot_slo: Seconds | None = None
     disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1)] = "always"
@@ -138,7 +158,7 @@ class SchedulerConfig(_Model):
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
 
-    prefill_listener: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] = "http://127.0.0.1:10001"
+    prefill_listener: Annotated[str, Field(pattern=_LISTENER)] = "http://127.0.0.1:10001"
     grpc_host: str = "127.0.0.1"
     grpc_port: Port = 9002
     grpc_tls: TlsConfig | None = None
@@ -146,18 +166,29 @@ class SchedulerConfig(_Model):
     admin_port: Port = 9003
     admin_token: SecretSource | None = None
     admin_tls: TlsConfig | None = None
-    state_file: Annotated[str, Field(pattern=r"^[^\x00]+$")] | None = None
+    state_file: Annotated[str, Field(pattern=_PATH)] | None = None
 
     api_key: SecretSource | None = None
     instance_tls: InstanceTlsConfig | None = None
     prefill_instances: list[InstanceConfig] = []
     decode_instances: list[InstanceConfig] = []
 
+    @field_validator("disaggregation", mode="wrap")
+    @classmethod
+    def _one_problem(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:  # one for each kind of value that it may have
+            raise ValueError(
+                "must be 'always', 'never', 'auto' or a whole number of tokens above 0"
+            ) from None
+
     @field_validator("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
     @classmethod
     def _strategy_exists(cls, name: str | None) -> str | None:
         try:
-            load_strategy(name or "least_load")
+            if name is not None:
+                load_strategy(name)
         except UnknownStrategy as error:
             raise ValueError(str(error)) from None
         return name
@@ -343,6 +374,11 @@ def read_problem(detail: Any) -> str:
         return f"{path}: unknown key{hint}"
     if kind == "missing":
         return f"{path}: missing"
+    if kind == "string_pattern_mismatch" and context["pattern"] in _MEANING:
+        return f"{path}: {_MEANING[context['pattern']]}"
+    if kind == "model_type":
+        secret = context["class_name"] == SecretSource.__name__
+        return f"{path}: must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
     if kind == "value_error":
         return f"{path}: {context['error']}" if path else str(context["error"])
     message = str(detail["msg"]).removeprefix("Input should be ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from . import headers as names
@@ -12,6 +13,7 @@ from .models import RequestContext
 from .prompt import BLOCK_BYTES, read_prompt
 
 MAX_PRIORITY = 100
+_PRIORITY = re.compile(r"-?[0-9]{1,10}")
 _MAX_NAME = 256
 """Characters of a tenant or session that count; more is cut off."""
 
@@ -80,10 +82,7 @@ class Intake:
 
 
 def _priority(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = MAX_PRIORITY + 1
+    value = int(text) if _PRIORITY.fullmatch(text) else MAX_PRIORITY + 1
     if abs(value) > MAX_PRIORITY:
         limits = f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         raise HeaderError(f"The header {names.PRIORITY} must be {limits}.")

@@ -29,13 +29,9 @@ class Variant:
     label: str
 
 
-def variant_names() -> list[str]:
-    return list(SPEEDS)
-
-
 def parse_variant(text: str) -> Variant:
     if text.partition("+")[0] not in SPEEDS:
-        raise ValueError(f"unknown strategy {text!r}")
+        raise ValueError(f"unknown strategy {text!r}; choose from {', '.join(SPEEDS)}")
     return Variant(text)
 
 

@@ -57,11 +57,11 @@ def test_limit_and_limits(trace_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--strategies", "slow,fats"], "unknown strategy 'fats' (known: slow, fast, hopeless, "),
+        (["--strategies", "slow,fats"], "unknown strategy 'fats'; choose from slow, fast, hopeless, "),
         (["--strategies", "slow,"], "a name is missing beside a comma"),
         (["--strategies", ""], "name at least one"),
         (["--strategies", "slow,fast,slow"], "slow is named twice"),
-        (["--setup", "toaster"], "unknown set-up 'toaster'"),
+        (["--setup", "toaster"], "Invalid value for --setup: unknown set-up 'toaster'"),
         (["--prefill", "0"], "--prefill"),
         (["--decode", "many"], "--decode"),
         (["--rate", "0"], "--rate"),

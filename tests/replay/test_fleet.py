@@ -100,14 +100,20 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fastest", r"unknown strategy 'fastest'; choose one of round_robin, "),
+        (
+            "fastest",
+            r"unknown strategy 'fastest'; choose from round_robin, .*lower_bound, or 'package.module:Class'$",
+        ),
+        ("no.such:Thing", r"strategy 'no.such:Thing' cannot be loaded: "),
+        ("least_load+strategy=slo", r"^strategy: cannot be set beside least_load$"),
+        ("dynamo+decode_strategy=slo", r"^decode_strategy: cannot be set beside dynamo$"),
         ("least_load+health_check_interval=0", r"^health_check_interval: "),
         ("least_load+health_check_interval=soon", r"^health_check_interval: "),
         ("least_load+late_bindin", r"late_bindin.*late_binding"),
         ("least_load+", "."),
         ("", "unknown strategy"),
         ("random+queue_size=-1", r"^queue_size: "),
-        ("random+prefill_strategy=fastest", r"^prefill_strategy: unknown strategy 'fastest'"),
+        ("slo+prefill_strategy=fastest", r"^prefill_strategy: unknown strategy 'fastest'"),
     ],
 )
 def test_what_is_wrong_is_said(text: str, message: str) -> None:

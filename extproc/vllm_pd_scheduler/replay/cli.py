@@ -37,7 +37,9 @@ def replay(
     rate: Annotated[
         float, typer.Option(min=1e-6, max=1e6, callback=_finite, help="Multiple of the trace's own rate.")
     ] = 1.0,
-    setup: Annotated[str, typer.Option(help="Model and machine that the engines simulate.")] = DEFAULT_SETUP,
+    setup: Annotated[
+        str, typer.Option(help="Model and machine that the engines simulate; a wrong one names all.")
+    ] = DEFAULT_SETUP,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
     ttft_slo: Annotated[
@@ -101,7 +103,7 @@ def _unwritable(path: Path) -> str | None:
 
 
 def _variants(text: str) -> list[Variant]:
-    from .fleet import parse_variant, variant_names
+    from .fleet import parse_variant
 
     found: dict[str, Variant] = {}
     for name in (part.strip() for part in text.split(",")):
@@ -110,7 +112,7 @@ def _variants(text: str) -> list[Variant]:
                 raise ValueError("a name is missing beside a comma" if "," in text else "name at least one")
             variant = parse_variant(name)
         except ValueError as error:
-            _refuse("--strategies", f"{error} (known: {', '.join(variant_names())})")
+            _refuse("--strategies", str(error))
         if found.setdefault(variant.label, variant) is not variant:
             _refuse("--strategies", f"{variant.label} is named twice")
     return list(found.values())
@@ -122,7 +124,7 @@ def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:
     try:
         return FleetSpec(prefill, decode, setup, seed)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        _refuse("--setup", str(error))
 
 
 def _load(path: Path, limit: int | None) -> Trace:

@@ -40,6 +40,7 @@ HOP_S = 0.001
 """From the scheduler to an instance and back."""
 ESTIMATE_ERROR = 0.1
 """Standard deviation of the logarithm of (estimated / real) prompt tokens: a scheduler only sees bytes."""
+_STRATEGIES = ("strategy", "prefill_strategy", "decode_strategy")
 _SAMPLES = 600
 _PROGRESS_EVERY = 100
 _LLM_D_SCRAPES_S = 0.05  # its default; the other peers do not scrape
@@ -85,6 +86,10 @@ def parse_variant(text: str) -> Variant:
     Raises :exc:`ValueError` with what is wrong.
     """
     name, *settings = (part.strip() for part in text.split("+"))
+    if ":" not in name and name not in (known := variant_names()):
+        raise ValueError(
+            f"unknown strategy {name!r}; choose from {', '.join(known)}, or 'package.module:Class'"
+        )
     found: dict[str, Any] = {}
     for one in settings:
         key, given, value = one.partition("=")
@@ -99,6 +104,9 @@ def parse_variant(text: str) -> Variant:
             load_strategy(name)
         except UnknownStrategy as error:
             raise ValueError(str(error)) from None
+    for key in _STRATEGIES if name in PEERS else _STRATEGIES[:1]:
+        if key in found:
+            raise ValueError(f"{key}: cannot be set beside {name}")
     try:
         _config(found)
     except ConfigError as error:
