@@ -374,15 +374,16 @@ def read_problem(detail: Any) -> str:
         return f"{path}: unknown key{hint}"
     if kind == "missing":
         return f"{path}: missing"
-    if kind == "string_pattern_mismatch" and context["pattern"] in _MEANING:
-        return f"{path}: {_MEANING[context['pattern']]}"
-    if kind == "model_type":
-        secret = context["class_name"] == SecretSource.__name__
-        return f"{path}: must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
     if kind == "value_error":
-        return f"{path}: {context['error']}" if path else str(context["error"])
-    message = str(detail["msg"]).removeprefix("Input should be ")
-    found = f"must be {message}" if message != detail["msg"] else message
+        found = str(context["error"])
+    elif kind == "string_pattern_mismatch" and context["pattern"] in _MEANING:
+        found = _MEANING[context["pattern"]]
+    elif kind == "model_type":
+        secret = context["class_name"] == SecretSource.__name__
+        found = "must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
+    else:
+        message = str(detail["msg"]).removeprefix("Input should be ")
+        found = f"must be {message}" if message != detail["msg"] else message
     return f"{path}: {found}" if path else found
 
 
