@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def written(tmp_path: Path) -> Any:
         return path
 
     return write
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What ``serve`` does with signals would stay in this process, where later tests interrupt it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class TestProcess:
@@ -181,6 +192,7 @@ class TestOptions:
             assert call(*arguments, "--shadow", "slo").exit_code == 0
             assert (served[1].strategy, served[1].shadow_strategy) == ("least_load", "slo")
 
+    @pytest.mark.usefixtures("own_signals")
     def test_a_strategy_that_cannot_be_made(self, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: Any) -> None:
             raise RuntimeError("odd")
