@@ -14,6 +14,10 @@ WORK_WEIGHT = 1.0
 """What a second of an instance's work counts beside a second of waiting: it delays those who come after."""
 
 
+SAME = 0.02
+"""Share by which predictions may differ and mean the same. Else the instance that seems to be a hair faster
+than the others would get all that comes while the fleet is idle, and its cache would hold all prefixes."""
+
 LATE = 1e6
 """Added to the score, in seconds, of an endpoint that is late: it comes after all that are not."""
 NO_ROOM = 1e9
@@ -33,6 +37,17 @@ class PredictedLatency(Strategy):
     """
 
     reads_prefixes = True
+
+    def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
+        """As for all strategies; prefill scores that differ by less than ``SAME`` count as equal."""
+        if count > 1 or endpoints[0].instance.role is InstanceRole.DECODE:
+            return super().rank(endpoints, request, count)
+        self._turn += 1
+        scores = self.prefill_scores(endpoints, request)
+        best, turn = min(scores), self._turn % len(scores)
+        bound = best + SAME * (best - LATE if best >= LATE else best)
+        at = next(i for i in (*range(turn, len(scores)), *range(turn)) if scores[i] <= bound)
+        return [endpoints[at]]
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
         """Return the score of each, for its role."""
