@@ -118,7 +118,7 @@ async def test_one_that_waits_in_decodes_own_queue(stack: Stack, short_lease: Pa
     for _ in range(4):  # round robin takes the other D in between
         ahead = [
             asyncio.ensure_future(
-                post(decode.url, "/v1/completions", completion(f"{stream}-{n}", max_tokens=900))
+                post(decode.url, "/v1/completions", completion(f"{stream}-{n}", max_tokens=1300))
             )
             for n in range(2)  # as many as it takes
         ]
