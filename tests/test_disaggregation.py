@@ -62,7 +62,7 @@ class DisaggregationTest(unittest.TestCase):
 
     def test_by_cost_the_one_that_has_it_cached(self) -> None:
         self.start("auto")
-        self.busy(20)
+        self.busy(10)
         known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 250.0}
         self.assertIsNone(self.local(10_050, **known))
         d1 = self.registry.get("d1")

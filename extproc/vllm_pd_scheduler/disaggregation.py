@@ -9,7 +9,7 @@ from .models import InstanceRole, RequestContext
 from .scheduler import Scheduler
 from .strategies.predicted_latency import WORK_WEIGHT
 
-STALL_WEIGHT = 3.0
+STALL_WEIGHT = 5.0
 """What a second counts in which running answers stand still, beside one before an answer begins."""
 
 
