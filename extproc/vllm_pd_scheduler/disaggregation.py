@@ -47,26 +47,21 @@ class Disaggregation:
             return None
         decodes = self._scheduler.preview(InstanceRole.DECODE, request)
         routable = self._registry.routable(InstanceRole.DECODE)
-        self._mean = sum(e.requests for e in routable) / max(1, len(routable))
+        mean = sum(e.requests for e in routable) / max(1, len(routable))
         # The one with the longest prefix may be better than the one that decodes fastest.
         caches = [e for e in routable if e.holder in request.cached]
         decodes += [max(caches, key=lambda e: request.cached[e.holder])] if caches else []
-        best = min(decodes, key=lambda e: self._local_cost(e, request), default=None)
-        if best is None or self._local_cost(best, request) > self._remote_cost(prefill[0], request):
+        best = min(decodes, key=lambda e: self._local_cost(e, request, mean), default=None)
+        if best is None or self._local_cost(best, request, mean) > self._remote_cost(prefill[0], request):
             return None
         return best
 
-    def _local_cost(self, decode: Endpoint, request: RequestContext) -> float:
-        new = _uncached(decode, request, 1.0)
+    def _local_cost(self, decode: Endpoint, request: RequestContext, mean: float) -> float:
+        new = request.uncached(decode.holder)
         cost = self._registry.load.prefill.predict((1.0, new, prefill_pairs(new, request.prompt_tokens)))
-        return cost * (1 + STALL_WEIGHT * max(self._mean, decode.requests))
+        return cost * (1 + STALL_WEIGHT * max(mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
         load = prefill.prefill
-        cost = load.cost(_uncached(prefill, request, load.trust), request.prompt_tokens)
+        cost = load.cost(request.uncached(prefill.holder, load.trust), request.prompt_tokens)
         return load.left(request.now) + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer
-
-
-def _uncached(endpoint: Endpoint, request: RequestContext, trust: float) -> float:
-    cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
-    return max(1.0, request.prompt_tokens - trust * cached)

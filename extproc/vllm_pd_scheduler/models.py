@@ -117,6 +117,11 @@ class RequestContext:
     cached: Mapping[Holder, int] = field(default_factory=dict)
     """Leading blocks that are taken for cached, by ``Endpoint.holder``."""
 
+    def uncached(self, holder: Holder, trust: float = 1.0) -> float:
+        """Tokens of the prompt to compute where ``holder`` is; ``trust``: share of the cached that count."""
+        cached = self.cached.get(holder, 0) * self.block_tokens
+        return max(1.0, self.prompt_tokens - trust * cached)
+
 
 def join_address(host: str, port: int) -> str:
     """``host:port`` as URLs and Envoy write it: IPv6 addresses in brackets."""

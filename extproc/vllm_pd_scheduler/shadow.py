@@ -179,5 +179,4 @@ def predicted(endpoint: Endpoint, request: RequestContext) -> float:
         kv_tokens = endpoint.kv_tokens + prompt + request.output_tokens
         return endpoint.decode.step(endpoint.requests + 1, kv_tokens)
     load = endpoint.prefill
-    cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
-    return load.left(request.now) + load.cost(max(1.0, prompt - load.trust * cached), prompt)
+    return load.left(request.now) + load.cost(request.uncached(endpoint.holder, load.trust), prompt)

@@ -2,3 +2,5 @@
 
 Nothing is imported here, so that the command line starts as fast as without it.
 """
+
+DEFAULT_SETUP = "llama-3.3-70b-4xh100"

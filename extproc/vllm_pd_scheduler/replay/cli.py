@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from . import DEFAULT_SETUP
+
 if TYPE_CHECKING:
     from .fleet import FleetSpec, Variant
     from .job import Conditions, Outcome
     from .trace import Trace
 
-DEFAULT_SETUP = "llama-3.3-70b-4xh100"
 _FILE_WIDTH = 140  # of a table that goes to a file or a pipe, where nothing wraps
 
 

@@ -26,6 +26,7 @@ from ..sim.setups import setup
 from ..sim.virtual import Offer, Snapshot, VirtualClock, VirtualInstance
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
 from ..waiting import Ticket
+from . import DEFAULT_SETUP
 from .peers import PEERS
 from .result import LoadSample, RequestResult, RunResult
 from .trace import Trace, TraceRequest
@@ -34,7 +35,6 @@ LOWER_BOUND = "lower_bound"
 """All prefill instances as one that is N times as fast, all decode instances likewise, one cache for all;
 the shortest prompt first."""
 
-DEFAULT_SETUP = "llama-3.3-70b-4xh100"
 
 HOP_S = 0.001
 """From the scheduler to an instance and back."""
