@@ -228,7 +228,7 @@ def prompt(tokens: float = 1000.0, now: float = 0.0, registry: Registry | None =
     request = RequestContext("/", prompt_tokens=tokens, output_tokens=100.0, now=now)
     if registry is not None:
         request.blocks, request.block_tokens = BLOCKS, tokens / len(BLOCKS)
-        request.cached = registry.prefixes.match(BLOCKS)
+        request.look_up_in(registry.prefixes)
     return request
 
 
@@ -260,6 +260,10 @@ class WorkTest(unittest.TestCase):
         self.p0.prefill.trust = 0.25
         third = self.registry.reserve(self.p0, prompt(registry=self.registry))
         self.assertEqual((third.cached, third.tokens), (1000.0, 750.0))
+
+    def test_what_only_a_reservation_reads_is_of_the_time_before_it(self) -> None:
+        first = self.registry.reserve(self.p0, prompt(registry=self.registry))
+        self.assertEqual((first.cached, first.tokens), (0.0, 1000.0))
 
     def test_it_learns_from_what_a_prefill_took(self) -> None:
         for number in range(60):

@@ -1,6 +1,7 @@
 import unittest
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
@@ -26,6 +27,15 @@ class Recording(Strategy):
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         self.asked.append((list(endpoints), request, count))
         return list(endpoints)[:count]
+
+
+class Deepest(Strategy):
+    """The one that has most of the prompt, of either role."""
+
+    reads_prefixes = True
+
+    def score(self, endpoint: Endpoint, request: RequestContext) -> int:
+        return -request.cached.get(endpoint.holder, 0)
 
 
 class SchedulerTest(unittest.TestCase):
@@ -147,6 +157,32 @@ class SchedulerTest(unittest.TestCase):
         d1.holder.store((1, 2))
         self.scheduler.pick(D, request)
         self.assertEqual(request.cached, {d1.holder: 2})
+
+    def test_a_strategy_of_ones_own_finds_it_for_both_roles(self) -> None:
+        self.scheduler.use(f"{__name__}:Deepest")
+        request = RequestContext("/", blocks=(1, 2, 3))
+        for role, name in ((P, "p1"), (D, "d2")):
+            self.registry.get(name).holder.store((1, 2))
+            self.assertEqual([e.id for e in self.scheduler.pick(role, request)], [name])
+
+    def test_what_nobody_reads_is_not_looked_up(self) -> None:
+        for name, role, reserved, expected in (
+            ("least_load", P, False, 0),
+            ("least_load", P, True, 1),  # for what it brings
+            ("predicted_latency", P, True, 1),
+            ("predicted_latency", D, True, 0),
+            ("slo", D, True, 0),
+            ("prefix_cache", D, True, 1),
+        ):
+            with self.subTest((name, role, reserved)):
+                self.scheduler.use(name)
+                request = prompt(blocks=(1, 2, 3))
+                index = self.registry.prefixes
+                with patch.object(index, "match", wraps=index.match) as match:
+                    (picked,) = self.scheduler.pick(role, request)
+                    if reserved:
+                        self.registry.reserve(picked, request)
+                    self.assertEqual(match.call_count, expected)
 
     def test_a_preview_takes_no_turn(self) -> None:
         names = ("round_robin", "least_load", "predicted_latency", "session", "prefix_cache", "slo")

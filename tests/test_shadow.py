@@ -115,12 +115,22 @@ class ShadowTest(unittest.TestCase):
         p0, request = self.registry.get("p0"), self.request(1000.0)
         request.blocks, request.block_tokens = (1, 2, 3), 250.0
         p0.holder.store(request.blocks)
-        request.cached = self.registry.prefixes.match(request.blocks)
+        request.look_up_in(self.registry.prefixes)
         p0.prefill.trust = 0.5
         self.assertAlmostEqual(predicted(p0, request), p0.prefill.cost(625.0, 1000.0))
         shadow = self.shadow("predicted_latency")
         self.decide("p1", request)
         self.assertEqual(shadow.differences[0].shadow, "p0")
+
+    def test_what_it_reads_is_looked_up_once(self) -> None:
+        """The live strategy reads no prefixes; what it picks is judged and reserved by them all the same."""
+        request, index = self.request(), self.registry.prefixes
+        request.blocks, request.block_tokens = (1, 2, 3), 250.0
+        with mock.patch.object(index, "match", wraps=index.match) as match:
+            (picked,) = self.router.scheduler.pick(P, request)
+            self.router.scheduler.decided(P, request, picked)
+            self.registry.reserve(picked, request)
+            self.assertEqual(match.call_count, 1)
 
     def test_what_it_would_have_meant_for_decode(self) -> None:
         shadow = self.shadow("predicted_latency")

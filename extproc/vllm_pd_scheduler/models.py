@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .prefix import Holder
+from .prefix import Holder, PrefixIndex
 
 
 class InstanceRole(StrEnum):
@@ -85,8 +85,8 @@ class MetricsSnapshot:
 class RequestContext:
     """What a strategy may know of a request. Never its text.
 
-    ``now`` and ``cached`` are set anew for each pick. ``blocks`` are chained hashes of the prompt's leading
-    blocks, ``block_tokens`` tokens each, and empty if no strategy in use reads them.
+    ``now`` is set, and ``cached`` looked up, anew for each pick. ``blocks`` are chained hashes of the
+    prompt's leading blocks, ``block_tokens`` tokens each, and empty if no strategy in use reads them.
     """
 
     path: str
@@ -114,8 +114,27 @@ class RequestContext:
     arrived: float = 0.0
     now: float = 0.0
     """Time of this pick, monotonic seconds."""
-    cached: Mapping[Holder, int] = field(default_factory=dict)
-    """Leading blocks that are taken for cached, by ``Endpoint.holder``."""
+    _index: PrefixIndex | None = field(default=None, init=False, repr=False)
+    _cached: Mapping[Holder, int] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def cached(self) -> Mapping[Holder, int]:
+        """Leading blocks that are taken for cached, by ``Endpoint.holder``.
+
+        Looked up when first read after a pick began: with 1,000 holders that takes 70 µs, which a pick that
+        does not read it need not pay.
+        """
+        if self._cached is None:
+            self._cached = self._index.match(self.blocks) if self._index is not None else {}
+        return self._cached
+
+    @cached.setter
+    def cached(self, found: Mapping[Holder, int]) -> None:
+        self._cached = found
+
+    def look_up_in(self, index: PrefixIndex) -> None:
+        """Forget what was cached, and look it up in ``index`` when it is read."""
+        self._index, self._cached = index, None
 
     def uncached(self, holder: Holder, trust: float = 1.0) -> float:
         """Tokens of the prompt to compute where ``holder`` is; ``trust``: share of the cached that count."""

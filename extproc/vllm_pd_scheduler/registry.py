@@ -215,12 +215,13 @@ class Registry:
         if request is None:
             return reservation
         reservation.at = request.now
-        blocks = request.cached.get(endpoint.holder, 0) if request.cached else 0
+        decode = endpoint.instance.role is InstanceRole.DECODE
+        blocks = 0 if decode else request.cached.get(endpoint.holder, 0)  # before it is stored
         if request.blocks:
             size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
             self.block_tokens += _RECENT * (size - self.block_tokens)
             endpoint.holder.store(request.blocks)
-        if endpoint.instance.role is InstanceRole.DECODE:
+        if decode:
             reservation.tokens = request.prompt_tokens + request.output_tokens
         else:
             load = endpoint.prefill

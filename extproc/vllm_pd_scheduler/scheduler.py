@@ -104,8 +104,7 @@ class Scheduler:
         candidates = self._unsaturated(role, exclude)
         if not candidates:
             return []
-        if request.blocks:
-            request.cached = self.registry.prefixes.match(request.blocks)
+        request.look_up_in(self.registry.prefixes)
         return self._strategies[role].rank(candidates, request, count)
 
     def decided(

@@ -114,12 +114,12 @@ class Shadow:
         live: Endpoint,
         now: float,
     ) -> None:
+        live_seconds = shadow_seconds = predicted(live, request)
         # A copy, so that what a strategy writes into a request changes nothing for the live one.
         choice = self._strategies[role].rank(candidates, copy.copy(request), 1)[0]
         if choice not in candidates:
             raise ValueError("it chose what was not offered")
         tally = self.tallies[role]
-        live_seconds = shadow_seconds = predicted(live, request)
         if choice is live:
             tally.agreed += 1
         else:

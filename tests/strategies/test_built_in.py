@@ -1,13 +1,16 @@
 """The strategies of the configuration's table: what each prefers, and what all of them keep to."""
 
 import collections
+import math
 import unittest
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.models import RequestContext
 from vllm_pd_scheduler.registry import Endpoint, Registry
 from vllm_pd_scheduler.strategies import Strategy, load_strategy
 
@@ -18,6 +21,15 @@ NAMES = ["round_robin", "least_load", "weighted"]
 
 def strategy(name: str, **weights: float) -> Strategy:
     return load_strategy(name)(SchedulerConfig(strategy=name, **weights))
+
+
+class Fixed(Strategy):
+    """Has the scores that it was given."""
+
+    all: list[float]
+
+    def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
+        return self.all
 
 
 def picks(chosen: Strategy, registry: Registry, endpoints: list[Endpoint], count: int) -> list[str]:
@@ -150,6 +162,22 @@ class InvariantsTest(unittest.TestCase):
             if name != "round_robin":
                 scores = dict(zip(candidates, chosen.scores(candidates, REQUEST), strict=True))
                 self.assertEqual([scores[e] for e in ranked], sorted(scores.values())[:count])
+
+    @given(scores=st.lists(st.sampled_from([0.0, 1.0, 2.5, math.inf]), min_size=1, max_size=8))
+    @settings(derandomize=True, deadline=None, max_examples=150)
+    def test_equal_scores_take_turns_and_none_comes_twice(self, scores: list[float]) -> None:
+        """Also of a strategy that says "never" by an infinite score."""
+        _, endpoints = build(*[None] * len(scores))
+        chosen = Fixed(SchedulerConfig())
+        chosen.all = scores
+        for turn in range(1, 12):
+            order = [(turn + n) % len(scores) for n in range(len(scores))]
+            order.sort(key=scores.__getitem__)
+            for count in (1, 3):
+                with chosen.same_turn():
+                    ranked = chosen.rank(endpoints, REQUEST, count)
+                self.assertEqual(ranked, [endpoints[n] for n in order[:count]])
+            chosen.rank(endpoints, REQUEST, 1)
 
     @given(
         name=st.sampled_from(NAMES),

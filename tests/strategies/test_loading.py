@@ -80,7 +80,8 @@ class OwnStrategyTest(OnPath):
         strategy = found["CachedThenFree"](SchedulerConfig())
         self.assertTrue(strategy.reads_prefixes)
         _, endpoints = build({"kv_usage": 0.5}, {"kv_usage": 0.2}, {"kv_usage": 0.9})
-        request = RequestContext("/", cached={endpoints[2].holder: 4})
+        request = RequestContext("/")
+        request.cached = {endpoints[2].holder: 4}
         self.assertEqual(ids(strategy.rank(endpoints, request, 3)), ["d2", "d1", "d0"])
 
     def test_by_entry_point(self) -> None:

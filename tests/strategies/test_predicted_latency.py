@@ -62,7 +62,7 @@ class FormulaTest(unittest.TestCase):
     def test_scores_are_as_written(self, described: list[dict[str, Any]], now: float, tokens: int) -> None:
         registry = fleet(described)
         request = prompt(float(tokens), now=now, blocks=BLOCKS, block_tokens=tokens / 10)
-        request.cached = registry.prefixes.match(BLOCKS)
+        request.look_up_in(registry.prefixes)
         strategy = PredictedLatency(SchedulerConfig())
         for role, naive in ((P, lambda e: ttft(e, request, WORK_WEIGHT)), (D, lambda e: step(e, request))):
             endpoints = registry.routable(role)
@@ -89,7 +89,7 @@ class PrefillTest(unittest.TestCase):
         self.strategy = PredictedLatency(SchedulerConfig())
 
     def best(self, endpoints: tuple[Endpoint, ...], request: Any) -> str:
-        request.cached = self.registry.prefixes.match(request.blocks)
+        request.look_up_in(self.registry.prefixes)
         return self.strategy.rank(endpoints, request, 1)[0].id
 
     def test_a_hair_makes_no_difference(self) -> None:

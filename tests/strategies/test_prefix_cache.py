@@ -16,7 +16,8 @@ class PrefixCacheTest(unittest.TestCase):
         registry, built = build(*({"running": float(requests)} for _, requests in endpoints))
         for endpoint, (cached, _) in zip(built, endpoints, strict=True):
             endpoint.holder.store(BLOCKS[:cached])
-        request = RequestContext("/", blocks=blocks, cached=registry.prefixes.match(blocks))
+        request = RequestContext("/", blocks=blocks)
+        request.look_up_in(registry.prefixes)
         return ids(PrefixCache(SchedulerConfig()).rank(built, request, len(built)))
 
     def test_cases(self) -> None:

@@ -23,7 +23,7 @@ class MeetsTest(unittest.TestCase):
             float(tokens), now=0.2, arrived=0.1, ttft_slo=slo, tpot_slo=slo and slo / 10,
             blocks=BLOCKS, block_tokens=tokens / 10,
         )  # fmt: skip
-        request.cached = registry.prefixes.match(BLOCKS)
+        request.look_up_in(registry.prefixes)
         strategy = Slo(SchedulerConfig())
         endpoints = registry.routable(P)
         chosen = strategy.rank(endpoints, request, 1)[0]

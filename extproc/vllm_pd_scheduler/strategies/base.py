@@ -92,17 +92,17 @@ class Strategy:
                 return [endpoints[scores.index(best, turn)]]
             except ValueError:
                 return [endpoints[scores.index(best)]]
-        if isinstance(scores, list) and isinstance(scores[0], float) and count < size:
-            return self._least(endpoints, [*scores[turn:], *scores[:turn]], turn, count)
+        if isinstance(scores, list) and isinstance(scores[0], float):
+            turned = [*scores[turn:], *scores[:turn]]
+            return [endpoints[(at + turn) % size] for at in _least(turned, count)]
         order = heapq.nsmallest(count, (*range(turn, size), *range(turn)), key=scores.__getitem__)
         return [endpoints[i] for i in order]
 
-    @staticmethod
-    def _least(endpoints: Sequence[Endpoint], turned: list[float], turn: int, count: int) -> list[Endpoint]:
-        """Take the least ``count`` times: of 1,000 that takes a third of what ``nsmallest`` does."""
-        found = []
-        for _ in range(count):
-            at = turned.index(min(turned))
-            turned[at] = math.inf
-            found.append(endpoints[(at + turn) % len(turned)])
-        return found
+
+def _least(scores: list[float], count: int) -> Iterator[int]:
+    """Where the least ``count`` are: of 1,000 in a third of the time that ``nsmallest`` takes with a key."""
+    at, before = -1, math.nan
+    for score in heapq.nsmallest(count, scores):
+        at = scores.index(score, at + 1 if score == before else 0)
+        before = score
+        yield at

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from ..endpoint import Endpoint
-from ..load import prefill_pairs
 from ..models import InstanceRole, RequestContext
 from .base import Strategy
 
@@ -46,7 +46,7 @@ class PredictedLatency(Strategy):
         scores = self.prefill_scores(endpoints, request)
         best, turn = min(scores), self._turn % len(scores)
         bound = best + SAME * (best - LATE if best >= LATE else best)
-        at = next(i for i in (*range(turn, len(scores)), *range(turn)) if scores[i] <= bound)
+        at = next(i for i in chain(range(turn, len(scores)), range(turn)) if scores[i] <= bound)
         return [endpoints[at]]
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
@@ -62,10 +62,9 @@ class PredictedLatency(Strategy):
 
         Written out, since a call for each of 1,000 would cost a millisecond.
         """
-        now, prompt = request.now, request.prompt_tokens
-        cached, block_tokens = request.cached, request.block_tokens
-        factor = 1.0 + WORK_WEIGHT
-        all_pairs = prefill_pairs(prompt, prompt)
+        now, prompt, block_tokens = request.now, request.prompt_tokens, request.block_tokens
+        depth_of, factor, limited = request.cached.get, 1.0 + WORK_WEIGHT, limit < math.inf
+        before, new, pairs = -1.0, 0.0, 0.0
         scores = []
         for endpoint in endpoints:
             load = endpoint.prefill
@@ -73,15 +72,17 @@ class PredictedLatency(Strategy):
             if left:
                 elapsed = now - load.head_at
                 left -= elapsed if elapsed < load.head_cost else load.head_cost
-            depth = cached.get(endpoint.holder) if cached else None
-            if depth is None:
-                cost = load.overhead + load.per_token * prompt + load.per_pair * all_pairs
-            else:
-                new = prompt - load.trust * depth * block_tokens
+            blocks = load.trust * depth_of(endpoint.holder, 0)
+            if blocks != before:  # neighbours mostly hold the same: nothing, or a prefix that all share
+                before, new = blocks, prompt - blocks * block_tokens
                 if new < 1.0:
                     new = 1.0
-                cost = load.overhead + load.per_token * new + load.per_pair * new * (prompt - new / 2)
-            scores.append(left + factor * cost + (LATE if left + cost > limit else 0.0))
+                pairs = new * (prompt - new / 2)
+            cost = load.overhead + load.per_token * new + load.per_pair * pairs
+            score = left + factor * cost
+            if limited and left + cost > limit:
+                score += LATE
+            scores.append(score)
         return scores
 
     def decode_scores(

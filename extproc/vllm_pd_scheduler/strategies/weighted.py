@@ -23,15 +23,16 @@ class Weighted(Strategy):
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         """Return the weighted sum of each."""
         config, loads = self.config, all_requests(endpoints)
-        latencies = [e.metrics.latency if e.metrics is not None else None for e in endpoints]
+        metrics = [endpoint.metrics for endpoint in endpoints]
+        latencies = [m.latency if m is not None else None for m in metrics]
         known = [latency for latency in latencies if latency is not None]
-        mean = sum(known) / len(known) if known else 0.0
+        mean, most = (sum(known) / len(known), max(known)) if known else (0.0, 0.0)
         load_weight = config.load_weight / max(1.0, max(loads))
         kv_weight = config.kv_cache_weight
-        latency_weight = config.latency_weight / max(known) if known and max(known) > 0 else 0.0
+        latency_weight = config.latency_weight / most if most > 0 else 0.0
         return [
             load_weight * requests
-            + (kv_weight * endpoint.metrics.kv_usage if endpoint.metrics is not None else 0.0)
+            + (kv_weight * m.kv_usage if m is not None else 0.0)
             + latency_weight * (mean if latency is None else latency)
-            for endpoint, requests, latency in zip(endpoints, loads, latencies, strict=True)
+            for m, requests, latency in zip(metrics, loads, latencies, strict=True)
         ]
