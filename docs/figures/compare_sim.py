@@ -4,6 +4,11 @@ The simulation's profiles are fitted to a few single requests; the comparison is
 fit has not seen. Prints what was fitted and how far the two are apart, and draws both distributions:
 
     python docs/figures/compare_sim.py http://127.0.0.1:28201 http://127.0.0.1:28202 --model tiny
+
+The engine models an instance on a machine of its own. On one machine give the processes EngineCore and Worker
+of each instance a core (``taskset -acp 0 PID``), and take a model that keeps them computing: with one that is
+too small, what is measured is HTTP servers that wait for a core. What is left of one instance in the other's
+way, the fit has seen: decode steps are timed while prefill is busy.
 """
 
 import argparse
@@ -54,7 +59,7 @@ class Pair:
 
     def __init__(self, session: aiohttp.ClientSession, prefill: str, decode: str, model: str) -> None:
         self._session, self._prefill, self._decode, self._model = session, prefill, decode, model
-        self._random = random.Random(1)
+        self._random = random.Random()  # not the prompts of a run before, which are cached
 
     async def request(self, prompt: int, output: int, *, hand_off: bool = True) -> Timing:
         """Send one request with a prompt of its own, through both instances or to the decode one alone."""
@@ -78,6 +83,14 @@ class Pair:
         tpot = (tokens[-1] - tokens[0]) / max(1, output - 1)
         return Timing(between - begin, tokens[0] - begin, tpot)
 
+    async def keep_prefilling(self, prompt: int) -> None:
+        """Send prompts to the prefill instance, one after another, until cancelled."""
+        while True:
+            ids = [self._random.randrange(300, 900) for _ in range(prompt)]
+            body = {"model": self._model, "prompt": ids, "max_tokens": 1}
+            async with self._session.post(f"{self._prefill}/v1/completions", json=body) as response:
+                await response.read()
+
     async def run(self, workload: Sequence[Item]) -> list[Timing]:
         """The workload, each request at its time."""
         begin = time.monotonic()
@@ -100,24 +113,35 @@ async def fit(pair: Pair, base: EngineProfile) -> tuple[EngineProfile, EnginePro
         pick = statistics.median
         return Timing(*(pick(getattr(t, key) for t in times) for key in ("prefill", "ttft", "tpot")))
 
-    small, large = 64, 1984
+    small, middle, large = 64, 1024, 1984
     await median(small, 8)
-    short, long = await median(small, 2), await median(large, 2)
+    short, medium, long = await median(small, 2), await median(middle, 2), await median(large, 2)
+    busy = asyncio.create_task(pair.keep_prefilling(large))
     one = await median(small, 64, hand_off=False)
     eight = await median(small, 64, hand_off=False, batch=8)
     far = await median(large, 64, hand_off=False)
-    per_token = (long.prefill - short.prefill) / (large - small)
+    busy.cancel()
+    await asyncio.wait([busy])
+    # seconds(n) = overhead + per_token n + per_pair n^2 / 2, through three points
+    first = (medium.prefill - short.prefill) / (middle - small)
+    second = (long.prefill - medium.prefill) / (large - middle)
+    per_pair = max(0.0, 2 * (second - first) / (large - small))
+    per_token = (long.prefill - short.prefill) / (large - small) - per_pair * (large + small) / 2
     per_seq = max(0.0, (eight.tpot - one.tpot) / 7)
     per_kv = max(0.0, (far.tpot - one.tpot) / (large - small))
     travel = [timing.ttft - timing.prefill - one.tpot for timing in (short, long)]
     per_byte = max(1e-12, (travel[1] - travel[0]) / (large - small) / base.kv_bytes_per_token)
     prefill = replace(
-        base, step_overhead=max(0.0, short.prefill - small * per_token), prefill_rate=1 / per_token
+        base,
+        step_overhead=max(0.0, short.prefill - small * per_token - per_pair * small**2 / 2),
+        prefill_rate=1 / per_token,
+        prefill_per_kv_token=per_pair,
     )
     decode = replace(
         base,
         step_overhead=0.0,
         prefill_rate=1 / per_token,
+        prefill_per_kv_token=per_pair,
         decode_base=one.tpot - per_seq - small * per_kv,
         decode_per_seq=per_seq,
         decode_per_kv_token=per_kv,
