@@ -33,8 +33,7 @@ from .trace import Trace, TraceRequest
 
 LOWER_BOUND = "lower_bound"
 """All prefill instances as one that is N times as fast, all decode instances likewise, one cache for all;
-the shortest prompt first."""
-
+the shortest prompt first, and a step costs no more than its tokens."""
 
 HOP_S = 0.001
 """From the scheduler to an instance and back."""
@@ -136,13 +135,16 @@ def _config(settings: dict[str, Any]) -> Any:
 
 
 def _pooled(profile: EngineProfile, times: int) -> EngineProfile:
-    """One engine as fast and as big as so many."""
+    """One engine as fast and as big as so many, and no more is lost to what every step costs.
+
+    A fleet with a queue has long steps, which share that; one that is never behind would have it each time.
+    """
     return replace(
         profile,
         num_blocks=profile.num_blocks * times,
         max_num_seqs=profile.max_num_seqs * times,
-        step_overhead=profile.step_overhead / times,
-        prefill_min=profile.prefill_min / times,
+        step_overhead=0.0,
+        prefill_min=0.0,
         prefill_rate=profile.prefill_rate * times,
         prefill_per_kv_token=profile.prefill_per_kv_token / times,
         decode_base=profile.decode_base / times,
