@@ -8,7 +8,7 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.dispatch import SLACK_S, Dispatcher
+from vllm_pd_scheduler.dispatch import SHARING, SLACK_S, Dispatcher
 from vllm_pd_scheduler.endpoint import Reservation
 from vllm_pd_scheduler.errors import Reject
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
@@ -18,9 +18,12 @@ from .fleet import D, P, prompt, scheduler_of
 
 
 class Case(unittest.TestCase):
-    def start(self, prefill: int = 1, decode: int = 1, **config: Any) -> None:
+    def start(self, prefill: int = 1, decode: int = 1, *, overhead: float = 0.0, **config: Any) -> None:
+        """Have a fleet in which each prefill takes 0.1 ms a token and ``overhead`` seconds."""
         self.scheduler = scheduler_of(prefill, decode, **config)
         self.registry = self.scheduler.registry
+        for endpoint in self.registry.endpoints(P):
+            endpoint.prefill.overhead = overhead
         self.dispatcher = Dispatcher(self.scheduler)
         self.settled: list[Ticket] = []
 
@@ -31,14 +34,15 @@ class Case(unittest.TestCase):
         self.dispatcher.submit(ticket, now)
         return ticket
 
+    def claim(self, ticket: Ticket) -> Reservation:
+        assert isinstance(ticket.outcome, Reservation), ticket.outcome
+        return ticket.outcome
+
     def served(self, ticket: Ticket) -> str:
-        self.assertIsInstance(ticket.outcome, Reservation)
-        assert isinstance(ticket.outcome, Reservation)
-        return ticket.outcome.endpoint.id
+        return self.claim(ticket).endpoint.id
 
     def end(self, ticket: Ticket, now: float) -> None:
-        assert isinstance(ticket.outcome, Reservation)
-        ticket.outcome.release(now)
+        self.claim(ticket).release(now)
         self.dispatcher.pump(now)
 
     def assertRefused(self, ticket: Ticket, reason: str) -> None:
@@ -96,6 +100,26 @@ class LateBindingTest(Case):
         self.assertWaits(second)
         self.dispatcher.pump(wake + 1e-6)
         self.assertEqual(self.served(second), "p0")
+
+    def test_short_ones_go_where_they_can_share_a_step(self) -> None:
+        self.start(late_binding=True, overhead=0.01)
+        first, long = self.submit(tokens=5000), self.submit(tokens=2000)
+        short = self.submit(tokens=100)  # 20 ms, if it has a step for itself
+        self.assertWaits(long, short)
+        load = self.registry.get("p0").prefill
+        wake = self.dispatcher.wake_at(0.0)
+        assert wake is not None
+        self.assertAlmostEqual(wake, load.left(0.0) - SHARING * 0.01)
+        self.dispatcher.pump(wake - 0.001)
+        self.assertWaits(short)
+        self.dispatcher.pump(wake + 1e-6)
+        self.assertEqual(self.served(short), "p0")
+        self.assertWaits(long)  # it would have a step for itself anyway
+        more = [self.submit(now=wake + 1e-6, tokens=100) for _ in range(10)]
+        self.assertWaits(*more)  # they make no endless queue there
+        self.end(first, 0.5)
+        self.assertIn(sum(ticket.settled for ticket in more), (SHARING // 2 - 1, SHARING // 2))
+        self.assertWaits(long)
 
     def test_the_shortest_first(self) -> None:
         first, long, short = self.submit(), self.submit(tokens=9000), self.submit(tokens=500)

@@ -126,6 +126,14 @@ class PrefillCostTest(unittest.TestCase):
         newcomer = PrefillLoad(fleet.prefill)
         self.assertAlmostEqual(newcomer.cost(8000, 8000), load.cost(8000, 8000), delta=0.05)
 
+    def test_prompts_that_are_alike_cost_what_their_tokens_do(self) -> None:
+        fleet, load = FleetLoad(), empty()
+        for _ in range(50):
+            load.learn(500, 500, 0.25, fleet.prefill)
+        self.assertAlmostEqual(load.cost(500, 500), 0.25, delta=0.01)
+        self.assertLess(load.overhead, 0.03)  # 20 ms until then
+        self.assertGreater(load.cost(1000, 1000), 0.45)
+
     def test_trust(self) -> None:
         load = empty()
         for _ in range(50):

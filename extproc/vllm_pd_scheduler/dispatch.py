@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from .endpoint import Reservation
+from .endpoint import Endpoint, Reservation
 from .errors import Reject, reject
+from .load import PrefillLoad
 from .models import InstanceRole, RequestContext
 from .scheduler import Scheduler
 from .waiting import Ticket, WaitingLine
@@ -18,6 +19,12 @@ from .waiting import Ticket, WaitingLine
 SLACK_S = 0.01
 """A prefill instance is about to be free when so little is left: it must not stand idle until we know, and
 what is sent earlier waits there, where nothing shorter can pass it."""
+SHARING = 16.0
+"""A prefill has a fixed cost: of a step of the engine, which all prompts in it share, and of the way there,
+during which the instance should be busy. So a short prompt, that costs at most so many of these, may wait on
+the instance behind as many: else each would have a step of its own, and the instance a pause after each."""
+_MOST_SHARED_S = 0.25
+"""But no more than this: the fixed cost is hard to tell from the rest when all prompts are of one length."""
 _SOONEST_S = 0.001
 """Pause before the next look, at least: what should be free by then can be late."""
 _LOOK_AT = 16
@@ -29,8 +36,8 @@ class Dispatcher:
     """Gives requests an endpoint, at once or when there is one for them.
 
     A request waits while all endpoints of its role (for prefill also: of decode) are saturated, and with
-    ``late_binding`` while the prefill instance that is best for it has still more than ``SLACK_S`` to do:
-    what waits here can still go elsewhere, and the shortest first.
+    ``late_binding`` while the prefill instance that is best for it has still more than ``SLACK_S`` to do
+    (short ones: see ``SHARING``): what waits here can still go elsewhere, and the shortest first.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -94,8 +101,9 @@ class Dispatcher:
         if self._late_binding:
             for load in (e.prefill for e in self._registry.routable(InstanceRole.PREFILL)):
                 # What is queued behind the first one does not get less before that has ended.
-                if load.left(now) > SLACK_S >= load.queued - load.head_cost:
-                    times.append(load.head_at + load.queued - SLACK_S)
+                left, behind = load.left(now), load.queued - load.head_cost
+                slacks = (slack for slack in (_shared_slack(load), SLACK_S) if left > slack >= behind)
+                times += (load.head_at + load.queued - slack for slack in slacks)
         return max(now + _SOONEST_S, min(times))
 
     def _overdue(self, now: float) -> itertools.takewhile[Ticket]:
@@ -105,9 +113,9 @@ class Dispatcher:
 
     def _serve_one(self, now: float) -> bool:
         """Return whether to look again: one was served, or has let the others pass."""
-        passed, free = False, not self._late_binding or self._any_free(now)
+        passed, most = False, self._most_cost(now) if self._late_binding else math.inf
         for ticket in list(itertools.islice(self.line, _LOOK_AT)):
-            if ticket.role is InstanceRole.PREFILL and not free:
+            if ticket.role is InstanceRole.PREFILL and ticket.cost > most:
                 continue
             request = ticket.request
             request.now = now
@@ -127,10 +135,20 @@ class Dispatcher:
             ticket.settle(error)
             return True
 
-    def _any_free(self, now: float) -> bool:
-        """Whether it is worth to ask the strategy. It is, too, when no instance is left to wait for."""
-        routable = self._registry.routable(InstanceRole.PREFILL)
-        return not routable or any(e.prefill.left(now) <= SLACK_S for e in routable)
+    def _most_cost(self, now: float) -> float:
+        """Seconds of prefill up to which it is worth to ask the strategy: -1 if it is for none.
+
+        It is for all if an instance is free, and when none is left to wait for.
+        """
+        most, routable = -1.0, self._registry.routable(InstanceRole.PREFILL)
+        for load in (e.prefill for e in routable):
+            left = load.left(now)
+            if left <= SLACK_S:
+                return math.inf
+            shared = _shared_slack(load)
+            if left <= shared > most:
+                most = shared
+        return most if routable else math.inf
 
     def _try(self, ticket: Ticket, now: float) -> bool:
         """Settle a request if there is an endpoint for it, or will never be."""
@@ -142,7 +160,7 @@ class Dispatcher:
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._late_binding and role is InstanceRole.PREFILL
-            if late and picked[0].prefill.left(now) > SLACK_S:
+            if late and picked[0].prefill.left(now) > _slack(picked[0], request):
                 return False
             if role is InstanceRole.PREFILL:
                 self._scheduler.decided(role, request, picked[0])
@@ -165,6 +183,19 @@ class Dispatcher:
         serving = max(1, len(self._registry.routable(InstanceRole.PREFILL)))
         retry_after = min(_LONGEST_RETRY_S, max(1, math.ceil(self.line.work / serving)))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
+
+
+def _shared_slack(load: PrefillLoad) -> float:
+    """Seconds of work behind which a short prompt may wait on an instance, and that it may cost at most."""
+    return min(_MOST_SHARED_S, SHARING * load.overhead)
+
+
+def _slack(endpoint: Endpoint, request: RequestContext) -> float:
+    """Seconds of work behind which a request may wait on an instance."""
+    load = endpoint.prefill
+    shared = _shared_slack(load)
+    new = request.uncached(endpoint.holder, load.trust)
+    return max(SLACK_S, shared) if load.cost(new, request.prompt_tokens) <= shared else SLACK_S
 
 
 def _ending() -> Reject:

@@ -12,7 +12,9 @@ from .fit import OnlineFit
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
 """Until something was measured: 20 ms a request and 10,000 tokens/s, the order of a 70B model on 4 GPUs."""
-_PREFILL_SCALE = (1.0, 1024.0, 1024.0 * 16384.0)
+_PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
+"""The first is large so that the time of prompts that are all alike is put down to their tokens, not to what
+any prompt costs."""
 _DECODE_PRIOR = (0.02, 2e-4, 1e-8)
 _DECODE_SCALE = (1.0, 32.0, 262144.0)
 

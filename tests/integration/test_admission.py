@@ -340,8 +340,9 @@ async def test_priority_can_be_taken_away_from_clients(
 
 async def test_late_binding(tmp_path: Path) -> None:
     """A burst waits in the scheduler, not at the instances, and all of it is served right."""
-    prompts = [f"Prompt {number}: " + "word " * 400 for number in range(30)]
-    arguments = ["--prefill-rate=8000", "--max-model-len=4096"]
+    prompts = [f"Prompt {number}: " + "word " * 400 for number in range(16)]
+    # 0.25 s each: short ones may queue at an instance.
+    arguments = ["--prefill-rate=2000", "--max-model-len=4096"]
     with Fleet(2, 1, arguments=arguments) as two:
         async with overload(two, tmp_path, late_binding=True, health_check_interval=0.5) as (load, _):
             expected = await texts(load, prompts)  # also teaches the load model
@@ -359,7 +360,7 @@ async def test_late_binding(tmp_path: Path) -> None:
             assert [answer.text for answer in answers] != expected
             assert {answer.headers["x-pd-prefill"] for answer in answers} == {"prefill-0", "prefill-1"}
             assert max(most.values()) <= 5
-            assert waited >= 10
+            assert waited >= 6
 
 
 # -- ends
