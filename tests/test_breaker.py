@@ -51,6 +51,14 @@ class BreakerTest(TestCase):
         self.assertEqual(self.fail(5), [False] * 5)
         self.assertEqual(self.breaker.not_before, 1.0)
 
+    def test_a_success_does_not_end_the_pause_but_the_trial(self) -> None:
+        self.breaker.open(now=0.0)
+        self.assertFalse(self.breaker.succeeded())
+        self.assertIs(self.breaker.state, BreakerState.OPEN)
+        self.breaker.probed(now=1.0)
+        self.assertTrue(self.breaker.succeeded())
+        self.assertIs(self.breaker.state, BreakerState.CLOSED)
+
     def test_a_restarted_instance_has_a_clean_slate(self) -> None:
         self.breaker.open(now=0.0)
         self.breaker.restarted()

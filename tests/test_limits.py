@@ -19,6 +19,11 @@ class ShareLimitTest(TestCase):
     @given(share=st.floats(0, 1), kinds=st.lists(st.booleans(), max_size=400))
     def test_no_hundred_requests_in_a_row_have_more(self, share: float, kinds: list[bool]) -> None:
         limit = ShareLimit(share)
-        served = [(kind and limit.take(kind)) or (not kind and not limit.take(kind)) for kind in kinds]
+        served = []
+        for kind in kinds:
+            reached = limit.reached
+            allowed = limit.take(kind)
+            self.assertEqual(allowed, not (kind and reached))
+            served.append(kind and allowed)
         for start in range(len(served)):
             self.assertLessEqual(sum(served[start : start + 100]), share * 100)

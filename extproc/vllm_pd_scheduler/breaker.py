@@ -54,7 +54,11 @@ class Breaker:
     _results: deque[bool] = field(default_factory=deque)
 
     def succeeded(self) -> bool:
-        """Record a request that went well; return whether the state changed."""
+        """Record a request that went well; return whether the state changed.
+
+        While OPEN it does not: the pause is a least time, and an instance that fails every other request
+        would be back after each that it answers as the last resort. While HALF_OPEN any success closes it.
+        """
         self._streak = 0
         self._record(True)
         if self.state is not BreakerState.HALF_OPEN:

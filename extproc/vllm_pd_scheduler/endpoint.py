@@ -72,13 +72,19 @@ class Endpoint:
         return self.state is InstanceState.HEALTHY and self.address is not None
 
     @property
+    def ejected(self) -> bool:
+        """Whether only its breaker keeps requests away: it is alive, and a last resort."""
+        alive = self.healthy is True and not self.draining and self.address is not None
+        return alive and self.breaker.state is BreakerState.OPEN
+
+    @property
     def drained(self) -> bool:
         """Whether it is draining and nothing that we sent, or that waits to be fetched, is left on it."""
         return self.draining and not self.in_flight and not self.pending_handoffs
 
     @property
     def on_trial(self) -> bool:
-        """Whether it was ejected and its one trial request runs: nothing else goes there meanwhile."""
+        """Whether it was ejected and a request runs there, its trial: no other goes there first meanwhile."""
         return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
 
     @property

@@ -38,8 +38,11 @@ class Forward:
     first_byte_timeout: float | None = None
     remove_headers: list[str] = field(default_factory=list)
     on_release: Callable[[Forward], None] | None = None
-    failed: bool = False
-    """Whether an attempt at a decode instance has failed."""
+    answering: Endpoint | None = field(init=False)
+    """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
+
+    def __post_init__(self) -> None:
+        self.answering = self.decode[0]
 
     @property
     def prefill(self) -> Endpoint | None:
@@ -68,6 +71,7 @@ class Forward:
         """Count the request on the next of ``decode``, where Envoy sends it when an attempt has failed."""
         current = self.reservation
         following = self.decode[self.decode.index(current.endpoint) + 1 :]
+        self.answering = following[0] if following else None
         if current.active and following:
             current.release()
             self.reservation = registry.reserve(following[0])

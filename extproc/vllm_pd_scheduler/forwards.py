@@ -76,8 +76,9 @@ class Forwards:
         forward = self._running.get(attempt.request or "")
         if forward is None:
             return
-        forward.failed = True
-        if attempt.failure is not Failure.CUT:
+        if attempt.failure is Failure.CUT:
+            forward.answering = None
+        else:
             forward.moved(self._registry)
         # After a time-out that D may still be fetching: freeing the blocks then would spoil its prefix cache.
         if attempt.first and forward.pending is not None and attempt.failure in _HANDOFF_IS_FREE:
@@ -103,6 +104,6 @@ class Forwards:
             self._ended[forward.id] = forward.pending
             if len(self._ended) > MAX_ENDED:
                 del self._ended[next(iter(self._ended))]
-        if not forward.failed:
-            self._registry.succeeded(forward.decode[0])
+        if forward.answering is not None:
+            self._registry.succeeded(forward.answering)
         self._changed()

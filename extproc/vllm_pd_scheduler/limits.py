@@ -15,11 +15,17 @@ class ShareLimit:
         self._recent: deque[bool] = deque()
         self._count = 0
 
+    @property
+    def reached(self) -> bool:
+        """Whether a further request of the kind may not be served now."""
+        forgotten = self._recent[0] if len(self._recent) == _WINDOW else 0
+        return self._count - forgotten + 1 > self._share * _WINDOW
+
     def take(self, of_the_kind: bool) -> bool:
         """Record a request; return whether it may be served. One that may not is recorded as not of it."""
+        allowed = not (of_the_kind and self.reached)
         if len(self._recent) == _WINDOW:
             self._count -= self._recent.popleft()
-        allowed = not of_the_kind or self._count + 1 <= self._share * _WINDOW
         counted = of_the_kind and allowed
         self._recent.append(counted)
         self._count += counted

@@ -66,6 +66,9 @@ class Registry:
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
     )
+    _ejected: dict[InstanceRole, tuple[Endpoint, ...]] = field(
+        default_factory=lambda: dict.fromkeys(InstanceRole, ())
+    )
 
     def add(self, instance: PDInstance) -> Endpoint:
         """Register an instance; it takes requests once a probe found it healthy.
@@ -144,6 +147,10 @@ class Registry:
     def routable(self, role: InstanceRole) -> tuple[Endpoint, ...]:
         """Endpoints of a role that can take a new request now, in the order they were added."""
         return self._routable[role]
+
+    def ejected(self, role: InstanceRole) -> tuple[Endpoint, ...]:
+        """Endpoints of a role that only their breakers keep from being routable: the last resort."""
+        return self._ejected[role]
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after each change in membership, address, health or draining."""
@@ -310,6 +317,7 @@ class Registry:
                 for endpoint in endpoints:  # one that fails now and then is better than none
                     endpoint.breaker.readmit()
             self._routable[role] = tuple(e for e in endpoints if e.routable)
+            self._ejected[role] = tuple(e for e in endpoints if e.ejected)
         self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
         for listener in self._listeners:
             listener()

@@ -57,7 +57,8 @@ class HandoffReleaser:
 
     async def _release(self, pending: PendingHandoff) -> None:
         body = self._connector.release_body(pending.handoff, pending.model)
-        for endpoint in self._registry.routable(InstanceRole.DECODE)[:3]:
+        registry, decode = self._registry, InstanceRole.DECODE
+        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
             headers = {"content-type": "application/json"}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"

@@ -231,10 +231,12 @@ class PDRouter:
             return None
         context.now = self._clock()
         picked = self.scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
-        if not picked:
-            return None
-        self.scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried)
-        return self.registry.reserve(picked[0], context)
+        if picked:
+            self.scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried)
+        elif self.config.on_prefill_failure == "fail" or self._local.reached:
+            # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
+            picked = self.scheduler.last_resorts(InstanceRole.PREFILL, tried)
+        return self.registry.reserve(picked[0], context) if picked else None
 
     async def _leg(
         self,
@@ -287,19 +289,28 @@ class PDRouter:
     ) -> Forward | Reject:
         context.now = self._clock()
         pick = self.scheduler.preview if preferred else self.scheduler.pick
-        picked = pick(InstanceRole.DECODE, context, count=1 + self.config.max_retries)
+        count = 1 + self.config.max_retries
+        picked = pick(InstanceRole.DECODE, context, count=count)
         if not picked:
             return self._no_decode()
         self.scheduler.decided(InstanceRole.DECODE, context, picked[0])
         if preferred is not None and preferred.routable and not self.scheduler.saturated(preferred):
             others = (e for e in picked if e is not preferred)
-            picked = [preferred, *others][: 1 + self.config.max_retries]
-        # A further attempt has the same headers: same key only.
-        key = picked[0].instance.api_key
-        decode = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+            picked = [preferred, *others][:count]
+        decode = self._in_turn(picked, count)
         self.telemetry.forwarded(decode[0], served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         return self.forwards.start(decode, self.registry.reserve(decode[0], context), body, limit, removed)
+
+    def _in_turn(self, picked: list[Endpoint], count: int) -> list[Endpoint]:
+        """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
+        # A further attempt has the same headers: same key only.
+        key = picked[0].instance.api_key
+        found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+        if len(found) < count:
+            others = self.scheduler.last_resorts(InstanceRole.DECODE, picked)
+            found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
+        return found[:count]
 
     def _first_byte_timeout(self, body: JsonBody, left: float = math.inf) -> float | None:
         """How long D may take to its first byte: with a stream that is its headers, else the whole answer.

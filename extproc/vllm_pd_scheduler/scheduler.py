@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from .config import SchedulerConfig
@@ -9,6 +10,9 @@ from .models import InstanceRole, RequestContext
 from .registry import Endpoint, Registry
 from .shadow import Shadow
 from .strategies import Strategy, make_strategy
+
+_LOOK_AT = 16
+"""Of the routable, for a last resort: to look at all of a large saturated fleet takes a millisecond."""
 
 
 class Scheduler:
@@ -106,6 +110,17 @@ class Scheduler:
             return []
         request.look_up_in(self.registry.prefixes)
         return self._strategies[role].rank(candidates, request, count)
+
+    def last_resorts(self, role: InstanceRole, exclude: Collection[Endpoint]) -> list[Endpoint]:
+        """Return others of ``role`` that are alive, for a request that those of ``exclude`` have failed.
+
+        First what ``pick`` passes over while there is better (saturated, on trial), then what it never
+        returns: ejected ones. Any may answer, where to try none is sure to fail.
+        """
+        routable = (e for e in self.registry.routable(role) if e not in exclude)
+        ejected = (e for e in self.registry.ejected(role) if e not in exclude)
+        others = [*itertools.islice(routable, _LOOK_AT), *ejected]
+        return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
     def decided(
         self,
