@@ -142,6 +142,19 @@ class LateBindingTest(Case):
         self.end(first, 0.01)
         self.assertTrue(cached.settled)
 
+    def test_not_all_wait_for_the_one_that_has_their_prefix(self) -> None:
+        """Those before them in line will be there when their turn comes."""
+        self.start(2, late_binding=True, strategy="predicted_latency")
+        p0 = self.registry.get("p0")
+        blocks = tuple(range(1, 31))
+        p0.holder.store(blocks)
+        self.registry.reserve(p0, prompt(12_000))  # for 1.2 s
+        left = p0.prefill.left(0.0)
+        tickets = [self.submit(tokens=8000, blocks=blocks, block_tokens=256.0) for _ in range(16)]
+        served = [ticket for ticket in tickets if ticket.settled]
+        self.assertEqual([self.served(ticket) for ticket in served], ["p1"])  # 0.8 s there, 0.03 s on p0
+        self.assertEqual(p0.prefill.left(0.0), left)  # and nothing is left of the counting
+
     def test_an_instance_that_hangs_causes_no_busy_loop(self) -> None:
         for _ in range(3):  # more than one is there, as after a change of the setting
             self.registry.reserve(self.registry.get("p0"), prompt(1000.0))

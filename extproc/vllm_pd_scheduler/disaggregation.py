@@ -62,6 +62,5 @@ class Disaggregation:
         return cost * (1 + STALL_WEIGHT * max(mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
-        load = prefill.prefill
-        cost = load.cost(request.uncached(prefill.holder, load.trust), request.prompt_tokens)
-        return load.left(request.now) + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer
+        left, cost = prefill.prefill.left(request.now), prefill.prefill_cost(request)
+        return left + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer

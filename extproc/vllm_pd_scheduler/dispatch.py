@@ -53,8 +53,10 @@ class Dispatcher:
         """Take a request; it is settled at once if it need not wait, or cannot."""
         request = ticket.request
         # What only decode is for need not wait behind those that wait for prefill.
-        if not self.line.waiting(ticket.role) and self._try(ticket, now):
-            return
+        if not self.line.waiting(ticket.role):
+            self._try(ticket, now)
+            if ticket.settled:
+                return
         ticket.cost = self._cost(request)
         strategy = self._scheduler.strategy(InstanceRole.PREFILL)
         request.now = now
@@ -112,7 +114,19 @@ class Dispatcher:
         )
 
     def _serve_one(self, now: float) -> bool:
-        """Return whether to look again: one was served, or has let the others pass."""
+        """Return whether to look again: one was served, or has let the others pass.
+
+        Those that go on waiting for an instance are counted there as long as others are tried: else all
+        would wait for it that have their prefix there, though others are idle.
+        """
+        counted: list[tuple[PrefillLoad, Ticket]] = []
+        try:
+            return self._first_served(now, counted)
+        finally:
+            for load, ticket in counted:
+                load.cancel(ticket, now)
+
+    def _first_served(self, now: float, counted: list[tuple[PrefillLoad, Ticket]]) -> bool:
         passed, most = False, self._most_cost(now) if self._late_binding else math.inf
         for ticket in list(itertools.islice(self.line, _LOOK_AT)):
             if ticket.role is InstanceRole.PREFILL and ticket.cost > most:
@@ -122,18 +136,23 @@ class Dispatcher:
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.line.let_pass(ticket):
                 passed = True
-            elif self._served(ticket, now):
+                continue
+            awaited = self._try_safely(ticket, now)
+            if ticket.settled:
                 return True
+            if awaited is not None:
+                awaited.prefill.begin(ticket, awaited.prefill_cost(request), now)
+                counted.append((awaited.prefill, ticket))
         return passed
 
-    def _served(self, ticket: Ticket, now: float) -> bool:
+    def _try_safely(self, ticket: Ticket, now: float) -> Endpoint | None:
         """Try one that waits. A strategy of the operator's own that raises fails it, and no other."""
         try:
             return self._try(ticket, now)
         except Exception as error:
             self.line.remove(ticket)
             ticket.settle(error)
-            return True
+            return None
 
     def _most_cost(self, now: float) -> float:
         """Seconds of prefill up to which it is worth to ask the strategy: -1 if it is for none.
@@ -150,25 +169,28 @@ class Dispatcher:
                 most = shared
         return most if routable else math.inf
 
-    def _try(self, ticket: Ticket, now: float) -> bool:
-        """Settle a request if there is an endpoint for it, or will never be."""
+    def _try(self, ticket: Ticket, now: float) -> Endpoint | None:
+        """Settle a request if there is an endpoint for it, or will never be; else return which it waits for.
+
+        While all are saturated it waits for none in particular.
+        """
         request, role = ticket.request, ticket.role
         if not self._scheduler.open(InstanceRole.DECODE) or not self._scheduler.open(role):
-            return False
+            return None
         outcome: Reservation | None = None
         request.now = now
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._late_binding and role is InstanceRole.PREFILL
             if late and picked[0].prefill.left(now) > _slack(picked[0], request):
-                return False
+                return picked[0]
             if role is InstanceRole.PREFILL:
                 self._scheduler.decided(role, request, picked[0])
             outcome = self._registry.reserve(picked[0], request)
         if ticket in self.line:
             self.line.remove(ticket, served=True)
         ticket.settle(outcome)
-        return True
+        return None
 
     def _cost(self, request: RequestContext) -> float:
         """Least predicted seconds of prefill, wherever that is."""
@@ -192,10 +214,8 @@ def _shared_slack(load: PrefillLoad) -> float:
 
 def _slack(endpoint: Endpoint, request: RequestContext) -> float:
     """Seconds of work behind which a request may wait on an instance."""
-    load = endpoint.prefill
-    shared = _shared_slack(load)
-    new = request.uncached(endpoint.holder, load.trust)
-    return max(SLACK_S, shared) if load.cost(new, request.prompt_tokens) <= shared else SLACK_S
+    shared = _shared_slack(endpoint.prefill)
+    return max(SLACK_S, shared) if endpoint.prefill_cost(request) <= shared else SLACK_S
 
 
 def _ending() -> Reject:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .load import DecodeLoad, FleetLoad, PrefillLoad
-from .models import InstanceState, MetricsSnapshot, PDInstance
+from .models import InstanceState, MetricsSnapshot, PDInstance, RequestContext
 from .prefix import Holder, PrefixIndex
 
 
@@ -103,6 +103,11 @@ class Endpoint:
             return float(self.in_flight)
         others = self.metrics.running + self.metrics.waiting - self.in_flight_at_scrape
         return self.in_flight + max(0.0, others)
+
+    def prefill_cost(self, request: RequestContext) -> float:
+        """Predicted seconds of prefill for a request, as far as its prompt is not cached there."""
+        load = self.prefill
+        return load.cost(request.uncached(self.holder, load.trust), request.prompt_tokens)
 
     @property
     def kv_tokens(self) -> float:

@@ -174,9 +174,7 @@ def predicted(endpoint: Endpoint, request: RequestContext) -> float:
 
     For prefill the time to the first token from now on, for decode that of a step with the request.
     """
-    prompt = request.prompt_tokens
     if endpoint.instance.role is InstanceRole.DECODE:
-        kv_tokens = endpoint.kv_tokens + prompt + request.output_tokens
+        kv_tokens = endpoint.kv_tokens + request.prompt_tokens + request.output_tokens
         return endpoint.decode.step(endpoint.requests + 1, kv_tokens)
-    load = endpoint.prefill
-    return load.left(request.now) + load.cost(request.uncached(endpoint.holder, load.trust), prompt)
+    return endpoint.prefill.left(request.now) + endpoint.prefill_cost(request)
