@@ -7,11 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import ready
 from tests.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
@@ -34,17 +32,13 @@ def up(fleet: Fleet, stack: Stack, request: pytest.FixtureRequest) -> Iterator[P
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client, fleet: Fleet, up: Process) -> AsyncIterator[Client]:
+    """Restarts what was killed."""
     yield client
     assert "Traceback" not in up.output
     for instance in fleet.instances:
         if not instance.alive:
             await asyncio.to_thread(fleet.restart, instance.id)
-        await client.fault(instance.id)
 
 
 async def eject(client: Client, name: str) -> None:
