@@ -61,10 +61,14 @@ class Pair:
         self._session, self._prefill, self._decode, self._model = session, prefill, decode, model
         self._random = random.Random()  # not the prompts of a run before, which are cached
 
+    def _body(self, prompt: int) -> dict[str, Any]:
+        """A request with a prompt of its own, of so many tokens."""
+        ids = [self._random.randrange(300, 900) for _ in range(prompt)]
+        return {"model": self._model, "prompt": ids, "ignore_eos": True, "temperature": 0}
+
     async def request(self, prompt: int, output: int, *, hand_off: bool = True) -> Timing:
         """Send one request with a prompt of its own, through both instances or to the decode one alone."""
-        ids = [self._random.randrange(300, 900) for _ in range(prompt)]
-        body: dict[str, Any] = {"model": self._model, "prompt": ids, "ignore_eos": True, "temperature": 0}
+        body = self._body(prompt)
         begin = between = time.monotonic()
         if hand_off:
             first = {**body, "max_tokens": 1, "kv_transfer_params": SEND}
@@ -86,8 +90,7 @@ class Pair:
     async def keep_prefilling(self, prompt: int) -> None:
         """Send prompts to the prefill instance, one after another, until cancelled."""
         while True:
-            ids = [self._random.randrange(300, 900) for _ in range(prompt)]
-            body = {"model": self._model, "prompt": ids, "max_tokens": 1}
+            body = self._body(prompt) | {"max_tokens": 1}
             async with self._session.post(f"{self._prefill}/v1/completions", json=body) as response:
                 await response.read()
 
