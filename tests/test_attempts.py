@@ -19,6 +19,8 @@ from vllm_pd_scheduler.forward import Forward, PendingHandoff
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.router import LEASE_SHARE, PDRouter
 
+_FREE = (Failure.CONNECT, Failure.RESET, Failure.STATUS)
+
 
 class Case(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:
@@ -45,7 +47,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         assert isinstance(outcome, Forward), outcome
         return outcome
 
-    def fail(self, forward: Forward, failure: Failure, number: int = 0) -> None:
+    def told(self, forward: Forward, failure: Failure, number: int = 0) -> None:
         address = str(forward.decode[number].address)
         self.router.forwards.attempt_failed(FailedAttempt(address, failure, forward.id, number == 0))
 
@@ -59,9 +61,9 @@ class FailedAttemptTest(Case):
         ids = [endpoint.id for endpoint in forward.decode]
         self.assertEqual(self.in_flight(), {ids[0]: 1})
         for number in range(3):
-            self.fail(forward, Failure.RESET, number)
+            self.told(forward, Failure.RESET, number)
             self.assertEqual(self.in_flight(), {ids[number + 1]: 1})
-        self.fail(forward, Failure.RESET, 3)
+        self.told(forward, Failure.RESET, 3)
         self.assertEqual(self.in_flight(), {ids[3]: 1}, "there is no further one")
         forward.release()
         self.assertEqual(self.in_flight(), {})
@@ -72,7 +74,7 @@ class FailedAttemptTest(Case):
         for failure in set(Failure) - {Failure.LEFT}:
             forward = await self.forward()
             self.freed.clear()
-            self.fail(forward, failure)
+            self.told(forward, failure)
             freed[failure] = self.freed == [forward.pending]
             forward.release()
         self.assertEqual(
@@ -91,23 +93,37 @@ class FailedAttemptTest(Case):
         forward = await self.forward()
         forward.release()
         for _ in range(2):
-            self.fail(forward, Failure.LEFT)
+            self.told(forward, Failure.LEFT)
             self.assertEqual(self.freed, [forward.pending])
         second = await self.forward()
         second.release()
-        self.fail(second, Failure.LEFT, 1)
+        self.told(second, Failure.LEFT, 1)
         self.assertEqual(self.freed, [forward.pending], "the second attempt went without it")
         self.assertEqual({e.breaker.state for e in self.router.registry}, {BreakerState.CLOSED})
 
     async def test_a_further_attempt_has_no_hand_off_to_free(self) -> None:
         forward = await self.forward()
-        self.fail(forward, Failure.RESET, 1)
+        self.told(forward, Failure.RESET, 1)
         self.assertEqual(self.freed, [])
 
-    async def test_what_is_told_after_the_end_or_of_strangers_changes_nothing(self) -> None:
+    async def test_what_is_told_after_the_end_still_frees(self) -> None:
+        """A quick answer of the next D can overtake what Envoy tells of the first."""
+        freed = {}
+        for failure in (*_FREE, Failure.TIMEOUT, Failure.CUT):
+            forward = await self.forward()
+            forward.release()
+            self.freed.clear()
+            self.told(forward, failure, 1)
+            self.assertEqual(self.freed, [], "a further attempt has none")
+            self.told(forward, failure)
+            self.told(forward, failure)
+            freed[failure] = self.freed == [forward.pending]
+            self.assertEqual(self.in_flight(), {})
+        self.assertEqual(freed, {failure: failure in _FREE for failure in freed})
+
+    async def test_what_is_told_of_strangers_changes_nothing(self) -> None:
         forward = await self.forward()
         forward.release()
-        self.fail(forward, Failure.RESET)
         self.router.forwards.attempt_failed(FailedAttempt("10.9.9.9:1", Failure.RESET, forward.id))
         self.router.forwards.attempt_failed(FailedAttempt("10.0.0.1:8000", Failure.RESET, None))
         self.assertEqual((self.in_flight(), self.freed), ({}, []))

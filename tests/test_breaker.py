@@ -9,13 +9,13 @@ class BreakerTest(TestCase):
     def setUp(self) -> None:
         self.breaker = Breaker(POLICY)
 
-    def fail(self, times: int) -> list[bool]:  # type: ignore[override]
+    def failed(self, times: int) -> list[bool]:
         return [self.breaker.failed() for _ in range(times)]
 
     def test_failures_in_a_row(self) -> None:
-        self.assertEqual(self.fail(2), [False, False])
+        self.assertEqual(self.failed(2), [False, False])
         self.breaker.succeeded()
-        self.assertEqual(self.fail(3), [False, False, True])
+        self.assertEqual(self.failed(3), [False, False, True])
 
     def test_success_rate(self) -> None:
         """Never three in a row, but more than half of the last ten."""
@@ -25,14 +25,14 @@ class BreakerTest(TestCase):
         self.assertEqual(verdicts, [False] * 6 + [True])
 
     def test_it_returns_by_way_of_a_trial(self) -> None:
-        self.fail(3)
+        self.failed(3)
         self.breaker.open(now=10.0)
         self.assertFalse(self.breaker.probed(now=10.9), "the pause is not over")
         self.assertTrue(self.breaker.probed(now=11.0))
         self.assertIs(self.breaker.state, BreakerState.HALF_OPEN)
         self.assertTrue(self.breaker.succeeded())
         self.assertIs(self.breaker.state, BreakerState.CLOSED)
-        self.assertEqual(self.fail(2), [False, False], "and starts anew")
+        self.assertEqual(self.failed(2), [False, False], "and starts anew")
 
     def test_the_pause_doubles_while_trials_fail(self) -> None:
         now = 0.0
@@ -42,13 +42,13 @@ class BreakerTest(TestCase):
             pauses.append(self.breaker.not_before - now)
             now = self.breaker.not_before
             self.assertTrue(self.breaker.probed(now))
-            self.assertEqual(self.fail(1), [True], "one failure is enough in a trial")
+            self.assertEqual(self.failed(1), [True], "one failure is enough in a trial")
             self.breaker.open(now)
         self.assertEqual(pauses, [1, 2, 4, 8, 16, 30, 30, 30])
 
     def test_failures_of_requests_that_were_under_way_change_nothing(self) -> None:
         self.breaker.open(now=0.0)
-        self.assertEqual(self.fail(5), [False] * 5)
+        self.assertEqual(self.failed(5), [False] * 5)
         self.assertEqual(self.breaker.not_before, 1.0)
 
     def test_a_success_does_not_end_the_pause_but_the_trial(self) -> None:
@@ -63,4 +63,4 @@ class BreakerTest(TestCase):
         self.breaker.open(now=0.0)
         self.breaker.restarted()
         self.assertIs(self.breaker.state, BreakerState.CLOSED)
-        self.assertEqual(self.fail(2), [False, False])
+        self.assertEqual(self.failed(2), [False, False])

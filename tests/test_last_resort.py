@@ -121,7 +121,7 @@ class RescueTest(LastResort):
                 self.router = self.start()
                 forward = await self.forward()
                 for number, failure in enumerate(failures):
-                    self.fail(forward, failure, number)
+                    self.told(forward, failure, number)
                 with mock.patch.object(Registry, "succeeded") as succeeded:
                     forward.release()
                 self.assertEqual([call.args[0].id for call in succeeded.call_args_list], counted)
@@ -135,7 +135,7 @@ class RescueTest(LastResort):
         self.router.registry.probed(self.get("d0"), None, self.now + 1.0)
         for forward in (first, second):
             self.assertEqual([endpoint.id for endpoint in forward.decode], ["d1", "d0"])
-            self.fail(forward, Failure.STATUS)
+            self.told(forward, Failure.STATUS)
         self.assertTrue(self.get("d0").on_trial)
         first.release()
         self.assertIs(self.get("d0").breaker.state, BreakerState.CLOSED)

@@ -73,16 +73,18 @@ class Forwards:
             return
         self._telemetry.attempt_failed(endpoint, attempt.failure)
         self._registry.failed(endpoint, f"decode: {attempt.failure}", self._clock())
-        forward = self._running.get(attempt.request or "")
-        if forward is None:
-            return
-        if attempt.failure is Failure.CUT:
-            forward.answering = None
-        else:
-            forward.moved(self._registry)
+        id_ = attempt.request or ""
+        if (forward := self._running.get(id_)) is not None:
+            if attempt.failure is Failure.CUT:
+                forward.answering = None
+            else:
+                forward.moved(self._registry)
         # After a time-out that D may still be fetching: freeing the blocks then would spoil its prefix cache.
-        if attempt.first and forward.pending is not None and attempt.failure in _HANDOFF_IS_FREE:
-            self.free(forward.pending)
+        if attempt.first and attempt.failure in _HANDOFF_IS_FREE:
+            # A request can have ended before this is told: the next D was quick, or the client left.
+            pending = self._ended.pop(id_, None) if forward is None else forward.pending
+            if pending is not None:
+                self.free(pending)
 
     def unused(self, forward: Forward) -> None:
         """Take that a forward will not be sent: the client left before Envoy could."""
