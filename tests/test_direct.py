@@ -3,16 +3,24 @@
 import json
 import tempfile
 import unittest
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 TEXT = {"prompt": "你好", "max_tokens": 100}
+
+
+def _call(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
 
 
 class FleetCase(unittest.TestCase):
@@ -117,7 +125,29 @@ class RefusalsTest(FleetCase):
 
 
 class FailuresTest(unittest.TestCase):
-    """Instances that die; a fleet of their own."""
+    """Instances that fail or die; a fleet of their own."""
+
+    def test_a_decode_that_fails_is_replaced_and_ejected_and_its_hand_off_freed(self) -> None:
+        for fault in ({"status": 503}, {"reset": True}, "killed"):
+            with self.subTest(fault=fault), Fleet(1, 2, profile=EngineProfile.instant()) as fleet:
+                settings = {**fleet.config(), "strategy": "round_robin", "ejection_failures": 1}
+                router = PDRouter(SchedulerConfig.model_validate(settings))
+                self.assertTrue(router.route_request(TEXT).success)
+                if isinstance(fault, dict):
+                    _call(fleet["decode-1"].url + "/_sim/fault", fault)
+                else:
+                    fleet.kill("decode-1")
+                results = [router.route_request(TEXT) for _ in range(3)]
+                self.assertEqual([each.error for each in results], [None] * 3)
+                self.assertEqual(
+                    {each.instance and each.instance.instance_id for each in results}, {"decode-0"}
+                )
+                self.assertTrue(all(each.prefill_instance for each in results))
+                states = {e.id: e.state for e in router.registry.endpoints(InstanceRole.DECODE)}
+                self.assertEqual(
+                    states, {"decode-0": InstanceState.HEALTHY, "decode-1": InstanceState.UNHEALTHY}
+                )
+                self.assertEqual(_call(fleet["prefill-0"].url + "/_sim/stats")["pinned"], 0)
 
     def test_what_is_dead_is_not_asked_and_what_dies_is_replaced(self) -> None:
         with Fleet(1, 2, profile=EngineProfile.instant()) as fleet:

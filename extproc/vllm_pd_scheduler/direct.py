@@ -10,12 +10,14 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from .attempts import FailedAttempt, Failure
 from .errors import Reject
 from .forward import Forward
 from .health import HealthMonitor
 from .models import InstanceState, PDInstance
 from .prefill import HttpPrefill, open_session
 from .registry import Endpoint
+from .release import HandoffReleaser
 from .router import PDRouter
 
 _DECODE_TIMEOUT_S = 600.0
@@ -71,12 +73,15 @@ async def _serve_one(router: PDRouter, body: Mapping[str, Any]) -> RouteResult:
     async with open_session(router.config.instance_tls) as session:
         if any(endpoint.state is InstanceState.STARTING for endpoint in router.registry):
             await _check(router, session)
-        leg = router.prefill_leg
+        leg, release = router.prefill_leg, router.forwards.release_handoff
+        releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
         router.prefill_leg = HttpPrefill(session, None, router.config.prefill_timeout)
+        router.forwards.release_handoff = releaser
         try:
             return await _attempts(router, session, headers, data)
         finally:
-            router.prefill_leg = leg
+            await releaser.close()
+            router.prefill_leg, router.forwards.release_handoff = leg, release
 
 
 async def _attempts(
@@ -88,8 +93,12 @@ async def _attempts(
         outcome = await router.route(headers, data)
         if isinstance(outcome, Reject):
             return RouteResult(False, status=outcome.status, error=_message(outcome.body))
+        del outcome.decode[1:]  # another one gets a request, and a hand-off, of its own
         try:
-            result = await _decode(session, outcome, headers[":path"], data)
+            result, failure = await _decode(session, outcome, headers[":path"], data)
+            if failure is not None:
+                address = str(outcome.decode[0].address)
+                router.forwards.attempt_failed(FailedAttempt(address, failure, outcome.id))
         finally:
             outcome.release()
         if result.success or 400 <= result.status < 500:
@@ -97,8 +106,11 @@ async def _attempts(
     return result
 
 
-async def _decode(session: aiohttp.ClientSession, forward: Forward, path: str, data: bytes) -> RouteResult:
-    endpoint = forward.decode[0]
+async def _decode(
+    session: aiohttp.ClientSession, forward: Forward, path: str, data: bytes
+) -> tuple[RouteResult, Failure | None]:
+    """Return what came of an attempt, and how the instance failed if it did."""
+    endpoint, status = forward.decode[0], 0
     prefill = forward.prefill.instance if forward.prefill else None
     body = data if forward.body is None else forward.body
     try:
@@ -109,16 +121,22 @@ async def _decode(session: aiohttp.ClientSession, forward: Forward, path: str, d
             headers={"content-type": "application/json", **forward.headers()},
             timeout=aiohttp.ClientTimeout(total=_DECODE_TIMEOUT_S),
         ) as response:
-            answer, status = await response.read(), response.status
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        return RouteResult(False, endpoint.instance, prefill, error=_failed(endpoint, error))
-    if status != 200:
-        return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer))
-    try:
-        decoded = msgspec.json.decode(answer, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        return RouteResult(False, endpoint.instance, prefill, status, error=_failed(endpoint, error))
-    return RouteResult(True, endpoint.instance, prefill, status, decoded)
+            status = response.status
+            answer = await response.read()
+        if status == 200:
+            decoded = msgspec.json.decode(answer, type=dict[str, Any])
+            return RouteResult(True, endpoint.instance, prefill, status, decoded), None
+    except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+        result = RouteResult(False, endpoint.instance, prefill, status, error=_failed(endpoint, error))
+        return result, Failure.CUT if status else _failure(error)
+    failure = Failure.STATUS if status >= 500 else None
+    return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer)), failure
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Failure.CONNECT
+    return Failure.TIMEOUT if isinstance(error, TimeoutError) else Failure.RESET
 
 
 def _failed(endpoint: Endpoint, error: Exception) -> str:
