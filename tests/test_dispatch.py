@@ -209,6 +209,18 @@ class AdmissionTest(Case):
             self.end(ticket, 1.0)
         self.assertEqual(self.registry.get("d0").in_flight, 0)
 
+    def test_many_that_wait_for_prefill_do_not_keep_a_request_from_a_free_decode(self) -> None:
+        self.start(late_binding=True, max_in_flight_tokens=20_000)
+        busy = self.registry.reserve(self.registry.get("d0"), prompt(30_000))
+        for _ in range(40):
+            self.submit(tokens=5000)
+        alone = [self.submit(tokens=9000, role=D) for _ in range(20)]
+        self.assertWaits(*alone)
+        busy.release()
+        self.dispatcher.pump(0.1)
+        self.assertEqual(sum(one.settled for one in alone), 3, "all that fit there")
+        self.assertEqual(self.dispatcher.line.waiting(P), 39)
+
     def test_the_queue_is_bounded(self) -> None:
         self.start(max_waiting=1, queue_size=2, queue_bytes=100)
         self.submit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 from .endpoint import Endpoint, Reservation
 from .errors import Reject, reject
@@ -128,7 +129,7 @@ class Dispatcher:
 
     def _first_served(self, now: float, counted: list[tuple[PrefillLoad, Ticket]]) -> bool:
         passed, most = False, self._most_cost(now) if self._late_binding else math.inf
-        for ticket in list(itertools.islice(self.line, _LOOK_AT)):
+        for ticket in self._next():
             if ticket.role is InstanceRole.PREFILL and ticket.cost > most:
                 continue
             request = ticket.request
@@ -144,6 +145,14 @@ class Dispatcher:
                 awaited.prefill.begin(ticket, awaited.prefill_cost(request), now)
                 counted.append((awaited.prefill, ticket))
         return passed
+
+    def _next(self) -> Iterator[Ticket]:
+        """Yield the front of the line, then those for whom a free decode instance is enough."""
+        yield from list(itertools.islice(self.line, _LOOK_AT))
+        decode = InstanceRole.DECODE
+        if self.line.waiting(decode) and self._scheduler.open(decode):
+            alone = (ticket for ticket in self.line if ticket.role is decode)
+            yield from list(itertools.islice(alone, _LOOK_AT))
 
     def _try_safely(self, ticket: Ticket, now: float) -> Endpoint | None:
         """Try one that waits. A strategy of the operator's own that raises fails it, and no other."""
