@@ -5,6 +5,7 @@ import json
 import unittest
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.errors import Reject
@@ -209,6 +210,18 @@ class PrefillFailsTest(Case):
                 self.assertRejected(outcome, status, "prefill_4xx")
                 self.assertEqual(outcome.body, ERROR)
                 self.assertEqual(self.leg.tried, ["p0"])
+
+    async def test_a_p_that_does_not_take_its_key_is_replaced(self) -> None:
+        """The key is the scheduler's, not the client's."""
+        for status in (401, 403):
+            with self.subTest(status), mock.patch.object(Case, "KEYS", {"p0": "old"}):
+                self.setUp()
+                self.leg.answers = {"p0": answer(status, ERROR)}
+                forward = await self.route()
+                self.assertSplit(forward, self.leg.tried[1])
+                reason = f"status_{status}"
+                self.assertEqual(self.count("pd_prefill_failures_total", prefill="p0", reason=reason), 1.0)
+                forward.release()
 
     async def test_an_answer_without_a_hand_off_lets_decode_prefill(self) -> None:
         for found in (

@@ -254,7 +254,7 @@ class PDRouter:
         except PrefillFailed as error:
             reason = str(error)
         else:
-            if answer.status == 200 or _is_the_clients_fault(answer.status):
+            if answer.status == 200 or _is_the_clients_fault(answer.status, endpoint.instance):
                 self.registry.succeeded(endpoint)
                 handoff = self.connector.handoff(answer.body) if answer.status == 200 else None
                 if handoff is not None:
@@ -356,8 +356,10 @@ def _no_prefill() -> Reject:
     return reject(503, "No prefill instance can serve this request now.", "no_prefill")
 
 
-def _is_the_clients_fault(status: int) -> bool:
+def _is_the_clients_fault(status: int, instance: PDInstance) -> bool:
     """Whether another instance would answer the same. Timeouts and overload are the instance's own."""
+    if status in (401, 403):
+        return instance.api_key is None  # else it is our key that it does not take
     return 400 <= status < 500 and status not in (408, 429)
 
 

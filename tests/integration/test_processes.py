@@ -125,6 +125,21 @@ async def test_api_keys_are_sent_and_never_shown(
             assert "Where is the cache?" not in process.output
 
 
+async def test_a_p_whose_key_is_wrong_is_passed_over(session: aiohttp.ClientSession, stack: Stack) -> None:
+    """The client has no key to be wrong."""
+    with Fleet(2, 1, arguments=["--api-key=s3cret-key"]) as fleet:
+        config = {**fleet.config(), "api_key": {"env": "FLEET_KEY"}, "strategy": "round_robin"}
+        config["prefill_instances"][0]["api_key"] = {"env": "OLD_KEY"}
+        with spawned(stack.up(config), FLEET_KEY="s3cret-key", OLD_KEY="old") as process:
+            client = Client(session, stack, fleet)
+            await ready(client, process)
+            answers = [await client.complete() for _ in range(6)]
+            assert {(a.status, a.headers.get("x-pd-prefill")) for a in answers} == {(200, "prefill-1")}
+            failures = 'pd_prefill_failures_total{prefill="prefill-0",reason="status_401"}'
+            _, page = await client.admin("GET", "/metrics")
+            assert failures in page
+
+
 # -- serve, beside an Envoy of its own
 
 

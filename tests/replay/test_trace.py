@@ -111,6 +111,7 @@ class TestAzure:
         [
             ("2024-05-10 00:00:00,1", "2 fields, but the header has 3"),
             ("2024-05-10 00:00:00,x,1", "ContextTokens: 'x' is not a whole number"),
+            ("2024-05-10 00:00:00,1_0,1", "ContextTokens: '1_0' is not a whole number"),
             ("2024-05-10 00:00:00,1,", "GeneratedTokens: '' is not a whole number"),
             ("2024-05-10 00:00:00,1,-4", "GeneratedTokens: must not be negative, got -4"),
             ("10 May,1,1", "TIMESTAMP: '10 May' is no date and time like 2023-11-16 18:15:46.68"),

@@ -185,7 +185,7 @@ def _seconds(text: str) -> float:
 
 def _count(name: str, text: str) -> int:
     try:
-        number = int(text)
+        number = int(text.replace("_", "?"))  # int takes 1_000, which no CSV means
     except ValueError:
         raise ValueError(f"{name}: {text.strip()!r} is not a whole number") from None
     if number < 0:
