@@ -47,14 +47,6 @@ class Overload:
 
         await until(reached)
 
-    async def until_in_flight(self, count: int) -> None:
-        """Wait until so many requests are on instances."""
-
-        async def reached() -> bool:
-            return await self.client.in_flight() == count
-
-        await until(reached)
-
     def ask(self, prompt: str, headers: dict[str, str] | None = None, **body: Any) -> asyncio.Task[Answer]:
         """Send a completion request in the background."""
         document = {"prompt": prompt, "max_tokens": 4, **body}

@@ -217,6 +217,14 @@ class Client:
         _, found = await self.admin("GET", "/instances")
         return sum(each["in_flight"] for each in found["instances"])
 
+    async def until_in_flight(self, count: int) -> None:
+        """Wait until so many are: the scheduler learns of an answer's end a moment after the client."""
+
+        async def reached() -> bool:
+            return await self.in_flight() == count
+
+        await until(reached)
+
     async def fault(self, instance_id: str, **fault: Any) -> None:
         """Make a simulated instance misbehave; with no arguments, behave."""
         url = self.fleet[instance_id].url + "/_sim/fault"

@@ -67,7 +67,7 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
                 assert set(seen) == {(200, None), (429, "memory")}
                 assert seen[200, None] == LIMIT // BODY - 1, "the last one's place is not quite large enough"
                 assert memory(pid, "VmHWM") < before + 3 * LIMIT + CLIENTS * PER_REQUEST
-                await load.until_in_flight(0)
+                await load.client.until_in_flight(0)
                 after.append(memory(pid))
             assert (await load.metrics())["pd_held_bytes"] == 0
             assert max(after) < before + LIMIT + CLIENTS * PER_REQUEST

@@ -104,10 +104,7 @@ async def test_soak(
         await asyncio.sleep(max(0.0, start + number / RATE - time.monotonic()))
     await asyncio.gather(disturbing, *requests)
 
-    async def idle() -> bool:
-        return await client.in_flight() == 0
-
-    await until(idle)
+    await client.until_in_flight(0)
     grown = scheduler.memory_info().rss - baseline
     print(f"{number} requests, {dict(results)}, faults {dict(done)}, RSS grew by {grown / 2**20:.1f} MiB")
     assert set(results) <= {"ok", "cut"}, results

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from tests.fuzz.requests import HANDOFF, Request, request
-from tests.processes import Answer, Client, Process, until
+from tests.processes import Answer, Client, Process
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -39,10 +39,7 @@ async def test_fuzz(client: Client, up: Process) -> None:
         if not memory and start >= REQUESTS // 4:
             memory = {each: each.memory_info().rss for each in (scheduler, *scheduler.children())}
 
-    async def idle() -> bool:
-        return await client.in_flight() == 0
-
-    await until(idle)
+    await client.until_in_flight(0)
     assert "Traceback" not in up.output, up.output[-20_000:]
     assert " ERROR " not in up.output
     growth = {process.name(): process.memory_info().rss - before for process, before in memory.items()}

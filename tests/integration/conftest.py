@@ -55,11 +55,7 @@ async def client(
         if instance.alive:
             await client.fault(instance.id)
     if up.process.poll() is None:
-
-        async def idle() -> bool:
-            return await client.in_flight() == 0
-
-        await until(idle)
+        await client.until_in_flight(0)
 
 
 async def ready(client: Client, process: Process) -> None:

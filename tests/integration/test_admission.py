@@ -73,7 +73,7 @@ async def test_a_full_queue(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME, queue_size=1) as (load, _):
         with load.held("prefill-0"):
             first = load.ask("first")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             second = load.ask("second")
             await load.until_waiting(1)
             refused = await load.ask("third")
@@ -90,7 +90,7 @@ async def test_one_that_waits_too_long(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME, queue_timeout=0.5) as (load, _):
         with load.held("prefill-0"):
             first = load.ask("first")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             refused = await load.ask("second")
             assert (refused.status, refused.headers["x-pd-reason"]) == (429, "queue_timeout")
             assert int(refused.headers["retry-after"]) >= 1
@@ -105,7 +105,7 @@ async def test_a_client_that_leaves_frees_its_place(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME, queue_size=1) as (load, _):
         with load.held("prefill-0"):
             first = load.ask("first of those that leave")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             gone = load.ask("gone")
             await load.until_waiting(1)
             gone.cancel()
@@ -155,7 +155,7 @@ async def test_what_only_decode_is_for_does_not_wait_for_prefill(stacks: Open) -
     async with stacks(**ONE_AT_A_TIME) as (load, _):
         with load.held("prefill-0"):
             tasks = [load.ask("first")]
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             tasks += [load.ask(f"waits {number}") for number in range(30)]
             await load.until_waiting(30)
             assert (await load.ask("two answers", n=2)).status == 200
@@ -168,7 +168,7 @@ async def test_an_instance_that_comes_serves_those_that_wait(fleet: Fleet, stack
         async with stacks(**ONE_AT_A_TIME) as (load, _):
             with load.held("prefill-0"):
                 held = load.ask("held")
-                await load.until_in_flight(1)
+                await load.client.until_in_flight(1)
                 waits = load.ask("waits")
                 await load.until_waiting(1)
                 body = {"id": "new", "role": "prefill", "host": new.host, "port": new.port}
@@ -182,7 +182,7 @@ async def test_instances_that_go_leave_nobody_waiting(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME) as (load, _):
         with load.held("prefill-0"):
             held = load.ask("held")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             waits = load.ask("waits")
             await load.until_waiting(1)
             assert (await load.client.admin("POST", "/instances/prefill-0/drain"))[0] == 202
@@ -199,7 +199,7 @@ async def test_a_higher_priority_is_served_first(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME) as (load, _):
         with load.held("prefill-0"):
             tasks = [load.ask("zero")]
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             tasks += await load.ask_in_turn(
                 [("low", {"x-pd-priority": "-1"}), ("usual", {}), ("high", {"x-pd-priority": "5"})]
             )
@@ -217,7 +217,7 @@ async def test_a_higher_priority_displaces_a_lower_one(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME, queue_size=1) as (load, _):
         with load.held("prefill-0"):
             first = load.ask("first")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             low = load.ask("low")
             await load.until_waiting(1)
             high = load.ask("high", {"x-pd-priority": "5"})
@@ -231,7 +231,7 @@ async def test_a_tenant_with_many_requests_does_not_starve_another(stacks: Open)
     async with stacks(**ONE_AT_A_TIME) as (load, _):
         with load.held("prefill-0"):
             tasks = [load.ask("the one before")]
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             many = [(f"many {number:02}", {"x-pd-tenant": "many"}) for number in range(20)]
             tasks += await load.ask_in_turn([*many, ("only one", {"x-pd-tenant": "few"})])
         assert {(await task).status for task in tasks} == {200}
@@ -370,7 +370,7 @@ async def test_a_drain_serves_those_that_wait(stacks: Open) -> None:
     async with stacks(**ONE_AT_A_TIME) as (load, process):
         with load.held("prefill-0"):
             tasks = [load.ask("first")]
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             tasks += await load.ask_in_turn([(f"waits {number}", {}) for number in range(5)])
             process.signal(signal.SIGTERM)
 
@@ -386,7 +386,7 @@ async def test_a_drain_refuses_those_that_cannot_be_served_in_time(stacks: Open)
     async with stacks(**ONE_AT_A_TIME, drain_timeout=2.0) as (load, process):
         with load.held("prefill-0"):
             first = load.ask("first")
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             waits = load.ask("waits")
             await load.until_waiting(1)
             process.signal(signal.SIGTERM)
@@ -416,7 +416,7 @@ async def test_a_scheduler_that_is_killed_with_requests_in_its_queue(
         await until(split)
         with load.held("prefill-0"):
             tasks = [load.ask("first")]
-            await load.until_in_flight(1)
+            await load.client.until_in_flight(1)
             tasks += await load.ask_in_turn([(f"waits {number}", {}) for number in range(5)])
             scheduler.signal(signal.SIGKILL)
             answers = await asyncio.gather(*tasks)

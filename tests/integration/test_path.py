@@ -184,17 +184,9 @@ async def test_a_client_that_leaves_during_prefill_cancels_it(client: Client, fl
     for instance in fleet.prefill:
         await client.fault(instance.id, delay=30)
     request = asyncio.ensure_future(client.complete())
-
-    async def prefilling() -> bool:
-        return await client.in_flight() == 1
-
-    await until(prefilling)
+    await client.until_in_flight(1)
     request.cancel()
-
-    async def gone() -> bool:
-        return await client.in_flight() == 0
-
-    await until(gone)
+    await client.until_in_flight(0)
     answers = await client.admin("GET", "/metrics")
     assert 'pd_requests_rejected_total{reason="prefill' not in answers[1]
 
@@ -205,11 +197,7 @@ async def test_what_a_prefill_leaves_whose_client_has_left_is_freed(client: Clie
         await client.fault(instance.id, delay=0.3)
     before = await client.seen_by_all()
     request = asyncio.ensure_future(client.complete())
-
-    async def prefilling() -> bool:
-        return await client.in_flight() == 1
-
-    await until(prefilling)
+    await client.until_in_flight(1)
     request.cancel()
 
     async def released() -> bool:
@@ -247,8 +235,4 @@ async def test_in_flight_counts_streams_until_they_end(client: Client) -> None:
         assert await client.in_flight() == 1
         assert (await client.instance(response.headers["x-pd-decode"]))["in_flight"] == 1
     # the block's end closes the connection in mid-stream
-
-    async def gone() -> bool:
-        return await client.in_flight() == 0
-
-    await until(gone)
+    await client.until_in_flight(0)

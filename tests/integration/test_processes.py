@@ -34,10 +34,6 @@ def stack(tmp_path: Path) -> Stack:
     return Stack(tmp_path)
 
 
-async def _idle(client: Client) -> bool:
-    return await client.in_flight() == 0
-
-
 # -- up
 
 
@@ -171,7 +167,7 @@ async def test_a_dead_scheduler_is_a_non_event(
                 return "x-pd-prefill" in answer.headers
 
             await until(split_again)
-            await until(lambda: _idle(client))
+            await client.until_in_flight(0)
 
 
 async def _check_guard(client: Client) -> None:

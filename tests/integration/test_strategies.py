@@ -51,7 +51,7 @@ async def client(
     client = Client(session, stack, fleet)
     await ready(client, up)
     yield client
-    assert await client.in_flight() == 0
+    await client.until_in_flight(0)
     assert "Traceback" not in up.output
 
 
