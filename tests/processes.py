@@ -29,8 +29,9 @@ from vllm_pd_scheduler.sim.fleet import Fleet
 def _own_ports() -> Iterator[int]:
     """Ports that no other test process takes, below those that the kernel gives to clients."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    start = 12_000 + worker % 5 * 4_000
-    return itertools.cycle(range(start, start + 4_000))
+    start, size = 12_000 + worker % 5 * 4_000, 4_000
+    first = os.getpid() * 500 % size  # another run beside this one starts elsewhere
+    return itertools.cycle(start + (first + number) % size for number in range(size))
 
 
 _ports = _own_ports()
