@@ -198,7 +198,9 @@ async def test_a_drain_tells_what_remained_after_its_timeout(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 0.2})) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
+        async with session.post(
+            stack.url + "/v1/completions", json={**STREAM, "max_tokens": 200}
+        ) as response:
             await response.content.readline()
             for role, remaining in (
                 ("decode", {"in_flight": 1, "pending_handoffs": 0}),
