@@ -9,7 +9,7 @@ from unittest import mock
 
 from envoy.service.accesslog.v3 import als_pb2
 
-from tests.test_router import BODY, Leg
+from tests.routing import BODY, Leg
 from vllm_pd_scheduler import headers as names
 from vllm_pd_scheduler.attempts import FailedAttempt, Failure, read_attempts
 from vllm_pd_scheduler.breaker import BreakerState

@@ -6,8 +6,8 @@ import json
 from typing import Any
 from unittest import mock
 
+from tests.routing import BODY, ERROR, answer
 from tests.test_attempts import Case
-from tests.test_router import BODY, ERROR, answer
 from vllm_pd_scheduler.attempts import Failure
 from vllm_pd_scheduler.breaker import BreakerState
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
