@@ -322,7 +322,7 @@ class TestLoops:
 
     async def test_one_that_hangs_leaves_and_comes_back(self, fleet: Fixture) -> None:
         server = await fleet.serve()
-        await fleet.monitor(timeout=0.02).start()
+        await fleet.monitor(timeout=0.3).start()
         assert fleet["d0"].state is HEALTHY
         server.go.clear()
         await until(lambda: fleet["d0"].state is UNHEALTHY)
