@@ -136,7 +136,8 @@ async def test_a_burst_between_two_scrapes_spreads(client: Client) -> None:
         assert {answer.status for answer in answers} == {200}
         for role in ("prefill", "decode"):
             got = Counter(answer.headers.get(f"x-pd-{role}") for answer in answers)
-            assert min(got[f"{role}-{k}"] for k in (0, 1)) >= 12, got
+            assert set(got) == {f"{role}-0", f"{role}-1"}
+            assert min(got.values()) >= 12, got
     finally:
         await client.admin("PUT", "/strategy", {"strategy": "round_robin"})
 
