@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
-from vllm_pd_scheduler.registry import Registry
+from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 
 NAMES = (

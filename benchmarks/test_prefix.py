@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from vllm_pd_scheduler.body import JsonBody
-from vllm_pd_scheduler.prefix import Holder, PrefixIndex
-from vllm_pd_scheduler.prompt import read_prompt
+from vllm_pd_scheduler.prediction.prefix_index import Holder, PrefixIndex
+from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.request.prompt import read_prompt
 
 draw = random.Random(1)
 ENGLISH = "The quick brown fox jumps over the lazy dog.\n" * 456  # 20 KB

@@ -19,8 +19,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from vllm_pd_scheduler.models import RequestContext
-from vllm_pd_scheduler.registry import Endpoint
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies import Strategy
 
 

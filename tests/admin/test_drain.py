@@ -8,8 +8,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import UnknownInstance
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
-from vllm_pd_scheduler.registry import Endpoint, UnknownInstance
 from vllm_pd_scheduler.router import PDRouter
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE

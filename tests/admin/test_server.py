@@ -13,7 +13,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.router import PDRouter
 
 NEW: dict[str, Any] = {"id": "d1", "role": "decode", "host": "10.0.0.3", "port": 8201}

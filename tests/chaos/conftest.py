@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.conftest import ready
-from tests.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 

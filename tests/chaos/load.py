@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from tests.processes import Answer, Client, until
+from tests.support.processes import Answer, Client, until
 
 PROMPTS = [f"Prompt number {number}: what becomes of the cache?" for number in range(8)]
 

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from tests.chaos.load import load
-from tests.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}

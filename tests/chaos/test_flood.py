@@ -11,8 +11,8 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.overload import Overload, overload
-from tests.processes import Answer, until
+from tests.support.overload import Overload, overload
+from tests.support.processes import Answer, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 MIB = 1 << 20

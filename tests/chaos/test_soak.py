@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.processes import Client, Process, Stack, until
+from tests.support.processes import Client, Process, Stack, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))

@@ -4,8 +4,8 @@ import json
 import unittest
 from typing import Any
 
-from vllm_pd_scheduler.body import JsonBody
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
+from vllm_pd_scheduler.request.body import JsonBody
 
 # As vLLM 0.32 answered a prefill request, key for key.
 PARAMS: dict[str, Any] = {

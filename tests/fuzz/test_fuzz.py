@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from tests.fuzz.requests import HANDOFF, Request, request
-from tests.processes import Answer, Client, Process
+from tests.support.processes import Answer, Client, Process
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.processes import Answer, Client, until
+from tests.support.processes import Answer, Client, until
 
 BODY = {"prompt": "Where is the cache?", "max_tokens": 8}
 

@@ -13,11 +13,11 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.certificates import Certificates, make_certificates
 from tests.integration.conftest import NO_EJECTION, ready
-from tests.processes import Client, Stack, spawned, until
+from tests.support.certificates import Certificates, make_certificates
+from tests.support.processes import Client, Stack, spawned, until
 from vllm_pd_scheduler.config import parse_config
-from vllm_pd_scheduler.envoy_process import render_config
+from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 AT_ONCE = {"ejection_failures": 1, "strategy": "round_robin"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Client
+from tests.support.processes import Client
 
 PROMPT = "A hand-off is used once; a second use gives a wrong text. " * 8
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from tests.integration.conftest import ready
-from tests.processes import Answer, Client, Stack, spawned
-from vllm_pd_scheduler.body import MAX_DEPTH
-from vllm_pd_scheduler.envoy_process import render_config
+from tests.support.processes import Answer, Client, Stack, spawned
+from vllm_pd_scheduler.envoy.process import render_config
+from vllm_pd_scheduler.request.body import MAX_DEPTH
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 # -- limits

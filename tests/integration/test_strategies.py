@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.conftest import NO_EJECTION, ready
-from tests.processes import Client, Process, Stack, spawned
+from tests.support.processes import Client, Process, Stack, spawned
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 40

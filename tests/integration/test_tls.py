@@ -8,10 +8,10 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-from tests.certificates import make_certificates
 from tests.integration.conftest import ready
-from tests.processes import Client, Stack, spawned, until
-from vllm_pd_scheduler.envoy_process import render_config
+from tests.support.certificates import make_certificates
+from tests.support.processes import Client, Stack, spawned, until
+from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"

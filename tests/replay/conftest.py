@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.replay import fake
 from vllm_pd_scheduler.replay.job import Conditions, Job, Outcome
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
-
-from . import fake
 
 
 @pytest.fixture

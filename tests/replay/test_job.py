@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.replay.fake import Variant
 from vllm_pd_scheduler.replay.job import Job, ReplayError
-
-from .fake import Variant
 
 Make = Callable[[bool], Job]
 

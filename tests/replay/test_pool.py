@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.replay.fake import Variant
 from vllm_pd_scheduler.replay.job import Job, ReplayError
 from vllm_pd_scheduler.replay.pool import run_all
-
-from .fake import Variant
 
 Make = Callable[[bool], Job]
 

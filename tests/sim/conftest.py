@@ -6,10 +6,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.sim.client import Client
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
-
-from .client import Client
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.sim.client import Client
 from vllm_pd_scheduler.sim.fleet import Fleet
-
-from .client import Client
 
 NAMES = [
     "num_requests_running",

@@ -8,11 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.sim.client import CHAT, COMPLETIONS, PROMPT, Client, until
 from vllm_pd_scheduler.sim.fleet import Fleet, SimInstance
 from vllm_pd_scheduler.sim.profile import EngineProfile
 from vllm_pd_scheduler.sim.text import tokenize
-
-from .client import CHAT, COMPLETIONS, PROMPT, Client, until
 
 HELLO = {"messages": [{"role": "user", "content": "Hello there"}]}
 

@@ -4,8 +4,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
-from vllm_pd_scheduler.registry import Endpoint, Registry
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.request.context import RequestContext
 
 REQUEST = RequestContext("/v1/completions", model="m")
 

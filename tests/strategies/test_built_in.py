@@ -9,12 +9,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.strategies.fleet import REQUEST, build, fleets, ids, scrapes
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import RequestContext
-from vllm_pd_scheduler.registry import Endpoint, Registry
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies import Strategy, load_strategy
-
-from .fleet import REQUEST, build, fleets, ids, scrapes
 
 NAMES = ["round_robin", "least_load", "weighted"]
 

@@ -6,12 +6,11 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+from tests.strategies.fleet import REQUEST, build, ids
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
-from vllm_pd_scheduler.models import RequestContext
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy, load_strategy, strategy_names
 from vllm_pd_scheduler.strategies.least_load import LeastLoad
-
-from .fleet import REQUEST, build, ids
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 ENTRY_POINTS = """[vllm_pd_scheduler.strategies]

@@ -1,10 +1,9 @@
 import collections
 import unittest
 
+from tests.strategies.fleet import REQUEST, build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.strategies.power_of_two import PowerOfTwo
-
-from .fleet import REQUEST, build, ids
 
 
 class PowerOfTwoTest(unittest.TestCase):

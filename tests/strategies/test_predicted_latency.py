@@ -4,12 +4,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.fleet import D, P, prompt, registry_of
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import MetricsSnapshot
-from vllm_pd_scheduler.registry import Endpoint, Registry
 from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM, SAME, WORK_WEIGHT, PredictedLatency
-
-from ..fleet import D, P, prompt, registry_of
 
 BLOCKS = tuple(range(1, 11))
 

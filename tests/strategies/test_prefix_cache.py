@@ -1,10 +1,9 @@
 import unittest
 
+from tests.strategies.fleet import build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import RequestContext
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies.prefix_cache import _MORE, _SHARE, PrefixCache
-
-from .fleet import build, ids
 
 BLOCKS = tuple(range(1, 11))
 HALF = int(_SHARE * len(BLOCKS))

@@ -6,13 +6,12 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.strategies.fleet import REQUEST, build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import RequestContext
-from vllm_pd_scheduler.registry import Endpoint
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies import session
 from vllm_pd_scheduler.strategies.session import Session
-
-from .fleet import REQUEST, build, ids
 
 NAMES = [f"session-{number}" for number in range(400)]
 

@@ -4,12 +4,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.strategies.test_predicted_latency import BLOCKS, fleet, loads, step, ttft
+from tests.support.fleet import D, P, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM, WORK_WEIGHT, PredictedLatency
 from vllm_pd_scheduler.strategies.slo import Slo
-
-from ..fleet import D, P, prompt
-from .test_predicted_latency import BLOCKS, fleet, loads, step, ttft
 
 
 class MeetsTest(unittest.TestCase):

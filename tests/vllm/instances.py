@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.processes import Answer, Stack, until
-from vllm_pd_scheduler.metrics import parse_metrics
+from tests.support.processes import Answer, Stack, until
+from vllm_pd_scheduler.health.vllm_metrics import parse_metrics
 
 MODEL = "tiny"
 AGGREGATED = "http://127.0.0.1:28100"

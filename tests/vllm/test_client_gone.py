@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.processes import Stack, spawned, until
+from tests.support.processes import Stack, spawned, until
 from tests.vllm.instances import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.processes import Answer, Stack, spawned, until
+from tests.support.processes import Answer, Stack, spawned, until
 from tests.vllm.instances import Instance, Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Stack, spawned, until
+from tests.support.processes import Stack, spawned, until
 from tests.vllm.instances import AGGREGATED, Pair, completion, post, ready
 
 pytestmark = pytest.mark.vllm

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Stack, spawned
+from tests.support.processes import Stack, spawned
 from tests.vllm.instances import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm

@@ -7,18 +7,22 @@ import contextlib
 import hmac
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from aiohttp import web
+from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config import InstanceConfig, read_problem
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole
-from ..registry import DuplicateInstance, Endpoint, UnknownInstance
 from ..router import PDRouter
-from ..state import AdminChanges, SavedInstance
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
+from .collectors import collectors
+from .saved_changes import AdminChanges, SavedInstance
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ class AdminServer:
     ) -> None:
         self._router = router
         self._changes = changes or AdminChanges(router)
+        self._collectors = collectors(router, time.monotonic)
         self._is_ready = is_ready
         self._token = token
         self._runner: web.AppRunner | None = None
@@ -133,7 +138,8 @@ class AdminServer:
         return web.json_response({"status": "ready"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._router.telemetry.page(), content_type="text/plain", charset="utf-8")
+        body = self._router.telemetry.page() + generate_latest(self._collectors)
+        return web.Response(body=body, content_type="text/plain", charset="utf-8")
 
     async def _get_strategy(self, _: web.Request) -> web.Response:
         scheduler = self._router.scheduler

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..body import JsonBody
+from ..request.body import JsonBody
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..body import HANDOFF_KEY, JsonBody
+from ..request.body import HANDOFF_KEY, JsonBody
 from .base import Handoff
 
 _REMOTE_DECODE = (

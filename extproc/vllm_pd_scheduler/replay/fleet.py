@@ -11,21 +11,22 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from ..admission.dispatcher import Dispatcher
+from ..admission.queue import Ticket
 from ..config import ConfigError, parse_config
-from ..disaggregation import Disaggregation
-from ..dispatch import Dispatcher
-from ..endpoint import Endpoint, Reservation
-from ..errors import Reject
-from ..models import InstanceRole, MetricsSnapshot, PDInstance, RequestContext
-from ..registry import Registry
+from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.registry import Registry
+from ..models import InstanceRole, MetricsSnapshot, PDInstance
+from ..request.context import RequestContext
+from ..request.errors import Reject
 from ..scheduler import Scheduler
+from ..scheduler.disaggregation import Disaggregation
 from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
 from ..sim.setups import setup
 from ..sim.virtual import Offer, Snapshot, VirtualClock, VirtualInstance
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
-from ..waiting import Ticket
 from . import DEFAULT_SETUP
 from .peers import PEERS
 from .result import LoadSample, RequestResult, RunResult
@@ -377,7 +378,7 @@ class _Run:
         return len(self._results) == len(self._trace.requests)
 
     def _changed(self) -> None:
-        if len(self._dispatcher.line):
+        if len(self._dispatcher.queue):
             self._dispatcher.pump(self._clock.now)
             self._wake_in_time()
 
@@ -420,5 +421,5 @@ class _Run:
         for endpoint, instance in self._instances.items():
             seen = instance.snapshot()
             self._samples.append(LoadSample(now, endpoint.id, seen.running, seen.waiting, seen.kv_usage))
-        self._samples.append(LoadSample(now, "scheduler", 0, len(self._dispatcher.line), 0.0))
+        self._samples.append(LoadSample(now, "scheduler", 0, len(self._dispatcher.queue), 0.0))
         self._clock.call_at(now + max(1.0, self._trace.seconds / _SAMPLES), self._sample)

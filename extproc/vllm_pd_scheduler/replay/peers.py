@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..endpoint import Endpoint
-from ..models import InstanceRole, RequestContext
+from ..fleet.endpoint import Endpoint
+from ..models import InstanceRole
+from ..request.context import RequestContext
 from ..strategies import Strategy
 from ..strategies.power_of_two import PowerOfTwo
 from ..strategies.session import Session

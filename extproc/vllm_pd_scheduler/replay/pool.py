@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
-from ..lifeline import die_with_parent
+from ..system.parent_death import die_with_parent
 from .job import Job, Outcome, ReplayError
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from vllm_pd_scheduler.sim.answers import DONE, Shape, Usage, event, model_list
-from vllm_pd_scheduler.sim.engine import EngineRequest, HandOff
-from vllm_pd_scheduler.sim.faults import KEPT_BODY, Entry, Fault, Journal, cut
-from vllm_pd_scheduler.sim.handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer
-from vllm_pd_scheduler.sim.metrics import Metrics
-from vllm_pd_scheduler.sim.options import Options
-from vllm_pd_scheduler.sim.protocol import (
+from .answers import DONE, Shape, Usage, event, model_list
+from .engine import EngineRequest, HandOff
+from .faults import KEPT_BODY, Entry, Fault, Journal, cut
+from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer
+from .metrics import Metrics
+from .options import Options
+from .protocol import (
     ApiError,
     ChatBody,
     CompletionBody,
@@ -29,8 +29,8 @@ from vllm_pd_scheduler.sim.protocol import (
     read_body,
     split_inputs,
 )
-from vllm_pd_scheduler.sim.text import Answer, read_prompt, render_chat, tokenize
-from vllm_pd_scheduler.sim.worker import EngineFailed, Job, Worker
+from .text import Answer, read_prompt, render_chat, tokenize
+from .worker import EngineFailed, Job, Worker
 
 VERSION = "0.32.0"
 MAX_BODY = 128 * 1024 * 1024

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vllm_pd_scheduler.sim.blocks import BlockPool
-from vllm_pd_scheduler.sim.leap import Leap
-from vllm_pd_scheduler.sim.profile import EngineProfile
-from vllm_pd_scheduler.sim.request import EngineRequest, HandOff, State
+from .blocks import BlockPool
+from .leap import Leap
+from .profile import EngineProfile
+from .request import EngineRequest, HandOff, State
 
 __all__ = ["Engine", "EngineRequest", "Fetch", "HandOff", "Output", "State", "Step"]
 

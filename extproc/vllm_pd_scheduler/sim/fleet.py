@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Self
 
-from vllm_pd_scheduler.sim.profile import EngineProfile
+from .profile import EngineProfile
 
 DECODE_PORT_OFFSET = 100
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from vllm_pd_scheduler.sim.engine import Engine, EngineRequest
+from .engine import Engine, EngineRequest
 
 M = TypeVar("M", bound=MetricWrapperBase)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from vllm_pd_scheduler.sim.profile import EngineProfile
+from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
 DEFAULT_MAX_MODEL_LEN = 32_768

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from vllm_pd_scheduler.sim.text import Prompt, read_prompt, render_chat
+from .text import Prompt, read_prompt, render_chat
 
 B = TypeVar("B", bound=msgspec.Struct)
 

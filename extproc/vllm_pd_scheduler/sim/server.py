@@ -10,13 +10,13 @@ from contextlib import suppress
 import uvloop
 from aiohttp import web
 
-from vllm_pd_scheduler.lifeline import die_with_parent
-from vllm_pd_scheduler.sim.api import Api
-from vllm_pd_scheduler.sim.engine import Engine
-from vllm_pd_scheduler.sim.handoff import Connector
-from vllm_pd_scheduler.sim.metrics import Metrics
-from vllm_pd_scheduler.sim.options import Options, parse_options
-from vllm_pd_scheduler.sim.worker import Worker
+from ..system.parent_death import die_with_parent
+from .api import Api
+from .engine import Engine
+from .handoff import Connector
+from .metrics import Metrics
+from .options import Options, parse_options
+from .worker import Worker
 
 
 async def serve(options: Options) -> int:

@@ -13,7 +13,7 @@ measurements that others have published. Tests compare the outcome with these:
 from dataclasses import dataclass
 from functools import partial
 
-from vllm_pd_scheduler.sim.profile import EngineProfile
+from .profile import EngineProfile
 
 GIB = 2**30
 BF16, FP8 = 2, 1

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 
-from vllm_pd_scheduler.sim.engine import Engine, Fetch, Step
-from vllm_pd_scheduler.sim.leap import Leap
-from vllm_pd_scheduler.sim.request import EngineRequest, HandOff, State
+from .engine import Engine, Fetch, Step
+from .leap import Leap
+from .request import EngineRequest, HandOff, State
 
 Told = Callable[[EngineRequest, float], None]
 

@@ -8,17 +8,10 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_pd_scheduler.sim.engine import Engine, EngineRequest, Fetch, HandOff, Step
-from vllm_pd_scheduler.sim.handoff import (
-    Connector,
-    FatalHandOff,
-    FetchCall,
-    FetchReply,
-    Offer,
-    TransferFailed,
-)
-from vllm_pd_scheduler.sim.metrics import Metrics
-from vllm_pd_scheduler.sim.text import Answer, Prompt
+from .engine import Engine, EngineRequest, Fetch, HandOff, Step
+from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, Offer, TransferFailed
+from .metrics import Metrics
+from .text import Answer, Prompt
 
 
 class EngineFailed(Exception):

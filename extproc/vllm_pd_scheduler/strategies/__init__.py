@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .base import Strategy
+from ..fleet.endpoint import Endpoint
+from ..request.context import RequestContext
+from .base import Strategy, StrategySettings
 from .least_load import LeastLoad
 from .power_of_two import PowerOfTwo
 from .predicted_latency import PredictedLatency
@@ -16,11 +18,9 @@ from .session import Session
 from .slo import Slo
 from .weighted import Weighted
 
-if TYPE_CHECKING:
-    from ..config import SchedulerConfig
-
 __all__ = [
-    "ENTRY_POINT_GROUP", "Strategy", "UnknownStrategy", "load_strategy", "make_strategy", "strategy_names",
+    "ENTRY_POINT_GROUP", "Endpoint", "RequestContext", "Strategy", "StrategySettings", "UnknownStrategy",
+    "load_strategy", "make_strategy", "strategy_names",
 ]  # fmt: skip
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.strategies"
@@ -74,7 +74,7 @@ def load_strategy(name: str) -> type[Strategy]:
     return found
 
 
-def make_strategy(name: str, config: SchedulerConfig) -> Strategy:
+def make_strategy(name: str, config: StrategySettings) -> Strategy:
     """Return a new strategy object; raises :exc:`UnknownStrategy`, also if its constructor fails."""
     found = load_strategy(name)
     try:

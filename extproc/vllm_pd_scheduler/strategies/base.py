@@ -7,14 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from ..endpoint import Endpoint
-from ..models import RequestContext
-
-if TYPE_CHECKING:
-    from ..config import SchedulerConfig
-
+from ..fleet.endpoint import Endpoint
+from ..request.context import RequestContext
 
 AGEING = 0.2
 """Seconds of work that a second of waiting makes up for."""
@@ -33,6 +29,28 @@ def all_requests(endpoints: Sequence[Endpoint]) -> list[float]:
     return found
 
 
+class StrategySettings(Protocol):
+    """What the built-in strategies read of the configuration; a strategy gets all of it.
+
+    A protocol, since the configuration checks the names of strategies and so imports them.
+    """
+
+    @property
+    def load_weight(self) -> float:
+        """Weight of the load for ``weighted``."""
+        ...
+
+    @property
+    def kv_cache_weight(self) -> float:
+        """Weight of the KV-cache use for ``weighted``."""
+        ...
+
+    @property
+    def latency_weight(self) -> float:
+        """Weight of the latency for ``weighted``."""
+        ...
+
+
 class Strategy:
     """Ranks the endpoints of one role for one request. Each role has an object of its own.
 
@@ -44,7 +62,7 @@ class Strategy:
     reads_prefixes: ClassVar[bool] = False
     """Whether it reads ``request.cached``; prompts are hashed, at some cost, only if some strategy does."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: StrategySettings) -> None:
         self.config = config
         self.random = Random()
         self._turn = 0

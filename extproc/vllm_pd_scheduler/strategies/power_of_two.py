@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..endpoint import Endpoint
-from ..models import RequestContext
+from ..fleet.endpoint import Endpoint
+from ..request.context import RequestContext
 from .base import Strategy
 
 

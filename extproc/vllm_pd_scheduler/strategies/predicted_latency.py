@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 
-from ..endpoint import Endpoint
-from ..models import InstanceRole, RequestContext
+from ..fleet.endpoint import Endpoint
+from ..models import InstanceRole
+from ..request.context import RequestContext
 from .base import Strategy
 
 WORK_WEIGHT = 1.0
@@ -25,7 +26,7 @@ NO_ROOM = 1e9
 
 
 class PredictedLatency(Strategy):
-    """The load model decides (see :mod:`vllm_pd_scheduler.load`).
+    """The load model decides (see :mod:`vllm_pd_scheduler.prediction.load_model`).
 
     Prefill: score = left + (1 + WORK_WEIGHT) * cost, where ``left`` is the predicted time until what is
     queued there is done and ``cost`` that of this request's uncached tokens. ``left + cost`` is the time to

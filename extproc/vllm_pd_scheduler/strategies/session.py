@@ -6,14 +6,10 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-from ..endpoint import Endpoint
-from ..models import RequestContext
-from .base import Strategy, all_requests
-
-if TYPE_CHECKING:
-    from ..config import SchedulerConfig
+from ..fleet.endpoint import Endpoint
+from ..request.context import RequestContext
+from .base import Strategy, StrategySettings, all_requests
 
 _POINTS = 100
 """Points that each endpoint has on the ring: shares then differ by about a tenth."""
@@ -31,7 +27,7 @@ class Session(Strategy):
     bound: float | None = 1.25
     """Requests that an endpoint may have, as a multiple of the mean; ``None``: any number."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: StrategySettings) -> None:
         super().__init__(config)
         self._endpoints: Sequence[Endpoint] = ()
         self._members: dict[str, Endpoint] = {}

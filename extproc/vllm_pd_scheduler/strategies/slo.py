@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..endpoint import Endpoint
-from ..models import RequestContext
+from ..fleet.endpoint import Endpoint
+from ..request.context import RequestContext
 from .predicted_latency import PredictedLatency
 
 

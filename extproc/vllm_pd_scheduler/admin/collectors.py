@@ -1,0 +1,187 @@
+"""Gauges that are read from the fleet, the queue and the shadow at the moment they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..admission.queue import RequestQueue
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole, InstanceState
+from ..router import PDRouter
+from ..scheduler.shadow import GAINS_S, Shadow
+
+
+def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
+    """Return a Prometheus registry with all that is read from a router when it is scraped."""
+    registry = CollectorRegistry()
+    registry.register(_RegistryCollector(router.registry, clock))
+    registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.total))
+    registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
+    return registry
+
+
+def _prefill_rate(endpoint: Endpoint, _: float) -> float | None:
+    per_token = endpoint.prefill.per_token
+    return 1 / per_token if per_token > 0 else None
+
+
+def _decode_step(endpoint: Endpoint, _: float) -> float:
+    return endpoint.decode.step(endpoint.requests, endpoint.kv_tokens)
+
+
+_Read = Callable[[Endpoint, float], float | None]
+"""Reads a value of an endpoint at a time; ``None``: there is none yet."""
+
+_OF_ALL: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
+    (
+        "pd_waiting",
+        "Requests queued on an instance: scraped, plus sent since.",
+        lambda e, _: e.waiting if e.metrics else None,
+    ),
+    (
+        "pd_kv_cache_usage",
+        "KV-cache use, 0 to 1, as scraped.",
+        lambda e, _: e.kv_usage if e.metrics else None,
+    ),
+    (
+        "pd_metrics_age_seconds",
+        "Age of the last scrape that succeeded.",
+        lambda e, now: now - e.metrics.taken_at if e.metrics else None,
+    ),
+    (
+        "pd_tokens_in_flight",
+        "Tokens of our requests on an instance: to compute for prefill, prompt and answer for decode.",
+        lambda e, _: e.tokens,
+    ),
+    ("pd_kv_capacity_tokens", "Tokens that its KV cache holds, as scraped.", lambda e, _: e.kv_capacity),
+    ("pd_prefix_blocks", "Prompt blocks that are taken for cached there.", lambda e, _: len(e.holder)),
+)
+_OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_prefill_rate", "Learned: prompt tokens a second, without attention's share.", _prefill_rate),
+    (
+        "pd_prefill_overhead_seconds",
+        "Learned: time of a prefill of no tokens.",
+        lambda e, _: e.prefill.overhead,
+    ),
+    (
+        "pd_prefill_left_seconds",
+        "Predicted time until the prefills that we have sent there are done.",
+        lambda e, now: e.prefill.left(now),
+    ),
+    (
+        "pd_prefix_trust",
+        "Learned: share of the tokens taken for cached there that were.",
+        lambda e, _: e.prefill.trust,
+    ),
+)
+_OF_DECODE: tuple[tuple[str, str, _Read], ...] = (
+    ("pd_decode_step_seconds", "Predicted time of a decode step with what runs there now.", _decode_step),
+)
+
+
+class _RegistryCollector(Collector):
+    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+        self._registry = registry
+        self._clock = clock
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._states()
+        yield from self._values(_OF_ALL, tuple(self._registry))
+        yield from self._values(_OF_PREFILL, self._registry.endpoints(InstanceRole.PREFILL))
+        yield from self._values(_OF_DECODE, self._registry.endpoints(InstanceRole.DECODE))
+        ratios = GaugeMetricFamily(
+            "pd_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
+        )
+        for model, ratio in self._registry.load.ratios().items():
+            ratios.add_metric([model], ratio)
+        yield ratios
+
+    def _states(self) -> Iterator[Metric]:
+        state = GaugeMetricFamily(
+            "pd_instance_state",
+            "1 for the state that an instance is in.",
+            labels=["instance", "role", "state"],
+        )
+        for endpoint in self._registry:
+            for one in InstanceState:
+                values = [endpoint.id, endpoint.instance.role.value, one.value]
+                state.add_metric(values, float(endpoint.state is one))
+        ready = GaugeMetricFamily("pd_routable_instances", "Instances that can serve.", labels=["role"])
+        for role in InstanceRole:
+            ready.add_metric([role.value], len(self._registry.routable(role)))
+        yield from (state, ready)
+
+    def _values(
+        self, table: tuple[tuple[str, str, _Read], ...], endpoints: Sequence[Endpoint]
+    ) -> Iterator[Metric]:
+        now = self._clock()
+        for name, text, read in table:
+            family = GaugeMetricFamily(name, text, labels=["instance", "role"])
+            for endpoint in endpoints:
+                if (value := read(endpoint, now)) is not None:
+                    family.add_metric([endpoint.id, endpoint.instance.role.value], value)
+            yield family
+
+
+class _QueueCollector(Collector):
+    def __init__(self, queue: RequestQueue, held: Callable[[], int]) -> None:
+        self._queue = queue
+        self._held = held
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily(
+            "pd_queue_requests", "Requests that wait in the scheduler.", labels=["priority"]
+        )
+        tally = Tally(ticket.request.priority for ticket in self._queue.by_arrival())
+        for priority, count in ({0: 0} | tally).items():
+            waiting.add_metric([str(priority)], count)
+        yield waiting
+        yield GaugeMetricFamily("pd_queue_bytes", "Bytes of their bodies.", self._queue.bytes)
+        yield GaugeMetricFamily(
+            "pd_held_bytes", "Bytes of request bodies between arrival and decode.", self._held()
+        )
+
+
+class _ShadowCollector(Collector):
+    def __init__(self, shadow: Callable[[], Shadow | None]) -> None:
+        self._shadow = shadow
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        shadow = self._shadow()
+        if shadow is None:
+            return
+        labels = ["strategy", "role"]
+        picks = CounterMetricFamily(
+            "pd_shadow_picks",
+            "Picks that the shadow strategy was asked for too, by what came of it.",
+            labels=[*labels, "outcome"],
+        )
+        gains = HistogramMetricFamily(
+            "pd_shadow_gain_seconds",
+            "Predicted seconds by which the shadow's choice, where it differed, would have been better.",
+            labels=labels,
+        )
+        for role, tally in shadow.tallies.items():
+            values = [shadow.name, role.value]
+            for outcome in ("agreed", "differed", "failed"):
+                picks.add_metric([*values, outcome], getattr(tally, outcome))
+            bounds = [*map(str, GAINS_S), "+Inf"]
+            gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
+        yield from (picks, gains)

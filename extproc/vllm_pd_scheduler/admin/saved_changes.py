@@ -1,0 +1,268 @@
+"""What the admin interface changed, kept in a file so that a restart of the scheduler does not lose it.
+
+``snapshot`` and ``apply`` are each other's inverse and do no I/O but to read an API key from where it is
+kept; ``read_state`` and ``write_state`` are the file; ``AdminChanges`` is all of it for one router.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..config import InstanceConfig, SchedulerConfig, read_problem
+from ..fleet.registry import DuplicateInstance, UnknownInstance
+from ..models import InstanceRole, PDInstance, join_address
+from ..router import PDRouter
+from ..strategies import UnknownStrategy
+
+log = logging.getLogger(__name__)
+
+
+class StateError(ValueError):
+    """A state file cannot be used; the message says why."""
+
+
+class SavedInstance(InstanceConfig):
+    """An instance and its role. Of an API key it has the place where it is kept, never the key."""
+
+    role: InstanceRole
+
+    def is_at(self, instance: PDInstance) -> bool:
+        """Whether that is this instance: the same id, role and address."""
+        mine = (self.id, self.role, self.host, self.port)
+        return mine == (instance.instance_id, instance.role, instance.host, instance.port)
+
+
+class AdminState(BaseModel):
+    """How a router differs from its configuration. A strategy is ``None`` when it does not.
+
+    ``strategy`` is that of both roles. An instance of the configuration that was replaced is in both
+    ``removed`` and ``added``.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    version: Literal[1]
+    strategy: str | None = None
+    prefill_strategy: str | None = None
+    decode_strategy: str | None = None
+    shadow_strategy: str | None = None
+    """Empty: the configuration has one, and it is not used."""
+    removed: list[SavedInstance] = []
+    added: list[SavedInstance] = []
+    drained: list[str] = []
+
+
+def snapshot(router: PDRouter, added: Iterable[SavedInstance]) -> AdminState:
+    """Return how a router differs from its configuration; ``added`` is what the admin interface added."""
+    endpoints = {e.id: e for e in router.registry}
+    configured = {item.id: item for item in _configured(router.config)}
+    new = {item.id: item for item in added if item.id in endpoints and item != configured.get(item.id)}
+    gone = [item for item in configured.values() if item.id in new or item.id not in endpoints]
+    known = configured.keys() | new.keys()
+    return AdminState(
+        version=1,
+        **_strategies(router),
+        removed=[item.model_copy(update={"api_key": None}) for item in gone],
+        added=list(new.values()),
+        drained=[e.id for e in endpoints.values() if e.draining and e.id in known],
+    )
+
+
+def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], list[str]]:
+    """Change a router that is as configured; return what was added, and a line for all that was skipped.
+
+    Skipped is what the configuration has overtaken since, or what cannot be done any more.
+    """
+    problems = _use(state, router) + _remove(state.removed, router)
+    added, failed = _add(state.added, router)
+    problems += failed
+    for name in state.drained:
+        try:
+            router.drain_instance(name)
+        except UnknownInstance as error:
+            problems.append(f"drained: {error}")
+    return added, problems
+
+
+def _strategies(router: PDRouter) -> dict[str, str]:
+    """Return the keys of a state in which a router's strategies differ from the configuration's."""
+    config, names = router.config, router.scheduler.names
+    changed = {role: name for role, name in names.items() if name != config.strategy_of(role)}
+    if len(changed) == len(names) and len(set(changed.values())) == 1:
+        found = {"strategy": next(iter(changed.values()))}
+    else:
+        found = {f"{role}_strategy": name for role, name in changed.items()}
+    shadow = router.scheduler.shadow.name if router.scheduler.shadow else None
+    return found if shadow == config.shadow_strategy else {**found, "shadow_strategy": shadow or ""}
+
+
+def _use(state: AdminState, router: PDRouter) -> list[str]:
+    problems = []
+    use, use_shadow = router.scheduler.use, router.scheduler.use_shadow
+    wanted: list[tuple[str, str | None, Callable[[str], None]]] = [
+        ("strategy", state.strategy, use),
+        ("prefill_strategy", state.prefill_strategy, partial(use, role=InstanceRole.PREFILL)),
+        ("decode_strategy", state.decode_strategy, partial(use, role=InstanceRole.DECODE)),
+        ("shadow_strategy", state.shadow_strategy, lambda name: use_shadow(name or None)),
+    ]
+    for key, name, change in wanted:
+        if name is None:
+            continue
+        if not router.config.may_use(name):
+            problems.append(f"{key}: {name!r} can be used only if the configuration names it")
+            continue
+        try:
+            change(name)
+        except UnknownStrategy as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _remove(removed: list[SavedInstance], router: PDRouter) -> list[str]:
+    problems = []
+    for item in removed:
+        try:
+            instance = router.registry.get(item.id).instance
+        except UnknownInstance:
+            continue  # not in the configuration any more either
+        if item.is_at(instance):
+            router.unregister_instance(item.id)
+        else:
+            problems.append(f"removed: {item.id!r} is {_where(instance)} now: it stays")
+    return problems
+
+
+def _add(added: list[SavedInstance], router: PDRouter) -> tuple[list[SavedInstance], list[str]]:
+    done, problems = [], []
+    present = {instance.instance_id: instance for instance in router.get_instances()}
+    for item in added:
+        if item.id in present and item.is_at(present[item.id]):
+            continue  # the configuration has it by now
+        try:
+            router.register_instance(router.config.instance(item.role, item))
+            done.append(item)
+        except DuplicateInstance as error:
+            problems.append(f"added: {item.id!r} at {join_address(item.host, item.port)}: {error}")
+        except ValueError as error:
+            problems.append(f"added: {item.id!r}: {error}")
+    return done, problems
+
+
+def _where(instance: PDInstance) -> str:
+    return f"the {instance.role} instance {join_address(instance.host, instance.port)}"
+
+
+def _configured(config: SchedulerConfig) -> list[SavedInstance]:
+    lists = {InstanceRole.PREFILL: config.prefill_instances, InstanceRole.DECODE: config.decode_instances}
+    return [SavedInstance(role=role, **dict(item)) for role, items in lists.items() for item in items]
+
+
+def read_state(path: Path) -> AdminState | None:
+    """Return what a file holds, ``None`` if there is no file; raises :exc:`StateError`."""
+    try:
+        return AdminState.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise StateError("; ".join(map(read_problem, error.errors(include_url=False)))) from None
+
+
+def write_state(path: Path, state: AdminState) -> None:
+    """Replace a file at once and for good, readable by its owner only; raises :exc:`OSError`."""
+    text = state.model_dump_json(indent=2, exclude_none=True) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # its mode is 0600
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+class AdminChanges:
+    """What the admin interface changed in a router, kept in ``state_file`` if the configuration names one."""
+
+    def __init__(self, router: PDRouter) -> None:
+        self._router = router
+        self._path = Path(router.config.state_file) if router.config.state_file else None
+        self._added: dict[str, SavedInstance] = {}
+
+    def restore(self) -> None:
+        """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
+        if self._path is None:
+            return
+        try:
+            state = read_state(self._path)
+        except StateError as error:
+            self._put_aside(self._path, str(error))
+            return
+        if state is None:
+            return
+        added, problems = apply(state, self._router)
+        self._added = {item.id: item for item in added}
+        for problem in problems:
+            log.warning("state_file %s: skipped: %s", self._path, problem)
+        log.info("state_file %s: %s", self._path, _summary(state))
+
+    def _put_aside(self, path: Path, reason: str) -> None:
+        """Keep a file that cannot be used from being overwritten by the next change."""
+        aside = Path(f"{path}.corrupt")
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            log.warning(
+                "state_file %s: %s; it cannot be renamed (%s), so no change is kept",
+                path,
+                reason,
+                error.strerror,
+            )
+            self._path = None
+        else:
+            log.warning("state_file %s: %s; it is %s now, and all is as configured", path, reason, aside)
+
+    def add(self, item: SavedInstance) -> None:
+        """Register an instance in the router.
+
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or another :exc:`ValueError` that
+        names the key that cannot be used: its API key cannot be read, say.
+        """
+        self._router.register_instance(self._router.config.instance(item.role, item))
+        self._added[item.id] = item
+        self.save()
+
+    def remove(self, instance_id: str) -> None:
+        """Unregister; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+        self._router.unregister_instance(instance_id)
+        self._added.pop(instance_id, None)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, after any change. If that fails, the change counts, and an error is logged."""
+        if self._path is None:
+            return
+        try:
+            write_state(self._path, snapshot(self._router, self._added.values()))
+        except OSError as error:
+            log.error("state_file %s: a change is not kept: %s", self._path, error.strerror)
+
+
+def _summary(state: AdminState) -> str:
+    lists = {"removed": [i.id for i in state.removed], "added": [i.id for i in state.added]}
+    lists["drained"] = state.drained
+    keys = ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
+    parts = [f"{key} {name or 'none'}" for key in keys if (name := getattr(state, key)) is not None]
+    parts += [f"{name} {', '.join(ids)}" for name, ids in lists.items() if ids]
+    return "; ".join(parts) or "no changes"

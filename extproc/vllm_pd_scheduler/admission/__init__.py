@@ -1,0 +1,1 @@
+"""Who is served next: the queue of requests that wait, and the memory that bodies may take."""

@@ -1,0 +1,99 @@
+"""What the commands have in common: their options, and how they read, log, run and fail."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Coroutine
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import uvloop
+
+from ..config import ConfigError, SchedulerConfig, load_config
+from ..envoy.process import EnvoyError, EnvoyPorts
+from ..models import join_address
+from ..service.app import StartupError
+from ..strategies import UnknownStrategy
+
+
+class LogLevel(StrEnum):
+    """Names of Python's log levels."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+DEFAULT_PORTS = EnvoyPorts()
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="JSON configuration file.")]
+IntervalOption = Annotated[
+    float | None,
+    typer.Option("--interval", min=0.05, help="Seconds between health checks."),
+]
+ShadowOption = Annotated[
+    str | None,
+    typer.Option("--shadow", help="A second strategy, that is only compared: see GET /shadow of the admin."),
+]
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, to stderr.")]
+PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
+PrefillPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's loopback prefill listener.")]
+GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
+AdminPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="The scheduler's admin HTTP.")]
+EnvoyAdminPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's own admin.")]
+PrefillCountOption = Annotated[int, typer.Option(min=1, max=64, help="Prefill instances.")]
+DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode instances.")]
+
+
+def read_config(path: Path) -> SchedulerConfig:
+    """Return the configuration in a file, or print all that is wrong with it and end with status 2."""
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def with_ports(
+    config: SchedulerConfig, prefill_port: int, grpc_port: int | None, admin_port: int | None
+) -> SchedulerConfig:
+    """Return the configuration for an Envoy of our own, with the ports that are given."""
+    changed: dict[str, Any] = {"prefill_listener": f"http://{join_address('127.0.0.1', prefill_port)}"}
+    if grpc_port is not None:
+        changed["grpc_port"] = grpc_port
+    if admin_port is not None:
+        changed["admin_port"] = admin_port
+    return config.model_copy(update=changed)
+
+
+def log_to_stderr(level: LogLevel) -> None:
+    """Set logging up for a command that serves."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG has a line for every message
+
+
+def envoy_log_level(level: LogLevel) -> str:
+    """Return Envoy's level for ours: its INFO is some hundred lines at start, shown only with DEBUG."""
+    return {"DEBUG": "info", "INFO": "warning", "WARNING": "error"}.get(level, "critical")
+
+
+def run(main: Coroutine[Any, Any, int]) -> None:
+    """Run a service to its end; a status other than 0, or an error of its start, ends the command."""
+    try:
+        status = uvloop.run(main)
+    except (StartupError, EnvoyError, UnknownStrategy) as error:
+        fail(str(error))
+    if status:
+        raise typer.Exit(status)
+
+
+def fail(message: str) -> NoReturn:
+    """Print what went wrong and end with status 1."""
+    typer.echo(f"vllm-pd-scheduler: {message}", err=True)
+    raise typer.Exit(1)

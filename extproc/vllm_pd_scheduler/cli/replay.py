@@ -1,0 +1,192 @@
+"""The command ``replay``: compares strategies on a recorded load."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from ..replay import DEFAULT_SETUP
+
+if TYPE_CHECKING:
+    from ..replay.fleet import FleetSpec, Variant
+    from ..replay.job import Conditions, Outcome
+    from ..replay.trace import Trace
+
+_FILE_WIDTH = 140  # of a table that goes to a file or a pipe, where nothing wraps
+
+
+def _finite(value: float) -> float:
+    """Refuse what the bounds of an option let through."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be used")
+    return value
+
+
+def replay(
+    trace: Annotated[Path, typer.Option(help="Mooncake JSONL or Azure LLM inference CSV.")],
+    strategies: Annotated[
+        str, typer.Option(help="Separated by commas, each maybe with settings: a,b+setting=1.")
+    ],
+    prefill: Annotated[int, typer.Option(min=1, max=1000, help="Prefill instances.")],
+    decode: Annotated[int, typer.Option(min=1, max=1000, help="Decode instances.")],
+    rate: Annotated[
+        float, typer.Option(min=1e-6, max=1e6, callback=_finite, help="Multiple of the trace's own rate.")
+    ] = 1.0,
+    setup: Annotated[
+        str, typer.Option(help="Model and machine that the engines simulate; a wrong one names all.")
+    ] = DEFAULT_SETUP,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    ttft_slo: Annotated[
+        float, typer.Option(min=1e-6, callback=_finite, help="Limit of the time to first token, s.")
+    ] = 5.0,
+    tpot_slo: Annotated[
+        float, typer.Option(min=1e-6, callback=_finite, help="Limit of the time per output token, s.")
+    ] = 0.05,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw there: .png, .svg or .pdf.")] = None,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Search each one's highest rate with 95 % within the limits.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Strategies run side by side; else one a core.")
+    ] = None,
+) -> None:
+    """Compare strategies on a recorded load, with simulated engines in virtual time."""
+    from ..replay.job import Conditions
+
+    _check_outputs(trace, json_path, plot_path)
+    variants = _variants(strategies)
+    fleet = _fleet(prefill, decode, setup, seed)
+    loaded = _load(trace, limit)
+    conditions = Conditions(trace.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
+    outcomes = _run(loaded, conditions, find_rate, variants, jobs or os.cpu_count() or 1)
+    _publish(outcomes, conditions, json_path, plot_path)
+
+
+def _check_outputs(trace: Path, json_path: Path | None, plot_path: Path | None) -> None:
+    """Find out before a long run what could not be written after it."""
+    from ..replay.plot import SUFFIXES, PlotError, require_matplotlib
+
+    for option, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is None:
+            continue
+        if problem := _unwritable(path):
+            _refuse(option, f"{path}: {problem}")
+        if path.resolve() == trace.resolve():
+            _refuse(option, f"{path}: that is the trace itself")
+    if plot_path is None:
+        return
+    if plot_path.suffix.lower() not in SUFFIXES:
+        _refuse("--plot", f"{plot_path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if json_path and plot_path.resolve() == json_path.resolve():
+        _refuse("--plot", f"{plot_path}: that is where --json writes")
+    try:
+        require_matplotlib()
+    except PlotError as error:
+        _refuse("--plot", str(error))
+
+
+def _unwritable(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a directory"
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent}"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return "cannot be written: Permission denied"
+    return None
+
+
+def _variants(text: str) -> list[Variant]:
+    from ..replay.fleet import parse_variant
+
+    found: dict[str, Variant] = {}
+    for name in (part.strip() for part in text.split(",")):
+        try:
+            if not name:
+                raise ValueError("a name is missing beside a comma" if "," in text else "name at least one")
+            variant = parse_variant(name)
+        except ValueError as error:
+            _refuse("--strategies", str(error))
+        if found.setdefault(variant.label, variant) is not variant:
+            _refuse("--strategies", f"{variant.label} is named twice")
+    return list(found.values())
+
+
+def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:
+    from ..replay.fleet import FleetSpec
+
+    try:
+        return FleetSpec(prefill, decode, setup, seed)
+    except ValueError as error:
+        _refuse("--setup", str(error))
+
+
+def _load(path: Path, limit: int | None) -> Trace:
+    from ..replay.trace import TraceError, read_trace
+
+    try:
+        return read_trace(path, limit)
+    except TraceError as error:
+        _fail(str(error), 2)
+
+
+def _run(
+    trace: Trace, conditions: Conditions, search: bool, variants: list[Variant], processes: int
+) -> list[Outcome]:
+    from rich.console import Console
+
+    from ..replay.fleet import run_variant
+    from ..replay.job import Job, ReplayError
+    from ..replay.pool import run_all
+    from ..replay.report import progress_bars
+
+    job = Job(trace, conditions, search, run_variant)
+    labels = [variant.label for variant in variants]
+    try:
+        with progress_bars(labels, conditions.requests, Console(stderr=True)) as progress:
+            return run_all(job, variants, processes, progress)
+    except ReplayError as error:
+        _fail(str(error), 1)
+
+
+def _publish(
+    outcomes: list[Outcome], conditions: Conditions, json_path: Path | None, plot_path: Path | None
+) -> None:
+    """Print first: what was computed is not lost when a file cannot be written."""
+    from rich.console import Console
+
+    from ..replay.plot import plot
+    from ..replay.report import as_json, show
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    show(outcomes, conditions, console)
+    if json_path:
+        text = json.dumps(as_json(outcomes, conditions), indent=2, ensure_ascii=False) + "\n"
+        _write(json_path, lambda path: path.write_text(text, encoding="utf-8"))
+    if plot_path:
+        _write(plot_path, lambda path: plot(outcomes, conditions, path))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        _fail(f"{path}: cannot be written: {error.strerror}", 1)
+
+
+def _refuse(option: str, message: str) -> NoReturn:
+    raise typer.BadParameter(message, param_hint=option)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"vllm-pd-scheduler: {message}", err=True)
+    raise typer.Exit(status)

@@ -1,0 +1,83 @@
+"""The commands that serve a real fleet: ``serve``, ``up`` and ``check``."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import typer
+
+from ..config import SchedulerConfig
+from ..envoy.process import EnvoyPorts
+from ..service import run as service
+from ..strategies import UnknownStrategy, load_strategy
+from .options import (
+    DEFAULT_PORTS,
+    AdminPortOption,
+    ConfigOption,
+    EnvoyAdminPortOption,
+    GrpcPortOption,
+    IntervalOption,
+    LogLevel,
+    LogLevelOption,
+    PortOption,
+    PrefillPortOption,
+    ShadowOption,
+    envoy_log_level,
+    log_to_stderr,
+    read_config,
+    run,
+    with_ports,
+)
+
+
+def serve(
+    config: ConfigOption,
+    interval: IntervalOption = None,
+    shadow: ShadowOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
+    settings = _with_shadow(read_config(config), shadow)
+    if interval is not None:
+        if not math.isfinite(interval):
+            raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
+        settings = settings.model_copy(update={"health_check_interval": interval})
+    log_to_stderr(log_level)
+    run(service.serve(settings))
+
+
+def up(
+    config: ConfigOption,
+    port: PortOption = DEFAULT_PORTS.ingress,
+    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
+    grpc_port: GrpcPortOption = None,
+    admin_port: AdminPortOption = None,
+    envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
+    shadow: ShadowOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
+    settings = with_ports(_with_shadow(read_config(config), shadow), prefill_port, grpc_port, admin_port)
+    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port)
+    log_to_stderr(log_level)
+
+    async def started() -> None:
+        logging.getLogger(__name__).info("Envoy listens on port %d", port)
+
+    run(service.up(settings, ports, envoy_log_level(log_level), started))
+
+
+def check(config: ConfigOption) -> None:
+    """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    typer.echo(read_config(config).model_dump_json(indent=2))
+
+
+def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
+    if name is None:
+        return config
+    try:
+        load_strategy(name)
+    except UnknownStrategy as error:
+        raise typer.BadParameter(str(error), param_hint="--shadow") from None
+    return config.model_copy(update={"shadow_strategy": name})

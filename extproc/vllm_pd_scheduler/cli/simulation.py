@@ -1,0 +1,64 @@
+"""The commands that need no vLLM: ``sim`` and ``demo``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..config import parse_config
+from ..envoy.process import EnvoyPorts
+from ..service import run as service
+from .options import (
+    DEFAULT_PORTS,
+    AdminPortOption,
+    DecodeCountOption,
+    EnvoyAdminPortOption,
+    GrpcPortOption,
+    LogLevel,
+    LogLevelOption,
+    PortOption,
+    PrefillCountOption,
+    PrefillPortOption,
+    envoy_log_level,
+    fail,
+    log_to_stderr,
+    run,
+    with_ports,
+)
+
+
+def sim(
+    prefill: PrefillCountOption = 2,
+    decode: DecodeCountOption = 2,
+    base_port: Annotated[int, typer.Option(min=1, max=65000, help="First prefill port; decode +100.")] = 8100,
+) -> None:
+    """Run a simulated vLLM fleet alone, until Ctrl-C."""
+    from ..service.demo import run_sim
+
+    raise typer.Exit(run_sim(prefill, decode, base_port))
+
+
+def demo(
+    prefill: PrefillCountOption = 2,
+    decode: DecodeCountOption = 2,
+    port: PortOption = DEFAULT_PORTS.ingress,
+    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
+    grpc_port: GrpcPortOption = None,
+    admin_port: AdminPortOption = None,
+    envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Run a simulated fleet, the scheduler and Envoy, send one request, and stay until Ctrl-C."""
+    from ..service.demo import Demo
+    from ..sim.fleet import FleetError
+
+    log_to_stderr(log_level)
+    try:
+        with Demo(prefill, decode) as running:
+            settings = with_ports(parse_config(running.config()), prefill_port, grpc_port, admin_port)
+            ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, "127.0.0.1")
+            started = running.show(settings, ports)
+            run(service.up(settings, ports, envoy_log_level(log_level), started, access_log=False))
+    except FleetError as error:
+        fail(str(error))

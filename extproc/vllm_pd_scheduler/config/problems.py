@@ -1,0 +1,125 @@
+"""What is wrong with a configuration, in words for the person who writes it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..models import InstanceRole, join_address
+from ..strategies import UnknownStrategy, load_strategy
+from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSource, is_loopback
+from .tls import InstanceTlsConfig, TlsConfig
+
+
+def problems_of(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
+    """What only the whole and its machine show: doubles, unreadable secrets, an open admin port, …
+
+    ``listed`` replaces the instances, for a file in which some of them are malformed.
+    """
+    found = _unknown_strategies(config)
+    items = list(config.listed() if listed is None else listed)
+    found += _doubles(items)
+    for _, key, item in items:
+        found += _unreadable(f"{key}.api_key", item.api_key)
+        try:
+            config.tls_name(item)
+        except ValueError as error:
+            found.append(f"{key}.{error}")
+    found += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
+    found += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
+    found += _unreadable("instance_tls", config.instance_tls)
+    if config.admin_token is None and not is_loopback(config.admin_host):
+        found.append(
+            f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
+            'machines; give {"env": NAME} or {"file": PATH}'
+        )
+    found += _unusable(config.state_file)
+    for role in InstanceRole:
+        if not any(role is item_role for item_role, _, _ in items):
+            found.append(
+                f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
+            )
+    return found
+
+
+def _unknown_strategies(config: SchedulerConfig) -> list[str]:
+    found = []
+    for key in ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy"):
+        name = getattr(config, key)
+        try:
+            if name is not None:
+                load_strategy(name)
+        except UnknownStrategy as error:
+            found.append(f"{key}: {error}")
+    return found
+
+
+def _doubles(items: list[Listed]) -> list[str]:
+    found: list[str] = []
+    ids: dict[str, str] = {}
+    addresses: dict[tuple[InstanceRole, str, int], str] = {}
+    for role, key, item in items:
+        if (first := ids.setdefault(item.id, key)) != key:
+            found.append(f"{key}.id: {item.id!r} is the id of {first} already")
+        if (first := addresses.setdefault((role, item.host, item.port), key)) != key:
+            address = join_address(item.host, item.port)
+            found.append(f"{key}: {address} is the address of {first} already")
+    return found
+
+
+def _unusable(state_file: str | None) -> list[str]:
+    if state_file is None:
+        return []
+    directory = os.path.dirname(os.path.abspath(state_file))
+    if os.path.lexists(state_file) and not os.path.isfile(state_file):
+        return [f"state_file: {state_file} is not a file"]
+    if not os.path.isdir(directory):
+        return [f"state_file: there is no directory {directory}"]
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return [f"state_file: the directory {directory} is not writable"]
+    return []
+
+
+def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig | None) -> list[str]:
+    if source is None:
+        return []
+    try:
+        source.read() if isinstance(source, SecretSource) else source.context()
+    except ValueError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def read_problem(detail: Any) -> str:
+    """One line for a pydantic error: the key's path, then what is wrong, in plain words."""
+    path = ""
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = SchedulerConfig if len(detail["loc"]) == 1 else None
+        hint = _closest(str(detail["loc"][-1]), known)
+        return f"{path}: unknown key{hint}"
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "value_error":
+        found = str(context["error"])
+    elif kind == "string_pattern_mismatch" and context["pattern"] in MEANING:
+        found = MEANING[context["pattern"]]
+    elif kind == "model_type":
+        secret = context["class_name"] == SecretSource.__name__
+        found = "must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
+    else:
+        message = str(detail["msg"]).removeprefix("Input should be ")
+        found = f"must be {message}" if message != detail["msg"] else message
+    return f"{path}: {found}" if path else found
+
+
+def _closest(key: str, model: type[BaseModel] | None) -> str:
+    names = list(model.model_fields) if model else list(InstanceConfig.model_fields)
+    match = difflib.get_close_matches(key, names, 1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,134 @@
+"""Certificates: those of the scheduler's own servers, and what it wants of the instances'."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..models import is_ip
+
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+"""One part of a DNS name, as a regular expression."""
+
+
+def _is_a_name(name: str) -> str:
+    if is_ip(name) or not re.fullmatch(rf"{LABEL}(\.{LABEL})*", name):
+        raise ValueError("must be a DNS name, as the certificate has it")
+    return name
+
+
+ServerName = Annotated[str, Field(max_length=253), AfterValidator(_is_a_name)]
+
+_SYSTEM_CA = (
+    ssl.get_default_verify_paths().cafile,
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/cert.pem",
+)
+"""Where systems keep their authorities in one file; ``SSL_CERT_FILE`` comes first."""
+
+
+class TlsConfig(BaseModel):
+    """PEM files of a server: its certificate chain, its key, and who signs the clients it admits.
+
+    Without ``client_ca`` any client is admitted. The files are read at start: new ones need a restart.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Return a server's context, TLS 1.2 or later; raises :exc:`ValueError` naming a bad file."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.read()
+        _show(context, self.cert, self.key)
+        if self.client_ca is not None:
+            _trust(context, self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def read(self) -> tuple[bytes, bytes, bytes | None]:
+        """Return the certificate chain, the key and who signs the clients; raises likewise."""
+        cert, key = _read(self.cert), _read(self.key)
+        return cert, key, None if self.client_ca is None else _read(self.client_ca)
+
+
+class InstanceTlsConfig(BaseModel):
+    """TLS to the instances: who signs their certificates, and what to show those that ask for one.
+
+    ``ca``, ``cert`` and ``key`` are PEM files, read at start by the scheduler and by Envoy. Without ``ca``
+    the system's authorities are trusted. ``server_name`` is the DNS name that the certificates must be
+    for, if it is not each instance's own ``host``.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    server_name: ServerName | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> InstanceTlsConfig:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError('"cert" and "key" belong together: give both, or neither')
+        return self
+
+    def ca_file(self) -> str:
+        """Return the PEM file of the authorities; raises :exc:`ValueError` if the system has none."""
+        if self.ca is not None:
+            return self.ca
+        for path in _SYSTEM_CA:
+            if path is not None and Path(path).is_file():
+                return path
+        raise ValueError("no file with the system's certificate authorities is found: name one as ca")
+
+    def context(self) -> ssl.SSLContext:
+        """Return a client's context, TLS 1.2 or later; raises :exc:`ValueError` naming a bad file."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and its name
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        ca = self.ca_file()
+        _read(ca)
+        _trust(context, ca)
+        if self.cert is not None and self.key is not None:
+            _read(self.cert)
+            _read(self.key)
+            _show(context, self.cert, self.key)
+        return context
+
+
+def _show(context: ssl.SSLContext, cert: str, key: str) -> None:
+    try:
+        context.load_cert_chain(cert, key, password=lambda: b"")
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(
+            f"{cert} and {key} are not a PEM certificate and its unencrypted key ({_reason(error)})"
+        ) from None
+
+
+def _trust(context: ssl.SSLContext, ca: str) -> None:
+    try:
+        context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"{ca} has no PEM certificate ({_reason(error)})") from None
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not PEM").replace("_", " ").lower()
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,0 +1,90 @@
+"""Between Envoy's protobuf messages and the state machine's: the only place that knows the wire format.
+
+``envoy.service.ext_proc.v3`` from xds-protos (protobuf's C implementation), since one exchange takes
+10 µs with it and 580 µs with pure-Python messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from envoy.config.core.v3 import base_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+
+from ...request.errors import Reject
+from ...routing.forward import Forward
+from .stream import Continue, Message, Phase, Reply, StreamError
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+
+DETAILS_PREFIX = "pd_"
+"""Marks our replies in Envoy's response code details: envoy.yaml leaves the bodies of these as they are."""
+
+_PHASES = {phase.name.lower(): phase for phase in Phase}
+_OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+def decode(data: bytes) -> Message:
+    """Read a ``ProcessingRequest``; raises :exc:`StreamError` if it is none, or of an unknown kind."""
+    try:
+        request = pb.ProcessingRequest.FromString(data)
+    except Exception as error:
+        raise StreamError(f"not a ProcessingRequest: {error}") from None
+    kind = request.WhichOneof("request")
+    if kind == "request_headers":
+        headers = {
+            header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace")
+            for header in request.request_headers.headers.headers
+        }
+        return Message(Phase.REQUEST_HEADERS, request.request_headers.end_of_stream, headers)
+    if kind == "request_body":
+        return Message(Phase.REQUEST_BODY, request.request_body.end_of_stream, body=request.request_body.body)
+    if kind not in _PHASES:
+        raise StreamError(f"a message of the unknown kind {kind}")
+    return Message(_PHASES[kind])
+
+
+def encode(action: Reply) -> bytes:
+    """Write the ``ProcessingResponse`` for an action."""
+    if isinstance(action, Continue):
+        return _CONTINUE[action.phase]
+    if isinstance(action.outcome, Reject):
+        return _immediate(action.outcome)
+    return _forward(action.phase, action.outcome)
+
+
+def _forward(phase: Phase, forward: Forward) -> bytes:
+    response = pb.ProcessingResponse()
+    common = (response.request_body if phase is Phase.REQUEST_BODY else response.request_headers).response
+    mutation = common.header_mutation
+    _set(mutation.set_headers, forward.headers())
+    mutation.remove_headers.extend(forward.remove_headers)
+    if forward.body is not None:
+        common.body_mutation.body = forward.body
+    return bytes(response.SerializeToString())
+
+
+def _immediate(answer: Reject) -> bytes:
+    response = pb.ProcessingResponse()
+    immediate = response.immediate_response
+    immediate.status.code = answer.status
+    immediate.body = answer.body
+    immediate.details = DETAILS_PREFIX + answer.reason
+    _set(immediate.headers.set_headers, answer.headers)
+    return bytes(response.SerializeToString())
+
+
+def _set(options: Any, headers: dict[str, str]) -> None:
+    for name, value in headers.items():
+        option = options.add(append_action=_OVERWRITE)
+        option.header.key = name
+        option.header.raw_value = value.encode()
+
+
+def _continue(phase: Phase) -> bytes:
+    response = pb.ProcessingResponse()
+    getattr(response, phase.name.lower()).SetInParent()
+    return bytes(response.SerializeToString())
+
+
+_CONTINUE = {phase: _continue(phase) for phase in Phase}

@@ -1,0 +1,155 @@
+"""One ext_proc stream as a state machine: events in, one action out. No I/O, no protobuf.
+
+Envoy opens a stream for each HTTP request. In the mode that ``envoy/envoy.yaml`` sets (request body
+BUFFERED, response headers and body not sent, response trailers sent) it goes::
+
+    RequestHeaders ─▶ Continue ─▶ RequestBody ─▶ Route … Routed ─▶ Forward ─▶ … Closed
+    RequestHeaders(end_of_stream) ─▶ Route … Routed ─▶ Forward ─▶ … Closed
+
+and Envoy closes the stream when the response has ended, was aborted or failed, which is how requests in
+flight are counted exactly. The state machine also answers what other modes would send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from ...request.errors import Reject
+from ...routing.forward import Forward
+
+
+class Phase(Enum):
+    """The message of Envoy's that an action replies to: a reply must be of the same kind."""
+
+    REQUEST_HEADERS = auto()
+    REQUEST_BODY = auto()
+    REQUEST_TRAILERS = auto()
+    RESPONSE_HEADERS = auto()
+    RESPONSE_BODY = auto()
+    RESPONSE_TRAILERS = auto()
+
+
+class State(Enum):
+    """Where a stream is."""
+
+    AWAIT_HEADERS = auto()
+    AWAIT_BODY = auto()
+    ROUTING = auto()
+    FORWARDED = auto()
+    """The request is on its way to decode, or its answer on its way back."""
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message from Envoy; ``headers`` is set for request headers, ``body`` for the request's body."""
+
+    phase: Phase
+    end_of_stream: bool = False
+    headers: Mapping[str, str] | None = None
+    body: bytes = b""
+
+    @property
+    def body_size(self) -> int:
+        """Bytes of the request's body that it brings or, if it has the headers, announces."""
+        announced = (self.headers or {}).get("content-length", "")
+        return int(announced) if announced.isdecimal() and not self.end_of_stream else len(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Reply to ``phase`` that nothing changes."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Have this request routed, then call :meth:`Stream.routed`."""
+
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Reply to ``phase`` with where the request goes, or with an error in its place."""
+
+    phase: Phase
+    outcome: Forward | Reject
+
+
+Reply = Continue | Answer
+"""What goes back to Envoy."""
+
+
+class StreamError(Exception):
+    """Envoy sent a message that does not belong there. The stream ends; Envoy lets the request pass."""
+
+
+class Stream:
+    """The state of one stream. ``close`` must be called once, whatever happened."""
+
+    __slots__ = ("_headers", "_phase", "forward", "state")
+
+    def __init__(self) -> None:
+        self.state = State.AWAIT_HEADERS
+        self.forward: Forward | None = None
+        self._headers: Mapping[str, str] = {}
+        self._phase = Phase.REQUEST_HEADERS
+
+    def receive(self, message: Message) -> Continue | Route:
+        """Take a message of Envoy's; raises :exc:`StreamError` for one that cannot come now."""
+        state, phase = self.state, message.phase
+        self._phase = phase
+        if state is State.AWAIT_HEADERS and phase is Phase.REQUEST_HEADERS:
+            self._headers = message.headers or {}
+            if message.end_of_stream:
+                return self._route(b"")
+            self.state = State.AWAIT_BODY
+            return Continue(phase)
+        if state is State.AWAIT_BODY and phase is Phase.REQUEST_BODY:
+            return self._route(message.body)
+        if state is State.FORWARDED and phase in _AFTER_ROUTING:
+            return Continue(phase)
+        raise StreamError(f"{phase.name} cannot come in state {state.name}")
+
+    def refused(self, answer: Reject) -> Answer:
+        """Answer the request in place of the action for the message that has just come."""
+        self.state = State.CLOSED
+        return Answer(self._phase, answer)
+
+    def routed(self, outcome: Forward | Reject) -> Answer:
+        """Take the outcome of a :class:`Route` action."""
+        if self.state is not State.ROUTING:
+            if isinstance(outcome, Forward):
+                outcome.release()
+            raise StreamError(f"nothing is being routed in state {self.state.name}")
+        if isinstance(outcome, Forward):
+            self.forward = outcome
+            self.state = State.FORWARDED
+        else:
+            self.state = State.CLOSED
+        return Answer(self._phase, outcome)
+
+    def sent(self) -> None:
+        """Take that Envoy has the outcome: a body is not needed any more."""
+        if self.forward is not None:
+            self.forward.body = None
+
+    def close(self) -> None:
+        """Take the end of the stream: give back what the request had reserved."""
+        self.state = State.CLOSED
+        if self.forward is not None:
+            self.forward.release()
+
+    def _route(self, body: bytes) -> Route:
+        self.state = State.ROUTING
+        return Route(self._headers, body)
+
+
+_AFTER_ROUTING = frozenset(
+    {Phase.REQUEST_TRAILERS, Phase.RESPONSE_HEADERS, Phase.RESPONSE_BODY, Phase.RESPONSE_TRAILERS}
+)

@@ -1,0 +1,1 @@
+"""The instances: which there are, how they are, what is in flight on them."""

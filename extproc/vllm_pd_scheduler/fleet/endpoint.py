@@ -1,0 +1,169 @@
+"""An instance as the scheduler sees it: its state, its load, and the requests that have a claim on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..models import InstanceState, MetricsSnapshot, PDInstance
+from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
+from ..prediction.prefix_index import Holder, PrefixIndex
+from ..request.context import RequestContext
+from .breaker import Breaker, BreakerPolicy, BreakerState
+
+
+@dataclass(slots=True, eq=False)
+class Endpoint:
+    """An instance and all that is known of it. Only the registry changes it; strategies read it."""
+
+    instance: PDInstance
+    address: str | None = None
+    """``ip:port``, the name by which Envoy knows the host; ``None`` until a DNS name was resolved."""
+    metrics: MetricsSnapshot | None = None
+    in_flight: int = 0
+    """Requests that we sent there and that have not ended."""
+    draining: bool = False
+    healthy: bool | None = None
+    """``None`` before the first probe."""
+    reason: str = "not probed yet"
+    """Why it is not healthy, for people."""
+    in_flight_at_scrape: int = 0
+    streak: int = 0
+    """Successive probes that contradict ``healthy``."""
+    breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
+    started_at: float | None = None
+    """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
+    generation: int = 0
+    """How often it was seen to restart. Reservations of an earlier generation count no more."""
+    pending_handoffs: int = 0
+    """Hand-offs that a P holds for requests whose answer has not ended."""
+    tokens: float = 0.0
+    """Tokens of our requests there: for prefill those to compute, for decode prompt and expected answer."""
+    tokens_at_scrape: float = 0.0
+    kv_capacity: float | None = None
+    """Tokens that its KV cache holds, as last scraped."""
+    prefill: PrefillLoad = field(default_factory=lambda: PrefillLoad(FleetLoad().prefill))
+    decode: DecodeLoad = field(default_factory=lambda: DecodeLoad(FleetLoad().decode))
+    holder: Holder = field(default_factory=lambda: PrefixIndex().add())
+    """The prompt prefixes that are taken for cached there."""
+
+    @property
+    def id(self) -> str:
+        """The instance's id."""
+        return self.instance.instance_id
+
+    @property
+    def url(self) -> str:
+        """Base URL by its address, which must be known."""
+        return f"{self.instance.scheme}://{self.address}"
+
+    @property
+    def state(self) -> InstanceState:
+        """Draining wins over health, since it is what the operator asked for."""
+        if self.draining:
+            return InstanceState.DRAINING
+        if self.healthy is None:
+            return InstanceState.STARTING
+        if self.healthy and self.breaker.state is not BreakerState.OPEN:
+            return InstanceState.HEALTHY
+        return InstanceState.UNHEALTHY
+
+    @property
+    def routable(self) -> bool:
+        """Whether a new request may go there."""
+        return self.state is InstanceState.HEALTHY and self.address is not None
+
+    @property
+    def ejected(self) -> bool:
+        """Whether only its breaker keeps requests away: it is alive, and a last resort."""
+        alive = self.healthy is True and not self.draining and self.address is not None
+        return alive and self.breaker.state is BreakerState.OPEN
+
+    @property
+    def drained(self) -> bool:
+        """Whether it is draining and nothing that we sent, or that waits to be fetched, is left on it."""
+        return self.draining and not self.in_flight and not self.pending_handoffs
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it was ejected and a request runs there, its trial: no other goes there first meanwhile."""
+        return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
+
+    @property
+    def waiting(self) -> float:
+        """Requests queued there: the last scrape's, plus what we have sent since and it cannot know of.
+
+        The second part is what keeps a burst between two scrapes from herding to one instance.
+        """
+        scraped = self.metrics.waiting if self.metrics else 0.0
+        return max(0.0, scraped + self.in_flight - self.in_flight_at_scrape)
+
+    @property
+    def requests(self) -> float:
+        """Requests running or queued there: ours exactly, and others' (another scheduler's) as last seen."""
+        if self.metrics is None:
+            return float(self.in_flight)
+        others = self.metrics.running + self.metrics.waiting - self.in_flight_at_scrape
+        return self.in_flight + max(0.0, others)
+
+    def prefill_cost(self, request: RequestContext) -> float:
+        """Predicted seconds of prefill for a request, as far as its prompt is not cached there."""
+        load = self.prefill
+        return load.cost(request.uncached(self.holder, load.trust), request.prompt_tokens)
+
+    @property
+    def kv_tokens(self) -> float:
+        """Tokens of KV cache in use: ours as reserved, others' as last seen."""
+        if self.metrics is None or self.kv_capacity is None:
+            return self.tokens
+        others = self.metrics.kv_usage * self.kv_capacity - self.tokens_at_scrape
+        return self.tokens + max(0.0, others)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache in use at the last scrape, 0 to 1."""
+        return self.metrics.kv_usage if self.metrics else 0.0
+
+    @property
+    def latency(self) -> float | None:
+        """See :attr:`MetricsSnapshot.latency`."""
+        return self.metrics.latency if self.metrics else None
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """One request's claim on an endpoint, counted from the moment of the pick until ``release``."""
+
+    endpoint: Endpoint
+    generation: int
+    tokens: float = 0.0
+    cost: float = 0.0
+    """Predicted seconds of prefill."""
+    wait: float = 0.0
+    """Predicted seconds until its prefill begins."""
+    at: float = 0.0
+    """When it was made."""
+    cached: float = 0.0
+    """Prompt tokens that are taken for cached there."""
+    active: bool = True
+
+    def release(self, now: float | None = None) -> None:
+        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
+        if self._end():
+            load = self.endpoint.prefill
+            load.cancel(self, load.head_at if now is None else now)
+
+    def finish(self, now: float) -> float | None:
+        """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""
+        return self.endpoint.prefill.end(self, now) if self._end() else None
+
+    def _end(self) -> bool:
+        """Return whether it had not ended, nor the process that it was a claim on."""
+        if not self.active:
+            return False
+        self.active = False
+        endpoint = self.endpoint
+        if self.generation != endpoint.generation:
+            return False
+        endpoint.in_flight -= 1
+        endpoint.tokens = max(0.0, endpoint.tokens - self.tokens) if endpoint.in_flight else 0.0
+        return True

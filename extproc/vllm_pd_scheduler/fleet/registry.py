@@ -1,0 +1,324 @@
+"""The one mutable state: which instances there are, how they are, and what is in flight on them.
+
+Synchronous, does no I/O, and takes every time it needs as an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..models import InstanceRole, MetricsSnapshot, PDInstance, is_ip, join_address
+from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
+from ..prediction.prefix_index import PrefixIndex
+from ..request.context import RequestContext
+from .breaker import Breaker, BreakerPolicy, BreakerState
+from .endpoint import Endpoint, Reservation
+
+__all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
+
+
+_LEAST_BLOCK_TOKENS = 16.0
+"""A client can send one token id of a megabyte; no real prompt has so few tokens in a block."""
+_RECENT = 0.1
+"""Weight of the newest request in running means."""
+
+
+class UnknownInstance(KeyError):
+    """No instance has this id."""
+
+    def __str__(self) -> str:
+        return f"no instance has the id {self.args[0]!r}"
+
+
+class DuplicateInstance(ValueError):
+    """An id, or an address within a role, is taken already."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    """How many probes in a row make an instance leave and return, and when failed requests do."""
+
+    unhealthy_threshold: int = 2
+    healthy_threshold: int = 1
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    max_ejected_share: float = 0.5
+
+
+@dataclass(slots=True)
+class Registry:
+    """Instances by id. Listeners are called after a change in who there is or who can serve."""
+
+    policy: HealthPolicy = field(default_factory=HealthPolicy)
+    load: FleetLoad = field(default_factory=FleetLoad)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    block_tokens: float = 256.0
+    """Tokens of one block of the prefix index, on average over recent requests."""
+    trials: bool = False
+    """Whether some endpoint was ejected and may be on trial."""
+    on_scraped: Callable[[], None] | None = None
+    """Called after each scrape."""
+    _endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    _untried: dict[InstanceRole, set[Endpoint]] = field(
+        default_factory=lambda: {role: set() for role in InstanceRole}
+    )
+    """Those of which the load model has measured nothing yet."""
+    _listeners: list[Callable[[], None]] = field(default_factory=list)
+    _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
+        default_factory=lambda: dict.fromkeys(InstanceRole, ())
+    )
+    _ejected: dict[InstanceRole, tuple[Endpoint, ...]] = field(
+        default_factory=lambda: dict.fromkeys(InstanceRole, ())
+    )
+
+    def add(self, instance: PDInstance) -> Endpoint:
+        """Register an instance; it takes requests once a probe found it healthy.
+
+        Raises :exc:`DuplicateInstance` if the id, or the address within the role, is taken.
+        """
+        if instance.instance_id in self._endpoints:
+            raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
+        for other in self._endpoints.values():
+            if (other.instance.role, other.instance.host, other.instance.port) == (
+                instance.role,
+                instance.host,
+                instance.port,
+            ):
+                raise DuplicateInstance(
+                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
+                    f"instance {other.id!r}"
+                )
+        endpoint = Endpoint(
+            instance,
+            breaker=Breaker(self.policy.breaker),
+            prefill=PrefillLoad(self.load.prefill),
+            decode=DecodeLoad(self.load.decode),
+            holder=self.prefixes.add(),
+        )
+        if is_ip(instance.host):
+            endpoint.address = join_address(instance.host, instance.port)
+        self._endpoints[instance.instance_id] = endpoint
+        self._untried[instance.role].add(endpoint)
+        self._changed()
+        return endpoint
+
+    def remove(self, instance_id: str) -> Endpoint:
+        """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
+        endpoint = self.get(instance_id)
+        del self._endpoints[instance_id]
+        self._untried[endpoint.instance.role].discard(endpoint)
+        endpoint.draining = True
+        endpoint.holder.close()
+        self._changed()
+        return endpoint
+
+    def drain(self, instance_id: str) -> Endpoint:
+        """Send nothing new to an instance."""
+        endpoint = self.get(instance_id)
+        if not endpoint.draining:
+            endpoint.draining = True
+            self._changed()
+        return endpoint
+
+    def undrain(self, instance_id: str) -> Endpoint:
+        """Let an instance take requests again, as soon as its health allows."""
+        endpoint = self.get(instance_id)
+        if endpoint.draining:
+            endpoint.draining = False
+            self._changed()
+        return endpoint
+
+    def get(self, instance_id: str) -> Endpoint:
+        """Return the endpoint with this id; raises :exc:`UnknownInstance`."""
+        try:
+            return self._endpoints[instance_id]
+        except KeyError:
+            raise UnknownInstance(instance_id) from None
+
+    def __contains__(self, endpoint: object) -> bool:
+        return isinstance(endpoint, Endpoint) and self._endpoints.get(endpoint.id) is endpoint
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(tuple(self._endpoints.values()))
+
+    def endpoints(self, role: InstanceRole | None = None) -> list[Endpoint]:
+        """All endpoints, or those of one role, in the order they were added."""
+        return [e for e in self._endpoints.values() if role is None or e.instance.role is role]
+
+    def routable(self, role: InstanceRole) -> tuple[Endpoint, ...]:
+        """Endpoints of a role that can take a new request now, in the order they were added."""
+        return self._routable[role]
+
+    def ejected(self, role: InstanceRole) -> tuple[Endpoint, ...]:
+        """Endpoints of a role that only their breakers keep from being routable: the last resort."""
+        return self._ejected[role]
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after each change in membership, address, health or draining."""
+        self._listeners.append(listener)
+
+    def resolved(self, endpoint: Endpoint, ip: str) -> None:
+        """Record the IP address behind an instance's DNS name."""
+        address = join_address(ip, endpoint.instance.port)
+        if endpoint.address != address:
+            endpoint.address = address
+            self._changed()
+
+    def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
+        """Record a health probe: ``None`` is success, else the reason for people.
+
+        The first probe decides alone; later ones need the policy's thresholds. A success also gives an
+        ejected instance a trial, once its pause is over.
+        """
+        ok = problem is None
+        if ok and endpoint.breaker.probed(now):
+            self._changed()
+        if endpoint.breaker.state is BreakerState.CLOSED or not ok:
+            endpoint.reason = problem or ""
+        if endpoint.healthy is ok:
+            endpoint.streak = 0
+            return
+        endpoint.streak += 1
+        threshold = self.policy.healthy_threshold if ok else self.policy.unhealthy_threshold
+        if endpoint.healthy is None or endpoint.streak >= threshold:
+            endpoint.healthy = ok
+            endpoint.streak = 0
+            self._changed()
+
+    def scraped(
+        self,
+        endpoint: Endpoint,
+        snapshot: MetricsSnapshot,
+        in_flight_at_scrape: int,
+        tokens_at_scrape: float = 0.0,
+    ) -> None:
+        """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
+        before, endpoint.metrics = endpoint.metrics, snapshot
+        endpoint.in_flight_at_scrape = in_flight_at_scrape
+        endpoint.tokens_at_scrape = tokens_at_scrape
+        if snapshot.kv_capacity is not None:
+            endpoint.kv_capacity = snapshot.kv_capacity
+            endpoint.holder.resize(max(1, int(snapshot.kv_capacity / self.block_tokens)))
+        if endpoint.instance.role is InstanceRole.DECODE:
+            self._learn_decode(endpoint, before, snapshot)
+        if self.on_scraped is not None:
+            self.on_scraped()
+
+    def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
+        self.load.learn_output(now.output_tokens, now.finished)
+        if now.transfer is not None:
+            self.load.learn_transfer(now.transfer)
+        if before is None or now.step_time is None:
+            return
+        batch = (before.running + now.running) / 2
+        kv_tokens = (before.kv_usage + now.kv_usage) / 2 * (endpoint.kv_capacity or 0.0)
+        if batch > 0:
+            endpoint.decode.learn(batch, kv_tokens, now.step_time, self.load.decode)
+            self._learned(endpoint)
+
+    def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
+        """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
+        endpoint.in_flight += 1
+        reservation = Reservation(endpoint, endpoint.generation)
+        if request is None:
+            return reservation
+        reservation.at = request.now
+        decode = endpoint.instance.role is InstanceRole.DECODE
+        blocks = 0 if decode else request.cached.get(endpoint.holder, 0)  # before it is stored
+        if request.blocks:
+            size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
+            self.block_tokens += _RECENT * (size - self.block_tokens)
+            endpoint.holder.store(request.blocks)
+        if decode:
+            reservation.tokens = request.prompt_tokens + request.output_tokens
+        else:
+            load = endpoint.prefill
+            reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
+            new = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
+            reservation.tokens = new
+            reservation.wait = load.left(request.now)
+            reservation.cost = load.cost(new, request.prompt_tokens)
+            load.begin(reservation, reservation.cost, request.now)
+        endpoint.tokens += reservation.tokens
+        return reservation
+
+    def prefilled(
+        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
+    ) -> None:
+        """End a claim on prefill with what the instance says it read, and learn from how long it took.
+
+        ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
+        """
+        load = reservation.endpoint.prefill
+        seconds = reservation.finish(now)
+        if seconds is None:
+            return
+        cached = int(load.trust * reservation.cached) if cached_tokens is None else max(0, cached_tokens)
+        if cached_tokens is not None:
+            load.believed(reservation.cached, cached)
+        load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
+        self._learned(reservation.endpoint)
+
+    def _learned(self, endpoint: Endpoint) -> None:
+        """Tell what the fleet has learned to those of a role of which nothing was measured yet."""
+        role = endpoint.instance.role
+        untried = self._untried[role]
+        untried.discard(endpoint)
+        for other in untried:
+            if role is InstanceRole.DECODE:
+                other.decode.follow(self.load.decode)
+            else:
+                other.prefill.follow(self.load.prefill)
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        """Record a request that an instance served."""
+        if endpoint.breaker.succeeded():
+            self._changed()
+
+    def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
+        """Record a request that an instance failed; it may be ejected for that.
+
+        No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
+        client, a broken model) does not end all service; an instance on trial goes out in any case.
+        """
+        if not endpoint.breaker.failed():
+            return
+        peers = self.endpoints(endpoint.instance.role)
+        out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
+        if out + 1 <= self.policy.max_ejected_share * len(peers):
+            endpoint.breaker.open(now)
+            endpoint.reason = f"ejected: {reason}"
+            self._changed()
+
+    def at(self, role: InstanceRole, address: str) -> Endpoint | None:
+        """Return the endpoint of a role at an ``ip:port``, if there is one."""
+        return next((e for e in self.endpoints(role) if e.address == address), None)
+
+    def started(self, endpoint: Endpoint, started_at: float | None) -> bool:
+        """Record when an instance's process was started; return whether it is another one than before.
+
+        A restarted instance has none of the requests, and none of the failures, of the one before.
+        """
+        before, endpoint.started_at = endpoint.started_at, started_at
+        if before is None or started_at is None or before == started_at:
+            return False
+        endpoint.generation += 1
+        endpoint.in_flight = endpoint.in_flight_at_scrape = 0
+        endpoint.tokens = endpoint.tokens_at_scrape = 0.0
+        endpoint.prefill.restarted()
+        endpoint.holder.clear()
+        endpoint.breaker.restarted()
+        self._changed()
+        return True
+
+    def _changed(self) -> None:
+        for role in InstanceRole:
+            endpoints = self.endpoints(role)
+            if not any(e.routable for e in endpoints):
+                for endpoint in endpoints:  # one that fails now and then is better than none
+                    endpoint.breaker.readmit()
+            self._routable[role] = tuple(e for e in endpoints if e.routable)
+            self._ejected[role] = tuple(e for e in endpoints if e.ejected)
+        self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
+        for listener in self._listeners:
+            listener()

@@ -1,0 +1,1 @@
+"""The KV hand-off from prefill to decode: the prefill request, and what frees a hand-off nobody uses."""

@@ -1,0 +1,41 @@
+"""What the router asks of those who do its I/O: send a prefill, free a hand-off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..fleet.endpoint import Endpoint
+from .pending import PendingHandoff
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAnswer:
+    """What a prefill instance answered, its body whole."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class PrefillFailed(Exception):
+    """No answer came: ``args[0]`` is a short reason, for metrics and logs."""
+
+
+class PrefillLeg(Protocol):
+    """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
+
+    async def __call__(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+    ) -> PrefillAnswer:
+        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none."""
+        ...
+
+
+class ReleaseHandoff(Protocol):
+    """Frees a hand-off on P in the background."""
+
+    def __call__(self, pending: PendingHandoff) -> None:
+        """Start to free it; raises nothing."""
+        ...

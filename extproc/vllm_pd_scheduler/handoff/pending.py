@@ -1,0 +1,19 @@
+"""A hand-off between its prefill and its decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..connectors import Handoff
+from ..fleet.endpoint import Endpoint
+
+
+@dataclass(slots=True, eq=False)
+class PendingHandoff:
+    """A hand-off that P holds for one decode: which P, until when it may be used, and for which model."""
+
+    handoff: Handoff
+    prefill: Endpoint
+    deadline: float
+    """Monotonic seconds after which P's blocks may be someone else's."""
+    model: str | None = None

@@ -1,0 +1,117 @@
+"""The prefill leg over HTTP: through Envoy's loopback prefill listener, or straight to the instance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+import aiohttp
+
+from ..config.tls import InstanceTlsConfig
+from ..fleet.endpoint import Endpoint
+from ..request import headers as names
+from .interfaces import PrefillAnswer, PrefillFailed
+
+LINGER_S = 1.0
+"""How long a prefill goes on when its client has left. An answer that is not read pins P's blocks for the
+lease: an abort that comes when P has just finished is too late, and only the answer says what to free."""
+
+
+class HttpPrefill:
+    """A :class:`~vllm_pd_scheduler.handoff.interfaces.PrefillLeg` by aiohttp.
+
+    ``listener`` is the base URL of Envoy's prefill listener, which sends the request to the endpoint
+    that a header names; ``None`` means straight to the instance. When the call is cancelled, ``unwanted``
+    gets the answer if it comes within ``LINGER_S``. After that, or at once without ``unwanted``, the
+    connection is closed, which makes vLLM abort the request.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        listener: str | None,
+        timeout: float,
+        unwanted: Callable[[Endpoint, PrefillAnswer], None] | None = None,
+    ) -> None:
+        self._session = session
+        self._listener = listener
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._unwanted = unwanted
+        self._lingering: set[asyncio.Task[None]] = set()
+
+    async def __call__(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+    ) -> PrefillAnswer:
+        """Send the request and read the whole answer."""
+        if self._unwanted is None:
+            return await self._send(endpoint, path, headers, body)
+        sent = asyncio.ensure_future(self._send(endpoint, path, headers, body))
+        try:
+            return await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            task = asyncio.ensure_future(self._linger(endpoint, sent, self._unwanted))
+            self._lingering.add(task)
+            task.add_done_callback(self._lingering.discard)
+            raise
+
+    async def close(self) -> None:
+        """Wait for the prefills that linger."""
+        await asyncio.gather(*self._lingering, return_exceptions=True)
+
+    async def _linger(
+        self,
+        endpoint: Endpoint,
+        sent: asyncio.Future[PrefillAnswer],
+        unwanted: Callable[[Endpoint, PrefillAnswer], None],
+    ) -> None:
+        with contextlib.suppress(TimeoutError, PrefillFailed):
+            unwanted(endpoint, await asyncio.wait_for(sent, LINGER_S))
+
+    async def _send(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+    ) -> PrefillAnswer:
+        given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
+        # What is not ASCII means nothing here, and would come to P as other bytes, three times as many.
+        kept = {name: value for name, value in given if value.isascii()}
+        if endpoint.instance.api_key is not None:
+            kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
+        kept.setdefault("content-type", "application/json")
+        if self._listener is None:
+            base, name = endpoint.instance.url, endpoint.instance.tls_name
+        else:  # TLS to the instance is Envoy's
+            base, name = self._listener, None
+            kept[names.DESTINATION] = str(endpoint.address)
+        try:
+            async with self._session.post(
+                base + path,
+                data=body,
+                headers=kept,
+                timeout=self._timeout,
+                allow_redirects=False,
+                server_hostname=name,
+            ) as response:
+                answer = await response.read()
+                content_type = response.headers.get("content-type", "application/json")
+                return PrefillAnswer(response.status, content_type, answer)
+        except TimeoutError:
+            raise PrefillFailed("timeout") from None
+        except aiohttp.ClientConnectorError:
+            raise PrefillFailed("connect") from None
+        except (aiohttp.ClientError, OSError):
+            raise PrefillFailed("reset") from None
+
+
+def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:
+    """Return a client session for instances: no connection limit, no cookies, no headers of its own.
+
+    ``tls`` is what it wants of those with TLS, by default a certificate that the system trusts. Raises
+    :exc:`ValueError` if a file of it cannot be read.
+    """
+    verified = tls.context() if tls is not None else True
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=verified),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("user-agent", "accept-encoding", "accept"),
+        auto_decompress=False,
+    )

@@ -1,0 +1,80 @@
+"""Freeing hand-offs that nobody will use, so that P's blocks do not stay pinned for the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiohttp
+
+from ..connectors import Connector
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole
+from ..telemetry.metrics import Telemetry
+from .interfaces import PrefillAnswer
+from .pending import PendingHandoff
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0
+PATH = "/v1/completions"
+
+
+class HandoffReleaser:
+    """Sends a decode instance a request with the hand-off that it must refuse: no KV travels, P frees it.
+
+    What cannot be released is counted as stranded; P frees it itself when the lease ends.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        registry: Registry,
+        connector: Connector,
+        telemetry: Telemetry,
+    ) -> None:
+        self._session = session
+        self._registry = registry
+        self._connector = connector
+        self._telemetry = telemetry
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, pending: PendingHandoff) -> None:
+        """Release a hand-off in the background."""
+        task = asyncio.ensure_future(self._release(pending))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
+        """Release what a prefill has left, if anything, whose client did not wait for it."""
+        handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        if handoff is not None:
+            self(PendingHandoff(handoff, prefill, deadline=0.0))
+
+    async def close(self) -> None:
+        """Wait for the releases that are under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _release(self, pending: PendingHandoff) -> None:
+        body = self._connector.release_body(pending.handoff, pending.model)
+        registry, decode = self._registry, InstanceRole.DECODE
+        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
+            headers = {"content-type": "application/json"}
+            if endpoint.instance.api_key is not None:
+                headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+            try:
+                async with self._session.post(
+                    endpoint.url + PATH,
+                    server_hostname=endpoint.instance.tls_name,
+                    data=body,
+                    headers=headers,
+                    timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+                ) as response:
+                    await response.read()
+                    if response.status == 400:
+                        self._telemetry.handoff_released(pending.prefill.id)
+                        return
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                log.debug("release of a hand-off of %s: %s", pending.prefill.id, error)
+        self._telemetry.handoff_stranded(pending.prefill.id)

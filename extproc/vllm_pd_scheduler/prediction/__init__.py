@@ -1,0 +1,1 @@
+"""What is predicted of the fleet: times, lengths and cached prefixes."""

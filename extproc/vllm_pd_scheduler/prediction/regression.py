@@ -1,0 +1,80 @@
+"""A small linear model that learns as it goes: what things cost, from how long they took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_PRIOR_WEIGHT = 0.01
+"""Weight of the prior against one sample whose features are 1."""
+_OUTLIER = 5.0
+"""A sample counts as at most so many times what was expected: one hang must not teach a slow instance."""
+_SETTLED = 32
+_SOLVE_EVERY = 8
+"""Solving takes 20 us, more than all the rest: once there are some samples, one more changes little."""
+_TRUSTED = 8
+"""Samples after which the expectation is good enough to call something an outlier."""
+
+
+class OnlineRegression:
+    """Least squares ``y = Σ coefficient·x`` over recent samples, each coefficient at least zero.
+
+    Every sample makes those before it count ``forget`` times as much, so that the model follows a change
+    within some ``1 / (1 - forget)`` samples. ``scale`` brings each feature to about 1. What the samples
+    leave open is near ``prior`` (ridge regression towards it).
+    """
+
+    __slots__ = ("_b", "_forget", "_m", "_scale", "coefficients", "samples")
+
+    def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
+        size = len(prior)
+        self.coefficients = tuple(prior)
+        self.samples = 0
+        self._scale = tuple(scale)
+        self._forget = forget
+        self._m = [[0.0] * size for _ in range(size)]
+        self._b = [0.0] * size
+
+    def predict(self, x: Sequence[float]) -> float:
+        """Return what ``x`` would give."""
+        return sum(c * value for c, value in zip(self.coefficients, x, strict=True))
+
+    def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
+        """Take a sample; ``prior`` is what to believe where the samples say nothing."""
+        expected = self.predict(x)
+        if self.samples >= _TRUSTED and expected > 0.0:
+            y = min(y, _OUTLIER * expected)
+        scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
+        weight = 1.0 / (1.0 + sum(scaled))  # errors grow with the work; else the big ones would decide alone
+        for i, (row, xi) in enumerate(zip(self._m, scaled, strict=True)):
+            for j, xj in enumerate(scaled):
+                row[j] = row[j] * self._forget + weight * xi * xj
+            self._b[i] = self._b[i] * self._forget + weight * xi * y
+        self.samples += 1
+        if self.samples <= _SETTLED or self.samples % _SOLVE_EVERY == 0:
+            self.coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
+
+    def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
+        """Solve for the coefficients; one that comes out negative is taken out as zero."""
+        used = list(range(len(prior)))
+        while True:
+            matrix = [[self._m[i][j] + (_PRIOR_WEIGHT if i == j else 0.0) for j in used] for i in used]
+            right = [self._b[i] + _PRIOR_WEIGHT * prior[i] for i in used]
+            found = dict(zip(used, _eliminate(matrix, right), strict=True))
+            worst = min(found, key=found.__getitem__)
+            if found[worst] >= 0.0 or len(used) == 1:
+                return tuple(max(0.0, found.get(i, 0.0)) / s for i, s in enumerate(self._scale))
+            used.remove(worst)
+
+
+def _eliminate(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Solve a positive definite system by Gaussian elimination, which needs no pivoting there."""
+    size = len(right)
+    for i in range(size):
+        for k in range(i + 1, size):
+            factor = matrix[k][i] / matrix[i][i]
+            for j in range(i, size):
+                matrix[k][j] -= factor * matrix[i][j]
+            right[k] -= factor * right[i]
+    for i in reversed(range(size)):
+        right[i] = (right[i] - sum(matrix[i][j] * right[j] for j in range(i + 1, size))) / matrix[i][i]
+    return right

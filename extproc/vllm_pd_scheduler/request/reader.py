@@ -1,0 +1,117 @@
+"""Reads from a request's headers and body what routing may know of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+from ..prediction.load_model import FleetLoad
+from . import headers as names
+from .body import JsonBody
+from .context import RequestContext
+from .prompt import BLOCK_BYTES, read_prompt
+
+MAX_PRIORITY = 100
+_PRIORITY = re.compile(r"-?[0-9]{1,10}")
+_MAX_NAME = 256
+"""Characters of a tenant or session that count; more is cut off."""
+
+
+class HeaderError(ValueError):
+    """A header of the client's cannot be used; the message is for the client."""
+
+
+class RequestSettings(Protocol):
+    """What reading a request needs of the configuration."""
+
+    @property
+    def session_header(self) -> str:
+        """Name of the header that names a conversation, in lower case."""
+        ...
+
+    @property
+    def ttft_slo(self) -> float | None:
+        """Seconds to the first token, for a request that asks for none."""
+        ...
+
+    @property
+    def tpot_slo(self) -> float | None:
+        """Seconds for each further token, for a request that asks for none."""
+        ...
+
+
+class RequestReader:
+    """Reads requests; ``fleet`` says how long their prompts and answers will be."""
+
+    def __init__(self, config: RequestSettings, fleet: FleetLoad) -> None:
+        self._config = config
+        self._fleet = fleet
+
+    def read(
+        self, path: str, headers: Mapping[str, str], body: JsonBody, now: float, *, prefixes: bool
+    ) -> RequestContext:
+        """Return the context of a request that can be split; ``prefixes``: with its prompt's hashes.
+
+        Raises :exc:`HeaderError`.
+        """
+        model = body.get("model")
+        request = self.passed(path, headers, len(body.raw), now)
+        request.model = model if isinstance(model, str) else None
+        request.output_tokens = self._output_tokens(body)
+        request.session = self._session(headers, body)
+        ratio = self._fleet.bytes_per_token(request.model)
+        if not prefixes:
+            request.prompt_bytes = body.length("messages") or body.length("prompt")
+            request.prompt_tokens = request.prompt_bytes / ratio
+            return request
+        prompt = read_prompt(body)
+        request.blocks = prompt.blocks
+        if prompt.tokens is not None:
+            request.prompt_tokens = prompt.tokens
+        else:
+            request.prompt_bytes, request.prompt_tokens = prompt.size, prompt.size / ratio
+        request.block_tokens = request.prompt_tokens * BLOCK_BYTES / max(1, prompt.size)
+        return request
+
+    def passed(self, path: str, headers: Mapping[str, str], size: int, now: float) -> RequestContext:
+        """Return the context of a request whose body says nothing; raises :exc:`HeaderError`."""
+        config = self._config
+        request = RequestContext(path, None, size, headers, arrived=now, now=now)
+        if names.PRIORITY in headers:
+            request.priority = _priority(headers[names.PRIORITY])
+        if names.TENANT in headers:
+            request.tenant = headers[names.TENANT][:_MAX_NAME]
+        request.ttft_slo = _seconds(headers, names.TTFT_SLO) or config.ttft_slo
+        request.tpot_slo = _seconds(headers, names.TPOT_SLO) or config.tpot_slo
+        return request
+
+    def _output_tokens(self, body: JsonBody) -> float:
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        mean = self._fleet.output_tokens
+        return min(mean, limit) if type(limit) is int and limit > 0 else mean
+
+    def _session(self, headers: Mapping[str, str], body: JsonBody) -> str | None:
+        if found := headers.get(self._config.session_header):
+            return found[:_MAX_NAME]
+        for key in ("prompt_cache_key", "user"):
+            if key in body.fields and isinstance(value := body.get(key), str):
+                return value[:_MAX_NAME]
+        return None
+
+
+def _priority(text: str) -> int:
+    value = int(text) if _PRIORITY.fullmatch(text) else MAX_PRIORITY + 1
+    if abs(value) > MAX_PRIORITY:
+        limits = f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        raise HeaderError(f"The header {names.PRIORITY} must be {limits}.")
+    return value
+
+
+def _seconds(headers: Mapping[str, str], name: str) -> float | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:10]) > 0 and len(text) <= 10):
+        raise HeaderError(f"The header {name} must be a whole number of milliseconds above 0.")
+    return int(text) / 1000

@@ -1,0 +1,179 @@
+"""The way of one request: read it, have P prefill it, choose D, and give back what was reserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..admission.controller import AdmissionController
+from ..admission.queue import Ticket
+from ..config import SchedulerConfig
+from ..connectors import Connector
+from ..fleet.endpoint import Endpoint
+from ..handoff.pending import PendingHandoff
+from ..models import InstanceRole
+from ..request import headers as names
+from ..request.body import BodyError, JsonBody, strip_handoff
+from ..request.context import RequestContext
+from ..request.errors import Reject, reject
+from ..request.reader import HeaderError, RequestReader
+from ..scheduler import Scheduler
+from ..scheduler.disaggregation import Disaggregation
+from ..telemetry import Served, Telemetry
+from .forward import Forward
+from .in_flight import RequestsInFlight
+from .prefill import PrefillStage, no_prefill
+from .share_limit import ShareLimit
+from .time_limits import first_byte_timeout
+
+SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
+
+
+class RoutingCore:
+    """Decides where requests go. The only I/O is that of the prefill leg (``prefill.leg``).
+
+    ``in_flight`` keeps what was sent to decode until its answer has ended.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        scheduler: Scheduler,
+        admission: AdmissionController,
+        connector: Connector,
+        telemetry: Telemetry,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.registry = scheduler.registry
+        self.connector = connector
+        self.telemetry = telemetry
+        self._scheduler = scheduler
+        self._admission = admission
+        self._clock = clock
+        self._reader = RequestReader(config, self.registry.load)
+        self._disaggregation = Disaggregation(config, scheduler)
+        self._local = ShareLimit(config.max_local_prefill_share)
+        self.prefill = PrefillStage(config, scheduler, admission, connector, telemetry, self._local, clock)
+        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake)
+
+    async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
+        """Decide where a request goes, prefilling it first where that is possible.
+
+        ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
+        the call cancels the prefill.
+        """
+        path = headers.get(":path", "/").partition("?")[0]
+        outcome: Forward | Reject
+        try:
+            if path in SPLIT_PATHS and headers.get(":method") == "POST":
+                outcome = await self._split(path, headers, JsonBody.parse(body))
+            else:
+                clean = strip_handoff(body)
+                context = self._reader.passed(path, headers, len(body), self._clock())
+                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
+        except BodyError as error:
+            outcome = reject(400, str(error), "bad_body")
+        except HeaderError as error:
+            outcome = reject(400, str(error), "bad_header")
+        if isinstance(outcome, Reject):
+            self.telemetry.rejected(outcome.status, outcome.reason)
+        return outcome
+
+    async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
+        context = self._reader.read(
+            path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
+        )
+        if not self.registry.routable(InstanceRole.DECODE):
+            return self._no_decode()
+        changed = body.raw if body.stripped else None
+        limit = first_byte_timeout(self.config, body)
+        if not self.connector.can_split(body):
+            return await self._whole(context, changed, Served.WHOLE, limit)
+        alone = self._disaggregation.local(context)
+        if alone is not None:
+            return await self._whole(context, changed, Served.ALONE, limit, alone)
+        prefilled = await self.prefill.run(context, headers, body)
+        if isinstance(prefilled, Reject):
+            return prefilled
+        if prefilled is None:
+            if not self._local.take(True):
+                return no_prefill()
+            return self._to_decode(context, changed, Served.LOCAL, limit)
+        self._local.take(False)
+        left = prefilled.deadline - self._clock()
+        if left <= 0:
+            # The event loop was held up. P's blocks may be another prompt's by now.
+            self.telemetry.handoff_late(prefilled.prefill.id)
+            return self._to_decode(context, changed, Served.LOCAL, limit)
+        return self._with_handoff(context, body, prefilled, left)
+
+    def _with_handoff(
+        self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
+    ) -> Forward | Reject:
+        """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
+        spliced, at = self.connector.decode_body(body, prefilled.handoff)
+        limit = first_byte_timeout(self.config, body, left)
+        forward = self._to_decode(context, spliced, Served.SPLIT, limit)
+        if isinstance(forward, Reject):
+            self.in_flight.free(prefilled)
+        else:
+            forward.handoff_at, forward.pending = at, prefilled
+            prefilled.prefill.pending_handoffs += 1
+        return forward
+
+    async def _whole(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        preferred: Endpoint | None = None,
+    ) -> Forward | Reject:
+        """Have decode serve a request alone, when it has room."""
+        ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
+        outcome = await self._admission.admit(ticket)
+        if isinstance(outcome, Reject):
+            return outcome
+        if outcome is not None:  # it has kept the place until now
+            outcome.release()
+            preferred = preferred or outcome.endpoint
+        return self._to_decode(context, body, served, limit, preferred)
+
+    def _to_decode(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        preferred: Endpoint | None = None,
+    ) -> Forward | Reject:
+        context.now = self._clock()
+        pick = self._scheduler.preview if preferred else self._scheduler.pick
+        count = 1 + self.config.max_retries
+        picked = pick(InstanceRole.DECODE, context, count=count)
+        if not picked:
+            return self._no_decode()
+        self._scheduler.decided(InstanceRole.DECODE, context, picked[0])
+        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred):
+            others = (e for e in picked if e is not preferred)
+            picked = [preferred, *others][:count]
+        decode = self._in_turn(picked, count)
+        self.telemetry.forwarded(decode[0].id, served)
+        removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
+        return self.in_flight.start(decode, self.registry.reserve(decode[0], context), body, limit, removed)
+
+    def _in_turn(self, picked: list[Endpoint], count: int) -> list[Endpoint]:
+        """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
+        # A further attempt has the same headers: same key only.
+        key = picked[0].instance.api_key
+        found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+        if len(found) < count:
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked)
+            found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
+        return found[:count]
+
+    def _no_decode(self) -> Reject:
+        endpoints = self.registry.endpoints(InstanceRole.DECODE)
+        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
+        return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")

@@ -1,0 +1,37 @@
+"""How long an instance may take: for the first byte of an answer, and with a hand-off."""
+
+from __future__ import annotations
+
+import math
+
+from ..config import SchedulerConfig
+from ..request.body import JsonBody
+
+LEASE_SHARE = 0.8
+"""Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
+seen: the way of P's answer to us, and D's own queue."""
+
+MAX_TOKENS = 10_000_000
+"""More than any context has: a client that asks for more tokens than this gets no longer limit for it."""
+
+
+def handoff_deadline(config: SchedulerConfig, now: float) -> float:
+    """Return until when a hand-off that has come at ``now`` may be used, in the same clock's seconds."""
+    return now + config.kv_lease_duration * LEASE_SHARE
+
+
+def first_byte_timeout(config: SchedulerConfig, body: JsonBody, left: float = math.inf) -> float | None:
+    """Return how many seconds D may take to its first byte: with a stream that is its headers, else all.
+
+    ``left`` is how long the hand-off may be used: a byte that comes later may be of one that is too old,
+    fetched by a D that was frozen meanwhile. Only an answer in one piece that takes longer by itself
+    gets more. ``None``, that is no limit, for one of unknown length.
+    """
+    limit = config.decode_first_byte_timeout
+    if body.get("stream") is True:
+        return min(limit, left)
+    tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+    if type(tokens) is not int or tokens < 1:
+        return None
+    decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token
+    return limit + decoding if decoding > left else min(limit + decoding, left)

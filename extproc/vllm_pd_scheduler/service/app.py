@@ -1,0 +1,158 @@
+"""The scheduler as a service: gRPC (ext_proc, EDS, health), admin HTTP and the health loops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from contextlib import AsyncExitStack
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from ..admin import AdminServer
+from ..admin.saved_changes import AdminChanges
+from ..config import SchedulerConfig, TlsConfig, is_loopback
+from ..envoy.access_log import AttemptLog
+from ..envoy.eds import EndpointDiscovery
+from ..envoy.ext_proc import ExtProcService
+from ..handoff.prefill_leg import HttpPrefill, open_session
+from ..handoff.release import HandoffReleaser
+from ..health import HealthMonitor
+from ..models import join_address
+from ..router import PDRouter
+from ..system.allocator import return_large_blocks
+
+log = logging.getLogger(__name__)
+
+LAST_CALL = 0.5
+"""Share of a drain after which requests that wait are refused: served later, their answers would be cut."""
+
+_MESSAGE_OVERHEAD = 1 << 20
+"""What an ext_proc message may have beyond the request's body, in bytes."""
+
+
+class StartupError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+class App:
+    """Startup, serving, drain and shutdown of one scheduler process.
+
+    ``async with App(config) as app:`` serves; leaving the block shuts down at once. ``drain`` is the
+    polite part before that.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.router = PDRouter(config)
+        self.changes = AdminChanges(self.router)
+        self.ext_proc = ExtProcService(self.router)
+        self.draining = False
+        self._health = health.aio.HealthServicer()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> App:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        """Bring the parts up in the order in which they need each other; readiness comes last."""
+        config, router = self.config, self.router
+        return_large_blocks()
+        self.changes.restore()
+        session = await self._stack.enter_async_context(open_session(config.instance_tls))
+        releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
+        router.in_flight.release_handoff = releaser
+        self._stack.push_async_callback(releaser.close)
+        router.prefill_leg = leg = HttpPrefill(
+            session, config.prefill_listener, config.prefill_timeout, releaser.unwanted
+        )
+        self._stack.push_async_callback(leg.close)
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)
+        await monitor.start()
+        self._stack.push_async_callback(monitor.stop)
+        await self._start_admin()
+        await self._start_grpc()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        gc.collect()
+        gc.freeze()  # what start-up made stays: the collector need not look at it again (4 % of CPU)
+        log.info(
+            "serving ext_proc and EDS on %s, admin on %s",
+            join_address(config.grpc_host, config.grpc_port),
+            join_address(config.admin_host, config.admin_port),
+        )
+
+    async def _start_admin(self) -> None:
+        config = self.config
+        token = config.admin_token.read() if config.admin_token else None
+        tls = config.admin_tls.context() if config.admin_tls else None
+        admin = AdminServer(self.router, self.changes, is_ready=lambda: not self.draining, token=token)
+        try:
+            await admin.start(config.admin_host, config.admin_port, tls)
+        except OSError as error:
+            address = join_address(config.admin_host, config.admin_port)
+            raise StartupError(f"admin_port: cannot listen on {address}: {error.strerror}") from None
+        self._stack.push_async_callback(admin.stop)
+
+    async def _start_grpc(self) -> None:
+        config = self.config
+        limit = config.max_body_bytes + _MESSAGE_OVERHEAD
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every second to find out if we hang
+            ]
+        )
+        discovery = EndpointDiscovery(self.router.registry)
+        attempts = AttemptLog(self.router.in_flight.attempt_failed)
+        server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler(), attempts.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = join_address(config.grpc_host, config.grpc_port)
+        try:
+            if config.grpc_tls:
+                server.add_secure_port(address, _credentials(config.grpc_tls))
+            else:
+                server.add_insecure_port(address)
+        except RuntimeError:
+            raise StartupError(f"grpc_port: cannot listen on {address}: is the port in use?") from None
+        if not config.grpc_tls and not is_loopback(config.grpc_host):
+            log.warning(
+                "grpc_host %s can be reached from other machines and grpc_tls is not set: whoever reaches "
+                "port %d can have the instances' addresses and API keys, and prompts pass in clear",
+                config.grpc_host,
+                config.grpc_port,
+            )
+        await server.start()
+        self._stack.push_async_callback(server.stop, None)
+
+    async def drain(self) -> bool:
+        """Report not ready, then wait until every response has ended; ``False`` if time ran out."""
+        self.draining = True
+        timeout = self.config.drain_timeout
+        last_call = asyncio.get_running_loop().call_later(LAST_CALL * timeout, self.router.dispatcher.close)
+        try:
+            await asyncio.wait_for(self.ext_proc.idle(), timeout)
+        except TimeoutError:
+            left = self.ext_proc.open_streams
+            log.warning("%d requests still run after drain_timeout (%g s)", left, timeout)
+            return False
+        finally:
+            last_call.cancel()
+        return True
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """Return what a gRPC server needs for TLS; raises :exc:`ValueError` naming a bad file."""
+    tls.context()  # checks the files, with better messages than gRPC's
+    cert, key, clients = tls.read()
+    return grpc.ssl_server_credentials([(key, cert)], clients, require_client_auth=clients is not None)

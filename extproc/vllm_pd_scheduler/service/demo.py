@@ -1,0 +1,86 @@
+"""``sim`` and ``demo``: the simulated fleet, alone or with all that stands in front of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import time
+
+import aiohttp
+from rich.console import Console
+
+from ..config import SchedulerConfig
+from ..envoy.process import EnvoyPorts
+from ..models import join_address
+from ..request import headers as names
+from ..sim.fleet import Fleet, FleetError
+from .run import Started
+
+_BODY = {
+    "messages": [{"role": "user", "content": "What are prefill and decode?"}],
+    "max_tokens": 40,
+    "stream": True,
+}
+
+
+class Demo(Fleet):
+    """A simulated fleet on unused ports, and what to print when everything in front of it runs."""
+
+    def show(self, config: SchedulerConfig, ports: EnvoyPorts) -> Started:
+        """Return what sends one streamed request through Envoy and prints the answer and addresses."""
+
+        async def started() -> None:
+            console = Console(highlight=False, soft_wrap=True)
+            url = f"http://127.0.0.1:{ports.ingress}/v1/chat/completions"
+            await _show_answer(console, url)
+            admin = f"http://{join_address(config.admin_host, config.admin_port)}"
+            console.print()
+            console.print(f"  listener        http://127.0.0.1:{ports.ingress}   (OpenAI API)")
+            console.print(f"  admin           {admin}/instances")
+            console.print(f"  metrics         {admin}/metrics")
+            console.print(f"  Envoy's admin   http://127.0.0.1:{ports.admin}")
+            console.print("\n[bold]Try it:[/bold]\n")
+            body = shlex.quote(json.dumps(_BODY))
+            console.print(f"  curl -Ni {url} -H 'content-type: application/json' -d {body}", markup=False)
+            console.print("\nCtrl-C ends everything.")
+
+        return started
+
+
+async def _show_answer(console: Console, url: str) -> None:
+    console.print(f"\n[bold]POST {url}[/bold]  {_BODY['messages'][0]['content']!r}\n")  # type: ignore[index]
+    start, first = time.monotonic(), 0.0
+    async with aiohttp.ClientSession() as session, session.post(url, json=_BODY) as response:
+        if response.status != 200:
+            console.print(f"  {response.status}: {await response.text()}", markup=False)
+            return
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            first = first or time.monotonic()
+            choices = json.loads(line.removeprefix(b"data: "))["choices"]
+            if choices:
+                text = choices[0]["delta"].get("content") or ""
+                console.print(text, end="", style="green", markup=False)
+        console.print(
+            f"\n\n  prefilled by {response.headers.get(names.PREFILL)}, decoded by "
+            f"{response.headers.get(names.DECODE)}; first token after {(first - start) * 1000:.0f} ms"
+        )
+
+
+def run_sim(prefill: int, decode: int, base_port: int) -> int:
+    """Run a simulated fleet until SIGTERM or Ctrl-C; return the exit status."""
+    console = Console(highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    try:
+        with Fleet(prefill, decode, base_port=base_port) as fleet:
+            console.print_json(json.dumps(fleet.config()))
+            console.print("Ctrl-C ends them.")
+            signal.pause()
+    except KeyboardInterrupt:
+        return 0
+    except (FleetError, ValueError) as error:
+        Console(stderr=True).print(f"vllm-pd-scheduler: {error}", markup=False, soft_wrap=True)
+        return 1
+    return 0

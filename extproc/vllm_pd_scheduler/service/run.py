@@ -1,0 +1,83 @@
+"""Running the scheduler as a process: alone (``serve``) or with an Envoy of its own (``up``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+
+from ..config import SchedulerConfig
+from ..envoy.process import EnvoyPorts, EnvoyProcess
+from .app import App, StartupError
+
+log = logging.getLogger(__name__)
+
+Started = Callable[[], Awaitable[None]]
+
+
+class Signals:
+    """SIGTERM and Ctrl-C as something to wait for: the first asks for a drain, the second ends it."""
+
+    def __init__(self) -> None:
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        (self._second if self._first.is_set() else self._first).set()
+
+    async def asked(self) -> None:
+        """Wait for the first signal."""
+        await self._first.wait()
+
+    async def unless_again(self, draining: Awaitable[object]) -> None:
+        """Wait for ``draining`` to end, but no longer than until another signal."""
+        work: asyncio.Future[object] = asyncio.ensure_future(draining)
+        again: asyncio.Future[object] = asyncio.ensure_future(self._second.wait())
+        _, pending = await asyncio.wait({work, again}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+
+
+async def serve(config: SchedulerConfig) -> int:
+    """Serve until a signal comes, drain, and return the exit status.
+
+    Raises :exc:`~vllm_pd_scheduler.service.app.StartupError`.
+    """
+    signals = Signals()
+    async with App(config) as app:
+        await signals.asked()
+        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        await signals.unless_again(app.drain())
+    return 0
+
+
+async def up(
+    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, *, access_log: bool = True
+) -> int:
+    """Serve with an Envoy of our own until a signal comes; if Envoy ends before that, the status is 1.
+
+    ``started`` is called when requests can come. Raises :exc:`~vllm_pd_scheduler.service.app.StartupError` or
+    :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
+    """
+    if config.grpc_tls:
+        raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
+    signals = Signals()
+    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls)
+    async with App(config) as app, process as envoy:
+        await started()
+        asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())
+        ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
+        await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if envoy.exited.done():
+            asked.cancel()
+            log.error("Envoy ended with status %d: ending too", envoy.exited.result())
+            return 1
+        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        await envoy.drain()
+        await signals.unless_again(app.drain())
+    return 0

@@ -1,0 +1,250 @@
+"""What the documentation says of names and defaults, against the code."""
+
+import json
+import re
+import time
+import unittest
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from vllm_pd_scheduler.admin import AdminServer
+from vllm_pd_scheduler.admin.collectors import collectors
+from vllm_pd_scheduler.cli import app
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.replay.fleet import LOWER_BOUND
+from vllm_pd_scheduler.replay.peers import PEERS
+from vllm_pd_scheduler.request import headers
+from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.sim.setups import NAMES
+from vllm_pd_scheduler.strategies import ENTRY_POINT_GROUP, Strategy, strategy_names
+
+ROOT = Path(__file__).parents[2]
+READMES = ("README.md", "README.zh-CN.md")
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md")
+}
+CONFIGURATION = {"README.md": "## Configuration", "README.zh-CN.md": "## 配置"}
+STRATEGIES = {
+    "README.md": "## Strategies",
+    "README.zh-CN.md": "## 策略",
+    "docs/scheduling.md": "## Strategies",
+}
+COMMANDS = {"README.md": "## Command line", "README.zh-CN.md": "## 命令行"}
+ADMIN = {"README.md": "## Admin interface", "README.zh-CN.md": "## 管理接口"}
+UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def section(document: str, heading: str) -> str:
+    """A section's text, without those below other headings of its level or above."""
+    level = heading.partition(" ")[0]
+    _, found, rest = f"\n{TEXTS[document]}".partition(f"\n{heading}\n")
+    assert found, f"{document} has no {heading}"
+    return re.split(rf"\n#{{1,{len(level)}}} ", rest)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all rows of all tables, heads left out."""
+    lines = text.splitlines()
+    found = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("|") and not line.startswith("|-") and not after.startswith("|-"):
+            found.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return found
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in backticks, blocks of code left out."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def default(text: str) -> Any:
+    """A default as a table has it: JSON, a word, a size, or a dash for none."""
+    bare = text.strip("` ")
+    size, _, unit = bare.partition(" ")
+    if unit in UNITS:
+        return int(size) * UNITS[unit]
+    if bare == "\N{EN DASH}":
+        return None
+    try:
+        return json.loads(bare)
+    except ValueError:
+        return bare
+
+
+class SettingsTest(unittest.TestCase):
+    def test_every_setting_has_one_row_with_its_default(self) -> None:
+        for document, heading in CONFIGURATION.items():
+            documented: list[str] = []
+            for keys, _, defaults, _ in rows(section(document, heading)):
+                names, values = quoted(keys), re.split("[,、]", defaults)
+                documented += names
+                for name, text in zip(names, values * (len(names) if len(values) == 1 else 1), strict=True):
+                    with self.subTest(document, key=name):
+                        self.check(name, text)
+            self.assertEqual(sorted(documented), sorted(SchedulerConfig.model_fields), document)
+
+    def check(self, name: str, text: str) -> None:
+        found, real = default(text), getattr(SchedulerConfig(), name)
+        if found in SchedulerConfig.model_fields:  # that of another setting
+            found = None
+        self.assertEqual(found, real or None if isinstance(real, list) else real)
+        self.assertIs(type(found), type(real) if real != [] else type(None))
+
+    def test_overload_has_the_same_defaults(self) -> None:
+        settings = [row for row in rows(section("docs/reliability.md", "## Overload")) if len(row) == 3]
+        self.assertGreater(len(settings), 5)
+        for keys, defaults, _ in settings:
+            names = quoted(keys)
+            for name, text in zip(
+                names, defaults.split(",") * (len(names) == 1) or defaults.split(","), strict=True
+            ):
+                with self.subTest(name):
+                    self.assertEqual(default(text), getattr(SchedulerConfig(), name))
+
+
+class StrategiesTest(unittest.TestCase):
+    def test_every_table_has_all(self) -> None:
+        added = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
+        for document, heading in STRATEGIES.items():
+            names = [quoted(row[0])[0] for row in rows(section(document, heading))]
+            self.assertEqual(sorted(names), sorted(set(strategy_names()) - added), document)
+
+    def test_the_examples_are_strategies(self) -> None:
+        for document in TEXTS:
+            for code in re.findall(r"```python\n(.*?)```", TEXTS[document], re.DOTALL):
+                if "(Strategy)" in code:
+                    with self.subTest(document):
+                        made: dict[str, Any] = {}
+                        exec(code, made)
+                        own = [v for v in made.values() if isinstance(v, type) and v is not Strategy]
+                        self.assertTrue(own and all(issubclass(each, Strategy) for each in own))
+
+
+class MetricsTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.router = PDRouter(SchedulerConfig(shadow_strategy="slo"))
+        registry = self.router.registry
+        for role in InstanceRole:
+            endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
+            registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
+        registry.load.learn_bytes("m", 400, 100)
+
+    def real(self) -> dict[str, tuple[str, list[str]]]:
+        """Type and labels of every metric, by the name under which it is scraped."""
+        page = (self.router.telemetry.prometheus, collectors(self.router, time.monotonic))
+        found = {}
+        for collector in (each for registry in page for each in registry._collector_to_names):
+            for family in collector.collect():
+                labels = getattr(collector, "_labelnames", None)
+                if labels is None:
+                    labels = [key for key in family.samples[0].labels if key != "le"]
+                name = family.name + "_total" * (family.type == "counter")
+                found[name] = (family.type, list(labels))
+        return found
+
+    def test_every_metric_has_a_row_with_its_type_and_labels(self) -> None:
+        table = [row for row in rows(TEXTS["docs/metrics.md"]) if len(row) == 4]
+        self.assertEqual({quoted(row[0])[0]: (row[1], quoted(row[2])) for row in table}, self.real())
+
+    def test_no_other_is_named_anywhere(self) -> None:
+        real = self.real()
+        for document, text in TEXTS.items():
+            self.assertLessEqual(set(re.findall(r"\bpd_[a-z_]+[a-z]\b", text)), set(real), document)
+
+    def test_every_reason_has_a_row(self) -> None:
+        files = (ROOT / "extproc/vllm_pd_scheduler").rglob("*.py")
+        code = "".join(file.read_text(encoding="utf-8") for file in files if file.name != "errors.py")
+        calls = re.findall(r"(?:\breject|_refusal|\bReject)\([^()]*(?:\([^()]*\)[^()]*)*\)", code)
+        reasons = {name for call in calls for name in re.findall(r'"([a-z_0-9]+)"', call)}
+        table = rows(section("docs/metrics.md", "## Reasons"))
+        self.assertEqual({name for row in table for name in quoted(row[0])}, reasons)
+
+
+class HeadersTest(unittest.TestCase):
+    def test_each_is_documented_and_no_other(self) -> None:
+        real = {v for v in vars(headers).values() if isinstance(v, str) and v.startswith("x-pd-")}
+        named = {name for text in TEXTS.values() for name in re.findall(r"\bx-pd-[a-z-]+[a-z]", text)}
+        self.assertEqual(named, real)
+
+
+class CommandsTest(unittest.TestCase):
+    def setUp(self) -> None:
+        group: Any = typer.main.get_command(app)
+        self.options = {
+            name: {option for each in command.params for option in each.opts} - {"--help"}
+            for name, command in group.commands.items()
+        }
+
+    def test_every_command_has_a_row_and_its_options_exist(self) -> None:
+        for document, heading in COMMANDS.items():
+            seen = set()
+            for row in rows(section(document, heading)):
+                name = next(
+                    word
+                    for word in re.findall("[a-z]+", row[0].partition("scheduler")[2])
+                    if word in self.options
+                )
+                seen.add(name)
+                self.assertLessEqual(set(re.findall(r"--[a-z-]+", row[0])), self.options[name], document)
+            self.assertEqual(seen, set(self.options), document)
+
+    def test_replay_has_a_row_for_each_option(self) -> None:
+        text = section("docs/scheduling.md", "## Replay").partition("\n### ")[0]
+        self.assertEqual({name for row in rows(text) for name in quoted(row[0])}, self.options["replay"])
+        self.assertLessEqual({*NAMES, *PEERS, LOWER_BOUND}, set(quoted(text)))
+
+
+class AdminTest(unittest.TestCase):
+    def test_every_route_has_a_row(self) -> None:
+        server = AdminServer(PDRouter(SchedulerConfig()), is_ready=lambda: True)
+        real = {
+            (route.method, route.resource.canonical)
+            for route in server.application().router.routes()
+            if route.method != "HEAD" and route.resource is not None
+        }
+        for document, heading in ADMIN.items():
+            cells = " ".join(row[0] for row in rows(section(document, heading)))
+            found = re.findall(r"(GET|PUT|POST|DELETE) (/[a-z]+(?:/[a-z{}]+)*)", cells)
+            self.assertEqual(set(found), real, document)
+
+
+class PlacesTest(unittest.TestCase):
+    def test_every_module_is_in_the_architecture(self) -> None:
+        named = set(quoted(section("docs/architecture.md", "## Rooms")))
+        package = ROOT / "extproc/vllm_pd_scheduler"
+        rooms = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+        modules = {path.name for path in package.rglob("*.py")} - {"__init__.py", "__main__.py"}
+        self.assertLessEqual(rooms | modules, named)
+
+    def test_links_lead_somewhere(self) -> None:
+        for document, text in TEXTS.items():
+            for link in re.findall(r"\]\(([^)\s]+)\)", text):
+                path, _, anchor = link.partition("#")
+                target = (ROOT / document).parent / path if path else ROOT / document
+                with self.subTest(document, link=link):
+                    self.assertTrue("://" in link or target.exists())
+                    if anchor and "://" not in link:
+                        self.assertIn(anchor, anchors(target.read_text(encoding="utf-8")))
+
+    def test_the_tests_that_are_named_exist(self) -> None:
+        tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+        files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+        for document, text in TEXTS.items():
+            for name in set(re.findall(r"`(test_\w+)", text)):
+                with self.subTest(document, test=name):
+                    self.assertTrue(name in files or re.search(rf"def {name}\b", tests))
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives headings."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+if __name__ == "__main__":
+    unittest.main()

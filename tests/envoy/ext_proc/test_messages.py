@@ -1,0 +1,142 @@
+"""Envoy's messages: what is read of them, and what is written."""
+
+import json
+import unittest
+
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+
+from tests.envoy.ext_proc import fleet
+from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, decode, encode
+from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Continue, Message, Phase, StreamError
+from vllm_pd_scheduler.request.errors import Reject, reject
+
+OVERWRITE = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+def headers_of(mutation: pb.HeaderMutation) -> dict[str, str]:
+    assert all(option.append_action == OVERWRITE for option in mutation.set_headers)
+    return {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}
+
+
+class DecodeTest(unittest.TestCase):
+    def test_request_headers(self) -> None:
+        request = pb.ProcessingRequest()
+        request.request_headers.end_of_stream = True
+        for name, value in ((":path", b"/v1/\xc3\xa9"), ("x-bad", b"\xff"), ("empty", b"")):
+            request.request_headers.headers.headers.add(key=name, raw_value=value)
+        request.request_headers.headers.headers.add(key="old", value="as text")
+        message = decode(request.SerializeToString())
+        self.assertEqual((message.phase, message.end_of_stream), (Phase.REQUEST_HEADERS, True))
+        self.assertEqual(
+            message.headers, {":path": "/v1/é", "x-bad": "\ufffd", "empty": "", "old": "as text"}
+        )
+
+    def test_request_body(self) -> None:
+        request = pb.ProcessingRequest()
+        request.request_body.body = b'{"a":1}'
+        self.assertEqual(
+            decode(request.SerializeToString()), Message(Phase.REQUEST_BODY, False, body=b'{"a":1}')
+        )
+        request.request_body.end_of_stream = True
+        self.assertTrue(decode(request.SerializeToString()).end_of_stream)
+
+    def test_all_others_are_known_by_their_phase(self) -> None:
+        for phase in Phase:
+            request = pb.ProcessingRequest()
+            getattr(request, phase.name.lower()).SetInParent()
+            with self.subTest(phase.name):
+                self.assertIs(decode(request.SerializeToString()).phase, phase)
+
+    def test_every_kind_that_the_protocol_knows_is_a_phase(self) -> None:
+        kinds = {field.name for field in pb.ProcessingRequest.DESCRIPTOR.oneofs_by_name["request"].fields}
+        self.assertEqual(kinds, {phase.name.lower() for phase in Phase})
+
+    def test_what_is_no_request(self) -> None:
+        for data in (b"\xff\xff\xff", b"GET / HTTP/1.1"):
+            with self.subTest(data), self.assertRaisesRegex(StreamError, "^not a ProcessingRequest: "):
+                decode(data)
+        with self.assertRaisesRegex(StreamError, "unknown kind None"):
+            decode(b"")
+
+
+class EncodeTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.router = fleet.build()
+
+    def encode(self, reply: Continue | Answer) -> pb.ProcessingResponse:
+        return pb.ProcessingResponse.FromString(encode(reply))
+
+    def test_continue_is_of_the_kind_of_its_message(self) -> None:
+        for phase in Phase:
+            with self.subTest(phase.name):
+                response = self.encode(Continue(phase))
+                self.assertEqual(response.WhichOneof("response"), phase.name.lower())
+                expected = pb.ProcessingResponse()
+                getattr(expected, phase.name.lower()).SetInParent()
+                self.assertEqual(response, expected, "and changes nothing")
+
+    def test_forward_with_a_new_body(self) -> None:
+        headers = {**fleet.COMPLETION, "x-pd-decode": "mine", "x-other": "kept"}
+        forward = fleet.forward(self.router, headers, '{"prompt": "é"}'.encode())
+        response = self.encode(Answer(Phase.REQUEST_BODY, forward))
+        self.assertEqual(response.WhichOneof("response"), "request_body")
+        common = response.request_body.response
+        self.assertEqual(common.body_mutation.body, forward.body)
+        self.assertEqual(json.loads(common.body_mutation.body)["kv_transfer_params"], fleet.PARAMS)
+        sent = headers_of(common.header_mutation)
+        self.assertEqual(sent, forward.headers())
+        self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
+        self.assertEqual(sent["x-pd-prefill"], "p0")
+        self.assertEqual(sent["content-length"], str(len(common.body_mutation.body)))
+        self.assertEqual(list(common.header_mutation.remove_headers), ["x-pd-decode"])
+        self.assertEqual(common.status, pb.CommonResponse.CONTINUE)
+
+    def test_forward_with_the_clients_body(self) -> None:
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        self.assertIsNone(forward.body)
+        common = self.encode(Answer(Phase.REQUEST_BODY, forward)).request_body.response
+        self.assertFalse(common.HasField("body_mutation"))
+        sent = headers_of(common.header_mutation)
+        self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
+        self.assertNotIn("content-length", sent)
+        self.assertNotIn("x-pd-prefill", sent)
+
+    def test_an_empty_body_is_still_a_new_one(self) -> None:
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        forward.body = b""
+        common = self.encode(Answer(Phase.REQUEST_BODY, forward)).request_body.response
+        self.assertEqual(common.body_mutation.WhichOneof("mutation"), "body")
+        self.assertEqual(headers_of(common.header_mutation)["content-length"], "0")
+
+    def test_forward_of_headers_only(self) -> None:
+        response = self.encode(Answer(Phase.REQUEST_HEADERS, fleet.forward(self.router)))
+        self.assertEqual(response.WhichOneof("response"), "request_headers")
+        self.assertIn(
+            "x-gateway-destination-endpoint", headers_of(response.request_headers.response.header_mutation)
+        )
+
+    def test_reject(self) -> None:
+        for phase in (Phase.REQUEST_HEADERS, Phase.REQUEST_BODY):
+            response = self.encode(Answer(phase, reject(503, "none left", "no_decode")))
+            self.assertEqual(response.WhichOneof("response"), "immediate_response")
+            immediate = response.immediate_response
+            self.assertEqual((immediate.status.code, immediate.details), (503, f"{DETAILS_PREFIX}no_decode"))
+            self.assertEqual(
+                headers_of(immediate.headers),
+                {"content-type": "application/json", "retry-after": "1", "x-pd-reason": "no_decode"},
+            )
+            error = json.loads(immediate.body)["error"]
+            self.assertEqual(
+                error,
+                {"message": "none left", "type": "ServiceUnavailableError", "param": None, "code": 503},
+            )
+
+    def test_an_instances_own_answer_passes_byte_by_byte(self) -> None:
+        answer = Reject(400, b"\xff\x00 raw", {"content-type": "text/plain"}, "prefill_4xx")
+        immediate = self.encode(Answer(Phase.REQUEST_BODY, answer)).immediate_response
+        self.assertEqual((immediate.status.code, immediate.body), (400, b"\xff\x00 raw"))
+        self.assertEqual(headers_of(immediate.headers), {"content-type": "text/plain"})
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,228 @@
+"""``envoy/envoy.yaml``: of the right types, accepted by Envoy, and of one mind with the Python side."""
+
+import asyncio
+import importlib
+import json
+import re
+import socket
+import tempfile
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
+
+from tests.support.certificates import make_certificates
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config.tls import InstanceTlsConfig
+from vllm_pd_scheduler.envoy.eds import METADATA_NAMESPACE
+from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
+from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, find_envoy, render_config
+from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.request import headers
+
+RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
+TEXT = config_path().read_text(encoding="utf-8")
+
+
+def every(key: str, value: Any) -> Iterator[Any]:
+    """All values of a key, at any depth."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value[key]
+        for item in value.values():
+            yield from every(key, item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from every(key, item)
+
+
+def listener(config: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [each for each in config["static_resources"]["listeners"] if each["name"] == name]
+    return found
+
+
+def cluster(config: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [each for each in config["static_resources"]["clusters"] if each["name"] == name]
+    return found
+
+
+def port_of(where: dict[str, Any]) -> int:
+    return where["address"]["socket_address"]["port_value"]
+
+
+def unused_ports(count: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return ports
+
+
+class TypesTest(unittest.TestCase):
+    def test_it_is_a_bootstrap_with_every_extension_of_its_own_type(self) -> None:
+        for name in set(every("@type", RAW)):
+            package = name.removeprefix("type.googleapis.com/").rpartition(".")[0]
+            importlib.import_module(f"envoy_data_plane.{package}")  # registers its types
+        bootstrap = Bootstrap.from_dict(RAW)
+        resources = bootstrap.static_resources
+        self.assertLessEqual({"ingress", "prefill"}, {each.name for each in resources.listeners})
+        self.assertLessEqual(
+            {"decode", "prefill", "scheduler", "xds"}, {each.name for each in resources.clusters}
+        )
+        self.assertEqual(Bootstrap.parse(bytes(bootstrap)), bootstrap)
+
+
+class EnvoyTest(unittest.IsolatedAsyncioTestCase):
+    def setUp(self) -> None:
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.ports = EnvoyPorts(*unused_ports(4), "127.0.0.1")
+
+    async def test_envoy_takes_it_with_other_ports(self) -> None:
+        await self.accepted(render_config(self.ports))
+
+    async def test_envoy_takes_it_with_tls_to_instances(self) -> None:
+        made = make_certificates(self.directory)
+        tls = InstanceTlsConfig(ca=made.ca, **made.client)
+        config = render_config(self.ports, tls)
+        for role in InstanceRole:
+            (context,) = [
+                each["typed_config"] for each in every("transport_socket", cluster(config, role.value))
+            ]
+            self.assertIs(context["auto_sni_san_validation"], True)
+            self.assertEqual(set(every("filename", context)), {made.ca, *made.client.values()})
+        await self.accepted(config)
+
+    def test_as_it_is_no_instances_certificate_passes(self) -> None:
+        for role in InstanceRole:
+            (accepted,) = every("verify_certificate_hash", cluster(RAW, role.value))
+            self.assertEqual(accepted, ["0" * 64])
+
+    async def accepted(self, config: dict[str, Any]) -> None:
+        path = self.directory / "envoy.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        process = await asyncio.create_subprocess_exec(
+            find_envoy(),
+            *("--mode", "validate", "-c", str(path), "--log-level", "warning"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        self.assertEqual(process.returncode, 0, output.decode())
+        self.assertNotIn(b"[warning]", output)
+        self.assertNotIn(b"deprecated", output)
+
+
+class PortsTest(unittest.TestCase):
+    def test_the_defaults_are_those_of_the_file(self) -> None:
+        self.assertEqual(render_config(EnvoyPorts()), RAW)
+        config = SchedulerConfig()
+        ports = EnvoyPorts()
+        self.assertEqual(config.grpc_port, ports.grpc)
+        self.assertEqual(config.prefill_listener, f"http://127.0.0.1:{ports.prefill}")
+
+    def test_each_port_goes_to_its_place(self) -> None:
+        config = render_config(EnvoyPorts(1001, 1002, 1003, 1004, "10.0.0.1"))
+        self.assertEqual(port_of(listener(config, "ingress")), 1001)
+        self.assertEqual(port_of(listener(config, "prefill")), 1002)
+        self.assertEqual(port_of(config["admin"]), 1003)
+        for name in ("scheduler", "xds"):
+            (endpoint,) = every("endpoint", cluster(config, name)["load_assignment"])
+            self.assertEqual(port_of(endpoint), 1004)
+        address = listener(config, "ingress")["address"]["socket_address"]["address"]
+        self.assertEqual(address, "10.0.0.1")
+        self.assertEqual(
+            listener(config, "prefill")["address"],
+            {"socket_address": {"address": "127.0.0.1", "port_value": 1002}},
+        )
+
+    def test_what_trusts_its_clients_listens_on_loopback_only(self) -> None:
+        for where in (listener(RAW, "prefill"), RAW["admin"]):
+            self.assertEqual(where["address"]["socket_address"]["address"], "127.0.0.1")
+
+
+class NamesTest(unittest.TestCase):
+    """What both sides must call by the same name."""
+
+    def test_clusters_by_role(self) -> None:
+        for role in InstanceRole:
+            found = cluster(RAW, role.value)
+            self.assertEqual(found["type"], "EDS")
+            sources = list(every("override_host_sources", found))
+            self.assertEqual(sources, [[{"header": headers.DESTINATION}]])
+
+    def test_headers(self) -> None:
+        names = [value for value in vars(headers).values() if isinstance(value, str)]
+        ours = [name for name in names if name.startswith(("x-pd-", "x-gateway-"))]
+        self.assertLessEqual({headers.DESTINATION, headers.PREFILL, headers.DECODE}, set(ours))
+        for name in ours:
+            if name not in (headers.REASON, *headers.ASKED):
+                self.assertIn(name, TEXT)
+        added = {
+            header["header"]["key"]
+            for options in every("response_headers_to_add", listener(RAW, "ingress"))
+            for header in options
+        }
+        self.assertLessEqual({headers.PREFILL, headers.DECODE}, added)
+        for options in every("response_headers_to_add", RAW):
+            values = {option["header"]["key"]: option["header"]["value"] for option in options}
+            self.assertIn(headers.PREFILL, values[headers.PREFILL])
+            self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
+
+    def test_clients_never_steer(self) -> None:
+        (extensions,) = every("early_header_mutation_extensions", listener(RAW, "ingress"))
+        removed = [
+            mutation["remove_on_match"]["key_matcher"]
+            for mutations in every("mutations", extensions)
+            for mutation in mutations
+            if "remove_on_match" in mutation
+        ]
+        prefixes = tuple(matcher["prefix"] for matcher in removed if "prefix" in matcher)
+        (regex,) = (matcher["safe_regex"]["regex"] for matcher in removed if "safe_regex" in matcher)
+        for name in vars(headers).values():
+            if isinstance(name, str) and name.startswith(headers.STEERING_PREFIXES):
+                gone = name.startswith(prefixes) or re.fullmatch(regex, name.upper()) is not None
+                self.assertEqual(gone, name not in headers.ASKED, name)
+
+    def test_the_schedulers_own_answers_are_known_by_their_details(self) -> None:
+        self.assertIn(f"response.code_details.startsWith('{DETAILS_PREFIX}')", json.dumps(RAW))
+
+    def test_what_clients_ask_for_ends_here(self) -> None:
+        (gone,) = every("request_headers_to_remove", listener(RAW, "ingress"))
+        self.assertEqual(set(gone), set(headers.ASKED))
+
+    def test_the_scheduler_gets_only_what_has_come_whole(self) -> None:
+        (filters,) = every("http_filters", listener(RAW, "ingress"))
+        names = [each["name"].removeprefix("envoy.filters.http.") for each in filters]
+        self.assertEqual(names[names.index("ext_proc") - 1], "buffer")
+
+    def test_the_largest_body_is_the_same(self) -> None:
+        limits = {*every("per_connection_buffer_limit_bytes", RAW), *every("max_request_bytes", RAW)}
+        self.assertEqual(limits, {SchedulerConfig().max_body_bytes})
+
+
+class ExtProcTest(unittest.TestCase):
+    """Settings on which the design rests: a dead scheduler harms no request, and no token costs Python."""
+
+    def test_mode(self) -> None:
+        (filter_,) = [
+            each
+            for each in every("typed_config", listener(RAW, "ingress"))
+            if each["@type"].endswith(".ext_proc.v3.ExternalProcessor")
+        ]
+        self.assertIs(filter_["failure_mode_allow"], True)
+        mode = filter_["processing_mode"]
+        self.assertEqual(mode["request_body_mode"], "BUFFERED")
+        self.assertEqual(mode["response_body_mode"], "NONE")
+        self.assertEqual(mode["response_trailer_mode"], "SEND")
+
+    def test_retries_are_not_limited_by_envoys_default_of_three(self) -> None:
+        for role in InstanceRole:
+            (thresholds,) = every("thresholds", cluster(RAW, role.value)["circuit_breakers"])
+            self.assertGreaterEqual(thresholds[0]["max_retries"], 1000)
+
+
+if __name__ == "__main__":
+    unittest.main()

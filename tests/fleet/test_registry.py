@@ -1,0 +1,381 @@
+"""The registry: what each call does, and what holds whatever the order of calls."""
+
+import unittest
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.envoy.eds import HealthStatus, load_assignment
+from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.scheduler import Scheduler
+
+P, D = InstanceRole.PREFILL, InstanceRole.DECODE
+
+
+def instance(
+    name: str = "d0", role: InstanceRole = D, host: str = "10.0.0.1", port: int = 8200
+) -> PDInstance:
+    return PDInstance(name, role, host, port)
+
+
+def loaded(running: float = 0.0, waiting: float = 0.0) -> MetricsSnapshot:
+    return MetricsSnapshot(0.0, running, waiting)
+
+
+class MembershipTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.registry = Registry()
+        self.changes = 0
+        self.registry.subscribe(self.count)
+
+    def count(self) -> None:
+        self.changes += 1
+
+    def test_a_new_instance_takes_nothing_before_its_first_probe(self) -> None:
+        endpoint = self.registry.add(instance())
+        self.assertIs(endpoint.state, InstanceState.STARTING)
+        self.assertFalse(endpoint.routable)
+        self.assertEqual(endpoint.address, "10.0.0.1:8200")
+        self.assertEqual(self.registry.routable(D), ())
+        self.registry.probed(endpoint, None)
+        self.assertIs(endpoint.state, InstanceState.HEALTHY)
+        self.assertEqual(self.registry.routable(D), (endpoint,))
+        self.assertEqual(self.registry.routable(P), ())
+
+    def test_order_and_roles(self) -> None:
+        names = ["b", "a", "c"]
+        for port, name in enumerate(names, 1):
+            self.registry.add(instance(name, port=port))
+            self.registry.add(instance("p" + name, P, port=port))
+        self.assertEqual([e.id for e in self.registry.endpoints(D)], names)
+        self.assertEqual([e.id for e in self.registry.endpoints(P)], ["pb", "pa", "pc"])
+        self.assertEqual([e.id for e in self.registry], ["b", "pb", "a", "pa", "c", "pc"])
+        self.assertEqual(len(self.registry.endpoints()), 6)
+
+    def test_doubles(self) -> None:
+        self.registry.add(instance("d0"))
+        with self.assertRaisesRegex(DuplicateInstance, "the id 'd0' is taken"):
+            self.registry.add(instance("d0", port=1))
+        with self.assertRaisesRegex(DuplicateInstance, "10.0.0.1:8200 is already the decode instance 'd0'"):
+            self.registry.add(instance("d1"))
+        self.registry.add(instance("p0", P))  # the same server in the other role
+        self.assertEqual([e.id for e in self.registry], ["d0", "p0"])
+        self.assertEqual(self.changes, 2)
+
+    def test_unknown_ids(self) -> None:
+        for call in (self.registry.get, self.registry.remove, self.registry.drain):
+            with self.assertRaises(UnknownInstance) as caught:
+                call("nobody")
+            self.assertEqual(str(caught.exception), "no instance has the id 'nobody'")
+
+    def test_removal_and_return(self) -> None:
+        old = self.registry.add(instance())
+        self.registry.probed(old, None)
+        held = self.registry.reserve(old)
+        self.assertIs(self.registry.remove("d0"), old)
+        self.assertNotIn(old, self.registry)
+        self.assertFalse(old.routable)
+        self.assertEqual(self.registry.routable(D), ())
+        new = self.registry.add(instance())
+        self.assertIsNot(new, old)
+        self.assertIn(new, self.registry)
+        self.assertNotIn(old, self.registry)
+        self.registry.probed(old, None)  # a probe that was under way
+        self.assertIs(new.state, InstanceState.STARTING)
+        held.release()
+        self.assertEqual((old.in_flight, new.in_flight), (0, 0))
+
+    def test_draining(self) -> None:
+        endpoint = self.registry.add(instance())
+        self.registry.probed(endpoint, None)
+        held = self.registry.reserve(endpoint)
+        before = self.changes
+        self.registry.drain("d0")
+        self.registry.drain("d0")
+        self.assertEqual(self.changes, before + 1)
+        self.assertIs(endpoint.state, InstanceState.DRAINING)
+        self.assertEqual(self.registry.routable(D), ())
+        self.registry.probed(endpoint, "gone")
+        self.registry.probed(endpoint, None)
+        self.assertIs(endpoint.state, InstanceState.DRAINING)
+        self.assertEqual(endpoint.in_flight, 1)
+        held.release()
+        self.assertEqual(endpoint.in_flight, 0)
+
+    def test_names_wait_for_their_address(self) -> None:
+        endpoint = self.registry.add(instance(host="vllm-0"))
+        self.registry.probed(endpoint, None)
+        self.assertIsNone(endpoint.address)
+        self.assertEqual(self.registry.routable(D), ())
+        self.registry.resolved(endpoint, "::1")
+        self.assertEqual(endpoint.address, "[::1]:8200")
+        self.assertEqual(self.registry.routable(D), (endpoint,))
+        before = self.changes
+        self.registry.resolved(endpoint, "::1")
+        self.assertEqual(self.changes, before)
+        self.registry.resolved(endpoint, "10.0.0.9")
+        self.assertEqual((endpoint.address, self.changes), ("10.0.0.9:8200", before + 1))
+
+    def test_contains_takes_anything(self) -> None:
+        self.assertNotIn("d0", self.registry)
+        self.assertNotIn(Endpoint(instance()), self.registry)
+
+
+class ProbesTest(unittest.TestCase):
+    def states(self, policy: HealthPolicy, probes: str) -> str:
+        """State after each probe: '+' a success, '-' a failure; 'H' healthy, 'u' not."""
+        registry = Registry(policy)
+        endpoint = registry.add(instance())
+        seen = ""
+        for probe in probes:
+            registry.probed(endpoint, None if probe == "+" else "down")
+            seen += "H" if endpoint.routable else "u"
+            self.assertEqual(endpoint.routable, registry.routable(D) == (endpoint,))
+        return seen
+
+    def test_thresholds(self) -> None:
+        cases = [
+            # unhealthy, healthy, probes, states
+            (2, 1, "+-+--+-", "HHHHuHH"),
+            (1, 1, "+-+-", "HuHu"),
+            (3, 1, "+--+---", "HHHHHHu"),
+            (1, 3, "+-++-+++", "Huuuuuu" + "H"),
+            (2, 2, "-+-++--", "uuuuHHu"),
+            (5, 5, "-", "u"),  # the first probe decides alone
+            (5, 5, "+", "H"),
+        ]
+        for unhealthy, healthy, probes, states in cases:
+            with self.subTest(probes, unhealthy=unhealthy, healthy=healthy):
+                self.assertEqual(self.states(HealthPolicy(unhealthy, healthy), probes), states)
+
+    def test_listeners_hear_of_changes_only(self) -> None:
+        registry = Registry()
+        endpoint = registry.add(instance())
+        heard: list[InstanceState] = []
+        registry.subscribe(lambda: heard.append(endpoint.state))
+        for problem in (None, None, "x", None, "x", "x", "x", None):
+            registry.probed(endpoint, problem)
+        self.assertEqual(heard, [InstanceState.HEALTHY, InstanceState.UNHEALTHY, InstanceState.HEALTHY])
+
+    def test_the_reason_is_the_last_probe(self) -> None:
+        registry = Registry()
+        endpoint = registry.add(instance())
+        self.assertEqual(endpoint.reason, "not probed yet")
+        registry.probed(endpoint, "/health answers 503")
+        self.assertEqual(endpoint.reason, "/health answers 503")
+        registry.probed(endpoint, None)
+        self.assertEqual(endpoint.reason, "")
+
+
+class LoadTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.registry = Registry()
+        self.endpoint = self.registry.add(instance())
+
+    def test_a_release_counts_once(self) -> None:
+        one, two = self.registry.reserve(self.endpoint), self.registry.reserve(self.endpoint)
+        self.assertEqual(self.endpoint.in_flight, 2)
+        for _ in range(3):
+            one.release()
+        self.assertEqual(self.endpoint.in_flight, 1)
+        two.release()
+        self.assertEqual(self.endpoint.in_flight, 0)
+
+    def test_without_a_scrape_only_ours_count(self) -> None:
+        self.registry.reserve(self.endpoint)
+        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (1.0, 1.0))
+        self.assertEqual((self.endpoint.kv_usage, self.endpoint.latency), (0.0, None))
+
+    def test_what_was_sent_since_the_scrape_counts_at_once(self) -> None:
+        held = [self.registry.reserve(self.endpoint) for _ in range(4)]
+        self.registry.scraped(self.endpoint, loaded(running=3, waiting=1), 4)
+        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (1.0, 4.0))
+        held += [self.registry.reserve(self.endpoint) for _ in range(2)]
+        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (3.0, 6.0))
+        for reservation in held:
+            reservation.release()
+        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (0.0, 0.0))
+
+    def test_requests_of_another_scheduler_count_too(self) -> None:
+        self.registry.reserve(self.endpoint)
+        self.registry.scraped(self.endpoint, loaded(running=5, waiting=2), 1)
+        self.assertEqual(self.endpoint.requests, 7.0)
+        self.registry.reserve(self.endpoint)
+        self.assertEqual(self.endpoint.requests, 8.0)
+
+    def test_a_scrape_that_saw_less_than_we_know_of(self) -> None:
+        for _ in range(3):
+            self.registry.reserve(self.endpoint)
+        self.registry.scraped(self.endpoint, loaded(running=1), 3)
+        self.assertEqual(self.endpoint.requests, 3.0)
+
+
+BLOCKS = tuple(range(1, 9))
+
+
+def prompt(tokens: float = 1000.0, now: float = 0.0, registry: Registry | None = None) -> RequestContext:
+    """A request; with a registry, one whose blocks may be cached somewhere."""
+    request = RequestContext("/", prompt_tokens=tokens, output_tokens=100.0, now=now)
+    if registry is not None:
+        request.blocks, request.block_tokens = BLOCKS, tokens / len(BLOCKS)
+        request.look_up_in(registry.prefixes)
+    return request
+
+
+IDS = [f"i{n}" for n in range(4)]
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Any order of calls, as health loops, admin calls and requests make them."""
+
+    reservations = Bundle("reservations")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = Registry(HealthPolicy(2, 2))
+        self.scheduler = Scheduler(SchedulerConfig(), self.registry)
+        self.known: dict[Endpoint, int] = {}  # every endpoint ever, and what we hold on it
+        self.ever_drained: set[Endpoint] = set()
+        self.open: list[Reservation] = []
+        self.now = 0.0
+
+    @rule(name=st.sampled_from(IDS), role=st.sampled_from(list(InstanceRole)), dns=st.booleans())
+    def add(self, name: str, role: InstanceRole, dns: bool) -> None:
+        number = IDS.index(name)
+        host = f"host{number}" if dns else f"10.0.0.{number}"
+        if name in {e.id for e in self.registry}:
+            try:
+                self.registry.add(instance(name, role, host))
+            except DuplicateInstance:
+                return
+            raise AssertionError("a double was taken")
+        self.known[self.registry.add(instance(name, role, host))] = 0
+
+    @rule(name=st.sampled_from(IDS))
+    def remove(self, name: str) -> None:
+        try:
+            self.registry.remove(name)
+        except UnknownInstance:
+            assert name not in {e.id for e in self.registry}
+
+    @rule(name=st.sampled_from(IDS))
+    def drain(self, name: str) -> None:
+        try:
+            self.ever_drained.add(self.registry.drain(name))
+        except UnknownInstance:
+            assert name not in {e.id for e in self.registry}
+
+    @rule(number=st.integers(0, 30), problem=st.sampled_from([None, None, "down"]))
+    def probe(self, number: int, problem: str | None) -> None:
+        """Also of an endpoint that was removed meanwhile."""
+        if self.known:
+            self.registry.probed(list(self.known)[number % len(self.known)], problem)
+
+    @rule(number=st.integers(0, 30), last=st.integers(1, 9))
+    def resolve(self, number: int, last: int) -> None:
+        if self.known:
+            endpoint = list(self.known)[number % len(self.known)]
+            if endpoint.instance.host.startswith("host"):
+                self.registry.resolved(endpoint, f"10.1.{number}.{last}")
+
+    @rule(number=st.integers(0, 30), load=st.integers(0, 5))
+    def scrape(self, number: int, load: int) -> None:
+        if self.known:
+            endpoint = list(self.known)[number % len(self.known)]
+            self.registry.scraped(endpoint, loaded(load, load), endpoint.in_flight)
+
+    @rule(target=reservations, role=st.sampled_from(list(InstanceRole)), count=st.integers(1, 3))
+    def reserve(self, role: InstanceRole, count: int) -> Reservation | None:
+        picked = self.scheduler.pick(role, RequestContext("/"), count=count)
+        assert bool(picked) == bool(self.registry.routable(role))
+        for endpoint in picked:
+            assert endpoint in self.registry
+            assert endpoint.instance.role is role
+            assert endpoint.state is InstanceState.HEALTHY
+            assert endpoint.address is not None
+            assert endpoint not in self.ever_drained
+        if not picked:
+            return None
+        self.known[picked[0]] += 1
+        request = prompt(100.0 * count, self.now, self.registry)
+        self.open.append(self.registry.reserve(picked[0], request if count < 3 else None))
+        return self.open[-1]
+
+    @rule(reservation=consumes(reservations), times=st.integers(1, 2))
+    def release(self, reservation: Reservation | None, times: int) -> None:
+        if reservation is not None:
+            self.ended(reservation)
+            for _ in range(times):
+                reservation.release()
+
+    def ended(self, reservation: Reservation) -> None:
+        if reservation.generation == reservation.endpoint.generation:
+            self.known[reservation.endpoint] -= 1
+
+    @rule(reservation=consumes(reservations), seconds=st.floats(0, 3))
+    def prefilled(self, reservation: Reservation | None, seconds: float) -> None:
+        self.now += seconds
+        if reservation is not None:
+            self.ended(reservation)
+            if reservation.endpoint.instance.role is P:
+                self.registry.prefilled(reservation, 100, 50, self.now)
+            reservation.release(self.now)
+
+    @rule(number=st.integers(0, 30))
+    def restart(self, number: int) -> None:
+        if self.known:
+            endpoint = list(self.known)[number % len(self.known)]
+            self.now += 1.0
+            if self.registry.started(endpoint, self.now):
+                self.known[endpoint] = 0
+                assert endpoint.holder not in self.registry.prefixes.match(BLOCKS)
+
+    @invariant()
+    def in_flight_is_what_is_held(self) -> None:
+        for endpoint, held in self.known.items():
+            assert endpoint.in_flight == held
+            assert endpoint.waiting >= 0
+            assert endpoint.requests >= held
+            assert endpoint.tokens >= 0.0
+            assert endpoint.kv_tokens >= endpoint.tokens
+            assert endpoint.prefill.left(self.now) >= 0.0
+
+    @invariant()
+    def routable_is_up_to_date(self) -> None:
+        for role in InstanceRole:
+            expected = [e for e in self.registry.endpoints(role) if e.routable]
+            assert list(self.registry.routable(role)) == expected
+
+    @invariant()
+    def envoy_is_told_the_same(self) -> None:
+        for role in InstanceRole:
+            told = load_assignment(self.registry, role).endpoints[0].lb_endpoints
+            expected = [e for e in self.registry.endpoints(role) if e.address is not None]
+            assert len(told) == len(expected)
+            for lb, endpoint in zip(told, expected, strict=True):
+                socket = lb.endpoint.address.socket_address
+                assert f"{socket.address}:{socket.port_value}" == endpoint.address
+                assert lb.metadata.filter_metadata["vllm_pd"].fields["id"].string_value == endpoint.id
+                assert (lb.health_status == HealthStatus.HEALTHY) == endpoint.routable
+
+    def teardown(self) -> None:
+        """Whatever happened, once every request has ended nothing is in flight."""
+        for reservation in self.open:
+            reservation.release()
+        for endpoint in self.known:
+            assert (endpoint.in_flight, endpoint.tokens, endpoint.prefill.queued) == (0, 0.0, 0.0)
+
+
+RegistryMachine.TestCase.settings = settings(
+    derandomize=True, deadline=None, max_examples=60, stateful_step_count=40
+)
+AnyOrderTest = RegistryMachine.TestCase
+
+
+if __name__ == "__main__":
+    unittest.main()

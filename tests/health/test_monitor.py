@@ -1,0 +1,408 @@
+"""Probes and scrapes of real HTTP servers on unused ports."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
+from vllm_pd_scheduler.health import HealthMonitor
+from vllm_pd_scheduler.health import monitor as health
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.telemetry import Telemetry
+
+HEALTHY, UNHEALTHY = InstanceState.HEALTHY, InstanceState.UNHEALTHY
+
+
+class Server:
+    """A server that answers as it is told, and counts."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.status = 200
+        self.page = "vllm:num_requests_running 3\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc 0.5\n"
+        self.page_status = 200
+        self.probes = 0
+        self.scrapes = 0
+        self.held = 0
+        """Probes that wait for ``go``."""
+        self.go = asyncio.Event()
+        self.go.set()
+        self.on_scrape: Callable[[], None] = lambda: None
+
+    async def health(self, _: web.Request) -> web.Response:
+        self.probes += 1
+        self.held += 1
+        try:
+            await self.go.wait()
+        finally:
+            self.held -= 1
+        return web.Response(status=self.status)
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        self.scrapes += 1
+        self.on_scrape()
+        return web.Response(status=self.page_status, text=self.page)
+
+
+class Fixture:
+    """A registry, its monitor, and servers to probe."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.registry = Registry(HealthPolicy(unhealthy_threshold=2, healthy_threshold=1))
+        self.telemetry = Telemetry(self.registry)
+        self.session = session
+        self.now = 10.0
+        self.servers: list[Server] = []
+        self.runners: list[web.AppRunner] = []
+        self.monitors: list[HealthMonitor] = []
+
+    def monitor(self, interval: float = 0.01, timeout: float = 5.0) -> HealthMonitor:
+        self.monitors.append(
+            HealthMonitor(
+                self.registry,
+                self.telemetry,
+                self.session,
+                interval=interval,
+                timeout=timeout,
+                clock=lambda: self.now,
+            )
+        )
+        return self.monitors[-1]
+
+    async def serve(self, name: str | None = "d0", host: str = "127.0.0.1") -> Server:
+        """Start a server and, if it has a name, register it."""
+        server = Server()
+        self.servers.append(server)
+        app = web.Application()
+        app.add_routes([web.get("/health", server.health), web.get("/metrics", server.metrics)])
+        runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
+        self.runners.append(runner)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server.port = runner.addresses[0][1]
+        if name is not None:
+            self.add(name, host, server.port)
+        return server
+
+    def add(self, name: str, host: str, port: int) -> Endpoint:
+        return self.registry.add(PDInstance(name, InstanceRole.DECODE, host, port))
+
+    def __getitem__(self, name: str) -> Endpoint:
+        return self.registry.get(name)
+
+    def failed_scrapes(self, name: str) -> float:
+        value = self.telemetry.prometheus.get_sample_value("pd_scrape_failures_total", {"instance": name})
+        return value or 0.0
+
+
+@pytest_asyncio.fixture
+async def fleet() -> AsyncIterator[Fixture]:
+    async with aiohttp.ClientSession() as session:
+        fixture = Fixture(session)
+        yield fixture
+        for monitor in fixture.monitors:
+            await monitor.stop()
+        for server in fixture.servers:
+            server.go.set()
+        for runner in fixture.runners:
+            await runner.cleanup()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class TestCheck:
+    async def test_a_healthy_instance(self, fleet: Fixture) -> None:
+        await fleet.serve()
+        await fleet.monitor().check(fleet["d0"])
+        assert fleet["d0"].state is HEALTHY
+        assert fleet["d0"].reason == ""
+        assert fleet["d0"].metrics == MetricsSnapshot(10.0, running=3.0, waiting=2.0, kv_usage=0.5)
+        assert fleet.failed_scrapes("d0") == 0
+
+    async def test_the_first_probe_decides_and_later_ones_need_the_thresholds(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        seen = []
+        for status in (503, 200, 500, 200, 404, 503, 503, 200):
+            server.status = status
+            await monitor.check(fleet["d0"])
+            seen.append("H" if fleet["d0"].state is HEALTHY else "u")
+        assert "".join(seen) == "uHHHHuuH"
+
+    @pytest.mark.parametrize("status", [204, 301, 401, 404, 500, 503])
+    async def test_only_200_is_health(self, fleet: Fixture, status: int) -> None:
+        server = await fleet.serve()
+        server.status = status
+        await fleet.monitor().check(fleet["d0"])
+        assert fleet["d0"].state is UNHEALTHY
+        assert fleet["d0"].reason == f"/health answers {status}"
+
+    async def test_nobody_listens(self, fleet: Fixture) -> None:
+        fleet.add("d0", "127.0.0.1", unused_port())
+        await fleet.monitor().check(fleet["d0"])
+        assert fleet["d0"].state is UNHEALTHY
+        assert fleet["d0"].reason.startswith("/health cannot be reached: ")
+        assert fleet["d0"].metrics is None
+        assert fleet.failed_scrapes("d0") == 1
+
+    async def test_no_answer_in_time(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        server.go.clear()
+        start = time.monotonic()
+        await fleet.monitor(timeout=0.05).check(fleet["d0"])
+        assert time.monotonic() - start < 2
+        assert fleet["d0"].state is UNHEALTHY
+        assert fleet["d0"].reason == "/health did not answer within 0.05 s"
+        assert fleet["d0"].metrics is not None, "the page was there"
+
+    async def test_something_that_speaks_no_http(self, fleet: Fixture) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(b"220 mail.example.com ESMTP\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        fleet.add("d0", "127.0.0.1", server.sockets[0].getsockname()[1])
+        await fleet.monitor().check(fleet["d0"])
+        server.close()
+        assert fleet["d0"].state is UNHEALTHY
+        assert fleet["d0"].reason.startswith("/health cannot be reached: ")
+
+    async def test_a_scrape_that_fails_keeps_what_was_known(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        await monitor.check(fleet["d0"])
+        known = fleet["d0"].metrics
+        broken = [(500, ""), (200, "<html>"), (200, "vllm:num_requests_running x"), (404, "")]
+        for failures, (status, page) in enumerate(broken, 1):
+            server.page_status, server.page = status, page
+            fleet.now += 1
+            await monitor.check(fleet["d0"])
+            assert fleet["d0"].metrics is known
+            assert fleet["d0"].state is HEALTHY, "metrics say nothing about health"
+            assert fleet.failed_scrapes("d0") == failures
+
+    async def test_two_scrapes_give_a_latency(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        page = "vllm:num_requests_running 0\n"
+        name = "vllm:request_time_per_output_token_seconds"
+        latencies = []
+        for total, count in ((1.0, 10), (1.4, 20), (1.4, 20), (0.1, 1)):
+            server.page = page + f"{name}_sum {total}\n{name}_count {count}\n"
+            await monitor.check(fleet["d0"])
+            latencies.append(fleet["d0"].latency)
+        assert latencies == [None, pytest.approx(0.04), pytest.approx(0.04), None]
+
+    async def test_what_is_sent_while_the_page_is_read_counts_as_not_yet_seen(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        endpoint = fleet["d0"]
+        fleet.registry.reserve(endpoint)
+        server.on_scrape = lambda: [fleet.registry.reserve(endpoint) for _ in range(4)] and None
+        await fleet.monitor().check(endpoint)
+        assert (endpoint.in_flight, endpoint.in_flight_at_scrape) == (5, 1)
+        assert endpoint.waiting == 2 + 4
+
+    async def test_an_instance_removed_while_probed(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        server.go.clear()
+        endpoint = fleet["d0"]
+        check = asyncio.ensure_future(fleet.monitor().check(endpoint))
+        await until(lambda: server.held == 1)
+        fleet.registry.remove("d0")
+        again = fleet.add("d0", "127.0.0.1", server.port)
+        server.go.set()
+        await check
+        assert endpoint.healthy is None
+        assert again.healthy is None, "the one that came in its place has not been probed"
+        assert endpoint.metrics is None
+
+
+class TestNames:
+    """Hosts that must be resolved."""
+
+    @pytest.fixture
+    def resolve(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Set what every name resolves to: addresses, or an exception."""
+
+        def resolve(*answers: str | Exception) -> None:
+            async def getaddrinfo(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+                assert host == "vllm-0"
+                for answer in answers:
+                    if isinstance(answer, Exception):
+                        raise answer
+                return [(None, None, None, "", (answer, port)) for answer in answers]
+
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+        return resolve
+
+    async def test_localhost(self, fleet: Fixture) -> None:
+        server = await fleet.serve(host="localhost")
+        monitor = fleet.monitor()
+        assert fleet["d0"].address is None
+        await monitor.check(fleet["d0"])
+        assert fleet["d0"].address == f"127.0.0.1:{server.port}"
+        assert fleet.registry.routable(InstanceRole.DECODE) == (fleet["d0"],)
+        await monitor.check(fleet["d0"])
+        assert fleet["d0"].metrics is not None
+
+    async def test_a_name_that_nobody_knows(self, fleet: Fixture, resolve: Callable[..., None]) -> None:
+        endpoint = fleet.add("d0", "vllm-0", 80)
+        resolve(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+        await fleet.monitor().check(endpoint)
+        assert endpoint.state is UNHEALTHY
+        assert endpoint.address is None
+        assert endpoint.reason == "the name vllm-0 cannot be resolved: Name or service not known"
+
+    @pytest.mark.parametrize("host", ["a..b", "x" * 64])
+    async def test_a_name_that_no_resolver_takes(self, fleet: Fixture, host: str) -> None:
+        """The configuration refuses these; the library's PDInstance takes any."""
+        endpoint = fleet.add("d0", host, 80)
+        await fleet.monitor().check(endpoint)
+        assert endpoint.state is UNHEALTHY
+        assert endpoint.reason.startswith(f"the name {host} cannot be resolved: ")
+
+    @pytest.mark.parametrize(
+        ("first", "others", "elsewhere"),
+        [("10.9.0.5", "10.9.0.1", "10.9.0.7"), ("fd00::5", "fd00::1", "fd00::7")],
+    )
+    async def test_the_address_in_use_stays_as_long_as_the_name_has_it(
+        self, fleet: Fixture, resolve: Callable[..., None], first: str, others: str, elsewhere: str
+    ) -> None:
+        endpoint = fleet.add("d0", "vllm-0", 80)
+        monitor = fleet.monitor()
+        brackets = "[{}]:80" if ":" in first else "{}:80"
+        resolve(first)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(first)
+        resolve(others, first)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(first)
+        resolve(elsewhere)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(elsewhere)
+
+
+class TestLoops:
+    async def test_start_probes_all_before_it_returns(self, fleet: Fixture) -> None:
+        for name in ("d0", "d1"):
+            await fleet.serve(name)
+        fleet.add("d2", "127.0.0.1", unused_port())
+        await fleet.monitor(interval=60).start()
+        assert [fleet[name].state for name in ("d0", "d1", "d2")] == [HEALTHY, HEALTHY, UNHEALTHY]
+
+    async def test_a_slow_instance_delays_no_other(self, fleet: Fixture) -> None:
+        slow, fast = await fleet.serve("slow"), await fleet.serve("fast")
+        await fleet.monitor().start()
+        slow.go.clear()
+        await until(lambda: slow.held == 1)
+        probes, scrapes, stuck = fast.probes, fast.scrapes, slow.probes
+        await until(lambda: fast.probes >= probes + 10 and fast.scrapes >= scrapes + 10)
+        assert (slow.held, slow.probes) == (1, stuck), "the slow one is still at the same probe"
+        assert fleet["fast"].state is HEALTHY
+
+    async def test_one_that_hangs_leaves_and_comes_back(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        await fleet.monitor(timeout=0.3).start()
+        assert fleet["d0"].state is HEALTHY
+        server.go.clear()
+        await until(lambda: fleet["d0"].state is UNHEALTHY)
+        server.go.set()
+        await until(lambda: fleet["d0"].state is HEALTHY)
+
+    async def test_one_that_is_down_is_probed_more_often_than_the_interval(
+        self, fleet: Fixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(health, "RECOVERY_INTERVAL_S", 0.01)
+        down, up = await fleet.serve("down"), await fleet.serve("up")
+        down.status = 503
+        await fleet.monitor(interval=60).start()
+        await until(lambda: down.probes >= 4)
+        down.status = 200
+        await until(lambda: fleet["down"].state is HEALTHY)
+        assert up.probes == 1
+
+    async def test_those_that_come_and_go(self, fleet: Fixture) -> None:
+        first = await fleet.serve("first")
+        await fleet.monitor().start()
+        second = await fleet.serve("second")
+        await until(lambda: fleet["second"].state is HEALTHY)
+        fleet.registry.remove("first")
+        await asyncio.sleep(0)
+        gone, probes = first.probes, second.probes
+        await until(lambda: second.probes >= probes + 5)
+        assert first.probes <= gone + 1, "the one under way at most"
+
+    async def test_a_draining_one_is_still_watched(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        await fleet.monitor().start()
+        fleet.registry.drain("d0")
+        probes = server.probes
+        await until(lambda: server.probes >= probes + 3)
+
+    async def test_a_failure_of_ours_does_not_end_the_loop(
+        self, fleet: Fixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monitor = fleet.monitor()
+        await monitor.start()
+        check: Callable[[Endpoint], Awaitable[None]] = monitor.check
+        calls = []
+
+        async def fails_at_first(endpoint: Endpoint) -> None:
+            calls.append(endpoint)
+            if len(calls) <= 2:
+                raise RuntimeError("boom")
+            await check(endpoint)
+
+        monkeypatch.setattr(monitor, "check", fails_at_first)
+        await fleet.serve()
+        await until(lambda: fleet["d0"].state is HEALTHY)
+        assert [record.message for record in caplog.records if record.exc_info] == [
+            "health check of d0 failed"
+        ] * 2
+
+    async def test_after_stop_nothing_is_probed(self, fleet: Fixture) -> None:
+        server = await fleet.serve("d0")
+        monitor = fleet.monitor()
+        await monitor.start()
+        await until(lambda: server.probes >= 2)
+        await monitor.stop()
+        late = await fleet.serve("late")
+        probes = server.probes
+        await asyncio.sleep(0.05)
+        assert (server.probes, late.probes) == (probes, 0)
+
+    async def test_changes_of_state_are_logged_once(
+        self, fleet: Fixture, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, health.__name__)
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        for status in (200, 200, 503, 503, 503, 200):
+            server.status = status
+            await monitor.check(fleet["d0"])
+        assert [(record.levelname, record.message) for record in caplog.records] == [
+            ("INFO", "d0 is healthy"),
+            ("WARNING", "d0 is unhealthy: /health answers 503"),
+            ("INFO", "d0 is healthy"),
+        ]

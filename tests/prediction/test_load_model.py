@@ -1,0 +1,222 @@
+"""The load model: what is queued where, and what is learned of it."""
+
+import unittest
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.prediction.load_model import (
+    BYTES_PER_TOKEN,
+    OUTPUT_TOKENS,
+    DecodeLoad,
+    FleetLoad,
+    PrefillLoad,
+    prefill_pairs,
+)
+from vllm_pd_scheduler.prediction.regression import OnlineRegression
+
+
+def empty() -> PrefillLoad:
+    return PrefillLoad(FleetLoad().prefill)
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["begin", "end", "cancel", "restart", "wait"]),
+        st.integers(0, 5),
+        st.floats(0, 10, allow_subnormal=False),
+    ),
+    max_size=50,
+)
+
+
+class PrefillQueueTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.load = empty()
+
+    def test_first_come_first_served(self) -> None:
+        """What is left at each moment, when everything takes as long as predicted."""
+        load = self.load
+        for key, cost in (("a", 2.0), ("b", 3.0), ("c", 1.0)):
+            load.begin(key, cost, 10.0)
+        self.assertEqual([load.left(now) for now in (10.0, 11.0, 12.0)], [6.0, 5.0, 4.0])
+        self.assertEqual(load.end("a", 12.0), 2.0)
+        self.assertEqual([load.left(now) for now in (12.0, 14.0, 15.0)], [4.0, 2.0, 1.0])
+        self.assertEqual(load.end("b", 15.0), 3.0)
+        self.assertEqual(load.end("c", 16.0), 1.0)
+        self.assertEqual((load.left(16.0), load.queued), (0.0, 0.0))
+
+    def test_idle_time_is_nobodys(self) -> None:
+        self.load.begin("a", 1.0, 0.0)
+        self.load.end("a", 1.0)
+        self.load.begin("b", 1.0, 50.0)
+        self.assertEqual(self.load.left(50.5), 0.5)
+        self.assertEqual(self.load.end("b", 51.5), 1.5)
+
+    def test_one_that_hangs_does_not_make_it_look_free(self) -> None:
+        self.load.begin("hangs", 1.0, 0.0)
+        for number in range(4):
+            self.load.begin(number, 2.0, 0.0)
+        self.assertEqual(self.load.left(1000.0), 8.0)
+
+    def test_who_gives_up_in_the_queue_does_not_reset_the_one_under_way(self) -> None:
+        self.load.begin("a", 10.0, 0.0)
+        self.load.begin("b", 5.0, 0.0)
+        self.load.cancel("b", 9.0)
+        self.assertEqual(self.load.left(9.0), 1.0)
+        self.assertEqual(self.load.end("a", 10.0), 10.0)
+
+    def test_when_the_one_under_way_gives_up_the_next_begins(self) -> None:
+        self.load.begin("a", 10.0, 0.0)
+        self.load.begin("b", 5.0, 0.0)
+        self.load.cancel("a", 2.0)
+        self.assertEqual(self.load.left(4.0), 3.0)
+        self.assertEqual(self.load.end("b", 7.0), 5.0)
+
+    def test_an_end_counts_once(self) -> None:
+        self.load.begin("a", 1.0, 0.0)
+        self.assertEqual(self.load.end("a", 1.0), 1.0)
+        self.assertIsNone(self.load.end("a", 1.0))
+        self.load.cancel("a", 1.0)
+        self.assertEqual(self.load.queued, 0.0)
+
+    @given(events)
+    @settings(derandomize=True, deadline=None, max_examples=300)
+    def test_any_order(self, calls: list[tuple[str, int, float]]) -> None:
+        load, now, pending = empty(), 0.0, dict[int, float]()
+        for what, key, number in calls:
+            if what == "begin" and key not in pending:
+                pending[key] = number
+                load.begin(key, number, now)
+            elif what == "end":
+                self.assertEqual(load.end(key, now) is None, pending.pop(key, None) is None)
+            elif what == "cancel":
+                pending.pop(key, None)
+                load.cancel(key, now)
+            elif what == "restart":
+                pending.clear()
+                load.restarted()
+            else:
+                now += number
+            left, total = load.left(now), sum(pending.values())
+            head = next(iter(pending.values()), 0.0)
+            self.assertGreaterEqual(left, 0.0)
+            self.assertLessEqual(left, total + 1e-9)
+            self.assertGreaterEqual(left, total - head - 1e-9, "only the first can be under way")
+        for key in list(pending):
+            load.end(key, now)
+        self.assertEqual((load.queued, load.left(now), load.head_cost), (0.0, 0.0, 0.0))
+
+
+class PrefillCostTest(unittest.TestCase):
+    def test_pairs(self) -> None:
+        for tokens, context, expected in ((4, 4, 8), (1, 100, 99.5), (10, 100, 950)):
+            self.assertEqual(prefill_pairs(tokens, context), expected)
+
+    def test_it_learns_what_a_prompt_costs(self) -> None:
+        load, fleet = empty(), FleetLoad()
+        for number in range(200):
+            context = 200 * (1 + number * 7 % 90)
+            tokens = context // (1 + number % 4)
+            seconds = 0.01 + 5e-5 * tokens + 2e-9 * prefill_pairs(tokens, context)
+            load.learn(tokens, context, seconds, fleet.prefill)
+        for tokens, context in ((1000, 1000), (16000, 16000), (1000, 16000)):
+            expected = 0.01 + 5e-5 * tokens + 2e-9 * prefill_pairs(tokens, context)
+            self.assertAlmostEqual(load.cost(tokens, context), expected, delta=0.1 * expected)
+        newcomer = PrefillLoad(fleet.prefill)
+        self.assertAlmostEqual(newcomer.cost(8000, 8000), load.cost(8000, 8000), delta=0.05)
+
+    def test_prompts_that_are_alike_cost_what_their_tokens_do(self) -> None:
+        fleet, load = FleetLoad(), empty()
+        for _ in range(50):
+            load.learn(500, 500, 0.25, fleet.prefill)
+        self.assertAlmostEqual(load.cost(500, 500), 0.25, delta=0.01)
+        self.assertLess(load.overhead, 0.03)  # 20 ms until then
+        self.assertGreater(load.cost(1000, 1000), 0.45)
+
+    def test_trust(self) -> None:
+        load = empty()
+        for _ in range(50):
+            load.believed(1000.0, 0)
+        self.assertLess(load.trust, 0.01)
+        load.believed(0.0, 0)  # nothing was predicted: nothing is learned
+        before = load.trust
+        for _ in range(50):
+            load.believed(1000.0, 5000)
+        self.assertLess(before, load.trust)
+        self.assertLessEqual(load.trust, 1.0)
+        load.believed(1000.0, 0)
+        load.restarted()
+        self.assertEqual(load.trust, 1.0)
+
+
+class DecodeLoadTest(unittest.TestCase):
+    def test_it_learns_what_a_step_takes(self) -> None:
+        load, fleet = DecodeLoad(FleetLoad().decode), FleetLoad()
+        for number in range(200):
+            batch = 1.0 + number * 13 % 60
+            kv_tokens = batch * (500 + number * 37 % 2000)
+            load.learn(batch, kv_tokens, 0.01 + 1e-4 * batch + 2e-8 * kv_tokens, fleet.decode)
+        for batch, kv_tokens in ((1, 1000), (50, 100_000)):
+            expected = 0.01 + 1e-4 * batch + 2e-8 * kv_tokens
+            self.assertAlmostEqual(load.step(batch, kv_tokens), expected, delta=0.05 * expected)
+
+
+class FleetLoadTest(unittest.TestCase):
+    def test_each_model_has_its_tokens(self) -> None:
+        load = FleetLoad()
+        self.assertEqual(load.bytes_per_token("any"), BYTES_PER_TOKEN)
+        load.learn_bytes("chinese", 3000, 1500)
+        load.learn_bytes(None, 1000, 100)
+        self.assertEqual(load.bytes_per_token("chinese"), 2.0)
+        self.assertEqual(load.bytes_per_token(None), 10.0)
+        self.assertEqual(load.bytes_per_token("any"), BYTES_PER_TOKEN)
+        for _ in range(100):
+            load.learn_bytes("chinese", 3000, 1000)
+        self.assertAlmostEqual(load.bytes_per_token("chinese"), 3.0, places=3)
+        self.assertEqual(set(load.ratios()), {"chinese", ""})
+
+    def test_nothing_is_learned_of_nothing(self) -> None:
+        load = FleetLoad()
+        load.learn_bytes("m", 0, 5)
+        load.learn_bytes("m", 5, 0)
+        self.assertEqual(load.ratios(), {})
+
+    def test_names_are_bounded(self) -> None:
+        load = FleetLoad()
+        for number in range(3000):
+            load.learn_bytes(f"m{number}", 4, 1)
+        self.assertLessEqual(len(load.ratios()), 1000)
+
+    def test_the_mean_answer(self) -> None:
+        load = FleetLoad()
+        self.assertEqual(load.output_tokens, OUTPUT_TOKENS)
+        for _ in range(100):
+            load.learn_output(4000.0, 8.0)
+        self.assertAlmostEqual(load.output_tokens, 500.0, delta=1.0)
+
+    def test_an_answer_that_lasts_for_many_scrapes_counts_whole(self) -> None:
+        """One of 500 tokens ends in every fifth scrape, and a fifth of it is generated in each."""
+        load = FleetLoad()
+        for _ in range(60):
+            for _ in range(4):
+                load.learn_output(100.0, 0.0)
+            load.learn_output(100.0, 1.0)
+        self.assertAlmostEqual(load.output_tokens, 500.0, delta=10.0)
+
+    def test_transfers(self) -> None:
+        load = FleetLoad()
+        for _ in range(100):
+            load.learn_transfer(0.3)
+        self.assertAlmostEqual(load.transfer, 0.3, places=3)
+
+    def test_who_has_measured_nothing_follows_the_fleet(self) -> None:
+        prefill, decode = empty(), DecodeLoad(FleetLoad().decode)
+        prefill.follow(OnlineRegression((1.0, 2.0, 3.0), (1.0, 1.0, 1.0)))
+        decode.follow(OnlineRegression((4.0, 5.0, 6.0), (1.0, 1.0, 1.0)))
+        self.assertEqual(prefill.cost(2, 2), 1.0 + 2.0 * 2 + 3.0 * 2)
+        self.assertEqual(decode.step(1, 1), 15.0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,202 @@
+import random
+import tracemalloc
+from collections.abc import Sequence
+from hashlib import blake2b
+from unittest import TestCase
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from vllm_pd_scheduler.prediction.prefix_index import DEFAULT_CAPACITY, Holder, PrefixIndex
+
+SLOTS = 20
+MAX_BYTES_PER_BLOCK = 220
+"""What a block may take, its int with it. Measured: 150 to 205, as the dicts happen to have grown."""
+
+
+def chain(prompt: str) -> tuple[int, ...]:
+    """Return the blocks of a prompt that has a letter in each."""
+    ends = range(1, len(prompt) + 1)
+    return tuple(int.from_bytes(blake2b(prompt[:end].encode(), digest_size=7).digest()) for end in ends)
+
+
+class PrefixIndexTest(TestCase):
+    def setUp(self) -> None:
+        self.index = PrefixIndex()
+
+    def test_the_depth_is_how_many_leading_blocks_are_held(self) -> None:
+        one, two, three = (self.index.add() for _ in range(3))
+        one.store(chain("system, question"))
+        two.store(chain("system, answer"))
+        three.store(chain("else"))
+        self.assertEqual(self.index.match(chain("system, questions")), {one: 16, two: 8})
+        self.assertEqual(list(self.index.match(chain("system, question"))), [two, one])
+
+    def test_nothing_is_held_of_an_empty_or_an_unknown_prompt(self) -> None:
+        self.index.add().store(chain("known"))
+        self.assertEqual(self.index.match(()), {})
+        self.assertEqual(self.index.match(chain("unknown")), {})
+
+    def test_a_long_chain_keeps_its_first_blocks(self) -> None:
+        holder = self.index.add(3)
+        holder.store(chain("older"))
+        holder.store(chain("abcdef"))
+        self.assertEqual(self.index.match(chain("abcdef")), {holder: 3})
+        self.assertEqual(len(self.index), 3)
+
+    def test_tails_go_before_prefixes_and_old_before_new(self) -> None:
+        holder = self.index.add(6)
+        holder.store(chain("ab1"))
+        holder.store(chain("ab2"))
+        holder.store(chain("xyz"))
+        self.assertEqual(self.index.match(chain("ab1")), {holder: 2})
+        self.assertEqual(self.index.match(chain("ab2")), {holder: 3})
+
+    def test_use_keeps_a_block(self) -> None:
+        holder = self.index.add(4)
+        holder.store(chain("ab"))
+        holder.store(chain("cd"))
+        holder.store(chain("ab"))
+        holder.store(chain("ef"))
+        self.assertEqual(self.index.match(chain("ab")), {holder: 2})
+        self.assertEqual(self.index.match(chain("cd")), {})
+
+    def test_less_room_evicts_and_none_holds_nothing(self) -> None:
+        holder = self.index.add(5)
+        holder.store(chain("abcde"))
+        holder.resize(2)
+        self.assertEqual(self.index.match(chain("abcde")), {holder: 2})
+        holder.resize(0)
+        holder.store(chain("abcde"))
+        self.assertEqual((len(holder), len(self.index)), (0, 0))
+
+    def test_a_negative_capacity_is_refused(self) -> None:
+        holder = self.index.add()
+        self.assertEqual(holder.capacity, DEFAULT_CAPACITY)
+        with pytest.raises(ValueError, match="negative"):
+            holder.resize(-1)
+        with pytest.raises(ValueError, match="negative"):
+            self.index.add(-1)
+        self.assertEqual(holder.capacity, DEFAULT_CAPACITY)
+
+    def test_what_takes_a_slot_again_holds_nothing_of_the_one_before(self) -> None:
+        gone, stays = self.index.add(), self.index.add()
+        for holder in (gone, stays):
+            holder.store(chain("abc"))
+        gone.close()
+        gone.close()
+        new, other = self.index.add(), self.index.add()
+        self.assertEqual(self.index.match(chain("abc")), {stays: 3})
+        new.store(chain("ab"))
+        gone.store(chain("abc"))
+        gone.resize(9)
+        self.assertEqual(self.index.match(chain("abc")), {new: 2, stays: 3})
+        self.assertEqual((len(gone), len(other)), (0, 0))
+
+    def test_a_thousand_holders_with_all_depths(self) -> None:
+        blocks = chain("x" * 100)
+        depths = {self.index.add(): number % 101 for number in range(1000)}
+        for holder, depth in depths.items():
+            holder.store(blocks[:depth])
+        self.assertEqual(self.index.match(blocks), {h: depth for h, depth in depths.items() if depth})
+
+    def test_memory_is_bounded(self) -> None:
+        draw = random.Random(7).getrandbits
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        holders = [self.index.add(2_000) for _ in range(100)]
+        for number in range(5_000):  # each holder is filled two and a half times
+            holders[number % 100].store(tuple([draw(60) for _ in range(100)]))
+        used, _ = tracemalloc.get_traced_memory()
+        self.assertEqual(len(self.index), 200_000)
+        self.assertLess(used / 200_000, MAX_BYTES_PER_BLOCK)
+
+
+class Model:
+    """What a holder should be: blocks in a list, the least recently used first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.blocks: list[int] = []
+
+    def store(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks[: self.capacity]):
+            if block in self.blocks:
+                self.blocks.remove(block)
+            self.blocks.append(block)
+        self.evict()
+
+    def evict(self) -> None:
+        del self.blocks[: max(0, len(self.blocks) - self.capacity)]
+
+    def depth(self, blocks: Sequence[int]) -> int:
+        held = set(self.blocks)
+        return next((n for n, block in enumerate(blocks) if block not in held), len(blocks))
+
+
+prompts = st.text("ab", max_size=9).map(chain)
+capacities = st.integers(0, 25)
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """Any number of instances come, serve, restart, change and go; each does as its model."""
+
+    holders = Bundle("holders")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex()
+        self.models: dict[Holder, Model] = {}
+
+    @precondition(lambda self: len(self.models) < SLOTS)
+    @rule(target=holders, capacity=capacities)
+    def add(self, capacity: int) -> Holder:
+        holder = self.index.add(capacity)
+        self.models[holder] = Model(capacity)
+        return holder
+
+    @rule(holder=holders, blocks=prompts)
+    def store(self, holder: Holder, blocks: tuple[int, ...]) -> None:
+        holder.store(blocks)
+        self.models[holder].store(blocks)
+
+    @rule(blocks=prompts)
+    def store_everywhere(self, blocks: tuple[int, ...]) -> None:
+        for holder, model in self.models.items():
+            holder.store(blocks)
+            model.store(blocks)
+
+    @rule(holder=holders, capacity=capacities)
+    def resize(self, holder: Holder, capacity: int) -> None:
+        holder.resize(capacity)
+        self.models[holder].capacity = capacity
+        self.models[holder].evict()
+
+    @rule(holder=holders)
+    def clear(self, holder: Holder) -> None:
+        holder.clear()
+        self.models[holder].blocks.clear()
+
+    @rule(holder=consumes(holders))
+    def close(self, holder: Holder) -> None:
+        holder.close()
+        del self.models[holder]
+
+    @rule(blocks=prompts)
+    def match(self, blocks: tuple[int, ...]) -> None:
+        expected = {holder: model.depth(blocks) for holder, model in self.models.items()}
+        assert self.index.match(blocks) == {holder: depth for holder, depth in expected.items() if depth}
+
+    @invariant()
+    def all_are_as_full_as_their_models(self) -> None:
+        for holder, model in self.models.items():
+            assert len(holder) == len(model.blocks) <= holder.capacity
+        assert len(self.index) == sum(len(model.blocks) for model in self.models.values())
+
+
+PrefixMachine.TestCase.settings = settings(
+    derandomize=True, deadline=None, max_examples=150, stateful_step_count=40
+)
+PrefixMachineTest = PrefixMachine.TestCase

@@ -1,0 +1,87 @@
+"""Who prefills: an instance for it, or decode itself."""
+
+import unittest
+from typing import Any
+
+from tests.support.fleet import D, P, prompt, scheduler_of
+from vllm_pd_scheduler.models import MetricsSnapshot
+from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.scheduler.disaggregation import Disaggregation
+
+BLOCKS = tuple(range(1, 41))
+
+
+class DisaggregationTest(unittest.TestCase):
+    def start(self, setting: str | int, prefill: int = 2, decode: int = 2, **config: Any) -> None:
+        config = {"strategy": "predicted_latency", **config}
+        self.scheduler = scheduler_of(prefill, decode, disaggregation=setting, **config)
+        self.registry = self.scheduler.registry
+        self.decides = Disaggregation(self.scheduler.config, self.scheduler)
+
+    def local(self, tokens: float, **more: Any) -> str | None:
+        found = self.decides.local(prompt(tokens, **more))
+        return None if found is None else found.id
+
+    def test_by_the_setting(self) -> None:
+        for setting, tokens, is_local in (
+            ("always", 1, False),
+            ("never", 1e6, True),
+            (1000, 999, True),
+            (1000, 1000, False),
+        ):
+            with self.subTest(setting, tokens=tokens):
+                self.start(setting)
+                self.assertEqual(self.local(tokens) is not None, is_local)
+
+    def test_without_decode_it_is_left_to_others(self) -> None:
+        for setting in ("never", 1000, "auto"):
+            self.start(setting, decode=0)
+            self.assertIsNone(self.local(1))
+
+    def busy(self, requests: int) -> None:
+        for endpoint in self.registry.endpoints(D):
+            self.registry.scraped(endpoint, MetricsSnapshot(0.0, running=float(requests)), 0)
+
+    def test_by_cost_a_busy_decode_gets_no_prompt(self) -> None:
+        self.start("auto")
+        self.busy(50)
+        self.assertIsNone(self.local(5000))
+
+    def test_by_cost_an_idle_one_does(self) -> None:
+        self.start("auto")
+        self.assertIsNotNone(self.local(100))
+
+    def test_by_cost_a_queue_at_prefill_makes_it_local(self) -> None:
+        self.start("auto")
+        self.busy(3)
+        self.assertIsNone(self.local(5000))
+        for endpoint in self.registry.endpoints(P):
+            for _ in range(9):
+                self.registry.reserve(endpoint, prompt(20_000))
+        self.assertIsNotNone(self.local(5000))
+
+    def test_by_cost_the_one_that_has_it_cached(self) -> None:
+        self.start("auto")
+        self.busy(10)
+        known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 250.0}
+        self.assertIsNone(self.local(10_050, **known))
+        d1 = self.registry.get("d1")
+        d1.holder.store(BLOCKS)
+        self.registry.reserve(d1, RequestContext("/"))
+        self.assertEqual(self.local(10_050, **known), "d1")
+
+    def test_to_ask_takes_no_turn(self) -> None:
+        """Else every second instance would never be used: each request asks, and then picks."""
+        for setting in ("never", 10_000, "auto"):
+            with self.subTest(setting):
+                self.start(setting, strategy="round_robin")
+                names = []
+                for _ in range(8):
+                    request = prompt(100.0)
+                    self.decides.local(request)
+                    names += [self.scheduler.pick(role, request)[0].id for role in (P, D)]
+                self.assertEqual([names.count(one) for one in ("p0", "p1", "d0", "d1")], [4] * 4)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,319 @@
+"""Real processes for tests: the scheduler's command line, Envoy, and a client for what stands behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
+from vllm_pd_scheduler.sim.fleet import Fleet
+
+
+def _own_ports() -> Iterator[int]:
+    """Ports that no other test process takes, below those that the kernel gives to clients."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    start, size = 12_000 + worker % 5 * 4_000, 4_000
+    first = os.getpid() * 500 % size  # another run beside this one starts elsewhere
+    return itertools.cycle(start + (first + number) % size for number in range(size))
+
+
+_ports = _own_ports()
+
+
+def unused_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on, others at each call.
+
+    Not those that the kernel would choose: Envoy shares its ports (SO_REUSEPORT), so two that were given
+    the same by chance would both start, and answer each other's clients.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port := next(_ports)))
+            found.append(port)
+    return found
+
+
+async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10.0) -> float:
+    """Wait until a condition holds; return how long that took, in seconds."""
+    start = time.monotonic()
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - the event is in another process
+            await asyncio.sleep(0.01)
+    return time.monotonic() - start
+
+
+@dataclass
+class Process:
+    """A process of ours and what it printed."""
+
+    process: subprocess.Popen[bytes]
+    log: Any
+
+    @property
+    def output(self) -> str:
+        size = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = 15.0) -> int:
+        return self.process.wait(seconds)
+
+    def children(self) -> list[int]:
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for path in tasks for pid in path.read_text().split()]
+
+
+@contextmanager
+def spawned(command: list[str], **environment: str) -> Iterator[Process]:
+    """Run a command; at the end of the block it is ended, by force if need be."""
+    with tempfile.TemporaryFile() as log:
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            yield Process(popen, log)
+        finally:
+            if popen.poll() is None:
+                popen.terminate()
+                popen.send_signal(signal.SIGTERM)  # the second one means: do not drain
+                try:
+                    popen.wait(10)
+                except subprocess.TimeoutExpired:
+                    popen.kill()
+                    popen.wait()
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that has ended and not been waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass
+class Stack:
+    """Where a scheduler and its Envoy are, and how to start them for a fleet's configuration."""
+
+    directory: Path
+    ports: EnvoyPorts = field(default_factory=lambda: EnvoyPorts(*unused_ports(4), "127.0.0.1"))
+    admin_port: int = field(default_factory=lambda: unused_ports(1)[0])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.ingress}"
+
+    @property
+    def admin(self) -> str:
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    @property
+    def envoy_admin(self) -> str:
+        return f"http://127.0.0.1:{self.ports.admin}"
+
+    def write_config(self, config: dict[str, Any]) -> Path:
+        path = self.directory / "scheduler_config.json"
+        defaults = {"health_check_interval": 0.5, "health_check_timeout": 1.0, "drain_timeout": 10.0}
+        path.write_text(json.dumps({**defaults, **config}))
+        return path
+
+    def up(self, config: dict[str, Any]) -> list[str]:
+        """Return the command for both in one."""
+        ports = self.ports
+        options = {
+            "config": self.write_config(config),
+            "port": ports.ingress,
+            "prefill-port": ports.prefill,
+            "grpc-port": ports.grpc,
+            "admin-port": self.admin_port,
+            "envoy-admin-port": ports.admin,
+        }
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "vllm_pd_scheduler", "up", *arguments]
+
+    def serve(self, config: dict[str, Any]) -> list[str]:
+        """Return the command for the scheduler alone."""
+        listener = f"http://127.0.0.1:{self.ports.prefill}"
+        ports = {"grpc_port": self.ports.grpc, "admin_port": self.admin_port, "prefill_listener": listener}
+        path = self.write_config({**config, **ports})
+        return [sys.executable, "-m", "vllm_pd_scheduler", "--config", str(path)]
+
+    def envoy(self) -> list[str]:
+        """Return the command for Envoy alone, on the configuration that ships."""
+        path = self.directory / "envoy.yaml"
+        path.write_text(yaml.safe_dump(render_config(self.ports)))
+        return [find_envoy(), "-c", str(path), "--log-level", "warning", "--disable-hot-restart"]
+
+
+class Client:
+    """An HTTP client of a stack and of the simulated fleet behind it."""
+
+    def __init__(self, session: aiohttp.ClientSession, stack: Stack, fleet: Fleet) -> None:
+        self.session = session
+        self.stack = stack
+        self.fleet = fleet
+
+    async def send(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        """Send a request through Envoy; a body that is not bytes goes as JSON."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {} if data is None else {"content-type": "application/json"}
+        async with self.session.request(
+            method, self.stack.url + path, data=data, headers={**sent, **(headers or {})}
+        ) as response:
+            found = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(response.status, found, await response.read())
+
+    async def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Answer:
+        return await self.send("POST", path, body, headers)
+
+    async def complete(self, **body: Any) -> Answer:
+        """Send a completion request that any instance answers the same."""
+        return await self.post("/v1/completions", {"prompt": "Where is the cache?", "max_tokens": 8, **body})
+
+    async def json(self, url: str) -> Any:
+        async with self.session.get(url) as response:
+            return await response.json(content_type=None)
+
+    async def admin(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the scheduler's admin interface; return status and decoded answer."""
+        async with self.session.request(method, self.stack.admin + path, json=body) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if text.startswith("{") else text
+
+    async def instance(self, instance_id: str) -> dict[str, Any]:
+        """Return what the scheduler knows of an instance."""
+        status, found = await self.admin("GET", f"/instances/{instance_id}")
+        assert status == 200, found
+        return dict(found)
+
+    async def in_flight(self) -> int:
+        """Return the sum of what the scheduler counts as in flight."""
+        _, found = await self.admin("GET", "/instances")
+        return sum(each["in_flight"] for each in found["instances"])
+
+    async def until_in_flight(self, count: int) -> None:
+        """Wait until so many are: the scheduler learns of an answer's end a moment after the client."""
+
+        async def reached() -> bool:
+            return await self.in_flight() == count
+
+        await until(reached)
+
+    async def fault(self, instance_id: str, **fault: Any) -> None:
+        """Make a simulated instance misbehave; with no arguments, behave."""
+        url = self.fleet[instance_id].url + "/_sim/fault"
+        async with self.session.post(url, json=fault) as response:
+            assert response.status == 200, await response.text()
+
+    async def seen(self, instance_id: str) -> list[dict[str, Any]]:
+        """Return the requests that a simulated instance got, oldest first."""
+        found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")
+        return found
+
+    async def request_of(self, answer: Answer) -> dict[str, Any]:
+        """Return the request that the decode instance which gave an answer got for it."""
+        number = answer.headers["x-request-id"]
+        seen = await self.seen(answer.headers["x-pd-decode"])
+        return next(each for each in reversed(seen) if _header(each, "x-request-id") == number)
+
+    async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
+        """Return the requests that came after the one with this number."""
+        return [each for each in await self.seen(instance_id) if each["number"] > number]
+
+    async def seen_by_all(self) -> dict[str, int]:
+        """Return how many requests each simulated instance that runs got so far."""
+        found = {each.id: await self.seen(each.id) for each in self.fleet.instances if each.alive}
+        return {name: seen[-1]["number"] if seen else 0 for name, seen in found.items()}
+
+    async def states(self) -> dict[str, str]:
+        """Return the state of each instance, as the scheduler sees it."""
+        _, found = await self.admin("GET", "/instances")
+        return {each["id"]: each["state"] for each in found["instances"]}
+
+    async def envoy_hosts(self) -> dict[str, str]:
+        """Return ``cluster address`` → EDS health of the hosts that Envoy knows."""
+        found = await self.json(self.stack.envoy_admin + "/clusters?format=json")
+        hosts = {}
+        for cluster in found["cluster_statuses"]:
+            for host in cluster.get("host_statuses", []):
+                address = host["address"]["socket_address"]
+                name = f"{cluster['name']} {address['address']}:{address['port_value']}"
+                hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
+        return hosts
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of an OpenAI-shaped body; fails for any other shape."""
+        assert self.headers["content-type"].startswith("application/json"), self
+        error = dict(self.json["error"])
+        assert set(error) == {"message", "type", "param", "code"}, error
+        assert error["code"] == self.status
+        assert error["message"]
+        return error
+
+    @property
+    def events(self) -> list[str]:
+        """The data of each server-sent event."""
+        assert self.headers["content-type"].startswith("text/event-stream"), self
+        return [part.removeprefix("data: ") for part in self.body.decode().split("\n\n") if part]
+
+    @property
+    def text(self) -> str:
+        """The answer's text, streamed or not, of a completion or a chat."""
+        assert self.status == 200, self
+        if self.headers["content-type"].startswith("text/event-stream"):
+            assert self.events[-1] == "[DONE]"
+            chunks = [json.loads(event) for event in self.events[:-1]]
+        else:
+            chunks = [self.json]
+        return "".join(_text(choice) for chunk in chunks for choice in chunk["choices"])
+
+
+def _header(seen: dict[str, Any], name: str) -> str | None:
+    return next((value for key, value in seen["headers"].items() if key.lower() == name), None)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    if "text" in choice:
+        return str(choice["text"])
+    return str((choice.get("delta") or choice.get("message") or {}).get("content") or "")

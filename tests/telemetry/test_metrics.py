@@ -1,0 +1,63 @@
+"""Counters and histograms of the request path."""
+
+import unittest
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_pd_scheduler.telemetry import Left, Served, Telemetry
+
+
+class TelemetryTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.telemetry = Telemetry(clock=lambda: self.now)
+
+    def read(self, name: str) -> dict[tuple[str, ...], float]:
+        """The samples of a name: their label values, in order of the labels' names."""
+        return {
+            tuple(value for _, value in sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(self.telemetry.page().decode())
+            for sample in family.samples
+            if sample.name == name
+        }
+
+    def test_requests(self) -> None:
+        self.telemetry.forwarded("d0", Served.SPLIT)
+        self.telemetry.forwarded("d0", Served.SPLIT)
+        self.telemetry.forwarded("d0", Served.LOCAL)
+        self.assertEqual(self.read("pd_requests_total"), {("d0", "split"): 2.0, ("d0", "local"): 1.0})
+
+    def test_rejections(self) -> None:
+        self.telemetry.rejected(503, "no_decode")
+        self.assertEqual(self.read("pd_requests_rejected_total"), {("no_decode", "503"): 1.0})
+
+    def test_prefill(self) -> None:
+        with self.telemetry.prefill("p0"):
+            self.now += 0.75
+        with self.assertRaises(ValueError), self.telemetry.prefill("p0"):
+            raise ValueError
+        self.telemetry.prefill_failed("p0", "timeout")
+        self.assertEqual(self.read("pd_prefill_duration_seconds_sum"), {("p0",): 0.75})
+        self.assertEqual(self.read("pd_prefill_duration_seconds_count"), {("p0",): 1.0})
+        self.assertEqual(self.read("pd_prefill_failures_total"), {("p0", "timeout"): 1.0})
+
+    def test_scrapes(self) -> None:
+        self.telemetry.scrape_failed("d0")
+        self.assertEqual(self.read("pd_scrape_failures_total"), {("d0",): 1.0})
+
+    def test_the_time_in_the_queue(self) -> None:
+        counts = "pd_queue_wait_seconds_count"
+        self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in Left})
+        self.telemetry.left_queue(Left.SERVED, 0.5)
+        self.telemetry.left_queue(Left.GONE, 2.0)
+        self.assertEqual(self.read(counts), {("served",): 1.0, ("refused",): 0.0, ("gone",): 1.0})
+        self.assertEqual(self.read("pd_queue_wait_seconds_sum")["gone",], 2.0)
+
+    def test_two_routers_do_not_share_counters(self) -> None:
+        other = Telemetry()
+        self.telemetry.forwarded("d0", Served.WHOLE)
+        self.assertNotIn(b'served="whole"', other.page())
+
+
+if __name__ == "__main__":
+    unittest.main()
