@@ -182,10 +182,14 @@ def _table(model: type[BaseModel], keys: tuple[str, ...]) -> Iterator[str]:
     schema = model.model_json_schema()
     yield "| key | type | default | what it does |\n|---|---|---|---|"
     for key in keys:
-        described = schema["properties"][key]
-        default = "required" if key in schema.get("required", ()) else _default(described["default"])
-        text = " ".join(described["description"].split())
-        yield f"| `{key}` | {_kind(described)} | {default} | {text} |"
+        field = model.model_fields[key]
+        if not field.description:
+            raise ValueError(f"{model.__name__}.{key} has no docstring: say under it what it does")
+        default = (
+            "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        )
+        text = " ".join(field.description.split()).replace("|", "\\|")
+        yield f"| `{key}` | {_kind(schema['properties'][key])} | {default} | {text} |"
     yield ""
 
 
@@ -201,14 +205,15 @@ def _kind(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_kind(one) for one in schema["anyOf"] if one != {"type": "null"})
     if "$ref" in schema:
-        name = next(name for model, name in OBJECTS.items() if schema["$ref"].endswith(f"/{model.__name__}"))
+        names = {model.__name__: name for model, name in OBJECTS.items()}
+        name = names[schema["$ref"].rpartition("/")[2]]
         return f"[{name}](#{name.lower().replace(' ', '-')})"
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if schema["type"] == "array":
         return f"list of {_kind(schema['items'])}"
-    word = {"boolean": "true or false", "integer": "whole number"}.get(schema["type"], schema["type"])
-    return word + _bounds(schema)
+    words = {"boolean": "true or false", "integer": "whole number"}
+    return words.get(schema["type"], str(schema["type"])) + _bounds(schema)
 
 
 def _bounds(schema: dict[str, Any]) -> str:
