@@ -265,6 +265,17 @@ class PlacesTest(unittest.TestCase):
             found.append((len(re.findall("^## ", TEXTS[name], re.MULTILINE)), links))
         self.assertEqual(*found)
 
+    def test_the_figures_of_both_readmes_are_those_of_the_page(self) -> None:
+        found = []
+        for name in READMES:
+            table = next(
+                part for part in TEXTS[name].split("\n\n") if "make bench" in part and "|---" in part
+            )
+            found.append(set(re.findall(r"\d+\.\d+", table)))
+        self.assertEqual(*found)
+        self.assertGreater(len(found[0]), 5)
+        self.assertLessEqual(found[0], set(re.findall(r"\d+\.\d+", TEXTS["docs/figures.md"])))
+
     def test_links_lead_somewhere(self) -> None:
         for document, text in TEXTS.items():
             for link in re.findall(r"\]\(([^)\s]+)\)", text):
