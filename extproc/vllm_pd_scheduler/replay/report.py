@@ -103,7 +103,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
 
 
 def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, Any]:
-    """All figures, for :func:`json.dumps`; ``docs/scheduling.md`` has the schema."""
+    """All figures, for :func:`json.dumps`; ``docs/replay.md`` has the schema."""
     return {
         "schema": SCHEMA,
         "versions": {"vllm_pd_scheduler": _version(), "python": platform.python_version()},
