@@ -18,7 +18,7 @@ from .models import InstanceRole, PDInstance
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
 from .routing.forward import Forward
-from .routing.in_flight import RequestsInFlight
+from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .telemetry import Telemetry
@@ -40,6 +40,7 @@ class PDRouter:
         connector: Connector | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
+        later: Later = in_this_loop,
     ) -> None:
         self.config = config
         self.registry = Registry(_health_policy(config))
@@ -53,7 +54,9 @@ class PDRouter:
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
-        self._core = RoutingCore(config, self.scheduler, admission, self.connector, self.telemetry, clock)
+        self._core = RoutingCore(
+            config, self.scheduler, admission, self.connector, self.telemetry, clock, later
+        )
         self.prefill_leg = prefill_leg
 
     @property

@@ -166,7 +166,7 @@ class NamesTest(unittest.TestCase):
             for header in options
         }
         self.assertLessEqual({headers.PREFILL, headers.DECODE}, added)
-        for options in every("response_headers_to_add", RAW):
+        for options in every("response_headers_to_add", listener(RAW, "ingress")):
             values = {option["header"]["key"]: option["header"]["value"] for option in options}
             self.assertIn(headers.PREFILL, values[headers.PREFILL])
             self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unittest
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,8 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     def start(self, **config: Any) -> PDRouter:
         settings = SchedulerConfig(**{"strategy": "round_robin", **config})
-        router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now)
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now, later=self.later)
         for number in range(4):
             for role in InstanceRole:
                 name = f"{role[0]}{number}"
@@ -44,15 +46,31 @@ class Case(unittest.IsolatedAsyncioTestCase):
         router.in_flight.release_handoff = self.freed.append
         return router
 
+    def later(self, delay: float, call: Callable[[], None]) -> None:
+        self.timers.append((self.now + delay, call))
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and what was to be called in it be called."""
+        end = self.now + seconds
+        while due := [each for each in self.timers if each[0] <= end]:
+            first = min(due, key=lambda each: each[0])
+            self.timers.remove(first)
+            self.now = max(self.now, first[0])
+            first[1]()
+        self.now = end
+
     async def forward(self, **body: Any) -> Forward:
         raw = json.dumps({**BODY, **body}).encode()
         outcome = await self.router.route({":method": "POST", ":path": "/v1/completions"}, raw)
         assert isinstance(outcome, Forward), outcome
         return outcome
 
-    def told(self, forward: Forward, failure: Failure, number: int = 0) -> None:
+    def told(self, forward: Forward, failure: Failure, number: int = 0, status: int | None = None) -> None:
         address = str(forward.decode[number].address)
-        self.router.in_flight.attempt_failed(FailedAttempt(address, failure, forward.id, number == 0))
+        if status is None:
+            status = {Failure.STATUS: 500, Failure.OVERLOADED: 503, Failure.REFUSED: 400}.get(failure, 0)
+        attempt = FailedAttempt(address, failure, forward.id, number == 0, status)
+        self.router.in_flight.attempt_failed(attempt)
 
     def in_flight(self) -> dict[str, int]:
         return {e.id: e.in_flight for e in self.router.registry if e.in_flight}
@@ -74,8 +92,8 @@ class FailedAttemptTest(Case):
     async def test_whose_hand_off_is_freed(self) -> None:
         """After a time-out the hung D may still fetch it; after a cut it was fetched."""
         freed = {}
-        for failure in set(Failure) - {Failure.LEFT}:
-            forward = await self.forward()
+        for failure in Failure:
+            forward = await self.forward(prompt=failure)
             self.freed.clear()
             self.told(forward, failure)
             freed[failure] = self.freed == [forward.pending]
@@ -86,21 +104,29 @@ class FailedAttemptTest(Case):
                 Failure.CONNECT: True,
                 Failure.RESET: True,
                 Failure.STATUS: True,
+                Failure.OVERLOADED: True,
+                Failure.REFUSED: True,
+                Failure.UNSENT: True,
                 Failure.TIMEOUT: False,
                 Failure.CUT: False,
+                Failure.ABANDONED: False,
+                Failure.LEFT: False,  # at once
             },
         )
 
     async def test_a_client_that_left_before_an_answer_began(self) -> None:
-        """Envoy tells of it after the end. It is nobody's failure, and frees once."""
+        """Envoy tells of it after the end. Nobody has failed; it frees once, when D has had its time."""
         forward = await self.forward()
         forward.release()
         for _ in range(2):
             self.told(forward, Failure.LEFT)
-            self.assertEqual(self.freed, [forward.pending])
+        self.assertEqual(self.freed, [])
+        self.wait(1.0)
+        self.assertEqual(self.freed, [forward.pending])
         second = await self.forward()
         second.release()
         self.told(second, Failure.LEFT, 1)
+        self.wait(1.0)
         self.assertEqual(self.freed, [forward.pending], "the second attempt went without it")
         self.assertEqual({e.breaker.state for e in self.router.registry}, {BreakerState.CLOSED})
 
@@ -113,7 +139,7 @@ class FailedAttemptTest(Case):
         """A quick answer of the next D can overtake what Envoy tells of the first."""
         freed = {}
         for failure in (*_FREE, Failure.TIMEOUT, Failure.CUT):
-            forward = await self.forward()
+            forward = await self.forward(prompt=failure)
             forward.release()
             self.freed.clear()
             self.told(forward, failure, 1)
@@ -127,9 +153,15 @@ class FailedAttemptTest(Case):
     async def test_what_is_told_of_strangers_changes_nothing(self) -> None:
         forward = await self.forward()
         forward.release()
-        self.router.in_flight.attempt_failed(FailedAttempt("10.9.9.9:1", Failure.RESET, forward.id))
+        self.router.in_flight.attempt_failed(FailedAttempt("10.9.9.9:1", Failure.RESET, "another"))
         self.router.in_flight.attempt_failed(FailedAttempt("10.0.0.1:8000", Failure.RESET, None))
         self.assertEqual((self.in_flight(), self.freed), ({}, []))
+
+    async def test_what_is_told_of_an_instance_that_was_removed_frees(self) -> None:
+        forward = await self.forward()
+        self.router.unregister_instance(forward.decode[0].id)
+        self.told(forward, Failure.RESET)
+        self.assertEqual(self.freed, [forward.pending])
 
     async def test_an_instance_is_ejected_and_tried_with_one_request(self) -> None:
         bad = self.router.registry.get("d1")
@@ -144,6 +176,7 @@ class FailedAttemptTest(Case):
         trials = [forward for forward in forwards if forward.decode[0] is bad]
         self.assertEqual(len(trials), 1, "one at a time")
         trials[0].release()
+        self.wait(0.25)
         forwards = [await self.forward() for _ in range(8)]
         self.assertGreater(sum(forward.decode[0] is bad for forward in forwards), 1)
 
@@ -216,10 +249,10 @@ class FirstByteTest(Case):
             ({"max_tokens": 10}, 10.0),
             ({"max_tokens": 10, "max_completion_tokens": 4}, 7.0),
             ({"max_tokens": 1000}, 505.0),  # in one piece: may outlast the lease
-            ({"max_tokens": None}, None),
-            ({"max_tokens": -5000}, None),
-            ({"max_tokens": True}, None),
-            ({"max_tokens": "many"}, None),
+            ({"max_tokens": None}, 5.0 + 32_768 * 0.5),
+            ({"max_tokens": -5000}, 5.0 + 32_768 * 0.5),
+            ({"max_tokens": True}, 5.0 + 32_768 * 0.5),
+            ({"max_tokens": "many"}, 5.0 + 32_768 * 0.5),
         ):
             with self.subTest(body):
                 forward = await self.forward(**body)
@@ -287,13 +320,19 @@ class ReadTest(unittest.TestCase):
             (self.read(upstream_connection_termination=True), Failure.RESET),
             (self.read(upstream_remote_reset=True), Failure.RESET),
             (self.read(upstream_request_timeout=True), Failure.TIMEOUT),
-            (self.read(status=503), Failure.STATUS),
+            (self.read(status=500), Failure.STATUS),
+            (self.read(status=302), Failure.STATUS),
+            (self.read(status=204), Failure.STATUS),
+            (self.read(status=503), Failure.OVERLOADED),
+            (self.read(status=429), Failure.OVERLOADED),
+            (self.read(status=400), Failure.REFUSED),
             (self.read(), Failure.LEFT),
             (self.read(upstream_protocol_error=True), Failure.RESET),
             (self.read(status=200, upstream_connection_termination=True), Failure.CUT),
             (self.read(status=200, upstream_protocol_error=True), Failure.CUT),
         ):
-            self.assertEqual(found, [FailedAttempt("10.0.0.1:8000", failure, "id-1", True)])
+            (attempt,) = found
+            self.assertEqual(attempt, FailedAttempt("10.0.0.1:8000", failure, "id-1", True, attempt.status))
 
     def test_further_attempts(self) -> None:
         self.assertFalse(self.read(status=500, attempt="2")[0].first)

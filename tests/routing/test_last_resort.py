@@ -125,6 +125,7 @@ class RescueTest(LastResort):
                     self.told(forward, failure, number)
                 with mock.patch.object(Registry, "succeeded") as succeeded:
                     forward.release()
+                    self.wait(0.25)
                 self.assertEqual([call.args[0].id for call in succeeded.call_args_list], counted)
 
     async def test_one_that_is_never_without_a_rescue_ends_its_trial_all_the_same(self) -> None:
@@ -139,6 +140,7 @@ class RescueTest(LastResort):
             self.told(forward, Failure.STATUS)
         self.assertTrue(self.get("d0").on_trial)
         first.release()
+        self.wait(0.25)
         self.assertIs(self.get("d0").breaker.state, BreakerState.CLOSED)
         self.router.registry.failed(self.get("d1"), "the third time", self.now)
         self.assertTrue(self.get("d1").ejected)

@@ -1,11 +1,13 @@
 """What becomes of a request whose prefill fails, with a prefill leg that is no I/O."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
-from tests.support.routing import ERROR, Case, answer
+from tests.support.routing import BODY, ERROR, Case, D, P, answer
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
+from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
 
 
 class PrefillFailsTest(Case):
@@ -43,14 +45,13 @@ class PrefillFailsTest(Case):
         forward.release()
         self.assertIdle()
 
-    async def test_what_every_p_would_refuse_goes_to_the_client_as_it_is(self) -> None:
+    async def test_what_p_refuses_is_decodes_to_refuse(self) -> None:
+        """P was asked another request: for one token, not streamed."""
         for status in (400, 401, 403, 404, 413, 422):
             with self.subTest(status):
                 self.setUp()
                 self.leg.answers = {"p0": answer(status, ERROR)}
-                outcome = await self.route()
-                self.assertRejected(outcome, status, "prefill_4xx")
-                self.assertEqual(outcome.body, ERROR)
+                self.assertLocal(await self.route())
                 self.assertEqual(self.leg.tried, ["p0"])
 
     async def test_a_p_that_does_not_take_its_key_is_replaced(self) -> None:
@@ -75,8 +76,7 @@ class PrefillFailsTest(Case):
                 self.setUp()
                 self.leg.answers = {"p0": found}
                 forward = await self.route()
-                self.assertLocal(forward)
-                self.assertEqual(self.leg.tried, ["p0"], "another P is configured the same")
+                self.assertSplit(forward, self.leg.tried[1])
                 reason = "no_handoff"
                 self.assertEqual(self.count("pd_prefill_failures_total", prefill="p0", reason=reason), 1.0)
                 forward.release()
@@ -108,3 +108,136 @@ class NoRetriesTest(Case):
         self.assertLocal(forward)
         self.assertEqual(self.leg.tried, ["p0"])
         self.assertEqual(len(forward.decode), 1)
+
+
+class DecodeMayNotPrefillTest(Case):
+    CONFIG: Mapping[str, Any] = {"on_prefill_failure": "fail", "max_retries": 2}
+
+    async def test_two_that_refuse_alike_are_believed(self) -> None:
+        self.fail_all(answer(404, ERROR))
+        outcome = await self.route()
+        self.assertRejected(outcome, 404, "prefill_4xx")
+        self.assertEqual(outcome.body, ERROR)
+        self.assertEqual(len(self.leg.tried), 2)
+
+    async def test_one_that_refuses_alone_is_not(self) -> None:
+        self.leg.answers = {"p0": answer(404, ERROR)}
+        forward = await self.route()
+        self.assertSplit(forward, self.leg.tried[1])
+
+    async def test_a_p_without_a_hand_off_is_no_way_round(self) -> None:
+        self.fail_all(answer(params=None))
+        self.assertRejected(await self.route(), 503, "no_prefill")
+        self.assertEqual(len(self.leg.tried), 3)
+
+
+class NoHandoffTest(Case):
+    CONFIG: Mapping[str, Any] = {"max_local_prefill_share": 0.02}
+
+    async def test_a_p_without_its_connector_is_ejected_with_the_reason(self) -> None:
+        self.leg.answers = {"p0": answer(params=None)}
+        p0 = self.router.registry.get("p0")
+        while not p0.ejected:
+            (await self.route()).release()
+        self.assertIn("--kv-transfer-config", p0.reason)
+
+    async def test_a_prompt_whose_first_token_ends_the_text_is_no_failure(self) -> None:
+        """Releases before 0.32 hand nothing over then. It counts neither against P nor in the share."""
+        body = b'{"choices":[{"finish_reason":"stop"}],"kv_transfer_params":null}'
+        self.fail_all(answer(body=body))
+        for _ in range(20):
+            forward = await self.route()
+            self.assertLocal(forward)
+            forward.release()
+        self.assertEqual(len(self.router.registry.routable(P)), 3)
+
+
+class OverloadTest(Case):
+    CONFIG: Mapping[str, Any] = {"max_retries": 2, "queue_timeout": 5.0}
+
+    async def test_one_that_is_full_is_passed_over_and_not_ejected(self) -> None:
+        self.leg.answers = {"p0": answer(503, ERROR)}
+        for _ in range(12):
+            forward = await self.route()
+            self.assertNotEqual(forward.prefill.id, "p0")
+            forward.release()
+        self.assertEqual(len(self.router.registry.routable(P)), 3)
+        self.assertLess(self.leg.tried.count("p0"), 5, "it is left alone for a while")
+
+    async def test_when_all_are_full_the_request_waits(self) -> None:
+        self.fail_all(answer(429, ERROR))
+        waiting = asyncio.ensure_future(self.route())
+        while len(self.leg.tried) < 3:  # noqa: ASYNC110 - no event: the leg is a fake
+            await asyncio.sleep(0)
+        self.leg.answers = {}
+        self.assertSplit(await waiting, self.leg.tried[3])
+
+
+class LossTest(Case):
+    CONFIG: Mapping[str, Any] = {"max_retries": 9}
+
+    async def test_what_two_have_lost_is_not_tried_again(self) -> None:
+        self.fail_all(PrefillFailed("reset", lost=True))
+        self.assertRejected(await self.route(), 503, "lost")
+        self.assertEqual(len(self.leg.tried), 2)
+        self.leg.answers = {}
+        self.assertEqual((await self.route()).reason, "lost")
+        self.assertEqual(len(self.leg.tried), 2, "its prompt is refused for a while")
+        other = await self.route({**BODY, "prompt": "another one"})
+        self.assertIsNotNone(other.prefill)
+
+    async def test_what_was_not_delivered_may_be_tried_everywhere(self) -> None:
+        self.fail_all(PrefillFailed("connect"))
+        self.assertLocal(await self.route())
+        self.assertEqual(len(self.leg.tried), 3)
+
+    async def test_decode_counts_too(self) -> None:
+        """One lost at P: a D that loses it also was the last."""
+        self.leg.answers = {"p0": PrefillFailed("reset", lost=True)}
+        forward = await self.route()
+        in_flight = self.router.in_flight
+        self.assertIsNone(in_flight.may_try_again(forward.id, 1), "it is not known yet")
+        d = forward.decode[0]
+        in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+        self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.LOST)
+
+    async def test_at_decode(self) -> None:
+        forward = await self.route()
+        in_flight, (first, second, *_) = self.router.in_flight, forward.decode
+        in_flight.attempt_failed(FailedAttempt(str(first.address), Failure.CONNECT, forward.id))
+        self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
+        in_flight.attempt_failed(FailedAttempt(str(second.address), Failure.RESET, forward.id, False))
+        self.assertIs(in_flight.may_try_again(forward.id, 2), Retry.ALLOWED, "one is lost")
+        in_flight.attempt_failed(FailedAttempt(str(first.address), Failure.RESET, forward.id, False))
+        self.assertIs(in_flight.may_try_again(forward.id, 3), Retry.LOST)
+        self.assertIs(in_flight.may_try_again("unknown", 1), Retry.LOST)
+
+
+class SlowFleetTest(Case):
+    CONFIG: Mapping[str, Any] = {"decode_first_byte_timeout": 2.0}
+
+    async def test_time_outs_of_all_are_not_tried_elsewhere_and_make_the_limit_longer(self) -> None:
+        in_flight, allowed = self.router.in_flight, 0
+        for _ in range(20):
+            forward = await self.route({**BODY, "stream": True})
+            d = forward.decode[0]
+            in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.TIMEOUT, forward.id))
+            allowed += in_flight.may_try_again(forward.id, 1) is Retry.ALLOWED
+            forward.release()
+        self.assertLess(allowed, 10, "each would be work for an instance that has too much")
+        self.assertEqual(len(self.router.registry.routable(D)), 3, "none hangs more than the others")
+        forward = await self.route({**BODY, "stream": True})
+        self.assertGreater(forward.first_byte_timeout, 4.0)
+        forward.release()
+
+    async def test_one_that_hangs_is_found(self) -> None:
+        in_flight, d0 = self.router.in_flight, self.router.registry.get("d0")
+        for _ in range(40):
+            forward = await self.route({**BODY, "stream": True})
+            if forward.decode[0] is d0:
+                in_flight.attempt_failed(FailedAttempt(str(d0.address), Failure.TIMEOUT, forward.id))
+                self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
+            forward.release()
+            in_flight.settle(0.0)
+        self.assertTrue(d0.ejected)
+        self.assertEqual(forward.first_byte_timeout, 2.0)

@@ -128,7 +128,7 @@ class FailuresTest(unittest.TestCase):
     """Instances that fail or die; a fleet of their own."""
 
     def test_a_decode_that_fails_is_replaced_and_ejected_and_its_hand_off_freed(self) -> None:
-        for fault in ({"status": 503}, {"reset": True}, "killed"):
+        for fault in ({"status": 500}, {"reset": True}, "killed"):
             with self.subTest(fault=fault), Fleet(1, 2, profile=EngineProfile.instant()) as fleet:
                 settings = {**fleet.config(), "strategy": "round_robin", "ejection_failures": 1}
                 router = PDRouter(SchedulerConfig.model_validate(settings))

@@ -108,13 +108,13 @@ class SchedulerTest(unittest.TestCase):
         scheduler = Scheduler(SchedulerConfig(max_waiting=1), self.registry)
         for role, alone in ((P, True), (D, False)):
             for endpoint in self.registry.endpoints(role):
-                self.assertFalse(scheduler.saturated(endpoint))
+                self.assertFalse(scheduler.saturated(endpoint, 0.0))
                 self.registry.reserve(endpoint)
-                self.assertIs(scheduler.saturated(endpoint), alone)
+                self.assertIs(scheduler.saturated(endpoint, 0.0), alone)
                 self.registry.scraped(endpoint, MetricsSnapshot(0.0, running=1.0), 1)
-                self.assertFalse(scheduler.saturated(endpoint))
+                self.assertFalse(scheduler.saturated(endpoint, 0.0))
                 self.registry.scraped(endpoint, MetricsSnapshot(0.0, waiting=1.0), 1)
-                self.assertTrue(scheduler.saturated(endpoint))
+                self.assertTrue(scheduler.saturated(endpoint, 0.0))
 
     def test_an_unknown_one_changes_nothing(self) -> None:
         self.pick()
@@ -220,41 +220,51 @@ class SaturationTest(unittest.TestCase):
         self.start(max_waiting=2)
         for waiting, saturated in ((1.0, False), (2.0, True)):
             self.scrape(self.d0, waiting=waiting)
-            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+            self.assertIs(self.scheduler.saturated(self.d0, 0.0), saturated)
         self.start(max_in_flight_tokens=2000)
         for saturated in (False, True):
             self.registry.reserve(self.d0, prompt())
-            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+            self.assertIs(self.scheduler.saturated(self.d0, 0.0), saturated)
         self.start(max_kv_usage=0.5)
         for usage, saturated in ((0.49, False), (0.5, True)):
             self.scrape(self.d0, kv_usage=usage)
-            self.assertIs(self.scheduler.saturated(self.d0), saturated)
+            self.assertIs(self.scheduler.saturated(self.d0, 0.0), saturated)
 
     def test_what_was_sent_since_the_scrape_fills_the_cache_too(self) -> None:
         self.start(max_kv_usage=0.5)
         self.scrape(self.d0, kv_usage=0.1, kv_capacity=4000.0)
-        self.assertFalse(self.scheduler.saturated(self.d0))
+        self.assertFalse(self.scheduler.saturated(self.d0, 0.0))
         self.registry.reserve(self.d0, prompt(1600.0))  # and 100 of the answer, and the 400 of others
-        self.assertTrue(self.scheduler.saturated(self.d0))
+        self.assertTrue(self.scheduler.saturated(self.d0, 0.0))
 
     def test_saturated_ones_are_left_out_as_long_as_there_are_others(self) -> None:
         self.start(max_waiting=1)
         self.assertEqual(self.picked(), {"d0", "d1", "d2"})
         self.scrape(self.d0, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d1", "d2"}, True))
+        self.assertEqual((self.picked(), self.scheduler.open(D, 0.0)), ({"d1", "d2"}, True))
         for endpoint in (self.d1, self.d2):
             self.scrape(endpoint, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d0", "d1", "d2"}, False))
+        self.assertEqual((self.picked(), self.scheduler.open(D, 0.0)), ({"d0", "d1", "d2"}, False))
         for endpoint in (self.d0, self.d1, self.d2):
             self.registry.drain(endpoint.id)
-        self.assertTrue(self.scheduler.open(D), "there is nothing to wait for")
+        self.assertTrue(self.scheduler.open(D, 0.0), "there is nothing to wait for")
+
+    def test_one_that_has_said_so_is_until_its_pause_is_over(self) -> None:
+        self.start()
+        self.registry.overloaded(self.d0, 10.0, retry_after=3.0)
+        for now, saturated in ((10.0, True), (12.9, True), (13.0, False)):
+            self.assertIs(self.scheduler.saturated(self.d0, now), saturated)
+        for endpoint in self.registry.endpoints(D):
+            self.registry.overloaded(endpoint, 20.0)
+        self.assertFalse(self.scheduler.open(D, 20.0))
+        self.assertTrue(self.scheduler.open(D, 21.0))
 
     def test_without_limits_nobody_is_saturated(self) -> None:
         self.start()
         for endpoint in (self.d0, self.d1, self.d2):
             self.scrape(endpoint, waiting=1e6, kv_usage=1.0)
-        self.assertTrue(self.scheduler.open(D))
-        self.assertFalse(self.scheduler.saturated(self.d0))
+        self.assertTrue(self.scheduler.open(D, 0.0))
+        self.assertFalse(self.scheduler.saturated(self.d0, 0.0))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ class Dispatcher:
         if first is None:
             return None
         times = [first.request.arrived + self._timeout]
+        if now < self._registry.busy_until:
+            times += (e.busy_until for e in self._registry if e.busy_until > now)
         if self._late_binding:
             for load in (e.prefill for e in self._registry.routable(InstanceRole.PREFILL)):
                 # What is queued behind the first one does not get less before that has ended.
@@ -130,7 +132,7 @@ class Dispatcher:
 
     def _first_served(self, now: float, counted: list[tuple[PrefillLoad, Ticket]]) -> bool:
         passed, most = False, self._most_cost(now) if self._late_binding else math.inf
-        for ticket in self._next():
+        for ticket in self._next(now):
             if ticket.role is InstanceRole.PREFILL and ticket.cost > most:
                 continue
             request = ticket.request
@@ -147,11 +149,11 @@ class Dispatcher:
                 counted.append((awaited.prefill, ticket))
         return passed
 
-    def _next(self) -> Iterator[Ticket]:
+    def _next(self, now: float) -> Iterator[Ticket]:
         """Yield the front of the line, then those for whom a free decode instance is enough."""
         yield from list(itertools.islice(self.queue, _LOOK_AT))
         decode = InstanceRole.DECODE
-        if self.queue.waiting(decode) and self._scheduler.open(decode):
+        if self.queue.waiting(decode) and self._scheduler.open(decode, now):
             alone = (ticket for ticket in self.queue if ticket.role is decode)
             yield from list(itertools.islice(alone, _LOOK_AT))
 
@@ -185,7 +187,7 @@ class Dispatcher:
         While all are saturated it waits for none in particular.
         """
         request, role = ticket.request, ticket.role
-        if not self._scheduler.open(InstanceRole.DECODE) or not self._scheduler.open(role):
+        if not self._scheduler.open(InstanceRole.DECODE, now) or not self._scheduler.open(role, now):
             return None
         outcome: Reservation | None = None
         request.now = now

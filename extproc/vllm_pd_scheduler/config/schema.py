@@ -194,7 +194,12 @@ class SchedulerConfig(_Model):
     """At most this share of the last 100 requests is prefilled on D because P failed; the others get 503.
     Lower it for the same reason."""
     decode_first_byte_timeout: Seconds = 20.0
-    """Seconds until the first byte of a streamed answer; then another D is tried."""
+    """Seconds until the first byte of a streamed answer; then another D is tried. When most attempts of the
+    fleet take longer than their limit, the limits grow, up to ten times."""
+    stream_idle_timeout: Seconds = 300.0
+    """Longest pause of a streamed answer in seconds, also before its first token: vLLM sends the headers
+    before it has done anything. Then the stream is cut. `up` gives it to Envoy; an Envoy of yours has it as
+    `per_try_idle_timeout` in `envoy/envoy.yaml`."""
     decode_seconds_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Seconds on top of that for each token of `max_tokens`, when the answer is not streamed."""
     kv_lease_duration: Seconds = 30.0

@@ -36,6 +36,13 @@ class Connector(Protocol):
         """Read prefill's answer (status 200); ``None`` if there is nothing that decode could use."""
         ...
 
+    def ended(self, answer: bytes) -> bool:
+        """Whether prefill's answer (status 200) was whole with its first token, so that nothing is left.
+
+        That is not the instance's failure: an instance without its connector answers in full length.
+        """
+        ...
+
     def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
         """Return the body of the decode leg, and the offset from which on it is the hand-off and ``}``.
 

@@ -28,6 +28,14 @@ class _Answer(msgspec.Struct):
     usage: _Usage | None = None
 
 
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Choices(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
 class _Params(msgspec.Struct):
     """What a decode engine dereferences without looking. With one missing or malformed it hangs or dies.
 
@@ -45,6 +53,7 @@ class _Params(msgspec.Struct):
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_choices = msgspec.json.Decoder(_Choices).decode
 _decode_params = msgspec.json.Decoder(_Params).decode
 
 
@@ -96,6 +105,14 @@ class NixlConnector:
         if cached is None and usage.prompt_tokens_details is not None:
             cached = usage.prompt_tokens_details.cached_tokens
         return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens, cached)
+
+    def ended(self, answer: bytes) -> bool:
+        """Whether the one token was an end of the text, or a stop: older releases then hand nothing over."""
+        try:
+            choices = _decode_choices(answer).choices
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        return any(choice.finish_reason == "stop" for choice in choices)
 
     def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
         """Return the client's body with the hand-off spliced in as its last field."""

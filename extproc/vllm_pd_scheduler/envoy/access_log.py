@@ -6,25 +6,25 @@ one message comes for each attempt that failed, and nothing for one that succeed
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
 from envoy.service.accesslog.v3 import als_pb2
 
 from ..models import join_address
 from ..request import headers as names
-from ..routing.attempts import FailedAttempt, Failure
+from ..routing.attempts import FailedAttempt, Failure, failure_of_status
 
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 
 
-SETTLE_S = 1.0
-"""How long after a client has left its D gets to fetch or to drop the hand-off, before it is told of."""
+MAX_RETRY_AFTER_S = 60.0
+"""An instance that wants to be left alone for longer is asked again all the same."""
 
 
 class AttemptLog:
@@ -42,44 +42,81 @@ class AttemptLog:
     async def _stream(self, messages: Any, _: object) -> bytes:
         async for data in messages:
             for attempt in read_attempts(data):
-                if attempt.failure is Failure.LEFT:
-                    asyncio.get_running_loop().call_later(SETTLE_S, self._listener, attempt)
-                else:
-                    self._listener(attempt)
+                self._listener(attempt)
         return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
 
 def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
-    """Read a ``StreamAccessLogsMessage``; a malformed one has none."""
+    """Read a ``StreamAccessLogsMessage``; a malformed one has none.
+
+    Envoy's router writes an entry for each attempt at an instance, and its connection manager one for each
+    request that a client left or that Envoy answered with an error of its own; ``envoy/envoy.yaml`` filters
+    both, so that nothing comes for those that went well.
+    """
     try:
         message = als_pb2.StreamAccessLogsMessage.FromString(data)
     except Exception as error:
         log.warning("not a StreamAccessLogsMessage: %s", error)
         return
     for entry in message.http_logs.log_entry:
-        common, headers = entry.common_properties, entry.request.request_headers
-        socket = common.upstream_remote_address.socket_address
-        if not socket.port_value:
-            continue  # no host was found: nobody's fault
-        status = entry.response.response_code.value
+        downstream = entry.common_properties.access_log_type == AccessLogType.DownstreamEnd
+        failure = _failure_of_request(entry) if downstream else _failure_of_attempt(entry)
+        if failure is None:
+            continue
+        headers = entry.request.request_headers
         yield FailedAttempt(
-            join_address(socket.address, socket.port_value),
-            _failure(common.response_flags, status),
+            _address(entry),
+            failure,
             headers.get(names.ID),
             headers.get(names.ATTEMPT, "1") == "1",
+            entry.response.response_code.value,
+            _seconds(entry.response.response_headers.get("retry-after", "")),
         )
 
 
-_RESETS = ("upstream_connection_termination", "upstream_remote_reset", "upstream_protocol_error")
+_RESETS = (
+    "upstream_connection_termination",
+    "upstream_remote_reset",
+    "upstream_protocol_error",
+    "stream_idle_timeout",
+)
 
 
-def _failure(flags: Any, status: int) -> Failure:
-    if 0 < status < 500:
-        return Failure.CUT
+def _failure_of_attempt(entry: Any) -> Failure | None:
+    """Return how an attempt failed; ``None`` if none was made: no host was found, or Envoy refused it."""
+    common, status = entry.common_properties, entry.response.response_code.value
+    if not common.upstream_remote_address.socket_address.port_value:
+        return None
+    flags = common.response_flags
+    broken = flags.upstream_request_timeout or any(getattr(flags, name) for name in _RESETS)
+    if status:
+        return Failure.CUT if status < 300 and broken else failure_of_status(status)
     if flags.upstream_connection_failure:
         return Failure.CONNECT
-    if flags.upstream_request_timeout:
+    if flags.upstream_request_timeout or flags.stream_idle_timeout:
         return Failure.TIMEOUT
-    if not status and not any(getattr(flags, name) for name in _RESETS):
-        return Failure.LEFT
-    return Failure.STATUS if status else Failure.RESET
+    if broken:
+        return Failure.RESET
+    first = entry.request.request_headers.get(names.ATTEMPT, "1") == "1"
+    sent = common.HasField("time_to_last_upstream_tx_byte")
+    return Failure.LEFT if first or sent else None
+
+
+def _failure_of_request(entry: Any) -> Failure | None:
+    """Return how a request failed without an attempt that tells of it; ``None`` if one does."""
+    if names.ATTEMPT not in entry.request.request_headers:
+        return Failure.UNSENT
+    left = entry.common_properties.response_flags.downstream_connection_termination
+    status = entry.response.response_code.value
+    # One that had begun to write is alive, whoever was not there to read it.
+    return Failure.ABANDONED if left and status == 200 and not entry.response.response_body_bytes else None
+
+
+def _address(entry: Any) -> str:
+    socket = entry.common_properties.upstream_remote_address.socket_address
+    return join_address(socket.address, socket.port_value) if socket.port_value else ""
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Return a ``Retry-After`` in seconds; a date, which no vLLM sends, counts as none."""
+    return min(float(retry_after), MAX_RETRY_AFTER_S) if retry_after.isdecimal() else None

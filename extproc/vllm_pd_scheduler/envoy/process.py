@@ -47,9 +47,16 @@ def config_path() -> Path:
     return packaged if packaged.exists() else Path(__file__).parents[3] / "envoy" / "envoy.yaml"
 
 
-def render_config(ports: EnvoyPorts, tls: InstanceTlsConfig | None = None) -> dict[str, Any]:
-    """Return ``envoy.yaml`` as a dict with these ports, and TLS to instances, in place of its own."""
+def render_config(
+    ports: EnvoyPorts, tls: InstanceTlsConfig | None = None, stream_idle_timeout: float | None = None
+) -> dict[str, Any]:
+    """Return ``envoy.yaml`` as a dict with these settings in place of its own.
+
+    ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds.
+    """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
+    if stream_idle_timeout is not None:
+        _limit_pauses(config, f"{stream_idle_timeout:g}s")
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     for listener in config["static_resources"]["listeners"]:
         socket = listener["address"]["socket_address"]
@@ -64,6 +71,15 @@ def render_config(ports: EnvoyPorts, tls: InstanceTlsConfig | None = None) -> di
             (match,) = cluster["transport_socket_matches"]
             match["transport_socket"]["typed_config"] = _upstream_tls(tls)
     return config
+
+
+def _limit_pauses(config: dict[str, Any], pause: str) -> None:
+    (ingress,) = (each for each in config["static_resources"]["listeners"] if each["name"] == "ingress")
+    manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
+    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
+        retries = route.get("route", {}).get("retry_policy", {})
+        if "per_try_idle_timeout" in retries:
+            retries["per_try_idle_timeout"] = pause
 
 
 def _upstream_tls(tls: InstanceTlsConfig) -> dict[str, Any]:
@@ -104,8 +120,10 @@ class EnvoyProcess:
         log_level: str = "warning",
         access_log: bool = True,
         tls: InstanceTlsConfig | None = None,
+        stream_idle_timeout: float | None = None,
     ) -> None:
         self.ports = ports
+        self._stream_idle_timeout = stream_idle_timeout
         self._tls = tls
         self._log_level = log_level
         self._stdout = None if access_log else asyncio.subprocess.DEVNULL
@@ -121,7 +139,9 @@ class EnvoyProcess:
 
     async def __aenter__(self) -> EnvoyProcess:
         path = Path(self._directory.name) / "envoy.yaml"
-        path.write_text(yaml.safe_dump(render_config(self.ports, self._tls)), encoding="utf-8")
+        path.write_text(
+            yaml.safe_dump(render_config(self.ports, self._tls, self._stream_idle_timeout)), encoding="utf-8"
+        )
         arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
         arguments += ["--drain-time-s", str(_DRAIN_TIME_S), "--concurrency", str(_workers())]
         self._process = await asyncio.create_subprocess_exec(

@@ -9,6 +9,7 @@ from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .peers import DoubtfulEnds
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,13 @@ class Endpoint:
     streak: int = 0
     """Successive probes that contradict ``healthy``."""
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
+    trial: Reservation | None = None
+    """The request that was sent to see whether it works again, if it was ejected."""
+    doubts: DoubtfulEnds = field(default_factory=DoubtfulEnds)
+    busy_until: float = 0.0
+    """Until when it is left alone because it said that it is full, in the caller's time."""
+    busy_answers: int = 0
+    """How often it has said so since it last served a request."""
     started_at: float | None = None
     """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
     generation: int = 0
@@ -85,8 +93,12 @@ class Endpoint:
 
     @property
     def on_trial(self) -> bool:
-        """Whether it was ejected and a request runs there, its trial: no other goes there first meanwhile."""
-        return self.breaker.state is BreakerState.HALF_OPEN and self.in_flight > 0
+        """Whether it was ejected and its trial request runs: no other goes there first meanwhile.
+
+        Requests from before the ejection, which may run for minutes, are no trial.
+        """
+        trial = self.trial
+        return self.breaker.state is BreakerState.HALF_OPEN and trial is not None and trial.active
 
     @property
     def waiting(self) -> float:

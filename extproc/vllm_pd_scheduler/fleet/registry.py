@@ -14,12 +14,17 @@ from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
+from .peers import DoubtfulEnds
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
 
 _LEAST_BLOCK_TOKENS = 16.0
 """A client can send one token id of a megabyte; no real prompt has so few tokens in a block."""
+BUSY_PAUSE_S = 0.5
+"""Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
+MAX_BUSY_PAUSE_S = 15.0
+"""And at most: it may be free long before."""
 _RECENT = 0.1
 """Weight of the newest request in running means."""
 
@@ -54,6 +59,8 @@ class Registry:
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     block_tokens: float = 256.0
     """Tokens of one block of the prefix index, on average over recent requests."""
+    busy_until: float = 0.0
+    """Until when some endpoint is left alone because it said that it is full."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     on_scraped: Callable[[], None] | None = None
@@ -220,6 +227,8 @@ class Registry:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
         endpoint.in_flight += 1
         reservation = Reservation(endpoint, endpoint.generation)
+        if endpoint.breaker.state is BreakerState.HALF_OPEN and not endpoint.on_trial:
+            endpoint.trial = reservation
         if request is None:
             return reservation
         reservation.at = request.now
@@ -272,6 +281,8 @@ class Registry:
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Record a request that an instance served."""
+        endpoint.doubts.clear()
+        endpoint.busy_answers = 0
         if endpoint.breaker.succeeded():
             self._changed()
 
@@ -281,7 +292,33 @@ class Registry:
         No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
         client, a broken model) does not end all service; an instance on trial goes out in any case.
         """
-        if not endpoint.breaker.failed():
+        if endpoint.breaker.failed():
+            self._eject(endpoint, reason, now)
+
+    def doubtful(self, endpoint: Endpoint, reason: str, now: float) -> None:
+        """Record a request whose end says something of the instance only beside those of its peers.
+
+        The instance is ejected if it has many of them and its peers have few. A trial stays undecided.
+        """
+        endpoint.doubts.doubtful()
+        peers = [e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint]
+        if endpoint.doubts.odd_among(peers):
+            self._eject(endpoint, f"{reason}, where others of its role serve", now)
+
+    def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
+        """Record that an instance is full: neither its failure nor a success.
+
+        It is left alone for as long as it asks (``retry_after``, seconds), else for ``BUSY_PAUSE_S``, twice
+        as long each time until it serves a request again.
+        """
+        pause = BUSY_PAUSE_S * 2 ** min(endpoint.busy_answers, 5) if retry_after is None else retry_after
+        pause = max(pause, BUSY_PAUSE_S)
+        endpoint.busy_answers += 1
+        endpoint.busy_until = now + min(pause, MAX_BUSY_PAUSE_S)
+        self.busy_until = max(self.busy_until, endpoint.busy_until)
+
+    def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
+        if endpoint.breaker.state is BreakerState.OPEN:
             return
         peers = self.endpoints(endpoint.instance.role)
         out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
@@ -308,6 +345,8 @@ class Registry:
         endpoint.prefill.restarted()
         endpoint.holder.clear()
         endpoint.breaker.restarted()
+        endpoint.doubts = DoubtfulEnds()
+        endpoint.busy_until, endpoint.busy_answers = 0.0, 0
         self._changed()
         return True
 

@@ -17,10 +17,19 @@ class PrefillAnswer:
     status: int
     content_type: str
     body: bytes
+    retry_after: float | None = None
+    """Seconds for which a full instance asks to be left alone, if it does."""
 
 
 class PrefillFailed(Exception):
-    """No answer came: ``args[0]`` is a short reason, for metrics and logs."""
+    """No answer came: ``args[0]`` is a short reason, for metrics and logs.
+
+    ``lost`` says that the connection ended after the request was delivered.
+    """
+
+    def __init__(self, reason: str, *, lost: bool = False) -> None:
+        super().__init__(reason)
+        self.lost = lost
 
 
 class PrefillLeg(Protocol):

@@ -17,3 +17,5 @@ class PendingHandoff:
     deadline: float
     """Monotonic seconds after which P's blocks may be someone else's."""
     model: str | None = None
+    losses: int = 0
+    """Connections that the request has lost at other P after it was delivered there."""

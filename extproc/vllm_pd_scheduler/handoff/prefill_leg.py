@@ -92,14 +92,27 @@ class HttpPrefill:
                 server_hostname=name,
             ) as response:
                 answer = await response.read()
+                _check_connection(response.headers.get(names.CONNECTION, ""))
                 content_type = response.headers.get("content-type", "application/json")
-                return PrefillAnswer(response.status, content_type, answer)
+                retry_after = response.headers.get("retry-after", "")
+                wait = float(retry_after) if retry_after.isdecimal() else None
+                return PrefillAnswer(response.status, content_type, answer, wait)
         except TimeoutError:
             raise PrefillFailed("timeout") from None
         except aiohttp.ClientConnectorError:
             raise PrefillFailed("connect") from None
         except (aiohttp.ClientError, OSError):
-            raise PrefillFailed("reset") from None
+            # Straight to P it is P's connection. Envoy's own does not break when P's does.
+            raise PrefillFailed("reset", lost=self._listener is None) from None
+
+
+def _check_connection(flags: str) -> None:
+    """Raise :exc:`PrefillFailed` if Envoy's flags say that an answer is its own, since P gave none."""
+    found = set(flags.split(","))
+    if found & {"UF", "UH", "NC", "NR"}:
+        raise PrefillFailed("connect")
+    if found & {"UC", "UR", "UPE"}:
+        raise PrefillFailed("reset", lost=True)
 
 
 def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:

@@ -28,6 +28,10 @@ class RequestContext:
     """Expected length of the answer."""
     blocks: Sequence[int] = ()
     block_tokens: float = 0.0
+    fingerprint: int = 0
+    """By which the same prompt is known again, in this process; 0 if it has none."""
+    stream: bool = False
+    """Whether the client wants its answer as a stream of events."""
     priority: int = 0
     """Higher is served first when requests have to wait."""
     tenant: str = ""

@@ -17,6 +17,15 @@ ATTEMPT: Final = "x-envoy-attempt-count"
 FIRST_BYTE_TIMEOUT: Final = "x-envoy-upstream-rq-per-try-timeout-ms"
 """How long Envoy waits for the first byte of an attempt's answer, in ms; an answer that began may go on."""
 
+RETRIABLE_STATUS_CODES: Final = "x-envoy-retriable-status-codes"
+"""Statuses, separated by commas, after which Envoy tries another D for this request too."""
+
+STREAM: Final = "x-pd-stream"
+"""``true`` on a request whose answer is streamed: Envoy then limits the pauses of its answer."""
+
+CONNECTION: Final = "x-pd-connection"
+"""Envoy's response flags (``UF``, ``UC``, …) on the answers of its prefill listener: whether they are P's."""
+
 PREFILL: Final = "x-pd-prefill"
 """Id of the instance that prefilled, on the request to decode and on the answer."""
 

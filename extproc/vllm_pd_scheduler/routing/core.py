@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from ..admission.controller import AdmissionController
@@ -20,8 +21,9 @@ from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Served, Telemetry
 from .forward import Forward
-from .in_flight import RequestsInFlight
-from .prefill import PrefillStage, no_prefill
+from .in_flight import Later, RequestsInFlight
+from .lost import fingerprint
+from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 
@@ -43,6 +45,7 @@ class RoutingCore:
         connector: Connector,
         telemetry: Telemetry,
         clock: Callable[[], float],
+        later: Later,
     ) -> None:
         self.config = config
         self.registry = scheduler.registry
@@ -54,8 +57,10 @@ class RoutingCore:
         self._reader = RequestReader(config, self.registry.load)
         self._disaggregation = Disaggregation(config, scheduler)
         self._local = ShareLimit(config.max_local_prefill_share)
-        self.prefill = PrefillStage(config, scheduler, admission, connector, telemetry, self._local, clock)
-        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake)
+        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake, later)
+        self.prefill = PrefillStage(
+            config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
+        )
 
     async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
         """Decide where a request goes, prefilling it first where that is possible.
@@ -84,10 +89,14 @@ class RoutingCore:
         context = self._reader.read(
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
+        context.fingerprint, context.stream = fingerprint(body), body.get("stream") is True
+        refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
+        if refused_for:
+            return lost_twice(math.ceil(refused_for))
         if not self.registry.routable(InstanceRole.DECODE):
             return self._no_decode()
         changed = body.raw if body.stripped else None
-        limit = first_byte_timeout(self.config, body)
+        limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         if not self.connector.can_split(body):
             return await self._whole(context, changed, Served.WHOLE, limit)
         alone = self._disaggregation.local(context)
@@ -96,10 +105,8 @@ class RoutingCore:
         prefilled = await self.prefill.run(context, headers, body)
         if isinstance(prefilled, Reject):
             return prefilled
-        if prefilled is None:
-            if not self._local.take(True):
-                return no_prefill()
-            return self._to_decode(context, changed, Served.LOCAL, limit)
+        if isinstance(prefilled, WithoutHandoff):
+            return self._without_handoff(context, changed, limit, prefilled)
         self._local.take(False)
         left = prefilled.deadline - self._clock()
         if left <= 0:
@@ -108,17 +115,35 @@ class RoutingCore:
             return self._to_decode(context, changed, Served.LOCAL, limit)
         return self._with_handoff(context, body, prefilled, left)
 
+    def _without_handoff(
+        self, context: RequestContext, body: bytes | None, limit: float | None, why: WithoutHandoff
+    ) -> Forward | Reject:
+        """Have decode prefill a request that P has failed or refused."""
+        if not self._local.take(why.failed):
+            return no_prefill()
+        forward = self._to_decode(context, body, Served.LOCAL, limit)
+        if isinstance(forward, Forward):
+            forward.refused_by, forward.refused_status = why.refused_by, why.status
+            forward.losses = why.losses
+        return forward
+
     def _with_handoff(
         self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
         spliced, at = self.connector.decode_body(body, prefilled.handoff)
-        limit = first_byte_timeout(self.config, body, left)
+        if len(spliced) > self.config.max_body_bytes:  # Envoy would answer 413 in D's place
+            self.in_flight.free(prefilled)
+            changed = body.raw if body.stripped else None
+            limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
+            return self._to_decode(context, changed, Served.LOCAL, limit)
+        limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
         forward = self._to_decode(context, spliced, Served.SPLIT, limit)
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
             forward.handoff_at, forward.pending = at, prefilled
+            forward.losses = prefilled.losses
             prefilled.prefill.pending_handoffs += 1
         return forward
 
@@ -154,14 +179,19 @@ class RoutingCore:
         picked = pick(InstanceRole.DECODE, context, count=count)
         if not picked:
             return self._no_decode()
-        self._scheduler.decided(InstanceRole.DECODE, context, picked[0])
-        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred):
+        now = context.now
+        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
             others = (e for e in picked if e is not preferred)
             picked = [preferred, *others][:count]
         decode = self._in_turn(picked, count)
+        self._scheduler.decided(InstanceRole.DECODE, context, decode[0])
         self.telemetry.forwarded(decode[0].id, served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
-        return self.in_flight.start(decode, self.registry.reserve(decode[0], context), body, limit, removed)
+        reservation = self.registry.reserve(decode[0], context)
+        forward = self.in_flight.start(decode, reservation, body, limit, removed)
+        forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
+        forward.stream = context.stream
+        return forward
 
     def _in_turn(self, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""

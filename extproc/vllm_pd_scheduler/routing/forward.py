@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..request import headers as names
+from .attempts import KEY_REFUSED, OF_THE_INSTANCE, Failure
 
 
 @dataclass(slots=True, eq=False)
@@ -19,14 +21,33 @@ class Forward:
     hand-off starts, if there is one. ``release`` must be called when the answer has ended, however it ended.
     """
 
+    RETRIED: ClassVar[frozenset[int]] = frozenset({429, 500, 502, 503, 504})
+    """Statuses after which Envoy tries the next of ``decode``, as ``envoy/envoy.yaml`` says."""
+
     id: str
     decode: list[Endpoint]
     reservation: Reservation
     body: bytes | None = None
     handoff_at: int | None = None
     pending: PendingHandoff | None = None
+    freed: bool = False
+    """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
+    stream: bool = False
+    """Whether the answer is a stream of events."""
     remove_headers: list[str] = field(default_factory=list)
+    comparable: bool = True
+    """Whether refusals by its D can be compared with those of others: not on paths that nobody may serve."""
+    refused_by: Endpoint | None = None
+    """The P that has refused the request with ``refused_status``; what D says will show who is right."""
+    refused_status: int = 0
+    prompt: int = 0
+    """The prompt's fingerprint (see :mod:`.lost`)."""
+    losses: int = 0
+    """Connections that it has lost after it was delivered, on P or D."""
+    failed_attempts: int = 0
+    """Attempts at D that have been reported as failed."""
+    last_failure: Failure | None = None
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
@@ -38,6 +59,18 @@ class Forward:
     def prefill(self) -> Endpoint | None:
         """The instance that prefilled, if one did."""
         return self.pending.prefill if self.pending else None
+
+    @property
+    def retried(self) -> frozenset[int]:
+        """Statuses of D after which Envoy tries another one."""
+        return self.RETRIED | self.retried_refusals
+
+    @property
+    def retried_refusals(self) -> frozenset[int]:
+        """Statuses of refusals after which another D is tried, since they are the instance's own mistake."""
+        if self.pending is not None:
+            return OF_THE_INSTANCE
+        return KEY_REFUSED if self.decode[0].instance.api_key is not None else frozenset()
 
     def headers(self) -> dict[str, str]:
         """Headers to set on the request to decode."""
@@ -53,14 +86,19 @@ class Forward:
             found[names.HANDOFF_AT] = str(self.handoff_at)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
+        if self.stream:
+            found[names.STREAM] = "true"
+        if refusals := self.retried_refusals:
+            found[names.RETRIABLE_STATUS_CODES] = ",".join(map(str, sorted(refusals)))
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         return found
 
-    def moved(self, registry: Registry) -> None:
-        """Count the request on the next of ``decode``, where Envoy sends it when an attempt has failed."""
+    def moved(self, registry: Registry, address: str) -> None:
+        """Count the request on the next of ``decode``, where Envoy sends it when the one before failed."""
         current = self.reservation
-        following = self.decode[self.decode.index(current.endpoint) + 1 :]
+        failed = next((at for at, one in enumerate(self.decode) if one.address == address), 0)
+        following = self.decode[failed + 1 :]
         self.answering = following[0] if following else None
         if current.active and following:
             current.release()

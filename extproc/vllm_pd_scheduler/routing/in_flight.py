@@ -1,32 +1,62 @@
-"""What was sent to decode and has not ended, and what becomes of its hand-offs."""
+"""What was sent to decode and has not ended, and what became of it: whose success, and whose hand-off."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
-from ..telemetry.metrics import Telemetry
-from .attempts import FailedAttempt, Failure
+from ..telemetry import Telemetry
+from .attempts import (
+    COMPARED_REFUSALS,
+    HANDOFF_NOT_FETCHED,
+    KEY_REFUSED,
+    NOT_ANSWERED,
+    OF_THE_INSTANCE,
+    FailedAttempt,
+    Failure,
+    Retry,
+)
 from .forward import Forward
+from .lost import MAX_LOSSES, LostPrompts
+from .patience import Patience
 
-MAX_ENDED = 4096
-"""Hand-offs of requests that have ended that are remembered, for a second or more: Envoy tells later why."""
+SETTLE_S = 0.25
+"""How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
+than of ends: 0.2 ms later on an idle machine, seen up to some 10 ms on a busy one."""
 
-_HANDOFF_IS_FREE = frozenset({Failure.CONNECT, Failure.RESET, Failure.STATUS})
-"""How an attempt must have failed for nobody to be fetching its hand-off any more."""
+LEFT_S = 1.0
+"""How long D gets to fetch or to drop a hand-off whose client has left, before it is freed."""
+
+REMEMBERED_S = 3.0
+"""How long a request that has ended is remembered, for what Envoy may still tell of it."""
+
+MAX_REMEMBERED_BYTES = 64 << 20
+"""And how many bytes of hand-offs at most; one of a prompt of 128k tokens has some 50 KB."""
+
+Later = Callable[[float, Callable[[], None]], object]
+"""Calls something after so many seconds."""
+
+
+def in_this_loop(delay: float, call: Callable[[], None]) -> object:
+    """Call something in the running event loop after ``delay`` seconds."""
+    return asyncio.get_running_loop().call_later(delay, call)
 
 
 class RequestsInFlight:
-    """Keeps the forwards by the ids under which Envoy tells of their attempts.
+    """Keeps what was sent to decode by the ids under which Envoy tells of its attempts.
 
     ``changed`` is called when one has ended. ``release_handoff`` frees a hand-off on its P; without it, it is
-    left to the lease.
+    left to the lease. A request that has ended counts for its D a moment later, if nothing else was told of
+    it until then: as a success; see :meth:`attempt_failed` for what else it can be.
     """
 
     def __init__(
@@ -35,16 +65,25 @@ class RequestsInFlight:
         telemetry: Telemetry,
         clock: Callable[[], float],
         changed: Callable[[], None],
+        later: Later = in_this_loop,
     ) -> None:
         self.release_handoff: ReleaseHandoff | None = None
+        self.lost = LostPrompts()
+        self.patience = Patience()
         self._registry = registry
         self._telemetry = telemetry
         self._clock = clock
         self._changed = changed
+        self._later = later
         self._running: dict[str, Forward] = {}
-        self._ended: dict[str, PendingHandoff] = {}
+        self._ended: dict[str, Forward] = {}
+        self._unsettled: deque[tuple[float, Forward]] = deque()
+        self._remembered: deque[tuple[float, Forward]] = deque()
+        self._remembered_bytes = 0
+        self._waking = False
         self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
         self._numbers = itertools.count()
+        registry.subscribe(self._look_for_the_dead)
 
     def start(
         self,
@@ -60,53 +99,163 @@ class RequestsInFlight:
         forward.remove_headers = remove_headers
         forward.on_release = self._released
         self._running[forward.id] = forward
+        self.patience.requested()
         return forward
 
     def attempt_failed(self, attempt: FailedAttempt) -> None:
-        """Take what Envoy tells of an attempt at decode that failed (see :mod:`.attempts`)."""
-        if attempt.failure is Failure.LEFT:
-            # A D that has not begun with the request drops it, and the hand-off without a word to P.
-            if (pending := self._ended.pop(attempt.request or "", None)) is not None and attempt.first:
-                self.free(pending)
-            return
-        endpoint = self._registry.at(InstanceRole.DECODE, attempt.address)
-        if endpoint is None:
-            return
-        self._telemetry.attempt_failed(endpoint.id, attempt.failure)
-        self._registry.failed(endpoint, f"decode: {attempt.failure}", self._clock())
+        """Count what Envoy tells of an attempt that did not end in a whole answer with status 200.
+
+        ============================  =================================================================
+        no connection, reset, 5xx,    a failure of the instance
+        cut
+        401 or 403 to our own key;    a failure too: it is not what the rest of the fleet is
+        401, 403, 404 after P's 200
+        429, 503                      neither: the instance is full, and is left alone for a while
+        time-out, other 4xx, client   nothing by itself; if its peers have few such ends and it has
+        that left before any answer   many, the instance is ejected
+        no attempt at all             nothing
+        ============================  =================================================================
+        """
         id_ = attempt.request or ""
-        if (forward := self._running.get(id_)) is not None:
-            if attempt.failure is Failure.CUT:
-                forward.answering = None
-            else:
-                forward.moved(self._registry)
-        # After a time-out that D may still be fetching: freeing the blocks then would spoil its prefix cache.
-        if attempt.first and attempt.failure in _HANDOFF_IS_FREE:
-            # A request can have ended before this is told: the next D was quick, or the client left.
-            pending = self._ended.pop(id_, None) if forward is None else forward.pending
-            if pending is not None:
-                self.free(pending)
+        forward = self._running.get(id_) or self._ended.get(id_)
+        endpoint = self._registry.at(InstanceRole.DECODE, attempt.address)
+        if endpoint is not None:
+            self._telemetry.attempt_failed(endpoint.id, attempt.failure)
+            self._count(endpoint, attempt, forward)
+        if forward is None:
+            return
+        forward.failed_attempts += 1
+        forward.last_failure = attempt.failure
+        instance = endpoint.id if endpoint is not None else attempt.address
+        if attempt.failure is Failure.RESET:
+            forward.losses += 1
+            self.lost.lost(forward.prompt, instance, self._clock())
+        elif attempt.status == 500:
+            forward.losses += 1
+            self.lost.suspect(forward.prompt, instance, self._clock())
+        self._follow(forward, attempt)
+        if attempt.first and forward.pending is not None and not forward.freed:
+            if attempt.failure in HANDOFF_NOT_FETCHED:
+                self._free(forward)
+            elif attempt.failure is Failure.LEFT:
+                # A D that has not begun with the request drops it, and the hand-off without a word to P.
+                self._later(LEFT_S, partial(self._free, forward))
+
+    def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
+        failure, registry, now = attempt.failure, self._registry, self._clock()
+        reason = f"decode: {failure}"
+        if failure is Failure.OVERLOADED:
+            registry.overloaded(endpoint, now, attempt.retry_after)
+        elif failure is Failure.REFUSED:
+            reason = f"decode: status {attempt.status}"
+            own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
+            split = forward is not None and forward.pending is not None
+            if own_key or (split and attempt.status in OF_THE_INSTANCE):
+                registry.failed(endpoint, reason, now)
+            elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
+                registry.doubtful(endpoint, reason, now)
+        elif failure in (Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT):
+            if failure is Failure.TIMEOUT:
+                self.patience.timed_out()
+            registry.doubtful(endpoint, reason, now)
+        elif failure is not Failure.UNSENT:
+            registry.failed(endpoint, reason, now)
+
+    def _follow(self, forward: Forward, attempt: FailedAttempt) -> None:
+        """Note who has the request now, if anybody."""
+        cut = attempt.failure is Failure.CUT
+        if not cut and (attempt.failure in NOT_ANSWERED or attempt.status in forward.retried):
+            forward.moved(self._registry, attempt.address)
+            return
+        if attempt.failure is Failure.REFUSED and forward.refused_by is not None:
+            self._registry.succeeded(forward.refused_by)  # P was right
+            forward.refused_by = None
+        forward.answering = None
+
+    def _look_for_the_dead(self) -> None:
+        for instance in self.lost.suspected:
+            endpoint = next((e for e in self._registry if e.id == instance), None)
+            if endpoint is None or endpoint.healthy is False:
+                self.lost.died(instance, self._clock())
+
+    def may_try_again(self, request: str, made: int) -> Retry | None:
+        """Return whether Envoy may try one more D after ``made`` attempts; ``None`` if that is not known yet.
+
+        What was never delivered may be tried on all. What two instances have lost is tried on no third, and
+        what has timed out only as far as the fleet is not slow as a whole.
+        """
+        forward = self._running.get(request)
+        if forward is None or forward.losses >= MAX_LOSSES:
+            return Retry.LOST
+        if forward.failed_attempts < made:
+            return None
+        slow = forward.last_failure is Failure.TIMEOUT and not self.patience.may_retry()
+        return Retry.SLOW if slow else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
-        """Take that a forward will not be sent: the client left before Envoy could."""
+        """Take back a forward that will not be sent: the client left before Envoy could."""
+        forward.answering = None
         forward.release()
         if forward.pending is not None:
-            self.free(forward.pending)
+            self._free(forward)
 
     def free(self, pending: PendingHandoff) -> None:
-        """Have a hand-off freed that nobody will use."""
+        """Free a hand-off that nobody will use."""
         if self.release_handoff is not None:
             self.release_handoff(pending)
         else:
             self._telemetry.handoff_stranded(pending.prefill.id)
 
+    def _free(self, forward: Forward) -> None:
+        """Free a forward's hand-off, once."""
+        if forward.pending is not None and not forward.freed:
+            forward.freed = True
+            self.free(forward.pending)
+
     def _released(self, forward: Forward) -> None:
         self._running.pop(forward.id, None)
+        forward.body = None
+        now = self._clock()
+        self._ended[forward.id] = forward
+        self._unsettled.append((now, forward))
         if forward.pending is not None:
             forward.pending.prefill.pending_handoffs -= 1
-            self._ended[forward.id] = forward.pending
-            if len(self._ended) > MAX_ENDED:
-                del self._ended[next(iter(self._ended))]
-        if forward.answering is not None:
-            self._registry.succeeded(forward.answering)
+            self._remembered_bytes += len(forward.pending.handoff.params)
+        self._remembered.append((now, forward))
+        self.settle()
         self._changed()
+
+    def settle(self, after: float = SETTLE_S) -> None:
+        """Count the requests that ended ``after`` seconds ago, and forget those of a while before."""
+        now = self._clock()
+        while self._unsettled and self._unsettled[0][0] <= now - after:
+            self._settle(self._unsettled.popleft()[1])
+        while self._remembered and (
+            self._remembered[0][0] <= now - REMEMBERED_S or self._remembered_bytes > MAX_REMEMBERED_BYTES
+        ):
+            _, forward = self._remembered.popleft()
+            self._ended.pop(forward.id, None)
+            if forward.pending is not None:
+                self._remembered_bytes -= len(forward.pending.handoff.params)
+        if (self._unsettled or self._remembered) and not self._waking:
+            self._waking = True
+            self._later(SETTLE_S if self._unsettled else REMEMBERED_S, self._wake)
+
+    def _wake(self) -> None:
+        self._waking = False
+        self.settle()
+
+    def _settle(self, forward: Forward) -> None:
+        if forward.answering is None:
+            return
+        self._registry.succeeded(forward.answering)
+        self.patience.answered()
+        if self.lost:
+            self.lost.answered(forward.prompt)
+        if forward.refused_by is not None:
+            # D serves what P has refused. Only some refusals cannot be due to what P is asked in its place.
+            reason = f"prefill: status {forward.refused_status}, where decode serves"
+            if forward.refused_status in OF_THE_INSTANCE:
+                self._registry.failed(forward.refused_by, reason, self._clock())
+            else:
+                self._registry.doubtful(forward.refused_by, reason, self._clock())

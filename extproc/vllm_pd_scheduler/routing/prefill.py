@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -12,14 +13,34 @@ from ..connectors import Connector, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import PrefillAnswer, PrefillFailed, PrefillLeg
 from ..handoff.pending import PendingHandoff
-from ..models import InstanceRole, PDInstance
+from ..models import InstanceRole
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
+from .attempts import KEY_REFUSED, Failure, failure_of_status
+from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutHandoff:
+    """Decode is to prefill the request itself.
+
+    ``failed`` says whether that is because P failed, which only a share of the requests may have; else P has
+    refused the request (``refused_by``, with an HTTP ``status``), or has nothing to hand over.
+    """
+
+    failed: bool = True
+    refused_by: Endpoint | None = None
+    status: int = 0
+    losses: int = 0
+    """Connections that the request has lost at P after it was delivered."""
+
+
+Outcome = PendingHandoff | WithoutHandoff | Reject
 
 
 class PrefillStage:
@@ -37,6 +58,7 @@ class PrefillStage:
         connector: Connector,
         telemetry: Telemetry,
         local: ShareLimit,
+        lost: LostPrompts,
         clock: Callable[[], float],
     ) -> None:
         self.leg: PrefillLeg | None = None
@@ -47,51 +69,60 @@ class PrefillStage:
         self._connector = connector
         self._telemetry = telemetry
         self._local = local
+        self._lost = lost
         self._clock = clock
 
-    async def run(
-        self, context: RequestContext, headers: Mapping[str, str], body: JsonBody
-    ) -> PendingHandoff | Reject | None:
-        """Return the hand-off, or the answer if there will be none; ``None``: decode should prefill."""
+    async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
+        """Return the hand-off, that decode should prefill, or the answer in place of both.
+
+        Raises what a strategy raises.
+        """
         if self.leg is None:
-            return None
-        tried: list[Endpoint] = []
+            return WithoutHandoff(failed=False)
+        tried = _Tried()
         leg_body = b""
-        outcome = await self._admission.admit(Ticket(context, InstanceRole.PREFILL, context.body_bytes))
-        while not isinstance(outcome, Reject):
-            if outcome is None:
-                break
-            tried.append(outcome.endpoint)
+        reservation = await self._admission.admit(self._ticket(context))
+        while isinstance(reservation, Reservation):
             leg_body = leg_body or self._connector.prefill_body(body)
-            answer = await self._attempt(self.leg, outcome, context, headers, leg_body)
-            if isinstance(answer, Handoff):
-                deadline = handoff_deadline(self._config, self._clock())
-                return PendingHandoff(answer, tried[-1], deadline, context.model)
-            if answer is not None:
-                if answer.status == 200:
-                    self._telemetry.prefill_failed(tried[-1].id, "no_handoff")
-                    return None
-                kept = {"content-type": answer.content_type}
-                return Reject(answer.status, answer.body, kept, "prefill_4xx")
-            outcome = self._another(context, tried)
-        else:
-            return outcome
+            outcome = await self._attempt(self.leg, reservation, context, headers, leg_body, tried)
+            if outcome is not None:
+                return outcome
+            reservation = await self._another(context, tried)
+        if isinstance(reservation, Reject):
+            return reservation
+        if tried.refusal is not None:
+            return tried.refusal
         if self._config.on_prefill_failure == "fail":
             return no_prefill()
-        return None
+        return WithoutHandoff(losses=tried.losses)
 
-    def _another(self, context: RequestContext, tried: list[Endpoint]) -> Reservation | None:
-        """Reserve an endpoint that was not tried; the request does not wait in the queue a second time."""
-        if len(tried) > self._config.max_retries:
-            return None
+    def _ticket(self, context: RequestContext) -> Ticket:
+        return Ticket(context, InstanceRole.PREFILL, context.body_bytes)
+
+    async def _another(self, context: RequestContext, tried: _Tried) -> Reservation | Reject | None:
+        """Reserve an endpoint that was not tried; ``None`` if there is none.
+
+        The request waits in the queue a second time only if all that were tried were full.
+        """
         context.now = self._clock()
-        picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
+        picked: list[Endpoint] = []
+        if len(tried.endpoints) <= self._config.max_retries:
+            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
+        if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
+            tried.endpoints.clear()
+            return await self._admission.admit(self._ticket(context))
+        if len(tried.endpoints) > self._config.max_retries:
+            return None
         if picked:
-            self._scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried)
-        elif self._config.on_prefill_failure == "fail" or self._local.reached:
+            self._scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
+        elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints)
         return self._registry.reserve(picked[0], context) if picked else None
+
+    @property
+    def _decode_may_not_prefill(self) -> bool:
+        return self._config.on_prefill_failure == "fail" or self._local.reached
 
     async def _attempt(
         self,
@@ -100,29 +131,76 @@ class PrefillStage:
         context: RequestContext,
         headers: Mapping[str, str],
         body: bytes,
-    ) -> Handoff | PrefillAnswer | None:
+        tried: _Tried,
+    ) -> Outcome | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
+        tried.endpoints.append(endpoint)
         try:
             with self._telemetry.prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, body)
+            if answer.status == 200:
+                return self._handed_over(reservation, context, answer, tried)
         except PrefillFailed as error:
-            reason = str(error)
-        else:
-            if answer.status == 200 or _is_the_clients_fault(answer.status, endpoint.instance):
-                self._registry.succeeded(endpoint)
-                handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
-                if handoff is not None:
-                    self._learn(reservation, context, handoff)
-                return handoff or answer
-            reason = f"status_{answer.status}"
+            self._failed(endpoint, str(error), tried)
+            return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         finally:
             reservation.release(self._clock())
             # Soon, since this request itself is about to take a place at decode.
             asyncio.get_running_loop().call_soon(self._admission.wake)
-        self._telemetry.prefill_failed(endpoint.id, reason)
-        self._registry.failed(endpoint, f"prefill: {reason}", self._clock())
+        return self._not_200(endpoint, context.fingerprint, answer, tried)
+
+    def _handed_over(
+        self, reservation: Reservation, context: RequestContext, answer: PrefillAnswer, tried: _Tried
+    ) -> Outcome | None:
+        endpoint = reservation.endpoint
+        handoff = self._connector.handoff(answer.body)
+        if handoff is not None:
+            self._registry.succeeded(endpoint)
+            self._learn(reservation, context, handoff)
+            deadline = handoff_deadline(self._config, self._clock())
+            return PendingHandoff(handoff, endpoint, deadline, context.model, tried.losses)
+        if self._connector.ended(answer.body):
+            self._registry.succeeded(endpoint)
+            return WithoutHandoff(failed=False)
+        self._failed(
+            endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
+        )
         return None
+
+    def _not_200(
+        self, endpoint: Endpoint, fingerprint: int, answer: PrefillAnswer, tried: _Tried
+    ) -> Outcome | None:
+        failure = failure_of_status(answer.status)
+        if failure is Failure.OVERLOADED:
+            self._telemetry.prefill_failed(endpoint.id, f"status_{answer.status}")
+            self._registry.overloaded(endpoint, self._clock(), answer.retry_after)
+            return None
+        own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
+        if failure is not Failure.REFUSED or own_key:
+            self._failed(endpoint, f"status_{answer.status}", tried)
+            if answer.status == 500:
+                self._lost.suspect(fingerprint, endpoint.id, self._clock())
+            return self._lose(endpoint, fingerprint, tried) if b"EngineCore" in answer.body else None
+        tried.only_full = False
+        if not self._decode_may_not_prefill:
+            # P was asked for one token, not streamed: only D sees the request as the client wrote it.
+            return WithoutHandoff(False, endpoint, answer.status)
+        agreed = tried.refusal is not None and tried.refusal.status == answer.status
+        kept = {"content-type": answer.content_type}
+        tried.refusal = Reject(answer.status, answer.body, kept, "prefill_4xx")
+        return tried.refusal if agreed else None
+
+    def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
+        """Count a request that was delivered and lost; return the answer if it must not be tried again."""
+        tried.losses += 1
+        self._lost.lost(fingerprint, endpoint.id, self._clock())
+        return lost_twice() if tried.losses >= MAX_LOSSES else None
+
+    def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
+        tried.only_full = False
+        self._telemetry.prefill_failed(endpoint.id, reason)
+        self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
 
     def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
@@ -138,13 +216,25 @@ class PrefillStage:
         context.prompt_tokens = tokens
 
 
+class _Tried:
+    """The endpoints that a request was sent to, and what came of it."""
+
+    def __init__(self) -> None:
+        self.endpoints: list[Endpoint] = []
+        self.only_full = True
+        self.losses = 0
+        self.refusal: Reject | None = None
+
+
+def lost_twice(retry_after: int = int(PAUSE_S)) -> Reject:
+    """Return the answer to a request that two instances have lost, or whose prompt others have."""
+    message = (
+        "Two instances ended while they had this request or one with its prompt, and none has answered it: "
+        f"it is not tried again for {retry_after} s."
+    )
+    return reject(503, message, "lost", retry_after)
+
+
 def no_prefill() -> Reject:
     """Return the answer to a request that no P can prefill, and D may not."""
     return reject(503, "No prefill instance can serve this request now.", "no_prefill")
-
-
-def _is_the_clients_fault(status: int, instance: PDInstance) -> bool:
-    """Whether another instance would answer the same. Timeouts and overload are the instance's own."""
-    if status in (401, 403):
-        return instance.api_key is None  # else it is our key that it does not take
-    return 400 <= status < 500 and status not in (408, 429)

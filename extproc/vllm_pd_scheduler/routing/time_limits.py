@@ -14,24 +14,29 @@ seen: the way of P's answer to us, and D's own queue."""
 MAX_TOKENS = 10_000_000
 """More than any context has: a client that asks for more tokens than this gets no longer limit for it."""
 
+UNKNOWN_TOKENS = 32_768
+"""What an answer in one piece may have whose client names no limit, before its D is taken to hang."""
+
 
 def handoff_deadline(config: SchedulerConfig, now: float) -> float:
     """Return until when a hand-off that has come at ``now`` may be used, in the same clock's seconds."""
     return now + config.kv_lease_duration * LEASE_SHARE
 
 
-def first_byte_timeout(config: SchedulerConfig, body: JsonBody, left: float = math.inf) -> float | None:
+def first_byte_timeout(
+    config: SchedulerConfig, body: JsonBody, factor: float = 1.0, left: float = math.inf
+) -> float:
     """Return how many seconds D may take to its first byte: with a stream that is its headers, else all.
 
-    ``left`` is how long the hand-off may be used: a byte that comes later may be of one that is too old,
-    fetched by a D that was frozen meanwhile. Only an answer in one piece that takes longer by itself
-    gets more. ``None``, that is no limit, for one of unknown length.
+    ``factor`` multiplies the configured limits (see :mod:`.patience`). ``left`` is how long the hand-off may
+    be used: a byte that comes later may be of one that is too old, fetched by a D that was frozen meanwhile.
+    Only an answer in one piece that takes longer by itself gets more.
     """
-    limit = config.decode_first_byte_timeout
+    limit = config.decode_first_byte_timeout * factor
     if body.get("stream") is True:
         return min(limit, left)
     tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     if type(tokens) is not int or tokens < 1:
-        return None
-    decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token
+        tokens = UNKNOWN_TOKENS
+    decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token * factor
     return limit + decoding if decoding > left else min(limit + decoding, left)

@@ -16,7 +16,7 @@ from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
 from ..models import InstanceState, PDInstance
 from ..request.errors import Reject
-from .attempts import FailedAttempt, Failure
+from .attempts import NOT_ANSWERED, FailedAttempt, Failure, failure_of_status
 from .core import RoutingCore
 from .forward import Forward
 
@@ -80,6 +80,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         try:
             return await _attempts(core, session, headers, data)
         finally:
+            core.in_flight.settle(0.0)
             await releaser.close()
             core.prefill.leg, core.in_flight.release_handoff = leg, release
 
@@ -98,10 +99,12 @@ async def _attempts(
             result, failure = await _decode(session, outcome, headers[":path"], data)
             if failure is not None:
                 address = str(outcome.decode[0].address)
-                core.in_flight.attempt_failed(FailedAttempt(address, failure, outcome.id))
+                core.in_flight.attempt_failed(
+                    FailedAttempt(address, failure, outcome.id, status=result.status)
+                )
         finally:
             outcome.release()
-        if result.success or 400 <= result.status < 500:
+        if result.success or not (failure in NOT_ANSWERED or result.status in outcome.retried):
             break
     return result
 
@@ -129,7 +132,7 @@ async def _decode(
     except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
         result = RouteResult(False, endpoint.instance, prefill, status, error=_failed(endpoint, error))
         return result, Failure.CUT if status else _failure(error)
-    failure = Failure.STATUS if status >= 500 else None
+    failure = failure_of_status(status)
     return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer)), failure
 
 

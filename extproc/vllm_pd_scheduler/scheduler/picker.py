@@ -79,21 +79,25 @@ class Scheduler:
         """Return the strategy object of a role."""
         return self._strategies[role]
 
-    def saturated(self, endpoint: Endpoint) -> bool:
-        """Whether an endpoint has as much as the configuration lets it have."""
+    def saturated(self, endpoint: Endpoint, now: float) -> bool:
+        """Whether an endpoint has as much as the configuration lets it have, or has said that it is full."""
         config = self.config
         return (
-            (config.max_waiting is not None and _waiting(endpoint) >= config.max_waiting)
+            now < endpoint.busy_until
+            or (config.max_waiting is not None and _waiting(endpoint) >= config.max_waiting)
             or (config.max_kv_usage is not None and _kv_usage(endpoint) >= config.max_kv_usage)
             or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
         )
 
-    def open(self, role: InstanceRole) -> bool:
+    def open(self, role: InstanceRole, now: float) -> bool:
         """Whether some endpoint of a role is not saturated, or none can serve at all."""
-        if not self._limited:
+        if not self._may_be_saturated(now):
             return True
         candidates = self._candidates(role, ())
-        return not candidates or not all(map(self.saturated, candidates))
+        return not candidates or not all(self.saturated(e, now) for e in candidates)
+
+    def _may_be_saturated(self, now: float) -> bool:
+        return self._limited or now < self.registry.busy_until
 
     def pick(
         self,
@@ -107,7 +111,7 @@ class Scheduler:
 
         Saturated ones are left out as long as there are others.
         """
-        candidates = self._unsaturated(role, exclude)
+        candidates = self._unsaturated(role, exclude, request.now)
         if not candidates:
             return []
         request.look_up_in(self.registry.prefixes)
@@ -133,7 +137,7 @@ class Scheduler:
     ) -> None:
         """Take that the pick just made counts, before it is reserved: the shadow is asked the same."""
         if self.shadow is not None:
-            self.shadow.compare(role, self._unsaturated(role, exclude), request, picked)
+            self.shadow.compare(role, self._unsaturated(role, exclude, request.now), request, picked)
 
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
         """Return what ``pick`` would, when nothing will be sent there for it: nobody's turn has passed."""
@@ -141,10 +145,12 @@ class Scheduler:
         with strategy.same_turn():
             return self.pick(role, request, count=count)
 
-    def _unsaturated(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:
+    def _unsaturated(
+        self, role: InstanceRole, exclude: Collection[Endpoint], now: float
+    ) -> Sequence[Endpoint]:
         candidates = self._candidates(role, exclude)
-        if self._limited:
-            candidates = tuple(e for e in candidates if not self.saturated(e)) or candidates
+        if self._may_be_saturated(now):
+            candidates = tuple(e for e in candidates if not self.saturated(e, now)) or candidates
         return candidates
 
     def _candidates(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:

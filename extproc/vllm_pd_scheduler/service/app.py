@@ -16,6 +16,7 @@ from ..config import SchedulerConfig, TlsConfig, is_loopback
 from ..envoy.access_log import AttemptLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
+from ..envoy.retries import RetryCheck
 from ..handoff.prefill_leg import HttpPrefill, open_session
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
@@ -115,7 +116,9 @@ class App:
         )
         discovery = EndpointDiscovery(self.router.registry)
         attempts = AttemptLog(self.router.in_flight.attempt_failed)
-        server.add_generic_rpc_handlers((self.ext_proc.handler(), discovery.handler(), attempts.handler()))
+        retries = RetryCheck(self.router.in_flight.may_try_again)
+        services = (self.ext_proc, discovery, attempts, retries)
+        server.add_generic_rpc_handlers(tuple(service.handler() for service in services))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = join_address(config.grpc_host, config.grpc_port)
         try:

@@ -66,7 +66,7 @@ async def up(
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
     signals = Signals()
-    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls)
+    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout)
     async with App(config) as app, process as envoy:
         await started()
         asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -38,6 +39,7 @@ MAX_N = 16_384
 QUIET = frozenset({"/health", "/metrics"})
 ENTRY = "entry"
 HALF = "half"
+MUTE = "mute"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -108,6 +110,10 @@ class Api:
         if key and request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         fault = self._fault
+        if fault.poison is not None and fault.poison.encode() in await request.read():
+            if fault.abrupt:
+                os._exit(1)
+            self._worker.die("a prompt that it cannot take")
         if fault.hits(request.path):
             await asyncio.sleep(fault.delay)
             if fault.reset:
@@ -115,7 +121,7 @@ class Api:
             if fault.status is not None:
                 kind = "InternalServerError" if fault.status >= 500 else "BadRequestError"
                 raise ApiError(fault.status, "Simulated fault", kind)
-            request[HALF] = fault.half
+            request[HALF], request[MUTE] = fault.half, fault.mute
         return await handler(request)
 
     # -- generation -----------------------------------------------------------------------------------
@@ -232,6 +238,8 @@ class Api:
         try:
             async with aclosing(self._worker.generate(jobs)) as tokens:
                 async for token in tokens:
+                    if sent == request.get(MUTE):
+                        await asyncio.Event().wait()
                     if not sent and shape.chat:
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))

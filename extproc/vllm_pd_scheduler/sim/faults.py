@@ -20,7 +20,9 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     """How a server misbehaves; the default is not at all.
 
     Requests for `paths` wait `delay` seconds and are then answered with `status`, or their connection is
-    `reset` before a byte, or cut when `half` of the answer is written. `times` is how many requests it
+    `reset` before a byte, or cut when `half` of the answer is written; if it is streamed and `mute`, nothing
+    comes after the first `mute` tokens, and the connection stays. One whose body has `poison` in it ends the
+    engine, or with `abrupt` the process. `times` is how many requests it
     hits (None: all). `/health` answers `health`.
     """
 
@@ -28,13 +30,16 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     delay: float = 0.0
     reset: bool = False
     half: bool = False
+    mute: int | None = None
+    poison: str | None = None
+    abrupt: bool = False
     health: int | None = None
     paths: list[str] = msgspec.field(default_factory=lambda: list(INFERENCE))
     times: int | None = None
 
     def hits(self, path: str) -> bool:
         """Say whether this request is hit, and count it if it is."""
-        active = self.status is not None or self.delay or self.reset or self.half
+        active = self.status is not None or self.delay or self.reset or self.half or self.mute is not None
         if not active or path not in self.paths or self.times == 0:
             return False
         if self.times is not None:

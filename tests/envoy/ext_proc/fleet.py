@@ -30,7 +30,7 @@ async def prefill(endpoint: Endpoint, path: str, headers: Mapping[str, str], bod
 
 def build() -> PDRouter:
     """One prefill instance p0 and two decode instances, 10.0.0.1:80 and :81, all healthy."""
-    router = PDRouter(SchedulerConfig(strategy="round_robin"), prefill_leg=prefill)
+    router = PDRouter(SchedulerConfig(strategy="round_robin"), prefill_leg=prefill, later=lambda *_: None)
     router.register_instance(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.2", 90))
     for number in range(2):
         router.register_instance(PDInstance(f"d{number}", InstanceRole.DECODE, "10.0.0.1", 80 + number))

@@ -59,6 +59,7 @@ def _forward(phase: Phase, forward: Forward) -> bytes:
     mutation = common.header_mutation
     _set(mutation.set_headers, forward.headers())
     mutation.remove_headers.extend(forward.remove_headers)
+    common.clear_route_cache = forward.stream  # streams have a route of their own
     if forward.body is not None:
         common.body_mutation.body = forward.body
     return bytes(response.SerializeToString())

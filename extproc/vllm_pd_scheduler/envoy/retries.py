@@ -1,0 +1,61 @@
+"""Envoy's question whether it may try a request on one more instance.
+
+Envoy retries by itself, and cannot tell how an attempt has failed from how the one before it did. A request
+that has cost two instances must not have a third, one that was never delivered may. So the Lua filter of
+cluster decode asks here before each further attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from ..request import headers as names
+from ..routing.attempts import Retry
+
+SERVICE = "vllm_pd_scheduler.Retries"
+
+REPORTS_S = 0.1
+"""How long to wait for Envoy's reports of the attempts before, which come on another connection."""
+
+_POLL_S = 0.005
+
+_REFUSALS = {
+    Retry.LOST: (grpc.StatusCode.PERMISSION_DENIED, "two instances have lost the request"),
+    Retry.SLOW: (grpc.StatusCode.RESOURCE_EXHAUSTED, "the fleet is slow"),
+}
+
+
+class RetryCheck:
+    """Serves ``vllm_pd_scheduler.Retries/Allowed``: an empty message if allowed, else a gRPC error.
+
+    ``allowed`` is asked with a request's id and the number of attempts that were made; ``None`` means that
+    not all of them have been reported yet. A report that does not come in time is not waited for.
+    """
+
+    def __init__(self, allowed: Callable[[str, int], Retry | None]) -> None:
+        self._allowed = allowed
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the handler to register with a ``grpc.aio`` server."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {"Allowed": grpc.unary_unary_rpc_method_handler(self._check)}
+        )
+
+    async def _check(self, _: bytes, context: Any) -> bytes:
+        asked = dict(context.invocation_metadata())
+        request, attempt = asked.get(names.ID, ""), asked.get(names.ATTEMPT, "")
+        made = int(attempt[:9]) - 1 if attempt.isdecimal() else 0
+        answer = self._allowed(request, made)
+        for _poll in range(round(REPORTS_S / _POLL_S)):
+            if answer is not None:
+                break
+            await asyncio.sleep(_POLL_S)
+            answer = self._allowed(request, made)
+        answer = answer or self._allowed(request, 0)
+        if answer in _REFUSALS:
+            await context.abort(*_REFUSALS[answer])
+        return b""

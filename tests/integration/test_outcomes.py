@@ -1,0 +1,177 @@
+"""What a request's end says of its instances, and what becomes of its hand-off, on a real Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from tests.support.processes import Answer, Client, Process, Stack, spawned, until
+from vllm_pd_scheduler.sim.fleet import Fleet
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+PROMPT = "Whose is the cache? " * 40
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    with Fleet(3, 3, profile=EngineProfile.instant(), arguments=["--max-model-len=4096"]) as running:
+        yield running
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    """One for each test, since what a scheduler has learned of its instances stays."""
+    return Stack(tmp_path)
+
+
+@pytest.fixture
+def up(fleet: Fleet, stack: Stack, request: pytest.FixtureRequest) -> Iterator[Process]:
+    defaults = {"strategy": "round_robin", "health_check_interval": 0.2, "ejection_pause": 300.0}
+    with spawned(stack.up({**defaults, **getattr(request, "param", {}), **fleet.config()})) as process:
+        yield process
+
+
+@pytest_asyncio.fixture
+async def client(client: Client, fleet: Fleet, up: Process) -> AsyncIterator[Client]:
+    """Restart what has died."""
+    yield client
+    assert "Traceback" not in up.output
+    for instance in fleet.instances:
+        if not instance.alive:
+            await asyncio.to_thread(fleet.restart, instance.id)
+
+
+async def complete(client: Client, **body: Any) -> Answer:
+    return await client.complete(prompt=PROMPT, **body)
+
+
+async def pinned(client: Client) -> int:
+    """Hand-offs that P holds: blocks that nobody has fetched or freed."""
+    stats = [await client.json(each.url + "/_sim/stats") for each in client.fleet.prefill if each.alive]
+    return sum(each["pinned"] for each in stats)
+
+
+async def until_freed(client: Client) -> None:
+    """Wait until P holds nothing; its lease, 30 s, would be too late."""
+
+    async def freed() -> bool:
+        return await pinned(client) == 0
+
+    await until(freed)
+
+
+async def ejected(client: Client, name: str) -> bool:
+    return str((await client.instance(name))["reason"]).startswith("ejected: ")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": "abc"}, {"stream": "perhaps"}],
+)
+async def test_what_only_decode_refuses_leaves_nothing_on_prefill(
+    client: Client, body: dict[str, Any]
+) -> None:
+    answer = await complete(client, **body)
+    assert 400 <= answer.status < 500
+    await until_freed(client)
+    assert (await complete(client)).status == 200
+
+
+@pytest.mark.parametrize("status", [204, 307, 400, 401, 404, 413, 422, 429, 503])
+async def test_no_status_of_decode_leaves_a_hand_off(client: Client, status: int) -> None:
+    await client.fault("decode-0", status=status, times=1)  # not what comes to free a hand-off
+    for _ in client.fleet.decode:
+        await complete(client)
+    await until_freed(client)
+
+
+async def test_a_body_that_does_not_fit_with_its_hand_off(client: Client) -> None:
+    """Envoy would answer 413 between the scheduler and D."""
+    room = 64 * 2**20 - len(PROMPT) - 200
+    answer = await complete(client, padding="x" * room)
+    assert answer.status == 200
+    await until_freed(client)
+
+
+async def test_another_model_on_one_p_is_found_and_hurts_nobody(client: Client) -> None:
+    await client.fault("prefill-1", status=404)
+    answers = [await complete(client) for _ in range(15)]
+    assert {answer.status for answer in answers} == {200}
+    assert await ejected(client, "prefill-1")
+
+
+async def test_another_model_on_one_d_is_found_and_hurts_nobody(client: Client) -> None:
+    await client.fault("decode-1", status=404)
+    answers = [await complete(client) for _ in range(15)]
+    assert {answer.status for answer in answers} == {200}
+    assert await ejected(client, "decode-1")
+
+
+async def test_an_unknown_model_is_the_clients_mistake(client: Client) -> None:
+    answers = [await complete(client, model="nobody-has-it") for _ in range(12)]
+    assert {answer.status for answer in answers} == {404}
+    assert not [name for name, state in (await client.states()).items() if state != "healthy"]
+
+
+async def test_full_is_not_broken(client: Client) -> None:
+    await client.fault("decode-0", status=503)
+    await client.fault("prefill-0", status=429)
+    answers = [await complete(client) for _ in range(12)]
+    assert {answer.status for answer in answers} == {200}
+    assert not [name for name, state in (await client.states()).items() if state != "healthy"]
+
+
+async def test_clients_that_give_up_on_a_hung_d_do_not_make_it_a_good_one(client: Client) -> None:
+    await client.fault("decode-2", delay=60.0)
+
+    async def gone() -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(complete(client), 0.3)
+        return await ejected(client, "decode-2")
+
+    await until(gone, 60)
+
+
+@pytest.mark.parametrize("up", [{"stream_idle_timeout": 0.5}], indirect=True)
+@pytest.mark.parametrize("tokens", [0, 3])
+async def test_a_stream_that_falls_silent_is_cut_and_counts(client: Client, tokens: int) -> None:
+    """vLLM sends the headers before the first token, so a D whose engine hangs has answered in time."""
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, mute=tokens)
+    with pytest.raises(aiohttp.ClientError):
+        await complete(client, stream=True)
+
+    async def counted() -> bool:
+        _, page = await client.admin("GET", "/metrics")
+        return 'failure="cut"' in page
+
+    await until(counted)
+
+
+@pytest.mark.parametrize("abrupt", [False, True], ids=["engine dies", "process dies"])
+async def test_a_prompt_that_kills_has_two_instances_at_most(client: Client, abrupt: bool) -> None:
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, poison="kills engines", abrupt=abrupt)
+    killer = {"prompt": f"{PROMPT} This one kills engines.", "max_tokens": 4}
+    answer = await client.post("/v1/completions", killer)
+    assert answer.status == 503
+
+    async def dead() -> bool:
+        return sum(not each.alive for each in client.fleet.instances) == 2
+
+    await until(dead)
+
+    async def refused() -> bool:
+        found = await client.post("/v1/completions", {**killer, "max_tokens": 5})
+        return found.headers.get("x-pd-reason") == "lost"
+
+    assert await refused()
+    assert sum(not each.alive for each in client.fleet.instances) == 2
+    assert (await complete(client)).status == 200, "the others serve"
