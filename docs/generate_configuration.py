@@ -95,6 +95,7 @@ GROUPS = (
             "on_prefill_failure",
             "max_local_prefill_share",
             "decode_first_byte_timeout",
+            "stream_idle_timeout",
             "decode_seconds_per_token",
             "kv_lease_duration",
             "ejection_failures",

@@ -67,26 +67,25 @@ async def test_a_bad_prefill_instance_is_passed_over(client: Client, fault: dict
     assert len({a.text for a in answers}) == 1
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}])
-async def test_without_a_good_prefill_instance_decode_prefills(client: Client, fault: dict[str, Any]) -> None:
+async def test_without_a_good_prefill_instance_decode_prefills(client: Client) -> None:
     expected = (await client.complete()).text
     for instance in client.fleet.prefill:
-        await client.fault(instance.id, **fault)
+        await client.fault(instance.id, status=500)
     answer = await client.complete()
     assert answer.text == expected
     assert "x-pd-prefill" not in answer.headers
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])
-async def test_a_prefill_instances_4xx_is_the_answer(client: Client, status: int) -> None:
+async def test_what_prefill_refuses_is_decodes_to_answer(client: Client, status: int) -> None:
     for instance in client.fleet.prefill:
         await client.fault(instance.id, status=status)
-    before = await client.seen_by_all()
     answer = await client.complete()
-    assert answer.status == status
-    assert answer.error["code"] == status
-    after = await client.seen_by_all()
-    assert after["decode-0"] + after["decode-1"] == before["decode-0"] + before["decode-1"]
+    assert answer.status == 200, "P was asked another request"
+    assert "x-pd-prefill" not in answer.headers
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, status=status)
+    assert (await client.complete()).error["code"] == status
 
 
 async def test_a_decode_instance_that_refuses_is_passed_over(client: Client) -> None:
