@@ -23,6 +23,9 @@ from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .telemetry import Telemetry
 
+FORGET_S = 300.0
+"""Seconds after an instance was removed in which the last of its requests should have ended."""
+
 
 class PDRouter:
     """Routes requests to the instances of a fleet whose prefill and decode are separate.
@@ -58,6 +61,19 @@ class PDRouter:
             config, self.scheduler, admission, self.connector, self.telemetry, clock, later
         )
         self.prefill_leg = prefill_leg
+        self._later = later
+        self._ids = self._present()
+        self.registry.subscribe(self._forget_the_removed)
+
+    def _present(self) -> frozenset[str]:
+        return frozenset(endpoint.id for endpoint in self.registry)
+
+    def _forget_the_removed(self) -> None:
+        """Drop the metrics of instances that were removed, also those of requests that end a while later."""
+        before, self._ids = self._ids, self._present()
+        if before - self._ids:
+            self.telemetry.keep_only(self._ids)
+            self._later(FORGET_S, lambda: self.telemetry.keep_only(self._present()))
 
     @property
     def in_flight(self) -> RequestsInFlight:

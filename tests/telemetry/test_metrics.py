@@ -53,6 +53,16 @@ class TelemetryTest(unittest.TestCase):
         self.assertEqual(self.read(counts), {("served",): 1.0, ("refused",): 0.0, ("gone",): 1.0})
         self.assertEqual(self.read("pd_queue_wait_seconds_sum")["gone",], 2.0)
 
+    def test_removed_instances_leave_no_series(self) -> None:
+        for name in ("d0", "d1"):
+            self.telemetry.forwarded(name, Served.SPLIT)
+            self.telemetry.attempt_failed(name, "reset")
+            self.telemetry.handoff_late(name)
+            self.telemetry.prefill_predicted(name, 1.0)
+        self.telemetry.keep_only({"d1"})
+        self.assertNotIn("d0", self.telemetry.page().decode())
+        self.assertEqual(self.read("pd_requests_total"), {("d1", "split"): 1.0})
+
     def test_two_routers_do_not_share_counters(self) -> None:
         other = Telemetry()
         self.telemetry.forwarded("d0", Served.WHOLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections import deque
@@ -47,8 +48,13 @@ Later = Callable[[float, Callable[[], None]], object]
 
 
 def in_this_loop(delay: float, call: Callable[[], None]) -> object:
-    """Call something in the running event loop after ``delay`` seconds."""
-    return asyncio.get_running_loop().call_later(delay, call)
+    """Call something in the running event loop after ``delay`` seconds.
+
+    A script that uses the library has no loop between its calls: nothing is told later there.
+    """
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop().call_later(delay, call)
+    return None
 
 
 class RequestsInFlight:

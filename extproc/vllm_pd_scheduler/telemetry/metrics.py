@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -101,6 +101,23 @@ class Telemetry:
             ["instance"],
             registry=self.prometheus,
         )
+
+        self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
+            (self._requests, "decode"),
+            (self._prefill_seconds, "prefill"),
+            (self._predicted, "prefill"),
+            (self._prefill_failures, "prefill"),
+            (self._attempts, "decode"),
+            (self._handoffs, "prefill"),
+            (self._scrape_failures, "instance"),
+        )
+
+    def keep_only(self, instances: Collection[str]) -> None:
+        """Forget the series of all other instances, which were removed: else they would add up for ever."""
+        for metric, label in self._by_instance:
+            seen = {sample.labels[label] for family in metric.collect() for sample in family.samples}
+            for gone in seen.difference(instances):
+                metric.remove_by_labels({label: gone})
 
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that goes to decode."""
