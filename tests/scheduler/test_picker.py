@@ -241,19 +241,19 @@ class SaturationTest(unittest.TestCase):
         self.start(max_waiting=1)
         self.assertEqual(self.picked(), {"d0", "d1", "d2"})
         self.scrape(self.d0, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d1", "d2"}, True))
+        self.assertEqual((self.picked(), self.scheduler.has_room(D)), ({"d1", "d2"}, True))
         for endpoint in (self.d1, self.d2):
             self.scrape(endpoint, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D)), ({"d0", "d1", "d2"}, False))
+        self.assertEqual((self.picked(), self.scheduler.has_room(D)), ({"d0", "d1", "d2"}, False))
         for endpoint in (self.d0, self.d1, self.d2):
             self.registry.drain(endpoint.id)
-        self.assertTrue(self.scheduler.open(D), "there is nothing to wait for")
+        self.assertTrue(self.scheduler.has_room(D), "there is nothing to wait for")
 
     def test_without_limits_nobody_is_saturated(self) -> None:
         self.start()
         for endpoint in (self.d0, self.d1, self.d2):
             self.scrape(endpoint, waiting=1e6, kv_usage=1.0)
-        self.assertTrue(self.scheduler.open(D))
+        self.assertTrue(self.scheduler.has_room(D))
         self.assertFalse(self.scheduler.saturated(self.d0))
 
 

@@ -4,7 +4,7 @@ import unittest
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_pd_scheduler.telemetry import Left, Served, Telemetry
+from vllm_pd_scheduler.telemetry import QueueOutcome, Served, Telemetry
 
 
 class TelemetryTest(unittest.TestCase):
@@ -47,9 +47,9 @@ class TelemetryTest(unittest.TestCase):
 
     def test_the_time_in_the_queue(self) -> None:
         counts = "pd_queue_wait_seconds_count"
-        self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in Left})
-        self.telemetry.left_queue(Left.SERVED, 0.5)
-        self.telemetry.left_queue(Left.GONE, 2.0)
+        self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in QueueOutcome})
+        self.telemetry.waited(QueueOutcome.SERVED, 0.5)
+        self.telemetry.waited(QueueOutcome.GONE, 2.0)
         self.assertEqual(self.read(counts), {("served",): 1.0, ("refused",): 0.0, ("gone",): 1.0})
         self.assertEqual(self.read("pd_queue_wait_seconds_sum")["gone",], 2.0)
 

@@ -15,14 +15,14 @@ from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
-from ..scheduler.shadow import GAINS_S, Shadow
+from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
 
 
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
     """Return a Prometheus registry with all that is read from a router when it is scraped."""
     registry = CollectorRegistry()
     registry.register(_RegistryCollector(router.registry, clock))
-    registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.total))
+    registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
     return registry
 
@@ -74,7 +74,7 @@ _OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
     (
         "pd_prefill_left_seconds",
         "Predicted time until the prefills that we have sent there are done.",
-        lambda e, now: e.prefill.left(now),
+        lambda e, now: e.prefill.remaining(now),
     ),
     (
         "pd_prefix_trust",
@@ -103,7 +103,7 @@ class _RegistryCollector(Collector):
         ratios = GaugeMetricFamily(
             "pd_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
         )
-        for model, ratio in self._registry.load.ratios().items():
+        for model, ratio in self._registry.load.bytes_per_token_by_model().items():
             ratios.add_metric([model], ratio)
         yield ratios
 
@@ -182,6 +182,6 @@ class _ShadowCollector(Collector):
             values = [shadow.name, role.value]
             for outcome in ("agreed", "differed", "failed"):
                 picks.add_metric([*values, outcome], getattr(tally, outcome))
-            bounds = [*map(str, GAINS_S), "+Inf"]
+            bounds = [*map(str, GAIN_BUCKETS_S), "+Inf"]
             gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
         yield from (picks, gains)

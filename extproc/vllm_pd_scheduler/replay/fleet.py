@@ -247,7 +247,7 @@ class _Run:
         if number + 1 < len(self._trace.requests):
             self._clock.call_at(self._trace.requests[number + 1].arrival, partial(self._arrive, number + 1))
         job = _Job(number, asked, self._context(asked))
-        alone = self._disaggregation.local(job.context)
+        alone = self._disaggregation.local_endpoint(job.context)
         if alone is not None:
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
             return
@@ -379,13 +379,13 @@ class _Run:
 
     def _changed(self) -> None:
         if len(self._dispatcher.queue):
-            self._dispatcher.pump(self._clock.now)
+            self._dispatcher.dispatch(self._clock.now)
             self._wake_in_time()
 
     def _wake_in_time(self) -> None:
         if self._wake is not None:
             self._wake.cancel()
-        at = self._dispatcher.wake_at(self._clock.now)
+        at = self._dispatcher.next_wake(self._clock.now)
         self._wake = None if at is None else self._clock.call_at(at, self._changed)
 
     def _scrape(self, endpoint: Endpoint) -> None:

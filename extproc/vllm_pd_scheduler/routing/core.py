@@ -90,7 +90,7 @@ class RoutingCore:
         limit = first_byte_timeout(self.config, body)
         if not self.connector.can_split(body):
             return await self._whole(context, changed, Served.WHOLE, limit)
-        alone = self._disaggregation.local(context)
+        alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
             return await self._whole(context, changed, Served.ALONE, limit, alone)
         prefilled = await self.prefill.run(context, headers, body)
@@ -154,7 +154,7 @@ class RoutingCore:
         picked = pick(InstanceRole.DECODE, context, count=count)
         if not picked:
             return self._no_decode()
-        self._scheduler.decided(InstanceRole.DECODE, context, picked[0])
+        self._scheduler.compare_shadow(InstanceRole.DECODE, context, picked[0])
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred):
             others = (e for e in picked if e is not preferred)
             picked = [preferred, *others][:count]

@@ -87,7 +87,7 @@ class PrefillStage:
         context.now = self._clock()
         picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried)
         if picked:
-            self._scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried)
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried)
         elif self._config.on_prefill_failure == "fail" or self._local.reached:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried)

@@ -27,7 +27,7 @@ class Served(StrEnum):
     """Another path or method, on D as it is."""
 
 
-class Left(StrEnum):
+class QueueOutcome(StrEnum):
     """How a request left the scheduler's queue."""
 
     SERVED = "served"
@@ -61,7 +61,7 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.prometheus,
         )
-        for outcome in Left:
+        for outcome in QueueOutcome:
             self._queue_seconds.labels(outcome)
         self._prefill_seconds = Histogram(
             "pd_prefill_duration_seconds",
@@ -110,8 +110,8 @@ class Telemetry:
         """Count a request that was answered with an error."""
         self._rejected.labels(str(status), reason).inc()
 
-    def left_queue(self, outcome: Left, seconds: float) -> None:
-        """Take how long a request waited in the scheduler."""
+    def waited(self, outcome: QueueOutcome, seconds: float) -> None:
+        """Record how long a request waited in the scheduler's queue, and how that ended."""
         self._queue_seconds.labels(outcome).observe(seconds)
 
     @contextmanager
