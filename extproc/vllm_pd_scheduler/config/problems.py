@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words for the person who writes it."""
+"""Finds what is wrong with a configuration, and says it in words for the person who writes it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSour
 from .tls import InstanceTlsConfig, TlsConfig
 
 
-def problems_of(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
-    """What only the whole and its machine show: doubles, unreadable secrets, an open admin port, …
+def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
+    """Return a line for each problem that only the whole configuration, or this machine, shows.
 
-    ``listed`` replaces the instances, for a file in which some of them are malformed.
+    Such are duplicate ids and addresses, unknown strategies, secrets that cannot be read and an admin port
+    that is open to others without a token. ``listed`` replaces the configuration's instances, for a file in
+    which some of them are malformed.
     """
     found = _unknown_strategies(config)
     items = list(config.listed() if listed is None else listed)
-    found += _doubles(items)
+    found += _duplicates(items)
     for _, key, item in items:
         found += _unreadable(f"{key}.api_key", item.api_key)
         try:
@@ -37,7 +39,7 @@ def problems_of(config: SchedulerConfig, listed: Iterable[Listed] | None = None)
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
             'machines; give {"env": NAME} or {"file": PATH}'
         )
-    found += _unusable(config.state_file)
+    found += _unusable_state_file(config.state_file)
     for role in InstanceRole:
         if not any(role is item_role for item_role, _, _ in items):
             found.append(
@@ -58,7 +60,7 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
     return found
 
 
-def _doubles(items: list[Listed]) -> list[str]:
+def _duplicates(items: list[Listed]) -> list[str]:
     found: list[str] = []
     ids: dict[str, str] = {}
     addresses: dict[tuple[InstanceRole, str, int], str] = {}
@@ -71,7 +73,7 @@ def _doubles(items: list[Listed]) -> list[str]:
     return found
 
 
-def _unusable(state_file: str | None) -> list[str]:
+def _unusable_state_file(state_file: str | None) -> list[str]:
     if state_file is None:
         return []
     directory = os.path.dirname(os.path.abspath(state_file))
@@ -94,8 +96,8 @@ def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig |
     return []
 
 
-def read_problem(detail: Any) -> str:
-    """One line for a pydantic error: the key's path, then what is wrong, in plain words."""
+def describe_error(detail: Any) -> str:
+    """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong."""
     path = ""
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)

@@ -104,7 +104,7 @@ class PrefillStage:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         try:
-            with self._telemetry.prefill(endpoint.id):
+            with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, body)
         except PrefillFailed as error:
             reason = str(error)

@@ -1,4 +1,4 @@
-"""The scheduler's own metrics."""
+"""Prometheus metrics of what happens to requests."""
 
 from .metrics import QueueOutcome, Served, Telemetry
 
