@@ -5,18 +5,12 @@ from random import Random
 
 import pytest
 
-from vllm_pd_scheduler.replay.fleet import (
-    LOWER_BOUND,
-    FleetSpec,
-    Variant,
-    parse_variant,
-    run_variant,
-    variant_names,
-)
+from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.search import find_rate
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
+from vllm_pd_scheduler.replay.variant import LOWER_BOUND, Variant, parse_variant, variant_names
 
 FLEET = FleetSpec(3, 3, seed=5)
 BLOCK = 512

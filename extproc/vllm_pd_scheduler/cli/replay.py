@@ -17,9 +17,10 @@ import typer
 from ..replay import DEFAULT_SETUP
 
 if TYPE_CHECKING:
-    from ..replay.fleet import FleetSpec, Variant
+    from ..replay.fleet import FleetSpec
     from ..replay.job import Conditions, Outcome
     from ..replay.trace import Trace
+    from ..replay.variant import Variant
 
 _FILE_WIDTH = 140
 """Columns of output that goes to a file or a pipe: the widest table does not wrap."""
@@ -110,7 +111,7 @@ def _unwritable(path: Path) -> str | None:
 
 def _variants(text: str) -> list[Variant]:
     """Return the variants that ``--strategies`` names."""
-    from ..replay.fleet import parse_variant
+    from ..replay.variant import parse_variant
 
     found: dict[str, Variant] = {}
     for name in (part.strip() for part in text.split(",")):

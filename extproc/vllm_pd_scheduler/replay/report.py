@@ -1,4 +1,4 @@
-"""What a comparison shows: tables, JSON, and a progress bar while it runs."""
+"""The output of a comparison: tables, JSON, and progress bars while it runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from .pool import PoolProgress
 from .result import Spread
 
 SCHEMA = 1
-"""Of the JSON; it changes when a field changes its meaning or goes, not when one is added."""
+"""Version of the JSON's schema: it changes when a field is removed or means something else."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A figure of each strategy. ``best`` picks the value to be marked, or is None if none is better."""
+    """A column of a table: one figure of each strategy.
+
+    ``show`` is the format of the value times ``scale``. ``best`` returns the best of the values; it is None
+    for a figure that is neither good nor bad.
+    """
 
     title: str
     value: Callable[[Outcome], float | None]
@@ -34,7 +38,7 @@ class _Column:
     scale: float = 1.0
 
     def texts(self, outcomes: Sequence[Outcome]) -> list[Text]:
-        """Its cells; the best has a star, and so has what looks the same, unless all do."""
+        """Return the cells. The best ones, as they are shown, have a star, unless all are the same."""
         values = [self.value(outcome) for outcome in outcomes]
         shown = ["-" if value is None else format(value * self.scale, self.show) for value in values]
         known = [value for value in values if value is not None]
@@ -84,7 +88,7 @@ _FLEET = (
 
 
 def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) -> None:
-    """Print tables with a row for each strategy, and below them what a figure cannot say."""
+    """Print tables with a row for each strategy, and notes below them."""
     fleet = conditions.fleet
     console.print(
         f"{conditions.trace}: {conditions.requests} requests at {conditions.rate:g} times their rate "
@@ -103,7 +107,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
 
 
 def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, Any]:
-    """All figures, for :func:`json.dumps`; ``docs/scheduling.md`` has the schema."""
+    """Return all figures, for :func:`json.dumps`; ``docs/scheduling.md`` describes the schema."""
     return {
         "schema": SCHEMA,
         "versions": {"vllm_pd_scheduler": _version(), "python": platform.python_version()},
@@ -121,7 +125,7 @@ def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, An
 
 @contextmanager
 def progress_bars(labels: Sequence[str], requests: int, console: Console) -> Iterator[PoolProgress]:
-    """Show a bar for each of ``labels`` while the block runs; nothing where ``console`` is no terminal."""
+    """Return a context that shows a progress bar for each label, or none if the console is no terminal."""
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
