@@ -173,7 +173,11 @@ def test_a_run_that_is_given_up_ends_there() -> None:
 def test_a_search_that_gives_up_runs_finds_the_same_rate() -> None:
     limits = (1.0, 0.05)
     conditions = Conditions("synthetic", len(TRACE.requests), TRACE.seconds, FLEET, 1.0, *limits)
-    found = Job(TRACE, conditions, True, run_variant).run(parse_variant("least_load"), lambda *_: None).found
+    found = (
+        Job(TRACE, conditions, True, run_variant)
+        .run(parse_variant("least_load"), lambda *_: None)
+        .search_result
+    )
 
     def attainment(rate: float) -> float:
         return summary(run("least_load", TRACE.scaled(rate)), *limits).attainment

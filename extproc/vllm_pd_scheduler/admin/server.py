@@ -214,8 +214,8 @@ class AdminServer:
             role = InstanceRole(request.query["role"]) if "role" in request.query else None
         except ValueError:
             raise _ErrorAnswer(400, "role: must be 'prefill' or 'decode'") from None
-        found = self._router.registry.endpoints(role)
-        return web.json_response({"instances": [_describe(endpoint) for endpoint in found]})
+        endpoints = self._router.registry.endpoints(role)
+        return web.json_response({"instances": [_describe(endpoint) for endpoint in endpoints]})
 
     async def _add_instance(self, request: web.Request) -> web.Response:
         body = await _read_body(request, _InstanceBody)

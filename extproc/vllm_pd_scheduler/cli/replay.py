@@ -113,7 +113,7 @@ def _variants(text: str) -> list[Variant]:
     """Return the variants that ``--strategies`` names."""
     from ..replay.variant import parse_variant
 
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for name in (part.strip() for part in text.split(",")):
         try:
             if not name:
@@ -121,9 +121,9 @@ def _variants(text: str) -> list[Variant]:
             variant = parse_variant(name)
         except ValueError as error:
             _refuse("--strategies", str(error))
-        if found.setdefault(variant.label, variant) is not variant:
+        if variants.setdefault(variant.label, variant) is not variant:
             _refuse("--strategies", f"{variant.label} is named twice")
-    return list(found.values())
+    return list(variants.values())
 
 
 def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:

@@ -76,8 +76,8 @@ def _problems_beside(raw: dict[str, Any], error: ValidationError) -> list[str]:
             with contextlib.suppress(ValidationError):
                 listed.append((role, f"{key}[{index}]", InstanceConfig.model_validate(item)))
     rest = {key: value for key, value in raw.items() if key not in bad and key not in lists}
-    found = find_problems(SchedulerConfig.model_validate(rest), listed)
-    return [problem for problem in found if problem.split(":")[0] not in bad]
+    problems = find_problems(SchedulerConfig.model_validate(rest), listed)
+    return [problem for problem in problems if problem.split(":")[0] not in bad]
 
 
 class _DuplicateKey(ValueError):
@@ -86,12 +86,12 @@ class _DuplicateKey(ValueError):
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise :exc:`_DuplicateKey`, where ``json`` itself would take the last value."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise _DuplicateKey(f"{key}: this key is given twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
 def _json_type(value: Any) -> str:

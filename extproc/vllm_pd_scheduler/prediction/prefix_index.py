@@ -84,31 +84,31 @@ class PrefixIndex:
         """
         step, high, after = 1, len(blocks), 0
         while low + step < high:
-            found = self._mask(blocks[low + step])
-            if found != mask:
-                high, after = low + step, found
+            other = self._mask(blocks[low + step])
+            if other != mask:
+                high, after = low + step, other
                 break
             low += step
             step *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            found = self._mask(blocks[middle])
-            if found == mask:
+            other = self._mask(blocks[middle])
+            if other == mask:
                 low = middle
             else:
-                high, after = middle, found
+                high, after = middle, other
         return high, after
 
     def _holders_in(self, mask: int) -> Iterable[Holder]:
         """Return the holders whose bits are set."""
         if mask.bit_count() > _FEW_BITS:
             return compress(self._holders, bin(mask)[:1:-1].encode().translate(_BOOLEANS))
-        found = []
+        holders = []
         while mask:
             holder = self._holders[mask.bit_length() - 1]
-            found.append(holder)
+            holders.append(holder)
             mask ^= holder._bit
-        return found
+        return holders
 
     # Successive blocks mostly have the same mask. In _mark and _unmark they then share one int object, which
     # saves the time to compute it and, with 1,000 holders, 160 bytes a block.

@@ -71,10 +71,10 @@ class OnlineRegression:
         while True:
             matrix = [[self._normal[i][j] + (_PRIOR_WEIGHT if i == j else 0.0) for j in used] for i in used]
             right = [self._moments[i] + _PRIOR_WEIGHT * prior[i] for i in used]
-            found = dict(zip(used, _eliminate(matrix, right), strict=True))
-            worst = min(found, key=found.__getitem__)
-            if found[worst] >= 0.0 or len(used) == 1:
-                return tuple(max(0.0, found.get(i, 0.0)) / s for i, s in enumerate(self._scale))
+            solution = dict(zip(used, _eliminate(matrix, right), strict=True))
+            worst = min(solution, key=solution.__getitem__)
+            if solution[worst] >= 0.0 or len(used) == 1:
+                return tuple(max(0.0, solution.get(i, 0.0)) / s for i, s in enumerate(self._scale))
             used.remove(worst)
 
 

@@ -337,7 +337,7 @@ class _Run:
         self._wake_up = None if at is None else self._clock.call_at(at, self._dispatch)
 
     def _scrape(self, endpoint: Endpoint) -> None:
-        """Tell the registry what a scrape of the engine's ``/metrics`` would."""
+        """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
         if self._done:
             return
         now = self._clock.now

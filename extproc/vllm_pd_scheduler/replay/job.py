@@ -66,7 +66,7 @@ class Outcome:
 
     run: RunResult
     summary: Summary
-    found: RateResult | None = None
+    search_result: RateResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Job:
                 return given.summary.attainment
             return self._attainment(variant, rate, progress)
 
-        return replace(given, found=find_rate(attainment, TARGET, self.conditions.rate))
+        return replace(given, search_result=find_rate(attainment, TARGET, self.conditions.rate))
 
     def _attainment(self, variant: Variant, rate: float, progress: Progress) -> float:
         """Return the share of requests that meet the limits at a rate.

@@ -58,8 +58,8 @@ def _of_spread(time: str, figure: str) -> Callable[[Outcome], float | None]:
 
 def _of_summary(name: str) -> Callable[[Outcome], float | None]:
     def value(outcome: Outcome) -> float | None:
-        found: float | None = getattr(outcome.summary, name)
-        return found
+        figure: float | None = getattr(outcome.summary, name)
+        return figure
 
     return value
 
@@ -73,7 +73,10 @@ _TPOT = tuple(
     _Column(f"TPOT ms\n{figure}", _of_spread("tpot", figure), ".2f", scale=1000) for figure in _FIGURES
 )
 _RATE = _Column(
-    f"rate at\n{TARGET:.0%}", lambda outcome: outcome.found.rate if outcome.found else None, ".3f", max
+    f"rate at\n{TARGET:.0%}",
+    lambda outcome: outcome.search_result.rate if outcome.search_result else None,
+    ".3f",
+    max,
 )
 _FLEET = (
     _Column("prefix\nhits %", _of_summary("prefix_hits"), ".1f", max, 100),
@@ -98,7 +101,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
         highlight=False,
     )
     slo = f"SLO: {conditions.ttft_slo:g} s, and {conditions.tpot_slo * 1000:g} ms for each further token"
-    searched = any(outcome.found for outcome in outcomes)
+    searched = any(outcome.search_result for outcome in outcomes)
     console.print(_table(f"Time to first token ({slo})", _TTFT + (_RATE,) * searched, outcomes))
     console.print(_table("Time per output token", _TPOT, outcomes))
     console.print(_table("Fleet", _FLEET, outcomes))
@@ -156,31 +159,31 @@ def _table(title: str, columns: Sequence[_Column], outcomes: Sequence[Outcome]) 
 
 def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
-        label, found = outcome.run.strategy, outcome.found
+        label, search = outcome.run.strategy, outcome.search_result
         if outcome.summary.rejected:
             reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(outcome.summary.rejected.items()))
             yield f"{label}: rejected: {reasons}"
-        if found and found.rate is None:
-            lowest = min(rate for rate, _ in found.tried)
+        if search and search.rate is None:
+            lowest = min(rate for rate, _ in search.tried)
             yield (
                 f"{label}: no rate has {TARGET:.0%} of the requests within the limits, not even "
-                f"{lowest:.3g} with {found.attainment:.1%}"
+                f"{lowest:.3g} with {search.attainment:.1%}"
             )
-        elif found and found.open_ended:
+        elif search and search.open_ended:
             yield (
-                f"{label}: {found.attainment:.1%} are within the limits even at {found.rate:g}, "
+                f"{label}: {search.attainment:.1%} are within the limits even at {search.rate:g}, "
                 "the highest rate tried"
             )
 
 
 def _entry(outcome: Outcome) -> dict[str, Any]:
     entry = asdict(outcome.summary)
-    found = outcome.found
-    entry["find_rate"] = found and {
-        "rate": found.rate,
-        "attainment": found.attainment,
-        "open_ended": found.open_ended,
-        "tried": [{"rate": rate, "attainment": attainment} for rate, attainment in found.tried],
+    search = outcome.search_result
+    entry["find_rate"] = search and {
+        "rate": search.rate,
+        "attainment": search.attainment,
+        "open_ended": search.open_ended,
+        "tried": [{"rate": rate, "attainment": attainment} for rate, attainment in search.tried],
     }
     return entry
 

@@ -54,13 +54,13 @@ def load_strategy(name: str) -> type[Strategy]:
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]
-    found: Any
+    loaded: Any
     try:
         if ":" in name:
             module, _, attribute = name.partition(":")
-            found = getattr(importlib.import_module(module), attribute)
+            loaded = getattr(importlib.import_module(module), attribute)
         elif entries := entry_points(group=ENTRY_POINT_GROUP, name=name):
-            found = next(iter(entries)).load()
+            loaded = next(iter(entries)).load()
         else:
             known = ", ".join(strategy_names())
             raise UnknownStrategy(
@@ -70,15 +70,15 @@ def load_strategy(name: str) -> type[Strategy]:
         raise
     except Exception as error:  # an import runs other people's code, which may raise anything
         raise UnknownStrategy(f"strategy {name!r} cannot be loaded: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+    if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise UnknownStrategy(f"{name!r} is not a subclass of vllm_pd_scheduler.strategies.Strategy")
-    return found
+    return loaded
 
 
 def make_strategy(name: str, config: StrategySettings) -> Strategy:
     """Return a new strategy object; raise :exc:`UnknownStrategy`, also if the constructor fails."""
-    found = load_strategy(name)
+    strategy = load_strategy(name)
     try:
-        return found(config)
+        return strategy(config)
     except Exception as error:  # other people's code, as on import
         raise UnknownStrategy(f"strategy {name!r} cannot be made: {error}") from error

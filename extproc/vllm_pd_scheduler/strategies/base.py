@@ -26,15 +26,15 @@ def request_counts(endpoints: Sequence[Endpoint]) -> list[float]:
 
     It repeats that property's code: to call it for 1,000 endpoints would take half a millisecond.
     """
-    found = []
+    counts = []
     for endpoint in endpoints:
         metrics, ours = endpoint.metrics, endpoint.in_flight
         if metrics is not None:
             others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
-            found.append(ours + others if others > 0.0 else float(ours))
+            counts.append(ours + others if others > 0.0 else float(ours))
         else:
-            found.append(float(ours))
-    return found
+            counts.append(float(ours))
+    return counts
 
 
 class StrategySettings(Protocol):

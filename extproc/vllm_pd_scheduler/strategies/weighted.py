@@ -18,7 +18,7 @@ class Weighted(Strategy):
 
     The highest values are those among the endpoints of this pick, so that each quotient lies between 0 and 1.
     *latency* is the mean time to first token (P) or per output token (D) that the last two scrapes saw. An
-    endpoint that has not told any gets the mean of the others, so that it is neither preferred nor avoided.
+    endpoint that reports none gets the mean of the others, so that it is neither preferred nor avoided.
     """
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
