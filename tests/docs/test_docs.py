@@ -1,19 +1,24 @@
 """What the documentation says of names and defaults, against the code."""
 
 import json
+import os
 import re
 import time
 import unittest
 from importlib.metadata import entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import typer.main
 
+from docs import generate_configuration
+from tests.support.certificates import make_certificates
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.cli import app
-from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config import SchedulerConfig, parse_config
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.replay.peers import PEERS
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND
@@ -24,18 +29,15 @@ from vllm_pd_scheduler.strategies import ENTRY_POINT_GROUP, Strategy, strategy_n
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
+"""The same text in two languages."""
 TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md")
 }
-CONFIGURATION = {"README.md": "## Configuration", "README.zh-CN.md": "## 配置"}
-STRATEGIES = {
-    "README.md": "## Strategies",
-    "README.zh-CN.md": "## 策略",
-    "docs/scheduling.md": "## Strategies",
-}
-COMMANDS = {"README.md": "## Command line", "README.zh-CN.md": "## 命令行"}
-ADMIN = {"README.md": "## Admin interface", "README.zh-CN.md": "## 管理接口"}
+CONFIGURATION = "docs/configuration.md"
+STRATEGIES = ("docs/strategies.md", "## Choose one")
+COMMANDS = ("docs/cli.md", "## Commands")
+ADMIN = ("docs/admin.md", "## Requests")
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -77,23 +79,50 @@ def default(text: str) -> Any:
 
 
 class SettingsTest(unittest.TestCase):
-    def test_every_setting_has_one_row_with_its_default(self) -> None:
-        for document, heading in CONFIGURATION.items():
-            documented: list[str] = []
-            for keys, _, defaults, _ in rows(section(document, heading)):
-                names, values = quoted(keys), re.split("[,、]", defaults)
-                documented += names
-                for name, text in zip(names, values * (len(names) if len(values) == 1 else 1), strict=True):
-                    with self.subTest(document, key=name):
-                        self.check(name, text)
-            self.assertEqual(sorted(documented), sorted(SchedulerConfig.model_fields), document)
+    def test_the_page_is_up_to_date(self) -> None:
+        message = "docs/configuration.md is stale: run `make docs`"
+        self.assertEqual(TEXTS[CONFIGURATION], generate_configuration.page(), message)
 
-    def check(self, name: str, text: str) -> None:
-        found, real = default(text), getattr(SchedulerConfig(), name)
-        if found in SchedulerConfig.model_fields:  # that of another setting
-            found = None
-        self.assertEqual(found, real or None if isinstance(real, list) else real)
-        self.assertIs(type(found), type(real) if real != [] else type(None))
+    def test_every_setting_is_in_one_group(self) -> None:
+        grouped = [key for group in generate_configuration.GROUPS for key in group.keys]
+        message = "GROUPS in docs/generate_configuration.py must have each key of the configuration once"
+        self.assertEqual(sorted(grouped), sorted(SchedulerConfig.model_fields), message)
+
+    def test_every_setting_has_one_row_with_its_default_and_what_it_does(self) -> None:
+        documented = []
+        for key, kind, stated, text in rows(TEXTS[CONFIGURATION].partition("\n## Objects\n")[0]):
+            (name,) = quoted(key)
+            documented.append(name)
+            with self.subTest(name):
+                self.assertTrue(kind and text)
+                found, real = default(re.sub(r" \(.* MiB\)$", "", stated)), getattr(SchedulerConfig(), name)
+                self.assertEqual(found, real or None if isinstance(real, list) else real)
+                self.assertIs(type(found), type(real) if real != [] else type(None))
+        self.assertEqual(sorted(documented), sorted(SchedulerConfig.model_fields))
+
+    def test_every_example_is_accepted(self) -> None:
+        """With the files and the variable that it names."""
+        with TemporaryDirectory() as folder, patch.dict(os.environ, {"VLLM_API_KEY": "key"}):
+            made = make_certificates(Path(folder))
+            (Path(folder) / "pd-admin").write_text("token")
+            files = {
+                "/etc/pd/fleet-ca.pem": made.ca,
+                "/etc/pd/scheduler.pem": made.server["cert"],
+                "/etc/pd/scheduler.key": made.server["key"],
+                "/run/secrets/pd-admin": f"{folder}/pd-admin",
+                "10.0.0.": "vllm.internal.",  # certificates are not checked for addresses
+            }
+            least, *examples = re.findall(r"```json\n(.*?)```", TEXTS[CONFIGURATION], re.DOTALL)
+            self.assertEqual(len(examples), len(generate_configuration.GROUPS))
+            for example in (least, *examples):
+                for named, real in files.items():
+                    least, example = least.replace(named, real), example.replace(named, real)
+                with self.subTest(example):
+                    parse_config({**json.loads(least), **json.loads(example)})
+
+    def test_every_example_shows_keys_of_its_group(self) -> None:
+        for group in generate_configuration.GROUPS:
+            self.assertTrue(set(group.example) & set(group.keys), group.title)
 
     def test_overload_has_the_same_defaults(self) -> None:
         settings = [row for row in rows(section("docs/reliability.md", "## Overload")) if len(row) == 3]
@@ -108,11 +137,10 @@ class SettingsTest(unittest.TestCase):
 
 
 class StrategiesTest(unittest.TestCase):
-    def test_every_table_has_all(self) -> None:
+    def test_the_table_has_all(self) -> None:
         added = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-        for document, heading in STRATEGIES.items():
-            names = [quoted(row[0])[0] for row in rows(section(document, heading))]
-            self.assertEqual(sorted(names), sorted(set(strategy_names()) - added), document)
+        names = [quoted(row[0])[0] for row in rows(section(*STRATEGIES))]
+        self.assertEqual(sorted(names), sorted(set(strategy_names()) - added))
 
     def test_the_examples_are_strategies(self) -> None:
         for document in TEXTS:
@@ -181,20 +209,21 @@ class CommandsTest(unittest.TestCase):
         }
 
     def test_every_command_has_a_row_and_its_options_exist(self) -> None:
-        for document, heading in COMMANDS.items():
-            seen = set()
-            for row in rows(section(document, heading)):
-                name = next(
-                    word
-                    for word in re.findall("[a-z]+", row[0].partition("scheduler")[2])
-                    if word in self.options
-                )
-                seen.add(name)
-                self.assertLessEqual(set(re.findall(r"--[a-z-]+", row[0])), self.options[name], document)
-            self.assertEqual(seen, set(self.options), document)
+        seen = set()
+        for row in rows(section(*COMMANDS)):
+            words = re.findall("[a-z]+", row[0].partition("scheduler")[2])
+            name = next(word for word in words if word in self.options)
+            seen.add(name)
+            self.assertLessEqual(set(re.findall(r"--[a-z-]+", row[0])), self.options[name])
+        self.assertEqual(seen, set(self.options))
+
+    def test_every_option_has_a_row(self) -> None:
+        named = {name for row in rows(section("docs/cli.md", "## Options")) for name in quoted(row[0])}
+        others = {name: found for name, found in self.options.items() if name != "replay"}
+        self.assertEqual(named, set().union(*others.values()))
 
     def test_replay_has_a_row_for_each_option(self) -> None:
-        text = section("docs/scheduling.md", "## Replay").partition("\n### ")[0]
+        text = section("docs/replay.md", "## Options")
         self.assertEqual({name for row in rows(text) for name in quoted(row[0])}, self.options["replay"])
         self.assertLessEqual({*NAMES, *PEERS, LOWER_BOUND}, set(quoted(text)))
 
@@ -207,10 +236,9 @@ class AdminTest(unittest.TestCase):
             for route in server.application().router.routes()
             if route.method != "HEAD" and route.resource is not None
         }
-        for document, heading in ADMIN.items():
-            cells = " ".join(row[0] for row in rows(section(document, heading)))
-            found = re.findall(r"(GET|PUT|POST|DELETE) (/[a-z]+(?:/[a-z{}]+)*)", cells)
-            self.assertEqual(set(found), real, document)
+        cells = " ".join(row[0] for row in rows(section(*ADMIN)))
+        found = re.findall(r"(GET|PUT|POST|DELETE) (/[a-z]+(?:/[a-z{}]+)*)", cells)
+        self.assertEqual(set(found), real)
 
 
 class PlacesTest(unittest.TestCase):
@@ -220,6 +248,33 @@ class PlacesTest(unittest.TestCase):
         rooms = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
         modules = {path.name for path in package.rglob("*.py")} - {"__init__.py", "__main__.py"}
         self.assertLessEqual(rooms | modules, named)
+
+    def test_every_page_is_in_the_index_and_in_the_menu(self) -> None:
+        menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+        for page in (ROOT / "docs").glob("*.md"):
+            with self.subTest(page.name):
+                self.assertIn(f": {page.name}\n", menu)
+                self.assertTrue(
+                    page.name in ("index.md", "reference.md") or page.name in TEXTS["docs/index.md"]
+                )
+
+    def test_both_readmes_have_the_same_sections_and_links(self) -> None:
+        found = []
+        for name in READMES:
+            links = {link for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]) if link not in READMES}
+            found.append((len(re.findall("^## ", TEXTS[name], re.MULTILINE)), links))
+        self.assertEqual(*found)
+
+    def test_the_figures_of_both_readmes_are_those_of_the_page(self) -> None:
+        found = []
+        for name in READMES:
+            table = next(
+                part for part in TEXTS[name].split("\n\n") if "make bench" in part and "|---" in part
+            )
+            found.append(set(re.findall(r"\d+\.\d+", table)))
+        self.assertEqual(*found)
+        self.assertGreater(len(found[0]), 5)
+        self.assertLessEqual(found[0], set(re.findall(r"\d+\.\d+", TEXTS["docs/figures.md"])))
 
     def test_links_lead_somewhere(self) -> None:
         for document, text in TEXTS.items():

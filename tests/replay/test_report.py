@@ -65,9 +65,9 @@ def test_json_has_the_documented_fields(outcomes: Outcomes, job: Make) -> None:
     assert found["fleet"] == {"prefill": 3, "decode": 2, "setup": "llama-3.3-70b-4xh100", "seed": 7}
     assert (found["rate"], found["slo"]) == (1.0, {"ttft": 5.0, "tpot": 0.05, "target": 0.95})
     slow, fast = found["strategies"]
-    document = (Path(__file__).parents[2] / "docs" / "scheduling.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "replay.md").read_text(encoding="utf-8")
     for name in [*slow, *found, *slow["find_rate"]]:
-        assert f"`{name}`" in document, f"{name} is not in docs/scheduling.md"
+        assert f"`{name}`" in document, f"{name} is not in docs/replay.md"
     assert slow["rejected"] == {"queue_full": 2}
     assert (slow["find_rate"]["rate"], slow["find_rate"]["open_ended"]) == (None, False)
     assert set(fast["ttft"]) == {"mean", "p50", "p90", "p99"}

@@ -73,7 +73,7 @@ class OwnStrategyTest(OnPath):
             parse_config({**raw, "strategy": "sticky_model:Stick"})
 
     def test_the_one_in_the_documentation(self) -> None:
-        text = (EXAMPLES.parent / "scheduling.md").read_text(encoding="utf-8")
+        text = (EXAMPLES.parent / "strategies.md").read_text(encoding="utf-8")
         found: dict[str, Any] = {}
         exec(text.split("```python\n")[1].split("```")[0], found)
         strategy = found["CachedThenFree"](SchedulerConfig())

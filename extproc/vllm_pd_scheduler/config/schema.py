@@ -47,14 +47,18 @@ Listed = tuple[InstanceRole, str, "InstanceConfig"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
 
 class SecretSource(_Model):
     """Where a secret is kept: an environment variable or a file, never the configuration itself."""
 
     env: str | None = None
+    """Name of an environment variable that holds the secret."""
     file: str | None = None
+    """Path of a file that holds the secret, on one line. The scheduler reads it at start."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> SecretSource:
@@ -81,17 +85,22 @@ class SecretSource(_Model):
 
 
 class InstanceConfig(_Model):
-    """One vLLM server of the fleet.
-
-    With ``instance_tls``, ``tls: false`` says that this one speaks plain HTTP.
-    """
+    """One vLLM server of the fleet."""
 
     id: Annotated[str, Field(pattern=_ID)]
+    """A name of your choice, one for each instance of the fleet. Metrics, logs and the headers
+    `x-pd-prefill` and `x-pd-decode` show it."""
     host: Annotated[str, Field(max_length=253)]
+    """IP address or DNS name. A name is looked up again with each health check."""
     port: Port
+    """Port of vLLM's HTTP server."""
     api_key: SecretSource | None = None
+    """Where this instance's `--api-key` is kept, if it is not the `api_key` of all."""
     tls: bool | None = None
+    """With `instance_tls`: `false` if this instance speaks plain HTTP."""
     server_name: ServerName | None = None
+    """With `instance_tls`: the DNS name that this instance's certificate must be for. Needed when `host` is
+    an IP address and `instance_tls` has no `server_name`."""
 
     @field_validator("host")
     @classmethod
@@ -103,63 +112,144 @@ class InstanceConfig(_Model):
 
 
 class SchedulerConfig(_Model):
-    """The whole configuration. Times are in seconds; see ``scheduler_config.example.json``."""
+    """The whole configuration: ``docs/configuration.md`` is generated from it.
+
+    A field's docstring is its documentation: Markdown, with links as from ``docs/``.
+    """
 
     strategy: str = "least_load"
+    """How instances are chosen: the name of a [strategy](strategies.md), or `package.module:Class`. Change
+    it when prompts differ much in length or share prefixes."""
     prefill_strategy: str | None = None
+    """The strategy for P, if it is another one."""
     decode_strategy: str | None = None
+    """The strategy for D, if it is another one."""
     shadow_strategy: str | None = None
+    """A second strategy that is compared with the one in use on live requests and never followed; see
+    [Shadow](shadow.md)."""
     load_weight: Weight = 0.5
+    """Weight of the load, for the strategy `weighted`."""
     kv_cache_weight: Weight = 0.3
+    """Weight of the KV-cache use, for the strategy `weighted`."""
     latency_weight: Weight = 0.2
+    """Weight of the latency, for the strategy `weighted`."""
 
     health_check_interval: Seconds = 5.0
+    """Seconds between two health checks of an instance, which also read its metrics. An instance that is
+    down is checked at least every second. Lower it for fresher loads; each check costs a request."""
     health_check_timeout: Seconds = 2.0
+    """Seconds that `/health` and `/metrics` of an instance may take. Raise it if busy instances fail
+    checks."""
     unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
+    """Health checks that must fail in a row before an instance gets no more requests."""
     healthy_threshold: Annotated[int, Field(ge=1)] = 1
+    """Health checks that must succeed in a row before an instance gets requests again."""
 
     session_header: Annotated[str, Field(pattern=_HEADER)] = "x-session-id"
+    """The request header that names a conversation, for the strategy `session`."""
     ttft_slo: Seconds | None = None
+    """Seconds to the first token that the strategy `slo` tries to keep, for requests without the header
+    `x-pd-ttft-slo-ms`."""
     tpot_slo: Seconds | None = None
+    """Seconds for each further token that the strategy `slo` tries to keep, for requests without the header
+    `x-pd-tpot-slo-ms`."""
     disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1)] = "always"
+    """Which requests are split: `always` all that can be, `never` none, a number those with at least so
+    many prompt tokens, `auto` those that cost less so. See [Conditional
+    disaggregation](scheduling.md#conditional-disaggregation)."""
     late_binding: bool = False
+    """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
+    prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""
 
     max_waiting: Annotated[int, Field(ge=1)] | None = None
+    """An instance with so many waiting requests is full: it gets nothing more while others have less. 2 to
+    4 keep P busy and little of the queue in vLLM."""
     max_kv_usage: Annotated[float, Field(gt=0, le=1)] | None = None
+    """An instance with this share of its KV cache in use or reserved is full. 0.9 keeps D from preempting."""
     max_in_flight_tokens: Annotated[int, Field(ge=1)] | None = None
+    """An instance with so many tokens of our requests is full: on P those to compute, on D prompt and
+    expected answer. Better than `max_waiting` when prompts differ much in length."""
     queue_size: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    """Requests that may wait in the scheduler when all instances are full. More are answered 429, or
+    displace one of a lower priority. 0 refuses at once."""
     queue_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    """Bytes of the bodies of those requests; more are answered 429."""
     queue_timeout: Seconds = 30.0
+    """Seconds that a request may wait in the scheduler before it is answered 429. Keep it below the
+    clients' own time limit."""
     max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    """Bytes of all bodies that the scheduler holds, waiting or in prefill; more are answered 429. It bounds
+    the scheduler's [memory](reliability.md#memory) at about three times this."""
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
+    """Further P that are tried after a failed prefill, and further D that the scheduler names to Envoy. How
+    many of these Envoy tries is decided by `num_retries` (3) in `envoy/envoy.yaml`: change both together."""
     prefill_timeout: Seconds = 120.0
+    """Seconds that one prefill attempt may take; then another P is tried. Raise it for prompts that take
+    longer."""
     on_prefill_failure: Literal["local", "fail"] = "local"
+    """What happens when no P can prefill: `local` lets D prefill, `fail` answers 503. `fail` protects the
+    time per token of a D fleet that cannot take prefills."""
     max_local_prefill_share: Share = 1.0
+    """At most this share of the last 100 requests is prefilled on D because P failed; the others get 503.
+    Lower it for the same reason."""
     decode_first_byte_timeout: Seconds = 20.0
+    """Seconds until the first byte of a streamed answer; then another D is tried."""
     decode_seconds_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Seconds on top of that for each token of `max_tokens`, when the answer is not streamed."""
     kv_lease_duration: Seconds = 30.0
+    """vLLM's setting of that name, in seconds: how long P keeps a hand-off. A hand-off is used within 80 %
+    of it. It must not be above vLLM's, or a D can read blocks that are another prompt's by then."""
     ejection_failures: Annotated[int, Field(ge=1)] = 3
+    """An instance is ejected after so many failed requests in a row."""
     ejection_success_rate: Share = 0.5
+    """An instance is ejected when less than this share of its last 20 requests succeeded."""
     ejection_pause: Seconds = 1.0
+    """Seconds that an ejection lasts at least. It doubles each time that the trial request fails, up to
+    30."""
     max_ejected_share: Share = 0.5
+    """At most this share of a role is ejected at once."""
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
+    Whatever sends SIGKILL must wait longer."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
+    """Largest request body in bytes, if `max_held_bytes` is not less; a larger one is answered 413. Envoy
+    has limits of its own: `per_connection_buffer_limit_bytes` and `max_request_bytes` in
+    `envoy/envoy.yaml`."""
 
     prefill_listener: Annotated[str, Field(pattern=_LISTENER)] = "http://127.0.0.1:10001"
+    """Envoy's prefill listener, as `http://HOST:PORT`. Change it with the listener's port in
+    `envoy/envoy.yaml`."""
     grpc_host: str = "127.0.0.1"
+    """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Port = 9002
+    """Port of the gRPC server."""
     grpc_tls: TlsConfig | None = None
+    """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
     admin_host: str = "127.0.0.1"
+    """Address that the [admin interface](admin.md) listens on. Any but a loopback address needs
+    `admin_token`."""
     admin_port: Port = 9003
+    """Port of the admin interface."""
     admin_token: SecretSource | None = None
+    """Where the bearer token of the admin interface is kept."""
     admin_tls: TlsConfig | None = None
+    """TLS for the admin interface."""
     state_file: Annotated[str, Field(pattern=_PATH)] | None = None
+    """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
+    it a restart forgets them."""
 
     api_key: SecretSource | None = None
+    """Where the `--api-key` of the instances is kept. It replaces the client's `authorization`, so put
+    authentication in Envoy. Without the scheduler it is not added, and instances that ask for one answer
+    401 until it is back."""
     instance_tls: InstanceTlsConfig | None = None
+    """TLS to the instances; `{}` trusts the system's authorities. See [TLS to the
+    instances](security.md#to-the-instances)."""
     prefill_instances: list[InstanceConfig] = []
+    """The P of the fleet, at least one."""
     decode_instances: list[InstanceConfig] = []
+    """The D of the fleet, at least one."""
 
     @field_validator("disaggregation", mode="wrap")
     @classmethod

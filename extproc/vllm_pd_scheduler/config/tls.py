@@ -33,16 +33,16 @@ _SYSTEM_CA = (
 
 
 class TlsConfig(BaseModel):
-    """PEM files of a server: its certificate chain, its key, and who signs the clients it admits.
+    """PEM files of one of the scheduler's servers, read at start: new ones need a restart."""
 
-    Without ``client_ca`` any client is admitted. The files are read at start: new ones need a restart.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     cert: str
+    """The server's certificate, with the chain to its authority."""
     key: str
+    """Its private key, not encrypted."""
     client_ca: str | None = None
+    """Authorities whose certificates clients must show. Without it any client is admitted."""
 
     def context(self) -> ssl.SSLContext:
         """Return a server's context, TLS 1.2 or later; raises :exc:`ValueError` naming a bad file."""
@@ -62,19 +62,18 @@ class TlsConfig(BaseModel):
 
 
 class InstanceTlsConfig(BaseModel):
-    """TLS to the instances: who signs their certificates, and what to show those that ask for one.
+    """TLS to the instances. The PEM files are read at start, by the scheduler and by Envoy."""
 
-    ``ca``, ``cert`` and ``key`` are PEM files, read at start by the scheduler and by Envoy. Without ``ca``
-    the system's authorities are trusted. ``server_name`` is the DNS name that the certificates must be
-    for, if it is not each instance's own ``host``.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     ca: str | None = None
+    """Authorities that sign the instances' certificates; without it those that the system trusts."""
     cert: str | None = None
+    """Certificate to show to instances that ask for one."""
     key: str | None = None
+    """Its private key, not encrypted; belongs to `cert`."""
     server_name: ServerName | None = None
+    """DNS name that the instances' certificates must be for, if it is not each instance's `host`."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> InstanceTlsConfig:

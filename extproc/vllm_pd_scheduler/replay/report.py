@@ -110,7 +110,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
 
 
 def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, Any]:
-    """Return all figures, for :func:`json.dumps`; ``docs/scheduling.md`` describes the schema."""
+    """Return all figures, for :func:`json.dumps`; ``docs/replay.md`` describes the schema."""
     return {
         "schema": SCHEMA,
         "versions": {"vllm_pd_scheduler": _version(), "python": platform.python_version()},
