@@ -1,4 +1,4 @@
-"""The nouns that every other module speaks of: instances, their state and what was scraped of them."""
+"""The nouns that all rooms share: instances, their roles and states, and a scrape of their metrics."""
 
 from __future__ import annotations
 
@@ -8,78 +8,83 @@ from enum import StrEnum
 
 
 class InstanceRole(StrEnum):
-    """What an instance is there for. vLLM itself does not enforce it."""
+    """What the fleet uses an instance for. vLLM itself serves any request on either."""
 
     PREFILL = "prefill"
     DECODE = "decode"
 
 
 class InstanceState(StrEnum):
-    """What an instance can be used for at this moment."""
+    """Whether an instance gets requests."""
 
     STARTING = "starting"
-    """Registered, not probed yet: takes no requests."""
+    """Registered and not probed yet: gets none."""
     HEALTHY = "healthy"
+    """Gets requests."""
     UNHEALTHY = "unhealthy"
+    """Its probes fail, or it was ejected because requests failed there: gets none."""
     DRAINING = "draining"
-    """Finishes what it has, takes nothing new."""
+    """Finishes the requests that it has and gets no new ones, as an operator asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class PDInstance:
-    """One vLLM server: an id of the operator's choice, a role and where it listens.
-
-    ``host`` is an IP address or a DNS name, without a scheme. ``api_key``, if the instance was started
-    with ``--api-key``, is sent to it as a bearer token and never shown. ``tls_name`` makes it TLS: the DNS
-    name that the instance's certificate must be for.
-    """
+    """One vLLM server of the fleet."""
 
     instance_id: str
+    """Chosen by the operator; unique in the fleet."""
     role: InstanceRole
     host: str
+    """IP address or DNS name, without a scheme."""
     port: int
     api_key: str | None = field(default=None, repr=False)
+    """Its ``--api-key``: sent to it as a bearer token, and never shown."""
     tls_name: str | None = None
+    """DNS name that its certificate must be for; ``None`` for plain HTTP."""
 
     @property
     def scheme(self) -> str:
-        """Of its URLs: ``http`` or ``https``."""
+        """Scheme of its URLs: ``http`` or ``https``."""
         return "http" if self.tls_name is None else "https"
 
     @property
     def url(self) -> str:
-        """Base URL, IPv6 addresses in brackets."""
+        """Base URL, with an IPv6 address in brackets."""
         return f"{self.scheme}://{join_address(self.host, self.port)}"
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
-    """The part of one ``/metrics`` scrape that choosing an instance needs; ``engine`` series are summed.
+    """The part of one scrape of ``/metrics`` that scheduling needs.
 
-    ``latency`` is the mean time in seconds of what matters for the role, over the requests that finished
-    between this scrape and the one before (TTFT for prefill, time per output token for decode); ``None``
-    until two scrapes have seen some.
+    If an instance has several engines (data parallelism), counts are summed over them. Means and differences
+    are over the time since the scrape before, and ``None`` or 0 if there was none.
     """
 
     taken_at: float
+    """Monotonic seconds."""
     running: float = 0.0
+    """Requests that are in a batch."""
     waiting: float = 0.0
+    """Requests that are queued there."""
     kv_usage: float = 0.0
+    """Share of the KV cache in use, 0 to 1."""
     latency: float | None = None
+    """Mean seconds to the first token (prefill) or per output token (decode), of requests that finished."""
     kv_capacity: float | None = None
-    """Tokens that its KV cache holds; ``None`` if it does not say."""
+    """Tokens that the KV cache holds; ``None`` if the instance does not say."""
     step_time: float | None = None
-    """Mean seconds between two tokens of a request since the scrape before; ``None`` if there were none."""
+    """Mean seconds between two tokens of a request; ``None`` if there were none."""
     output_tokens: float = 0.0
-    """Tokens generated since the scrape before."""
+    """Tokens generated."""
     finished: float = 0.0
-    """Requests that ended since the scrape before."""
+    """Requests that ended."""
     transfer: float | None = None
-    """Mean seconds of the KV transfers since the scrape before."""
+    """Mean seconds of the KV transfers; ``None`` if there were none."""
 
 
 def join_address(host: str, port: int) -> str:
-    """``host:port`` as URLs and Envoy write it: IPv6 addresses in brackets."""
+    """Return ``host:port`` as in URLs and for Envoy: an IPv6 address is put in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

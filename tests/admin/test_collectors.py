@@ -93,7 +93,7 @@ class CollectorsTest(unittest.TestCase):
         self.assertEqual(self.read("pd_bytes_per_token"), {('a "model"\n',): 3.0, ("",): 5.0})
 
     def test_the_queue(self) -> None:
-        queue, self.router.body_memory.total = self.router.dispatcher.queue, 77
+        queue, self.router.body_memory.used = self.router.dispatcher.queue, 77
         self.assertEqual(self.read("pd_queue_requests"), {("0",): 0.0})
         for priority in (5, 0, 5):
             queue.push(Ticket(RequestContext("/", priority=priority), InstanceRole.PREFILL, 100), 0.0)

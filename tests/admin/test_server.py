@@ -280,8 +280,8 @@ class TestShadow:
         scheduler, registry = admin.router.scheduler, admin.router.registry
         registry.reserve(registry.get("d0"))
         request = RequestContext("/v1/completions", prompt_tokens=100.0)
-        scheduler.decided(InstanceRole.DECODE, request, registry.get("d0"))
-        scheduler.decided(InstanceRole.DECODE, request, registry.get("d1"))
+        scheduler.compare_shadow(InstanceRole.DECODE, request, registry.get("d0"))
+        scheduler.compare_shadow(InstanceRole.DECODE, request, registry.get("d1"))
         _, found = await admin.ask("GET", "/shadow")
         assert (found["decode"]["agreed"], found["decode"]["differed"]) == (1, 1)
         assert found["decode"]["live_predicted_seconds"] > found["decode"]["shadow_predicted_seconds"]

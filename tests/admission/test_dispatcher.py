@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fleet import D, P, prompt, scheduler_of
-from vllm_pd_scheduler.admission.dispatcher import SHARING, SLACK_S, Dispatcher
+from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_OVERHEADS, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
@@ -42,7 +42,7 @@ class Case(unittest.TestCase):
 
     def end(self, ticket: Ticket, now: float) -> None:
         self.claim(ticket).release(now)
-        self.dispatcher.pump(now)
+        self.dispatcher.dispatch(now)
 
     def assertRefused(self, ticket: Ticket, reason: str) -> None:
         outcome = ticket.outcome
@@ -62,7 +62,7 @@ class AtOnceTest(Case):
         self.start(2, 1)
         names = [self.served(self.submit()) for _ in range(6)]
         self.assertEqual((names.count("p0"), names.count("p1")), (3, 3))
-        self.assertIsNone(self.dispatcher.wake_at(0.0))
+        self.assertIsNone(self.dispatcher.next_wake(0.0))
 
     def test_without_an_instance_there_is_nothing_to_wait_for(self) -> None:
         self.start(0, 1, late_binding=True, max_waiting=1)
@@ -91,13 +91,13 @@ class LateBindingTest(Case):
         first, second = self.submit(), self.submit()
         self.served(first)
         self.assertWaits(second)
-        left = self.registry.get("p0").prefill.left(0.0)
-        wake = self.dispatcher.wake_at(0.0)
+        left = self.registry.get("p0").prefill.remaining(0.0)
+        wake = self.dispatcher.next_wake(0.0)
         assert wake is not None
-        self.assertAlmostEqual(wake, left - SLACK_S)
-        self.dispatcher.pump(wake - 0.01)
+        self.assertAlmostEqual(wake, left - NEARLY_FREE_S)
+        self.dispatcher.dispatch(wake - 0.01)
         self.assertWaits(second)
-        self.dispatcher.pump(wake + 1e-6)
+        self.dispatcher.dispatch(wake + 1e-6)
         self.assertEqual(self.served(second), "p0")
 
     def test_short_ones_go_where_they_can_share_a_step(self) -> None:
@@ -106,18 +106,21 @@ class LateBindingTest(Case):
         short = self.submit(tokens=100)  # 20 ms, if it has a step for itself
         self.assertWaits(long, short)
         load = self.registry.get("p0").prefill
-        wake = self.dispatcher.wake_at(0.0)
+        wake = self.dispatcher.next_wake(0.0)
         assert wake is not None
-        self.assertAlmostEqual(wake, load.left(0.0) - SHARING * 0.01)
-        self.dispatcher.pump(wake - 0.001)
+        self.assertAlmostEqual(wake, load.remaining(0.0) - SHORT_PROMPT_OVERHEADS * 0.01)
+        self.dispatcher.dispatch(wake - 0.001)
         self.assertWaits(short)
-        self.dispatcher.pump(wake + 1e-6)
+        self.dispatcher.dispatch(wake + 1e-6)
         self.assertEqual(self.served(short), "p0")
         self.assertWaits(long)  # it would have a step for itself anyway
         more = [self.submit(now=wake + 1e-6, tokens=100) for _ in range(10)]
         self.assertWaits(*more)  # they make no endless queue there
         self.end(first, 0.5)
-        self.assertIn(sum(ticket.settled for ticket in more), (SHARING // 2 - 1, SHARING // 2))
+        self.assertIn(
+            sum(ticket.settled for ticket in more),
+            (SHORT_PROMPT_OVERHEADS // 2 - 1, SHORT_PROMPT_OVERHEADS // 2),
+        )
         self.assertWaits(long)
 
     def test_the_shortest_first(self) -> None:
@@ -132,7 +135,7 @@ class LateBindingTest(Case):
         self.registry.get("d0").holder.store(tuple(range(101, 131)))  # decode's cache is no help
         known: dict[str, Any] = {"block_tokens": 256.0}
         first = self.submit()
-        self.submit(tokens=20_000)  # somebody is in line before them
+        self.submit(tokens=20_000)  # somebody waits before them
         plain = self.submit(tokens=2000)
         elsewhere = self.submit(tokens=8000, blocks=tuple(range(101, 131)), **known)
         cached = self.submit(tokens=8000, blocks=blocks, **known)
@@ -142,17 +145,17 @@ class LateBindingTest(Case):
         self.assertTrue(cached.settled)
 
     def test_not_all_wait_for_the_one_that_has_their_prefix(self) -> None:
-        """Those before them in line will be there when their turn comes."""
+        """Those before them in the queue will be there when their turn comes."""
         self.start(2, late_binding=True, strategy="predicted_latency")
         p0 = self.registry.get("p0")
         blocks = tuple(range(1, 31))
         p0.holder.store(blocks)
         self.registry.reserve(p0, prompt(12_000))  # for 1.2 s
-        left = p0.prefill.left(0.0)
+        left = p0.prefill.remaining(0.0)
         tickets = [self.submit(tokens=8000, blocks=blocks, block_tokens=256.0) for _ in range(16)]
         served = [ticket for ticket in tickets if ticket.settled]
         self.assertEqual([self.served(ticket) for ticket in served], ["p1"])  # 0.8 s there, 0.03 s on p0
-        self.assertEqual(p0.prefill.left(0.0), left)  # and nothing is left of the counting
+        self.assertEqual(p0.prefill.remaining(0.0), left)  # and nothing is left of the counting
 
     def test_an_instance_that_hangs_causes_no_busy_loop(self) -> None:
         for _ in range(3):  # more than one is there, as after a change of the setting
@@ -161,10 +164,10 @@ class LateBindingTest(Case):
         self.assertWaits(waiting)
         now, pumps = 10.0, 0
         while not waiting.settled:
-            wake = self.dispatcher.wake_at(now)
+            wake = self.dispatcher.next_wake(now)
             assert wake is not None
             now, pumps = wake, pumps + 1
-            self.dispatcher.pump(now)
+            self.dispatcher.dispatch(now)
         self.assertRefused(waiting, "queue_timeout")
         self.assertLessEqual(pumps, 3)
 
@@ -197,7 +200,7 @@ class AdmissionTest(Case):
         ticket = self.submit()
         self.assertWaits(ticket)
         busy.release()
-        self.dispatcher.pump(1.0)
+        self.dispatcher.dispatch(1.0)
         self.served(ticket)
 
     def test_one_free_place_at_decode_lets_one_pass(self) -> None:
@@ -216,7 +219,7 @@ class AdmissionTest(Case):
         alone = [self.submit(tokens=9000, role=D) for _ in range(20)]
         self.assertWaits(*alone)
         busy.release()
-        self.dispatcher.pump(0.1)
+        self.dispatcher.dispatch(0.1)
         self.assertEqual(sum(one.settled for one in alone), 3, "all that fit there")
         self.assertEqual(self.dispatcher.queue.waiting(P), 39)
 
@@ -240,10 +243,10 @@ class AdmissionTest(Case):
         self.start(max_waiting=1, queue_timeout=5.0)
         self.submit()
         early, late = self.submit(now=1.0), self.submit(now=2.0)
-        self.assertEqual(self.dispatcher.wake_at(2.0), 6.0)
-        self.dispatcher.pump(5.9)
+        self.assertEqual(self.dispatcher.next_wake(2.0), 6.0)
+        self.dispatcher.dispatch(5.9)
         self.assertWaits(early, late)
-        self.dispatcher.pump(6.0)
+        self.dispatcher.dispatch(6.0)
         self.assertRefused(early, "queue_timeout")
         self.assertWaits(late)
 
@@ -364,7 +367,7 @@ class AnyOrderTest(unittest.TestCase):
                 if what == "finish" and one.endpoint.instance.role is P:
                     registry.prefilled(one, 1000, None, now)
                 one.release(now)
-                dispatcher.pump(now)
+                dispatcher.dispatch(now)
             elif what == "withdraw" and tickets:
                 ticket = tickets[number % len(tickets)]
                 if not ticket.settled:
@@ -373,10 +376,10 @@ class AnyOrderTest(unittest.TestCase):
             elif what == "scrape":
                 endpoint = list(registry)[number % 4]
                 registry.scraped(endpoint, MetricsSnapshot(now), endpoint.in_flight, endpoint.tokens)
-                dispatcher.pump(now)
-            elif what == "wake" and (wake := dispatcher.wake_at(now)) is not None:
+                dispatcher.dispatch(now)
+            elif what == "wake" and (wake := dispatcher.next_wake(now)) is not None:
                 now = wake
-                dispatcher.pump(now)
+                dispatcher.dispatch(now)
             elif what == "time":
                 now += seconds
             elif what == "drain":
@@ -388,7 +391,7 @@ class AnyOrderTest(unittest.TestCase):
                 self.assertEqual(settled.get(ticket, 0), ticket.settled)
                 here = ticket in dispatcher.queue
                 self.assertEqual(here, not ticket.settled and ticket not in withdrawn)
-            wake = dispatcher.wake_at(now)
+            wake = dispatcher.next_wake(now)
             self.assertEqual(wake is None, not len(dispatcher.queue))
             self.assertTrue(wake is None or now < wake <= now + 30.0)
             self.assertLessEqual(len(dispatcher.queue), settings_["queue_size"])
@@ -398,7 +401,7 @@ class AnyOrderTest(unittest.TestCase):
             now += 0.001
             for endpoint in registry:
                 registry.scraped(endpoint, MetricsSnapshot(now), endpoint.in_flight, endpoint.tokens)
-            dispatcher.pump(now)
+            dispatcher.dispatch(now)
         self.assertEqual(len(dispatcher.queue), 0)
         for claim in claims():
             claim.release(now)

@@ -20,8 +20,8 @@ from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
-from vllm_pd_scheduler.replay.fleet import LOWER_BOUND
 from vllm_pd_scheduler.replay.peers import PEERS
+from vllm_pd_scheduler.replay.variant import LOWER_BOUND
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.sim.setups import NAMES

@@ -343,7 +343,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert endpoint.requests >= held
             assert endpoint.tokens >= 0.0
             assert endpoint.kv_tokens >= endpoint.tokens
-            assert endpoint.prefill.left(self.now) >= 0.0
+            assert endpoint.prefill.remaining(self.now) >= 0.0
 
     @invariant()
     def routable_is_up_to_date(self) -> None:

@@ -22,7 +22,7 @@ class WorkTest(unittest.TestCase):
         self.registry.reserve(self.d0, prompt(now=5.0))
         self.assertEqual((self.p0.tokens, self.d0.tokens), (1000.0, 1100.0))
         cost = self.p0.prefill.cost(1000.0, 1000.0)
-        self.assertEqual((self.p0.prefill.left(5.0), self.d0.prefill.queued), (cost, 0.0))
+        self.assertEqual((self.p0.prefill.remaining(5.0), self.d0.prefill.queued), (cost, 0.0))
         second = self.registry.reserve(self.p0, prompt(now=5.01))
         self.assertAlmostEqual(second.wait, cost - 0.01)
 
@@ -77,9 +77,9 @@ class WorkTest(unittest.TestCase):
         load.overhead = 1.0
         other = self.registry.reserve(self.p0, prompt())
         free.release(0.0)
-        self.assertEqual(load.left(0.5), 0.5, "the other is under way")
+        self.assertEqual(load.remaining(0.5), 0.5, "the other is under way")
         other.release(1.0)
-        self.assertEqual((load.queued, load.left(1.0), len(load._pending)), (0.0, 0.0, 0))
+        self.assertEqual((load.queued, load.remaining(1.0), len(load._pending)), (0.0, 0.0, 0))
 
     def test_a_prefill_that_failed_teaches_nothing(self) -> None:
         before = self.p0.prefill.cost(1000, 1000)

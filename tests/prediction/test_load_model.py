@@ -38,45 +38,45 @@ class PrefillQueueTest(unittest.TestCase):
         """What is left at each moment, when everything takes as long as predicted."""
         load = self.load
         for key, cost in (("a", 2.0), ("b", 3.0), ("c", 1.0)):
-            load.begin(key, cost, 10.0)
-        self.assertEqual([load.left(now) for now in (10.0, 11.0, 12.0)], [6.0, 5.0, 4.0])
-        self.assertEqual(load.end("a", 12.0), 2.0)
-        self.assertEqual([load.left(now) for now in (12.0, 14.0, 15.0)], [4.0, 2.0, 1.0])
-        self.assertEqual(load.end("b", 15.0), 3.0)
-        self.assertEqual(load.end("c", 16.0), 1.0)
-        self.assertEqual((load.left(16.0), load.queued), (0.0, 0.0))
+            load.enqueue(key, cost, 10.0)
+        self.assertEqual([load.remaining(now) for now in (10.0, 11.0, 12.0)], [6.0, 5.0, 4.0])
+        self.assertEqual(load.complete("a", 12.0), 2.0)
+        self.assertEqual([load.remaining(now) for now in (12.0, 14.0, 15.0)], [4.0, 2.0, 1.0])
+        self.assertEqual(load.complete("b", 15.0), 3.0)
+        self.assertEqual(load.complete("c", 16.0), 1.0)
+        self.assertEqual((load.remaining(16.0), load.queued), (0.0, 0.0))
 
     def test_idle_time_is_nobodys(self) -> None:
-        self.load.begin("a", 1.0, 0.0)
-        self.load.end("a", 1.0)
-        self.load.begin("b", 1.0, 50.0)
-        self.assertEqual(self.load.left(50.5), 0.5)
-        self.assertEqual(self.load.end("b", 51.5), 1.5)
+        self.load.enqueue("a", 1.0, 0.0)
+        self.load.complete("a", 1.0)
+        self.load.enqueue("b", 1.0, 50.0)
+        self.assertEqual(self.load.remaining(50.5), 0.5)
+        self.assertEqual(self.load.complete("b", 51.5), 1.5)
 
     def test_one_that_hangs_does_not_make_it_look_free(self) -> None:
-        self.load.begin("hangs", 1.0, 0.0)
+        self.load.enqueue("hangs", 1.0, 0.0)
         for number in range(4):
-            self.load.begin(number, 2.0, 0.0)
-        self.assertEqual(self.load.left(1000.0), 8.0)
+            self.load.enqueue(number, 2.0, 0.0)
+        self.assertEqual(self.load.remaining(1000.0), 8.0)
 
     def test_who_gives_up_in_the_queue_does_not_reset_the_one_under_way(self) -> None:
-        self.load.begin("a", 10.0, 0.0)
-        self.load.begin("b", 5.0, 0.0)
+        self.load.enqueue("a", 10.0, 0.0)
+        self.load.enqueue("b", 5.0, 0.0)
         self.load.cancel("b", 9.0)
-        self.assertEqual(self.load.left(9.0), 1.0)
-        self.assertEqual(self.load.end("a", 10.0), 10.0)
+        self.assertEqual(self.load.remaining(9.0), 1.0)
+        self.assertEqual(self.load.complete("a", 10.0), 10.0)
 
     def test_when_the_one_under_way_gives_up_the_next_begins(self) -> None:
-        self.load.begin("a", 10.0, 0.0)
-        self.load.begin("b", 5.0, 0.0)
+        self.load.enqueue("a", 10.0, 0.0)
+        self.load.enqueue("b", 5.0, 0.0)
         self.load.cancel("a", 2.0)
-        self.assertEqual(self.load.left(4.0), 3.0)
-        self.assertEqual(self.load.end("b", 7.0), 5.0)
+        self.assertEqual(self.load.remaining(4.0), 3.0)
+        self.assertEqual(self.load.complete("b", 7.0), 5.0)
 
     def test_an_end_counts_once(self) -> None:
-        self.load.begin("a", 1.0, 0.0)
-        self.assertEqual(self.load.end("a", 1.0), 1.0)
-        self.assertIsNone(self.load.end("a", 1.0))
+        self.load.enqueue("a", 1.0, 0.0)
+        self.assertEqual(self.load.complete("a", 1.0), 1.0)
+        self.assertIsNone(self.load.complete("a", 1.0))
         self.load.cancel("a", 1.0)
         self.assertEqual(self.load.queued, 0.0)
 
@@ -87,25 +87,25 @@ class PrefillQueueTest(unittest.TestCase):
         for what, key, number in calls:
             if what == "begin" and key not in pending:
                 pending[key] = number
-                load.begin(key, number, now)
+                load.enqueue(key, number, now)
             elif what == "end":
-                self.assertEqual(load.end(key, now) is None, pending.pop(key, None) is None)
+                self.assertEqual(load.complete(key, now) is None, pending.pop(key, None) is None)
             elif what == "cancel":
                 pending.pop(key, None)
                 load.cancel(key, now)
             elif what == "restart":
                 pending.clear()
-                load.restarted()
+                load.reset()
             else:
                 now += number
-            left, total = load.left(now), sum(pending.values())
+            left, total = load.remaining(now), sum(pending.values())
             head = next(iter(pending.values()), 0.0)
             self.assertGreaterEqual(left, 0.0)
             self.assertLessEqual(left, total + 1e-9)
             self.assertGreaterEqual(left, total - head - 1e-9, "only the first can be under way")
         for key in list(pending):
-            load.end(key, now)
-        self.assertEqual((load.queued, load.left(now), load.head_cost), (0.0, 0.0, 0.0))
+            load.complete(key, now)
+        self.assertEqual((load.queued, load.remaining(now), load.head_cost), (0.0, 0.0, 0.0))
 
 
 class PrefillCostTest(unittest.TestCase):
@@ -137,16 +137,16 @@ class PrefillCostTest(unittest.TestCase):
     def test_trust(self) -> None:
         load = empty()
         for _ in range(50):
-            load.believed(1000.0, 0)
+            load.learn_cached(1000.0, 0)
         self.assertLess(load.trust, 0.01)
-        load.believed(0.0, 0)  # nothing was predicted: nothing is learned
+        load.learn_cached(0.0, 0)  # nothing was predicted: nothing is learned
         before = load.trust
         for _ in range(50):
-            load.believed(1000.0, 5000)
+            load.learn_cached(1000.0, 5000)
         self.assertLess(before, load.trust)
         self.assertLessEqual(load.trust, 1.0)
-        load.believed(1000.0, 0)
-        load.restarted()
+        load.learn_cached(1000.0, 0)
+        load.reset()
         self.assertEqual(load.trust, 1.0)
 
 
@@ -174,19 +174,19 @@ class FleetLoadTest(unittest.TestCase):
         for _ in range(100):
             load.learn_bytes("chinese", 3000, 1000)
         self.assertAlmostEqual(load.bytes_per_token("chinese"), 3.0, places=3)
-        self.assertEqual(set(load.ratios()), {"chinese", ""})
+        self.assertEqual(set(load.bytes_per_token_by_model()), {"chinese", ""})
 
     def test_nothing_is_learned_of_nothing(self) -> None:
         load = FleetLoad()
         load.learn_bytes("m", 0, 5)
         load.learn_bytes("m", 5, 0)
-        self.assertEqual(load.ratios(), {})
+        self.assertEqual(load.bytes_per_token_by_model(), {})
 
     def test_names_are_bounded(self) -> None:
         load = FleetLoad()
         for number in range(3000):
             load.learn_bytes(f"m{number}", 4, 1)
-        self.assertLessEqual(len(load.ratios()), 1000)
+        self.assertLessEqual(len(load.bytes_per_token_by_model()), 1000)
 
     def test_the_mean_answer(self) -> None:
         load = FleetLoad()
@@ -212,8 +212,8 @@ class FleetLoadTest(unittest.TestCase):
 
     def test_who_has_measured_nothing_follows_the_fleet(self) -> None:
         prefill, decode = empty(), DecodeLoad(FleetLoad().decode)
-        prefill.follow(OnlineRegression((1.0, 2.0, 3.0), (1.0, 1.0, 1.0)))
-        decode.follow(OnlineRegression((4.0, 5.0, 6.0), (1.0, 1.0, 1.0)))
+        prefill.adopt(OnlineRegression((1.0, 2.0, 3.0), (1.0, 1.0, 1.0)))
+        decode.adopt(OnlineRegression((4.0, 5.0, 6.0), (1.0, 1.0, 1.0)))
         self.assertEqual(prefill.cost(2, 2), 1.0 + 2.0 * 2 + 3.0 * 2)
         self.assertEqual(decode.step(1, 1), 15.0)
 

@@ -14,7 +14,8 @@ from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 
 @pytest.fixture
 def fake_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm_pd_scheduler.replay.fleet", fake)
+    for module in ("fleet", "variant"):
+        monkeypatch.setitem(sys.modules, f"vllm_pd_scheduler.replay.{module}", fake)
 
 
 @pytest.fixture

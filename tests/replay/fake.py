@@ -40,7 +40,7 @@ def run_variant(
     trace: Trace,
     fleet: FleetSpec,
     progress: Callable[[int], None],
-    give_up: Callable[[RequestResult], bool] | None = None,
+    stop_when: Callable[[RequestResult], bool] | None = None,
 ) -> RunResult:
     """The first token takes SPEEDS times requests a second; `slow` refuses every fifth request."""
     name = variant.label.partition("+")[0]

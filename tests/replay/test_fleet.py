@@ -5,18 +5,12 @@ from random import Random
 
 import pytest
 
-from vllm_pd_scheduler.replay.fleet import (
-    LOWER_BOUND,
-    FleetSpec,
-    Variant,
-    parse_variant,
-    run_variant,
-    variant_names,
-)
+from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.search import find_rate
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
+from vllm_pd_scheduler.replay.variant import LOWER_BOUND, Variant, parse_variant, variant_names
 
 FLEET = FleetSpec(3, 3, seed=5)
 BLOCK = 512
@@ -179,7 +173,11 @@ def test_a_run_that_is_given_up_ends_there() -> None:
 def test_a_search_that_gives_up_runs_finds_the_same_rate() -> None:
     limits = (1.0, 0.05)
     conditions = Conditions("synthetic", len(TRACE.requests), TRACE.seconds, FLEET, 1.0, *limits)
-    found = Job(TRACE, conditions, True, run_variant).run(parse_variant("least_load"), lambda *_: None).found
+    found = (
+        Job(TRACE, conditions, True, run_variant)
+        .run(parse_variant("least_load"), lambda *_: None)
+        .search_result
+    )
 
     def attainment(rate: float) -> float:
         return summary(run("least_load", TRACE.scaled(rate)), *limits).attainment

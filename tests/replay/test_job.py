@@ -13,7 +13,7 @@ Make = Callable[[bool], Job]
 def test_a_run(job: Make) -> None:
     told: list[tuple[float, int]] = []
     outcome = job(False).run(Variant("fast"), lambda rate, finished: told.append((rate, finished)))
-    assert outcome.found is None
+    assert outcome.search_result is None
     assert outcome.summary.attainment == 1.0
     assert outcome.run.strategy == outcome.summary.strategy == "fast"
     assert (told[0], told[-1]) == ((1.0, 0), (1.0, 11))
@@ -22,7 +22,7 @@ def test_a_run(job: Make) -> None:
 def test_a_search_keeps_the_run_at_the_rate_that_was_asked_for(job: Make) -> None:
     rates: list[float] = []
     outcome = job(True).run(Variant("fast"), lambda rate, finished: rates.append(rate))
-    found = outcome.found
+    found = outcome.search_result
     assert found is not None
     # The first token takes 1.1 s at the trace's rate, and more in proportion.
     assert found.rate == pytest.approx(5 / 1.1, rel=0.02)

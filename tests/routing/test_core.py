@@ -229,7 +229,7 @@ class LearningTest(Case):
         body = {**BODY, "prompt": "x" * 3000}
         self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), self.read(1500))
         forward = await self.route(body)
-        self.assertEqual(load.ratios(), {"m": 2.0})
+        self.assertEqual(load.bytes_per_token_by_model(), {"m": 2.0})
         self.assertEqual(forward.decode[0].tokens, 1500 + min(load.output_tokens, BODY["max_tokens"]))
         forward.release()
         for _ in range(3 * 8):  # no time at all: what takes so little is learned from eight at a time
@@ -240,7 +240,7 @@ class LearningTest(Case):
         for tokens in (0, -5, None):
             self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), self.read(tokens))
             (await self.route()).release()
-            self.assertEqual(self.router.registry.load.ratios(), {})
+            self.assertEqual(self.router.registry.load.bytes_per_token_by_model(), {})
             self.assertEqual(sum(e.prefill.queued for e in self.router.registry), 0.0)
 
     def read(self, tokens: int | None) -> PrefillAnswer:

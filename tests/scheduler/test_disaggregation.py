@@ -19,7 +19,7 @@ class DisaggregationTest(unittest.TestCase):
         self.decides = Disaggregation(self.scheduler.config, self.scheduler)
 
     def local(self, tokens: float, **more: Any) -> str | None:
-        found = self.decides.local(prompt(tokens, **more))
+        found = self.decides.local_endpoint(prompt(tokens, **more))
         return None if found is None else found.id
 
     def test_by_the_setting(self) -> None:
@@ -78,7 +78,7 @@ class DisaggregationTest(unittest.TestCase):
                 names = []
                 for _ in range(8):
                     request = prompt(100.0)
-                    self.decides.local(request)
+                    self.decides.local_endpoint(request)
                     names += [self.scheduler.pick(role, request)[0].id for role in (P, D)]
                 self.assertEqual([names.count(one) for one in ("p0", "p1", "d0", "d1")], [4] * 4)
 

@@ -241,13 +241,13 @@ class SaturationTest(unittest.TestCase):
         self.start(max_waiting=1)
         self.assertEqual(self.picked(), {"d0", "d1", "d2"})
         self.scrape(self.d0, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D, 0.0)), ({"d1", "d2"}, True))
+        self.assertEqual((self.picked(), self.scheduler.has_room(D, 0.0)), ({"d1", "d2"}, True))
         for endpoint in (self.d1, self.d2):
             self.scrape(endpoint, waiting=5.0)
-        self.assertEqual((self.picked(), self.scheduler.open(D, 0.0)), ({"d0", "d1", "d2"}, False))
+        self.assertEqual((self.picked(), self.scheduler.has_room(D, 0.0)), ({"d0", "d1", "d2"}, False))
         for endpoint in (self.d0, self.d1, self.d2):
             self.registry.drain(endpoint.id)
-        self.assertTrue(self.scheduler.open(D, 0.0), "there is nothing to wait for")
+        self.assertTrue(self.scheduler.has_room(D, 0.0), "there is nothing to wait for")
 
     def test_one_that_has_said_so_is_until_its_pause_is_over(self) -> None:
         self.start()
@@ -256,14 +256,14 @@ class SaturationTest(unittest.TestCase):
             self.assertIs(self.scheduler.saturated(self.d0, now), saturated)
         for endpoint in self.registry.endpoints(D):
             self.registry.overloaded(endpoint, 20.0)
-        self.assertFalse(self.scheduler.open(D, 20.0))
-        self.assertTrue(self.scheduler.open(D, 21.0))
+        self.assertFalse(self.scheduler.has_room(D, 20.0))
+        self.assertTrue(self.scheduler.has_room(D, 21.0))
 
     def test_without_limits_nobody_is_saturated(self) -> None:
         self.start()
         for endpoint in (self.d0, self.d1, self.d2):
             self.scrape(endpoint, waiting=1e6, kv_usage=1.0)
-        self.assertTrue(self.scheduler.open(D, 0.0))
+        self.assertTrue(self.scheduler.has_room(D, 0.0))
         self.assertFalse(self.scheduler.saturated(self.d0, 0.0))
 
 

@@ -17,7 +17,13 @@ from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.router import PDRouter
-from vllm_pd_scheduler.scheduler.shadow import GAINS_S, LOG_PAUSE_S, MAX_DIFFERENCES, Shadow, predicted
+from vllm_pd_scheduler.scheduler.shadow import (
+    GAIN_BUCKETS_S,
+    MAX_DIFFERENCES,
+    WARNING_INTERVAL_S,
+    Shadow,
+    predicted_seconds,
+)
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
@@ -76,7 +82,7 @@ class ShadowTest(unittest.TestCase):
 
     def decide(self, name: str, request: RequestContext | None = None) -> None:
         endpoint = self.registry.get(name)
-        self.router.scheduler.decided(endpoint.instance.role, request or self.request(), endpoint)
+        self.router.scheduler.compare_shadow(endpoint.instance.role, request or self.request(), endpoint)
 
     def test_none_by_default(self) -> None:
         router = fleet()
@@ -121,7 +127,7 @@ class ShadowTest(unittest.TestCase):
         p0.holder.store(request.blocks)
         request.look_up_in(self.registry.prefixes)
         p0.prefill.trust = 0.5
-        self.assertAlmostEqual(predicted(p0, request), p0.prefill.cost(625.0, 1000.0))
+        self.assertAlmostEqual(predicted_seconds(p0, request), p0.prefill.cost(625.0, 1000.0))
         shadow = self.shadow("predicted_latency")
         self.decide("p1", request)
         self.assertEqual(shadow.differences[0].shadow, "p0")
@@ -132,7 +138,7 @@ class ShadowTest(unittest.TestCase):
         request.blocks, request.block_tokens = (1, 2, 3), 250.0
         with mock.patch.object(index, "match", wraps=index.match) as match:
             (picked,) = self.router.scheduler.pick(P, request)
-            self.router.scheduler.decided(P, request, picked)
+            self.router.scheduler.compare_shadow(P, request, picked)
             self.registry.reserve(picked, request)
             self.assertEqual(match.call_count, 1)
 
@@ -154,7 +160,7 @@ class ShadowTest(unittest.TestCase):
         self.decide("p1")
         self.assertEqual(shadow.tallies[P].agreed, 1, "p2 is saturated")
         p0, p1 = self.registry.get("p0"), self.registry.get("p1")
-        self.router.scheduler.decided(P, self.request(), p0, [p1])
+        self.router.scheduler.compare_shadow(P, self.request(), p0, [p1])
         self.assertEqual(shadow.tallies[P].agreed, 2, "p1 was tried")
 
     def test_differences_are_bounded_and_the_newest_come_first(self) -> None:
@@ -197,7 +203,7 @@ class ShadowTest(unittest.TestCase):
     def test_once_a_minute(self) -> None:
         self.shadow(ODD)
         with self.assertLogs("vllm_pd_scheduler.scheduler.shadow", "WARNING") as logged:
-            for now in (0.0, LOG_PAUSE_S - 1, LOG_PAUSE_S, LOG_PAUSE_S + 1):
+            for now in (0.0, WARNING_INTERVAL_S - 1, WARNING_INTERVAL_S, WARNING_INTERVAL_S + 1):
                 self.now = now
                 self.decide("p0")
         self.assertEqual(len(logged.output), 2)
@@ -229,7 +235,7 @@ class ShadowTest(unittest.TestCase):
             request = self.request(100.0 * (number % 7 + 1), now=float(number))
             request.session = str(number % 5)
             picked = router.scheduler.pick(P, request)[0]
-            router.scheduler.decided(P, request, picked)
+            router.scheduler.compare_shadow(P, request, picked)
             claim = router.registry.reserve(picked, request)
             if number % 3:
                 claim.release(request.now)
@@ -246,11 +252,11 @@ class ShadowTest(unittest.TestCase):
         assert shadow is not None
         dispatcher.submit(ticket, 0.1)
         for now in (0.2, 0.3, 0.4):
-            dispatcher.pump(now)
+            dispatcher.dispatch(now)
         tally = shadow.tallies[P]
         self.assertEqual((ticket.settled, tally.agreed + tally.differed), (False, 0))
         claims[1].release(0.5)
-        dispatcher.pump(0.5)
+        dispatcher.dispatch(0.5)
         self.assertEqual((ticket.settled, tally.agreed + tally.differed), (True, 1))
 
     def test_metrics(self) -> None:
@@ -279,7 +285,7 @@ class ShadowTest(unittest.TestCase):
         gain = shadow.differences[0].live_seconds - shadow.differences[0].shadow_seconds
         self.assertGreater(gain, 0.1)
         self.assertEqual((buckets["0.1"], buckets["0.5"], buckets["+Inf"]), (0.0, 1.0, 1.0))
-        self.assertEqual(len(buckets), len(GAINS_S) + 1)
+        self.assertEqual(len(buckets), len(GAIN_BUCKETS_S) + 1)
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ class InvariantTest(unittest.TestCase):
     """Whatever happens, blocks in use are those that somebody holds, and in the end nobody holds any."""
 
     def check(self, engine: Engine) -> None:
-        holders = engine.pool.holders()
+        holders = engine.pool.counts()
         lists = [engine.pool.blocks(holder) for holder in holders]
         self.assertEqual(engine.pool.used, len({block for blocks in lists for block in blocks}))
         self.assertEqual(engine.pool.used + engine.pool.free, engine.pool.size)
@@ -384,7 +384,7 @@ class InvariantTest(unittest.TestCase):
             if step.idle and not step.transfers and not engine.queued and expiry is None:
                 break
         self.assertEqual((engine.running, engine.queued, engine.deferred, engine.pinned), (0, 0, 0, 0))
-        self.assertEqual((engine.pool.used, engine.pool.holders()), (0, {}))
+        self.assertEqual((engine.pool.used, engine.pool.counts()), (0, {}))
 
 
 if __name__ == "__main__":

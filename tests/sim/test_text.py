@@ -37,8 +37,8 @@ class TextTest(unittest.TestCase):
         self.assertNotEqual(text, Answer(read_prompt("m", "hello"), choice=1).text(30))
 
     @given(st.text(max_size=20))
-    def test_spoilt_text_differs_from_its_first_word_on(self, prompt: str) -> None:
-        good, bad = (Answer(read_prompt("m", prompt), spoilt=spoilt) for spoilt in (False, True))
+    def test_wrong_kv_text_differs_from_its_first_word_on(self, prompt: str) -> None:
+        good, bad = (Answer(read_prompt("m", prompt), wrong_kv=wrong_kv) for wrong_kv in (False, True))
         for index in range(10):
             self.assertNotEqual(good.word(index), bad.word(index))
 

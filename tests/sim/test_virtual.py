@@ -65,8 +65,8 @@ class LeapTest(unittest.TestCase):
     ) -> None:
         leap = Leap(start, steps, first, first * share, batch=1)
         at, end = leap.end(step), leap.end(step + 1)
-        begun = leap.begun(at + (end - at) * (0.1 + 0.8 * part))
-        self.assertEqual(begun, min(steps, step + 1))
+        started = leap.started(at + (end - at) * (0.1 + 0.8 * part))
+        self.assertEqual(started, min(steps, step + 1))
 
 
 @dataclass

@@ -9,7 +9,12 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import MetricsSnapshot
-from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM, SAME, WORK_WEIGHT, PredictedLatency
+from vllm_pd_scheduler.strategies.predicted_latency import (
+    NO_ROOM_PENALTY,
+    TOLERANCE,
+    WORK_WEIGHT,
+    PredictedLatency,
+)
 
 BLOCKS = tuple(range(1, 11))
 
@@ -47,13 +52,15 @@ def ttft(endpoint: Endpoint, request: Any, work_weight: float) -> float:
     load = endpoint.prefill
     cached = load.trust * request.cached.get(endpoint.holder, 0) * request.block_tokens
     cost = load.cost(max(1.0, request.prompt_tokens - cached), request.prompt_tokens)
-    return load.left(request.now) + (1 + work_weight) * cost
+    return load.remaining(request.now) + (1 + work_weight) * cost
 
 
 def step(endpoint: Endpoint, request: Any) -> float:
     tokens = endpoint.kv_tokens + request.prompt_tokens + request.output_tokens
     missing = max(0.0, tokens - endpoint.kv_capacity) if endpoint.kv_capacity is not None else 0.0
-    return endpoint.decode.step(endpoint.requests + 1, tokens) + (NO_ROOM + missing if missing else 0.0)
+    return endpoint.decode.step(endpoint.requests + 1, tokens) + (
+        NO_ROOM_PENALTY + missing if missing else 0.0
+    )
 
 
 class FormulaTest(unittest.TestCase):
@@ -75,7 +82,7 @@ class FormulaTest(unittest.TestCase):
                 ranked = strategy.rank(endpoints, request, count)
                 chosen = [found[endpoints.index(one)] for one in ranked]
                 if role is P and count == 1:
-                    self.assertLessEqual(chosen[0], ordered[0] * (1 + SAME))
+                    self.assertLessEqual(chosen[0], ordered[0] * (1 + TOLERANCE))
                 else:
                     self.assertEqual(chosen, ordered[:count])
                 self.assertEqual(len(set(ranked)), min(count, len(endpoints)))
@@ -94,7 +101,7 @@ class PrefillTest(unittest.TestCase):
 
     def test_a_hair_makes_no_difference(self) -> None:
         """No two fits are quite equal, and yet an idle fleet is used evenly."""
-        self.p0.prefill.overhead *= 1 + SAME / 2
+        self.p0.prefill.overhead *= 1 + TOLERANCE / 2
         chosen = [self.best((self.p0, self.p1), prompt()) for _ in range(6)]
         self.assertEqual((chosen.count("p0"), chosen.count("p1")), (3, 3))
         self.p0.prefill.overhead *= 100

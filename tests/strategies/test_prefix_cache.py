@@ -3,10 +3,10 @@ import unittest
 from tests.strategies.fleet import build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.strategies.prefix_cache import _MORE, _SHARE, PrefixCache
+from vllm_pd_scheduler.strategies.prefix_cache import _MAX_EXTRA_REQUESTS, _MIN_CACHED_SHARE, PrefixCache
 
 BLOCKS = tuple(range(1, 11))
-HALF = int(_SHARE * len(BLOCKS))
+HALF = int(_MIN_CACHED_SHARE * len(BLOCKS))
 
 
 class PrefixCacheTest(unittest.TestCase):
@@ -22,8 +22,8 @@ class PrefixCacheTest(unittest.TestCase):
     def test_cases(self) -> None:
         for what, endpoints, best in (
             ("the longest prefix", [(HALF, 0), (HALF + 1, 0), (0, 0)], "d1"),
-            ("worth as many more requests", [(0, 0), (10, _MORE)], "d1"),
-            ("but no more than that", [(0, 0), (10, _MORE + 1)], "d0"),
+            ("worth as many more requests", [(0, 0), (10, _MAX_EXTRA_REQUESTS)], "d1"),
+            ("but no more than that", [(0, 0), (10, _MAX_EXTRA_REQUESTS + 1)], "d0"),
             ("less than its share counts for nothing", [(HALF - 1, 1), (0, 0)], "d1"),
             ("of equal prefixes the fewest requests", [(10, 2), (10, 1)], "d1"),
             ("without any, the fewest requests", [(0, 3), (0, 2), (0, 4)], "d1"),

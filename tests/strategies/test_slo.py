@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.strategies.test_predicted_latency import BLOCKS, fleet, loads, step, ttft
 from tests.support.fleet import D, P, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM, WORK_WEIGHT, PredictedLatency
+from vllm_pd_scheduler.strategies.predicted_latency import NO_ROOM_PENALTY, WORK_WEIGHT, PredictedLatency
 from vllm_pd_scheduler.strategies.slo import Slo
 
 
@@ -34,7 +34,7 @@ class MeetsTest(unittest.TestCase):
         endpoints = registry.routable(D)
         chosen = strategy.rank(endpoints, request, 1)[0]
         fast = [e for e in endpoints if slo is None or step(e, request) <= slo / 10]
-        roomy = [e for e in endpoints if step(e, request) < NO_ROOM]
+        roomy = [e for e in endpoints if step(e, request) < NO_ROOM_PENALTY]
         among = fast or roomy or list(endpoints)
         self.assertIn(chosen, among)
         self.assertAlmostEqual(step(chosen, request), min(step(e, request) for e in among), places=5)

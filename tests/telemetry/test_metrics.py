@@ -4,7 +4,7 @@ import unittest
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_pd_scheduler.telemetry import Left, Served, Telemetry
+from vllm_pd_scheduler.telemetry import QueueOutcome, Served, Telemetry
 
 
 class TelemetryTest(unittest.TestCase):
@@ -16,7 +16,7 @@ class TelemetryTest(unittest.TestCase):
         """The samples of a name: their label values, in order of the labels' names."""
         return {
             tuple(value for _, value in sorted(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(self.telemetry.page().decode())
+            for family in text_string_to_metric_families(self.telemetry.expose().decode())
             for sample in family.samples
             if sample.name == name
         }
@@ -32,9 +32,9 @@ class TelemetryTest(unittest.TestCase):
         self.assertEqual(self.read("pd_requests_rejected_total"), {("no_decode", "503"): 1.0})
 
     def test_prefill(self) -> None:
-        with self.telemetry.prefill("p0"):
+        with self.telemetry.time_prefill("p0"):
             self.now += 0.75
-        with self.assertRaises(ValueError), self.telemetry.prefill("p0"):
+        with self.assertRaises(ValueError), self.telemetry.time_prefill("p0"):
             raise ValueError
         self.telemetry.prefill_failed("p0", "timeout")
         self.assertEqual(self.read("pd_prefill_duration_seconds_sum"), {("p0",): 0.75})
@@ -47,9 +47,9 @@ class TelemetryTest(unittest.TestCase):
 
     def test_the_time_in_the_queue(self) -> None:
         counts = "pd_queue_wait_seconds_count"
-        self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in Left})
-        self.telemetry.left_queue(Left.SERVED, 0.5)
-        self.telemetry.left_queue(Left.GONE, 2.0)
+        self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in QueueOutcome})
+        self.telemetry.waited(QueueOutcome.SERVED, 0.5)
+        self.telemetry.waited(QueueOutcome.GONE, 2.0)
         self.assertEqual(self.read(counts), {("served",): 1.0, ("refused",): 0.0, ("gone",): 1.0})
         self.assertEqual(self.read("pd_queue_wait_seconds_sum")["gone",], 2.0)
 
@@ -66,7 +66,7 @@ class TelemetryTest(unittest.TestCase):
     def test_two_routers_do_not_share_counters(self) -> None:
         other = Telemetry()
         self.telemetry.forwarded("d0", Served.WHOLE)
-        self.assertNotIn(b'served="whole"', other.page())
+        self.assertNotIn(b'served="whole"', other.expose())
 
 
 if __name__ == "__main__":

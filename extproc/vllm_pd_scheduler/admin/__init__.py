@@ -1,4 +1,4 @@
-"""The admin HTTP interface."""
+"""The admin HTTP interface: the server, what it saves over a restart, and the gauges of ``/metrics``."""
 
 from .server import AdminServer
 

@@ -1,8 +1,12 @@
-"""Gauges that are read from the fleet, the queue and the shadow at the moment they are asked for."""
+"""Prometheus collectors that read the fleet, the queue and the shadow strategy at each scrape.
+
+Nothing is copied when a value changes, so these metrics cost nothing on the request path. ``docs/metrics.md``
+describes each one.
+"""
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -15,14 +19,14 @@ from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
-from ..scheduler.shadow import GAINS_S, Shadow
+from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
 
 
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
-    """Return a Prometheus registry with all that is read from a router when it is scraped."""
+    """Return a Prometheus registry that reads a router when it is scraped; ``clock``: monotonic seconds."""
     registry = CollectorRegistry()
     registry.register(_RegistryCollector(router.registry, clock))
-    registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.total))
+    registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
     return registry
 
@@ -36,10 +40,13 @@ def _decode_step(endpoint: Endpoint, _: float) -> float:
     return endpoint.decode.step(endpoint.requests, endpoint.kv_tokens)
 
 
-_Read = Callable[[Endpoint, float], float | None]
-"""Reads a value of an endpoint at a time; ``None``: there is none yet."""
+_Getter = Callable[[Endpoint, float], float | None]
+"""Returns a value of an endpoint at a time (monotonic seconds), or ``None`` if there is none yet."""
 
-_OF_ALL: tuple[tuple[str, str, _Read], ...] = (
+_Gauges = tuple[tuple[str, str, _Getter], ...]
+"""Name, help text and value of each gauge."""
+
+_GAUGES: _Gauges = (
     ("pd_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
     (
         "pd_waiting",
@@ -64,7 +71,7 @@ _OF_ALL: tuple[tuple[str, str, _Read], ...] = (
     ("pd_kv_capacity_tokens", "Tokens that its KV cache holds, as scraped.", lambda e, _: e.kv_capacity),
     ("pd_prefix_blocks", "Prompt blocks that are taken for cached there.", lambda e, _: len(e.holder)),
 )
-_OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
+_PREFILL_GAUGES: _Gauges = (
     ("pd_prefill_rate", "Learned: prompt tokens a second, without attention's share.", _prefill_rate),
     (
         "pd_prefill_overhead_seconds",
@@ -74,7 +81,7 @@ _OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
     (
         "pd_prefill_left_seconds",
         "Predicted time until the prefills that we have sent there are done.",
-        lambda e, now: e.prefill.left(now),
+        lambda e, now: e.prefill.remaining(now),
     ),
     (
         "pd_prefix_trust",
@@ -82,28 +89,30 @@ _OF_PREFILL: tuple[tuple[str, str, _Read], ...] = (
         lambda e, _: e.prefill.trust,
     ),
 )
-_OF_DECODE: tuple[tuple[str, str, _Read], ...] = (
+_DECODE_GAUGES: _Gauges = (
     ("pd_decode_step_seconds", "Predicted time of a decode step with what runs there now.", _decode_step),
 )
 
 
 class _RegistryCollector(Collector):
+    """The instances, and what the load model has learned of them."""
+
     def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
         self._registry = registry
         self._clock = clock
 
     def describe(self) -> list[Metric]:
-        return []
+        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         yield from self._states()
-        yield from self._values(_OF_ALL, tuple(self._registry))
-        yield from self._values(_OF_PREFILL, self._registry.endpoints(InstanceRole.PREFILL))
-        yield from self._values(_OF_DECODE, self._registry.endpoints(InstanceRole.DECODE))
+        yield from self._values(_GAUGES, tuple(self._registry))
+        yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
+        yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))
         ratios = GaugeMetricFamily(
             "pd_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
         )
-        for model, ratio in self._registry.load.ratios().items():
+        for model, ratio in self._registry.load.bytes_per_token_by_model().items():
             ratios.add_metric([model], ratio)
         yield ratios
 
@@ -122,46 +131,48 @@ class _RegistryCollector(Collector):
             ready.add_metric([role.value], len(self._registry.routable(role)))
         yield from (state, ready)
 
-    def _values(
-        self, table: tuple[tuple[str, str, _Read], ...], endpoints: Sequence[Endpoint]
-    ) -> Iterator[Metric]:
+    def _values(self, gauges: _Gauges, endpoints: Sequence[Endpoint]) -> Iterator[Metric]:
         now = self._clock()
-        for name, text, read in table:
+        for name, text, get in gauges:
             family = GaugeMetricFamily(name, text, labels=["instance", "role"])
             for endpoint in endpoints:
-                if (value := read(endpoint, now)) is not None:
+                if (value := get(endpoint, now)) is not None:
                     family.add_metric([endpoint.id, endpoint.instance.role.value], value)
             yield family
 
 
 class _QueueCollector(Collector):
-    def __init__(self, queue: RequestQueue, held: Callable[[], int]) -> None:
+    """The queue, and the memory of request bodies."""
+
+    def __init__(self, queue: RequestQueue, body_bytes: Callable[[], int]) -> None:
         self._queue = queue
-        self._held = held
+        self._body_bytes = body_bytes
 
     def describe(self) -> list[Metric]:
-        return []
+        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
             "pd_queue_requests", "Requests that wait in the scheduler.", labels=["priority"]
         )
-        tally = Tally(ticket.request.priority for ticket in self._queue.by_arrival())
-        for priority, count in ({0: 0} | tally).items():
+        counts = Counter(ticket.request.priority for ticket in self._queue.by_arrival())
+        for priority, count in ({0: 0} | counts).items():
             waiting.add_metric([str(priority)], count)
         yield waiting
         yield GaugeMetricFamily("pd_queue_bytes", "Bytes of their bodies.", self._queue.bytes)
         yield GaugeMetricFamily(
-            "pd_held_bytes", "Bytes of request bodies between arrival and decode.", self._held()
+            "pd_held_bytes", "Bytes of request bodies between arrival and decode.", self._body_bytes()
         )
 
 
 class _ShadowCollector(Collector):
+    """The comparison with the shadow strategy; no metrics while there is none."""
+
     def __init__(self, shadow: Callable[[], Shadow | None]) -> None:
         self._shadow = shadow
 
     def describe(self) -> list[Metric]:
-        return []
+        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         shadow = self._shadow()
@@ -182,6 +193,6 @@ class _ShadowCollector(Collector):
             values = [shadow.name, role.value]
             for outcome in ("agreed", "differed", "failed"):
                 picks.add_metric([*values, outcome], getattr(tally, outcome))
-            bounds = [*map(str, GAINS_S), "+Inf"]
+            bounds = [*map(str, GAIN_BUCKETS_S), "+Inf"]
             gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
         yield from (picks, gains)

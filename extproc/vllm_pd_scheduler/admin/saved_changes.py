@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..config import InstanceConfig, SchedulerConfig, read_problem
+from ..config import InstanceConfig, SchedulerConfig, describe_error
 from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole, PDInstance, join_address
 from ..router import PDRouter
@@ -174,7 +174,7 @@ def read_state(path: Path) -> AdminState | None:
     except OSError as error:
         raise StateError(f"cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise StateError("; ".join(map(read_problem, error.errors(include_url=False)))) from None
+        raise StateError("; ".join(map(describe_error, error.errors(include_url=False)))) from None
 
 
 def write_state(path: Path, state: AdminState) -> None:

@@ -1,4 +1,4 @@
-"""Admin HTTP by aiohttp.web: strategy, instances, health of the scheduler itself, metrics."""
+"""The admin HTTP server: strategies, shadow, instances, metrics, and the scheduler's own health."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..config import InstanceConfig, read_problem
+from ..config import InstanceConfig, describe_error
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole
@@ -30,44 +30,61 @@ Model = TypeVar("Model", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 DRAIN_POLL_S = 0.05
-"""How often a call that waits for a drain looks whether it is over, in seconds."""
+"""Seconds between two looks whether a drain is over, for a call that waits for it.
+
+A choice: not felt by the person or script that waits, and too seldom to cost anything.
+"""
 
 SHUTDOWN_S = 1.0
-"""How long calls that still run (they wait for a drain) may take to end when the server stops."""
+"""Seconds that running calls get to end when the server stops.
+
+Only those that wait for a drain run longer than a moment, and they notice the shutdown within
+``DRAIN_POLL_S``.
+"""
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""Answered without the token: probes of Kubernetes have none, and they tell nothing."""
+"""Paths that need no token: Kubernetes' probes have none, and the answers tell nothing of the fleet."""
 
 
 class _StrategyBody(BaseModel):
+    """Body of ``PUT /strategy``."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     strategy: str = ""
-    """Of both roles; what is given for one of them goes before it."""
+    """For both roles; a key for one role takes precedence."""
     prefill_strategy: str = ""
     decode_strategy: str = ""
 
     def by_role(self) -> dict[InstanceRole, str]:
-        """Return the strategies that are given; raises :exc:`_Problem` if none is."""
+        """Return the named strategies by role; raise :exc:`_ErrorAnswer` if the body names none."""
         given = self.model_dump(exclude_unset=True)
         if not given:
-            raise _Problem(400, 'give "strategy" for both roles, "prefill_strategy" or "decode_strategy"')
+            raise _ErrorAnswer(400, 'give "strategy" for both roles, "prefill_strategy" or "decode_strategy"')
         names = {role: given.get(f"{role}_strategy", given.get("strategy")) for role in InstanceRole}
         return {role: name for role, name in names.items() if name is not None}
 
 
 class _ShadowBody(BaseModel):
+    """Body of ``PUT /shadow``."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     strategy: str
 
 
 class _InstanceBody(InstanceConfig):
+    """Body of ``POST /instances``: an entry of the configuration, and the role."""
+
     role: str
 
 
 class AdminServer:
-    """Serves the admin interface of a router. ``token``, if given, is required as a bearer token."""
+    """Serves the admin interface of a router.
+
+    ``changes`` saves what callers change. ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    ``token``, if given, is required as a bearer token on all paths but ``/healthz`` and ``/readyz``.
+    """
 
     def __init__(
         self,
@@ -108,13 +125,13 @@ class AdminServer:
         return app
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Listen, in clear without ``tls``; raises :exc:`OSError` if the port is taken."""
+        """Listen on an address, without TLS if ``tls`` is ``None``; raise :exc:`OSError` if that fails."""
         self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port, ssl_context=tls).start()
 
     async def stop(self) -> None:
-        """Stop listening and end open connections."""
+        """Stop listening and close open connections."""
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -123,6 +140,7 @@ class AdminServer:
         if self._token is not None and request.path not in _OPEN_PATHS:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             sent = given.encode(errors="surrogateescape")  # a header may hold any bytes
+            # compare_digest takes the same time wherever the first difference is, so the time tells nothing.
             if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._token.encode()):
                 return _error(401, "this needs the admin token: Authorization: Bearer …")
         return await handler(request)
@@ -138,7 +156,7 @@ class AdminServer:
         return web.json_response({"status": "ready"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        body = self._router.telemetry.page() + generate_latest(self._collectors)
+        body = self._router.telemetry.expose() + generate_latest(self._collectors)
         return web.Response(body=body, content_type="text/plain", charset="utf-8")
 
     async def _get_strategy(self, _: web.Request) -> web.Response:
@@ -149,14 +167,14 @@ class AdminServer:
         )
 
     async def _put_strategy(self, request: web.Request) -> web.Response:
-        body = await _read(request, _StrategyBody)
+        body = await _read_body(request, _StrategyBody)
         names = body.by_role()
         for key, name in body.model_dump(exclude_unset=True).items():
             self._check_strategy(key, name)
         try:
             self._router.scheduler.use_each(names)
         except UnknownStrategy as error:
-            raise _Problem(400, str(error)) from None
+            raise _ErrorAnswer(400, str(error)) from None
         self._changes.save()
         log.info("strategy is %s", self._router.scheduler.strategy_name)
         return await self._get_strategy(request)
@@ -166,12 +184,12 @@ class AdminServer:
         return web.json_response({"strategy": None} if shadow is None else shadow.report())
 
     async def _put_shadow(self, request: web.Request) -> web.Response:
-        body = await _read(request, _ShadowBody)
+        body = await _read_body(request, _ShadowBody)
         self._check_strategy("strategy", body.strategy)
         try:
             self._router.scheduler.use_shadow(body.strategy)
         except UnknownStrategy as error:
-            raise _Problem(400, str(error)) from None
+            raise _ErrorAnswer(400, str(error)) from None
         self._changes.save()
         log.info("shadow strategy is %s", body.strategy)
         return await self._get_shadow(request)
@@ -183,37 +201,37 @@ class AdminServer:
         return web.Response(status=204)
 
     def _check_strategy(self, key: str, name: str) -> None:
-        """Raise :exc:`_Problem` if a strategy cannot be used."""
+        """Raise :exc:`_ErrorAnswer` if a strategy cannot be used."""
         if not self._router.config.may_use(name):
-            raise _Problem(400, f"{key}: a dotted path can be used only if the configuration names it")
+            raise _ErrorAnswer(400, f"{key}: a dotted path can be used only if the configuration names it")
         try:
             load_strategy(name)
         except UnknownStrategy as error:
-            raise _Problem(400, f"{key}: {error}") from None
+            raise _ErrorAnswer(400, f"{key}: {error}") from None
 
     async def _list_instances(self, request: web.Request) -> web.Response:
         try:
             role = InstanceRole(request.query["role"]) if "role" in request.query else None
         except ValueError:
-            raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
-        found = self._router.registry.endpoints(role)
-        return web.json_response({"instances": [_describe(endpoint) for endpoint in found]})
+            raise _ErrorAnswer(400, "role: must be 'prefill' or 'decode'") from None
+        endpoints = self._router.registry.endpoints(role)
+        return web.json_response({"instances": [_describe(endpoint) for endpoint in endpoints]})
 
     async def _add_instance(self, request: web.Request) -> web.Response:
-        body = await _read(request, _InstanceBody)
+        body = await _read_body(request, _InstanceBody)
         try:
             role = InstanceRole(body.role)
         except ValueError:
-            raise _Problem(400, "role: must be 'prefill' or 'decode'") from None
+            raise _ErrorAnswer(400, "role: must be 'prefill' or 'decode'") from None
         if body.api_key is not None and body.api_key not in self._router.config.api_keys():
-            # Else whoever can call this could have any file or variable of ours sent to a host of theirs.
-            raise _Problem(400, "api_key: must be one that the configuration names")
+            # Else whoever may call this could have any file or variable of the scheduler sent to their host.
+            raise _ErrorAnswer(400, "api_key: must be one that the configuration names")
         try:
             self._changes.add(SavedInstance(**{**dict(body), "role": role}))
         except DuplicateInstance as error:
-            raise _Problem(409, str(error)) from None
+            raise _ErrorAnswer(409, str(error)) from None
         except ValueError as error:
-            raise _Problem(400, str(error)) from None
+            raise _ErrorAnswer(400, str(error)) from None
         log.info("%s added", body.id)
         return web.json_response(_describe(self._router.registry.get(body.id)), status=201)
 
@@ -229,7 +247,7 @@ class AdminServer:
     async def _drain_instance(self, request: web.Request) -> web.Response:
         wait = request.query.get("wait", "false")
         if wait not in ("true", "false"):
-            raise _Problem(400, "wait: must be 'true' or 'false'")
+            raise _ErrorAnswer(400, "wait: must be 'true' or 'false'")
         endpoint = self._endpoint(request)
         self._router.drain_instance(endpoint.id)
         self._changes.save()
@@ -238,18 +256,19 @@ class AdminServer:
             return web.json_response(_describe(endpoint), status=202)
         await self._wait_for_drain(endpoint)
         remaining = {"in_flight": endpoint.in_flight, "pending_handoffs": endpoint.pending_handoffs}
-        left = {} if endpoint.drained else {"remaining": remaining}
-        return web.json_response({**_describe(endpoint), **left})
+        undone = {} if endpoint.drained else {"remaining": remaining}
+        return web.json_response({**_describe(endpoint), **undone})
 
     async def _wait_for_drain(self, endpoint: Endpoint) -> None:
-        """Return when an endpoint is drained, or cannot be: undrained, ``drain_timeout``, we end ourselves.
+        """Wait until an endpoint is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
 
-        When we end, so does our count: what runs on without us would look as if it had ended.
+        When the scheduler ends, the streams that it counts by end too, though the requests run on. To wait
+        further would report them as finished.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._router.config.drain_timeout):
                 while endpoint.draining and not endpoint.drained and self._is_ready():  # noqa: ASYNC110
-                    await asyncio.sleep(DRAIN_POLL_S)  # a request's end is no event to wait for
+                    await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
 
     async def _undrain_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
@@ -262,14 +281,15 @@ class AdminServer:
         try:
             return self._router.registry.get(request.match_info["id"])
         except UnknownInstance as error:
-            raise _Problem(404, str(error)) from None
+            raise _ErrorAnswer(404, str(error)) from None
 
 
-class _Problem(Exception):
-    """An answer other than success: status and reason."""
+class _ErrorAnswer(Exception):
+    """Ends a handler with an error: its arguments are the HTTP status and the message."""
 
 
 def _describe(endpoint: Endpoint) -> dict[str, Any]:
+    """Return an instance as JSON."""
     instance, metrics = endpoint.instance, endpoint.metrics
     return {
         "id": instance.instance_id,
@@ -289,15 +309,16 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-async def _read(request: web.Request, model: type[Model]) -> Model:
-    """Read a JSON body of a known shape; raises :exc:`_Problem` with everything that is wrong."""
+async def _read_body(request: web.Request, model: type[Model]) -> Model:
+    """Return the JSON body of a request; raise :exc:`_ErrorAnswer` with everything that is wrong with it."""
     if request.content_type != "application/json":
-        # A web page can send any other type to a loopback port of its visitor without asking.
-        raise _Problem(415, "the body must be JSON, with content-type: application/json")
+        # Against cross-site request forgery: a web page can make its visitor's browser send other types to a
+        # loopback port, but for this one the browser asks the server first (CORS).
+        raise _ErrorAnswer(415, "the body must be JSON, with content-type: application/json")
     try:
         return model.model_validate_json(await request.read())
     except ValidationError as error:
-        raise _Problem(400, "; ".join(map(read_problem, error.errors(include_url=False)))) from None
+        raise _ErrorAnswer(400, "; ".join(map(describe_error, error.errors(include_url=False)))) from None
 
 
 def _error(status: int, reason: str) -> web.Response:
@@ -308,8 +329,8 @@ def _error(status: int, reason: str) -> web.Response:
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except _Problem as problem:
-        return _error(*problem.args)
+    except _ErrorAnswer as error:
+        return _error(*error.args)
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         reason = f"{request.method} {request.path}: {error.reason}"

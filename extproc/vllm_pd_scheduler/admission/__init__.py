@@ -1,1 +1,1 @@
-"""Who is served next: the queue of requests that wait, and the memory that bodies may take."""
+"""Admission: which waiting request is served next, and how much memory request bodies may take."""

@@ -1,34 +1,43 @@
-"""Bytes of request bodies that this process holds: counted, and never more than it may."""
+"""Account of the bytes of request bodies that this process keeps in memory, so that they stay bounded."""
 
 from __future__ import annotations
 
 
 class BodyMemory:
-    """What all requests hold together, at most ``limit``, and one of them at most ``largest``."""
+    """The budget that all request bodies share.
+
+    ``limit`` bounds their sum in bytes, ``largest`` a single one. ``used`` is their sum now.
+    """
 
     def __init__(self, limit: int, largest: int) -> None:
         self.limit = limit
         self.largest = min(limit, largest)
-        self.total = 0
+        self.used = 0
 
 
-class HeldBody:
-    """The part of one request. ``release`` must be called when its body is let go of."""
+class BodyAllocation:
+    """The bytes of :class:`BodyMemory` that one request uses.
 
-    __slots__ = ("_all", "_size")
+    It starts with none. Whoever makes one calls ``release`` when the body is no longer in memory.
+    """
 
-    def __init__(self, held: BodyMemory) -> None:
-        self._all = held
+    __slots__ = ("_memory", "_size")
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
         self._size = 0
 
     def resize(self, size: int) -> bool:
-        """HeldBody so many bytes; ``False``, with nothing changed, if that is too many, alone or in all."""
-        total = self._all.total + size - self._size
-        if size > self._all.largest or total > self._all.limit:
+        """Set the allocation to ``size`` bytes and return whether there was room.
+
+        Without room (for this body alone, or for the sum of all) nothing changes.
+        """
+        used = self._memory.used + size - self._size
+        if size > self._memory.largest or used > self._memory.limit:
             return False
-        self._all.total, self._size = total, size
+        self._memory.used, self._size = used, size
         return True
 
     def release(self) -> None:
-        """HeldBody nothing. Doing it twice is the same as once."""
+        """Give all bytes back. Further calls do nothing."""
         self.resize(0)

@@ -1,4 +1,4 @@
-"""Where requests wait in an event loop until the dispatcher has an endpoint for them."""
+"""Connects the dispatcher, which knows no event loop, with the coroutines that wait for its decisions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Callable
 
 from ..fleet.endpoint import Reservation
 from ..request.errors import Reject
-from ..telemetry.metrics import Left, Telemetry
+from ..telemetry.metrics import QueueOutcome, Telemetry
 from .dispatcher import Dispatcher
 from .queue import Ticket
 
 
 class AdmissionController:
-    """Turns the dispatcher's decisions into something to await, and wakes it when its time has come."""
+    """Lets requests await an endpoint.
+
+    It runs the dispatcher when a request arrives, when :meth:`wake` is called (a request ended, an
+    instance was scraped) and, by a timer, at the time that :meth:`Dispatcher.next_wake` returns.
+    ``clock`` returns monotonic seconds.
+    """
 
     def __init__(
         self, dispatcher: Dispatcher, clock: Callable[[], float], telemetry: Telemetry | None = None
@@ -24,9 +29,10 @@ class AdmissionController:
         self._timer: asyncio.TimerHandle | None = None
 
     async def admit(self, ticket: Ticket) -> Reservation | Reject | None:
-        """Return the ticket's outcome; raises what a strategy has raised.
+        """Wait for an endpoint and return the ticket's outcome.
 
-        Cancelling the call takes the request out of the line.
+        Return a reservation, a refusal, or ``None`` if no endpoint can serve. Raise what a strategy raised
+        while it was asked for this request. Cancelling the call removes the request from the queue.
         """
         self._dispatcher.submit(ticket, self._clock())
         if not ticket.settled:
@@ -38,33 +44,36 @@ class AdmissionController:
     async def _wait(self, ticket: Ticket) -> None:
         settled, since = asyncio.Event(), self._clock()
         ticket.on_settled = lambda _: settled.set()
-        self._wake_in_time()
+        self._set_timer()
         try:
             await settled.wait()
-            self._left(Left.REFUSED if isinstance(ticket.outcome, Reject) else Left.SERVED, since)
+            refused = isinstance(ticket.outcome, Reject)
+            self._count_wait(QueueOutcome.REFUSED if refused else QueueOutcome.SERVED, since)
         except asyncio.CancelledError:
-            self._left(Left.GONE, since)
+            self._count_wait(QueueOutcome.GONE, since)
             self._dispatcher.withdraw(ticket)
+            # The ticket can be settled in the same turn of the event loop in which the client leaves. Then
+            # nobody else would release its reservation.
             if isinstance(ticket.outcome, Reservation):
                 ticket.outcome.release(self._clock())
             self.wake()
             raise
 
-    def _left(self, outcome: Left, since: float) -> None:
+    def _count_wait(self, outcome: QueueOutcome, since: float) -> None:
         if self._telemetry is not None:
-            self._telemetry.left_queue(outcome, self._clock() - since)
+            self._telemetry.waited(outcome, self._clock() - since)
 
     def wake(self) -> None:
-        """Look whether one of those that wait can go now: a request has ended, an instance was scraped."""
+        """Serve waiting requests that can be served now. Call it when load or health of the fleet changed."""
         if len(self._dispatcher.queue):
-            self._dispatcher.pump(self._clock())
-            self._wake_in_time()
+            self._dispatcher.dispatch(self._clock())
+            self._set_timer()
 
-    def _wake_in_time(self) -> None:
+    def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         now = self._clock()
-        at = self._dispatcher.wake_at(now)
+        at = self._dispatcher.next_wake(now)
         if at is not None:
             self._timer = asyncio.get_running_loop().call_later(at - now, self.wake)

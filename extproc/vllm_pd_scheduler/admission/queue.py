@@ -1,4 +1,8 @@
-"""The requests that wait in the scheduler: bounded, by priority, in turn by tenant, shortest first."""
+"""The queue of requests that wait in the scheduler.
+
+It is bounded in requests and bytes. Higher priorities go first; within a priority tenants take turns, and
+each tenant's shortest request goes first.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +17,37 @@ from ..models import InstanceRole
 from ..request.context import RequestContext
 from ..request.errors import Reject
 
-_REMEMBERED = 1024
-"""Tenants with nothing waiting of whom is known what they were given, in each priority."""
+_MAX_IDLE_TENANTS = 1024
+"""Tenants without waiting requests whose served work is remembered, for each priority.
+
+Clients choose the tenant's name, so the number must be bounded. 1024 is a choice, as large as the default
+queue: a tenant that is forgotten starts level with the others when it comes back.
+"""
 
 
 Outcome = Reservation | Reject | Exception | None
-"""How a ticket ended; an exception is what the strategy raised."""
+"""How a ticket ended: served, refused, a strategy raised this, or no endpoint can serve (``None``)."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request that wants to go to an endpoint of a role, and how that ended.
+    """A request that asks for an endpoint of one role.
 
-    ``settle`` is called once, by the dispatcher. The outcome is a reservation, an error, or ``None`` if no
-    endpoint can serve.
+    The dispatcher calls :meth:`settle` exactly once. ``outcome`` has no meaning before that.
     """
 
     request: RequestContext
     role: InstanceRole
     size: int = 0
-    """Bytes that are kept while it waits."""
+    """Bytes that stay in memory while the request waits."""
     cost: float = 0.0
-    """Predicted seconds of work."""
+    """Predicted seconds of prefill."""
     settled: bool = False
     outcome: Outcome = None
     on_settled: Callable[[Ticket], None] | None = None
 
     def settle(self, outcome: Outcome) -> None:
-        """Say how it ended."""
+        """Record the outcome and call ``on_settled``."""
         self.settled, self.outcome = True, outcome
         if self.on_settled is not None:
             self.on_settled(self)
@@ -48,87 +55,104 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Tenant:
+    """The waiting requests of one tenant within one priority."""
+
     served: float = 0.0
-    """Work it was given while others waited, in predicted seconds."""
+    """Work that the tenant was given while others waited, in predicted seconds."""
     waiting: list[tuple[float, int, Ticket]] = field(default_factory=list)
+    """Sorted: the strategy's order, the arrival number (so that tickets are never compared), the ticket."""
 
 
 @dataclass(slots=True)
-class _Class:
-    """The requests of one priority."""
+class _PriorityLevel:
+    """The waiting requests of one priority."""
 
     tenants: dict[str, _Tenant] = field(default_factory=dict)
-    left: dict[str, float] = field(default_factory=dict)
-    """What tenants with nothing waiting were given: who comes back at once has not been given less."""
+    """Tenants that have requests waiting."""
+    served_idle: dict[str, float] = field(default_factory=dict)
+    """``served`` of tenants without waiting requests.
+
+    Without it a tenant could reset its count by waiting a moment until its queue is empty.
+    """
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Yield them as they should be served: always the next of the tenant that has had the least."""
+        """Yield tickets in the order in which to serve them.
+
+        The next is always the first of the tenant with the least served work, where those yielded before
+        count as served.
+        """
         turns = [(tenant.served, name, 0) for name, tenant in self.tenants.items()]
         heapq.heapify(turns)
         while turns:
-            served, name, at = turns[0]
+            served, name, index = turns[0]
             waiting = self.tenants[name].waiting
-            if at == len(waiting):
+            if index == len(waiting):
                 heapq.heappop(turns)
                 continue
-            ticket = waiting[at][2]
-            heapq.heapreplace(turns, (served + ticket.cost, name, at + 1))
+            ticket = waiting[index][2]
+            heapq.heapreplace(turns, (served + ticket.cost, name, index + 1))
             yield ticket
 
 
 @dataclass(slots=True, eq=False)
 class RequestQueue:
-    """At most ``size`` requests of ``size_bytes`` bytes together.
+    """Waiting requests, at most ``max_requests`` of together ``max_bytes`` bytes.
 
-    Priorities are strict. Within one, tenants share what is served by predicted work (a virtual token
-    counter: Sheng et al., "Fairness in Serving Large Language Models", 2024); a tenant that comes anew
-    starts level with the one that has had the least, if it has not had more. Within a tenant the least
-    ``order`` goes first.
+    - Priorities are strict: a lower one is served only when no higher one waits.
+    - Within a priority, tenants share by predicted work (a virtual token counter: Sheng et al., "Fairness
+      in Serving Large Language Models", OSDI 2024). A tenant that arrives starts level with the tenant that
+      was given the least, unless it was given more itself before.
+    - Within a tenant, the request with the least ``order`` goes first; the strategy says the order.
+    - Deferred requests (see :meth:`defer`) come after all others, whatever their priority.
     """
 
-    size: int
-    size_bytes: int
+    max_requests: int
+    max_bytes: int
     bytes: int = 0
+    """Sum of the waiting requests' ``size``."""
     work: float = 0.0
-    """Predicted seconds of all that wait."""
+    """Sum of the waiting requests' ``cost``, in predicted seconds."""
     _roles: Counter[InstanceRole] = field(default_factory=Counter)
-    _places: dict[Ticket, tuple[int, float, int]] = field(default_factory=dict)
-    """Priority, order and arrival number of each, in the order of arrival."""
-    _classes: dict[int, _Class] = field(default_factory=dict)
-    _late: dict[Ticket, None] = field(default_factory=dict)
-    _number: int = 0
+    _positions: dict[Ticket, tuple[int, float, int]] = field(default_factory=dict)
+    """Priority, order and arrival number of every waiting ticket, in the order of arrival."""
+    _levels: dict[int, _PriorityLevel] = field(default_factory=dict)
+    """By priority; without those in which nothing waits."""
+    _deferred: dict[Ticket, None] = field(default_factory=dict)
+    """An ordered set."""
+    _arrivals: int = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._places
+        return ticket in self._positions
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Yield all as they should be served; those that were let pass come last."""
-        for priority in sorted(self._classes, reverse=True):
-            yield from self._classes[priority]
-        yield from self._late
+        """Yield all tickets in the order in which to serve them; deferred ones come last."""
+        for priority in sorted(self._levels, reverse=True):
+            yield from self._levels[priority]
+        yield from self._deferred
 
     def waiting(self, role: InstanceRole) -> int:
-        """Return how many wait for a role."""
+        """Return how many requests wait for an endpoint of a role."""
         return self._roles[role]
 
     def by_arrival(self) -> Iterator[Ticket]:
-        """Yield all, the one that has waited longest first."""
-        return iter(self._places)
+        """Yield all tickets, the one that has waited longest first."""
+        return iter(self._positions)
 
     def push(self, ticket: Ticket, order: float) -> Collection[Ticket] | None:
-        """Take a request in. Return those that it displaces, or ``None`` if there is no room for it.
+        """Add a ticket. Return the tickets that were removed to make room, or ``None`` if it was not added.
 
-        It displaces the last ones of a lower priority, and only if that makes room. First to go are those
-        that were let pass, of its own priority too.
+        Only tickets of a lower priority, and deferred ones of the same priority or lower, give way to it:
+        deferred ones first, then those that would be served last. If that would not make enough room,
+        nothing changes.
         """
         displaced: list[Ticket] = []
-        room, room_bytes = self.size - len(self), self.size_bytes - self.bytes
-        lower = self._last_first(ticket.request.priority)
+        room, room_bytes = self.max_requests - len(self), self.max_bytes - self.bytes
+        candidates = self._displaceable(ticket.request.priority)
         while room < 1 or room_bytes < ticket.size:
-            victim = next(lower, None)
+            victim = next(candidates, None)
             if victim is None:
                 return None
             displaced.append(victim)
@@ -139,58 +163,61 @@ class RequestQueue:
         return displaced
 
     def _insert(self, ticket: Ticket, order: float) -> None:
-        self._number += 1
-        priority = ticket.request.priority
-        one = self._classes.setdefault(priority, _Class())
-        tenants = one.tenants
-        tenant = tenants.get(ticket.request.tenant)
+        self._arrivals += 1
+        name, priority = ticket.request.tenant, ticket.request.priority
+        level = self._levels.setdefault(priority, _PriorityLevel())
+        tenant = level.tenants.get(name)
         if tenant is None:
-            level = min((t.served for t in tenants.values()), default=0.0)
-            tenant = _Tenant(max(level, one.left.pop(ticket.request.tenant, 0.0)))
-            tenants[ticket.request.tenant] = tenant
-        bisect.insort(tenant.waiting, (order, self._number, ticket))
-        self._places[ticket] = (priority, order, self._number)
+            # Not from zero: the newcomer would have all turns until it had caught up with the others.
+            least = min((t.served for t in level.tenants.values()), default=0.0)
+            tenant = _Tenant(max(least, level.served_idle.pop(name, 0.0)))
+            level.tenants[name] = tenant
+        bisect.insort(tenant.waiting, (order, self._arrivals, ticket))
+        self._positions[ticket] = (priority, order, self._arrivals)
         self.bytes += ticket.size
         self.work += ticket.cost
         self._roles[ticket.role] += 1
 
     def remove(self, ticket: Ticket, *, served: bool = False) -> None:
-        """Take a request out; ``served`` counts its work for its tenant."""
-        priority, order, number = self._places.pop(ticket)
+        """Remove a ticket. With ``served`` its cost counts as work that its tenant was given."""
+        priority, order, number = self._positions.pop(ticket)
         self.bytes -= ticket.size
-        self.work = max(0.0, self.work - ticket.cost) if self._places else 0.0
+        # An empty queue has exactly no work: rounding errors must not add up over the life of the process.
+        self.work = max(0.0, self.work - ticket.cost) if self._positions else 0.0
         self._roles[ticket.role] -= 1
-        if ticket in self._late:
-            del self._late[ticket]
+        if ticket in self._deferred:
+            del self._deferred[ticket]
         else:
-            self._leave_class(ticket, priority, order, number, served)
+            self._remove_from_level(ticket, priority, order, number, served)
 
-    def let_pass(self, ticket: Ticket) -> bool:
-        """Have a request wait until nobody else does; return whether it did not yet."""
-        if ticket in self._late:
+    def defer(self, ticket: Ticket) -> bool:
+        """Move a ticket behind all that are not deferred; return ``False`` if it is there already."""
+        if ticket in self._deferred:
             return False
-        self._leave_class(ticket, *self._places[ticket], served=False)
-        self._late[ticket] = None
+        self._remove_from_level(ticket, *self._positions[ticket], served=False)
+        self._deferred[ticket] = None
         return True
 
-    def _leave_class(self, ticket: Ticket, priority: int, order: float, number: int, served: bool) -> None:
-        one = self._classes[priority]
-        tenants = one.tenants
-        tenant = tenants[ticket.request.tenant]
+    def _remove_from_level(
+        self, ticket: Ticket, priority: int, order: float, number: int, served: bool
+    ) -> None:
+        name, level = ticket.request.tenant, self._levels[priority]
+        tenant = level.tenants[name]
         del tenant.waiting[bisect.bisect_left(tenant.waiting, (order, number))]
         if served:
             tenant.served += ticket.cost
         if not tenant.waiting:
-            del tenants[ticket.request.tenant]
-            one.left[ticket.request.tenant] = tenant.served
-            if len(one.left) > _REMEMBERED:
-                del one.left[next(iter(one.left))]
-            if not tenants:
-                del self._classes[priority]
+            del level.tenants[name]
+            level.served_idle[name] = tenant.served
+            if len(level.served_idle) > _MAX_IDLE_TENANTS:
+                del level.served_idle[next(iter(level.served_idle))]
+            if not level.tenants:
+                # Counts matter only among those that wait together: when nobody does, all start anew.
+                del self._levels[priority]
 
-    def _last_first(self, priority: int) -> Iterator[Ticket]:
-        """Yield those below a priority, the least important first."""
-        late = [t for t in self._late if t.request.priority <= priority]
-        yield from reversed(late)
-        for lower in sorted(p for p in self._classes if p < priority):
-            yield from reversed(list(self._classes[lower]))
+    def _displaceable(self, priority: int) -> Iterator[Ticket]:
+        """Yield the tickets that may give way to one of ``priority``, the least important first."""
+        deferred = [t for t in self._deferred if t.request.priority <= priority]
+        yield from reversed(deferred)
+        for lower in sorted(p for p in self._levels if p < priority):
+            yield from reversed(list(self._levels[lower]))

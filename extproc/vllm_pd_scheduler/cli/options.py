@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, and how they read, log, run and fail."""
+"""What several commands share: options, reading the configuration, logging, running and failing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode inst
 
 
 def read_config(path: Path) -> SchedulerConfig:
-    """Return the configuration in a file, or print all that is wrong with it and end with status 2."""
+    """Return the configuration in a file; print everything wrong with it and exit with 2 if it has errors."""
     try:
         return load_config(path)
     except ConfigError as error:
@@ -61,30 +61,33 @@ def read_config(path: Path) -> SchedulerConfig:
 def with_ports(
     config: SchedulerConfig, prefill_port: int, grpc_port: int | None, admin_port: int | None
 ) -> SchedulerConfig:
-    """Return the configuration for an Envoy of our own, with the ports that are given."""
-    changed: dict[str, Any] = {"prefill_listener": f"http://{join_address('127.0.0.1', prefill_port)}"}
+    """Return a copy of the configuration, for an Envoy that we run, with the ports that are given."""
+    update: dict[str, Any] = {"prefill_listener": f"http://{join_address('127.0.0.1', prefill_port)}"}
     if grpc_port is not None:
-        changed["grpc_port"] = grpc_port
+        update["grpc_port"] = grpc_port
     if admin_port is not None:
-        changed["admin_port"] = admin_port
-    return config.model_copy(update=changed)
+        update["admin_port"] = admin_port
+    return config.model_copy(update=update)
 
 
 def log_to_stderr(level: LogLevel) -> None:
-    """Set logging up for a command that serves."""
+    """Log to stderr from ``level`` on."""
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG has a line for every message
+    logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
 
 
 def envoy_log_level(level: LogLevel) -> str:
-    """Return Envoy's level for ours: its INFO is some hundred lines at start, shown only with DEBUG."""
+    """Return the log level of Envoy for one of ours.
+
+    It is one level less: at INFO, Envoy prints some hundred lines when it starts.
+    """
     return {"DEBUG": "info", "INFO": "warning", "WARNING": "error"}.get(level, "critical")
 
 
 def run(main: Coroutine[Any, Any, int]) -> None:
-    """Run a service to its end; a status other than 0, or an error of its start, ends the command."""
+    """Run a service to its end on uvloop. Exit with its status if that is not 0, or 1 if it cannot start."""
     try:
         status = uvloop.run(main)
     except (StartupError, EnvoyError, UnknownStrategy) as error:
@@ -94,6 +97,6 @@ def run(main: Coroutine[Any, Any, int]) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print what went wrong and end with status 1."""
+    """Print a message to stderr and exit with status 1."""
     typer.echo(f"vllm-pd-scheduler: {message}", err=True)
     raise typer.Exit(1)

@@ -1,4 +1,7 @@
-"""The command ``replay``: compares strategies on a recorded load."""
+"""The command ``replay``, which compares strategies on a recorded load.
+
+The room ``replay`` is imported inside functions: it takes long to load, and other commands do not need it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,17 @@ import typer
 from ..replay import DEFAULT_SETUP
 
 if TYPE_CHECKING:
-    from ..replay.fleet import FleetSpec, Variant
+    from ..replay.fleet import FleetSpec
     from ..replay.job import Conditions, Outcome
     from ..replay.trace import Trace
+    from ..replay.variant import Variant
 
-_FILE_WIDTH = 140  # of a table that goes to a file or a pipe, where nothing wraps
+_FILE_WIDTH = 140
+"""Columns of output that goes to a file or a pipe: the widest table does not wrap."""
 
 
 def _finite(value: float) -> float:
-    """Refuse what the bounds of an option let through."""
+    """Return an option's value; raise for NaN and infinity, which its ``min`` and ``max`` let through."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a number that can be used")
     return value
@@ -71,7 +76,7 @@ def replay(
 
 
 def _check_outputs(trace: Path, json_path: Path | None, plot_path: Path | None) -> None:
-    """Find out before a long run what could not be written after it."""
+    """Exit with an error, before a long run, if its results could not be written after it."""
     from ..replay.plot import SUFFIXES, PlotError, require_matplotlib
 
     for option, path in (("--json", json_path), ("--plot", plot_path)):
@@ -94,6 +99,7 @@ def _check_outputs(trace: Path, json_path: Path | None, plot_path: Path | None) 
 
 
 def _unwritable(path: Path) -> str | None:
+    """Return why a file cannot be written, or ``None``."""
     if path.is_dir():
         return "is a directory"
     if not path.parent.is_dir():
@@ -104,9 +110,10 @@ def _unwritable(path: Path) -> str | None:
 
 
 def _variants(text: str) -> list[Variant]:
-    from ..replay.fleet import parse_variant
+    """Return the variants that ``--strategies`` names."""
+    from ..replay.variant import parse_variant
 
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for name in (part.strip() for part in text.split(",")):
         try:
             if not name:
@@ -114,9 +121,9 @@ def _variants(text: str) -> list[Variant]:
             variant = parse_variant(name)
         except ValueError as error:
             _refuse("--strategies", str(error))
-        if found.setdefault(variant.label, variant) is not variant:
+        if variants.setdefault(variant.label, variant) is not variant:
             _refuse("--strategies", f"{variant.label} is named twice")
-    return list(found.values())
+    return list(variants.values())
 
 
 def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:
@@ -159,7 +166,7 @@ def _run(
 def _publish(
     outcomes: list[Outcome], conditions: Conditions, json_path: Path | None, plot_path: Path | None
 ) -> None:
-    """Print first: what was computed is not lost when a file cannot be written."""
+    """Print the tables, then write the files: a file that cannot be written loses no result."""
     from rich.console import Console
 
     from ..replay.plot import plot

@@ -1,4 +1,4 @@
-"""The commands that serve a real fleet: ``serve``, ``up`` and ``check``."""
+"""The commands for a real fleet: ``serve``, ``up`` and ``check``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that need no vLLM: ``sim`` and ``demo``."""
+"""The commands for a simulated fleet: ``sim`` and ``demo``."""
 
 from __future__ import annotations
 

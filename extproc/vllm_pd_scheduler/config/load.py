@@ -1,4 +1,4 @@
-"""Reading a configuration file: all that is wrong with it is told at once."""
+"""Reads a configuration file, and reports everything that is wrong with it at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..models import InstanceRole
-from .problems import problems_of, read_problem
+from .problems import describe_error, find_problems
 from .schema import InstanceConfig, Listed, SchedulerConfig
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used. ``problems`` has one line for each reason."""
+    """The configuration cannot be used. ``problems`` has a line for each reason, the message all of them."""
 
     def __init__(self, source: str, problems: list[str]) -> None:
         super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
@@ -24,13 +24,13 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
-    """Read and check a JSON configuration file.
+    """Return the checked configuration of a JSON file.
 
-    Raises :exc:`ConfigError` with every problem at once, each with the path of its key.
+    Raise :exc:`ConfigError` with every problem at once, each with the path of its key.
     """
     source = os.fspath(path)
     try:
-        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_no_doubles)
+        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from None
     except json.JSONDecodeError as error:
@@ -38,29 +38,36 @@ def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
         raise ConfigError(source, [problem]) from None
     except (UnicodeDecodeError, RecursionError):
         raise ConfigError(source, ["is not UTF-8 encoded JSON"]) from None
-    except _DoubleKey as error:
+    except _DuplicateKey as error:
         raise ConfigError(source, [str(error)]) from None
-    except ValueError:  # what else json raises: Python's limit of 4,300 digits
+    except ValueError:  # the only other one that json raises: Python reads ints of at most 4,300 digits
         raise ConfigError(source, ["a number in it has too many digits"]) from None
     return parse_config(raw, source)
 
 
 def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
-    """Check a configuration that was read already (as ``json.loads`` gives it); see :func:`load_config`."""
+    """Return the checked configuration in ``raw``, as ``json.loads`` returns it.
+
+    ``source`` is its name in messages. Raise :exc:`ConfigError` as :func:`load_config` does.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(source, [f"must be a JSON object, not {_json_type(raw)}"])
     try:
         config = SchedulerConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [read_problem(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError(source, problems + _problems_of_the_rest(raw, error)) from None
-    if problems := problems_of(config):
+        problems = [describe_error(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(source, problems + _problems_beside(raw, error)) from None
+    if problems := find_problems(config):
         raise ConfigError(source, problems)
     return config
 
 
-def _problems_of_the_rest(raw: dict[str, Any], error: ValidationError) -> list[str]:
-    """Check what is well-formed as a whole too, so that one run shows everything."""
+def _problems_beside(raw: dict[str, Any], error: ValidationError) -> list[str]:
+    """Return the problems of the keys that ``error`` does not name.
+
+    pydantic stops before the checks that need the whole configuration. They are made here for what is well
+    formed, so that one run shows everything.
+    """
     bad = {detail["loc"][0] for detail in error.errors()}
     lists = {f"{role}_instances": role for role in InstanceRole}
     listed: list[Listed] = []
@@ -69,21 +76,22 @@ def _problems_of_the_rest(raw: dict[str, Any], error: ValidationError) -> list[s
             with contextlib.suppress(ValidationError):
                 listed.append((role, f"{key}[{index}]", InstanceConfig.model_validate(item)))
     rest = {key: value for key, value in raw.items() if key not in bad and key not in lists}
-    found = problems_of(SchedulerConfig.model_validate(rest), listed)
-    return [problem for problem in found if problem.split(":")[0] not in bad]
+    problems = find_problems(SchedulerConfig.model_validate(rest), listed)
+    return [problem for problem in problems if problem.split(":")[0] not in bad]
 
 
-class _DoubleKey(ValueError):
-    pass
+class _DuplicateKey(ValueError):
+    """An object of the file has a key twice."""
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise :exc:`_DuplicateKey`, where ``json`` itself would take the last value."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise _DoubleKey(f"{key}: this key is given twice")
-        found[key] = value
-    return found
+        if key in result:
+            raise _DuplicateKey(f"{key}: this key is given twice")
+        result[key] = value
+    return result
 
 
 def _json_type(value: Any) -> str:

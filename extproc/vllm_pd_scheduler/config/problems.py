@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words for the person who writes it."""
+"""Finds what is wrong with a configuration, and says it in words for the person who writes it."""
 
 from __future__ import annotations
 
@@ -15,63 +15,65 @@ from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSour
 from .tls import InstanceTlsConfig, TlsConfig
 
 
-def problems_of(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
-    """What only the whole and its machine show: doubles, unreadable secrets, an open admin port, …
+def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
+    """Return a line for each problem that only the whole configuration, or this machine, shows.
 
-    ``listed`` replaces the instances, for a file in which some of them are malformed.
+    Such are duplicate ids and addresses, unknown strategies, secrets that cannot be read and an admin port
+    that is open to others without a token. ``listed`` replaces the configuration's instances, for a file in
+    which some of them are malformed.
     """
-    found = _unknown_strategies(config)
+    problems = _unknown_strategies(config)
     items = list(config.listed() if listed is None else listed)
-    found += _doubles(items)
+    problems += _duplicates(items)
     for _, key, item in items:
-        found += _unreadable(f"{key}.api_key", item.api_key)
+        problems += _unreadable(f"{key}.api_key", item.api_key)
         try:
             config.tls_name(item)
         except ValueError as error:
-            found.append(f"{key}.{error}")
-    found += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
-    found += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
-    found += _unreadable("instance_tls", config.instance_tls)
+            problems.append(f"{key}.{error}")
+    problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
+    problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
+    problems += _unreadable("instance_tls", config.instance_tls)
     if config.admin_token is None and not is_loopback(config.admin_host):
-        found.append(
+        problems.append(
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
             'machines; give {"env": NAME} or {"file": PATH}'
         )
-    found += _unusable(config.state_file)
+    problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
         if not any(role is item_role for item_role, _, _ in items):
-            found.append(
+            problems.append(
                 f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
             )
-    return found
+    return problems
 
 
 def _unknown_strategies(config: SchedulerConfig) -> list[str]:
-    found = []
+    problems = []
     for key in ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy"):
         name = getattr(config, key)
         try:
             if name is not None:
                 load_strategy(name)
         except UnknownStrategy as error:
-            found.append(f"{key}: {error}")
-    return found
+            problems.append(f"{key}: {error}")
+    return problems
 
 
-def _doubles(items: list[Listed]) -> list[str]:
-    found: list[str] = []
+def _duplicates(items: list[Listed]) -> list[str]:
+    problems: list[str] = []
     ids: dict[str, str] = {}
     addresses: dict[tuple[InstanceRole, str, int], str] = {}
     for role, key, item in items:
         if (first := ids.setdefault(item.id, key)) != key:
-            found.append(f"{key}.id: {item.id!r} is the id of {first} already")
+            problems.append(f"{key}.id: {item.id!r} is the id of {first} already")
         if (first := addresses.setdefault((role, item.host, item.port), key)) != key:
             address = join_address(item.host, item.port)
-            found.append(f"{key}: {address} is the address of {first} already")
-    return found
+            problems.append(f"{key}: {address} is the address of {first} already")
+    return problems
 
 
-def _unusable(state_file: str | None) -> list[str]:
+def _unusable_state_file(state_file: str | None) -> list[str]:
     if state_file is None:
         return []
     directory = os.path.dirname(os.path.abspath(state_file))
@@ -94,8 +96,8 @@ def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig |
     return []
 
 
-def read_problem(detail: Any) -> str:
-    """One line for a pydantic error: the key's path, then what is wrong, in plain words."""
+def describe_error(detail: Any) -> str:
+    """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong."""
     path = ""
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
@@ -107,16 +109,16 @@ def read_problem(detail: Any) -> str:
     if kind == "missing":
         return f"{path}: missing"
     if kind == "value_error":
-        found = str(context["error"])
+        text = str(context["error"])
     elif kind == "string_pattern_mismatch" and context["pattern"] in MEANING:
-        found = MEANING[context["pattern"]]
+        text = MEANING[context["pattern"]]
     elif kind == "model_type":
         secret = context["class_name"] == SecretSource.__name__
-        found = "must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
+        text = "must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
     else:
         message = str(detail["msg"]).removeprefix("Input should be ")
-        found = f"must be {message}" if message != detail["msg"] else message
-    return f"{path}: {found}" if path else found
+        text = f"must be {message}" if message != detail["msg"] else message
+    return f"{path}: {text}" if path else text
 
 
 def _closest(key: str, model: type[BaseModel] | None) -> str:

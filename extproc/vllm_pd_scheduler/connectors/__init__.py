@@ -1,4 +1,4 @@
-"""KV hand-off protocols: bodies in, bodies out."""
+"""KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
 from .base import Connector, Handoff
 from .nixl import NixlConnector

@@ -1,4 +1,4 @@
-"""What a KV hand-off protocol is."""
+"""The interface of a KV hand-off protocol."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from ..request.body import JsonBody
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """What prefill left for one decode, and only one: using it a second time gives a wrong text.
+    """A prompt's KV cache on P, and how D fetches it.
 
-    ``params`` is the JSON text that the decode request carries; ``prompt_tokens`` is the prompt's length
-    as prefill counted it, ``cached_tokens`` how many of them it had in its cache, if it says so.
+    It is for one decode request only. P frees the blocks when they were fetched or when its lease ends, so
+    whoever uses a hand-off again, or too late, reads another prompt's blocks and answers with a wrong text.
     """
 
     params: bytes
+    """JSON text of the field ``kv_transfer_params`` of the decode request."""
     prompt_tokens: int | None = None
+    """Tokens of the prompt as P counted them; ``None`` if it does not say."""
     cached_tokens: int | None = None
+    """How many of them P had in its prefix cache; ``None`` if it does not say."""
 
 
 class Connector(Protocol):
-    """Turns a client's body into those of the two legs. Does no I/O."""
+    """Makes the bodies of the two legs, prefill and decode, from the client's body. Does no I/O."""
 
     def can_split(self, body: JsonBody) -> bool:
-        """Whether the request can be split in prefill and decode; if not, decode serves it whole."""
+        """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
         ...
 
     def prefill_body(self, body: JsonBody) -> bytes:
-        """Return the body of the prefill leg."""
+        """Return the body of the request to P."""
         ...
 
     def handoff(self, answer: bytes) -> Handoff | None:
-        """Read prefill's answer (status 200); ``None`` if there is nothing that decode could use."""
+        """Return the hand-off in P's answer (of status 200), or ``None`` if it has none that D could use."""
         ...
 
     def ended(self, answer: bytes) -> bool:
@@ -44,12 +47,13 @@ class Connector(Protocol):
         ...
 
     def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
-        """Return the body of the decode leg, and the offset from which on it is the hand-off and ``}``.
+        """Return the body of the request to D, and the offset at which the hand-off begins in it.
 
-        What comes before it, closed by a ``}``, must be the request without a hand-off.
+        The hand-off must be the last field: what comes before the offset, closed by a ``}``, must be the
+        request without it. Envoy cuts there when it sends the request to another D.
         """
         ...
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
-        """Return the body of a completion request that makes decode refuse the hand-off, and P free it."""
+        """Return the body of a completion request that makes D refuse the hand-off and P free its blocks."""
         ...

@@ -1,4 +1,8 @@
-"""vLLM's NixlConnector: prefill keeps the blocks pinned and says where, decode pulls them."""
+"""vLLM's ``NixlConnector``: P keeps the blocks and says where they are, D pulls them.
+
+Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32, and for the flow of the two
+requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,16 @@ import msgspec
 from ..request.body import HANDOFF_KEY, JsonBody
 from .base import Handoff
 
-_REMOTE_DECODE = (
+_PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
 )
+"""``kv_transfer_params`` that ask P to keep the blocks for a D."""
 _DROPPED_FOR_PREFILL = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
+"""Fields that P gets without, or with another value.
+
+vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``.
+"""
 
 
 class _Details(msgspec.Struct):
@@ -36,11 +45,12 @@ class _Choices(msgspec.Struct):
     choices: list[_Choice] = []
 
 
-class _Params(msgspec.Struct):
-    """What a decode engine dereferences without looking. With one missing or malformed it hangs or dies.
+class _TransferParams(msgspec.Struct):
+    """The part of P's ``kv_transfer_params`` that D's engine uses without a check.
 
-    Releases before KV-cache groups have a flat list of blocks and no request id, in P's answer and in what
-    D reads; within one fleet P's answer has the form that its D needs.
+    With one of them missing or malformed the engine hangs or dies. ``remote_block_ids`` is a list for each
+    KV-cache group, with ``remote_request_id`` beside it. vLLM releases before such groups have one flat list
+    and no request id; P and D of a fleet are of the same release, so each D gets the form that it reads.
     """
 
     do_remote_prefill: bool
@@ -54,16 +64,17 @@ class _Params(msgspec.Struct):
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_choices = msgspec.json.Decoder(_Choices).decode
-_decode_params = msgspec.json.Decoder(_Params).decode
+_decode_params = msgspec.json.Decoder(_TransferParams).decode
 
 
 class NixlConnector:
-    """The protocol as vLLM 0.32 speaks it (``vllm/distributed/kv_transfer/kv_connector/v1/nixl``)."""
+    """The protocol as vLLM 0.32 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
 
     def can_split(self, body: JsonBody) -> bool:
-        """One prompt, one answer, and nothing that only the instance which prefills can tell.
+        """Whether the request has one prompt and one answer, and wants nothing that only P would know.
 
-        Prefill's answer holds one hand-off, whatever ``n`` is and however many prompts there are.
+        P's answer holds one hand-off, whatever ``n`` is and however many prompts there are. For ``echo`` and
+        ``prompt_logprobs`` D would have to compute the whole prompt again.
         """
         fields = body.fields
         for key in ("n", "best_of"):
@@ -81,14 +92,17 @@ class NixlConnector:
         return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
     def prefill_body(self, body: JsonBody) -> bytes:
-        """One token, not streamed, and a hand-off in return."""
-        add = {"max_tokens": b"1", "stream": b"false", HANDOFF_KEY: _REMOTE_DECODE}
+        """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
+        add = {"max_tokens": b"1", "stream": b"false", HANDOFF_KEY: _PREFILL_PARAMS}
         if "max_completion_tokens" in body.fields:
             add["max_completion_tokens"] = b"1"
         return body.replace(_DROPPED_FOR_PREFILL, add)
 
     def handoff(self, answer: bytes) -> Handoff | None:
-        """Return prefill's ``kv_transfer_params``, copied whole, if decode can work with them."""
+        """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
+
+        They are copied whole, with fields that are unknown here: a later vLLM may need them.
+        """
         try:
             decoded = _decode_answer(answer)
             params = _decode_params(decoded.kv_transfer_params)
@@ -119,9 +133,10 @@ class NixlConnector:
         return body.with_field(HANDOFF_KEY, handoff.params)
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
-        """Ask for more tokens than any context has: vLLM answers 400 and tells P, and no KV travels.
+        """Return a completion request for more tokens than any context has.
 
-        Measured on vLLM 0.32: P's blocks are free at once.
+        vLLM answers it with 400, tells P that the hand-off was rejected, and transfers nothing. Measured on
+        vLLM 0.32: P's blocks are free at once.
         """
         name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
         return b"".join(

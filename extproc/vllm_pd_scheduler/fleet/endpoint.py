@@ -166,7 +166,7 @@ class Reservation:
 
     def finish(self, now: float) -> float | None:
         """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""
-        return self.endpoint.prefill.end(self, now) if self._end() else None
+        return self.endpoint.prefill.complete(self, now) if self._end() else None
 
     def _end(self) -> bool:
         """Return whether it had not ended, nor the process that it was a claim on."""

@@ -245,9 +245,9 @@ class Registry:
             reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
             new = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
             reservation.tokens = new
-            reservation.wait = load.left(request.now)
+            reservation.wait = load.remaining(request.now)
             reservation.cost = load.cost(new, request.prompt_tokens)
-            load.begin(reservation, reservation.cost, request.now)
+            load.enqueue(reservation, reservation.cost, request.now)
         endpoint.tokens += reservation.tokens
         return reservation
 
@@ -264,7 +264,7 @@ class Registry:
             return
         cached = int(load.trust * reservation.cached) if cached_tokens is None else max(0, cached_tokens)
         if cached_tokens is not None:
-            load.believed(reservation.cached, cached)
+            load.learn_cached(reservation.cached, cached)
         load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
         self._learned(reservation.endpoint)
 
@@ -275,9 +275,9 @@ class Registry:
         untried.discard(endpoint)
         for other in untried:
             if role is InstanceRole.DECODE:
-                other.decode.follow(self.load.decode)
+                other.decode.adopt(self.load.decode)
             else:
-                other.prefill.follow(self.load.prefill)
+                other.prefill.adopt(self.load.prefill)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Record a request that an instance served."""
@@ -342,7 +342,7 @@ class Registry:
         endpoint.generation += 1
         endpoint.in_flight = endpoint.in_flight_at_scrape = 0
         endpoint.tokens = endpoint.tokens_at_scrape = 0.0
-        endpoint.prefill.restarted()
+        endpoint.prefill.reset()
         endpoint.holder.clear()
         endpoint.breaker.restarted()
         endpoint.doubts = DoubtfulEnds()

@@ -1,1 +1,1 @@
-"""What is predicted of the fleet: times, lengths and cached prefixes."""
+"""Predictions: how long prefills and decode steps take, how long answers are, which prefixes are cached."""

@@ -1,6 +1,6 @@
-"""The load model: how long an instance would need for what, learned from how long it did need.
+"""The load model: predicts how long prefills and decode steps take, learned from how long they took.
 
-Pure: every time comes as an argument, in seconds of the caller's monotonic clock.
+It does no I/O and reads no clock: every time is an argument, in seconds of the caller's monotonic clock.
 """
 
 from __future__ import annotations
@@ -11,39 +11,64 @@ from dataclasses import dataclass, field
 from .regression import OnlineRegression
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
-"""Until something was measured: 20 ms a request and 10,000 tokens/s, the order of a 70B model on 4 GPUs."""
-_PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
-"""The first is large so that the time of prompts that are all alike is put down to their tokens, not to what
-any prompt costs."""
-_DECODE_PRIOR = (0.02, 2e-4, 1e-8)
-_DECODE_SCALE = (1.0, 32.0, 262144.0)
+"""Prefill before anything was measured: 20 ms, and 10,000 tokens/s, the order of a 70B model on 4 GPUs.
 
-_TOGETHER = 8
-"""Prefills that are learned from together, at most."""
-_SHORT_S = 0.02
-"""Seconds that are not enough to learn from."""
+Seconds for each prefill, each token and each attended pair. While instances are alike, their order hardly
+depends on it.
+"""
+_PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
+"""Typical values of a prefill's features, by which the regression divides them.
+
+The last two are those of 1,024 new tokens in a context of 16,384. The first feature is always 1, and dividing
+it by 10 makes it small, so that the prior holds its coefficient in place more than the others: while all
+prompts are alike, their time is put down to their tokens, not to a fixed cost.
+"""
+_DECODE_PRIOR = (0.02, 2e-4, 1e-8)
+"""A decode step before anything was measured: 20 ms, 0.2 ms a request, 10 ns a KV token (a choice)."""
+_DECODE_SCALE = (1.0, 32.0, 262144.0)
+"""Typical values of a step's features: 32 requests with 8,192 tokens each."""
+_DECODE_FORGET = 0.95
+"""A sample is one scrape, the mean of many steps, so fewer are enough: some 20 scrapes count."""
+
+_MAX_GROUP = 8
+"""Prefills that are learned from together, at most: a choice, so that a busy instance is learned from too."""
+_MIN_GROUP_S = 0.02
+"""Seconds that a group must have taken before it is learned from.
+
+It bounds the cost of learning: thousands of very short prefills can end in a second.
+"""
 
 _RECENT = 0.1
-"""Weight of the newest sample in running means."""
+"""Weight of the newest sample in running means: a choice, some ten samples count."""
 
 BYTES_PER_TOKEN = 4.0
-"""Of a model's prompts, until its first usage report: English text with today's vocabularies."""
+"""Bytes of prompt for each token until a model's first ``usage``: English text with today's vocabularies."""
 OUTPUT_TOKENS = 256.0
-"""Length of an answer, until the first was seen to end."""
+"""Tokens of an answer until the first one has ended: a choice."""
 _MAX_MODELS = 1000
+"""Models whose bytes per token are kept. Clients choose the name of the model, so it must be bounded."""
 
 
 def prefill_pairs(tokens: float, context: float) -> float:
-    """Pairs of (token, token it attends to) of ``tokens`` new tokens at the end of ``context`` tokens."""
+    """Return the pairs of a new token and a token it attends to, a measure of the cost of attention.
+
+    The prompt has ``context`` tokens, of which the last ``tokens`` are new: of these the first attends to
+    (context - tokens) others and the last to all, (context - tokens / 2) on average.
+    """
     return tokens * (context - tokens / 2)
 
 
 class PrefillLoad:
-    """What is queued for prefill on one instance, in predicted seconds, first come first served.
+    """The prefills that are queued on one instance, and what a prefill takes there.
 
-    seconds(request) = ``overhead`` + ``per_token`` * uncached tokens + ``per_pair`` * attended pairs;
-    the last term is attention, which grows with the square of a prompt. vLLM computes prompts in the order
-    in which they came, so what is ``left`` when a request arrives is its wait.
+    Predicted seconds of a prefill = ``overhead`` + ``per_token`` * uncached tokens + ``per_pair`` * pairs
+
+    - *overhead*: what every prefill costs: the fixed part of an engine's step and the way there and back.
+    - *uncached tokens*: tokens of the prompt that must be computed.
+    - *pairs*: see :func:`prefill_pairs`; attention, which grows with the square of a prompt.
+
+    The queue is first come, first served, as vLLM computes prompts. So :meth:`remaining` is how long a
+    request that arrives now waits for its prefill to begin.
     """
 
     __slots__ = (
@@ -55,33 +80,41 @@ class PrefillLoad:
         self.fit = OnlineRegression(prior.coefficients, _PREFILL_SCALE)
         self.overhead, self.per_token, self.per_pair = prior.coefficients
         self.trust = 1.0
-        """Share of the prompt tokens we take for cached there that are: 0 without prefix caching."""
+        """Share of the tokens predicted as cached there that were; 0 for a P without prefix caching."""
         self._pending: dict[Hashable, float] = {}
+        """Predicted seconds of each queued prefill, in the order in which they run."""
         self._group = [0.0, 0.0, 0.0, 0.0]
-        """Requests, tokens, attended pairs and seconds that were not learned from yet."""
+        """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
         self.queued = 0.0
+        """Sum of ``_pending``, seconds."""
         self.head_cost = 0.0
+        """Predicted seconds of the prefill that runs, the first of ``_pending``."""
         self.head_at = 0.0
+        """When that prefill began."""
 
     def cost(self, tokens: float, context: float) -> float:
-        """Seconds for a request of ``context`` prompt tokens of which ``tokens`` are not cached."""
+        """Return the predicted seconds of a prefill of ``context`` tokens, ``tokens`` of them not cached."""
         return self.overhead + self.per_token * tokens + self.per_pair * prefill_pairs(tokens, context)
 
-    def left(self, now: float) -> float:
-        """Seconds until what is queued is done; a first one that takes too long counts as done."""
+    def remaining(self, now: float) -> float:
+        """Return the predicted seconds until all queued prefills are done.
+
+        A prefill that takes longer than predicted counts as about to end.
+        """
         return max(0.0, self.queued - min(self.head_cost, max(0.0, now - self.head_at)))
 
-    def begin(self, key: Hashable, cost: float, now: float) -> None:
-        """Count a request of so many seconds."""
+    def enqueue(self, key: Hashable, cost: float, now: float) -> None:
+        """Add a prefill of ``cost`` predicted seconds to the queue; ``key`` names it from now on."""
         if not self._pending:
             self.head_cost, self.head_at = cost, now
         self._pending[key] = cost
         self.queued += cost
 
-    def end(self, key: Hashable, now: float) -> float | None:
-        """Take out what the instance has done; return the seconds that it took; ``None``: it was not in.
+    def complete(self, key: Hashable, now: float) -> float | None:
+        """Remove a prefill that the instance has done; return the seconds it took, without its wait.
 
-        They count from when the one before was done, or from ``begin`` if there was none.
+        They count from the end of the prefill before it, or from ``enqueue`` if the queue was empty. Return
+        ``None`` if it is not in the queue.
         """
         if key not in self._pending:
             return None
@@ -91,7 +124,7 @@ class PrefillLoad:
         return spent
 
     def cancel(self, key: Hashable, now: float) -> None:
-        """Take out what was given up: if the instance was at it, it begins the next one."""
+        """Remove a prefill that was given up. If it was the one that runs, the next one begins now."""
         if key in self._pending:
             first = next(iter(self._pending))
             self._remove(key)
@@ -106,16 +139,18 @@ class PrefillLoad:
         self.head_at, self.head_cost = now, next(iter(self._pending.values()), 0.0)
 
     def learn(self, tokens: int, context: int, seconds: float, fleet: OnlineRegression) -> None:
-        """Take how long a request of so many uncached of ``context`` tokens took, queueing not counted.
+        """Learn from a prefill of ``context`` tokens, ``tokens`` of them not cached, that took ``seconds``.
 
-        Requests that follow each other can share a step of the engine, and both end with it: which of them
-        took how long cannot be known, but how long they took together. So they are learned from together,
-        as far as the queue was not empty in between, and eight at most. So are very short ones, since there
-        can be thousands a second.
+        Waiting does not count as part of it. ``fleet`` learns too, and supplies what this instance's samples
+        leave open.
+
+        Prefills that share a step of the engine end together, so only the time of all of them can be known.
+        One by one they would look like a slow and an instant one. So prefills that follow each other without
+        a pause are learned from as one sample, up to ``_MAX_GROUP`` of them.
         """
-        mine = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
-        self._group = [sum(pair) for pair in zip(self._group, mine, strict=True)]
-        if self._group[0] < _TOGETHER and (self._pending or self._group[3] < _SHORT_S):
+        sample = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
+        self._group = [sum(pair) for pair in zip(self._group, sample, strict=True)]
+        if self._group[0] < _MAX_GROUP and (self._pending or self._group[3] < _MIN_GROUP_S):
             return
         *x, seconds = self._group
         self._group = [0.0, 0.0, 0.0, 0.0]
@@ -123,17 +158,17 @@ class PrefillLoad:
         self.fit.learn(x, seconds, fleet.coefficients)
         self.overhead, self.per_token, self.per_pair = self.fit.coefficients
 
-    def follow(self, fleet: OnlineRegression) -> None:
-        """Take over what the fleet has learned, as long as nothing was measured here."""
+    def adopt(self, fleet: OnlineRegression) -> None:
+        """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
         self.overhead, self.per_token, self.per_pair = fleet.coefficients
 
-    def believed(self, tokens: float, found: float) -> None:
-        """Take how many of the tokens that we took for cached there were."""
-        if tokens > 0:
-            self.trust += _RECENT * (min(1.0, found / tokens) - self.trust)
+    def learn_cached(self, predicted: float, actual: float) -> None:
+        """Correct ``trust`` by a prefill for which so many tokens were predicted as cached, and were."""
+        if predicted > 0:
+            self.trust += _RECENT * (min(1.0, actual / predicted) - self.trust)
 
-    def restarted(self) -> None:
-        """Forget what was queued; what the hardware can do stays known."""
+    def reset(self) -> None:
+        """Forget the queue, since the instance was restarted; what its hardware can do stays known."""
         self._pending.clear()
         self._group = [0.0, 0.0, 0.0, 0.0]
         self.queued = self.head_cost = 0.0
@@ -141,54 +176,61 @@ class PrefillLoad:
 
 
 class DecodeLoad:
-    """How long one decode step takes: ``base`` + ``per_seq`` * batch + ``per_kv_token`` * KV tokens."""
+    """What a decode step takes on one instance.
+
+    Predicted seconds of a step = ``base`` + ``per_seq`` * batch + ``per_kv_token`` * KV tokens
+
+    - *base*: reading the model's weights, and the fixed part of a step.
+    - *batch*: requests that decode together.
+    - *KV tokens*: length of all their contexts together, which attention reads.
+    """
 
     __slots__ = ("base", "fit", "per_kv_token", "per_seq")
 
     def __init__(self, prior: OnlineRegression) -> None:
-        self.fit = OnlineRegression(prior.coefficients, _DECODE_SCALE, forget=0.95)
+        self.fit = OnlineRegression(prior.coefficients, _DECODE_SCALE, forget=_DECODE_FORGET)
         self.base, self.per_seq, self.per_kv_token = prior.coefficients
 
     def step(self, batch: float, kv_tokens: float) -> float:
-        """Seconds of a step, which is the time per output token of each of its requests."""
+        """Return the predicted seconds of a step, which is the time per output token of its requests."""
         return self.base + self.per_seq * batch + self.per_kv_token * kv_tokens
 
     def learn(self, batch: float, kv_tokens: float, seconds: float, fleet: OnlineRegression) -> None:
-        """Take the mean time between tokens while so much was running."""
+        """Learn from the mean seconds between two tokens while so much was running; ``fleet`` learns too."""
         x = (1.0, batch, kv_tokens)
         fleet.learn(x, seconds, _DECODE_PRIOR)
         self.fit.learn(x, seconds, fleet.coefficients)
         self.base, self.per_seq, self.per_kv_token = self.fit.coefficients
 
-    def follow(self, fleet: OnlineRegression) -> None:
-        """Take over what the fleet has learned, as long as nothing was measured here."""
+    def adopt(self, fleet: OnlineRegression) -> None:
+        """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
         self.base, self.per_seq, self.per_kv_token = fleet.coefficients
 
 
 @dataclass(slots=True)
 class FleetLoad:
-    """What is known of the fleet as a whole; a new instance starts from it."""
+    """What was learned from the whole fleet. A new instance starts from it."""
 
     prefill: OnlineRegression = field(
         default_factory=lambda: OnlineRegression(_PREFILL_PRIOR, _PREFILL_SCALE)
     )
     decode: OnlineRegression = field(default_factory=lambda: OnlineRegression(_DECODE_PRIOR, _DECODE_SCALE))
     output_tokens: float = OUTPUT_TOKENS
-    """Mean length of an answer."""
+    """Mean tokens of an answer."""
     transfer: float = 0.02
-    """Mean seconds from prefill's answer until decode has the KV cache."""
+    """Mean seconds of a KV transfer from P to D. 20 ms until one was measured: a choice."""
     _prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Recent prompts of each model: bytes and tokens."""
+    """Bytes and tokens of recent prompts, by model; older ones count less."""
     _answers: tuple[float, float] = (OUTPUT_TOKENS, 1.0)
-    """Recent answers: tokens generated and requests ended."""
+    """Tokens generated and requests ended recently; older ones count less."""
 
     def bytes_per_token(self, model: str | None) -> float:
-        """Bytes of prompt that make one token of a model, on average over recent tokens."""
+        """Return the mean bytes of a token in a model's recent prompts."""
         size, tokens = self._prompts.get(model or "", (BYTES_PER_TOKEN, 1.0))
         return size / tokens
 
     def learn_bytes(self, model: str | None, size: int, tokens: int) -> None:
-        """Take the size in bytes and in tokens of a prompt that a model has read."""
+        """Learn from a prompt of ``size`` bytes in which a model has found so many tokens."""
         name = model or ""
         if size > 0 and tokens > 0 and (name in self._prompts or len(self._prompts) < _MAX_MODELS):
             old_size, old_tokens = self._prompts.get(name, (0.0, 0.0))
@@ -196,13 +238,14 @@ class FleetLoad:
             self._prompts[name] = (keep * old_size + size, keep * old_tokens + tokens)
 
     def learn_transfer(self, seconds: float) -> None:
-        """Take the mean time of some KV transfers."""
+        """Learn from the mean seconds of the KV transfers between two scrapes."""
         self.transfer += _RECENT * (seconds - self.transfer)
 
     def learn_output(self, tokens: float, requests: float) -> None:
-        """Take how many tokens were generated, and how many requests ended, since the last time.
+        """Learn from the tokens that were generated and the requests that ended between two scrapes.
 
-        Most tokens are those of requests that end some other time, so only the sums can be compared.
+        Most of these tokens belong to requests that end later. So the mean length is the quotient of the sums
+        over many scrapes, not of one scrape's values.
         """
         generated, ended = self._answers[0] + tokens, self._answers[1] + requests
         if requests > 0:
@@ -210,6 +253,6 @@ class FleetLoad:
         keep = (1 - _RECENT) ** min(requests, 100.0)
         self._answers = keep * generated, keep * ended
 
-    def ratios(self) -> dict[str, float]:
-        """Bytes per token by model, a copy."""
+    def bytes_per_token_by_model(self) -> dict[str, float]:
+        """Return what was learned of each model; ``""`` stands for requests that name none."""
         return {model: self.bytes_per_token(model) for model in self._prompts}

@@ -1,12 +1,14 @@
-"""Which instance holds which prompt prefix, as far as the requests sent there tell.
+"""Index of the prompt prefixes that instances have cached, as far as the requests sent there tell.
 
-A prompt is a chain of blocks. A block's number is a hash of the whole prompt up to its end, so it stands for
-the prefix and not for its own text alone. Whoever holds a block holds all before it, since a prompt is used
-from its first block on and evicted from its last; so :meth:`PrefixIndex.match` looks only for the places at
-which holders drop out, and visits few blocks of a long prompt.
+A prompt is a chain of blocks. A block's number is a hash of the prompt from its start to the end of that
+block, so it stands for a whole prefix. An instance that holds a block also holds all blocks before it in the
+chain, since prompts are used from their first block on and evicted from their last. So along a chain holders
+only drop out, and :meth:`PrefixIndex.match` finds the places where they do by binary search: it reads few
+blocks of a long prompt.
 
-For each block there is the set of its holders, as the bits of an int, and for each holder its blocks by last
-use. That takes 150 to 220 bytes a block, as dicts grow in steps: 1.7 GiB for 1,000 holders of 10,000 each.
+The index keeps the set of holders of each block, as the bits of an int, and the blocks of each holder by last
+use. That takes 150 to 220 bytes for each block of each holder, since dicts grow in steps: 1.7 GiB for 1,000
+holders of 10,000 blocks.
 """
 
 from __future__ import annotations
@@ -16,27 +18,36 @@ from collections.abc import Iterable, Sequence
 from itertools import compress, islice
 
 DEFAULT_CAPACITY = 10_000
-"""Blocks that a holder keeps unless told. With 256 tokens in each, 2.5 million tokens: eight 80 GB GPUs have
-room for about 1.3 million of Llama 3 70B's, at 320 KiB each."""
+"""Blocks that a holder keeps until its capacity is known.
 
-_TABLES = 256
-_SPARSE = 12  # up to so many bits of a mask are looked at one by one, beyond that all at once
+With 256 tokens in each that is 2.5 million tokens. Eight 80 GB GPUs have room for about 1.3 million tokens of
+Llama 3 70B, at 320 KiB each.
+"""
+
+_TABLE_COUNT = 256
+"""Dicts among which the blocks are spread: one with a million entries would stop the process for 70 ms when
+it grows."""
+_FEW_BITS = 12
+"""Holders of a mask that are looked up one by one; with more, going over all bits at once is faster."""
 _BOOLEANS = bytes.maketrans(b"01", b"\0\1")
 
 
 class PrefixIndex:
-    """Holders by block. Blocks are ints from 0 to 2**60 - 1, spread evenly."""
+    """The holders of each block. Blocks are hashes: evenly spread ints from 0 to 2**60 - 1."""
 
     def __init__(self) -> None:
-        # Many tables, since a dict with a million entries stops everything for 70 ms when it grows.
-        self._tables: list[dict[int, int]] = [{} for _ in range(_TABLES)]
+        self._tables: list[dict[int, int]] = [{} for _ in range(_TABLE_COUNT)]
+        """Block to mask: bit ``n`` is set if the holder in slot ``n`` has the block."""
         self._holders: list[Holder] = []
+        """By slot."""
         self._free: list[int] = []
+        """Slots of closed holders, to be used again, so that masks stay short."""
 
     def add(self, capacity: int | None = None) -> Holder:
-        """Return a new holder, of nothing yet.
+        """Return a new holder without blocks.
 
-        ``capacity`` is in blocks, by default :data:`DEFAULT_CAPACITY`; raises :exc:`ValueError` if negative.
+        ``capacity`` is in blocks, :data:`DEFAULT_CAPACITY` without it. Raise :exc:`ValueError` if it is
+        negative.
         """
         slot = self._free[-1] if self._free else len(self._holders)
         holder = Holder(self, slot, DEFAULT_CAPACITY if capacity is None else capacity)
@@ -45,9 +56,10 @@ class PrefixIndex:
         return holder
 
     def match(self, blocks: Sequence[int]) -> dict[Holder, int]:
-        """Return how many of the leading ``blocks`` each holder has, without those that have none.
+        """Return how many leading blocks each holder has, for those that have any.
 
-        The holder of the longest prefix comes last. ``blocks`` is a chain, from a prompt's first block on.
+        ``blocks`` is the chain of a prompt, from its first block on. The holder of the longest prefix comes
+        last.
         """
         depths: dict[Holder, int] = {}
         depth, mask = 0, self._mask(blocks[0]) if blocks else 0
@@ -58,59 +70,64 @@ class PrefixIndex:
         return depths
 
     def __len__(self) -> int:
-        """Blocks held, over all holders."""
+        """Return the number of blocks of all holders together."""
         return sum(map(len, self._holders))
 
     def _mask(self, block: int) -> int:
-        return self._tables[block % _TABLES].get(block, 0)
+        return self._tables[block % _TABLE_COUNT].get(block, 0)
 
     def _next_change(self, blocks: Sequence[int], low: int, mask: int) -> tuple[int, int]:
-        """Return the first position after ``low`` that other holders have than ``mask``, and these.
+        """Return the first index after ``low`` whose mask differs from ``mask``, and that mask.
 
-        Holders only drop out along a chain, so where two masks are equal, so are all between them.
+        Return ``len(blocks)`` and 0 if there is none. Holders only drop out along a chain, so between two
+        equal masks all are equal: double the step until one differs, then bisect.
         """
         step, high, after = 1, len(blocks), 0
         while low + step < high:
-            found = self._mask(blocks[low + step])
-            if found != mask:
-                high, after = low + step, found
+            other = self._mask(blocks[low + step])
+            if other != mask:
+                high, after = low + step, other
                 break
             low += step
             step *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            found = self._mask(blocks[middle])
-            if found == mask:
+            other = self._mask(blocks[middle])
+            if other == mask:
                 low = middle
             else:
-                high, after = middle, found
+                high, after = middle, other
         return high, after
 
     def _holders_in(self, mask: int) -> Iterable[Holder]:
-        if mask.bit_count() > _SPARSE:
+        """Return the holders whose bits are set."""
+        if mask.bit_count() > _FEW_BITS:
             return compress(self._holders, bin(mask)[:1:-1].encode().translate(_BOOLEANS))
-        found = []
+        holders = []
         while mask:
             holder = self._holders[mask.bit_length() - 1]
-            found.append(holder)
+            holders.append(holder)
             mask ^= holder._bit
-        return found
+        return holders
 
-    # Neighbours mostly have the same holders. Sharing one int among them saves time, and 160 bytes a block.
+    # Successive blocks mostly have the same mask. In _mark and _unmark they then share one int object, which
+    # saves the time to compute it and, with 1,000 holders, 160 bytes a block.
 
     def _mark(self, blocks: Iterable[int], bit: int) -> None:
+        """Add the holder with this bit to blocks."""
         tables, before, after = self._tables, 0, bit
         for block in blocks:
-            table = tables[block % _TABLES]
+            table = tables[block % _TABLE_COUNT]
             mask = table.get(block, 0)
             if mask is not before:
                 before, after = mask, mask | bit if mask else bit
             table[block] = after
 
     def _unmark(self, blocks: Iterable[int], bit: int) -> None:
+        """Remove the holder with this bit from blocks; forget blocks that nobody holds."""
         tables, before, after = self._tables, bit, 0
         for block in blocks:
-            table = tables[block % _TABLES]
+            table = tables[block % _TABLE_COUNT]
             mask = table[block]
             if mask is not before:
                 before, after = mask, mask ^ bit
@@ -121,7 +138,7 @@ class PrefixIndex:
 
 
 class Holder:
-    """One instance's blocks, up to ``capacity``; made by :meth:`PrefixIndex.add`."""
+    """The blocks that one instance has cached, at most ``capacity``. Made by :meth:`PrefixIndex.add`."""
 
     __slots__ = ("_bit", "_blocks", "_closed", "_index", "_slot", "capacity")
 
@@ -131,14 +148,17 @@ class Holder:
         self._slot = slot
         self._bit = 1 << slot
         self._closed = False
-        # The least recently used comes first. Values are the keys, to keep one int object for each block.
+        # In the order of last use, oldest first: a dict is an ordered set here. Each value is its key, so
+        # that store() can move on the int object that the index has too, and not keep a second one.
         self._blocks: dict[int, int] = {}
 
     def store(self, blocks: Sequence[int]) -> None:
-        """Record that the instance holds a prompt's blocks and used them now; what is too much is evicted.
+        """Record that a prompt with these blocks was computed there, and evict what exceeds the capacity.
 
-        As in vLLM, of blocks last used by one request the last go first, and of more than ``capacity`` the
-        first are kept. Nothing happens on a closed holder: a request may end after its instance has left.
+        Eviction follows vLLM (``FreeKVCacheBlockQueue`` in ``vllm/v1/core/kv_cache_utils.py``): least
+        recently used first, and of the blocks that one request used last, the end of the prompt before its
+        beginning. Of a prompt that is longer than the capacity, the beginning is kept. Does nothing on a
+        closed holder, since a request can end after its instance has left.
         """
         mine, chain = self._blocks, blocks[: self.capacity]
         known = bisect_left(chain, True, key=lambda block: block not in mine)
@@ -150,30 +170,31 @@ class Holder:
         mine.update(zip(used, used, strict=True))
 
     def resize(self, capacity: int) -> None:
-        """Change the capacity, in blocks; raises :exc:`ValueError` if it is negative."""
+        """Change the capacity, in blocks, and evict what exceeds it; raise :exc:`ValueError` if negative."""
         if not self._closed:
             self.capacity = _checked(capacity)
             self._evict(len(self._blocks) - capacity)
 
     def clear(self) -> None:
-        """Forget all blocks: the instance was restarted. 10,000 take 4 to 8 ms."""
+        """Forget all blocks, since the instance was restarted. Takes 4 to 8 ms for 10,000 blocks."""
         self._index._unmark(self._blocks, self._bit)
         self._blocks = {}
 
     def close(self) -> None:
-        """Forget all blocks and take no more: the instance is gone. Doing it twice is the same as once."""
+        """Forget all blocks and store no more, since the instance is gone. Further calls do nothing."""
         if not self._closed:
             self.clear()
             self._closed, self.capacity = True, 0
             self._index._free.append(self._slot)
 
     def __len__(self) -> int:
-        """Blocks held."""
+        """Return the number of blocks."""
         return len(self._blocks)
 
     def _evict(self, count: int) -> None:
         if count > 0:
-            # One pass for all: each has to step over what was deleted at the dict's front.
+            # All in one pass: a deleted entry stays in the dict as a gap, and each new look at the oldest one
+            # would step over all of them.
             oldest = list(islice(self._blocks, count))
             self._index._unmark(oldest, self._bit)
             for block in oldest:

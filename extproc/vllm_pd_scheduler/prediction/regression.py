@@ -1,29 +1,39 @@
-"""A small linear model that learns as it goes: what things cost, from how long they took."""
+"""Linear regression that learns from one sample at a time: what things cost, from how long they took."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _PRIOR_WEIGHT = 0.01
-"""Weight of the prior against one sample whose features are 1."""
-_OUTLIER = 5.0
-"""A sample counts as at most so many times what was expected: one hang must not teach a slow instance."""
-_SETTLED = 32
+"""Weight of the prior against one sample whose features are 1.
+
+A choice: small enough that a few samples override it, large enough that it decides where they say nothing,
+and that the equations always have one solution.
+"""
+_MAX_SURPRISE = 5.0
+"""A sample counts as at most so many times its prediction, so that one hang does not count as slowness.
+
+An instance that has really become slower is still learned, in several steps.
+"""
+_MIN_SAMPLES = 8
+"""Samples before predictions bound others in this way (a choice): the prior may be far off."""
+_SOLVE_EACH_UNTIL = 32
+"""Up to so many samples the coefficients are computed anew for each one."""
 _SOLVE_EVERY = 8
-"""Solving takes 20 us, more than all the rest: once there are some samples, one more changes little."""
-_TRUSTED = 8
-"""Samples after which the expectation is good enough to call something an outlier."""
+"""Later only at each eighth: solving takes 20 µs, more than all the rest, and one sample changes little."""
 
 
 class OnlineRegression:
-    """Least squares ``y = Σ coefficient·x`` over recent samples, each coefficient at least zero.
+    """Weighted least squares for ``y = Σ coefficient * x``, with no coefficient below zero.
 
-    Every sample makes those before it count ``forget`` times as much, so that the model follows a change
-    within some ``1 / (1 - forget)`` samples. ``scale`` brings each feature to about 1. What the samples
-    leave open is near ``prior`` (ridge regression towards it).
+    - Each sample multiplies the weight of all earlier ones by ``forget``, so that about the last
+      ``1 / (1 - forget)`` samples count.
+    - ``scale`` has a typical value of each feature; the features are divided by it, so that the prior weighs
+      on all coefficients alike.
+    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open.
     """
 
-    __slots__ = ("_b", "_forget", "_m", "_scale", "coefficients", "samples")
+    __slots__ = ("_forget", "_moments", "_normal", "_scale", "coefficients", "samples")
 
     def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
         size = len(prior)
@@ -31,43 +41,48 @@ class OnlineRegression:
         self.samples = 0
         self._scale = tuple(scale)
         self._forget = forget
-        self._m = [[0.0] * size for _ in range(size)]
-        self._b = [0.0] * size
+        # The normal equations of least squares, of scaled features: _normal = Σ w·x·xᵀ, _moments = Σ w·x·y.
+        self._normal = [[0.0] * size for _ in range(size)]
+        self._moments = [0.0] * size
 
     def predict(self, x: Sequence[float]) -> float:
-        """Return what ``x`` would give."""
+        """Return the predicted ``y`` of the features ``x``."""
         return sum(c * value for c, value in zip(self.coefficients, x, strict=True))
 
     def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
-        """Take a sample; ``prior`` is what to believe where the samples say nothing."""
+        """Learn from a sample; ``prior`` has the coefficients to prefer where samples say nothing."""
         expected = self.predict(x)
-        if self.samples >= _TRUSTED and expected > 0.0:
-            y = min(y, _OUTLIER * expected)
+        if self.samples >= _MIN_SAMPLES and expected > 0.0:
+            y = min(y, _MAX_SURPRISE * expected)
         scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
-        weight = 1.0 / (1.0 + sum(scaled))  # errors grow with the work; else the big ones would decide alone
-        for i, (row, xi) in enumerate(zip(self._m, scaled, strict=True)):
+        # Errors grow with the work, so a large prefill would otherwise outweigh many small ones.
+        weight = 1.0 / (1.0 + sum(scaled))
+        for i, (row, xi) in enumerate(zip(self._normal, scaled, strict=True)):
             for j, xj in enumerate(scaled):
                 row[j] = row[j] * self._forget + weight * xi * xj
-            self._b[i] = self._b[i] * self._forget + weight * xi * y
+            self._moments[i] = self._moments[i] * self._forget + weight * xi * y
         self.samples += 1
-        if self.samples <= _SETTLED or self.samples % _SOLVE_EVERY == 0:
+        if self.samples <= _SOLVE_EACH_UNTIL or self.samples % _SOLVE_EVERY == 0:
             self.coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
-        """Solve for the coefficients; one that comes out negative is taken out as zero."""
+        """Return the coefficients; negative ones are set to zero, one by one, the worst first."""
         used = list(range(len(prior)))
         while True:
-            matrix = [[self._m[i][j] + (_PRIOR_WEIGHT if i == j else 0.0) for j in used] for i in used]
-            right = [self._b[i] + _PRIOR_WEIGHT * prior[i] for i in used]
-            found = dict(zip(used, _eliminate(matrix, right), strict=True))
-            worst = min(found, key=found.__getitem__)
-            if found[worst] >= 0.0 or len(used) == 1:
-                return tuple(max(0.0, found.get(i, 0.0)) / s for i, s in enumerate(self._scale))
+            matrix = [[self._normal[i][j] + (_PRIOR_WEIGHT if i == j else 0.0) for j in used] for i in used]
+            right = [self._moments[i] + _PRIOR_WEIGHT * prior[i] for i in used]
+            solution = dict(zip(used, _eliminate(matrix, right), strict=True))
+            worst = min(solution, key=solution.__getitem__)
+            if solution[worst] >= 0.0 or len(used) == 1:
+                return tuple(max(0.0, solution.get(i, 0.0)) / s for i, s in enumerate(self._scale))
             used.remove(worst)
 
 
 def _eliminate(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Solve a positive definite system by Gaussian elimination, which needs no pivoting there."""
+    """Return the solution of ``matrix * x = right``; changes both arguments.
+
+    Gaussian elimination without pivoting, which the positive definite matrices here do not need.
+    """
     size = len(right)
     for i in range(size):
         for k in range(i + 1, size):

@@ -1,19 +1,16 @@
-"""A fleet in virtual time: simulated engines, and the registry, strategies and line of the real scheduler."""
+"""A fleet in virtual time: simulated engines behind the real registry, strategies and admission queue."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any
 
 from ..admission.dispatcher import Dispatcher
 from ..admission.queue import Ticket
-from ..config import ConfigError, parse_config
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..models import InstanceRole, MetricsSnapshot, PDInstance
@@ -25,32 +22,32 @@ from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
 from ..sim.setups import setup
-from ..sim.virtual import Offer, Snapshot, VirtualClock, VirtualInstance
-from ..strategies import UnknownStrategy, load_strategy, strategy_names
+from ..sim.virtual import Handle, Offer, Snapshot, VirtualClock, VirtualInstance
 from . import DEFAULT_SETUP
 from .peers import PEERS
 from .result import LoadSample, RequestResult, RunResult
 from .trace import Trace, TraceRequest
-
-LOWER_BOUND = "lower_bound"
-"""All prefill instances as one that is N times as fast, all decode instances likewise, one cache for all;
-the shortest prompt first, and a step costs no more than its tokens."""
+from .variant import LOWER_BOUND, Variant
 
 HOP_S = 0.001
-"""From the scheduler to an instance and back."""
+"""Seconds from the scheduler to an instance and back: a choice, that of hosts of one site."""
 ESTIMATE_ERROR = 0.1
-"""Standard deviation of the logarithm of (estimated / real) prompt tokens: a scheduler only sees bytes."""
-_STRATEGIES = ("strategy", "prefill_strategy", "decode_strategy")
+"""Standard deviation of the logarithm of (estimated / real) prompt tokens.
+
+A scheduler sees a prompt's bytes and learns its tokens after the prefill. 0.1 is a choice: prompts of one
+language and kind.
+"""
 _SAMPLES = 600
+"""Moments of a run at which the load is recorded, for the figure: more than can be seen in it."""
 _PROGRESS_EVERY = 100
-_LLM_D_SCRAPES_S = 0.05  # its default; the other peers do not scrape
+"""Requests after which progress is reported: seldom enough to cost nothing."""
 
 
 @dataclass(frozen=True)
 class FleetSpec:
-    """How many instances of which set-up; ``seed`` decides all that is random.
+    """A fleet: how many instances of which set-up. ``seed`` makes all that is random repeatable.
 
-    Raises :exc:`ValueError` for a set-up that nobody knows.
+    The constructor raises :exc:`ValueError` for an unknown set-up.
     """
 
     prefill: int
@@ -62,56 +59,8 @@ class FleetSpec:
         self.profile(16)
 
     def profile(self, block_size: int) -> EngineProfile:
-        """What one engine can do, with blocks of so many tokens."""
+        """Return the profile of each engine, with blocks of ``block_size`` tokens."""
         return setup(self.setup, block_size=block_size)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A strategy and settings of the scheduler: ``predicted_latency+late_binding``."""
-
-    label: str
-    strategy: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def variant_names() -> list[str]:
-    """Strategies that :func:`parse_variant` knows: ours, the peers', and the lower bound."""
-    return [*strategy_names(), *PEERS, LOWER_BOUND]
-
-
-def parse_variant(text: str) -> Variant:
-    """Read ``strategy``, ``strategy+setting`` (true) or ``strategy+setting=value``, settings as configured.
-
-    Raises :exc:`ValueError` with what is wrong.
-    """
-    name, *settings = (part.strip() for part in text.split("+"))
-    if ":" not in name and name not in (known := variant_names()):
-        raise ValueError(
-            f"unknown strategy {name!r}; choose from {', '.join(known)}, or 'package.module:Class'"
-        )
-    found: dict[str, Any] = {}
-    for one in settings:
-        key, given, value = one.partition("=")
-        try:
-            found[key] = json.loads(value) if given else True
-        except ValueError:
-            found[key] = value
-    if name == LOWER_BOUND:
-        found = {"late_binding": True, **found}
-    elif name not in PEERS:
-        try:
-            load_strategy(name)
-        except UnknownStrategy as error:
-            raise ValueError(str(error)) from None
-    for key in _STRATEGIES if name in PEERS else _STRATEGIES[:1]:
-        if key in found:
-            raise ValueError(f"{key}: cannot be set beside {name}")
-    try:
-        _config(found)
-    except ConfigError as error:
-        raise ValueError("; ".join(error.problems)) from None
-    return Variant(text, name, found)
 
 
 def run_variant(
@@ -119,73 +68,71 @@ def run_variant(
     trace: Trace,
     fleet: FleetSpec,
     progress: Callable[[int], None],
-    give_up: Callable[[RequestResult], bool] | None = None,
+    stop_when: Callable[[RequestResult], bool] | None = None,
 ) -> RunResult:
-    """Replay a trace; ``progress`` is told the number of requests that have ended, now and then.
+    """Replay a trace and return the results.
 
-    ``give_up`` is told each request that has ended; when it says so, the run ends with those.
+    ``progress`` is called now and then with the number of requests that have ended. ``stop_when`` is called
+    with the result of each request; once it returns ``True`` the run ends, with the results so far.
     """
-    run = _Run(variant, trace, fleet, progress)
-    run.give_up = give_up
-    return run.run()
+    return _Run(variant, trace, fleet, progress, stop_when).run()
 
 
-def _config(settings: dict[str, Any]) -> Any:
-    one = {"id": "one", "host": "127.0.0.1", "port": 1}
-    return parse_config({"prefill_instances": [one], "decode_instances": [{**one, "id": "two"}], **settings})
+def _pooled(profile: EngineProfile, count: int) -> EngineProfile:
+    """Return the profile of one engine as fast and as large as ``count``, for the lower bound.
 
-
-def _pooled(profile: EngineProfile, times: int) -> EngineProfile:
-    """One engine as fast and as big as so many, and no more is lost to what every step costs.
-
-    A fleet with a queue has long steps, which share that; one that is never behind would have it each time.
+    Its steps have no fixed cost. A fleet with a queue shares that among the many tokens of long steps; one
+    fast engine that never has a queue would pay it for each prompt, and be slower than a bound may be.
     """
     return replace(
         profile,
-        num_blocks=profile.num_blocks * times,
-        max_num_seqs=profile.max_num_seqs * times,
+        num_blocks=profile.num_blocks * count,
+        max_num_seqs=profile.max_num_seqs * count,
         step_overhead=0.0,
         prefill_min=0.0,
-        prefill_rate=profile.prefill_rate * times,
-        prefill_per_kv_token=profile.prefill_per_kv_token / times,
-        decode_base=profile.decode_base / times,
-        decode_per_seq=profile.decode_per_seq / times,
-        decode_per_kv_token=profile.decode_per_kv_token / times,
-        transfer_bandwidth=profile.transfer_bandwidth * times,
+        prefill_rate=profile.prefill_rate * count,
+        prefill_per_kv_token=profile.prefill_per_kv_token / count,
+        decode_base=profile.decode_base / count,
+        decode_per_seq=profile.decode_per_seq / count,
+        decode_per_kv_token=profile.decode_per_kv_token / count,
+        transfer_bandwidth=profile.transfer_bandwidth * count,
     )
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A request on its way."""
+    """A request of the trace, from its arrival to its end."""
 
     number: int
-    asked: TraceRequest
+    """Its place in the trace."""
+    traced: TraceRequest
     context: RequestContext
     prefill: Endpoint | None = None
     decode: Endpoint | None = None
     cached: int = 0
-    first: float | None = None
-    claim: Reservation | None = None
+    """Prompt tokens that were cached where the prefill was done."""
+    first_token: float | None = None
+    reservation: Reservation | None = None
+    """On P until the prefill has ended, then on D."""
 
 
 class _Run:
+    """A replay of a trace, which takes requests through the same objects as ``routing`` does."""
+
     def __init__(
-        self, variant: Variant, trace: Trace, fleet: FleetSpec, progress: Callable[[int], None]
+        self,
+        variant: Variant,
+        trace: Trace,
+        fleet: FleetSpec,
+        progress: Callable[[int], None],
+        stop_when: Callable[[RequestResult], bool] | None,
     ) -> None:
-        self._variant, self._trace, self._progress = variant, trace, progress
+        self._variant, self._trace = variant, trace
+        self._progress, self._stop_when = progress, stop_when
         self._random = Random(fleet.seed)
         self._clock = VirtualClock()
-        config = _config(variant.settings)
-        if variant.strategy not in (*PEERS, LOWER_BOUND):
-            config = config.model_copy(update={"strategy": variant.strategy})
-        elif variant.strategy == LOWER_BOUND:
-            config = config.model_copy(update={"strategy": "predicted_latency"})
-        elif variant.strategy == "llm_d" and "health_check_interval" not in variant.settings:
-            config = config.model_copy(update={"health_check_interval": _LLM_D_SCRAPES_S})
-        self.give_up: Callable[[RequestResult], bool] | None = None
-        self._interval = config.health_check_interval
-        self._config = config
+        self._config = config = variant.config()
+        self._scrape_interval = config.health_check_interval
         self._registry = Registry()
         self._scheduler = Scheduler(config, self._registry, seed=fleet.seed)
         if variant.strategy in PEERS:
@@ -195,7 +142,7 @@ class _Run:
         self._disaggregation = Disaggregation(config, self._scheduler)
         self._instances: dict[Endpoint, VirtualInstance] = {}
         self._scraped: dict[Endpoint, Snapshot] = {}
-        self._wake: Any = None
+        self._wake_up: Handle | None = None
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profile = fleet.profile(trace.block_tokens)
@@ -203,6 +150,7 @@ class _Run:
         self._populate(InstanceRole.DECODE, fleet.decode, profile)
 
     def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
+        """Register the instances of a role, all healthy."""
         if self._variant.strategy == LOWER_BOUND:
             count, profile = 1, _pooled(profile, count)
         for number in range(count):
@@ -213,57 +161,56 @@ class _Run:
             endpoint.holder.resize(profile.num_blocks)
 
     def run(self) -> RunResult:
+        """Run to the end, or until ``stop_when`` returns ``True``, and return the results."""
         started = time.perf_counter()
         if self._trace.requests:
             self._clock.call_at(0.0, partial(self._arrive, 0))
             for number, endpoint in enumerate(self._instances):
-                self._clock.call_at(
-                    number / len(self._instances) * self._interval, partial(self._scrape, endpoint)
-                )
+                # Not all at the same moment, as with the scheduler's own loops.
+                at = number / len(self._instances) * self._scrape_interval
+                self._clock.call_at(at, partial(self._scrape, endpoint))
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
-        ended = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
-        busy = {
-            role: {
-                e.id: self._instances[e].snapshot().busy / ended if ended else 0.0
-                for e in self._registry.endpoints(role)
-            }
-            for role in InstanceRole
-        }
         return RunResult(
             self._variant.label,
             [self._results[number] for number in sorted(self._results)],
-            busy[InstanceRole.PREFILL],
-            busy[InstanceRole.DECODE],
+            self._busy(InstanceRole.PREFILL),
+            self._busy(InstanceRole.DECODE),
             self._samples,
             time.perf_counter() - started,
         )
 
-    # -- a request, as router.py takes it through its life
+    def _busy(self, role: InstanceRole) -> dict[str, float]:
+        """Return the share of the run in which each instance computed."""
+        end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
+        endpoints = self._registry.endpoints(role)
+        return {e.id: self._instances[e].snapshot().busy / end if end else 0.0 for e in endpoints}
+
+    # -- the life of a request, as in routing/core.py
 
     def _arrive(self, number: int) -> None:
-        asked = self._trace.requests[number]
+        traced = self._trace.requests[number]
         if number + 1 < len(self._trace.requests):
             self._clock.call_at(self._trace.requests[number + 1].arrival, partial(self._arrive, number + 1))
-        job = _Job(number, asked, self._context(asked))
-        alone = self._disaggregation.local(job.context)
+        job = _Job(number, traced, self._context(traced))
+        alone = self._disaggregation.local_endpoint(job.context)
         if alone is not None:
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
             return
-        self._dispatcher.submit(
-            Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._settled, job)), self._clock.now
-        )
-        self._wake_in_time()
+        ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
+        self._dispatcher.submit(ticket, self._clock.now)
+        self._set_wake_up()
 
-    def _context(self, asked: TraceRequest) -> RequestContext:
+    def _context(self, traced: TraceRequest) -> RequestContext:
         config, now = self._config, self._clock.now
-        private = asked.blocks[1:2] or asked.blocks[:1]
+        # A trace names no sessions. The second block stands for one, since many prompts share their first.
+        private = traced.blocks[1:2] or traced.blocks[:1]
         return RequestContext(
             "/v1/completions",
-            prompt_tokens=asked.prompt_tokens * math.exp(self._random.gauss(0.0, ESTIMATE_ERROR)),
+            prompt_tokens=traced.prompt_tokens * math.exp(self._random.gauss(0.0, ESTIMATE_ERROR)),
             output_tokens=self._registry.load.output_tokens,
-            blocks=asked.blocks,
+            blocks=traced.blocks,
             block_tokens=self._trace.block_tokens,
             session=str(private[0]) if private else None,
             ttft_slo=config.ttft_slo,
@@ -272,20 +219,20 @@ class _Run:
             now=now,
         )
 
-    def _settled(self, job: _Job, ticket: Ticket) -> None:
+    def _on_settled(self, job: _Job, ticket: Ticket) -> None:
         outcome = ticket.outcome
         if isinstance(outcome, Reservation):
-            job.prefill, job.claim = outcome.endpoint, outcome
+            job.prefill, job.reservation = outcome.endpoint, outcome
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._prefill, job))
         else:
-            self._end(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
+            self._record(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
 
     def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
-        asked = job.asked
+        traced = job.traced
         job.context.now = self._clock.now
-        job.decode, job.claim = decode, self._registry.reserve(decode, job.context)
+        job.decode, job.reservation = decode, self._registry.reserve(decode, job.context)
         request = EngineRequest(
-            str(job.number), asked.prompt_tokens, asked.output_tokens, HandOff.NONE, asked.blocks
+            str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.NONE, traced.blocks
         )
         self._decode(job, request, None)
 
@@ -295,101 +242,102 @@ class _Run:
             self._instances[job.decode].add(
                 request,
                 offer=offer,
-                on_first_token=partial(self._began, job),
-                on_finished=partial(self._decoded, job),
+                on_first_token=partial(self._on_first_token, job),
+                on_finished=partial(self._on_finished, job),
             )
         except ValueError:
             if offer is not None:
                 offer.source.release(offer.request_id)
             self._release(job)
-            self._end(job, "too_long")
+            self._record(job, "too_long")
             return
-        self._changed()
+        self._dispatch()
 
     def _prefill(self, job: _Job) -> None:
-        asked, endpoint = job.asked, job.prefill
+        traced, endpoint = job.traced, job.prefill
         assert endpoint is not None
-        request = EngineRequest(str(job.number), asked.prompt_tokens, 1, HandOff.SEND, asked.blocks)
+        request = EngineRequest(str(job.number), traced.prompt_tokens, 1, HandOff.SEND, traced.blocks)
         try:
-            self._instances[endpoint].add(request, on_finished=partial(self._prefilled, job))
+            self._instances[endpoint].add(request, on_finished=partial(self._on_prefilled, job))
         except ValueError:
             self._release(job)
-            self._end(job, "too_long")
+            self._record(job, "too_long")
 
-    def _prefilled(self, job: _Job, request: EngineRequest, _: float) -> None:
+    def _on_prefilled(self, job: _Job, request: EngineRequest, _: float) -> None:
         job.cached = request.cached
         assert job.prefill is not None
         offer = self._instances[job.prefill].offer(request.request_id)
-        self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._hand_over, job, offer))
+        self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._pick_decode, job, offer))
 
-    def _hand_over(self, job: _Job, offer: Offer) -> None:
-        now, context, claim = self._clock.now, job.context, job.claim
-        assert claim is not None
-        self._registry.prefilled(claim, job.asked.prompt_tokens, job.cached, now)
-        context.prompt_tokens, context.now = job.asked.prompt_tokens, now
+    def _pick_decode(self, job: _Job, offer: Offer) -> None:
+        now, context, reservation = self._clock.now, job.context, job.reservation
+        assert reservation is not None
+        self._registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
+        context.prompt_tokens, context.now = job.traced.prompt_tokens, now
         job.decode = self._scheduler.pick(InstanceRole.DECODE, context)[0]
-        job.claim = self._registry.reserve(job.decode, context)
-        asked = job.asked
+        job.reservation = self._registry.reserve(job.decode, context)
+        traced = job.traced
         request = EngineRequest(
-            str(job.number), asked.prompt_tokens, asked.output_tokens, HandOff.RECEIVE, asked.blocks
+            str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.RECEIVE, traced.blocks
         )
         self._decode(job, request, offer)
 
-    def _began(self, job: _Job, request: EngineRequest, at: float) -> None:
-        job.first = at
+    def _on_first_token(self, job: _Job, request: EngineRequest, at: float) -> None:
+        job.first_token = at
         if job.prefill is None:
             job.cached = request.cached
 
-    def _decoded(self, job: _Job, _: EngineRequest, at: float) -> None:
+    def _on_finished(self, job: _Job, _: EngineRequest, at: float) -> None:
         self._release(job)
-        self._end(job, None)
+        self._record(job, None)
 
     def _release(self, job: _Job) -> None:
-        assert job.claim is not None
-        job.claim.release(self._clock.now)
-        self._changed()
+        assert job.reservation is not None
+        job.reservation.release(self._clock.now)
+        self._dispatch()
 
-    def _end(self, job: _Job, reason: str | None) -> None:
-        asked, first, now = job.asked, job.first, self._clock.now
+    def _record(self, job: _Job, reason: str | None) -> None:
+        traced, first, now = job.traced, job.first_token, self._clock.now
         tpot = None
-        if reason is None and first is not None and asked.output_tokens > 1:
-            tpot = (now - first) / (asked.output_tokens - 1)
+        if reason is None and first is not None and traced.output_tokens > 1:
+            tpot = (now - first) / (traced.output_tokens - 1)
         self._results[job.number] = RequestResult(
-            asked.arrival,
-            asked.prompt_tokens,
-            asked.output_tokens,
+            traced.arrival,
+            traced.prompt_tokens,
+            traced.output_tokens,
             job.cached,
-            None if first is None or reason is not None else first - asked.arrival,
+            None if first is None or reason is not None else first - traced.arrival,
             tpot,
             job.prefill.id if job.prefill else None,
             job.decode.id if job.decode else None,
             now if reason is None else None,
             reason,
         )
-        if self.give_up is not None and self.give_up(self._results[job.number]):
+        if self._stop_when is not None and self._stop_when(self._results[job.number]):
             self._clock.stop()
         if len(self._results) % _PROGRESS_EVERY == 0:
             self._progress(len(self._results))
 
-    # -- what goes on beside
+    # -- what happens beside requests
 
     @property
     def _done(self) -> bool:
         return len(self._results) == len(self._trace.requests)
 
-    def _changed(self) -> None:
+    def _dispatch(self) -> None:
+        """Serve waiting requests after a change, as ``AdmissionController.wake``."""
         if len(self._dispatcher.queue):
-            self._dispatcher.pump(self._clock.now)
-            self._wake_in_time()
+            self._dispatcher.dispatch(self._clock.now)
+            self._set_wake_up()
 
-    def _wake_in_time(self) -> None:
-        if self._wake is not None:
-            self._wake.cancel()
-        at = self._dispatcher.wake_at(self._clock.now)
-        self._wake = None if at is None else self._clock.call_at(at, self._changed)
+    def _set_wake_up(self) -> None:
+        if self._wake_up is not None:
+            self._wake_up.cancel()
+        at = self._dispatcher.next_wake(self._clock.now)
+        self._wake_up = None if at is None else self._clock.call_at(at, self._dispatch)
 
     def _scrape(self, endpoint: Endpoint) -> None:
-        """Read what the engine's ``/metrics`` would say."""
+        """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
         if self._done:
             return
         now = self._clock.now
@@ -411,10 +359,11 @@ class _Run:
             endpoint.in_flight,
             endpoint.tokens,
         )
-        self._changed()
-        self._clock.call_at(now + self._interval, partial(self._scrape, endpoint))
+        self._dispatch()
+        self._clock.call_at(now + self._scrape_interval, partial(self._scrape, endpoint))
 
     def _sample(self) -> None:
+        """Record the load of all instances and of the queue, for the figure."""
         if self._done:
             return
         now = self._clock.now

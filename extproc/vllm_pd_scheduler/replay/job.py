@@ -1,4 +1,4 @@
-"""What one strategy does under the conditions of a comparison: a run, or a search by many runs."""
+"""One variant under the conditions of a comparison: a run, or a search for the highest rate by many runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from .search import RateResult, find_rate
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from .fleet import FleetSpec, Variant
+    from .fleet import FleetSpec
+    from .variant import Variant
 
 TARGET = 0.95
-"""Share of the requests that must meet both limits for a rate to pass."""
+"""Share of the requests that must meet both limits for a rate to pass. A choice, usual for SLOs."""
 
-GiveUp = Callable[[RequestResult], bool]
-"""Told each request that has ended; whether the rest of the run does not matter."""
+StopWhen = Callable[[RequestResult], bool]
+"""Called with each request that has ended; ``True`` ends the run, since the rest does not matter."""
 
 
 class Runner(Protocol):
-    """Runs a variant on a trace: `fleet.run_variant`."""
+    """A function that runs a variant on a trace, as ``fleet.run_variant``."""
 
     def __call__(
         self,
@@ -29,14 +30,14 @@ class Runner(Protocol):
         trace: Trace,
         fleet: FleetSpec,
         progress: Callable[[int], None],
-        give_up: GiveUp | None = None,
+        stop_when: StopWhen | None = None,
     ) -> RunResult:
-        """Tell ``progress`` how many requests have ended, now and then."""
+        """Return the results; call ``progress`` now and then with the number of requests that have ended."""
         ...
 
 
 Progress = Callable[[float, int], None]
-"""Told the rate of the run and how many of its requests have ended."""
+"""Called with the rate of a run and the number of its requests that have ended."""
 
 
 class ReplayError(Exception):
@@ -45,13 +46,13 @@ class ReplayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all strategies of a comparison have in common. Limits are in seconds."""
+    """What is the same for all variants of a comparison. Limits are in seconds."""
 
     trace: str
     """The trace's name."""
     requests: int
     trace_seconds: float
-    """From the first arrival to the last at the trace's own rate."""
+    """Seconds from the first arrival to the last, at the trace's own rate."""
     fleet: FleetSpec
     rate: float
     """Multiple of the trace's own rate."""
@@ -61,16 +62,16 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A strategy's run at the conditions' rate, and what the search found if there was one."""
+    """A variant's run at the conditions' rate, and the result of the search if there was one."""
 
     run: RunResult
     summary: Summary
-    found: RateResult | None = None
+    search_result: RateResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that is needed to run a variant; can be sent to another process when ``runner`` is a module's."""
+    """All that is needed to run variants. It can be pickled if ``runner`` is a function of a module."""
 
     trace: Trace
     conditions: Conditions
@@ -78,45 +79,49 @@ class Job:
     runner: Runner
 
     def run(self, variant: Variant, progress: Progress) -> Outcome:
-        """Run ``variant`` once, or as often as the search needs.
+        """Run a variant once or, for a search, as often as that needs, and return the outcome.
 
-        Raises :exc:`ReplayError` for what the fleet refuses with a ValueError.
+        Raise :exc:`ReplayError` if the runner raises ValueError.
         """
         given = self._run(variant, self.conditions.rate, progress)
         if not self.search:
             return given
 
         def attainment(rate: float) -> float:
-            # The search begins with the rate that was run already.
+            # The search starts with this rate, which has been run.
             if rate == self.conditions.rate:
                 return given.summary.attainment
             return self._attainment(variant, rate, progress)
 
-        return replace(given, found=find_rate(attainment, TARGET, self.conditions.rate))
+        return replace(given, search_result=find_rate(attainment, TARGET, self.conditions.rate))
 
     def _attainment(self, variant: Variant, rate: float, progress: Progress) -> float:
-        """Return the share of requests within the limits; once it cannot reach the target, a bound of it."""
+        """Return the share of requests that meet the limits at a rate.
+
+        The run stops as soon as the share cannot reach ``TARGET`` any more. Then an upper bound is returned:
+        the search only needs to know that the rate failed.
+        """
         total = len(self.trace.requests)
         missed = 0
 
-        def too_many(result: RequestResult) -> bool:
+        def fails(result: RequestResult) -> bool:
             nonlocal missed
             missed += not result.meets(self.conditions.ttft_slo, self.conditions.tpot_slo)
             return missed > (1 - TARGET) * total
 
-        outcome = self._run(variant, rate, progress, too_many)
+        outcome = self._run(variant, rate, progress, fails)
         if len(outcome.run.results) < total:
             return (total - missed) / total
         return outcome.summary.attainment
 
     def _run(
-        self, variant: Variant, rate: float, progress: Progress, give_up: GiveUp | None = None
+        self, variant: Variant, rate: float, progress: Progress, stop_when: StopWhen | None = None
     ) -> Outcome:
         trace = self.trace.scaled(rate)
         progress(rate, 0)
         try:
             run = self.runner(
-                variant, trace, self.conditions.fleet, lambda finished: progress(rate, finished), give_up
+                variant, trace, self.conditions.fleet, lambda finished: progress(rate, finished), stop_when
             )
         except ValueError as error:
             raise ReplayError(f"{variant.label}: {error}") from error

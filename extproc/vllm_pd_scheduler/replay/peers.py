@@ -1,6 +1,7 @@
-"""Other routers' policies, written anew from their documentation, to compare with. For the replay only.
+"""Policies of other routers, written from their documentation, to compare with in a replay.
 
-Their prefix indexes are ours, which are bounded by the real size of each KV cache: better than their own.
+They use our prefix index, which knows the real size of each KV cache, and so are better off than with their
+own.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from ..strategies.session import Session
 
 
 class Random(Strategy):
-    """``random`` of vllm-router, SGLang's router and smg."""
+    """``random`` of vllm-router, SGLang's router and smg: any endpoint."""
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Draw."""
+        """Return endpoints drawn at random."""
         return self.random.sample(endpoints, min(count, len(endpoints)))
 
 
 class CacheAware(PowerOfTwo):
     """``cache_aware`` of SGLang's router, vllm-router and smg for prefill; ``power_of_two`` for decode.
 
-    Balanced: the endpoint with the longest prefix if at least ``cache_threshold`` of the prompt matches
-    there, else the one with the most room in its cache. Imbalanced, that is when the most requests are more
-    than ``balance_abs_threshold`` above the fewest and more than ``balance_rel_threshold`` times them:
-    the fewest requests. Rules and defaults (0.3, 64, 1.5):
+    - While load is balanced: the endpoint with the longest cached prefix, if more than ``cache_threshold`` of
+      the prompt is cached there; else the one with the emptiest cache.
+    - While it is not, that is if the most requests of an endpoint exceed the fewest by more than
+      ``balance_abs_threshold`` and by more than the factor ``balance_rel_threshold``: the fewest requests.
+
+    Rules and defaults (0.3, 64, 1.5):
     https://github.com/lightseekorg/smg/blob/main/docs/concepts/routing/cache-aware.md
     """
 
@@ -39,7 +42,7 @@ class CacheAware(PowerOfTwo):
     balance_rel_threshold = 1.5
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Choose by cache or by load."""
+        """Return one endpoint, chosen by cache or by load; for decode, as ``power_of_two``."""
         if endpoints[0].instance.role is InstanceRole.DECODE:
             return super().rank(endpoints, request, count)
         loads = [e.in_flight for e in endpoints]
@@ -54,18 +57,21 @@ class CacheAware(PowerOfTwo):
 
 
 class LlmD(Strategy):
-    """llm-d's weighted scorers: queue (1), KV cache (1) and prefix (3), the highest sum wins.
+    """llm-d's weighted scorers: the highest sum of queue + KV cache + 3 * prefix wins.
 
-    queue = (most waiting - waiting) / (most - fewest), 1 if all are equal; KV cache = 1 - usage; prefix =
-    matched blocks / blocks of the prompt. Waiting and usage are as scraped, every 50 ms. Equal sums are
-    decided by chance. Scorers: https://llm-d.ai/docs/architecture/core/router/epp/scheduling, weights: those
-    of the quick start's default profile.
+    - *queue* = (most waiting - waiting) / (most waiting - fewest waiting); 1 if all are equal.
+    - *KV cache* = 1 - usage.
+    - *prefix* = cached blocks / blocks of the prompt.
+
+    Waiting requests and usage are as scraped, every 50 ms. Equal sums are decided at random. Scorers:
+    https://llm-d.ai/docs/architecture/core/router/epp/scheduling. Weights: the default profile of the quick
+    start.
     """
 
     reads_prefixes = True
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Sum the scores."""
+        """Return the endpoints with the highest sums."""
         waiting = [e.metrics.waiting if e.metrics else 0.0 for e in endpoints]
         most, fewest = max(waiting), min(waiting)
         scored = []
@@ -79,10 +85,10 @@ class LlmD(Strategy):
 
 
 class ConsistentHash(Session):
-    """``consistent_hash`` of vllm-router, ``consistent_hashing`` of smg: a session stays where it is.
+    """``consistent_hash`` of vllm-router, ``consistent_hashing`` of smg: a session stays on its endpoint.
 
-    Without the bound on loads that our ``session`` has. A trace names no sessions; the first block that a
-    prompt does not share with all others stands for one.
+    It is our ``session`` without the bound on load. A trace names no sessions: the prompt's second block
+    stands for one.
     """
 
     bound = None
@@ -91,8 +97,10 @@ class ConsistentHash(Session):
 class Dynamo(Strategy):
     """NVIDIA Dynamo's KV router: the least cost = prefill blocks + active decode blocks.
 
-    For prefill the uncached blocks that are queued there plus this request's own; for decode the blocks of
-    the requests there. https://docs.nvidia.com/dynamo/dev/components/router/routing-concepts
+    - On P: the uncached tokens that are queued there, plus those of this request.
+    - On D: the tokens of the requests there.
+
+    Source: https://docs.nvidia.com/dynamo/dev/components/router/routing-concepts
     """
 
     reads_prefixes = True

@@ -1,4 +1,4 @@
-"""One figure of a comparison: how times are spread, and how load goes up and down."""
+"""The figure of a comparison: distributions of times, and load over time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-"""File names that :func:`plot` can write."""
+"""Ends of the file names that :func:`plot` can write."""
 
-_POINTS = 300  # of a line
+_MAX_POINTS = 300
+"""Points of a line of load: more cannot be told apart at the width of an axis."""
 _STYLES = ("-", "--", ":", "-.")
-_WIDE = 30  # a range of values that is wider than so many times is drawn on a logarithmic axis
+_LOG_RATIO = 30
+"""Largest over smallest value from which on an axis is logarithmic (a choice)."""
 
 
 class PlotError(Exception):
@@ -28,7 +30,7 @@ class PlotError(Exception):
 
 
 def require_matplotlib() -> None:
-    """Raise :exc:`PlotError` when matplotlib is not installed."""
+    """Raise :exc:`PlotError` if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise PlotError("matplotlib is not installed; pip install 'vllm-pd-scheduler[replay]'")
 
@@ -36,7 +38,7 @@ def require_matplotlib() -> None:
 def plot(outcomes: Sequence[Outcome], conditions: Conditions, path: Path) -> None:
     """Write the figure to ``path``, whose suffix is one of :data:`SUFFIXES`. No display is needed.
 
-    Raises :exc:`PlotError` without matplotlib, OSError when the file cannot be written.
+    Raise :exc:`PlotError` without matplotlib, and OSError if the file cannot be written.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -69,12 +71,12 @@ def _shares(
     value: Callable[[RequestResult], float | None],
     slo: float,
 ) -> None:
-    """Draw what share of all requests had a time of so much or less: rejected ones keep a line below 1."""
+    """Draw the cumulative distribution of a time over all requests; rejected ones keep a line below 1."""
     widest: list[float] = [slo]
     for index, outcome in enumerate(outcomes):
         results = outcome.run.results
         times = sorted(time for time in map(value, results) if time is not None)
-        # One-token answers have no time per output token, so they are not in its whole.
+        # Answers of one token have no time per output token, so they are not counted for it.
         missing = sum(each.ttft is None for each in results)
         whole = len(times) + missing
         axes.step(
@@ -87,7 +89,7 @@ def _shares(
         widest += above[:1] + above[-1:]
     axes.axvline(slo, color="grey", linewidth=0.8, label=f"SLO: {slo:g} s")
     axes.legend(loc="lower right")
-    if min(widest) * _WIDE < max(widest):
+    if min(widest) * _LOG_RATIO < max(widest):
         axes.set_xscale("log")
     axes.set(xlabel=label, ylabel="share of requests", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
@@ -96,7 +98,7 @@ def _shares(
 def _load(
     axes: Axes, outcomes: Sequence[Outcome], role: str, what: str, value: Callable[[LoadSample], int]
 ) -> None:
-    """Draw the sum of ``value`` over the instances of ``role`` at each moment that was sampled."""
+    """Draw the sum of ``value`` over the instances of a role at each sampled moment."""
     for index, outcome in enumerate(outcomes):
         run = outcome.run
         members = run.prefill_busy if role == "prefill" else run.decode_busy
@@ -112,8 +114,8 @@ def _load(
 
 
 def _thinned(points: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
-    """Means of neighbours, so that no more points are left than can be told apart."""
-    width = max(1, math.ceil(len(points) / _POINTS))
+    """Return times and values of at most ``_MAX_POINTS`` points, each the mean of its neighbours."""
+    width = max(1, math.ceil(len(points) / _MAX_POINTS))
     groups = [points[start : start + width] for start in range(0, len(points), width)]
     return [group[0][0] for group in groups], [
         math.fsum(size for _, size in group) / len(group) for group in groups
@@ -121,5 +123,5 @@ def _thinned(points: Sequence[tuple[float, int]]) -> tuple[list[float], list[flo
 
 
 def _line(index: int) -> dict[str, Any]:
-    """Ten colours, and another dash pattern for each further ten."""
+    """Return the style of the line of a strategy: ten colours, then another dash pattern for the next ten."""
     return {"color": f"C{index % 10}", "linestyle": _STYLES[index // 10 % 4], "linewidth": 1.2}

@@ -1,4 +1,4 @@
-"""Runs the variants of a comparison side by side, each in a process of its own."""
+"""Runs the variants of a comparison in parallel, each in its own process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..system.parent_death import die_with_parent
 from .job import Job, Outcome, ReplayError
 
 if TYPE_CHECKING:
-    from .fleet import Variant
+    from .variant import Variant
 
 PoolProgress = Callable[[int, float, int], None]
-"""Told a variant's place in the list, the rate of its run and how many requests of that have ended."""
+"""Called with a variant's index, the rate of its run and the number of requests that have ended."""
 
 
 def run_all(job: Job, variants: Sequence[Variant], processes: int, progress: PoolProgress) -> list[Outcome]:
-    """Run ``job`` for each of ``variants``, so many at a time, and return what came of it, in their order.
+    """Run a job for each variant, in up to ``processes`` processes, and return the outcomes in their order.
 
-    One process means this one. Raises :exc:`ReplayError` when a run is refused or its process dies; after
-    that, as after Ctrl-C, no process is left.
+    With one process it is done in this one. Raise :exc:`ReplayError` if a run fails or its process dies.
+    After an exception, Ctrl-C included, no process is left.
     """
     processes = min(processes, len(variants))
     if processes <= 1:
@@ -57,32 +57,33 @@ def run_all(job: Job, variants: Sequence[Variant], processes: int, progress: Poo
 
 
 class _Child:
-    """A process that runs the variant at ``index``."""
+    """A process that runs the variant at ``index`` and sends its progress and outcome."""
 
     def __init__(self, index: int, job: Job, variants: Sequence[Variant]) -> None:
-        # Spawned, not forked: a fork would copy other threads' locks as they happen to be.
+        # Spawned, not forked: a fork copies locks that other threads hold at that moment, and nobody would
+        # release them in the child.
         context = multiprocessing.get_context("spawn")
         self.index = index
         self._label = variants[index].label
         self.receiver, sender = context.Pipe(duplex=False)
         arguments = (job, variants[index], sender, os.getpid())
         self.process: BaseProcess = context.Process(target=_run, args=arguments, daemon=True)
-        with _interrupts_held_back():
+        with _interrupts_blocked():
             self.process.start()
-        sender.close()  # else its end would not be seen
+        sender.close()  # while this process has it open, recv() would not see the child's end
 
     def receive(self) -> tuple[float, int] | Outcome:
-        """Return how far it is, or what came of it. Raises :exc:`ReplayError` if it failed or died."""
+        """Return progress or the outcome; raise :exc:`ReplayError` if the run failed or the process died."""
         try:
             message: tuple[float, int] | Outcome | ReplayError = self.receiver.recv()
         except EOFError:
             self.process.join()
-            raise ReplayError(self._end()) from None
+            raise ReplayError(self._exit_reason()) from None
         if isinstance(message, ReplayError):
             raise message
         return message
 
-    def _end(self) -> str:
+    def _exit_reason(self) -> str:
         status = self.process.exitcode or 0
         if status == -signal.SIGKILL:
             return f"{self._label}: its process was killed; if memory ran out, give --limit or fewer --jobs"
@@ -98,12 +99,13 @@ def _run(job: Job, variant: Variant, sender: Connection, parent: int) -> None:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Start a process that never sees Ctrl-C: the terminal sends it to all, and one answer is enough.
+def _interrupts_blocked() -> Iterator[None]:
+    """Return a context in which a process is started that never sees Ctrl-C.
 
-    A signal that is blocked stays so in a child, even while it is still importing.
+    The terminal sends SIGINT to all processes, and this one ends the others. A child inherits that a signal
+    is blocked, so it is blocked even while the child still imports.
     """
-    resource_tracker.ensure_running()  # which would undo it, were it started with the process
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it starts: start it before the child does
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

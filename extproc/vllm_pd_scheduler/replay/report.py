@@ -1,4 +1,4 @@
-"""What a comparison shows: tables, JSON, and a progress bar while it runs."""
+"""The output of a comparison: tables, JSON, and progress bars while it runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from .pool import PoolProgress
 from .result import Spread
 
 SCHEMA = 1
-"""Of the JSON; it changes when a field changes its meaning or goes, not when one is added."""
+"""Version of the JSON's schema: it changes when a field is removed or means something else."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A figure of each strategy. ``best`` picks the value to be marked, or is None if none is better."""
+    """A column of a table: one figure of each strategy.
+
+    ``show`` is the format of the value times ``scale``. ``best`` returns the best of the values; it is None
+    for a figure that is neither good nor bad.
+    """
 
     title: str
     value: Callable[[Outcome], float | None]
@@ -34,7 +38,7 @@ class _Column:
     scale: float = 1.0
 
     def texts(self, outcomes: Sequence[Outcome]) -> list[Text]:
-        """Its cells; the best has a star, and so has what looks the same, unless all do."""
+        """Return the cells. The best ones, as they are shown, have a star, unless all are the same."""
         values = [self.value(outcome) for outcome in outcomes]
         shown = ["-" if value is None else format(value * self.scale, self.show) for value in values]
         known = [value for value in values if value is not None]
@@ -54,8 +58,8 @@ def _of_spread(time: str, figure: str) -> Callable[[Outcome], float | None]:
 
 def _of_summary(name: str) -> Callable[[Outcome], float | None]:
     def value(outcome: Outcome) -> float | None:
-        found: float | None = getattr(outcome.summary, name)
-        return found
+        figure: float | None = getattr(outcome.summary, name)
+        return figure
 
     return value
 
@@ -69,7 +73,10 @@ _TPOT = tuple(
     _Column(f"TPOT ms\n{figure}", _of_spread("tpot", figure), ".2f", scale=1000) for figure in _FIGURES
 )
 _RATE = _Column(
-    f"rate at\n{TARGET:.0%}", lambda outcome: outcome.found.rate if outcome.found else None, ".3f", max
+    f"rate at\n{TARGET:.0%}",
+    lambda outcome: outcome.search_result.rate if outcome.search_result else None,
+    ".3f",
+    max,
 )
 _FLEET = (
     _Column("prefix\nhits %", _of_summary("prefix_hits"), ".1f", max, 100),
@@ -84,7 +91,7 @@ _FLEET = (
 
 
 def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) -> None:
-    """Print tables with a row for each strategy, and below them what a figure cannot say."""
+    """Print tables with a row for each strategy, and notes below them."""
     fleet = conditions.fleet
     console.print(
         f"{conditions.trace}: {conditions.requests} requests at {conditions.rate:g} times their rate "
@@ -94,7 +101,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
         highlight=False,
     )
     slo = f"SLO: {conditions.ttft_slo:g} s, and {conditions.tpot_slo * 1000:g} ms for each further token"
-    searched = any(outcome.found for outcome in outcomes)
+    searched = any(outcome.search_result for outcome in outcomes)
     console.print(_table(f"Time to first token ({slo})", _TTFT + (_RATE,) * searched, outcomes))
     console.print(_table("Time per output token", _TPOT, outcomes))
     console.print(_table("Fleet", _FLEET, outcomes))
@@ -103,7 +110,7 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
 
 
 def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, Any]:
-    """All figures, for :func:`json.dumps`; ``docs/replay.md`` has the schema."""
+    """Return all figures, for :func:`json.dumps`; ``docs/replay.md`` describes the schema."""
     return {
         "schema": SCHEMA,
         "versions": {"vllm_pd_scheduler": _version(), "python": platform.python_version()},
@@ -121,7 +128,7 @@ def as_json(outcomes: Sequence[Outcome], conditions: Conditions) -> dict[str, An
 
 @contextmanager
 def progress_bars(labels: Sequence[str], requests: int, console: Console) -> Iterator[PoolProgress]:
-    """Show a bar for each of ``labels`` while the block runs; nothing where ``console`` is no terminal."""
+    """Return a context that shows a progress bar for each label, or none if the console is no terminal."""
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -152,31 +159,31 @@ def _table(title: str, columns: Sequence[_Column], outcomes: Sequence[Outcome]) 
 
 def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
-        label, found = outcome.run.strategy, outcome.found
+        label, search = outcome.run.strategy, outcome.search_result
         if outcome.summary.rejected:
             reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(outcome.summary.rejected.items()))
             yield f"{label}: rejected: {reasons}"
-        if found and found.rate is None:
-            lowest = min(rate for rate, _ in found.tried)
+        if search and search.rate is None:
+            lowest = min(rate for rate, _ in search.tried)
             yield (
                 f"{label}: no rate has {TARGET:.0%} of the requests within the limits, not even "
-                f"{lowest:.3g} with {found.attainment:.1%}"
+                f"{lowest:.3g} with {search.attainment:.1%}"
             )
-        elif found and found.open_ended:
+        elif search and search.open_ended:
             yield (
-                f"{label}: {found.attainment:.1%} are within the limits even at {found.rate:g}, "
+                f"{label}: {search.attainment:.1%} are within the limits even at {search.rate:g}, "
                 "the highest rate tried"
             )
 
 
 def _entry(outcome: Outcome) -> dict[str, Any]:
     entry = asdict(outcome.summary)
-    found = outcome.found
-    entry["find_rate"] = found and {
-        "rate": found.rate,
-        "attainment": found.attainment,
-        "open_ended": found.open_ended,
-        "tried": [{"rate": rate, "attainment": attainment} for rate, attainment in found.tried],
+    search = outcome.search_result
+    entry["find_rate"] = search and {
+        "rate": search.rate,
+        "attainment": search.attainment,
+        "open_ended": search.open_ended,
+        "tried": [{"rate": rate, "attainment": attainment} for rate, attainment in search.tried],
     }
     return entry
 

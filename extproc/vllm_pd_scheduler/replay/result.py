@@ -1,4 +1,4 @@
-"""What came of one run of a trace, and the figures that sum it up."""
+"""The results of a run of a trace, and the figures that sum them up."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """One request. All times are virtual, in seconds; ``arrival`` and ``finished`` since the run's start.
+    """The result of one request. All times are virtual, in seconds.
 
-    ``ttft`` is from the arrival to the first token, ``tpot`` the mean time of each further one (None for an
-    answer of one token). ``prefill`` and ``decode`` are ids of instances; ``prefill`` is None when D did the
-    prefill. A rejected request has a ``reason`` and neither ``ttft`` nor ``finished``.
+    A rejected request has a ``reason`` and neither ``ttft`` nor ``finished``.
     """
 
     arrival: float
+    """Since the run's start."""
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int = 0
-    """Of the prompt's tokens, those that were in the cache of who did the prefill."""
+    """Prompt tokens that were cached on the instance that did the prefill."""
     ttft: float | None = None
+    """From the arrival to the first token."""
     tpot: float | None = None
+    """Mean time of each further token; None for an answer of one token."""
     prefill: str | None = None
+    """Id of the instance; None if the decode instance did the prefill."""
     decode: str | None = None
+    """Id of the instance."""
     finished: float | None = None
+    """Since the run's start."""
     reason: str | None = None
+    """Why it was rejected."""
 
     def meets(self, ttft_slo: float, tpot_slo: float) -> bool:
-        """Answered to the end, and both times (seconds) within their limits."""
+        """Whether it was answered to the end, with both times within their limits (seconds)."""
         if self.reason is not None or self.finished is None or self.ttft is None:
             return False
         return self.ttft <= ttft_slo and (self.tpot is None or self.tpot <= tpot_slo)
@@ -38,7 +43,7 @@ class RequestResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """What one instance had to do at one moment: requests running and waiting, and its KV use from 0 to 1."""
+    """The load of an instance at one moment: requests running and waiting, and KV use from 0 to 1."""
 
     time: float
     instance: str
@@ -49,12 +54,12 @@ class LoadSample:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One strategy's run. ``prefill_busy`` and ``decode_busy`` name all instances of the role."""
+    """The run of one strategy. ``prefill_busy`` and ``decode_busy`` have all instances of the role."""
 
     strategy: str
     results: list[RequestResult]
     prefill_busy: dict[str, float]
-    """Share of the run, from 0 to 1, in which each instance computed."""
+    """By instance: share of the run, 0 to 1, in which it computed."""
     decode_busy: dict[str, float]
     samples: list[LoadSample] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,7 +68,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a time is spread over the requests that have one, in seconds."""
+    """The distribution of a time over the requests that have it, in seconds."""
 
     mean: float
     p50: float
@@ -72,7 +77,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """The spread of ``values``; None when there are none."""
+        """Return the distribution of values; None if there are none."""
         ordered = sorted(values)
         if not ordered:
             return None
@@ -84,7 +89,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of one run; None where nothing can be said. Shares are from 0 to 1."""
+    """The figures of a run. Shares are from 0 to 1; a figure that has no data is None."""
 
     strategy: str
     requests: int
@@ -93,15 +98,15 @@ class Summary:
     ttft: Spread | None
     tpot: Spread | None
     attainment: float
-    """Share of all requests, rejected ones too, that met both limits."""
+    """Share of all requests, rejected ones included, that met both limits."""
     prefix_hits: float | None
-    """Cached tokens / prompt tokens, of the requests that were not rejected."""
+    """Cached tokens / prompt tokens of the requests that were not rejected."""
     imbalance_max: float | None
-    """Most / mean of the tokens that a prefill instance computed: 1 when all computed the same."""
+    """Maximum / mean of the tokens that the prefill instances computed: 1 if all computed the same."""
     imbalance_cv: float | None
-    """Standard deviation / mean of the same: 0 when all computed the same."""
+    """Standard deviation / mean of these tokens: 0 if all computed the same."""
     prefill_busy: float | None
-    """Mean over the prefill instances."""
+    """Mean share of the run in which a prefill instance computed."""
     decode_busy: float | None
     makespan: float
     """Seconds from the first arrival to the last answer's end."""
@@ -110,10 +115,10 @@ class Summary:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of ``ordered`` lies, interpolated linearly.
+    """Return the value below which ``share`` (0 to 1) of the sorted values lies, interpolated linearly.
 
-    The rank is ``share * (n - 1)``, as in NumPy's default and Hyndman and Fan's definition 7. Raises
-    ValueError when there are no values.
+    The rank is ``share * (n - 1)``, as in NumPy's default and definition 7 of Hyndman and Fan, "Sample
+    Quantiles in Statistical Packages", 1996. Raise ValueError if there are no values.
     """
     if not ordered:
         raise ValueError("no values have no percentile")
@@ -124,7 +129,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def summary(run: RunResult, ttft_slo: float, tpot_slo: float) -> Summary:
-    """Sum up ``run`` with limits in seconds: for the first token, and for each further one."""
+    """Return the figures of a run, with limits in seconds for the first and for each further token."""
     results = run.results
     served = [each for each in results if each.reason is None]
     prompt = sum(each.prompt_tokens for each in served)
@@ -149,7 +154,7 @@ def summary(run: RunResult, ttft_slo: float, tpot_slo: float) -> Summary:
 
 
 def _imbalance(run: RunResult) -> tuple[float | None, float | None]:
-    computed = dict.fromkeys(run.prefill_busy, 0)  # an instance that was given nothing counts too
+    computed = dict.fromkeys(run.prefill_busy, 0)  # with those that got no request
     for each in run.results:
         if each.prefill is not None and each.reason is None:
             computed[each.prefill] = computed.get(each.prefill, 0) + each.prompt_tokens - each.cached_tokens

@@ -1,4 +1,4 @@
-"""The highest rate at which a fleet still meets its limits."""
+"""Searches the highest rate at which a fleet still meets its limits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RateResult:
-    """What a search found. Rates are multiples of the trace's own; attainments are shares of all requests."""
+    """The result of a search. Rates are multiples of the trace's own; attainments are shares of requests."""
 
     rate: float | None
-    """The highest rate tried that passed; None when even the lowest failed."""
+    """The highest rate tried that passed; None if even the lowest failed."""
     attainment: float
-    """At ``rate``; at the lowest rate tried when there is none."""
+    """At ``rate`` or, without one, at the lowest rate tried."""
     tried: list[tuple[float, float]]
-    """Every rate tried and its attainment, in the order of the runs."""
+    """Each rate tried with its attainment, in the order of the runs."""
     open_ended: bool
-    """No rate failed: the true one is above ``rate``."""
+    """Whether no rate failed: the highest one is above ``rate``."""
 
 
 def find_rate(
@@ -28,13 +28,15 @@ def find_rate(
     precision: float = 0.02,
     doublings: int = 10,
 ) -> RateResult:
-    """Find the highest rate for which ``run(rate)`` returns an attainment of ``target`` or more.
+    """Return the highest rate for which ``run(rate)`` returns an attainment of at least ``target``.
 
-    From ``start`` the rate is doubled until a run fails (or halved until one passes), ``doublings`` times at
-    most; then the gap is halved, in the logarithm, until its ends differ by less than ``precision``. With
-    the defaults that takes 17 runs at the most. At every moment the lower end has passed and the upper one
-    failed, so an attainment that is not quite monotone still gives a rate that passed, beside one that did
-    not. Raises ValueError for a start or a precision that is not above 0.
+    1. From ``start``, double the rate until a run fails, or halve it until one passes, at most ``doublings``
+       times.
+    2. Bisect between the two, in the logarithm, until they differ by less than the share ``precision``.
+
+    With the defaults that takes at most 17 runs. The lower end has always passed and the upper one failed. So
+    even if attainment does not fall steadily with the rate, the result is a rate that passed, next to one
+    that did not. Raise ValueError if ``start`` or ``precision`` is not above 0.
     """
     if not (start > 0 and precision > 0):
         raise ValueError(f"start and precision must be above 0, got {start} and {precision}")
@@ -55,7 +57,7 @@ def find_rate(
 def _bracket(
     passes: Callable[[float], bool], start: float, doublings: int
 ) -> tuple[float | None, float | None]:
-    """A rate that passes and its double that fails; None for one that was not found."""
+    """Return a rate that passes and its double, which fails; None for one that was not found."""
     if passes(start):
         low = start
         for _ in range(doublings):

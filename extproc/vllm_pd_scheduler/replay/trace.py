@@ -1,4 +1,4 @@
-"""A trace: which requests came when, how long they were, and what prefixes they shared."""
+"""Traces: when requests arrived, how long they were, and which prefixes they shared."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class TraceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request: ``arrival`` in seconds from the trace's start, both lengths at least 1.
-
-    ``blocks`` are the ids of the prompt's full blocks of the trace's ``block_tokens``. An id names all of
-    the prompt up to the block's end: two requests with the same id have the same prefix up to there.
-    """
+    """One request. Both lengths are at least 1."""
 
     arrival: float
+    """Seconds from the trace's start."""
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
+    """Ids of the prompt's full blocks, each of the trace's ``block_tokens``.
+
+    An id stands for the prompt up to the block's end: requests with the same id have the same prefix.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +44,29 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last; 0 without requests."""
+        """Seconds from the first arrival to the last; 0 without requests."""
         return self.requests[-1].arrival if self.requests else 0.0
 
     def scaled(self, rate: float) -> Trace:
-        """The same requests ``rate`` times as fast. Raises ValueError for a rate that is not above 0."""
+        """Return the same requests ``rate`` times as fast; raise ValueError unless ``rate`` is above 0."""
         if not rate > 0:
             raise ValueError(f"a rate must be above 0, got {rate}")
         return replace(self, requests=[replace(each, arrival=each.arrival / rate) for each in self.requests])
 
     def limited(self, count: int) -> Trace:
-        """The first ``count`` requests, or all if there are fewer."""
+        """Return the first ``count`` requests, or all if there are fewer."""
         return replace(self, requests=self.requests[:count])
 
 
 def read_trace(path: Path, limit: int | None = None) -> Trace:
-    """Read Mooncake's JSONL or Azure's LLM inference CSV; what a file holds tells which of them it is.
+    """Return the trace in a file: Mooncake's JSONL or Azure's LLM inference CSV, told by the first line.
 
-    A length of 0 becomes 1: published traces have such rows, and an engine always computes one token. Rows
-    need not be in order of time. With a ``limit`` the first so many by time are kept, and no more than
-    these are in memory at once; all rows are checked all the same.
+    - A length of 0 becomes 1: published traces have such rows, and an engine always computes one token.
+    - Rows need not be in the order of time.
+    - With a ``limit``, only the first so many by time are kept, and no more are in memory at once. All rows
+      are checked nevertheless.
 
-    Raises :exc:`TraceError` for a file that cannot be read, has no requests, or has a malformed line.
+    Raise :exc:`TraceError` for a file that cannot be read, has no requests, or has a malformed line.
     """
     try:
         with path.open("rb") as file:
@@ -78,6 +80,7 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
 
 
 _Parse = Callable[[bytes], TraceRequest]
+"""Reads a line; raises ValueError, which says what is wrong with it."""
 
 
 def _by_arrival(requests: Iterable[TraceRequest], limit: int | None) -> list[TraceRequest]:
@@ -96,7 +99,7 @@ def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
             if parse is None:
                 parse = _format_of(text)
                 if parse is not _mooncake:
-                    continue  # that was the header
+                    continue  # a CSV's first line is its header
             request = parse(text)
         except ValueError as error:
             raise TraceError(f"{path}: line {number}: {error}") from None
@@ -104,6 +107,7 @@ def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
 
 
 def _format_of(first: bytes) -> _Parse:
+    """Return the parser for a file with this first line; raise ValueError if there is none."""
     if first.startswith(b"{"):
         return _mooncake
     columns = [name.strip() for name in first.split(b",")]
@@ -111,7 +115,7 @@ def _format_of(first: bytes) -> _Parse:
         return _azure(columns)
     raise ValueError(
         'neither Mooncake JSONL ({"timestamp": …, "input_length": …, "output_length": …, "hash_ids": […]}) '
-        f"nor Azure CSV with the header {','.join(_AZURE)}"
+        f"nor Azure CSV with the header {','.join(_AZURE_COLUMNS)}"
     )
 
 
@@ -119,7 +123,10 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Line(msgspec.Struct):
-    """A line of https://github.com/kvcache-ai/Mooncake (FAST25-release/traces); ``timestamp`` in ms."""
+    """A line of Mooncake's traces, https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
+
+    ``timestamp`` is in milliseconds.
+    """
 
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: _Count
@@ -138,7 +145,7 @@ def _mooncake(text: bytes) -> TraceRequest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
     full, part = divmod(line.input_length, BLOCK_TOKENS)
-    # The last id may be of a block that is not full. Any other count is of blocks of some other size.
+    # The last id may stand for a block that is not full. Any other count means blocks of another size.
     if line.hash_ids and not full <= len(line.hash_ids) <= full + bool(part):
         raise ValueError(
             f"hash_ids: {len(line.hash_ids)} ids, but {line.input_length} tokens are "
@@ -152,15 +159,15 @@ def _mooncake(text: bytes) -> TraceRequest:
     )
 
 
-_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """Columns of the LLM inference traces of https://github.com/Azure/AzurePublicDataset, 2023 and 2024."""
 
 
 def _azure(columns: list[bytes]) -> _Parse:
-    for name in _AZURE:
+    for name in _AZURE_COLUMNS:
         if name.encode() not in columns:
             raise ValueError(f"the header has no column {name}")
-    at_time, at_prompt, at_output = (columns.index(name.encode()) for name in _AZURE)
+    at_time, at_prompt, at_output = (columns.index(name.encode()) for name in _AZURE_COLUMNS)
 
     def parse(text: bytes) -> TraceRequest:
         fields = text.decode().split(",")
@@ -168,8 +175,8 @@ def _azure(columns: list[bytes]) -> _Parse:
             raise ValueError(f"{len(fields)} fields, but the header has {len(columns)}")
         return TraceRequest(
             _seconds(fields[at_time].strip()),
-            max(1, _count(_AZURE[1], fields[at_prompt])),
-            max(1, _count(_AZURE[2], fields[at_output])),
+            max(1, _count(_AZURE_COLUMNS[1], fields[at_prompt])),
+            max(1, _count(_AZURE_COLUMNS[2], fields[at_output])),
         )
 
     return parse
@@ -177,7 +184,7 @@ def _azure(columns: list[bytes]) -> _Parse:
 
 def _seconds(text: str) -> float:
     try:
-        moment = datetime.fromisoformat(text)  # which drops what is finer than a microsecond
+        moment = datetime.fromisoformat(text)  # drops digits beyond microseconds
     except ValueError:
         raise ValueError(f"TIMESTAMP: {text!r} is no date and time like 2023-11-16 18:15:46.68") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -185,7 +192,7 @@ def _seconds(text: str) -> float:
 
 def _count(name: str, text: str) -> int:
     try:
-        number = int(text.replace("_", "?"))  # int takes 1_000, which no CSV means
+        number = int(text.replace("_", "?"))  # int() would read 1_000 as 1000
     except ValueError:
         raise ValueError(f"{name}: {text.strip()!r} is not a whole number") from None
     if number < 0:

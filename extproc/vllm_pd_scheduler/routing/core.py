@@ -99,7 +99,7 @@ class RoutingCore:
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         if not self.connector.can_split(body):
             return await self._whole(context, changed, Served.WHOLE, limit)
-        alone = self._disaggregation.local(context)
+        alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
             return await self._whole(context, changed, Served.ALONE, limit, alone)
         prefilled = await self.prefill.run(context, headers, body)
@@ -184,7 +184,7 @@ class RoutingCore:
             others = (e for e in picked if e is not preferred)
             picked = [preferred, *others][:count]
         decode = self._in_turn(picked, count)
-        self._scheduler.decided(InstanceRole.DECODE, context, decode[0])
+        self._scheduler.compare_shadow(InstanceRole.DECODE, context, decode[0])
         self.telemetry.forwarded(decode[0].id, served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)

@@ -114,7 +114,7 @@ class PrefillStage:
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
-            self._scheduler.decided(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints)
@@ -137,7 +137,7 @@ class PrefillStage:
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
         try:
-            with self._telemetry.prefill(endpoint.id):
+            with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, body)
             if answer.status == 200:
                 return self._handed_over(reservation, context, answer, tried)

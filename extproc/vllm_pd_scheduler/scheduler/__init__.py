@@ -1,4 +1,4 @@
-"""Who is chosen: a P and a D for each request, by the strategies."""
+"""Chooses a prefill and a decode instance for each request, by strategies."""
 
 from .picker import Scheduler
 

@@ -1,4 +1,4 @@
-"""Whether a request's prefill goes to a prefill instance, or decode does it itself."""
+"""Decides whether a request is split, or a decode instance does its prefill too."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from ..strategies.predicted_latency import WORK_WEIGHT
 from . import Scheduler
 
 STALL_WEIGHT = 5.0
-"""What a second counts in which running answers stand still, beside one before an answer begins."""
+"""What a second of prefill on D counts for each answer that runs there, against a second of waiting.
+
+A prefill on D makes all its running answers stand still. The factor keeps a better time to the first token
+from being paid for by the time per token: with 3, large fleets had a worse time per token.
+"""
 
 
 class Disaggregation:
     """Decides by the setting ``disaggregation``: always, never, from a prompt length on, or by cost.
 
-    By cost (``auto``), what counts is the delay for everybody, in predicted seconds. On decode instance D the
-    prefill of the tokens that D has not cached stalls D's running answers for as long as it takes::
+    By cost (``auto``) a request stays on decode instance D if ``local <= remote``, in predicted seconds::
 
-        local  = cost * (1 + STALL_WEIGHT * requests on D, or on average if that is more)
-        remote = left on P + (1 + WORK_WEIGHT) * cost on P + KV transfer
+        local  = prefill on D * (1 + STALL_WEIGHT * requests on D)
+        remote = wait on P + (1 + WORK_WEIGHT) * prefill on P + KV transfer
 
-    so that a long prompt goes to P, and a short one, or one that D has cached, stays on a D with little to
-    do or when P has a queue. The average counts since a D that is idle now will not stay so meanwhile.
+    - *prefill on D*, *prefill on P*: time to compute the tokens of the prompt that are not cached there.
+    - *requests on D*: at least the mean over all D, since a D that is idle now gets others meanwhile.
+    - *wait on P*: time until P is done with the prefills queued there.
+    - *WORK_WEIGHT*: see :mod:`vllm_pd_scheduler.strategies.predicted_latency`.
+
+    So a long prompt goes to P. A short one, or one that D has cached, stays on a D with little to do, and so
+    does a longer one while all P have a queue.
     """
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler) -> None:
@@ -32,24 +40,25 @@ class Disaggregation:
         self._scheduler = scheduler
         self._registry = scheduler.registry
 
-    def local(self, request: RequestContext) -> Endpoint | None:
-        """Return the decode instance that should serve a request alone, or ``None`` if it is to be split."""
+    def local_endpoint(self, request: RequestContext) -> Endpoint | None:
+        """Return the decode instance that should serve a request alone; ``None`` if it is to be split."""
         if self._setting == "always":
             return None
         if self._setting == "auto":
-            return self._cheapest(request)
+            return self._cheaper_than_split(request)
         if self._setting == "never" or request.prompt_tokens < self._setting:
             return next(iter(self._scheduler.preview(InstanceRole.DECODE, request)), None)
         return None
 
-    def _cheapest(self, request: RequestContext) -> Endpoint | None:
+    def _cheaper_than_split(self, request: RequestContext) -> Endpoint | None:
         prefill = self._scheduler.preview(InstanceRole.PREFILL, request)
         if not prefill:
             return None
         decodes = self._scheduler.preview(InstanceRole.DECODE, request)
         routable = self._registry.routable(InstanceRole.DECODE)
         mean = sum(e.requests for e in routable) / max(1, len(routable))
-        # The one with the longest prefix may be better than the one that decodes fastest.
+        # The strategy looks for the D that decodes fastest; one with more of the prompt cached can be
+        # cheaper.
         caches = [e for e in routable if e.holder in request.cached]
         decodes += [max(caches, key=lambda e: request.cached[e.holder])] if caches else []
         best = min(decodes, key=lambda e: self._local_cost(e, request, mean), default=None)
@@ -63,5 +72,5 @@ class Disaggregation:
         return cost * (1 + STALL_WEIGHT * max(mean, decode.requests))
 
     def _remote_cost(self, prefill: Endpoint, request: RequestContext) -> float:
-        left, cost = prefill.prefill.left(request.now), prefill.prefill_cost(request)
-        return left + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer
+        wait, cost = prefill.prefill.remaining(request.now), prefill.prefill_cost(request)
+        return wait + (1 + WORK_WEIGHT) * cost + self._registry.load.transfer

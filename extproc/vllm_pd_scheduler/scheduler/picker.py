@@ -1,4 +1,4 @@
-"""Filter, score, pick: who could serve, and who should."""
+"""Filters the endpoints that can serve a request, and has a strategy rank them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
 from .shadow import Shadow
 
-_LOOK_AT = 16
-"""Of the routable, for a last resort: to look at all of a large saturated fleet takes a millisecond."""
+_MAX_LAST_RESORTS = 16
+"""Routable endpoints that are offered as a last resort: sorting all of a large fleet takes a millisecond."""
 
 
 class Scheduler:
-    """Picks endpoints of a registry, each role's by a strategy that can be changed while requests run.
+    """Picks endpoints of a registry for requests.
 
-    ``seed`` makes the strategies that choose at random repeatable.
+    Each role has a strategy of its own, which can be changed while requests run. ``seed`` makes strategies
+    that choose at random repeatable.
     """
 
     def __init__(self, config: SchedulerConfig, registry: Registry, seed: int | None = None) -> None:
         self.config = config
         self.registry = registry
         self.names: dict[InstanceRole, str] = {}
+        """Name of the strategy in use, by role."""
         self.shadow: Shadow | None = None
-        """The strategy that is asked too, without being followed."""
+        """A second strategy, which is compared with the one in use and never followed."""
         self._seed = seed
         self._strategies: dict[InstanceRole, Strategy] = {}
         self.use_each({role: config.strategy_of(role) for role in InstanceRole})
@@ -42,7 +44,7 @@ class Scheduler:
 
     @property
     def reads_prefixes(self) -> bool:
-        """Whether requests should come with their prompt's block hashes."""
+        """Whether prompts must be hashed, because something in use reads ``request.cached``."""
         return (
             self.config.disaggregation == "auto"
             or any(s.reads_prefixes for s in self._strategies.values())
@@ -50,37 +52,41 @@ class Scheduler:
         )
 
     def use(self, name: str, role: InstanceRole | None = None) -> None:
-        """Change the strategy of a role or, without one, of both; the next pick uses it.
+        """Change the strategy of one role or, without ``role``, of both, from the next pick on.
 
-        Raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and keeps the old one.
+        Raise :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and change nothing if the name cannot be
+        used.
         """
         self.use_each(dict.fromkeys(InstanceRole if role is None else (role,), name))
 
     def use_each(self, names: Mapping[InstanceRole, str]) -> None:
-        """Change the strategies of some roles: all or, if one cannot be used, none; raises as ``use``."""
+        """Change the strategies of several roles, or none if one name cannot be used; raise as ``use``."""
         made = {role: make_strategy(name, self.config) for role, name in names.items()}
         for role, strategy in made.items():
-            self._put(strategy, role, names[role])
+            self._set(strategy, role, names[role])
 
     def use_shadow(self, name: str | None) -> None:
-        """Begin anew with a shadow strategy, or have none; raises as ``use``."""
+        """Start a new comparison with a shadow strategy, or end it with ``None``; raise as ``use``."""
         self.shadow = None if name is None else Shadow(name, self.config)
 
     def install(self, strategy: type[Strategy], role: InstanceRole, name: str) -> None:
-        """Use a strategy that no name is known for."""
-        self._put(strategy(self.config), role, name)
+        """Use a strategy class that cannot be loaded by name; ``name`` is only shown."""
+        self._set(strategy(self.config), role, name)
 
-    def _put(self, strategy: Strategy, role: InstanceRole, name: str) -> None:
+    def _set(self, strategy: Strategy, role: InstanceRole, name: str) -> None:
         if self._seed is not None:
             strategy.random.seed(self._seed)
         self._strategies[role], self.names[role] = strategy, name
 
     def strategy(self, role: InstanceRole) -> Strategy:
-        """Return the strategy object of a role."""
+        """Return the strategy in use for a role."""
         return self._strategies[role]
 
     def saturated(self, endpoint: Endpoint, now: float) -> bool:
-        """Whether an endpoint has as much as the configuration lets it have, or has said that it is full."""
+        """Whether an endpoint has reached a limit of the configuration, or has said that it is full.
+
+        The limits are ``max_waiting``, ``max_kv_usage`` and ``max_in_flight_tokens``.
+        """
         config = self.config
         return (
             now < endpoint.busy_until
@@ -89,8 +95,11 @@ class Scheduler:
             or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
         )
 
-    def open(self, role: InstanceRole, now: float) -> bool:
-        """Whether some endpoint of a role is not saturated, or none can serve at all."""
+    def has_room(self, role: InstanceRole, now: float) -> bool:
+        """Whether a request need not wait for a role: one endpoint is not saturated, or none can serve.
+
+        In the second case there is nothing to wait for, and the request is refused by whoever picks.
+        """
         if not self._may_be_saturated(now):
             return True
         candidates = self._candidates(role, ())
@@ -107,9 +116,10 @@ class Scheduler:
         count: int = 1,
         exclude: Collection[Endpoint] = (),
     ) -> list[Endpoint]:
-        """Return up to ``count`` endpoints of ``role``, best first; empty when none can serve.
+        """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
-        Saturated ones are left out as long as there are others.
+        The strategy ranks those that are healthy and neither draining nor in ``exclude``. Saturated ones, and
+        ones whose trial request runs, are offered to it only if there are no others.
         """
         candidates = self._unsaturated(role, exclude, request.now)
         if not candidates:
@@ -118,29 +128,32 @@ class Scheduler:
         return self._strategies[role].rank(candidates, request, count)
 
     def last_resorts(self, role: InstanceRole, exclude: Collection[Endpoint]) -> list[Endpoint]:
-        """Return others of ``role`` that are alive, for a request that those of ``exclude`` have failed.
+        """Return endpoints to try when all in ``exclude``, which ``pick`` returned, have failed a request.
 
-        First what ``pick`` passes over while there is better (saturated, on trial), then what it never
-        returns: ejected ones. Any may answer, where to try none is sure to fail.
+        First come those that ``pick`` leaves out while there are better ones (saturated or on trial), then
+        those that it never returns (ejected). They may fail too, but without them the request surely does.
         """
         routable = (e for e in self.registry.routable(role) if e not in exclude)
         ejected = (e for e in self.registry.ejected(role) if e not in exclude)
-        others = [*itertools.islice(routable, _LOOK_AT), *ejected]
+        others = [*itertools.islice(routable, _MAX_LAST_RESORTS), *ejected]
         return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
-    def decided(
+    def compare_shadow(
         self,
         role: InstanceRole,
         request: RequestContext,
         picked: Endpoint,
         exclude: Collection[Endpoint] = (),
     ) -> None:
-        """Take that the pick just made counts, before it is reserved: the shadow is asked the same."""
+        """Ask the shadow strategy, if there is one, what it would have picked in place of ``picked``.
+
+        Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
+        """
         if self.shadow is not None:
             self.shadow.compare(role, self._unsaturated(role, exclude, request.now), request, picked)
 
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
-        """Return what ``pick`` would, when nothing will be sent there for it: nobody's turn has passed."""
+        """Return what the next ``pick`` would return, without taking a turn of the strategy."""
         strategy = self._strategies[role]
         with strategy.same_turn():
             return self.pick(role, request, count=count)
@@ -158,15 +171,17 @@ class Scheduler:
         if exclude:
             candidates = tuple(e for e in candidates if e not in exclude)
         if self.registry.trials:
-            # Its one trial request runs. Only if there is nobody else does it get another.
+            # An ejected endpoint comes back by one trial request. A second one at the same time would tell
+            # nothing more and could be lost too, so it is sent only if there is no other endpoint.
             candidates = tuple(e for e in candidates if not e.on_trial) or candidates
         return candidates
 
 
 def _waiting(endpoint: Endpoint) -> float:
-    """Requests queued there. A decode instance runs at once what it has room for.
+    """Return the requests that are queued on an endpoint, for ``max_waiting``.
 
-    So what was sent there since the last scrape counts only if others had to wait then.
+    What was sent since the last scrape counts as waiting. Not so on decode, which starts a request at once
+    if it has room for it: there it counts only if others had to wait at the last scrape.
     """
     if endpoint.instance.role is InstanceRole.DECODE and not (endpoint.metrics and endpoint.metrics.waiting):
         return 0.0
@@ -174,7 +189,7 @@ def _waiting(endpoint: Endpoint) -> float:
 
 
 def _kv_usage(endpoint: Endpoint) -> float:
-    """Share of the KV cache in use: as scraped, or by what has been sent since if that is more."""
+    """Return the share of the KV cache in use: as scraped, or as reserved by us if that is more."""
     if not endpoint.kv_capacity:
         return endpoint.kv_usage
     return max(endpoint.kv_usage, endpoint.kv_tokens / endpoint.kv_capacity)

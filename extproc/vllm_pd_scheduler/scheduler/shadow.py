@@ -1,7 +1,7 @@
-"""What another strategy would have chosen, asked beside the one in use and never followed.
+"""Compares a second strategy with the one in use, on live requests, without following it.
 
-Its own choices are not acted on, so what it sees (queues, load, cached prefixes) is what the live strategy
-has made of the fleet.
+Its choices are not acted on, so the queues, load and cached prefixes that it sees come from the live
+strategy's choices.
 """
 
 from __future__ import annotations
@@ -23,46 +23,53 @@ from ..strategies import make_strategy
 
 log = logging.getLogger(__name__)
 
-GAINS_S = (
+GAIN_BUCKETS_S = (
     -10.0, -2.5, -0.5, -0.1, -0.025, -0.005, -0.001, -0.0001,
     0.0001, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0,
 )  # fmt: skip
-"""Upper bounds of the histogram of gains; what lies between the middle two makes no difference."""
+"""Upper bounds of the histogram of gains, alike on both sides of zero.
+
+From 0.1 ms, below which a difference does not matter, to 10 s, a long queue of prefills.
+"""
 
 MAX_DIFFERENCES = 50
-"""Last differing picks that are kept."""
+"""Differing picks that are kept, the newest ones: a page full for a person who looks."""
 
-LOG_PAUSE_S = 60.0
-"""Seconds between two warnings of a strategy that fails."""
+WARNING_INTERVAL_S = 60.0
+"""Least time between two warnings about a strategy that fails: it may fail with each request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A pick in which the shadow differed. Nothing of the request."""
+    """A pick in which the shadow chose another endpoint. It has nothing of the request."""
 
     role: InstanceRole
     live: str
+    """Id of the instance that the live strategy chose."""
     shadow: str
+    """Id of the instance that the shadow chose."""
     live_seconds: float
-    """Predicted: the time to the first token for prefill, that of a decode step for decode."""
+    """Predicted for the live choice, see :func:`predicted_seconds`."""
     shadow_seconds: float
+    """Predicted for the shadow's choice."""
     at: float
+    """When, by the shadow's clock."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the picks of one role; the sums are of predicted seconds over all that were compared."""
+    """Counts of the picks of one role, and sums of the predicted seconds over those that were compared."""
 
     agreed: int = 0
     differed: int = 0
     failed: int = 0
     live_seconds: float = 0.0
     shadow_seconds: float = 0.0
-    gains: list[int] = field(default_factory=lambda: [0] * (len(GAINS_S) + 1))
-    """How many differing picks had which gain (live less shadow), by :data:`GAINS_S`."""
+    gains: list[int] = field(default_factory=lambda: [0] * (len(GAIN_BUCKETS_S) + 1))
+    """Differing picks by gain (predicted seconds, live less shadow) in the buckets :data:`GAIN_BUCKETS_S`."""
 
     def report(self) -> dict[str, Any]:
-        """Return it for people, with the means in place of the sums."""
+        """Return it as JSON for the admin interface, with means in place of the sums."""
         compared = self.agreed + self.differed
         means = (self.live_seconds / compared, self.shadow_seconds / compared) if compared else (None, None)
         return {
@@ -75,9 +82,10 @@ class Tally:
 
 
 class Shadow:
-    """A strategy with objects of its own for each role, and what became of comparing it with the live one.
+    """A shadow strategy and the results of comparing it with the live one.
 
-    Raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy`.
+    It makes strategy objects of its own, one for each role. ``clock`` measures what a pick costs. The
+    constructor raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy`.
     """
 
     def __init__(
@@ -88,24 +96,27 @@ class Shadow:
         self.differences: deque[Difference] = deque(maxlen=MAX_DIFFERENCES)
         self._strategies = {role: make_strategy(name, config) for role in InstanceRole}
         self._clock = clock
-        self._spent = 0.0
-        self._quiet_until = float("-inf")
+        self._seconds_spent = 0.0
+        self._next_warning_at = float("-inf")
 
     @property
     def reads_prefixes(self) -> bool:
-        """Whether requests should come with their prompt's block hashes."""
+        """Whether prompts must be hashed for the strategy."""
         return any(strategy.reads_prefixes for strategy in self._strategies.values())
 
     def compare(
         self, role: InstanceRole, candidates: Sequence[Endpoint], request: RequestContext, live: Endpoint
     ) -> None:
-        """Ask what the live strategy was just asked, and count how the answers differ. Never raises."""
+        """Rank the candidates that the live strategy ranked, and count whether the choices differ.
+
+        Never raises: what the strategy raises is counted and logged.
+        """
         start = self._clock()
         try:
             self._compare(role, candidates, request, live, start)
         except Exception as error:  # someone else's code, and nothing depends on it
             self._failed(role, error, start)
-        self._spent += self._clock() - start
+        self._seconds_spent += self._clock() - start
 
     def _compare(
         self,
@@ -115,8 +126,8 @@ class Shadow:
         live: Endpoint,
         now: float,
     ) -> None:
-        live_seconds = shadow_seconds = predicted(live, request)
-        # A copy, so that what a strategy writes into a request changes nothing for the live one.
+        live_seconds = shadow_seconds = predicted_seconds(live, request)
+        # A copy: whatever a strategy writes into it does not reach the live request.
         choice = self._strategies[role].rank(candidates, copy.copy(request), 1)[0]
         if choice not in candidates:
             raise ValueError("it chose what was not offered")
@@ -124,18 +135,18 @@ class Shadow:
         if choice is live:
             tally.agreed += 1
         else:
-            shadow_seconds = predicted(choice, request)
+            shadow_seconds = predicted_seconds(choice, request)
             tally.differed += 1
-            tally.gains[bisect_left(GAINS_S, live_seconds - shadow_seconds)] += 1
+            tally.gains[bisect_left(GAIN_BUCKETS_S, live_seconds - shadow_seconds)] += 1
             self.differences.append(Difference(role, live.id, choice.id, live_seconds, shadow_seconds, now))
         tally.live_seconds += live_seconds
         tally.shadow_seconds += shadow_seconds
 
     def _failed(self, role: InstanceRole, error: Exception, now: float) -> None:
         self.tallies[role].failed += 1
-        if now < self._quiet_until:
+        if now < self._next_warning_at:
             return
-        self._quiet_until = now + LOG_PAUSE_S
+        self._next_warning_at = now + WARNING_INTERVAL_S
         failures = sum(tally.failed for tally in self.tallies.values())
         log.warning(
             "shadow strategy %s failed to pick a %s instance: %s: %s (%d failures so far; requests are not "
@@ -149,12 +160,12 @@ class Shadow:
         )
 
     def report(self) -> dict[str, Any]:
-        """Return all that was found, as the admin interface shows it; the newest differences first."""
+        """Return the results as JSON for the admin interface, the newest differences first."""
         now = self._clock()
         picks = sum(t.agreed + t.differed + t.failed for t in self.tallies.values())
         return {
             "strategy": self.name,
-            "microseconds_per_pick": 1e6 * self._spent / picks if picks else None,
+            "microseconds_per_pick": 1e6 * self._seconds_spent / picks if picks else None,
             **{role.value: tally.report() for role, tally in self.tallies.items()},
             "differences": [
                 {
@@ -170,12 +181,13 @@ class Shadow:
         }
 
 
-def predicted(endpoint: Endpoint, request: RequestContext) -> float:
-    """Return the seconds that the load model predicts of a choice.
+def predicted_seconds(endpoint: Endpoint, request: RequestContext) -> float:
+    """Return what the load model predicts if a request goes to an endpoint, in seconds.
 
-    For prefill the time to the first token from now on, for decode that of a step with the request.
+    On prefill that is the time to the first token, from ``request.now`` on; on decode the time of a step
+    with the request in its batch.
     """
     if endpoint.instance.role is InstanceRole.DECODE:
         kv_tokens = endpoint.kv_tokens + request.prompt_tokens + request.output_tokens
         return endpoint.decode.step(endpoint.requests + 1, kv_tokens)
-    return endpoint.prefill.left(request.now) + endpoint.prefill_cost(request)
+    return endpoint.prefill.remaining(request.now) + endpoint.prefill_cost(request)

@@ -1,4 +1,4 @@
-"""A simulated vLLM fleet: an engine model, an HTTP server like vLLM's, and a fleet of such processes.
+"""A simulated vLLM: a model of its engine, an HTTP server like its own, and fleets of such processes.
 
-Nothing is imported here, so that the pure parts (`engine`, `text`) load without a web framework.
+Nothing is imported here, so that ``engine`` and ``text``, which do no I/O, load without a web framework.
 """

@@ -1,4 +1,4 @@
-"""The answers of the OpenAI API, whole and in chunks, shaped as vLLM shapes them."""
+"""Answers of the OpenAI API, whole and as events of a stream, with the fields that vLLM 0.32 sends."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ import msgspec
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: all its prompts, all its choices, and what of its prompts was cached.
+    """Tokens of a request: of all its prompts, of all its choices, and how many of the prompts were cached.
 
-    `cached_tokens` is None where vLLM tells no details.
+    ``cached_tokens`` is None for answers in which vLLM gives no details.
     """
 
     prompt_tokens: int
@@ -19,7 +19,7 @@ class Usage:
     cached_tokens: int | None = None
 
     def body(self) -> dict[str, Any]:
-        """The `usage` object, as with `--enable-prompt-tokens-details`."""
+        """Return the ``usage`` object, as vLLM sends it with ``--enable-prompt-tokens-details``."""
         details = None if self.cached_tokens is None else {"cached_tokens": self.cached_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -31,7 +31,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Shapes the answer to one request, a completion or a chat completion."""
+    """Makes the JSON of the answer to one request, a completion or (``chat``) a chat completion."""
 
     request_id: str
     model: str
@@ -40,11 +40,11 @@ class Shape:
 
     @property
     def answer_id(self) -> str:
-        """The request's id with the prefix of its kind."""
+        """The request's id, with a prefix for the kind of answer."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}"
 
     def whole(self, choices: list[dict[str, Any]], usage: Usage, params: dict[str, Any] | None) -> bytes:
-        """A whole answer; `params` are its `kv_transfer_params`."""
+        """Return an answer that is not streamed; ``params`` are its ``kv_transfer_params``."""
         body = self._head("chat.completion" if self.chat else "text_completion", choices)
         body |= {
             "service_tier": None,
@@ -55,7 +55,7 @@ class Shape:
         return msgspec.json.encode(body | {"kv_transfer_params": params})
 
     def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        """One choice of a whole answer."""
+        """Return a choice of an answer that is not streamed."""
         content: dict[str, Any] = {"text": text}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}}
@@ -68,12 +68,12 @@ class Shape:
         }
 
     def opening(self, index: int) -> bytes:
-        """The event that begins a chat choice; completions have none."""
+        """Return the first event of a choice of a chat completion; completions have none."""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
-        """The event of one more token."""
+        """Return the event of a token."""
         content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
         if finish_reason or not self.chat:
@@ -81,7 +81,7 @@ class Shape:
         return self._event([choice])
 
     def usage(self, usage: Usage) -> bytes:
-        """The event that `stream_options.include_usage` asks for."""
+        """Return the event that ``stream_options.include_usage`` asks for."""
         return self._event([], usage=usage.body())
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -101,12 +101,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def model_list(model: str, max_model_len: int, created: int) -> dict[str, Any]:
-    """The answer of `/v1/models`."""
+    """Return the answer of ``/v1/models``; ``created`` in Unix seconds."""
     card = {
         "id": model,
         "object": "model",

@@ -1,4 +1,4 @@
-"""The HTTP interface of one simulated instance: vLLM's routes, and `/_sim/` for other engines and tests."""
+"""The HTTP interface of a simulated instance: vLLM's routes, and ``/_sim/`` for other engines and tests."""
 
 import asyncio
 import hashlib
@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .answers import DONE, Shape, Usage, event, model_list
 from .engine import EngineRequest, HandOff
-from .faults import KEPT_BODY, Entry, Fault, Journal, cut
+from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer
 from .metrics import Metrics
 from .options import Options
@@ -34,18 +34,25 @@ from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
 
 VERSION = "0.32.0"
+"""Of vLLM, whose behaviour is simulated."""
 MAX_BODY = 128 * 1024 * 1024
+"""Bytes of a request body: twice the scheduler's default limit, so that it is never this one that counts."""
 MAX_N = 16_384
-QUIET = frozenset({"/health", "/metrics"})
+"""Largest ``n``: vLLM's default ``VLLM_MAX_N_SEQUENCES``."""
+UNRECORDED_PATHS = frozenset({"/health", "/metrics"})
+"""Not in the journal: probes would soon push all other requests out of it."""
 ENTRY = "entry"
+"""Key of a request's journal entry in the request object."""
 HALF = "half"
+"""Key of the request object: whether the fault cuts this answer in half."""
 MUTE = "mute"
+"""Key of the request object: after how many tokens of a stream the fault sends nothing more."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Api:
-    """Routes and their handlers. `port` is the one that hand-offs name; set it once it is known."""
+    """Routes and handlers. ``port`` is the port that hand-offs name; set it when it is known."""
 
     def __init__(self, options: Options, worker: Worker, metrics: Metrics) -> None:
         self.port = options.port
@@ -54,11 +61,11 @@ class Api:
         self._metrics = metrics
         self._journal = Journal()
         self._fault = Fault()
-        self._load = 0
+        self._active_requests = 0
         self._started = int(time.time())
 
     def application(self) -> web.Application:
-        """The aiohttp application of these routes."""
+        """Return the aiohttp application."""
         app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
         app.on_response_prepare.append(_echo_request_id)
         get = {
@@ -87,16 +94,16 @@ class Api:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Around every handler: journal, key, faults, and errors as vLLM words them."""
+        """Run a handler, with the journal before it and errors turned into vLLM's answers after it."""
         if request.path.startswith("/_sim/") or (
-            request.path in QUIET and request.path not in self._fault.paths
+            request.path in UNRECORDED_PATHS and request.path not in self._fault.paths
         ):
             return await handler(request)
-        entry = request[ENTRY] = self._journal.open(request)
+        entry = request[ENTRY] = self._journal.record(request)
         try:
             data = await request.read()
-            entry.data, entry.size = data[:KEPT_BODY], len(data)
-            response = await self._checked(request, handler)
+            entry.data, entry.size = data[:MAX_JOURNAL_BODY], len(data)
+            response = await self._handle(request, handler)
         except ApiError as error:
             response = web.json_response(error.body(), status=error.status)
         except web.HTTPException as error:
@@ -105,7 +112,8 @@ class Api:
         entry.status = response.status
         return response
 
-    async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Run a handler unless the API key is wrong or a fault answers in its place."""
         key = self._options.api_key
         if key and request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
@@ -117,7 +125,7 @@ class Api:
         if fault.hits(request.path):
             await asyncio.sleep(fault.delay)
             if fault.reset:
-                await cut(request)
+                await drop_connection(request)
             if fault.status is not None:
                 kind = "InternalServerError" if fault.status >= 500 else "BadRequestError"
                 raise ApiError(fault.status, "Simulated fault", kind)
@@ -136,24 +144,25 @@ class Api:
         self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
     ) -> web.StreamResponse:
         body = read_body(await request.read(), request.content_type, kind)
-        model = self._served(body.model)
+        model = self._model(body.model)
         shape = Shape(_request_id(request), model, kind is ChatBody)
-        jobs = self._plan(body, shape, request[ENTRY])
-        self._load += 1
+        jobs = self._make_jobs(body, shape, request[ENTRY])
+        self._active_requests += 1
         try:
             if body.stream:
                 return await self._stream(request, body, shape, jobs)
             return await self._whole(request, shape, jobs)
         finally:
-            self._load -= 1
+            self._active_requests -= 1
 
-    def _served(self, model: str | None) -> str:
+    def _model(self, model: str | None) -> str:
+        """Return the served model; raise ApiError if a request names another one."""
         if model not in (None, self._options.model):
             raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
         return self._options.model
 
-    def _plan(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
-        """The jobs of a request, one per choice. Raise ApiError for a request that cannot be run."""
+    def _make_jobs(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
+        """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
         params = (body.kv_transfer_params if self._options.kv_connector else None) or {}
@@ -167,23 +176,23 @@ class Api:
                 for number in range(body.n or 1):
                     answer = Answer(prompt, number)
                     length = choose_length(body, prompt, answer.natural_length, self._options.max_model_len)
-                    # Its own name even when a client repeats an X-Request-Id.
+                    # A name of its own, even if a client sends the same X-Request-Id twice.
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
                     hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
                     request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
                     jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer))
         except TooLong:
-            # vLLM lets go of the sender's blocks when it rejects such a request.
+            # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
-                self._let_go(params, entry)
+                self._release_hand_off(params, entry)
             raise
         if hand_off is not HandOff.NONE:
             entry.hand_off = hand_off.value
         if hand_off is HandOff.RECEIVE:
-            self._attach(jobs, params, entry)
+            self._attach_hand_off(jobs, params, entry)
         return jobs
 
-    def _attach(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
+    def _attach_hand_off(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
         for job in jobs:
             try:
                 job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
@@ -191,9 +200,9 @@ class Api:
                 self._worker.die(str(error))
             cached = params.get("remote_prefill_cached_tokens")
             job.remote_cached = cached if type(cached) is int else None
-            job.note = entry.outcomes.append
+            job.on_hand_off = entry.outcomes.append
 
-    def _let_go(self, params: dict[str, Any], entry: Entry) -> None:
+    def _release_hand_off(self, params: dict[str, Any], entry: Entry) -> None:
         try:
             offer = read_offer(params, blocks_needed=0)
         except FatalHandOff:
@@ -219,7 +228,7 @@ class Api:
         )
         await response.prepare(request)
         await response.write(data[: len(data) // 2])
-        await cut(request, written=True)
+        await drop_connection(request, flush=True)
 
     def _offer(self, request: EngineRequest) -> dict[str, Any] | None:
         if request.hand_off is not HandOff.SEND:
@@ -232,7 +241,7 @@ class Api:
         self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        # As with vLLM, the 200 goes out before anything can be known to fail.
+        # As with vLLM, status 200 is sent before anything can fail.
         await response.prepare(request)
         sent = 0
         try:
@@ -245,13 +254,13 @@ class Api:
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))
                     sent += 1
                     if sent == 2 and request.get(HALF):
-                        await cut(request, written=True)
+                        await drop_connection(request, flush=True)
             if body.stream_options and body.stream_options.include_usage:
                 await response.write(shape.usage(_usage(jobs)))
         except EngineFailed as error:
             await response.write(event(ApiError(500, str(error), "InternalServerError").body()))
         except ConnectionError:
-            return response  # the client has gone; leaving the iteration has aborted its request
+            return response  # the client has left; closing the generator has aborted its request
         await response.write(DONE)
         await response.write_eof()
         return response
@@ -267,7 +276,7 @@ class Api:
         return web.json_response({"version": VERSION})
 
     async def _server_load(self, request: web.Request) -> web.Response:
-        return web.json_response({"server_load": self._load})
+        return web.json_response({"server_load": self._active_requests})
 
     async def _scrape(self, request: web.Request) -> web.Response:
         self._worker.observe()
@@ -278,7 +287,7 @@ class Api:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = read_body(await request.read(), request.content_type, TokenizeBody)
-        self._served(body.model)
+        self._model(body.model)
         if body.prompt is None and body.messages is None:
             raise ApiError(400, "prompt or messages is required", "Bad Request", "prompt")
         tokens = tokenize(render_chat(body.messages or []) if body.prompt is None else body.prompt)
@@ -287,7 +296,7 @@ class Api:
 
     async def _embeddings(self, request: web.Request) -> web.Response:
         body = read_body(await request.read(), request.content_type, EmbeddingBody)
-        model = self._served(body.model)
+        model = self._model(body.model)
         inputs = [body.input] if isinstance(body.input, str) else split_inputs(body.input, "input")
         prompts = [read_prompt(model, item) for item in inputs]
         data = [
@@ -308,7 +317,7 @@ class Api:
         return web.Response()
 
     async def _requests(self, request: web.Request) -> web.Response:
-        return web.json_response(self._journal.body())
+        return web.json_response(self._journal.as_json())
 
     async def _stats(self, request: web.Request) -> web.Response:
         self._worker.observe()
@@ -337,6 +346,7 @@ class Api:
 
 
 async def _read_call(request: web.Request) -> FetchCall:
+    """Return the body of a fetch or a release."""
     try:
         return msgspec.json.decode(await request.read(), type=FetchCall)
     except msgspec.DecodeError as error:
@@ -348,13 +358,13 @@ async def _echo_request_id(request: web.Request, response: web.StreamResponse) -
 
 
 def _request_id(request: web.BaseRequest) -> str:
-    """The client's own, each byte a character as vLLM reads headers, or a new one."""
+    """Return the client's X-Request-Id, a character for each byte as vLLM reads headers, or a new id."""
     given = request.headers.get("X-Request-Id", "")
     return given.encode("utf-8", "surrogateescape").decode("latin-1") or uuid.uuid4().hex
 
 
 def _usage(jobs: list[Job]) -> Usage:
-    # Choices of one prompt share it, so it counts once, with the first choice's luck in the cache.
+    # A prompt counts once however many choices it has, with the cached tokens of its first choice.
     prompts = {id(job.prompt): job for job in reversed(jobs)}.values()
     return Usage(
         sum(job.prompt.tokens for job in prompts),
@@ -364,5 +374,6 @@ def _usage(jobs: list[Job]) -> Usage:
 
 
 def _vector(digest: str) -> list[float]:
+    """Return an embedding: 16 numbers from -1 to 1 that depend on the prompt."""
     data = hashlib.blake2b(digest.encode(), digest_size=16).digest()
     return [round(byte / 127.5 - 1, 6) for byte in data]

@@ -1,69 +1,34 @@
-"""One vLLM engine as a pure state machine: continuous batching, chunked prefill, KV blocks, hand-off.
+"""vLLM's engine as a pure state machine: continuous batching, chunked prefill, KV blocks, hand-off.
 
-The engine does no I/O and knows only the time it is told, so the same code runs behind an HTTP server in
-real time and in a replay in virtual time. It counts tokens and never sees text.
+Source: ``vllm/v1/core/sched/scheduler.py`` of vLLM 0.32. The engine does no I/O and takes the time as an
+argument, so the same code runs behind an HTTP server in real time and in a replay in virtual time. It counts
+tokens and never sees text.
 """
 
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
 from .blocks import BlockPool
 from .leap import Leap
 from .profile import EngineProfile
 from .request import EngineRequest, HandOff, State
+from .step import Fetch, Output, Step
 
 __all__ = ["Engine", "EngineRequest", "Fetch", "HandOff", "Output", "State", "Step"]
 
 
-class Fetch(Enum):
-    """What a fetch of pinned blocks found."""
-
-    GOOD = "good"
-    STALE = "stale"
-    """Nothing is pinned under that name, or other blocks are: the bytes are some other prompt's."""
-    INVALID = "invalid"
-    """A block id that this engine does not have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One new token: number `index` of the request's answer; `finished` on its last."""
-
-    request: EngineRequest
-    index: int
-    finished: bool
-
-
-@dataclass(slots=True)
-class Step:
-    """What one iteration did. Its outputs exist `duration` seconds after it began."""
-
-    duration: float = 0.0
-    prefill_tokens: int = 0
-    decoding: int = 0
-    outputs: list[Output] = field(default_factory=list)
-    transfers: list[EngineRequest] = field(default_factory=list)
-    """Requests whose KV must now be fetched; answer with `transfer_done` or `transfer_failed`."""
-    preempted: list[EngineRequest] = field(default_factory=list)
-    expired: list[str] = field(default_factory=list)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing was done: stepping again is of use only after something else has changed."""
-        return not (self.prefill_tokens or self.decoding or self.preempted)
-
-
 @dataclass(frozen=True, slots=True)
 class _Pin:
+    """Blocks that are kept for another engine to fetch."""
+
     request: EngineRequest
     expires: float
 
 
 class Engine:
-    """Continuous batching as in vLLM's scheduler: running requests first, then waiting ones in order."""
+    """Schedules as vLLM does: each step serves running requests first, then waiting ones in order."""
 
     def __init__(self, profile: EngineProfile | None = None) -> None:
         self.profile = profile or EngineProfile()
@@ -71,49 +36,50 @@ class Engine:
         self._requests: dict[str, EngineRequest] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._deferred: dict[str, EngineRequest] = {}
-        # Fetched requests hold blocks while they wait for a place. They go before all others, for a
-        # request that waits for blocks must never stand in front of one that holds them.
+        # Requests whose KV was fetched hold blocks while they wait for a place in the batch. They go before
+        # all others: one that waits for blocks must never be in front of one that holds them.
         self._fetched: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._pinned: dict[str, _Pin] = {}
-        # Requests whose last token is computed by the step under way: they run until it ends.
-        self._ending = 0
+        # Requests whose last token the current step computes: to an observer they run until it ends.
+        self._finishing = 0
 
-    # -- what an observer sees ------------------------------------------------------------------------
+    # -- observing ------------------------------------------------------------------------
 
     @property
     def running(self) -> int:
-        """Requests in the batch, those included that the step under way finishes."""
-        return len(self._running) + self._ending
+        """Requests in the batch, including those that the current step finishes."""
+        return len(self._running) + self._finishing
 
     @property
     def queued(self) -> int:
-        """Requests that wait for room."""
+        """Requests that wait for room in the batch or the KV cache."""
         return len(self._waiting) + len(self._fetched)
 
     @property
     def deferred(self) -> int:
-        """Requests that wait for their KV to arrive."""
+        """Requests that wait for their KV from another engine."""
         return len(self._deferred)
 
     @property
     def pinned(self) -> int:
-        """Hand-offs that nobody has fetched yet."""
+        """Hand-offs that are not fetched yet."""
         return len(self._pinned)
 
     @property
     def kv_usage(self) -> float:
-        """Share of the blocks in use, pinned ones included: 0 to 1."""
+        """Share of the blocks that are held, including pinned ones, 0 to 1."""
         return self.pool.used / self.pool.size
 
     def next_expiry(self) -> float | None:
-        """When the first lease ends."""
+        """Return when the first lease ends; None without one."""
         return min((pin.expires for pin in self._pinned.values()), default=None)
 
-    # -- requests come and go -------------------------------------------------------------------------
+    # -- adding and aborting requests
+    # -------------------------------------------------------------------------
 
     def add(self, request: EngineRequest, now: float) -> None:
-        """Queue a new request. Raise ValueError for a name in use or a request that can never fit."""
+        """Queue a new request; raise ValueError for an id in use, or a request that can never fit."""
         if request.request_id in self._requests:
             raise ValueError(f"request id in use: {request.request_id}")
         if request.prompt_tokens < 1 or request.output_tokens < 1:
@@ -127,7 +93,7 @@ class Engine:
         self._waiting.append(request)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request, whatever it is doing, and free its blocks; False when there is none."""
+        """Remove a request in any state and free its blocks; return whether there was one."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
@@ -147,11 +113,11 @@ class Engine:
     # -- hand-off, the sending side -------------------------------------------------------------------
 
     def pinned_blocks(self, request_id: str) -> list[int]:
-        """The blocks that are pinned for a hand-off, in the order of its tokens; empty when none are."""
+        """Return the blocks that are pinned for a hand-off, in the order of its tokens."""
         return self.pool.blocks(request_id) if request_id in self._pinned else []
 
     def fetch(self, request_id: str, block_ids: Sequence[int], now: float) -> Fetch:
-        """Another engine has read these blocks for that hand-off: say what it got, and unpin."""
+        """Unpin a hand-off of which another engine has read these blocks; return what it has read."""
         self.expire(now)
         if any(not 1 <= block <= self.pool.size for block in block_ids):
             return Fetch.INVALID
@@ -160,12 +126,13 @@ class Engine:
         return Fetch.GOOD if pinned and pinned == list(block_ids) else Fetch.STALE
 
     def release(self, request_id: str) -> bool:
-        """Nobody will fetch this hand-off: unpin it; False when it is not pinned."""
+        """Unpin a hand-off that nobody will fetch; return whether it was pinned."""
         return request_id in self._pinned and self.abort(request_id)
 
     def expire(self, now: float) -> list[str]:
-        """Unpin the hand-offs whose lease has ended and return their names."""
-        # Not in order: a step may be asked for before the one before it would have ended.
+        """Unpin the hand-offs whose lease has ended; return their request ids."""
+        # All are looked at: they are not always pinned in the order of their time, since a caller may start a
+        # step before the one before it would have ended.
         expired = [request_id for request_id, pin in self._pinned.items() if pin.expires <= now]
         for request_id in expired:
             self.abort(request_id)
@@ -174,22 +141,22 @@ class Engine:
     # -- hand-off, the receiving side -----------------------------------------------------------------
 
     def transfer_done(self, request_id: str) -> None:
-        """The KV of a deferred request has come: it decodes as soon as there is a place."""
+        """Record that a deferred request's KV has come: it runs as soon as there is a place in the batch."""
         request = self._deferred.pop(request_id)
         self._register(request, request.computed, request.prompt_tokens)
-        # As in vLLM, the prompt's last token is computed again: that gives the first token of the answer.
+        # As in vLLM, the prompt's last token is computed again, which gives the first token of the answer.
         request.computed = request.prompt_tokens - 1
-        request.remote = True
+        request.transfer_ended = True
         request.state = State.WAITING
         self._fetched.append(request)
 
     def transfer_failed(self, request_id: str, *, recompute: bool) -> None:
-        """The KV of a deferred request will not come: prefill it here, or drop it."""
+        """Record that a deferred request's KV will not come: prefill it here (``recompute``) or abort it."""
         if not recompute:
             self.abort(request_id)
             return
         request = self._deferred.pop(request_id)
-        request.remote = True
+        request.transfer_ended = True
         request.state = State.WAITING
         request.computed = 0
         self.pool.release(request_id)
@@ -198,9 +165,9 @@ class Engine:
     # -- one iteration --------------------------------------------------------------------------------
 
     def step(self, now: float) -> Step:
-        """Run one iteration that begins now. The caller delivers its outputs when it has ended."""
+        """Run one iteration that starts now. The caller delivers its outputs at its end."""
         step = Step(expired=self.expire(now))
-        self._ending = 0
+        self._finishing = 0
         batch: list[tuple[EngineRequest, int]] = []
         budget = self._schedule_running(batch, step)
         if not step.preempted:
@@ -211,13 +178,14 @@ class Engine:
         return step
 
     def _schedule_running(self, batch: list[tuple[EngineRequest, int]], step: Step) -> int:
+        """Add running requests to the batch, preempting some if blocks run out; return the budget's rest."""
         budget = self.profile.max_num_batched_tokens
         at = 0
         while at < len(self._running) and budget:
             request = self._running[at]
-            tokens = min(request.todo, budget)
+            tokens = min(request.uncomputed, budget)
             while not self._grow(request, tokens):
-                # Without room the youngest gives way, be it this very request, and starts anew later.
+                # Without free blocks the request that started last is preempted, which may be this one.
                 victim = self._running.pop()
                 self._preempt(victim, step)
                 if victim is request:
@@ -230,6 +198,7 @@ class Engine:
     def _schedule_waiting(
         self, batch: list[tuple[EngineRequest, int]], budget: int, now: float, step: Step
     ) -> None:
+        """Start waiting requests, in their order, as long as the first one fits."""
         while budget and len(self._running) < self.profile.max_num_seqs:
             queue = self._fetched or self._waiting
             if not queue:
@@ -240,16 +209,16 @@ class Engine:
                 return
             queue.popleft()
             start = request.computed + len(shared) * self.profile.block_size
-            elsewhere = request.hand_off is HandOff.RECEIVE and not request.remote
+            fetch = request.hand_off is HandOff.RECEIVE and not request.transfer_ended
             tokens = request.prompt_tokens + request.generated - start
-            if not elsewhere:
+            if not fetch:
                 tokens = min(tokens, budget)
             self.pool.grow(request.request_id, self.profile.blocks_for(start + tokens), shared)
             request.computed = start
             if request.started is None:
                 request.started = now
                 request.cached = start if shared else 0
-            if elsewhere:
+            if fetch:
                 request.state = State.DEFERRED
                 request.transfer_tokens = tokens
                 self._deferred[request.request_id] = request
@@ -262,25 +231,26 @@ class Engine:
                 budget -= tokens
 
     def _find_cached(self, request: EngineRequest) -> list[int]:
-        """The cached blocks that a request which holds none can begin with."""
+        """Return the cached blocks with which a request that holds none can start."""
         if request.computed or not request.block_hashes:
             return []
-        # Never all: the last token is computed, since it gives the next one.
-        return self.pool.find(request.block_hashes, (request.todo - 1) // self.profile.block_size)
+        # Never all of them: the last token is computed in any case, since that gives the next one.
+        return self.pool.find(request.block_hashes, (request.uncomputed - 1) // self.profile.block_size)
 
     def _fits(self, request: EngineRequest, shared: list[int]) -> bool:
-        # As in vLLM, the whole prompt must have room, though its chunks take their blocks one by one.
+        # As in vLLM, there must be room for the whole prompt, though its chunks get their blocks one by one.
         total = self.profile.blocks_for(request.prompt_tokens + request.generated)
         return self.pool.fits(request.request_id, total, shared)
 
     def _grow(self, request: EngineRequest, tokens: int) -> bool:
+        """Allocate blocks for the next tokens of a request; return whether enough were free."""
         if not self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + tokens)):
             return False
         self._register(request, request.computed, request.computed + tokens)
         return True
 
     def _register(self, request: EngineRequest, start: int, stop: int) -> None:
-        """The prompt's tokens `start` to `stop` are, or will be when this step ends, in its blocks."""
+        """Cache the prompt's full blocks between two tokens: they are filled when the current step ends."""
         if start < request.prompt_tokens and request.block_hashes:
             size = self.profile.block_size
             self.pool.register(request.request_id, request.block_hashes, start // size, stop // size)
@@ -288,15 +258,16 @@ class Engine:
     def _preempt(self, request: EngineRequest, step: Step) -> None:
         request.state = State.WAITING
         request.computed = 0
-        request.remote = True  # its fetched KV is lost with its blocks, so it is prefilled here
+        request.transfer_ended = True  # KV that was fetched is lost with the blocks: it is prefilled here
         self.pool.release(request.request_id)
         self._waiting.appendleft(request)
         step.preempted.append(request)
 
     def _duration(self, batch: list[tuple[EngineRequest, int]], step: Step) -> float:
+        """Return the seconds of a step with this batch; count its work in ``step``."""
         kv_tokens, attended = 0, 0.0
         for request, tokens in batch:
-            if request.todo == 1:
+            if request.uncomputed == 1:
                 step.decoding += 1
                 kv_tokens += request.computed
             else:
@@ -305,10 +276,11 @@ class Engine:
         return self.profile.step_time(step.prefill_tokens, step.decoding, kv_tokens, attended)
 
     def _advance(self, batch: list[tuple[EngineRequest, int]], end: float, step: Step) -> None:
+        """Apply the computed tokens, which exist at ``end``, to the requests of the batch."""
         for request, tokens in batch:
             request.computed += tokens
-            if request.todo:
-                continue  # a chunk of its prompt is still to come
+            if request.uncomputed:
+                continue  # the rest of its prompt is computed by later steps
             last = request.generated + 1 == request.output_tokens
             step.outputs.append(Output(request, request.generated, last))
             request.generated += 1
@@ -316,9 +288,9 @@ class Engine:
             if request.first_token is None:
                 request.first_token = end
             if last:
-                self._ending += 1
+                self._finishing += 1
                 self._finish(request, end)
-        if self._ending:
+        if self._finishing:
             self._running = [request for request in self._running if request.state is State.RUNNING]
 
     def _finish(self, request: EngineRequest, end: float) -> None:
@@ -330,19 +302,20 @@ class Engine:
             del self._requests[request.request_id]
             self.pool.release(request.request_id)
 
-    # -- many iterations ------------------------------------------------------------------------------
+    # -- leaps: many iterations at once
+    # ------------------------------------------------------------------------------
 
     def leap(self, now: float) -> Leap | None:
-        """The steps from now on that only decode, finish nothing and admit nothing; None for fewer than two.
+        """Return the steps from now on that only decode, and neither finish nor start a request.
 
-        Nothing has changed yet: `take` applies steps of the leap. Whatever else is done to the engine ends
-        the leap, after the step that is under way.
+        Return None if there are fewer than two. The engine has not changed yet: ``apply`` applies steps of
+        the leap. Any other change of the engine ends the leap, after the current step.
         """
         batch = self._running
-        if not batch or any(request.todo != 1 or not request.generated for request in batch):
+        if not batch or any(request.uncomputed != 1 or not request.generated for request in batch):
             return None
         budget = self.profile.max_num_batched_tokens - len(batch)
-        if budget < 0 or self._admits(budget):
+        if budget < 0 or self._would_start_one(budget):
             return None
         steps = self._steps_with_room(min(request.output_tokens - request.generated for request in batch) - 1)
         kv_tokens = sum(request.computed for request in batch)
@@ -350,19 +323,19 @@ class Engine:
         growth = len(batch) * self.profile.decode_per_kv_token
         leap = Leap(now, steps, first, growth, len(batch))
         expiry = self.next_expiry()
-        if expiry is not None:  # the step that begins then unpins blocks, which may let a request in
-            leap.steps = min(steps, leap.begun(expiry))
+        if expiry is not None:  # the step that starts then unpins blocks, so a request may fit
+            leap.steps = min(steps, leap.started(expiry))
         if leap.steps < 2:
             return None
-        self._ending = 0
+        self._finishing = 0
         return leap
 
-    def take(self, leap: Leap, steps: int) -> None:
-        """Apply the first `steps` steps of the leap, less those that were applied before."""
-        more = steps - leap.taken
+    def apply(self, leap: Leap, steps: int) -> None:
+        """Apply the first ``steps`` steps of a leap, except those that were applied before."""
+        more = steps - leap.applied
         if more <= 0:
             return
-        leap.taken = steps
+        leap.applied = steps
         end = leap.end(steps)
         for request in self._running:
             self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + more))
@@ -370,18 +343,18 @@ class Engine:
             request.generated += more
             request.last_token = end
 
-    def _admits(self, budget: int) -> bool:
-        """Whether a step would take in the first in the queue, next to a batch that only decodes.
+    def _would_start_one(self, budget: int) -> bool:
+        """Whether a step would start the first waiting request, beside a batch that only decodes.
 
-        If not, no later one will: decoding takes blocks and cached prompts away and adds none.
+        If not, no later step of such a batch will: decoding uses up blocks and cached prompts and frees none.
         """
         queue = self._fetched or self._waiting
         if not (queue and budget) or len(self._running) >= self.profile.max_num_seqs:
             return False
         return self._fits(queue[0], self._find_cached(queue[0]))
 
-    def _steps_with_room(self, most: int) -> int:
-        """How many steps, `most` at most, the free blocks allow to this batch."""
+    def _steps_with_room(self, limit: int) -> int:
+        """Return how many steps of this batch, up to ``limit``, the free blocks are enough for."""
 
         def blocks(steps: int) -> int:
             blocks_for = self.profile.blocks_for
@@ -391,6 +364,6 @@ class Engine:
             )
 
         free = self.pool.free
-        if blocks(most) <= free:
-            return most
-        return bisect_right(range(most), free, key=blocks) - 1
+        if blocks(limit) <= free:
+            return limit
+        return bisect_right(range(limit), free, key=blocks) - 1

@@ -1,4 +1,4 @@
-"""Test aids of a simulated server: faults to order, and a journal of what it was asked."""
+"""Test aids of a simulated server: faults that a test orders, and a journal of requests."""
 
 import asyncio
 import os
@@ -12,18 +12,22 @@ import msgspec
 from aiohttp import web
 
 INFERENCE = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
-KEPT_BODY = 256 * 1024
-"""Bytes of a body that the journal keeps."""
+"""Paths that a fault hits if it names none."""
+MAX_JOURNAL_BODY = 256 * 1024
+"""Bytes of a body that the journal keeps: enough for tests, and bounded in a long soak test."""
 
 
 class Fault(msgspec.Struct, forbid_unknown_fields=True):
-    """How a server misbehaves; the default is not at all.
+    """How a server misbehaves, as a test orders by ``POST /_sim/fault``; by default it does not.
 
-    Requests for `paths` wait `delay` seconds and are then answered with `status`, or their connection is
-    `reset` before a byte, or cut when `half` of the answer is written; if it is streamed and `mute`, nothing
-    comes after the first `mute` tokens, and the connection stays. One whose body has `poison` in it ends the
-    engine, or with `abrupt` the process. `times` is how many requests it
-    hits (None: all). `/health` answers `health`.
+    - ``paths``: requests that are hit. ``times``: how many of them; None for all.
+    - ``delay``: seconds before anything else happens to a request.
+    - ``status``: answer with this error.
+    - ``reset``: reset the connection before the answer's first byte.
+    - ``half``: close the connection when half of the answer is written.
+    - ``health``: status that ``/health`` answers.
+    - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
+    - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
     """
 
     status: int | None = None
@@ -38,7 +42,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     times: int | None = None
 
     def hits(self, path: str) -> bool:
-        """Say whether this request is hit, and count it if it is."""
+        """Return whether the fault hits this request, and count it if so."""
         active = self.status is not None or self.delay or self.reset or self.half or self.mute is not None
         if not active or path not in self.paths or self.times == 0:
             return False
@@ -49,7 +53,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(slots=True)
 class Entry:
-    """One request as it came, how it was answered, and what became of its hand-offs."""
+    """One request of the journal: how it came, its status, and the outcomes of its hand-offs."""
 
     number: int
     method: str
@@ -59,12 +63,12 @@ class Entry:
     size: int = 0
     status: int | None = None
     hand_off: str | None = None
-    """"send" or "receive"."""
+    """"send" for a request that prefills for another engine, "receive" for one that fetches its KV."""
     outcomes: list[str] = field(default_factory=list)
-    """Of each hand-off received: good, stale, failed, recomputed or released."""
+    """For each hand-off received: good, stale, failed, recomputed or released."""
 
-    def body(self) -> dict[str, Any]:
-        """The entry as JSON; `body` is cut at `KEPT_BODY` bytes, `body_bytes` is its true size."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry as JSON; ``body`` is cut at ``MAX_JOURNAL_BODY`` bytes, ``body_bytes`` is not."""
         return {
             "number": self.number,
             "method": self.method,
@@ -79,35 +83,35 @@ class Entry:
 
 
 class Journal:
-    """The last requests, oldest first."""
+    """The last ``size`` requests, oldest first; ``total`` counts all."""
 
     def __init__(self, size: int = 200) -> None:
         self.total = 0
         self._entries: deque[Entry] = deque(maxlen=size)
 
-    def open(self, request: web.BaseRequest) -> Entry:
-        """Write down a request whose body has not been read yet."""
+    def record(self, request: web.BaseRequest) -> Entry:
+        """Add a request whose body has not been read yet, and return its entry."""
         self.total += 1
         entry = Entry(self.total, request.method, request.path, dict(request.headers))
         self._entries.append(entry)
         return entry
 
-    def body(self) -> list[dict[str, Any]]:
-        """All entries as JSON."""
-        return [entry.body() for entry in self._entries]
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return all entries as JSON."""
+        return [entry.as_json() for entry in self._entries]
 
 
-async def cut(request: web.BaseRequest, *, written: bool = False) -> NoReturn:
-    """End a request by ending its connection: by a reset, or after what was `written` has gone out."""
+async def drop_connection(request: web.BaseRequest, *, flush: bool = False) -> NoReturn:
+    """End a request's connection by a reset or, with ``flush``, after what was written has been sent."""
     transport = request.transport
     assert transport is not None
-    if written:
+    if flush:
         transport.close()
     else:
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
-            # To linger for no time means to close by a reset.
+            # A connection that lingers for 0 s is closed by a reset.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
-    # The server cancels a handler whose connection has gone.
+    # The server cancels the handler of a connection that has ended, so this await does not return.
     await asyncio.Event().wait()
     raise AssertionError("unreachable")

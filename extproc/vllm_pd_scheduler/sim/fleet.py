@@ -1,4 +1,4 @@
-"""A fleet of simulated instances, each a process of its own."""
+"""A fleet of simulated instances, each in its own process."""
 
 import http.client
 import os
@@ -17,49 +17,55 @@ from typing import IO, Any, Literal, Self
 from .profile import EngineProfile
 
 DECODE_PORT_OFFSET = 100
+"""Distance of the decode instances' ports from the prefill instances', with a ``base_port``."""
 
 
 class FleetError(Exception):
-    """An instance could not be started; the message holds what its process printed."""
+    """An instance could not be started; the message has what its process printed."""
 
 
 @dataclass(slots=True)
 class SimInstance:
-    """One process of a fleet; `process` is another one after a restart."""
+    """An instance of a fleet. A restart replaces ``process``; ``port_holder`` keeps the port meanwhile."""
 
     id: str
     role: Literal["prefill", "decode"]
     host: str
     port: int
     process: subprocess.Popen[bytes]
-    reserved: socket.socket
+    port_holder: socket.socket
     log: IO[bytes]
     tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
-        """Where it serves, without a slash at the end."""
+        """Base URL, without a slash at the end."""
         return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
-        """The process runs, healthy or not."""
+        """Whether the process runs, healthy or not."""
         return self.process.poll() is None
 
     def output(self) -> str:
-        """All that its processes have printed."""
-        # The processes write at the same file offset, so it must not move.
+        """Return what its processes, before and after restarts, have printed."""
+        # Read without moving the file offset: the processes share it, and write there.
         fd = self.log.fileno()
         return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
 
 
 class Fleet:
-    """Starts `prefill` + `decode` simulated instances and ends them with itself.
+    """Starts simulated instances and ends them when it is stopped.
 
-    Instances are called `prefill-0`, `decode-0` and so on. With a `base_port`, prefill instances serve from
-    there and decode instances from 100 above; without, on unused ports. An instance keeps its port
-    through a restart. `arguments` go to every server, the other two to those of one role. If they make it
-    serve TLS, `tls` is a client's context that trusts it.
+    - The instances are called ``prefill-0``, ``decode-0`` and so on.
+    - With a ``base_port``, prefill instances listen from that port on and decode instances from 100 above it;
+      without, on unused ports. An instance keeps its port when it is restarted.
+    - ``arguments`` are command line arguments of all servers, ``prefill_arguments`` and
+      ``decode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
+      trusts the servers.
+    - ``timeout`` is the time in which an instance must become healthy, in seconds.
+
+    Example::
 
         with Fleet(prefill=2, decode=2, profile=EngineProfile.instant()) as fleet:
             scheduler = start_scheduler(fleet.config())
@@ -90,7 +96,8 @@ class Fleet:
         self._tls = tls
         self._timeout = timeout
         self._instances: dict[str, SimInstance] = {}
-        # The kernel ends a child with the thread that started it, so that thread must be the fleet's own.
+        # The kernel ends a child when the thread that started it ends (see parent_death.py), so a thread of
+        # the fleet's own starts them.
         self._spawner: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -119,7 +126,7 @@ class Fleet:
         return [instance for instance in self.instances if instance.role == "decode"]
 
     def config(self) -> dict[str, list[dict[str, Any]]]:
-        """The instances as the scheduler's configuration names them."""
+        """Return the instances as keys of the scheduler's configuration."""
 
         def entries(instances: Iterable[SimInstance]) -> list[dict[str, Any]]:
             return [{"id": each.id, "host": each.host, "port": each.port} for each in instances]
@@ -127,7 +134,7 @@ class Fleet:
         return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
 
     def start(self) -> None:
-        """Start all instances and wait until each is healthy. Raise FleetError, with none left running."""
+        """Start all instances and wait until they are healthy; raise FleetError and stop all if one fails."""
         if self._instances:
             raise FleetError("the fleet is running")
         self._spawner = ThreadPoolExecutor(1, thread_name_prefix="sim-fleet")
@@ -141,7 +148,7 @@ class Fleet:
             raise
 
     def stop(self) -> None:
-        """End all instances, by force those that do not go within five seconds; safe to call twice."""
+        """End all instances; kill those that still run after five seconds. Further calls do nothing."""
         for instance in self.instances:
             if instance.alive:
                 instance.process.terminate()
@@ -153,7 +160,7 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 instance.process.kill()
                 instance.process.wait()
-            instance.reserved.close()
+            instance.port_holder.close()
             instance.log.close()
         self._instances.clear()
         if self._spawner:
@@ -161,16 +168,16 @@ class Fleet:
             self._spawner = None
 
     def kill(self, instance_id: str, signum: int = signal.SIGKILL) -> None:
-        """Send a signal to an instance; after SIGKILL, wait until it is gone."""
+        """Send a signal to an instance; after SIGKILL, wait until it has ended."""
         process = self[instance_id].process
         process.send_signal(signum)
         if signum == signal.SIGKILL:
             process.wait()
 
     def restart(self, instance_id: str) -> None:
-        """Start an instance anew on its port, ending it first if it runs, and wait until it is healthy.
+        """Start an instance again on its port, after killing it if it runs, and wait until it is healthy.
 
-        Raise FleetError when it does not become so.
+        Raise FleetError if it does not become healthy.
         """
         instance = self[instance_id]
         if instance.alive:
@@ -197,7 +204,7 @@ class Fleet:
         module = "vllm_pd_scheduler.sim.server"
         command = [sys.executable, "-m", module, f"--role={role}", f"--host={self._host}", f"--port={port}"]
         command += ["--reuse-port", f"--die-with-parent={os.getpid()}", *self._arguments[role]]
-        # A Ctrl-C in the terminal is for the parent, which may want to let requests end first.
+        # In a session of its own it gets no Ctrl-C from the terminal: the parent decides when it ends.
         options: dict[str, Any] = {
             "stdin": subprocess.DEVNULL,
             "stdout": log,
@@ -221,13 +228,13 @@ class Fleet:
 
 
 def _reserve(host: str, port: int) -> socket.socket:
-    """Bind a port, without listening, so that nobody else gets it while its instance is down.
+    """Return a socket that is bound to a port, without listening, so that no other process gets the port.
 
-    The instance shares it by SO_REUSEPORT; while it is down, connections are refused.
+    The instance shares the port by SO_REUSEPORT; while it is down, connections are refused.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if port:
-        # Another fleet would share the port just as readily, so look first whether somebody serves there.
+        # SO_REUSEPORT would share the port with another fleet too, so see first whether it is in use.
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
@@ -243,6 +250,7 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 
 def _healthy(instance: SimInstance) -> bool:
+    """Return whether the instance answers ``/health`` with 200."""
     address, tls = (instance.host, instance.port), instance.tls
     connection = (
         http.client.HTTPSConnection(*address, timeout=1, context=tls)

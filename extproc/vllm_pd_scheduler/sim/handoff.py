@@ -1,7 +1,7 @@
-"""The hand-off between two simulated engines: `kv_transfer_params`, and the transfer as an HTTP call.
+"""The hand-off between two simulated engines: ``kv_transfer_params``, and an HTTP call for the transfer.
 
-Real engines move blocks by NIXL. Here the decode side posts what it would have read to
-`/_sim/kv/fetch` of the prefill side and learns which prompt the blocks were of.
+Real engines read each other's blocks by NIXL. Here the decode side posts the ids of the blocks that it would
+read to ``/_sim/kv/fetch`` of the prefill side, whose answer says of which prompt they are.
 """
 
 from contextlib import suppress
@@ -16,16 +16,16 @@ RELEASE_PATH = "/_sim/kv/release"
 
 
 class FatalHandOff(Exception):
-    """Parameters that kill a real engine as soon as it sees them."""
+    """Parameters at which a real engine dies."""
 
 
 class TransferFailed(Exception):
-    """The other side is dead, unknown, or not the engine that was named."""
+    """The sending engine cannot be reached, or is another one than the hand-off names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A hand-off as the decode side must name it. `block_ids` are of the sending engine."""
+    """A hand-off as the decode side names it. ``block_ids`` are ids of the sending engine."""
 
     engine_id: str
     request_id: str
@@ -34,9 +34,9 @@ class Offer:
     block_ids: list[int]
 
     def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
-        """The `kv_transfer_params` of a prefill answer, key for key as vLLM 0.32 gives them.
+        """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.32's.
 
-        `cached` of the `num_tokens` tokens of KV were in the sender's prefix cache.
+        They are for ``num_tokens`` tokens of KV, of which ``cached`` were in the sender's prefix cache.
         """
         return {
             "do_remote_prefill": True,
@@ -57,9 +57,10 @@ class Offer:
 
 
 def read_offer(params: dict[str, Any], blocks_needed: int) -> Offer | None:
-    """Read a decode request's `kv_transfer_params`; None when the sender's address is incomplete.
+    """Return the hand-off in a decode request's ``kv_transfer_params``.
 
-    Raise FatalHandOff unless the block ids are one list of `blocks_needed` or more integers in a list.
+    Return None if the sender's address is incomplete. Raise FatalHandOff unless ``remote_block_ids`` has one
+    group of at least ``blocks_needed`` block ids.
     """
     groups = params.get("remote_block_ids")
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], list):
@@ -77,7 +78,7 @@ def read_offer(params: dict[str, Any], blocks_needed: int) -> Offer | None:
 
 
 class FetchCall(msgspec.Struct):
-    """The body of a fetch or a release. `agent` is who the engine was when it was last spoken to."""
+    """Body of a fetch or a release. ``agent``: the sender's process, as known from the handshake."""
 
     engine_id: str
     request_id: str
@@ -86,7 +87,11 @@ class FetchCall(msgspec.Struct):
 
 
 class FetchReply(msgspec.Struct):
-    """Which prompt the blocks held; None for a prompt that is none of this hand-off's."""
+    """Answer to a fetch.
+
+    ``digest`` identifies the prompt of the blocks; None if they are not the hand-off's any more. ``invalid``:
+    the sender has no such blocks.
+    """
 
     agent: str
     digest: str | None = None
@@ -94,7 +99,7 @@ class FetchReply(msgspec.Struct):
 
 
 class Connector:
-    """The receiving side of transfers."""
+    """Fetches and releases hand-offs of other engines. ``timeout`` in seconds, for each call."""
 
     def __init__(self, timeout: float = 10.0) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout))
@@ -105,24 +110,24 @@ class Connector:
         await self._session.close()
 
     async def fetch(self, offer: Offer) -> str | None:
-        """Read the offered blocks and return the digest of what they held.
+        """Fetch the blocks of a hand-off and return the digest of their prompt, None for other blocks.
 
-        Raise TransferFailed when the sender cannot be reached, FatalHandOff when it has no such blocks.
+        Raise TransferFailed if the sender cannot be reached, FatalHandOff if it has no such blocks.
         """
         call = {**asdict(offer), "agent": self._agents.get(offer.engine_id)}
         status, body = await self._post(offer, FETCH_PATH, call)
         if status != 200:
             raise TransferFailed(f"{offer.host}:{offer.port} answered {status}")
         reply = msgspec.json.decode(body, type=FetchReply)
-        # Like NIXL, shake hands once per engine id: an engine that comes back under its old id is never
-        # recognised again.
+        # As with NIXL, there is one handshake for each engine id: an engine that was restarted with the same
+        # id refuses all later calls.
         self._agents[offer.engine_id] = reply.agent
         if reply.invalid:
             raise FatalHandOff(f"block ids that {offer.engine_id} does not have")
         return reply.digest
 
     async def release(self, offer: Offer) -> None:
-        """Tell the sender that nobody will fetch; its death is of no interest."""
+        """Tell the sender that nobody will fetch a hand-off; it does not matter if that fails."""
         with suppress(TransferFailed):
             await self._post(offer, RELEASE_PATH, asdict(offer))
 

@@ -1,4 +1,7 @@
-"""The metrics of one simulated engine, named and labelled as vLLM's."""
+"""The metrics of one simulated engine, with the names, labels and buckets of vLLM's.
+
+Source: ``vllm/v1/metrics/loggers.py`` of vLLM 0.32.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -25,7 +28,7 @@ _BYTES = tuple(float(2048 * 4**power) for power in range(12))
 
 
 class Metrics:
-    """Counts what happens to one engine's requests; gauges are read from the engine at each scrape."""
+    """Counts what happens to an engine's requests. Gauges are read from the engine at each scrape."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._engine = engine
@@ -37,12 +40,14 @@ class Metrics:
         self._histograms()
 
     def _make(self, kind: Callable[..., M], name: str, help: str, **options: Any) -> M:
+        """Return a metric of one series."""
         metric = kind(f"vllm:{name}", help, list(self._labels), registry=self._registry, **options)
         return metric.labels(**self._labels)
 
     def _family(
         self, kind: Callable[..., M], name: str, help: str, label: str, values: Iterable[str]
     ) -> dict[str, M]:
+        """Return the series of a metric by the value of its label ``label``."""
         metric = kind(f"vllm:{name}", help, [*self._labels, label], registry=self._registry)
         return {value: metric.labels(**self._labels, **{label: value}) for value in values}
 
@@ -116,19 +121,19 @@ class Metrics:
         self._transfer_bytes = make("nixl_bytes_transferred", "Bytes of a NIXL KV transfer", _BYTES)
 
     def expose(self) -> bytes:
-        """The Prometheus text of a scrape."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def preempted(self, count: int) -> None:
-        """Count requests that gave way."""
+        """Count preempted requests."""
         self._preemptions.inc(count)
 
     def expired(self, count: int) -> None:
-        """Count leases that ended."""
+        """Count hand-offs whose lease ended before they were fetched."""
         self._expired.inc(count)
 
     def token(self, request: EngineRequest, gap: float | None) -> None:
-        """Count a new token, `gap` seconds after the one before it; None for the first."""
+        """Count a token that came ``gap`` seconds after the one before it; None for the first."""
         self._generation_tokens.inc()
         if gap is not None:
             self._itl.observe(gap)
@@ -141,13 +146,13 @@ class Metrics:
             self._by_source["local_cache_hit"].inc(request.cached)
 
     def prefilled(self, tokens: int, *, remote: bool) -> None:
-        """Count prompt tokens by where their KV came from."""
+        """Count prompt tokens whose KV was computed here or, with ``remote``, fetched."""
         self._by_source["external_kv_transfer" if remote else "local_compute"].inc(tokens)
         if remote:
             self._external_hits.inc(tokens)
 
     def finished(self, request: EngineRequest, reason: str) -> None:
-        """Count a request's end and, if it ended well, its times."""
+        """Count a request by its finish reason and, if it succeeded, record its times."""
         self._success[reason].inc()
         if reason not in ("stop", "length") or request.started is None or request.first_token is None:
             return
@@ -160,14 +165,14 @@ class Metrics:
         self._tpot.observe(decode / max(1, request.generated - 1))
 
     def transferred(self, tokens: int, seconds: float) -> None:
-        """Count a KV transfer that arrived."""
+        """Count a KV transfer that succeeded."""
         self._transfer_time.observe(seconds)
         self._transfer_bytes.observe(tokens * self._engine.profile.kv_bytes_per_token)
 
-    def transfer_begun(self, tokens: int) -> None:
-        """Count tokens that are asked of another instance."""
+    def transfer_started(self, tokens: int) -> None:
+        """Count prompt tokens whose KV is requested from another instance."""
         self._external_queries.inc(tokens)
 
     def transfer_failed(self) -> None:
-        """Count a KV transfer that did not arrive."""
+        """Count a KV transfer that failed."""
         self._failed_transfers.inc()

@@ -1,4 +1,4 @@
-"""What one simulated server is started with: typed, and read from a command line."""
+"""The options of a simulated server, and how they are read from a command line."""
 
 import argparse
 import socket
@@ -15,7 +15,7 @@ DEFAULT_MAX_MODEL_LEN = 32_768
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The settings of one server. `port` 0 takes any unused port."""
+    """The options of a server; ``--help`` describes each one. With ``port`` 0 it takes any unused port."""
 
     port: int
     role: Role = "both"
@@ -36,7 +36,7 @@ class Options:
     parent: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError when the longest request would not fit into the KV cache."""
+        """Raise ValueError if the longest request would not fit into the KV cache."""
         if not 1 < self.max_model_len <= self.profile.capacity:
             raise ValueError(
                 f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
@@ -44,9 +44,9 @@ class Options:
             )
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """Return what to serve TLS with, as vLLM's options of these names say; None for plain HTTP.
+        """Return the TLS context for vLLM's options of these names; None for plain HTTP.
 
-        Raise OSError (ssl.SSLError is one) for files that cannot be used.
+        Raise OSError (of which ssl.SSLError is a subclass) for files that cannot be used.
         """
         if self.ssl_certfile is None:
             return None
@@ -59,12 +59,12 @@ class Options:
 
     @property
     def kv_host(self) -> str:
-        """The host that hand-offs name: a server that listens everywhere is known by its host's name."""
+        """The host that hand-offs name: of a server that listens on all addresses, the machine's name."""
         return socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Read a command line; exits with a message for a bad one, as argparse does."""
+    """Return the options of a command line; print a message and exit if it is wrong, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_pd_scheduler.sim.server", description="A simulated vLLM instance."
     )

@@ -1,4 +1,4 @@
-"""What one simulated engine can do: its sizes, its speeds, its lease."""
+"""The profile of a simulated engine: its sizes, its speeds and its lease."""
 
 from dataclasses import dataclass, field, fields
 from typing import Self
@@ -10,9 +10,9 @@ def _setting(default: float, help: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
-    """Sizes in tokens or blocks, times in seconds. The defaults answer as lively as one mid-size GPU.
+    """Sizes in tokens or blocks, times in seconds. The defaults are of the order of one mid-size GPU.
 
-    The server has one command line option per field, named like it: `prefill_rate` → `--prefill-rate`.
+    The server has a command line option for each field: ``--prefill-rate`` for ``prefill_rate``.
     """
 
     block_size: int = field(default=16, metadata={"help": "tokens a KV block holds"})
@@ -48,7 +48,7 @@ class EngineProfile:
 
     @classmethod
     def instant(cls) -> Self:
-        """An engine whose steps and transfers take no time: for tests and for measuring what is around it."""
+        """Return the profile of an engine whose steps and transfers take no time."""
         return cls(
             step_overhead=0.0,
             prefill_rate=1e12,
@@ -61,18 +61,19 @@ class EngineProfile:
 
     @property
     def capacity(self) -> int:
-        """Tokens of KV cache that the engine holds in all."""
+        """Tokens that the KV cache holds."""
         return self.block_size * self.num_blocks
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Return how many blocks hold so many tokens."""
         return -(-tokens // self.block_size)
 
     def step_time(self, prefill_tokens: int, decoding: int, kv_tokens: int, attended: float = 0.0) -> float:
-        """Seconds of a step that reads `prefill_tokens` and decodes `decoding` requests over `kv_tokens`.
+        """Return the seconds of a step.
 
-        `attended` counts the pairs of tokens that attention compares: summed over the chunks of prompts,
-        tokens times (context before them + tokens / 2).
+        It computes ``prefill_tokens`` of prompts and decodes one token of ``decoding`` requests whose
+        contexts have ``kv_tokens`` together. ``attended`` is the number of pairs of tokens that attention
+        compares: the sum, over the chunks of prompts, of tokens * (context before them + tokens / 2).
         """
         duration = self.step_overhead
         if prefill_tokens:
@@ -85,11 +86,11 @@ class EngineProfile:
         return duration
 
     def transfer_time(self, tokens: int) -> float:
-        """Seconds that the KV cache of so many tokens travels."""
+        """Return the seconds of a transfer of the KV cache of so many tokens."""
         return self.transfer_latency + tokens * self.kv_bytes_per_token / self.transfer_bandwidth
 
     def arguments(self) -> list[str]:
-        """The server's command line options that give this profile."""
+        """Return the server's command line options for this profile."""
         return [_option(item.name.replace("_", "-"), getattr(self, item.name)) for item in fields(self)]
 
 

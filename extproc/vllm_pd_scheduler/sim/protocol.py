@@ -1,4 +1,4 @@
-"""The OpenAI API as vLLM speaks it: what requests may hold, and the errors that answer them."""
+"""Requests of the OpenAI API as vLLM reads them, and its errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ B = TypeVar("B", bound=msgspec.Struct)
 
 
 class ApiError(Exception):
-    """An error that the client is told, with vLLM's type names."""
+    """An error that is the answer to a request. ``type`` is vLLM's name for its kind."""
 
     def __init__(self, status: int, message: str, type: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -22,26 +22,26 @@ class ApiError(Exception):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """The JSON that vLLM answers with."""
+        """Return the JSON that vLLM answers with."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
         return {"error": error}
 
 
 class TooLong(ApiError):
-    """The prompt, or the prompt and the answer that was asked for, do not fit into the context."""
+    """The prompt, or the prompt and the requested answer together, do not fit into the context."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message, "BadRequestError", "input_tokens")
 
 
 class StreamOptions(msgspec.Struct):
-    """`stream_options`."""
+    """The field ``stream_options``."""
 
     include_usage: bool | None = False
 
 
 class Body(msgspec.Struct, kw_only=True):
-    """What both kinds of generation take; other keys are let through, as vLLM does."""
+    """Fields that completions and chat completions share. As in vLLM, unknown fields are ignored."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -54,40 +54,40 @@ class Body(msgspec.Struct, kw_only=True):
 
 
 class CompletionBody(Body, kw_only=True):
-    """`/v1/completions`."""
+    """Body of ``/v1/completions``."""
 
     prompt: str | list[str | int | list[int]]
 
     def prompts(self, model: str) -> list[Prompt]:
-        """The prompts, each of which gets choices of its own. Raise ApiError for an empty or mixed list."""
+        """Return the prompts, each of which gets choices of its own; raise ApiError as ``split_inputs``."""
         if isinstance(self.prompt, str):
             return [read_prompt(model, self.prompt)]
         return [read_prompt(model, item) for item in split_inputs(self.prompt, "prompt")]
 
     def limit(self) -> int | None:
-        """The most tokens that the client wants."""
+        """Return the tokens that the client asks for at most."""
         return self.max_tokens
 
 
 class ChatBody(Body, kw_only=True):
-    """`/v1/chat/completions`."""
+    """Body of ``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
 
     def prompts(self, model: str) -> list[Prompt]:
-        """The one prompt that the messages make. Raise ApiError for none."""
+        """Return the one prompt that the messages make; raise ApiError if there are no messages."""
         if not self.messages:
             raise ApiError(400, "messages must not be empty", "BadRequestError", "messages")
         return [read_prompt(model, render_chat(self.messages))]
 
     def limit(self) -> int | None:
-        """The most tokens that the client wants; the newer name goes first."""
+        """Return the tokens that the client asks for at most; the newer field takes precedence."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TokenizeBody(msgspec.Struct):
-    """`/tokenize`: a prompt, or messages."""
+    """Body of ``/tokenize``: a prompt, or messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -95,14 +95,17 @@ class TokenizeBody(msgspec.Struct):
 
 
 class EmbeddingBody(msgspec.Struct):
-    """`/v1/embeddings`."""
+    """Body of ``/v1/embeddings``."""
 
     input: str | list[str | int | list[int]]
     model: str | None = None
 
 
 def split_inputs(items: list[str | int | list[int]], param: str) -> list[str | Sequence[int]]:
-    """Tell one prompt of token ids from several prompts. Raise ApiError for none, or for both mixed."""
+    """Return the prompts of an array: one if it has token ids, else one for each item.
+
+    Raise ApiError if it is empty or mixes both.
+    """
     numbers = [item for item in items if isinstance(item, int)]
     others = [item for item in items if not isinstance(item, int)]
     if not items or (numbers and others) or [] in others:
@@ -113,7 +116,7 @@ def split_inputs(items: list[str | int | list[int]], param: str) -> list[str | S
 
 
 def read_body(data: bytes, content_type: str, kind: type[B]) -> B:
-    """Decode a request. Raise ApiError for another media type, broken JSON or a wrong type."""
+    """Return a decoded body; raise ApiError for another media type, broken JSON or a wrong type."""
     if content_type != "application/json":
         raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed", "Bad Request")
     try:
@@ -123,6 +126,7 @@ def read_body(data: bytes, content_type: str, kind: type[B]) -> B:
 
 
 def _param(message: str) -> str | None:
+    """Return the field that an error of msgspec is about."""
     # msgspec ends its messages with the path of the value: "… - at `$.max_tokens`".
     if "missing required field" in message:
         return message.split("`")[1]
@@ -132,7 +136,7 @@ def _param(message: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long one answer will be, and why it ends there: "stop" or "length"."""
+    """How many tokens an answer will have, and its finish reason: "stop" or "length"."""
 
     tokens: int
     finish_reason: str
@@ -141,7 +145,10 @@ class Length:
 def choose_length(
     body: CompletionBody | ChatBody, prompt: Prompt, natural: int, max_model_len: int
 ) -> Length:
-    """The length of an answer that by itself ends after `natural` tokens. Raise ApiError if none fits."""
+    """Return the length of an answer that by itself would end after ``natural`` tokens.
+
+    Raise ApiError for a limit below 1, and TooLong if prompt and answer do not fit into the context.
+    """
     limit = body.limit()
     if limit is not None and limit < 1:
         param = "max_tokens" if body.max_tokens == limit else "max_completion_tokens"
@@ -158,8 +165,8 @@ def choose_length(
             f"{prompt.tokens + limit} tokens. Please reduce the length of the input prompt or the number of "
             "requested output tokens."
         )
-    most = max_model_len - prompt.tokens if limit is None else limit
+    longest = max_model_len - prompt.tokens if limit is None else limit
     natural = max(natural, body.min_tokens or 0)
-    if body.ignore_eos or natural > most:
-        return Length(most, "length")
+    if body.ignore_eos or natural > longest:
+        return Length(longest, "length")
     return Length(natural, "stop")

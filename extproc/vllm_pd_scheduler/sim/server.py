@@ -1,4 +1,4 @@
-"""One simulated vLLM instance as a process: `python -m vllm_pd_scheduler.sim.server --port 8100`."""
+"""A simulated vLLM instance as a process: ``python -m vllm_pd_scheduler.sim.server --port 8100``."""
 
 import asyncio
 import signal
@@ -20,9 +20,9 @@ from .worker import Worker
 
 
 async def serve(options: Options) -> int:
-    """Serve until SIGTERM, SIGINT or the engine's death; return the exit code, 0 or 1.
+    """Serve until SIGTERM, SIGINT or the engine's death; return the exit code, 1 if the engine died.
 
-    Raise OSError when the port cannot be had.
+    Raise OSError if the port cannot be bound.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -42,8 +42,8 @@ async def serve(options: Options) -> int:
         on_death=stop.set,
     )
     api = Api(options, worker, metrics)
-    # Cancelled handlers are how the engine learns that a client has gone. vLLM takes a body as it comes,
-    # whatever its content-encoding says.
+    # The engine learns by the cancellation of a handler that its client has left. As in vLLM, a body is taken
+    # as it is, whatever its content-encoding says.
     runner = web.AppRunner(
         api.application(),
         access_log=None,
@@ -66,7 +66,7 @@ async def serve(options: Options) -> int:
         )
         await site.start()
         port = api.port = runner.addresses[0][1]
-        if tls:  # the KV cache has a port of its own, and no TLS there, as with NIXL
+        if tls:  # as with NIXL, transfers use a port of their own, without TLS
             await web.TCPSite(runner, options.host, 0).start()
             api.port = runner.addresses[1][1]
         scheme = "https" if tls else "http"
@@ -83,7 +83,7 @@ async def serve(options: Options) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a server from its command line and return the exit code."""
+    """Run a server with command line arguments and return the exit code."""
     options = parse_options(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)

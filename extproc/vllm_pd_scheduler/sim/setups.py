@@ -1,8 +1,8 @@
-"""Engine profiles of real set-ups: a model on so many GPUs, by formula from published figures.
+"""Engine profiles of real set-ups (a model on some GPUs), computed from published figures.
 
-A step is bound by arithmetic while it reads prompts and by memory while it decodes (the roofline model). What
-the data sheets promise is never reached; `MFU` and `BANDWIDTH_SHARE` say how much is, and come from
-measurements that others have published. Tests compare the outcome with these:
+A step is bound by arithmetic while it reads prompts and by memory while it decodes (the roofline model). No
+software reaches the figures of the data sheets; ``MFU`` and ``BANDWIDTH_SHARE`` say which part it reaches,
+from measurements that others have published. Tests compare the results with these:
 
 - vLLM 0.23, Llama 3.1 8B in BF16 on an A100 40 GB decodes 75 tokens/s at batch 1, 77 % of what its memory
   allows: https://johnmusgrave.com/p/vllm-throughput-latency-sweep-on
@@ -19,25 +19,30 @@ GIB = 2**30
 BF16, FP8 = 2, 1
 
 MFU = {BF16: 0.50, FP8: 0.45}
-"""Share of the peak arithmetic that prefill reaches, by bytes per weight. NIM's 407 ms are 46 % in FP8. BF16
-is further from being bound by memory; up to 60 % was published for training, with the same matrix products
-(https://github.com/Dao-AILab/flash-attention), from which 50 % keeps a distance."""
+"""Share of the peak arithmetic that prefill reaches (model FLOPs utilization), by bytes per weight.
+
+FP8: NIM's 407 ms above are 46 %. BF16 is further from being bound by memory. For training, which has the same
+matrix products, up to 60 % was published (https://github.com/Dao-AILab/flash-attention); 50 % is assumed
+here.
+"""
 
 BANDWIDTH_SHARE = 0.85
-"""Share of the peak memory bandwidth that reading weights and KV reaches: with `STEP_OVERHEAD`, it gives the
-77 % measured above."""
+"""Share of the peak memory bandwidth that reading weights and KV cache reaches.
+
+Chosen so that, together with ``STEP_OVERHEAD``, it gives the 77 % measured above.
+"""
 
 STEP_OVERHEAD = 0.001
-"""Seconds a step costs beside the model: scheduling, sampling, launching."""
+"""Seconds of a step besides the model: scheduling, sampling, launching kernels. Assumed."""
 
 ALL_REDUCE = 10e-6
-"""Seconds of one small all-reduce over NVLink. Assumed: some latencies of a link of about 2 µs each."""
+"""Seconds of one small all-reduce over NVLink. Assumed: a few times the latency of a link, about 2 µs."""
 
 ACTIVATIONS = 2 * GIB
-"""Bytes that each GPU keeps free of weights and KV for activations and CUDA graphs. Assumed."""
+"""Bytes of each GPU's memory for activations and CUDA graphs. Assumed."""
 
 MEMORY_SHARE = 0.9
-"""vLLM's `gpu_memory_utilization`, before it was raised to 0.92."""
+"""Share of a GPU's memory that vLLM uses: its default ``gpu_memory_utilization`` before it became 0.92."""
 
 NETWORK = 0.8 * 50e9
 """Bytes a second between two nodes: one 400 Gb/s InfiniBand port, of which RDMA reaches 80 % (assumed)."""
@@ -45,36 +50,39 @@ NETWORK = 0.8 * 50e9
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU, and the limits vLLM sets by default to servers on it (`EngineArgs`, version 0.32)."""
+    """One GPU, and vLLM's default limits for servers on it (``EngineArgs``, version 0.32)."""
 
     memory: int
     """Bytes, as CUDA reports them."""
     bandwidth: float
-    """Bytes a second from its memory, at peak."""
+    """Peak bytes a second from its memory."""
     flops: dict[int, float]
-    """Dense tensor operations a second at peak, by bytes per weight."""
+    """Peak dense tensor operations a second, by bytes per weight."""
     max_num_batched_tokens: int
     max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a transformer has to read and to compute."""
+    """What a transformer must read and compute."""
 
     parameters: float
     active: float
-    """Parameters that one token needs: all of a dense model."""
+    """Parameters that are used for one token: all of them in a dense model."""
     layers: int
     attention: int
-    """Operations for a pair of tokens in one layer: 2 for each dimension of the score and of the sum."""
+    """Operations of attention for a pair of tokens in a layer: 2 for each dimension of score and sum."""
     kv_bytes_per_token: int
-    """Bytes of KV cache of a token, all layers, in 16 bit."""
+    """Bytes of KV cache of a token over all layers, in 16 bit."""
     mfu: float | None = None
-    """Where it is not as `MFU` has it."""
+    """Replaces the value of ``MFU``."""
 
     @classmethod
     def dense(cls, parameters: float, *, layers: int, hidden: int, kv_heads: int, head_dim: int) -> "Model":
-        """Grouped-query attention: a key and a value per layer and head; `hidden` is heads x `head_dim`."""
+        """Return a dense model with grouped-query attention: a key and a value for each layer and KV head.
+
+        ``hidden`` is the number of heads times ``head_dim``.
+        """
         return cls(parameters, parameters, layers, 4 * hidden, 2 * layers * kv_heads * head_dim * BF16)
 
 
@@ -107,13 +115,14 @@ def profile(
     block_size: int = 16,
     network: float = NETWORK,
 ) -> EngineProfile:
-    """The profile of a model on `tensor_parallel` GPUs of one node; `network` in bytes a second.
+    """Return the profile of a model on ``tensor_parallel`` GPUs of one node; ``network`` in bytes a second.
 
-    Raise ValueError when the GPU does not know the format of the weights, or has no room for them and KV.
+    Raise ValueError if the GPU cannot compute with weights of this format, or if they leave no room for KV.
 
-    Prefill costs 2 operations per active parameter and token, and those of attention per layer and pair of
-    tokens. A decode step reads all weights once (a batch of some size needs nearly all experts) and each
-    request's KV; the arithmetic of its requests comes on top, though some of it may overlap.
+    - Prefill costs 2 operations for each active parameter and token, and attention's for each layer and pair
+      of tokens.
+    - A decode step reads all weights once (of a mixture of experts, a batch of some size needs nearly all)
+      and each request's KV cache. The arithmetic of its requests is added, though some of it may overlap.
     """
     if weight_bytes not in gpu.flops:
         raise ValueError(f"the GPU has no arithmetic for weights of {weight_bytes} byte")
@@ -123,7 +132,7 @@ def profile(
     if blocks < 1:
         raise ValueError(f"{tensor_parallel} GPUs have no room for {weights / GIB:.0f} GiB of weights and KV")
     flops = (model.mfu or MFU[weight_bytes]) * gpu.flops[weight_bytes] * tensor_parallel
-    # Attention is computed in 16 bit whatever the weights are.
+    # Attention is computed in 16 bit, whatever the format of the weights.
     attention_flops = (model.mfu or MFU[BF16]) * gpu.flops[BF16] * tensor_parallel
     bandwidth = BANDWIDTH_SHARE * gpu.bandwidth * tensor_parallel
     all_reduces = 2 * model.layers * ALL_REDUCE if tensor_parallel > 1 else 0.0
@@ -154,11 +163,11 @@ _SETUPS = {
     "deepseek-v3-fp8-8xh200": partial(profile, DEEPSEEK_V3, H200, 8, weight_bytes=FP8),
 }
 NAMES = tuple(_SETUPS)
-"""The set-ups that have a name: model, GPUs, and BF16 weights where nothing else is said."""
+"""Names of the set-ups: model, weights' format if it is not BF16, number and kind of GPUs."""
 
 
 def setup(name: str, block_size: int = 16) -> EngineProfile:
-    """The profile of a set-up by its name. Raise ValueError, which lists the names, for any other."""
+    """Return the profile of a named set-up; raise ValueError, which lists the names, for any other."""
     if name not in _SETUPS:
         raise ValueError(f"unknown set-up {name!r}; known are {', '.join(NAMES)}")
     return _SETUPS[name](block_size=block_size)

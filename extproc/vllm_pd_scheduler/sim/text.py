@@ -1,7 +1,8 @@
-"""What a simulated model reads and writes: tokens of four bytes, and greedy text that is a pure function.
+"""Tokens and text of the simulated model: a token is four bytes, and the answer a pure function of the
+prompt.
 
-Every instance that has read the same prompt writes the same words, so a test can tell a right hand-off
-from a wrong one by comparing texts, as one would with a real model at temperature 0.
+So every instance answers a prompt with the same words, and a test sees by the text whether a hand-off was of
+this prompt, as with a real model at temperature 0.
 """
 
 import struct
@@ -11,7 +12,9 @@ from hashlib import blake2b
 from typing import Any, Final
 
 TOKEN_BYTES: Final = 4
+"""Bytes of text for each token, as with English text and today's vocabularies."""
 _MARK: Final = 1 << (8 * TOKEN_BYTES)
+"""Set in the id of a full token, so that leading zero bytes of its text are not lost."""
 
 
 def _words(line: str) -> tuple[str, ...]:
@@ -36,24 +39,25 @@ _SENTENCE: Final = (
     ("the", "this", "each", "its"),
     tuple(noun + "." for noun in _NOUNS),
 )
-# What comes of wrong KV shares no word with good text, so that one token is enough to tell them apart.
+# Text from a wrong KV cache shares no word with right text, so that one token is enough to tell them apart.
 _NOISE: Final = _words("zxq vrrl bnk qwp fnord glib'h xyzz mrph tkk ooq plf jhg zzt wub kree")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as the engine sees it: its length in tokens (at least 1) and what its KV cache is like.
-
-    `pieces` are the bytes of its tokens: of a text four a token, of token ids one item a token.
-    """
+    """A tokenized prompt."""
 
     tokens: int
+    """Length, at least 1."""
     digest: str
+    """Identifies the prompt and the model, and so its KV cache."""
     key: bytes = field(default=b"", repr=False, compare=False)
+    """Hash key: the model's name."""
     pieces: bytes | Sequence[bytes] = field(default=b"", repr=False, compare=False)
+    """Bytes of the tokens: for a text its bytes, four for each token; for token ids an item for each."""
 
     def block_hashes(self, block_size: int) -> list[int]:
-        """Chained hashes of its full blocks: equal ones mean that all is equal up to there, the model too."""
+        """Return chained hashes of the full blocks: equal hashes mean equal model and tokens up to there."""
         hashes: list[int] = []
         before = b""
         for at in range(self.tokens // block_size):
@@ -69,14 +73,14 @@ class Prompt:
 
 
 def tokenize(text: str) -> list[int]:
-    """Token ids of a text, one per four bytes of UTF-8; an id holds its bytes, so no text is lost."""
+    """Return the token ids of a text, one for each four bytes of UTF-8; an id contains its bytes."""
     data = text.encode("utf-8", "surrogatepass")
     chunks = [data[at : at + TOKEN_BYTES] for at in range(0, len(data), TOKEN_BYTES)]
     return [int.from_bytes(b"\x01" + chunk) for chunk in chunks]
 
 
 def read_prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
-    """Normalise a text or a list of token ids: the ids of a text count as that text."""
+    """Return the prompt of a text or of token ids; the ids of a text make the same prompt as the text."""
     pieces: bytes | list[bytes]
     if isinstance(prompt, str):
         data = pieces = prompt.encode("utf-8", "surrogatepass")
@@ -90,18 +94,17 @@ def read_prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
 
 
 def _token_bytes(token: int) -> bytes:
+    """Return the text of a token id, or other bytes for an id that :func:`tokenize` never returns."""
     if _MARK <= token < 2 * _MARK:
         return (token - _MARK).to_bytes(TOKEN_BYTES)
     for size in range(1, TOKEN_BYTES):
         if token >> (8 * size) == 1:
             return (token - (1 << (8 * size))).to_bytes(size)
-    return b"\x00" + struct.pack(
-        ">Q", token & 0xFFFF_FFFF_FFFF_FFFF
-    )  # not of this tokenizer; still one prompt
+    return b"\x00" + struct.pack(">Q", token & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 def render_chat(messages: Sequence[dict[str, Any]]) -> str:
-    """One prompt text from chat messages, whose content is a string or a list of parts."""
+    """Return the prompt text of chat messages, whose content is a string or a list of parts."""
     return "".join(f"<|{m.get('role')}|>{_content(m.get('content'))}\n" for m in messages) + "<|assistant|>"
 
 
@@ -115,33 +118,34 @@ def _content(content: Any) -> str:
 
 
 class Answer:
-    """The greedy answer to a prompt, word by word; `choice` tells apart the answers of one request.
+    """The greedy answer to a prompt, one word for each token.
 
-    `spoilt` is what comes out when the KV cache was some other prompt's: words of no sense, and no error.
+    ``choice`` is the number of the answer among those of one request. With ``wrong_kv`` it is what a model
+    writes that decodes from another prompt's KV cache: nonsense, without any error.
     """
 
-    def __init__(self, prompt: Prompt, choice: int = 0, *, spoilt: bool = False) -> None:
+    def __init__(self, prompt: Prompt, choice: int = 0, *, wrong_kv: bool = False) -> None:
         self._seed = int(prompt.digest[:16], 16) + choice
-        self._spoilt = spoilt
+        self._wrong_kv = wrong_kv
 
     def word(self, index: int) -> str:
-        """Token `index` as text, with the space before it."""
-        words = _NOISE if self._spoilt else _SENTENCE[index % len(_SENTENCE)]
+        """Return token ``index`` as text, with a space before it."""
+        words = _NOISE if self._wrong_kv else _SENTENCE[index % len(_SENTENCE)]
         word = words[_mix(self._seed + index * 0x9E37_79B9_7F4A_7C15) % len(words)]
         return f" {word}" if index else word
 
     def text(self, length: int) -> str:
-        """The first `length` tokens."""
+        """Return the text of the first ``length`` tokens."""
         return "".join(map(self.word, range(length)))
 
     @property
     def natural_length(self) -> int:
-        """Tokens after which the model stops by itself: 20 to 60, whole sentences."""
+        """Tokens after which the model stops by itself: 20 to 60, a whole number of sentences."""
         return len(_SENTENCE) * (2 + _mix(self._seed) % 5)
 
 
 def _mix(value: int) -> int:
-    """Spread the bits of a number over 64 bits (the finaliser of SplitMix64)."""
+    """Return a 64-bit hash of a number: the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
     value &= 0xFFFF_FFFF_FFFF_FFFF
     value = ((value ^ (value >> 30)) * 0xBF58_476D_1CE4_E5B9) & 0xFFFF_FFFF_FFFF_FFFF
     value = ((value ^ (value >> 27)) * 0x94D0_49BB_1331_11EB) & 0xFFFF_FFFF_FFFF_FFFF

@@ -1,7 +1,7 @@
-"""Engines in virtual time: a clock that jumps from event to event, and one engine driven by it.
+"""Engines in virtual time: a clock that jumps from event to event, and an engine that it drives.
 
-An hour of traffic passes in seconds: a step is one event at its end, and steps in which a batch only decodes
-are taken together (`Leap`), with the same results as one by one.
+An hour of traffic takes seconds: a step is one event, at its end, and steps in which a batch only decodes are
+one event together (``Leap``), with the same results as one by one.
 """
 
 from collections import Counter
@@ -14,11 +14,12 @@ from .engine import Engine, Fetch, Step
 from .leap import Leap
 from .request import EngineRequest, HandOff, State
 
-Told = Callable[[EngineRequest, float], None]
+TokenCallback = Callable[[EngineRequest, float], None]
+"""Called with a request and the time of its token."""
 
 
 class Handle:
-    """An event that is to come."""
+    """A scheduled event."""
 
     __slots__ = ("_callback",)
 
@@ -26,18 +27,18 @@ class Handle:
         self._callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Let it not come; nothing happens when it has come or was cancelled."""
+        """Cancel the event. Does nothing if it has happened or was cancelled."""
         self._callback = None
 
     def fire(self) -> None:
-        """Let it come, unless it was cancelled."""
+        """Let the event happen, unless it was cancelled."""
         callback, self._callback = self._callback, None
         if callback:
             callback()
 
 
 class VirtualClock:
-    """Discrete events: time stands still while one happens and then jumps to the next. In seconds."""
+    """A queue of events. Time, in seconds, stands still during an event and then jumps to the next."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -46,25 +47,25 @@ class VirtualClock:
         self._count = 0
 
     def call_at(self, time: float, callback: Callable[[], None]) -> Handle:
-        """Call back at that time, after what was asked for earlier for the same time; the past is now."""
+        """Schedule a call; a time in the past means now. Calls at the same time keep their order."""
         handle = Handle(callback)
         self._count += 1
         heappush(self._events, (max(time, self.now), self._count, handle))
         return handle
 
     def run(self) -> None:
-        """Let events happen until there are none left."""
+        """Let events happen until there are none, or until ``stop``."""
         events = self._events
         while events and not self._stopped:
             self.now, _, handle = heappop(events)
             handle.fire()
 
     def stop(self) -> None:
-        """End `run`: nothing that is to come happens."""
+        """End ``run``; the remaining events do not happen."""
         self._stopped = True
 
     def run_until(self, time: float) -> None:
-        """Let the events up to that time happen, those of that very moment too; then it is `time`."""
+        """Let the events up to and at that time happen, and set the time to it."""
         events = self._events
         while events and events[0][0] <= time:
             self.now, _, handle = heappop(events)
@@ -74,7 +75,7 @@ class VirtualClock:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A hand-off: the blocks that `source` has pinned under that name."""
+    """A hand-off: the blocks that ``source`` has pinned for a request."""
 
     source: "VirtualInstance"
     request_id: str
@@ -83,31 +84,31 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a scrape would tell. Counters are since the start; tokens count when they are out."""
+    """The metrics of an instance at one moment. Counters are since the start of the run."""
 
     running: int
     queued: int
-    """Requests that wait for room."""
+    """Requests that wait for room in the batch or the KV cache."""
     deferred: int
-    """Requests that wait for their KV to arrive."""
+    """Requests that wait for their KV from another engine."""
     pinned: int
     kv_usage: float
     prompt_tokens: int
     cached_tokens: int
-    """Of `prompt_tokens`, those that were in the prefix cache."""
+    """Those of ``prompt_tokens`` that were in the prefix cache."""
     generation_tokens: int
     finished: int
     preemptions: int
     busy: float
-    """Seconds that steps took."""
+    """Seconds in which the engine computed."""
     gaps: int
-    """Tokens that followed another of the same request, and"""
+    """Tokens after the first of their request: the count of ``vllm:inter_token_latency_seconds``."""
     gap_seconds: float
-    """the time between the two, summed: `vllm:inter_token_latency_seconds`."""
+    """Seconds between these tokens and those before them: the sum of that metric."""
 
     @property
     def waiting(self) -> int:
-        """`vllm:num_requests_waiting`."""
+        """Requests that wait: ``vllm:num_requests_waiting``."""
         return self.queued + self.deferred
 
 
@@ -115,26 +116,28 @@ class Snapshot:
 class _Job:
     request: EngineRequest
     offer: Offer | None
-    on_first_token: Told | None
-    on_finished: Told | None
+    on_first_token: TokenCallback | None
+    on_finished: TokenCallback | None
 
 
 class VirtualInstance:
-    """Drives one engine on a clock. Leaping is faster than stepping and gives the same times.
+    """Drives one engine by a clock.
 
-    A transfer takes the receiver's `profile.transfer_time`; transfers do not slow down each other.
+    With ``leaping`` it is faster, and gives the same times as step by step. A transfer takes the receiver's
+    ``profile.transfer_time``; transfers do not slow down each other.
     """
 
     def __init__(self, engine: Engine, clock: VirtualClock, *, leaping: bool = True) -> None:
         self.engine = engine
         self.clock = clock
         self.hand_offs: Counter[Fetch] = Counter()
-        """Hand-offs received, by what the fetch found; those that were not good were prefilled here."""
+        """Hand-offs received, by the outcome of the fetch. Where it was not good, this engine prefills."""
         self._leaping = leaping
         self._leap: Leap | None = None
-        self._next: Handle | None = None
-        """The end of the step or leap under way, or the begin of the next; None at rest."""
-        self._alarm: Handle | None = None
+        self._next_event: Handle | None = None
+        """The end of the current step or leap, or the start of the next one; None while idle."""
+        self._lease_timer: Handle | None = None
+        """The end of a lease that a waiting request needs; only while idle."""
         self._jobs: dict[str, _Job] = {}
         self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
         self._finished = self._preemptions = self._gaps = 0
@@ -147,12 +150,13 @@ class VirtualInstance:
         request: EngineRequest,
         *,
         offer: Offer | None = None,
-        on_first_token: Told | None = None,
-        on_finished: Told | None = None,
+        on_first_token: TokenCallback | None = None,
+        on_finished: TokenCallback | None = None,
     ) -> None:
-        """Queue a request now; the callbacks are told the end of the step that made the token.
+        """Queue a request now. The callbacks get the end of the step that computed the token.
 
-        Raise ValueError for a request that can never run: see `Engine.add`; a RECEIVE needs an offer.
+        Raise ValueError for a request that can never run (see ``Engine.add``), and for a RECEIVE request
+        without an offer.
         """
         if request.hand_off is HandOff.RECEIVE and offer is None:
             raise ValueError("a request that receives its KV needs an offer to fetch")
@@ -161,7 +165,7 @@ class VirtualInstance:
         self._jobs[request.request_id] = _Job(request, offer, on_first_token, on_finished)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request and free its blocks, unfetched ones too; False when there is none."""
+        """Remove a request, free its blocks and release its offer; return whether there was one."""
         self._interrupt()
         job = self._jobs.pop(request_id, None)
         if job and job.offer:
@@ -169,27 +173,27 @@ class VirtualInstance:
         return self.engine.abort(request_id)
 
     def offer(self, request_id: str) -> Offer:
-        """The hand-off of a SEND request that has finished, to add a RECEIVE request with."""
+        """Return the hand-off of a finished SEND request, for the RECEIVE request on another instance."""
         return Offer(self, request_id, self.engine.pinned_blocks(request_id))
 
     def fetch(self, offer: Offer) -> Fetch:
-        """Another instance has read these blocks: say what it got, and unpin them."""
+        """Record that another instance has read these blocks: unpin them and return what was read."""
         self._interrupt()
         return self.engine.fetch(offer.request_id, offer.block_ids, self.clock.now)
 
     def release(self, request_id: str) -> bool:
-        """Nobody will fetch this hand-off: unpin it; False when it is not pinned."""
+        """Unpin a hand-off that nobody will fetch; return whether it was pinned."""
         self._interrupt()
         return self.engine.release(request_id)
 
     def snapshot(self) -> Snapshot:
-        """What a scrape would tell now."""
-        self._settle()
+        """Return the metrics at this moment."""
+        self._apply_started_steps()
         engine, leap = self.engine, self._leap
         engine.expire(self.clock.now)
-        # The step under way has been applied, but its tokens are not out yet.
-        out = (leap.taken - 1) * leap.batch if leap else 0
-        lasted = leap.end(leap.taken - 1) - leap.start if leap else 0.0
+        # The current step has been applied, but its tokens come only at its end.
+        tokens = (leap.applied - 1) * leap.batch if leap else 0
+        seconds = leap.end(leap.applied - 1) - leap.start if leap else 0.0
         return Snapshot(
             running=engine.running,
             queued=engine.queued,
@@ -198,37 +202,37 @@ class VirtualInstance:
             kv_usage=engine.kv_usage,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            generation_tokens=self._generation_tokens + out,
+            generation_tokens=self._generation_tokens + tokens,
             finished=self._finished,
             preemptions=self._preemptions,
-            busy=self._busy + lasted,
-            gaps=self._gaps + out,
-            gap_seconds=self._gap_seconds + (leap.batch * lasted if leap else 0.0),
+            busy=self._busy + seconds,
+            gaps=self._gaps + tokens,
+            gap_seconds=self._gap_seconds + (leap.batch * seconds if leap else 0.0),
         )
 
     # -- steps ----------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _start_next(self) -> None:
         now = self.clock.now
-        self._next = None
-        if self._alarm:
-            self._alarm.cancel()
+        self._next_event = None
+        if self._lease_timer:
+            self._lease_timer.cancel()
         self._leap = self.engine.leap(now) if self._leaping else None
         if self._leap:
-            self._next = self.clock.call_at(self._leap.end(self._leap.steps), self._leapt)
+            self._next_event = self.clock.call_at(self._leap.end(self._leap.steps), self._on_leap_end)
             return
         step = self.engine.step(now)
         self._preemptions += len(step.preempted)
         for request in step.transfers:
             seconds = self.engine.profile.transfer_time(request.transfer_tokens)
-            self.clock.call_at(now + seconds, partial(self._arrived, request))
+            self.clock.call_at(now + seconds, partial(self._on_transfer_end, request))
         if not step.idle:
-            self._next = self.clock.call_at(now + step.duration, partial(self._stepped, step))
+            self._next_event = self.clock.call_at(now + step.duration, partial(self._on_step_end, step))
         elif self.engine.queued and (expiry := self.engine.next_expiry()) is not None:
-            # At rest for want of blocks, until a lease ends if nothing else happens.
-            self._alarm = self.clock.call_at(expiry, self._interrupt)
+            # A request waits for blocks: those of a lease that ends, if nothing else happens before.
+            self._lease_timer = self.clock.call_at(expiry, self._interrupt)
 
-    def _stepped(self, step: Step) -> None:
+    def _on_step_end(self, step: Step) -> None:
         self._generation_tokens += len(step.outputs)
         following = sum(1 for output in step.outputs if output.index)
         self._count(step.duration, following)
@@ -238,7 +242,7 @@ class VirtualInstance:
             request = output.request
             job = self._jobs.get(request.request_id)
             if job is None or job.request is not request:
-                continue  # aborted since the step began
+                continue  # aborted during the step
             if output.index == 0:
                 self._prompt_tokens += request.prompt_tokens
                 self._cached_tokens += request.cached
@@ -249,43 +253,46 @@ class VirtualInstance:
                 del self._jobs[request.request_id]
                 if job.on_finished:
                     job.on_finished(request, self.clock.now)
-        self._begin()
+        self._start_next()
 
-    def _leapt(self) -> None:
+    def _on_leap_end(self) -> None:
         leap = self._leap
         assert leap is not None
-        self.engine.take(leap, leap.steps)
+        self.engine.apply(leap, leap.steps)
         self._generation_tokens += leap.steps * leap.batch
-        lasted = leap.end(leap.steps) - leap.start
-        self._count(lasted, leap.steps * leap.batch, lasted * leap.batch)
-        self._begin()
+        seconds = leap.end(leap.steps) - leap.start
+        self._count(seconds, leap.steps * leap.batch, seconds * leap.batch)
+        self._start_next()
 
-    def _count(self, lasted: float, gaps: int, gap_seconds: float | None = None) -> None:
-        self._busy += lasted
+    def _count(self, seconds: float, gaps: int, gap_seconds: float | None = None) -> None:
+        self._busy += seconds
         self._gaps += gaps
-        self._gap_seconds += gaps * lasted if gap_seconds is None else gap_seconds
+        self._gap_seconds += gaps * seconds if gap_seconds is None else gap_seconds
 
-    def _settle(self) -> None:
-        """Apply those steps of a leap to the engine that have begun by now."""
+    def _apply_started_steps(self) -> None:
+        """Apply the steps of the leap that have started by now to the engine."""
         if self._leap:
-            self.engine.take(self._leap, self._leap.begun(self.clock.now))
+            self.engine.apply(self._leap, self._leap.started(self.clock.now))
 
     def _interrupt(self) -> None:
-        """The engine is about to be changed: what has begun ends as it would have, then all is looked at."""
+        """Prepare for a change of the engine: end a leap after its current step.
+
+        If the engine is idle, let it look for work after the change.
+        """
         if self._leap:
-            self._settle()
-            if self._leap.taken < self._leap.steps and self._next:
-                self._leap.steps = self._leap.taken
-                self._next.cancel()
-                self._next = self.clock.call_at(self._leap.end(self._leap.steps), self._leapt)
-        elif self._next is None:
-            self._next = self.clock.call_at(self.clock.now, self._begin)
+            self._apply_started_steps()
+            if self._leap.applied < self._leap.steps and self._next_event:
+                self._leap.steps = self._leap.applied
+                self._next_event.cancel()
+                self._next_event = self.clock.call_at(self._leap.end(self._leap.steps), self._on_leap_end)
+        elif self._next_event is None:
+            self._next_event = self.clock.call_at(self.clock.now, self._start_next)
 
     # -- transfers ------------------------------------------------------------------------------------
 
-    def _arrived(self, request: EngineRequest) -> None:
+    def _on_transfer_end(self, request: EngineRequest) -> None:
         if request.state is not State.DEFERRED:
-            return  # aborted on the way
+            return  # aborted during the transfer
         self._interrupt()
         job = self._jobs[request.request_id]
         assert job.offer is not None

@@ -1,4 +1,4 @@
-"""Runs an `Engine` in real time: a loop that steps it, transfers that feed it, streams that read it."""
+"""Runs an ``Engine`` in real time: a loop of steps, KV transfers, and the token streams of requests."""
 
 import asyncio
 import sys
@@ -15,12 +15,12 @@ from .text import Answer, Prompt
 
 
 class EngineFailed(Exception):
-    """The engine could not finish a request: its KV did not come, or the engine itself is dead."""
+    """The engine cannot finish a request: its KV did not come, or the engine has died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of a choice: its text, and the finish reason ("stop" or "length") with the last."""
+    """A token of a choice: its text and, if it is the last, the finish reason "stop" or "length"."""
 
     choice: int
     text: str
@@ -29,7 +29,7 @@ class Token:
 
 @dataclass(slots=True)
 class Job:
-    """One choice of an HTTP request. `offer` is the hand-off to fetch, if there is one to fetch."""
+    """One choice of an HTTP request. ``offer`` is the hand-off that it fetches, if any."""
 
     request: EngineRequest
     prompt: Prompt
@@ -38,21 +38,27 @@ class Job:
     answer: Answer
     offer: Offer | None = None
     remote_cached: int | None = None
-    """Prompt tokens that the sender of the hand-off had in its cache, if it said so."""
-    note: Callable[[str], None] = lambda outcome: None
-    """Told what became of the hand-off."""
+    """Prompt tokens that the hand-off's sender had in its cache, if it says so."""
+    on_hand_off: Callable[[str], None] = lambda outcome: None
+    """Called with the outcome of the hand-off."""
     stream: "asyncio.Queue[Token | EngineFailed]" = field(default_factory=asyncio.Queue)
     loading: "asyncio.Task[None] | None" = None
     last_token: float = 0.0
 
     @property
     def cached(self) -> int:
-        """Cached prompt tokens as vLLM tells a client: where the prompt was computed, be it elsewhere."""
+        """Cached prompt tokens as vLLM reports them to clients: those of the engine that did the prefill."""
         return self.request.cached if self.remote_cached is None else self.remote_cached
 
 
 class Worker:
-    """The engine's process. `on_death` is called soon after the engine has died of a bad hand-off."""
+    """Drives an engine and delivers the tokens of its requests.
+
+    - ``agent`` identifies this process to other engines.
+    - ``recompute``: prefill a request here if its KV does not come; else it fails.
+    - ``fail_delay``: seconds until a transfer from a dead sender fails.
+    - ``on_death`` is called soon after the engine has died of a bad hand-off.
+    """
 
     def __init__(
         self,
@@ -69,9 +75,10 @@ class Worker:
         self.engine = engine
         self.engine_id = engine_id
         self.dead: str | None = None
+        """Why the engine has died; None while it lives."""
         self.hand_offs: Counter[str] = Counter()
-        """Hand-offs by what became of them: of those sent fetched, released or expired, of those received
-        good, stale, failed, recomputed or released."""
+        """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
+        released if received."""
         self._metrics = metrics
         self._connector = connector
         self._agent = agent
@@ -80,23 +87,24 @@ class Worker:
         self._on_death = on_death
         self._jobs: dict[str, Job] = {}
         self._digests: dict[str, str] = {}
+        """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # -- what the HTTP side calls ---------------------------------------------------------------------
+    # -- called by the HTTP server ---------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Step the engine for ever."""
+        """Step the engine until it dies or the task is cancelled."""
         while not self.dead:
             self._wake.clear()
             now = time.monotonic()
             step = self.engine.step(now)
             for request in step.transfers:
-                self._load(self._jobs[request.request_id])
-            self._expired(step.expired)
+                self._start_transfer(self._jobs[request.request_id])
+            self._record_expired(step.expired)
             self._metrics.preempted(len(step.preempted))
             if step.idle:
-                await self._rest(now)
+                await self._wait_for_work(now)
             else:
                 await asyncio.sleep(step.duration)
                 self._deliver(step, now + step.duration)
@@ -104,30 +112,30 @@ class Worker:
     async def generate(self, jobs: list[Job]) -> AsyncGenerator[Token, None]:
         """Run the choices of one request and yield their tokens as they come.
 
-        Raise EngineFailed when one cannot be finished. Leaving the iteration early aborts them.
+        Raise EngineFailed if one cannot be finished. Closing the generator early aborts all of them.
         """
         stream = jobs[0].stream
-        left = len(jobs)
+        unfinished = len(jobs)
         try:
             for job in jobs:
                 job.stream = stream
                 self._submit(job)
-            while left:
+            while unfinished:
                 token = await stream.get()
                 if isinstance(token, EngineFailed):
                     raise token
-                left -= token.finish_reason is not None
+                unfinished -= token.finish_reason is not None
                 yield token
         finally:
             for job in jobs:
                 self._drop(job)
 
     def release(self, offer: Offer) -> None:
-        """Tell the sender of a hand-off, in the background, that nobody will fetch it."""
+        """Tell a hand-off's sender, in the background, that nobody will fetch it."""
         self._spawn(self._connector.release(offer))
 
     def serve_fetch(self, call: FetchCall) -> FetchReply | None:
-        """Answer another engine's fetch; None when it does not mean this engine."""
+        """Return the answer to another engine's fetch; None if it is meant for another process."""
         if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
             return None
         self.observe()
@@ -139,28 +147,28 @@ class Worker:
         return FetchReply(self._agent, digest if found is Fetch.GOOD else None)
 
     def serve_release(self, call: FetchCall) -> None:
-        """Unpin a hand-off that nobody will fetch."""
+        """Unpin a hand-off of this engine that nobody will fetch."""
         if call.engine_id == self.engine_id and self.engine.release(call.request_id):
             self._forget(call.request_id, "released")
             self._wake.set()
 
     def observe(self) -> None:
-        """Bring leases up to date before somebody looks at the engine."""
-        self._expired(self.engine.expire(time.monotonic()))
+        """End the leases that are over: call it before the engine's state is read."""
+        self._record_expired(self.engine.expire(time.monotonic()))
 
     def die(self, reason: str) -> None:
-        """End the engine as a real one ends: its requests fail, then the process goes."""
+        """Kill the engine as a real one dies: its requests fail, and the process ends soon after."""
         if self.dead:
             return
         self.dead = reason
         print(f"EngineCore died: {reason}", file=sys.stderr, flush=True)
         for job in self._jobs.values():
-            job.stream.put_nowait(self._death())
+            job.stream.put_nowait(self._death_error())
         self._wake.set()
         asyncio.get_running_loop().call_later(0.2, self._on_death)
 
     async def close(self) -> None:
-        """Cancel what still runs in the background."""
+        """Cancel the background tasks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -169,7 +177,7 @@ class Worker:
 
     def _submit(self, job: Job) -> None:
         if self.dead:
-            raise self._death()
+            raise self._death_error()
         self.engine.add(job.request, time.monotonic())
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
@@ -177,7 +185,7 @@ class Worker:
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
-        """Forget a job; if it has not ended, abort it and let go of the blocks it would have fetched."""
+        """Remove a job. If it has not ended, abort it and release the hand-off that it would have fetched."""
         request_id = job.request.request_id
         if self._jobs.pop(request_id, None) is None:
             return
@@ -187,9 +195,9 @@ class Worker:
         if self.engine.abort(request_id):
             self._metrics.finished(job.request, "abort")
             self._wake.set()
-        if job.request.hand_off is HandOff.RECEIVE and not job.request.remote:
+        if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
             if job.offer:
-                self._received(job, "released")
+                self._record_hand_off(job, "released")
                 self.release(job.offer)
             elif not self.dead:
                 self.die(f"hand-off of {request_id} without a sender")
@@ -206,12 +214,13 @@ class Worker:
             job.last_token = end
             reason = job.finish_reason if output.finished else None
             if reason:
-                # The request is over, though its blocks may stay pinned: nothing is left to abort.
+                # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
                 self._metrics.finished(request, reason)
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
 
-    async def _rest(self, now: float) -> None:
+    async def _wait_for_work(self, now: float) -> None:
+        """Wait for a change, or for the end of a lease."""
         expiry = self.engine.next_expiry()
         try:
             async with asyncio.timeout(None if expiry is None else max(0.0, expiry - now)):
@@ -221,15 +230,16 @@ class Worker:
 
     # -- transfers ------------------------------------------------------------------------------------
 
-    def _load(self, job: Job) -> None:
-        # Without a sender's address nothing ever arrives, and the request hangs until its client leaves.
+    def _start_transfer(self, job: Job) -> None:
+        # As in vLLM: without a sender's address no KV ever comes, and the request hangs until its client
+        # leaves.
         if job.offer:
             job.loading = self._spawn(self._transfer(job, job.offer))
 
     async def _transfer(self, job: Job, offer: Offer) -> None:
         request = job.request
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
-        self._metrics.transfer_begun(request.transfer_tokens)
+        self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
             digest = await self._connector.fetch(offer)
@@ -241,15 +251,15 @@ class Worker:
             self._transfer_failed(job, error)
             return
         if digest != job.prompt.digest:
-            job.answer = Answer(job.prompt, job.choice, spoilt=True)
-        self._received(job, "good" if digest == job.prompt.digest else "stale")
+            job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
+        self._record_hand_off(job, "good" if digest == job.prompt.digest else "stale")
         self._metrics.transferred(request.transfer_tokens, seconds)
         self._metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
         self._wake.set()
 
     def _transfer_failed(self, job: Job, error: TransferFailed) -> None:
-        self._received(job, "recomputed" if self._recompute else "failed")
+        self._record_hand_off(job, "recomputed" if self._recompute else "failed")
         job.offer = None
         self._metrics.transfer_failed()
         self.engine.transfer_failed(job.request.request_id, recompute=self._recompute)
@@ -259,7 +269,7 @@ class Worker:
             del self._jobs[job.request.request_id]
             job.stream.put_nowait(EngineFailed("Internal server error"))
 
-    def _expired(self, request_ids: list[str]) -> None:
+    def _record_expired(self, request_ids: list[str]) -> None:
         self._metrics.expired(len(request_ids))
         for request_id in request_ids:
             self._forget(request_id, "expired")
@@ -270,11 +280,11 @@ class Worker:
             self.hand_offs[outcome] += 1
         return digest
 
-    def _received(self, job: Job, outcome: str) -> None:
-        job.note(outcome)
+    def _record_hand_off(self, job: Job, outcome: str) -> None:
+        job.on_hand_off(outcome)
         self.hand_offs[outcome] += 1
 
-    def _death(self) -> EngineFailed:
+    def _death_error(self) -> EngineFailed:
         return EngineFailed("EngineCore encountered an issue. See stack trace (above) for the root cause.")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

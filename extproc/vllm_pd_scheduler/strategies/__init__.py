@@ -1,4 +1,4 @@
-"""Strategies by name: the built-in ones, entry points, and dotted paths."""
+"""Strategies by name: built-in ones, entry points of other packages, and dotted paths."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.strategies"
+"""Group of entry points in which other packages name their strategies."""
 
 _BUILT_IN: dict[str, type[Strategy]] = {
     "round_robin": RoundRobin,
@@ -38,28 +39,28 @@ _BUILT_IN: dict[str, type[Strategy]] = {
 
 
 class UnknownStrategy(ValueError):
-    """No strategy has this name, or what it names is not one, or cannot be made."""
+    """The name stands for no strategy, or for one that cannot be imported or constructed."""
 
 
 def strategy_names() -> list[str]:
-    """Names that :func:`load_strategy` knows without a dotted path."""
+    """Return the names that :func:`load_strategy` accepts besides dotted paths."""
     return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP))]
 
 
 def load_strategy(name: str) -> type[Strategy]:
-    """Return the strategy class: a built-in name, an entry point's, or ``package.module:Class``.
+    """Return a strategy class by its built-in name, its entry point or as ``package.module:Class``.
 
-    Raises :exc:`UnknownStrategy`, with what there is or what went wrong on import.
+    Raise :exc:`UnknownStrategy`, which lists the known names or says what went wrong on import.
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]
-    found: Any
+    loaded: Any
     try:
         if ":" in name:
             module, _, attribute = name.partition(":")
-            found = getattr(importlib.import_module(module), attribute)
+            loaded = getattr(importlib.import_module(module), attribute)
         elif entries := entry_points(group=ENTRY_POINT_GROUP, name=name):
-            found = next(iter(entries)).load()
+            loaded = next(iter(entries)).load()
         else:
             known = ", ".join(strategy_names())
             raise UnknownStrategy(
@@ -67,17 +68,17 @@ def load_strategy(name: str) -> type[Strategy]:
             )
     except UnknownStrategy:
         raise
-    except Exception as error:  # an import runs someone else's code: whatever it raises is the answer
+    except Exception as error:  # an import runs other people's code, which may raise anything
         raise UnknownStrategy(f"strategy {name!r} cannot be loaded: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+    if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise UnknownStrategy(f"{name!r} is not a subclass of vllm_pd_scheduler.strategies.Strategy")
-    return found
+    return loaded
 
 
 def make_strategy(name: str, config: StrategySettings) -> Strategy:
-    """Return a new strategy object; raises :exc:`UnknownStrategy`, also if its constructor fails."""
-    found = load_strategy(name)
+    """Return a new strategy object; raise :exc:`UnknownStrategy`, also if the constructor fails."""
+    strategy = load_strategy(name)
     try:
-        return found(config)
-    except Exception as error:  # someone else's code, as on import
+        return strategy(config)
+    except Exception as error:  # other people's code, as on import
         raise UnknownStrategy(f"strategy {name!r} cannot be made: {error}") from error

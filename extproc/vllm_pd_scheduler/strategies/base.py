@@ -1,4 +1,4 @@
-"""What a strategy is. Write ``score``; the rest is done here."""
+"""The base class of strategies: a subclass writes ``score``, and ranking is done here."""
 
 from __future__ import annotations
 
@@ -13,54 +13,62 @@ from ..fleet.endpoint import Endpoint
 from ..request.context import RequestContext
 
 AGEING = 0.2
-"""Seconds of work that a second of waiting makes up for."""
+"""Seconds of work that a second of waiting makes up for in :meth:`Strategy.order`.
+
+A choice between mean wait and the longest wait: with 0 the shortest prompt always goes first and a long one
+may wait for ever, with a large value it is first come first served. With 0.2, a prompt of 10 s is overtaken
+by short ones that arrive up to 50 s after it.
+"""
 
 
-def all_requests(endpoints: Sequence[Endpoint]) -> list[float]:
-    """Return :attr:`Endpoint.requests` of each. Written out: 1,000 calls would take half a millisecond."""
-    found = []
+def request_counts(endpoints: Sequence[Endpoint]) -> list[float]:
+    """Return :attr:`Endpoint.requests` of each endpoint.
+
+    It repeats that property's code: to call it for 1,000 endpoints would take half a millisecond.
+    """
+    counts = []
     for endpoint in endpoints:
         metrics, ours = endpoint.metrics, endpoint.in_flight
         if metrics is not None:
             others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
-            found.append(ours + others if others > 0.0 else float(ours))
+            counts.append(ours + others if others > 0.0 else float(ours))
         else:
-            found.append(float(ours))
-    return found
+            counts.append(float(ours))
+    return counts
 
 
 class StrategySettings(Protocol):
-    """What the built-in strategies read of the configuration; a strategy gets all of it.
+    """The part of the configuration that the built-in strategies read. A strategy gets all of it.
 
-    A protocol, since the configuration checks the names of strategies and so imports them.
+    It is a protocol because the room ``config`` imports the strategies, to check their names.
     """
 
     @property
     def load_weight(self) -> float:
-        """Weight of the load for ``weighted``."""
+        """Weight of the load in ``weighted``."""
         ...
 
     @property
     def kv_cache_weight(self) -> float:
-        """Weight of the KV-cache use for ``weighted``."""
+        """Weight of the KV-cache use in ``weighted``."""
         ...
 
     @property
     def latency_weight(self) -> float:
-        """Weight of the latency for ``weighted``."""
+        """Weight of the latency in ``weighted``."""
         ...
 
 
 class Strategy:
     """Ranks the endpoints of one role for one request. Each role has an object of its own.
 
-    A strategy of your own overrides :meth:`score` (or :meth:`rank`, if it does not think in scores) and
-    is named in the configuration by dotted path, ``"my_package.my_module:MyStrategy"``, or by the name
-    of an entry point in the group ``vllm_pd_scheduler.strategies``.
+    A strategy of your own overrides :meth:`score`, or :meth:`rank` if it does not compare scores. Name it in
+    the configuration by dotted path, ``"my_package.my_module:MyStrategy"``, or by an entry point in the
+    group ``vllm_pd_scheduler.strategies``. It reads requests and endpoints and writes to neither.
     """
 
     reads_prefixes: ClassVar[bool] = False
-    """Whether it reads ``request.cached``; prompts are hashed, at some cost, only if some strategy does."""
+    """Whether it reads ``request.cached``. Prompts are hashed, which has a cost, only if a strategy does."""
 
     def __init__(self, config: StrategySettings) -> None:
         self.config = config
@@ -69,7 +77,7 @@ class Strategy:
 
     @contextmanager
     def same_turn(self) -> Iterator[None]:
-        """Rank without taking a turn: endpoints that are equal come in the order of the next pick."""
+        """Return a context in which ranking takes no turn: the next pick orders equal endpoints likewise."""
         turn = self._turn
         try:
             yield
@@ -77,29 +85,38 @@ class Strategy:
             self._turn = turn
 
     def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
-        """How bad ``endpoint`` would be for ``request``: the least wins. Any comparable value will do."""
+        """Return how bad ``endpoint`` would be for ``request``, as any comparable value: the least wins."""
         raise NotImplementedError(f"{type(self).__name__} defines neither score() nor rank()")
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[Any]:
-        """Return the score of each: written out where a thousand calls of :meth:`score` take too long."""
+        """Return the score of each endpoint.
+
+        Override it in place of :meth:`score` if a call for each of 1,000 endpoints would take too long.
+        """
         return [self.score(endpoint, request) for endpoint in endpoints]
 
     def order(self, request: RequestContext, cost: float) -> float:
-        """Place of a request among those that wait in the scheduler for prefill: the least goes first.
+        """Return the place of a request among those that wait in the scheduler: the least goes first.
 
-        ``cost`` is its predicted seconds of work. Shortest first gives the least mean wait; each second
-        of waiting counts as ``AGEING`` seconds less work, so that nothing waits for ever.
+        ``cost`` is its predicted seconds of prefill. Order = cost + ``AGEING`` * time of arrival: shortest
+        first, which gives the least mean wait, with ``AGEING`` seconds less work for each second of
+        waiting, so that nothing waits for ever. (Time that passes for all alike changes no order, so the
+        time of arrival stands for the wait.)
         """
         return cost + AGEING * request.arrived
 
     def hopeless(self, request: RequestContext, cost: float) -> bool:
-        """Whether a waiting request cannot be served in time any more, and lets all others pass."""
+        """Whether a waiting request cannot be served in time any more.
+
+        Such a request waits until no other does; one with a priority below 0 is refused. ``cost`` is its
+        predicted seconds of prefill.
+        """
         return False
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Return the ``count`` best of ``endpoints`` (never empty), best first.
+        """Return the ``count`` best of ``endpoints``, which is never empty, best first.
 
-        Equal scores take turns, so that an idle fleet is used evenly.
+        Endpoints with equal scores take turns, so that an idle fleet is used evenly.
         """
         self._turn += 1
         scores, size = self.scores(endpoints, request), len(endpoints)
@@ -112,13 +129,16 @@ class Strategy:
                 return [endpoints[scores.index(best)]]
         if isinstance(scores, list) and isinstance(scores[0], float):
             turned = [*scores[turn:], *scores[:turn]]
-            return [endpoints[(at + turn) % size] for at in _least(turned, count)]
+            return [endpoints[(at + turn) % size] for at in _indices_of_least(turned, count)]
         order = heapq.nsmallest(count, (*range(turn, size), *range(turn)), key=scores.__getitem__)
         return [endpoints[i] for i in order]
 
 
-def _least(scores: list[float], count: int) -> Iterator[int]:
-    """Where the least ``count`` are: of 1,000 in a third of the time that ``nsmallest`` takes with a key."""
+def _indices_of_least(scores: list[float], count: int) -> Iterator[int]:
+    """Yield the indices of the ``count`` least scores, least first; equal ones in their order.
+
+    With 1,000 scores it takes a third of the time of ``heapq.nsmallest`` with a key function.
+    """
     at, before = -1, math.nan
     for score in heapq.nsmallest(count, scores):
         at = scores.index(score, at + 1 if score == before else 0)

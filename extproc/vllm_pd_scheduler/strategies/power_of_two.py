@@ -1,4 +1,4 @@
-"""The better of two chosen at random."""
+"""``power_of_two``: the better of two endpoints drawn at random."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from .base import Strategy
 
 
 class PowerOfTwo(Strategy):
-    """Fewer requests of two endpoints chosen at random; further ones, for retries, at random.
+    """Draws two endpoints at random and takes the one with fewer requests.
 
-    Nearly as even as looking at all, and several schedulers that know nothing of each other do not all
-    send to the same endpoint (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
+    Load gets nearly as even as by comparing all endpoints, and several schedulers that know nothing of each
+    other do not all choose the same one (Mitzenmacher, "The Power of Two Choices in Randomized Load
+    Balancing", IEEE TPDS 2001).
     """
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Draw, and put the better of the first two first."""
+        """Draw endpoints and put the better of the first two first; those for retries stay as drawn."""
         drawn = self.random.sample(endpoints, min(len(endpoints), max(2, count)))
         if len(drawn) > 1 and drawn[1].requests < drawn[0].requests:
             drawn[0], drawn[1] = drawn[1], drawn[0]

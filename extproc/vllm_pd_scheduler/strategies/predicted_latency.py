@@ -1,4 +1,4 @@
-"""Least predicted time to first token for prefill, least predicted time per token for decode."""
+"""``predicted_latency``: least predicted time to first token on P, and per output token on D."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ from ..request.context import RequestContext
 from .base import Strategy
 
 WORK_WEIGHT = 1.0
-"""What a second of an instance's work counts beside a second of waiting: it delays those who come after."""
+"""What a second of an instance's work counts, besides the second that this request waits for it.
 
+Work also delays the requests that come after. 1 is a choice: it stands for one later request that each
+prefill delays. With less, requests leave the instance that has their prefix cached for a shorter queue
+sooner.
+"""
 
-SAME = 0.02
-"""Share by which predictions may differ and mean the same. Else the instance that seems to be a hair faster
-than the others would get all that comes while the fleet is idle, and its cache would hold all prefixes."""
+TOLERANCE = 0.02
+"""Share by which prefill scores may exceed the least one and still count as equal, so that they take turns.
 
-LATE = 1e6
-"""Added to the score, in seconds, of an endpoint that is late: it comes after all that are not."""
-NO_ROOM = 1e9
-"""Added to the score of an endpoint whose KV cache has no room: it comes after all others."""
+Else the instance that seems to be a hair faster than the others would get every request while the fleet is
+idle, and its cache would hold all prefixes. Predictions are much less exact than 2 %, so nothing is lost.
+"""
+
+LATE_PENALTY = 1e6
+"""Added to the score, in seconds, of an endpoint that would miss the limit: it comes after all others."""
+NO_ROOM_PENALTY = 1e9
+"""Added to the score of an endpoint without room in its KV cache: it comes after the late ones too."""
 
 
 class PredictedLatency(Strategy):
-    """The load model decides (see :mod:`vllm_pd_scheduler.prediction.load_model`).
+    """Ranks by what the load model predicts (see :mod:`vllm_pd_scheduler.prediction.load_model`).
 
-    Prefill: score = left + (1 + WORK_WEIGHT) * cost, where ``left`` is the predicted time until what is
-    queued there is done and ``cost`` that of this request's uncached tokens. ``left + cost`` is the time to
-    first token; the cost counts again because work that a cache would have saved delays whoever comes next.
+    Prefill: score = wait + (1 + ``WORK_WEIGHT``) * cost, in seconds.
 
-    Decode: score = base + per_seq * (requests + 1) + per_kv_token * (KV tokens + prompt + expected
-    answer), the predicted step time. An endpoint without room in its KV cache for that comes after all
-    that have it, in the order of what is missing.
+    - *wait*: predicted time until the instance is done with the prefills that are queued there.
+    - *cost*: predicted time to compute the tokens of this prompt that are not cached there.
+
+    wait + cost is the time to the first token. The cost counts once more because it also delays the requests
+    that come after: without that, a cached prefix would be worth too little.
+
+    Decode: score = base + per_seq * (requests + 1) + per_kv_token * (KV tokens + prompt + answer).
+
+    - It is the predicted seconds of a step with this request: the time per output token of all there.
+    - *answer*: the expected length of the answer, in tokens.
+    - An endpoint whose KV cache has no room for prompt and answer comes after all that have room
+      (``NO_ROOM_PENALTY``), and the more tokens it lacks the later.
     """
 
     reads_prefixes = True
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """As for all strategies; prefill scores that differ by less than ``SAME`` count as equal."""
+        """Rank as all strategies do, but take the best prefill scores for equal within ``TOLERANCE``."""
         if count > 1 or endpoints[0].instance.role is InstanceRole.DECODE:
             return super().rank(endpoints, request, count)
         self._turn += 1
         scores = self.prefill_scores(endpoints, request)
         best, turn = min(scores), self._turn % len(scores)
-        bound = best + SAME * (best - LATE if best >= LATE else best)
+        bound = best + TOLERANCE * (best - LATE_PENALTY if best >= LATE_PENALTY else best)
         at = next(i for i in chain(range(turn, len(scores)), range(turn)) if scores[i] <= bound)
         return [endpoints[at]]
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
-        """Return the score of each, for its role."""
+        """Return the score of each endpoint, by the role that all of them have."""
         if endpoints[0].instance.role is InstanceRole.DECODE:
             return self.decode_scores(endpoints, request)
         return self.prefill_scores(endpoints, request)
@@ -59,9 +73,10 @@ class PredictedLatency(Strategy):
     def prefill_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
-        """Return the score of each, ``LATE`` more for a time to first token above ``limit``.
+        """Return the score of each, with ``LATE_PENALTY`` if it misses a TTFT of ``limit`` seconds.
 
-        Written out, since a call for each of 1,000 would cost a millisecond.
+        It repeats the code of :meth:`PrefillLoad.remaining` and :meth:`Endpoint.prefill_cost`: calls for
+        1,000 endpoints would take a millisecond.
         """
         now, prompt, block_tokens = request.now, request.prompt_tokens, request.block_tokens
         depth_of, factor, limited = request.cached.get, 1.0 + WORK_WEIGHT, limit < math.inf
@@ -69,10 +84,10 @@ class PredictedLatency(Strategy):
         scores = []
         for endpoint in endpoints:
             load = endpoint.prefill
-            left = load.queued
-            if left:
+            wait = load.queued
+            if wait:
                 elapsed = now - load.head_at
-                left -= elapsed if elapsed < load.head_cost else load.head_cost
+                wait -= elapsed if elapsed < load.head_cost else load.head_cost
             blocks = load.trust * depth_of(endpoint.holder, 0)
             if blocks != before:  # neighbours mostly hold the same: nothing, or a prefix that all share
                 before, new = blocks, prompt - blocks * block_tokens
@@ -80,22 +95,22 @@ class PredictedLatency(Strategy):
                     new = 1.0
                 pairs = new * (prompt - new / 2)
             cost = load.overhead + load.per_token * new + load.per_pair * pairs
-            score = left + factor * cost
-            if limited and left + cost > limit:
-                score += LATE
+            score = wait + factor * cost
+            if limited and wait + cost > limit:
+                score += LATE_PENALTY
             scores.append(score)
         return scores
 
     def decode_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
-        """Return the predicted step time of each, ``LATE`` more above ``limit``.
+        """Return the score of each, with ``LATE_PENALTY`` if a step takes more than ``limit`` seconds.
 
-        Where KV tokens are missing it is ``NO_ROOM`` and their number more.
+        Without room in the KV cache, the penalty is ``NO_ROOM_PENALTY`` plus the missing tokens.
         """
         own = request.prompt_tokens + request.output_tokens
         scores = []
-        for endpoint in endpoints:  # Endpoint.requests and Endpoint.kv_tokens, written out
+        for endpoint in endpoints:  # repeats Endpoint.requests and Endpoint.kv_tokens, to save calls
             metrics, capacity, load = endpoint.metrics, endpoint.kv_capacity, endpoint.decode
             batch, tokens = endpoint.in_flight + 1.0, endpoint.tokens + own
             if metrics is not None:
@@ -108,8 +123,8 @@ class PredictedLatency(Strategy):
                         tokens += others
             step = load.base + load.per_seq * batch + load.per_kv_token * tokens
             if capacity is not None and tokens > capacity:
-                step += NO_ROOM + tokens - capacity
+                step += NO_ROOM_PENALTY + tokens - capacity
             elif step > limit:
-                step += LATE
+                step += LATE_PENALTY
             scores.append(step)
         return scores

@@ -1,4 +1,4 @@
-"""Each endpoint in turn."""
+"""``round_robin``: each endpoint in turn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .base import Strategy
 
 
 class RoundRobin(Strategy):
-    """The k-th request goes to endpoint k mod n. For fleets of equal instances and equal requests."""
+    """Sends the k-th request to endpoint k mod n. For fleets of equal instances and equal requests."""
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Start at the endpoint whose turn it is and go round."""
+        """Return ``count`` endpoints from the one whose turn it is on, in a ring."""
         start = self._turn % len(endpoints)
         self._turn += 1
         return [*endpoints[start:], *endpoints[:start]][:count]

@@ -1,4 +1,4 @@
-"""The same endpoint for the requests of one session."""
+"""``session``: the same endpoint for all requests of one session."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from hashlib import blake2b
 
 from ..fleet.endpoint import Endpoint
 from ..request.context import RequestContext
-from .base import Strategy, StrategySettings, all_requests
+from .base import Strategy, StrategySettings, request_counts
 
-_POINTS = 100
-"""Points that each endpoint has on the ring: shares then differ by about a tenth."""
+_POINTS_PER_ENDPOINT = 100
+"""Points that each endpoint has on the ring.
+
+With k points its share of the sessions deviates by about 1/sqrt(k), here a tenth; more points take more time
+to hash and sort when endpoints come and go.
+"""
 
 
 class Session(Strategy):
-    """Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, 2018).
+    """Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018).
 
-    A session (see :attr:`RequestContext.session`) is a point on a ring on which each endpoint has a hundred;
-    it belongs to the next one. An endpoint that has ceil(1.25 * mean) requests or more is passed over, so
-    that one busy session, or a fleet of a few, overloads nobody. When endpoints come and go only their own
-    share of the sessions moves. A request without a session goes where the fewest requests are.
+    - A session (see :attr:`RequestContext.session`) is hashed to a point on a ring, on which each endpoint
+      has ``_POINTS_PER_ENDPOINT`` points. It belongs to the endpoint of the next point.
+    - An endpoint with at least ceil(``bound`` * mean) requests is passed over, so that a few busy sessions
+      do not overload it.
+    - When an endpoint comes or goes, only its own share of the sessions moves.
+    - A request without a session goes to the endpoint with the fewest requests.
     """
 
     bound: float | None = 1.25
-    """Requests that an endpoint may have, as a multiple of the mean; ``None``: any number."""
+    """Requests that an endpoint may have, as a multiple of the mean; ``None`` for any number.
+
+    A choice: less moves sessions away from their cache more often, more tolerates more uneven load.
+    """
 
     def __init__(self, config: StrategySettings) -> None:
         super().__init__(config)
@@ -35,14 +44,14 @@ class Session(Strategy):
         self._ring: list[tuple[int, str]] = []
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        """Walk the ring from the session's point; those at their bound come last."""
+        """Walk the ring from the session's point on; endpoints at their bound come last."""
         if request.session is None:
             return super().rank(endpoints, request, count)
         if endpoints is not self._endpoints:
-            self._place(endpoints)
+            self._update_ring(endpoints)
         bound = math.inf
         if self.bound is not None:
-            bound = math.ceil(self.bound * (sum(all_requests(endpoints)) + 1) / len(endpoints))
+            bound = math.ceil(self.bound * (sum(request_counts(endpoints)) + 1) / len(endpoints))
         chosen: list[Endpoint] = []
         full: list[Endpoint] = []
         for endpoint in self._walk(_hash(request.session)):
@@ -52,17 +61,19 @@ class Session(Strategy):
         return [*chosen, *full][:count]
 
     def score(self, endpoint: Endpoint, request: RequestContext) -> float:
-        """Fewest requests, for a request without a session."""
+        """Return the requests there, to rank for a request without a session."""
         return endpoint.requests
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
         """Return the score of each."""
-        return all_requests(endpoints)
+        return request_counts(endpoints)
 
-    def _place(self, endpoints: Sequence[Endpoint]) -> None:
-        """Put those on the ring that are not there; those that may not be chosen now stay for a while.
+    def _update_ring(self, endpoints: Sequence[Endpoint]) -> None:
+        """Add endpoints that are not on the ring yet.
 
-        1,000 endpoints take a tenth of a second to hash, and any of them can be saturated in one pick only.
+        Those that may not be chosen now (saturated, excluded by a retry, down) stay on it and are skipped:
+        they are mostly back for the next pick, and to hash 1,000 endpoints takes a tenth of a second. They
+        are removed when they are more than half of the ring.
         """
         self._endpoints, self._members = endpoints, {e.id: e for e in endpoints}
         if new := self._members.keys() - self._on_ring:
@@ -74,19 +85,21 @@ class Session(Strategy):
             self._ring.sort()
 
     def _walk(self, point: int) -> Iterator[Endpoint]:
+        """Yield each endpoint that may be chosen once, in the order of the ring from ``point`` on."""
         start = bisect.bisect_left(self._ring, (point, ""))
-        left = dict(self._members)
+        remaining = dict(self._members)
         for at in range(start, start + len(self._ring)):
-            endpoint = left.pop(self._ring[at % len(self._ring)][1], None)
+            endpoint = remaining.pop(self._ring[at % len(self._ring)][1], None)
             if endpoint is not None:
                 yield endpoint
-                if not left:
+                if not remaining:
                     return
 
 
 def _hash(text: str) -> int:
+    # Not Python's hash(), which differs from process to process: after a restart sessions would move.
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _points(name: str) -> list[int]:
-    return [_hash(f"{name}#{number}") for number in range(_POINTS)]
+    return [_hash(f"{name}#{number}") for number in range(_POINTS_PER_ENDPOINT)]

@@ -1,4 +1,4 @@
-"""Meets what a request asks for, where any endpoint can."""
+"""``slo``: as ``predicted_latency``, but endpoints that keep a request's limits come first."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from .predicted_latency import PredictedLatency
 
 
 class Slo(PredictedLatency):
-    """``predicted_latency`` among the endpoints that are predicted to meet the SLO, if there are any.
+    """The score of ``predicted_latency``, plus ``LATE_PENALTY`` if the limit would be missed.
 
-    Prefill: score = ``predicted_latency``'s + ``LATE`` if left + cost is more than what remains of the TTFT
-    that was asked for. Decode: an endpoint whose predicted step time is more than the TPOT that was asked
-    for comes after all others with room. ``x-pd-ttft-slo-ms`` and ``x-pd-tpot-slo-ms`` say what is asked for,
-    else ``ttft_slo`` and ``tpot_slo`` of the configuration; without either it is ``predicted_latency``.
+    - Prefill: if wait + cost is more than what remains of the TTFT limit since the request's arrival.
+    - Decode: if the step time is more than the TPOT limit and there is room in the KV cache.
 
-    When requests wait in the scheduler, one that no endpoint can serve in time any more lets all others
-    pass; with a priority below zero it is refused.
+    So endpoints that are predicted to keep the limit come before those that are not, and each group is
+    ranked as by ``predicted_latency``. A client sets the limits by ``x-pd-ttft-slo-ms`` and
+    ``x-pd-tpot-slo-ms``, the configuration for all others by ``ttft_slo`` and ``tpot_slo``. Without a limit
+    there is no difference.
+
+    A request that waits in the scheduler and that no endpoint can serve in time any more waits until no
+    other request does; with a priority below 0 it is refused.
     """
 
     def prefill_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
-        """Add ``LATE`` to the score of those that would miss the TTFT."""
+        """Return the score of each, with a penalty for those that would miss the TTFT limit."""
         if request.ttft_slo is not None:
             limit = request.ttft_slo - (request.now - request.arrived)
         return super().prefill_scores(endpoints, request, limit)
@@ -33,9 +36,9 @@ class Slo(PredictedLatency):
     def decode_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
     ) -> list[float]:
-        """Add ``LATE`` to the score of those that would miss the TPOT."""
+        """Return the score of each, with a penalty for those that would miss the TPOT limit."""
         return super().decode_scores(endpoints, request, request.tpot_slo or limit)
 
     def hopeless(self, request: RequestContext, cost: float) -> bool:
-        """Whether even an idle endpoint would be too late."""
+        """Whether even an idle endpoint would miss the TTFT limit."""
         return request.ttft_slo is not None and request.now + cost > request.arrived + request.ttft_slo

@@ -1,1 +1,1 @@
-"""What the scheduler asks of the operating system."""
+"""Calls of the operating system that Python has no function for."""

@@ -1,4 +1,4 @@
-"""What the C library's allocator should do with the memory of large request bodies."""
+"""Tunes glibc's allocator, so that the memory of large request bodies goes back to the system."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import ctypes
 
 _M_MMAP_THRESHOLD = -3
-_LARGE = 128 << 10
-"""glibc's own first threshold, which it raises up to 32 MiB when large blocks come and go."""
+"""Parameter of ``mallopt(3)``, from ``malloc.h``."""
+_THRESHOLD_BYTES = 128 << 10
+"""glibc's own first threshold. Unless it is set, glibc raises it up to 32 MiB as large blocks are freed."""
 
 
 def return_large_blocks() -> None:
-    """Have freed blocks of 128 KiB and more go back to the system at once.
+    """Make ``free`` return blocks of 128 KiB and more to the system at once.
 
-    Without it a flood of large bodies leaves the process as large as it was then. Does nothing where there
+    Without it, the process stays as large as it was in a flood of large bodies. It does nothing where there
     is no glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)

@@ -1,6 +1,7 @@
-"""Ties a process's life to its parent's.
+"""Ends a process when its parent dies, even by SIGKILL, so that none is left behind.
 
-``python -m vllm_pd_scheduler.system.parent_death PARENT COMMAND…`` runs a command so.
+``python -m vllm_pd_scheduler.system.parent_death PARENT COMMAND…`` runs a command in this way; ``PARENT`` is
+the parent's process id.
 """
 
 import ctypes
@@ -9,20 +10,22 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+"""Option of ``prctl(2)``, from ``linux/prctl.h``."""
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process as soon as its parent, process `parent`, is gone (Linux only).
+    """Ask the kernel to kill this process when its parent, process ``parent``, ends. Linux only.
 
-    The kernel means the *thread* that started this process: that thread must live as long as the process.
-    Raise OSError when the kernel refuses.
+    To the kernel the parent is the *thread* that started this process: that thread must live as long as this
+    process should. Does nothing on other systems. Raise :exc:`OSError` if the kernel refuses, and
+    :exc:`SystemExit` if the parent has ended already.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # A parent that died before the call sends no signal any more.
+    # For a parent that ended before the call, the kernel sends nothing.
     if os.getppid() != parent:
         raise SystemExit(1)
 

@@ -1,5 +1,5 @@
-"""The scheduler's own metrics."""
+"""Prometheus metrics of what happens to requests."""
 
-from .metrics import Left, Served, Telemetry
+from .metrics import QueueOutcome, Served, Telemetry
 
-__all__ = ["Left", "Served", "Telemetry"]
+__all__ = ["QueueOutcome", "Served", "Telemetry"]

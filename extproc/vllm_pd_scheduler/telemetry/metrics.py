@@ -1,4 +1,8 @@
-"""Counters and histograms of what happens to requests. It is told of them and knows nothing else."""
+"""Counters and histograms of what happens to requests.
+
+The other rooms call :class:`Telemetry` when something happens; it imports none of them. What can be read from
+the fleet at any moment (gauges) is in ``admin/collectors.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+"""Buckets of prefill legs and waits: from a cached prompt up to ``prefill_timeout``'s default."""
 
 
 class Served(StrEnum):
-    """How a request was served."""
+    """How a request was served: the label ``served`` of ``pd_requests_total``."""
 
     SPLIT = "split"
     """Prefill on P, decode on D."""
@@ -27,17 +32,21 @@ class Served(StrEnum):
     """Another path or method, on D as it is."""
 
 
-class Left(StrEnum):
-    """How a request left the scheduler's queue."""
+class QueueOutcome(StrEnum):
+    """How a request left the scheduler's queue: the label ``outcome`` of ``pd_queue_wait_seconds``."""
 
     SERVED = "served"
+    """It got an endpoint, or learned that none can serve."""
     REFUSED = "refused"
     GONE = "gone"
-    """Its client did not wait for it."""
+    """Its client left while it waited."""
 
 
 class Telemetry:
-    """Counters and histograms of the request path, in a Prometheus registry of their own."""
+    """Counters and histograms of the request path, in a Prometheus registry of their own.
+
+    ``docs/metrics.md`` describes each metric. ``clock`` returns monotonic seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.prometheus = CollectorRegistry()
@@ -61,7 +70,7 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.prometheus,
         )
-        for outcome in Left:
+        for outcome in QueueOutcome:  # all series exist from the start, so that rate() has a first value
             self._queue_seconds.labels(outcome)
         self._prefill_seconds = Histogram(
             "pd_prefill_duration_seconds",
@@ -74,6 +83,7 @@ class Telemetry:
             "pd_prefill_predicted_ratio",
             "Predicted over measured time of a prefill, queueing included: 1 is right.",
             ["prefill"],
+            # Fine around 1, which is right, and up to ten times too much or too little.
             buckets=(0.1, 0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2, 4, 10),
             registry=self.prometheus,
         )
@@ -120,52 +130,52 @@ class Telemetry:
                 metric.remove_by_labels({label: gone})
 
     def forwarded(self, decode: str, served: Served) -> None:
-        """Count a request that goes to decode."""
+        """Count a request that was sent to a decode instance."""
         self._requests.labels(decode, served).inc()
 
     def rejected(self, status: int, reason: str) -> None:
-        """Count a request that was answered with an error."""
+        """Count a request that the scheduler itself answered with an error."""
         self._rejected.labels(str(status), reason).inc()
 
-    def left_queue(self, outcome: Left, seconds: float) -> None:
-        """Take how long a request waited in the scheduler."""
+    def waited(self, outcome: QueueOutcome, seconds: float) -> None:
+        """Record how long a request waited in the scheduler's queue, and how that ended."""
         self._queue_seconds.labels(outcome).observe(seconds)
 
     @contextmanager
-    def prefill(self, instance: str) -> Iterator[None]:
-        """Time a prefill leg that gives an answer."""
+    def time_prefill(self, instance: str) -> Iterator[None]:
+        """Measure the block, a prefill leg. One that raises an exception is not measured."""
         start = self._clock()
         yield
         self._prefill_seconds.labels(instance).observe(self._clock() - start)
 
     def prefill_predicted(self, instance: str, ratio: float) -> None:
-        """Compare a prefill's predicted time with the one it took: ``ratio`` is the first over the second."""
+        """Record predicted over measured time of a prefill."""
         self._predicted.labels(instance).observe(ratio)
 
     def prefill_failed(self, instance: str, reason: str) -> None:
-        """Count a prefill attempt that gave no hand-off."""
+        """Count a prefill attempt that returned no hand-off; ``reason`` as in ``docs/metrics.md``."""
         self._prefill_failures.labels(instance, reason).inc()
 
     def attempt_failed(self, instance: str, failure: str) -> None:
-        """Count an attempt at decode that failed."""
+        """Count an attempt at a decode instance that failed; ``failure`` as in ``docs/metrics.md``."""
         self._attempts.labels(instance, failure).inc()
 
     def handoff_released(self, prefill: str) -> None:
-        """Count a hand-off that was freed on P."""
+        """Count an unused hand-off whose blocks were freed on P."""
         self._handoffs.labels(prefill, "released").inc()
 
     def handoff_stranded(self, prefill: str) -> None:
-        """Count a hand-off that could not be freed."""
+        """Count an unused hand-off that was not freed: P keeps its blocks until the lease ends."""
         self._handoffs.labels(prefill, "stranded").inc()
 
     def handoff_late(self, prefill: str) -> None:
-        """Count a hand-off that was too old to be used."""
+        """Count a hand-off that was too old to be used when D was to get it."""
         self._handoffs.labels(prefill, "late").inc()
 
     def scrape_failed(self, instance: str) -> None:
-        """Count a scrape that failed."""
+        """Count a scrape of an instance's metrics that failed."""
         self._scrape_failures.labels(instance).inc()
 
-    def page(self) -> bytes:
-        """Return the Prometheus text page."""
+    def expose(self) -> bytes:
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.prometheus)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from ...admission.body_memory import HeldBody
+from ...admission.body_memory import BodyAllocation
 from ...router import PDRouter
 from .messages import SERVICE, decode, encode
 from .stream import Reply, Route, State, Stream, StreamError
@@ -36,7 +36,7 @@ class ExtProcService:
         await self._idle.wait()
 
     async def _process(self, _: object, context: Any) -> None:
-        stream, hold = Stream(), HeldBody(self._router.body_memory)
+        stream, hold = Stream(), BodyAllocation(self._router.body_memory)
         self.open_streams += 1
         self._idle.clear()
         try:
@@ -56,7 +56,7 @@ class ExtProcService:
             if not self.open_streams:
                 self._idle.set()
 
-    async def _exchange(self, stream: Stream, hold: HeldBody, context: Any) -> bool:
+    async def _exchange(self, stream: Stream, hold: BodyAllocation, context: Any) -> bool:
         """Take a message of Envoy's and answer it; ``False`` if there are no more.
 
         Envoy cancels the call when a client leaves, also during a prefill. The stream lasts as long as the

@@ -1,0 +1,98 @@
+"""What a replay compares: a strategy of ours, another router's policy or the lower bound, with settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import ConfigError, SchedulerConfig, parse_config
+from ..strategies import UnknownStrategy, load_strategy, strategy_names
+from .peers import PEERS
+
+LOWER_BOUND = "lower_bound"
+"""A fleet that no router can be better than: each role as one instance with the speed and cache of all of its
+instances, the shortest prompt first, and steps that cost no more than their tokens."""
+
+_STRATEGY_KEYS = ("strategy", "prefill_strategy", "decode_strategy")
+_LLM_D_SCRAPE_INTERVAL_S = 0.05
+"""llm-d's default for reading the instances' metrics. The other peers do not read any."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A strategy and settings of the scheduler, such as ``predicted_latency+late_binding``."""
+
+    label: str
+    """As the user wrote it."""
+    strategy: str
+    """Name or dotted path of a strategy, a key of ``PEERS`` or :data:`LOWER_BOUND`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys of the scheduler's configuration and their values."""
+
+    def config(self) -> SchedulerConfig:
+        """Return the scheduler's configuration, with one placeholder instance for each role.
+
+        A peer's policy is not in it, since no name of a strategy stands for it.
+        """
+        config = _config(self.settings)
+        if self.strategy == LOWER_BOUND:
+            return config.model_copy(update={"strategy": "predicted_latency"})
+        if self.strategy not in PEERS:
+            return config.model_copy(update={"strategy": self.strategy})
+        if self.strategy == "llm_d" and "health_check_interval" not in self.settings:
+            return config.model_copy(update={"health_check_interval": _LLM_D_SCRAPE_INTERVAL_S})
+        return config
+
+
+def variant_names() -> list[str]:
+    """Return the names that :func:`parse_variant` accepts: our strategies, the peers', the lower bound."""
+    return [*strategy_names(), *PEERS, LOWER_BOUND]
+
+
+def parse_variant(text: str) -> Variant:
+    """Return the variant that a user wrote as ``strategy+setting+setting=value``.
+
+    A setting without a value is true; values are JSON, or else text. Raise :exc:`ValueError`, which says
+    what is wrong.
+    """
+    name, *parts = (part.strip() for part in text.split("+"))
+    if ":" not in name and name not in (known := variant_names()):
+        raise ValueError(
+            f"unknown strategy {name!r}; choose from {', '.join(known)}, or 'package.module:Class'"
+        )
+    settings = _settings(parts)
+    if name == LOWER_BOUND:
+        settings = {"late_binding": True, **settings}
+    elif name not in PEERS:
+        try:
+            load_strategy(name)
+        except UnknownStrategy as error:
+            raise ValueError(str(error)) from None
+    # Beside a strategy of ours, the other role may have another one; a peer's policy has both roles.
+    for key in _STRATEGY_KEYS if name in PEERS else _STRATEGY_KEYS[:1]:
+        if key in settings:
+            raise ValueError(f"{key}: cannot be set beside {name}")
+    try:
+        _config(settings)
+    except ConfigError as error:
+        raise ValueError("; ".join(error.problems)) from None
+    return Variant(text, name, settings)
+
+
+def _settings(parts: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for part in parts:
+        key, has_value, value = part.partition("=")
+        try:
+            settings[key] = json.loads(value) if has_value else True
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def _config(settings: dict[str, Any]) -> SchedulerConfig:
+    # A configuration needs an instance of each role; the run makes its own.
+    prefill = {"id": "one", "host": "127.0.0.1", "port": 1}
+    decode = {**prefill, "id": "two"}
+    return parse_config({"prefill_instances": [prefill], "decode_instances": [decode], **settings})
