@@ -60,7 +60,7 @@ class TelemetryTest(unittest.TestCase):
             self.telemetry.handoff_late(name)
             self.telemetry.prefill_predicted(name, 1.0)
         self.telemetry.keep_only({"d1"})
-        self.assertNotIn("d0", self.telemetry.page().decode())
+        self.assertNotIn("d0", self.telemetry.expose().decode())
         self.assertEqual(self.read("pd_requests_total"), {("d1", "split"): 1.0})
 
     def test_two_routers_do_not_share_counters(self) -> None:
