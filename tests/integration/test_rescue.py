@@ -37,7 +37,8 @@ async def test_another_decode_instance_answers(
         else:
             second_attempts += 1
             assert (seen["hand_off"], json.loads(seen["body"])) == (None, body)
-    assert second_attempts == 2, "round robin starts at decode-0 every other time"
+    # Round robin starts at decode-0 every other time, but one that says that it is full is left alone.
+    assert second_attempts == (1 if fault.get("status") == 503 else 2)
 
 
 async def test_large_bodies_and_many_at_once(client: Client) -> None:
@@ -49,12 +50,12 @@ async def test_large_bodies_and_many_at_once(client: Client) -> None:
     assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
 
 
-async def test_when_every_decode_instance_fails_the_client_gets_the_error(client: Client) -> None:
+async def test_when_every_decode_instance_fails_the_client_gets_an_error(client: Client) -> None:
     for instance in client.fleet.decode:
         await client.fault(instance.id, status=500)
     answer = await client.complete()
-    assert answer.status == 500
-    assert answer.error["type"]
+    assert answer.status == 503
+    assert "Two instances" in answer.error["message"]
 
 
 async def test_other_paths_are_tried_once(client: Client) -> None:

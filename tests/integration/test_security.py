@@ -160,9 +160,9 @@ async def _check_steering(client: Client, path: str, *, external: bool) -> None:
     assert headers["x-envoy-attempt-count"] == "1"
     assert "evil" not in str(headers)
     for instance in client.fleet.decode:
-        await client.fault(instance.id, status=404, paths=[path])
+        await client.fault(instance.id, status=400, paths=[path])
     before = await client.seen_by_all()
-    assert (await client.post(path, {"prompt": "p", "max_tokens": 2}, STEERING)).status == 404
+    assert (await client.post(path, {"prompt": "p", "max_tokens": 2}, STEERING)).status == 400
     # The scheduler itself may free a hand-off meanwhile: such a request has no headers of a client's.
     seen = [one for each in client.fleet.decode for one in await client.seen_since(each.id, before[each.id])]
     assert len([one for one in seen if any(key.lower() == "x-request-id" for key in one["headers"])]) == 1

@@ -58,7 +58,7 @@ class LostPrompts:
         self._suspects: deque[tuple[float, str, int]] = deque(maxlen=MAX_PROMPTS)
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._prompts) + len(self._suspects)
 
     def lost(self, prompt: int, instance: str, now: float) -> None:
         """Count a connection to an instance that was lost after the request had been delivered."""
@@ -95,6 +95,8 @@ class LostPrompts:
     def answered(self, prompt: int) -> None:
         """Forget the losses of a prompt: it was not the reason."""
         self._prompts.pop(prompt, None)
+        for suspect in [each for each in self._suspects if each[2] == prompt]:
+            self._suspects.remove(suspect)
 
     def refused_for(self, prompt: int, now: float) -> float:
         """Return for how many seconds a prompt is refused; 0 if it is not."""

@@ -1,0 +1,66 @@
+"""Which prompts are taken for the reason why instances died."""
+
+import unittest
+
+from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.routing.lost import MAX_BYTES, PAUSE_S, LostPrompts, fingerprint
+
+
+class FingerprintTest(unittest.TestCase):
+    def of(self, text: str) -> int:
+        return fingerprint(JsonBody.parse(text.encode()))
+
+    def test_it_is_of_the_prompt_alone(self) -> None:
+        self.assertEqual(self.of('{"prompt":"a","max_tokens":1}'), self.of('{"max_tokens":2,"prompt":"a"}'))
+        self.assertNotEqual(self.of('{"prompt":"a"}'), self.of('{"prompt":"b"}'))
+        self.assertEqual(self.of("{}"), 0)
+        self.assertEqual(self.of('{"prompt":"' + "x" * MAX_BYTES + '"}'), 0)
+
+
+class LostPromptsTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.lost = LostPrompts()
+
+    def refused(self, now: float = 0.0, prompt: int = 7) -> bool:
+        return self.lost.refused_for(prompt, now) > 0
+
+    def test_two_instances_are_enough(self) -> None:
+        self.lost.lost(7, "p0", 0.0)
+        self.lost.lost(7, "p0", 0.0)
+        self.assertFalse(self.refused(), "one that breaks every connection says nothing of the prompt")
+        self.lost.lost(7, "d0", 0.0)
+        self.assertTrue(self.refused(PAUSE_S - 1))
+        self.assertFalse(self.refused(PAUSE_S))
+        self.assertFalse(self.refused(0.0, 8))
+
+    def test_each_further_loss_doubles_the_pause(self) -> None:
+        for instance in ("p0", "d0", "d1"):
+            self.lost.lost(7, instance, 0.0)
+        self.assertTrue(self.refused(2 * PAUSE_S - 1))
+        self.assertFalse(self.refused(2 * PAUSE_S))
+
+    def test_an_answer_clears_it(self) -> None:
+        self.lost.lost(7, "p0", 0.0)
+        self.lost.suspect(7, "d0", 0.0)
+        self.lost.answered(7)
+        self.lost.died("d0", 1.0)
+        self.lost.lost(7, "d1", 1.0)
+        self.assertFalse(self.refused(1.0))
+
+    def test_a_500_counts_only_if_its_instance_is_dead_soon_after(self) -> None:
+        self.lost.lost(7, "p0", 0.0)
+        self.lost.suspect(7, "d0", 0.0)
+        self.lost.suspect(7, "d1", 0.0)
+        self.assertFalse(self.refused())
+        self.assertEqual(self.lost.suspected, {"d0", "d1"})
+        self.lost.died("d0", 60.0)
+        self.assertFalse(self.refused(60.0), "too long after")
+        self.lost.suspect(7, "d1", 60.0)
+        self.lost.died("d1", 61.0)
+        self.assertTrue(self.refused(61.0))
+
+    def test_what_has_no_fingerprint_is_not_remembered(self) -> None:
+        for instance in ("p0", "d0"):
+            self.lost.lost(0, instance, 0.0)
+            self.lost.suspect(0, instance, 0.0)
+        self.assertEqual(len(self.lost), 0)
