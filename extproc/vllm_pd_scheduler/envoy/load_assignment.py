@@ -1,0 +1,85 @@
+"""The endpoints of a role as Envoy reads them: a ``ClusterLoadAssignment``, encoded once for each change."""
+
+from __future__ import annotations
+
+from envoy.config.core.v3 import health_check_pb2
+from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
+from google.protobuf import any_pb2
+
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole, InstanceState
+
+TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+TLS_NAMESPACE = "envoy.transport_socket_match"
+METADATA_NAMESPACE = "vllm_pd"
+"""Filter metadata of each endpoint, with its id under ``id``: Envoy's access log and answers show it."""
+
+_HEALTH = {
+    InstanceState.HEALTHY: health_check_pb2.HEALTHY,
+    InstanceState.DRAINING: health_check_pb2.DRAINING,
+    InstanceState.UNHEALTHY: health_check_pb2.UNHEALTHY,
+    InstanceState.STARTING: health_check_pb2.UNHEALTHY,
+}
+_PREFERENCE = (InstanceState.HEALTHY, InstanceState.DRAINING, InstanceState.UNHEALTHY, InstanceState.STARTING)
+"""Whose word counts when two instances are one address: Envoy would take the first that it reads."""
+
+_Key = tuple[str, str, InstanceState, str | None]
+"""All that Envoy is told of an endpoint: id, ``ip:port``, state, TLS name."""
+
+
+class LoadAssignment:
+    """The resource of one role, named as the role, which is the name of Envoy's cluster too.
+
+    ``version`` grows by one with each change in what Envoy is told, and with no other.
+    """
+
+    def __init__(self, registry: Registry, role: InstanceRole) -> None:
+        self.version = 0
+        self.resource = any_pb2.Any()
+        self._registry = registry
+        self._role = role
+        self._encoded: dict[_Key, endpoint_components_pb2.LbEndpoint] | None = None
+
+    def refresh(self) -> None:
+        """Follow the registry."""
+        keys = self._keys()
+        if self._encoded is not None and keys == list(self._encoded):
+            return
+        known = self._encoded or {}
+        self._encoded = {key: known.get(key) or _lb_endpoint(*key) for key in keys}
+        message = endpoint_pb2.ClusterLoadAssignment(cluster_name=self._role.value)
+        message.endpoints.add().lb_endpoints.extend(self._encoded.values())
+        self.resource = any_pb2.Any(type_url=TYPE_URL, value=message.SerializeToString())
+        self.version += 1
+
+    def _keys(self) -> list[_Key]:
+        """Return what to tell of each address.
+
+        An instance whose name has not been resolved is left out: EDS takes IP addresses only.
+        """
+        found: dict[str, Endpoint] = {}
+        for endpoint in self._registry.endpoints(self._role):
+            address = endpoint.address
+            if address is not None and _preferred(endpoint, found.get(address)):
+                found[address] = endpoint
+        return [(e.id, address, e.state, e.instance.tls_name) for address, e in found.items()]
+
+
+def _preferred(endpoint: Endpoint, other: Endpoint | None) -> bool:
+    return other is None or _PREFERENCE.index(endpoint.state) < _PREFERENCE.index(other.state)
+
+
+def _lb_endpoint(
+    id_: str, address: str, state: InstanceState, tls_name: str | None
+) -> endpoint_components_pb2.LbEndpoint:
+    host, _, port = address.rpartition(":")
+    message = endpoint_components_pb2.LbEndpoint(health_status=_HEALTH[state])
+    socket = message.endpoint.address.socket_address
+    socket.address, socket.port_value = host.strip("[]"), int(port)
+    metadata = message.metadata.filter_metadata
+    metadata[METADATA_NAMESPACE].fields["id"].string_value = id_
+    if tls_name is not None:  # Envoy's transport_socket_matches has the rest
+        message.endpoint.hostname = tls_name
+        metadata[TLS_NAMESPACE].fields["tls"].bool_value = True
+    return message
