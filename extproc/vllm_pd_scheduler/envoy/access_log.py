@@ -17,11 +17,14 @@ from envoy.service.accesslog.v3 import als_pb2
 from ..models import join_address
 from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure
+from .limits import BadMessage, parse
 
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 
+MAX_ENTRIES = 1024
+"""Attempts in one message, at most. Envoy sends one, or as many as fit in 16 KiB."""
 
 SETTLE_S = 1.0
 """How long after a client has left its D gets to fetch or to drop the hand-off, before it is told of."""
@@ -39,24 +42,30 @@ class AttemptLog:
             SERVICE, {"StreamAccessLogs": grpc.stream_unary_rpc_method_handler(self._stream)}
         )
 
-    async def _stream(self, messages: Any, _: object) -> bytes:
-        async for data in messages:
-            for attempt in read_attempts(data):
-                if attempt.failure is Failure.LEFT:
-                    asyncio.get_running_loop().call_later(SETTLE_S, self._listener, attempt)
-                else:
-                    self._listener(attempt)
+    async def _stream(self, messages: Any, context: Any) -> bytes:
+        try:
+            async for data in messages:
+                for attempt in read_attempts(data):
+                    self._tell(attempt)
+        except BadMessage as error:
+            log.warning("an access log stream was ended: %s", error)
+            await error.end(context)
         return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
+
+    def _tell(self, attempt: FailedAttempt) -> None:
+        if attempt.failure is Failure.LEFT:
+            asyncio.get_running_loop().call_later(SETTLE_S, self._listener, attempt)
+        else:
+            self._listener(attempt)
 
 
 def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
-    """Read a ``StreamAccessLogsMessage``; a malformed one has none."""
-    try:
-        message = als_pb2.StreamAccessLogsMessage.FromString(data)
-    except Exception as error:
-        log.warning("not a StreamAccessLogsMessage: %s", error)
-        return
-    for entry in message.http_logs.log_entry:
+    """Read a ``StreamAccessLogsMessage``; raises :exc:`~.limits.BadMessage` if it is none, or too large."""
+    entries = parse(als_pb2.StreamAccessLogsMessage, data).http_logs.log_entry
+    if len(entries) > MAX_ENTRIES:
+        reason = f"a StreamAccessLogsMessage of {len(entries)} entries: at most {MAX_ENTRIES} are read"
+        raise BadMessage(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+    for entry in entries:
         common, headers = entry.common_properties, entry.request.request_headers
         socket = common.upstream_remote_address.socket_address
         if not socket.port_value:

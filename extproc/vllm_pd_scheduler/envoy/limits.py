@@ -6,7 +6,7 @@ service looks at a message's size itself before it parses it: parsing costs many
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -28,9 +28,10 @@ class BadMessage(Exception):
         super().__init__(reason)
         self.code = code
 
-    async def end(self, context: Any) -> None:
-        """End the call with this status; always raises, as ``context.abort`` does."""
+    async def end(self, context: Any) -> NoReturn:
+        """End the call with this status, by the exception that ``context.abort`` raises."""
         await context.abort(self.code, str(self))
+        raise AssertionError("abort raises")
 
 
 def parse(kind: type[MessageType], data: bytes, limit: int = MAX_MESSAGE_BYTES) -> MessageType:

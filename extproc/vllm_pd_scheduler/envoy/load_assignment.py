@@ -18,11 +18,8 @@ METADATA_NAMESPACE = "vllm_pd"
 _HEALTH = {
     InstanceState.HEALTHY: health_check_pb2.HEALTHY,
     InstanceState.DRAINING: health_check_pb2.DRAINING,
-    InstanceState.UNHEALTHY: health_check_pb2.UNHEALTHY,
-    InstanceState.STARTING: health_check_pb2.UNHEALTHY,
 }
-_PREFERENCE = (InstanceState.HEALTHY, InstanceState.DRAINING, InstanceState.UNHEALTHY, InstanceState.STARTING)
-"""Whose word counts when two instances are one address: Envoy would take the first that it reads."""
+"""All other states are unhealthy."""
 
 _Key = tuple[str, str, InstanceState, str | None]
 """All that Envoy is told of an endpoint: id, ``ip:port``, state, TLS name."""
@@ -61,20 +58,19 @@ class LoadAssignment:
         found: dict[str, Endpoint] = {}
         for endpoint in self._registry.endpoints(self._role):
             address = endpoint.address
-            if address is not None and _preferred(endpoint, found.get(address)):
-                found[address] = endpoint
+            if address is None:
+                continue
+            other = found.setdefault(address, endpoint)
+            if endpoint.state == InstanceState.HEALTHY != other.state:
+                found[address] = endpoint  # of two with one address Envoy would take the first, well or not
         return [(e.id, address, e.state, e.instance.tls_name) for address, e in found.items()]
-
-
-def _preferred(endpoint: Endpoint, other: Endpoint | None) -> bool:
-    return other is None or _PREFERENCE.index(endpoint.state) < _PREFERENCE.index(other.state)
 
 
 def _lb_endpoint(
     id_: str, address: str, state: InstanceState, tls_name: str | None
 ) -> endpoint_components_pb2.LbEndpoint:
     host, _, port = address.rpartition(":")
-    message = endpoint_components_pb2.LbEndpoint(health_status=_HEALTH[state])
+    message = endpoint_components_pb2.LbEndpoint(health_status=_HEALTH.get(state, health_check_pb2.UNHEALTHY))
     socket = message.endpoint.address.socket_address
     socket.address, socket.port_value = host.strip("[]"), int(port)
     metadata = message.metadata.filter_metadata

@@ -31,7 +31,7 @@ class EnvoyError(Exception):
 class EnvoyPorts:
     """Where Envoy and the scheduler listen; the defaults are those of ``envoy/envoy.yaml``.
 
-    ``address`` is the one that the ingress listener binds to.
+    ``address`` is the one that the ingress listener binds to. ``grpc_socket``, a path, replaces ``grpc``.
     """
 
     ingress: int = 10000
@@ -39,6 +39,7 @@ class EnvoyPorts:
     admin: int = 9901
     grpc: int = 9002
     address: str | None = None
+    grpc_socket: str | None = None
 
 
 def config_path() -> Path:
@@ -59,11 +60,17 @@ def render_config(ports: EnvoyPorts, tls: InstanceTlsConfig | None = None) -> di
     for cluster in config["static_resources"]["clusters"]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-            endpoint["address"]["socket_address"]["port_value"] = ports.grpc
+            endpoint["address"] = _scheduler_address(ports)
         elif tls is not None:
             (match,) = cluster["transport_socket_matches"]
             match["transport_socket"]["typed_config"] = _upstream_tls(tls)
     return config
+
+
+def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
+    if ports.grpc_socket is not None:
+        return {"pipe": {"path": ports.grpc_socket}}
+    return {"socket_address": {"address": "127.0.0.1", "port_value": ports.grpc}}
 
 
 def _upstream_tls(tls: InstanceTlsConfig) -> dict[str, Any]:
