@@ -1,5 +1,6 @@
 """What a change of one instance costs in EDS: it is encoded for all streams, and copied for each."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ def test_change(benchmark: Any, count: int) -> None:
         role = tuple(InstanceRole)[number % 2]
         host = f"10.0.{number >> 8}.{number & 255}"
         registry.probed(registry.add(PDInstance(f"{role}-{number}", role, host, 8000)), None)
-    assignments = {role.value: LoadAssignment(registry, role) for role in InstanceRole}
+    assignments = {
+        role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
+    }
     subscriptions = [Subscription(assignments) for _ in range(STREAMS)]
     for subscription, role in zip(subscriptions, assignments, strict=True):
         subscription.asked(discovery_pb2.DiscoveryRequest(resource_names=[role]))

@@ -2,6 +2,7 @@
 
 import asyncio
 import unittest
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -49,7 +50,9 @@ class SubscriptionTest(unittest.TestCase):
         self.registry = Registry()
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.registry.add(PDInstance("p0", P, "10.0.0.2", 8100))
-        self.assignments = {role.value: LoadAssignment(self.registry, role) for role in (P, D)}
+        self.assignments = {
+            role.value: LoadAssignment(role.value, partial(self.registry.endpoints, role)) for role in (P, D)
+        }
         self.subscription = Subscription(self.assignments)
         self.last = discovery_pb2.DiscoveryResponse()
 

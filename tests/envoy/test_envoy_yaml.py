@@ -11,6 +11,7 @@ import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from envoy.config.bootstrap.v3 import bootstrap_pb2
@@ -140,6 +141,19 @@ class PortsTest(unittest.TestCase):
             listener(config, "prefill")["address"],
             {"socket_address": {"address": "127.0.0.1", "port_value": 1002}},
         )
+
+    def test_a_socket_in_place_of_the_schedulers_port(self) -> None:
+        config = render_config(EnvoyPorts(grpc_socket="/run/pd/grpc"))
+        for name in ("scheduler", "xds"):
+            (endpoint,) = every("endpoint", cluster(config, name)["load_assignment"])
+            self.assertEqual(endpoint["address"], {"pipe": {"path": "/run/pd/grpc"}})
+
+    def test_socket_options_only_where_their_numbers_mean_what_they_say(self) -> None:
+        with mock.patch("sys.platform", "darwin"):
+            config = render_config(EnvoyPorts())
+        self.assertEqual([*every("socket_options", config)], [])
+        self.assertEqual([*every("upstream_bind_config", config)], [])
+        self.assertEqual(len([*every("socket_options", RAW)]), 4)
 
     def test_what_trusts_its_clients_listens_on_loopback_only(self) -> None:
         for where in (listener(RAW, "prefill"), RAW["admin"]):

@@ -1,6 +1,7 @@
 """What Envoy is told of a role's endpoints, and when that is something new."""
 
 import unittest
+from functools import partial
 
 from envoy.config.core.v3 import health_check_pb2 as health
 from envoy.config.endpoint.v3 import endpoint_pb2
@@ -25,7 +26,7 @@ def told(assignment: endpoint_pb2.ClusterLoadAssignment) -> list[tuple[str, str,
 class Case(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
-        self.assignment = LoadAssignment(self.registry, D)
+        self.assignment = LoadAssignment("decode", partial(self.registry.endpoints, D))
 
     def add(self, name: str, host: str, port: int = 8200, tls_name: str | None = None) -> None:
         self.registry.add(PDInstance(name, D, host, port, tls_name=tls_name))
@@ -58,7 +59,7 @@ class WhatTest(Case):
                 ("leaving", "10.0.0.3", 8200, health.DRAINING),
             ],
         )
-        self.assignment = LoadAssignment(self.registry, P)
+        self.assignment = LoadAssignment("prefill", partial(self.registry.endpoints, P))
         self.assertEqual(self.message().cluster_name, "prefill")
         self.assertEqual([name for name, *_ in self.told()], ["p0"])
 

@@ -149,7 +149,6 @@ class Stack:
             "config": self.write_config(config),
             "port": ports.ingress,
             "prefill-port": ports.prefill,
-            "grpc-port": ports.grpc,
             "admin-port": self.admin_port,
             "envoy-admin-port": ports.admin,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 import grpc
@@ -75,7 +76,9 @@ class EndpointDiscovery:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self._assignments = {role.value: LoadAssignment(registry, role) for role in InstanceRole}
+        self._assignments = {
+            role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
+        }
         self._stale = True
         self._news: set[asyncio.Event] = set()
         """Of each open stream: set when there may be something to send."""

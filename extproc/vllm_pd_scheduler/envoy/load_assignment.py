@@ -1,14 +1,15 @@
-"""The endpoints of a role as Envoy reads them: a ``ClusterLoadAssignment``, encoded once for each change."""
+"""Endpoints as Envoy reads them: a ``ClusterLoadAssignment``, encoded once for each change."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 from envoy.config.core.v3 import health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from google.protobuf import any_pb2
 
 from ..fleet.endpoint import Endpoint
-from ..fleet.registry import Registry
-from ..models import InstanceRole, InstanceState
+from ..models import InstanceState
 
 TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 TLS_NAMESPACE = "envoy.transport_socket_match"
@@ -26,26 +27,26 @@ _Key = tuple[str, str, InstanceState, str | None]
 
 
 class LoadAssignment:
-    """The resource of one role, named as the role, which is the name of Envoy's cluster too.
+    """The resource of one of Envoy's clusters, from whoever its endpoints are at the moment.
 
     ``version`` grows by one with each change in what Envoy is told, and with no other.
     """
 
-    def __init__(self, registry: Registry, role: InstanceRole) -> None:
+    def __init__(self, cluster: str, endpoints: Callable[[], Iterable[Endpoint]]) -> None:
         self.version = 0
         self.resource = any_pb2.Any()
-        self._registry = registry
-        self._role = role
+        self._cluster = cluster
+        self._endpoints = endpoints
         self._encoded: dict[_Key, endpoint_components_pb2.LbEndpoint] | None = None
 
     def refresh(self) -> None:
-        """Follow the registry."""
+        """Follow the endpoints."""
         keys = self._keys()
         if self._encoded is not None and keys == list(self._encoded):
             return
         known = self._encoded or {}
         self._encoded = {key: known.get(key) or _lb_endpoint(*key) for key in keys}
-        message = endpoint_pb2.ClusterLoadAssignment(cluster_name=self._role.value)
+        message = endpoint_pb2.ClusterLoadAssignment(cluster_name=self._cluster)
         message.endpoints.add().lb_endpoints.extend(self._encoded.values())
         self.resource = any_pb2.Any(type_url=TYPE_URL, value=message.SerializeToString())
         self.version += 1
@@ -56,7 +57,7 @@ class LoadAssignment:
         An instance whose name has not been resolved is left out: EDS takes IP addresses only.
         """
         found: dict[str, Endpoint] = {}
-        for endpoint in self._registry.endpoints(self._role):
+        for endpoint in self._endpoints():
             address = endpoint.address
             if address is None:
                 continue

@@ -64,6 +64,10 @@ def render_config(ports: EnvoyPorts, tls: InstanceTlsConfig | None = None) -> di
         elif tls is not None:
             (match,) = cluster["transport_socket_matches"]
             match["transport_socket"]["typed_config"] = _upstream_tls(tls)
+    if sys.platform != "linux":  # the numbers of these options are Linux's
+        for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
+            each.pop("socket_options", None)
+            each.pop("upstream_bind_config", None)
     return config
 
 
