@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import socket
 import stat
@@ -52,9 +53,10 @@ def gives_up_after(connection: socket.socket) -> tuple[float, float]:
 
     Infinite without keepalive; 0 for the second means the system's default.
     """
-    tcp = socket.IPPROTO_TCP
-    silent = float("inf")
-    if connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
-        probes, interval = (connection.getsockopt(tcp, o) for o in (socket.TCP_KEEPCNT, socket.TCP_KEEPINTVL))
-        silent = connection.getsockopt(tcp, socket.TCP_KEEPIDLE) + probes * interval
-    return silent, connection.getsockopt(tcp, socket.TCP_USER_TIMEOUT) / 1000
+    options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    limit, idle, interval, probes = (connection.getsockopt(socket.IPPROTO_TCP, each) for each in options)
+    if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+        return math.inf, limit / 1000
+    if limit:  # then the kernel counts no probes, and ends the connection at the first one after it
+        probes = math.ceil((limit / 1000 - idle) / interval)
+    return idle + probes * interval, limit / 1000
