@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Limit of every message but a request's body. Envoy's largest is the first one of a stream: its ``node``
-lists some hundred extensions, about 100 KB."""
+lists its extensions, 60 KB of them."""
 
 MAX_HEALTH_BYTES = 64 << 10
 """Limit of a health check: it has one name in it."""

@@ -73,7 +73,14 @@ async def up(
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
     with contextlib.ExitStack() as stack:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
-            config = config.model_copy(update={"grpc_socket": stack.enter_context(private_socket_path())})
+            try:
+                path = stack.enter_context(private_socket_path())
+            except OSError as error:
+                raise StartupError(
+                    f"grpc_socket: no directory can be made for one ({error.strerror}): set TMPDIR to where "
+                    "one can, or give --grpc-port"
+                ) from None
+            config = config.model_copy(update={"grpc_socket": path})
         ports = replace(ports, grpc_socket=config.grpc_socket)
         return await _up(config, ports, log_level, started, access_log)
 

@@ -19,7 +19,8 @@ _NAME = "grpc"
 def private_socket_path() -> Iterator[str]:
     """Give a path in a new directory that only this user can enter, and remove both at the end.
 
-    A process that is killed leaves its directory; the next one that comes here removes it.
+    A process that is killed leaves its directory; the next one that comes here removes it. Raises
+    :exc:`OSError` if there is no place for a directory.
     """
     _remove_left_behind()
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as directory:
