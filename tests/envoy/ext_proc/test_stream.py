@@ -210,6 +210,8 @@ class BodySizeTest(Case):
         self.assertEqual(of(headers={"content-length": "70"}), 70)
         self.assertEqual(of(headers={"content-length": "70"}, end_of_stream=True), 0)
         self.assertEqual(of(headers={}), 0, "chunked: known when it has come")
+        self.assertGreater(of(headers={"content-length": "9" * 5000}), 1 << 60)
+        self.assertEqual(of(headers={"content-length": "-1"}), 0)
         self.assertEqual(of(phase=Phase.REQUEST_BODY, body=b"12345"), 5)
         self.assertEqual(of(phase=Phase.RESPONSE_TRAILERS), 0)
 
