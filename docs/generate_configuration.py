@@ -115,7 +115,15 @@ GROUPS = (
     Group(
         "Listeners and state",
         "Where the scheduler listens, where it finds Envoy, and what it keeps.",
-        ("grpc_host", "grpc_port", "admin_host", "admin_port", "prefill_listener", "state_file"),
+        (
+            "grpc_host",
+            "grpc_port",
+            "grpc_socket",
+            "admin_host",
+            "admin_port",
+            "prefill_listener",
+            "state_file",
+        ),
         {"grpc_port": 9102, "admin_port": 9103, "state_file": "scheduler_state.json"},
     ),
     Group(

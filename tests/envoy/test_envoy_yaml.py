@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import pkgutil
 import re
 import socket
 import tempfile
@@ -10,15 +11,17 @@ import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
-from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
+from envoy.config.bootstrap.v3 import bootstrap_pb2
+from google.protobuf import json_format
 
 from tests.support.certificates import make_certificates
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
-from vllm_pd_scheduler.envoy.eds import METADATA_NAMESPACE
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
+from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, find_envoy, render_config
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request import headers
@@ -64,15 +67,16 @@ def unused_ports(count: int) -> list[int]:
 class TypesTest(unittest.TestCase):
     def test_it_is_a_bootstrap_with_every_extension_of_its_own_type(self) -> None:
         for name in set(every("@type", RAW)):
-            package = name.removeprefix("type.googleapis.com/").rpartition(".")[0]
-            importlib.import_module(f"envoy_data_plane.{package}")  # registers its types
-        bootstrap = Bootstrap.from_dict(RAW)
+            package = importlib.import_module(name.removeprefix("type.googleapis.com/").rpartition(".")[0])
+            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+                if module.name.endswith("_pb2"):
+                    importlib.import_module(module.name)  # registers its types
+        bootstrap = json_format.ParseDict(RAW, bootstrap_pb2.Bootstrap())  # refuses unknown fields
         resources = bootstrap.static_resources
         self.assertLessEqual({"ingress", "prefill"}, {each.name for each in resources.listeners})
         self.assertLessEqual(
             {"decode", "prefill", "scheduler", "xds"}, {each.name for each in resources.clusters}
         )
-        self.assertEqual(Bootstrap.parse(bytes(bootstrap)), bootstrap)
 
 
 class EnvoyTest(unittest.IsolatedAsyncioTestCase):
@@ -137,6 +141,19 @@ class PortsTest(unittest.TestCase):
             listener(config, "prefill")["address"],
             {"socket_address": {"address": "127.0.0.1", "port_value": 1002}},
         )
+
+    def test_a_socket_in_place_of_the_schedulers_port(self) -> None:
+        config = render_config(EnvoyPorts(grpc_socket="/run/pd/grpc"))
+        for name in ("scheduler", "xds"):
+            (endpoint,) = every("endpoint", cluster(config, name)["load_assignment"])
+            self.assertEqual(endpoint["address"], {"pipe": {"path": "/run/pd/grpc"}})
+
+    def test_socket_options_only_where_their_numbers_mean_what_they_say(self) -> None:
+        with mock.patch("sys.platform", "darwin"):
+            config = render_config(EnvoyPorts())
+        self.assertEqual([*every("socket_options", config)], [])
+        self.assertEqual([*every("upstream_bind_config", config)], [])
+        self.assertEqual(len([*every("socket_options", RAW)]), 4)
 
     def test_what_trusts_its_clients_listens_on_loopback_only(self) -> None:
         for where in (listener(RAW, "prefill"), RAW["admin"]):

@@ -1,13 +1,16 @@
 """The registry: what each call does, and what holds whatever the order of calls."""
 
 import unittest
+from functools import partial
 
+from envoy.config.core.v3 import health_check_pb2
+from envoy.config.endpoint.v3 import endpoint_pb2
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.eds import HealthStatus, load_assignment
+from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
@@ -239,6 +242,9 @@ class RegistryMachine(RuleBasedStateMachine):
         super().__init__()
         self.registry = Registry(HealthPolicy(2, 2))
         self.scheduler = Scheduler(SchedulerConfig(), self.registry)
+        self.assignments = {
+            role: LoadAssignment(role.value, partial(self.registry.endpoints, role)) for role in InstanceRole
+        }
         self.known: dict[Endpoint, int] = {}  # every endpoint ever, and what we hold on it
         self.ever_drained: set[Endpoint] = set()
         self.open: list[Reservation] = []
@@ -353,15 +359,17 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def envoy_is_told_the_same(self) -> None:
-        for role in InstanceRole:
-            told = load_assignment(self.registry, role).endpoints[0].lb_endpoints
+        for role, assignment in self.assignments.items():
+            assignment.refresh()
+            message = endpoint_pb2.ClusterLoadAssignment.FromString(assignment.resource.value)
+            told = message.endpoints[0].lb_endpoints
             expected = [e for e in self.registry.endpoints(role) if e.address is not None]
             assert len(told) == len(expected)
             for lb, endpoint in zip(told, expected, strict=True):
                 socket = lb.endpoint.address.socket_address
                 assert f"{socket.address}:{socket.port_value}" == endpoint.address
                 assert lb.metadata.filter_metadata["vllm_pd"].fields["id"].string_value == endpoint.id
-                assert (lb.health_status == HealthStatus.HEALTHY) == endpoint.routable
+                assert (lb.health_status == health_check_pb2.HEALTHY) == endpoint.routable
 
     def teardown(self) -> None:
         """Whatever happened, once every request has ended nothing is in flight."""

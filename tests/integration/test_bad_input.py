@@ -127,7 +127,7 @@ async def test_no_healthy_prefill_instance(client: Client) -> None:
     answer = await client.complete()
     assert answer.status == 200
     assert "x-pd-prefill" not in answer.headers
-    assert (await client.send("GET", "/health")).status == 503
+    await _not_healthy(client)
 
 
 @pytest.mark.parametrize("killed", ["decode"], indirect=True)
@@ -143,10 +143,19 @@ async def test_no_healthy_decode_instance(client: Client) -> None:
         assert (answer.status, answer.error["type"]) == (503, "ServiceUnavailableError")
         assert int(answer.headers["retry-after"]) >= 1
         assert "decode-0 is unhealthy" in answer.error["message"]
-    assert (await client.send("GET", "/health")).status == 503
+    await _not_healthy(client)
     assert await client.seen_by_all() == before, "no prefill was done in vain"
     status, reason = await client.admin("GET", "/readyz")
     assert (status, reason) == (503, {"error": "no decode instance can serve"})
+
+
+async def _not_healthy(client: Client) -> None:
+    """Wait until Envoy says so: it is told of changes that come together a moment later."""
+
+    async def not_healthy() -> bool:
+        return (await client.send("GET", "/health")).status == 503
+
+    await until(not_healthy)
 
 
 async def _all_healthy(client: Client) -> None:

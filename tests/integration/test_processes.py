@@ -99,7 +99,8 @@ async def test_when_the_scheduler_is_killed_envoy_ends(
 @pytest.mark.parametrize("which", ["ingress", "grpc", "admin"])
 async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which: str) -> None:
     port = {"ingress": stack.ports.ingress, "grpc": stack.ports.grpc, "admin": stack.admin_port}[which]
-    with socket.create_server(("127.0.0.1", port)), spawned(stack.up(fleet.config())) as process:
+    command = [*stack.up(fleet.config()), *([f"--grpc-port={port}"] if which == "grpc" else [])]
+    with socket.create_server(("127.0.0.1", port)), spawned(command) as process:
         assert await asyncio.to_thread(process.wait, 40) == 1
         assert str(port) in process.output
         assert "Traceback" not in process.output
@@ -238,7 +239,7 @@ def test_sim_runs_until_a_signal() -> None:
 
 def test_demo_answers_and_ends_everything(stack: Stack) -> None:
     ports = stack.ports
-    options = {"port": ports.ingress, "prefill-port": ports.prefill, "grpc-port": ports.grpc}
+    options = {"port": ports.ingress, "prefill-port": ports.prefill}
     options |= {"admin-port": stack.admin_port, "envoy-admin-port": ports.admin}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "demo", *arguments]) as process:

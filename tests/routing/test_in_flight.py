@@ -13,6 +13,7 @@ from envoy.service.accesslog.v3 import als_pb2
 from tests.support.routing import BODY, Leg
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.access_log import read_attempts
+from vllm_pd_scheduler.envoy.limits import BadMessage
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
@@ -339,4 +340,5 @@ class ReadTest(unittest.TestCase):
 
     def test_what_is_nobodys_fault(self) -> None:
         self.assertEqual(self.read(status=503, port=0), [])
-        self.assertEqual(list(read_attempts(b"\xff\xff")), [])
+        with self.assertRaises(BadMessage):
+            list(read_attempts(b"\xff\xff"))

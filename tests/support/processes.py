@@ -149,7 +149,6 @@ class Stack:
             "config": self.write_config(config),
             "port": ports.ingress,
             "prefill-port": ports.prefill,
-            "grpc-port": ports.grpc,
             "admin-port": self.admin_port,
             "envoy-admin-port": ports.admin,
         }
@@ -263,7 +262,9 @@ class Client:
         hosts = {}
         for cluster in found["cluster_statuses"]:
             for host in cluster.get("host_statuses", []):
-                address = host["address"]["socket_address"]
+                address = host["address"].get("socket_address")
+                if address is None:
+                    continue  # the scheduler, at a Unix socket
                 name = f"{cluster['name']} {address['address']}:{address['port_value']}"
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts

@@ -39,6 +39,10 @@ def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = Non
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
             'machines; give {"env": NAME} or {"file": PATH}'
         )
+    if config.grpc_socket is not None and config.grpc_tls is not None:
+        problems.append(
+            "grpc_tls: not with grpc_socket, which only this user can open: leave one of them out"
+        )
     problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
         if not any(role is item_role for item_role, _, _ in items):

@@ -33,11 +33,13 @@ _ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _HEADER = r"^[a-z0-9-]+$"
 _LISTENER = r"^http://[^/\s]+$"
 _PATH = r"^[^\x00]+$"
+_SOCKET = r"^/[^\x00]{1,106}$"
 MEANING = {
     _ID: "must be 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first",
     _HEADER: "must be the name of a header in lower case: letters, digits and '-'",
     _LISTENER: "must be http://HOST:PORT, without a path",
     _PATH: "must be a path",
+    _SOCKET: "must be an absolute path of at most 107 characters",
 }
 """What is wrong with a string that one of these patterns does not match."""
 
@@ -229,6 +231,10 @@ class SchedulerConfig(_Model):
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Port = 9002
     """Port of the gRPC server."""
+    grpc_socket: Annotated[str, Field(pattern=_SOCKET)] | None = None
+    """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
+    user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
+    with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
     grpc_tls: TlsConfig | None = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
     admin_host: str = "127.0.0.1"

@@ -17,11 +17,14 @@ from envoy.service.accesslog.v3 import als_pb2
 from ..models import join_address
 from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure, failure_of_status
+from .limits import BadMessage, parse
 
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 
+MAX_ENTRIES = 1024
+"""Attempts in one message, at most. Envoy sends one, or as many as fit in 16 KiB."""
 
 MAX_RETRY_AFTER_S = 60.0
 """An instance that wants to be left alone for longer is asked again all the same."""
@@ -39,26 +42,29 @@ class AttemptLog:
             SERVICE, {"StreamAccessLogs": grpc.stream_unary_rpc_method_handler(self._stream)}
         )
 
-    async def _stream(self, messages: Any, _: object) -> bytes:
-        async for data in messages:
-            for attempt in read_attempts(data):
-                self._listener(attempt)
+    async def _stream(self, messages: Any, context: Any) -> bytes:
+        try:
+            async for data in messages:
+                for attempt in read_attempts(data):
+                    self._listener(attempt)
+        except BadMessage as error:
+            log.warning("an access log stream was ended: %s", error)
+            await error.end(context)
         return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
 
 def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
-    """Read a ``StreamAccessLogsMessage``; a malformed one has none.
+    """Read a ``StreamAccessLogsMessage``; raises :exc:`~.limits.BadMessage` if it is none, or too large.
 
     Envoy's router writes an entry for each attempt at an instance, and its connection manager one for each
     request that a client left or that Envoy answered with an error of its own; ``envoy/envoy.yaml`` filters
     both, so that nothing comes for those that went well.
     """
-    try:
-        message = als_pb2.StreamAccessLogsMessage.FromString(data)
-    except Exception as error:
-        log.warning("not a StreamAccessLogsMessage: %s", error)
-        return
-    for entry in message.http_logs.log_entry:
+    entries = parse(als_pb2.StreamAccessLogsMessage, data).http_logs.log_entry
+    if len(entries) > MAX_ENTRIES:
+        reason = f"a StreamAccessLogsMessage of {len(entries)} entries: at most {MAX_ENTRIES} are read"
+        raise BadMessage(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+    for entry in entries:
         downstream = entry.common_properties.access_log_type == AccessLogType.DownstreamEnd
         failure = _failure_of_request(entry) if downstream else _failure_of_attempt(entry)
         if failure is None:

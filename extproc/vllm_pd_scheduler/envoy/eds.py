@@ -1,77 +1,89 @@
-"""EDS: tells Envoy which instances there are and how they are, on the scheduler's gRPC port."""
+"""EDS: tell Envoy which instances there are and how they are, on the scheduler's gRPC port."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+from functools import partial
 from typing import Any
 
 import grpc
-from envoy_data_plane.envoy.config.core.v3 import Address, HealthStatus, Metadata, SocketAddress
-from envoy_data_plane.envoy.config.endpoint.v3 import (
-    ClusterLoadAssignment,
-    LbEndpoint,
-    LocalityLbEndpoints,
-)
-from envoy_data_plane.envoy.config.endpoint.v3 import Endpoint as EnvoyEndpoint
-from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, DiscoveryResponse
-from envoy_data_plane.google.protobuf import Any as AnyMessage
-from envoy_data_plane.google.protobuf import Struct, Value
+from envoy.service.discovery.v3 import discovery_pb2
 
-from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole, InstanceState
+from ..models import InstanceRole
+from .limits import BadMessage, parse
+from .load_assignment import TYPE_URL, LoadAssignment
 
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.endpoint.v3.EndpointDiscoveryService"
-TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
-TLS_NAMESPACE = "envoy.transport_socket_match"
-METADATA_NAMESPACE = "vllm_pd"
-"""Filter metadata of each endpoint, with its id under ``id``: Envoy's access log and answers show it."""
 
-_HEALTH = {
-    InstanceState.HEALTHY: HealthStatus.HEALTHY,
-    InstanceState.DRAINING: HealthStatus.DRAINING,
-    InstanceState.UNHEALTHY: HealthStatus.UNHEALTHY,
-    InstanceState.STARTING: HealthStatus.UNHEALTHY,
-}
+JOIN_S = 0.05
+"""Seconds between two pushes, at least. After a quiet time a change is told at once."""
 
 
-def load_assignment(registry: Registry, role: InstanceRole) -> ClusterLoadAssignment:
-    """Return the endpoints of Envoy's cluster for a role; the cluster is named as the role.
+class Subscription:
+    """What one stream of Envoy's has asked for and has been sent (xDS, state of the world). No I/O."""
 
-    An instance whose name has not been resolved is left out: EDS takes IP addresses only.
-    """
-    endpoints = [_lb_endpoint(e) for e in registry.endpoints(role) if e.address is not None]
-    return ClusterLoadAssignment(
-        cluster_name=role.value, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)]
-    )
+    def __init__(self, assignments: dict[str, LoadAssignment]) -> None:
+        self._assignments = assignments
+        self._names: set[str] = set()
+        self._sent: dict[str, int] = {}
+        """Versions, by the names that are asked for."""
+        self._nonce = 0
 
+    def asked(self, request: discovery_pb2.DiscoveryRequest) -> None:
+        """Take a request: a first one, an acknowledgement, a refusal, or other names than before.
 
-def _lb_endpoint(endpoint: Endpoint) -> LbEndpoint:
-    host = str(endpoint.address).rpartition(":")[0].strip("[]")
-    address = SocketAddress(address=host, port_value=endpoint.instance.port)
-    tls_name = endpoint.instance.tls_name
-    metadata = {METADATA_NAMESPACE: Struct(fields={"id": Value(string_value=endpoint.id)})}
-    if tls_name is not None:  # Envoy's transport_socket_matches has the rest
-        metadata[TLS_NAMESPACE] = Struct(fields={"tls": Value(bool_value=True)})
-    return LbEndpoint(
-        endpoint=EnvoyEndpoint(address=Address(socket_address=address), hostname=tls_name or ""),
-        health_status=_HEALTH[endpoint.state],
-        metadata=Metadata(filter_metadata=metadata),
-    )
+        One that answers an older response than the last is void: Envoy answers the last one too. What Envoy
+        refuses is not sent again; the next change is.
+        """
+        if request.response_nonce not in ("", str(self._nonce)):
+            return
+        if request.HasField("error_detail"):
+            log.error("Envoy refused the endpoints: %s", request.error_detail.message[:1000])
+        names = set(request.resource_names)
+        unknown = names - self._names - self._assignments.keys()
+        if unknown:
+            shown = ", ".join(repr(name[:100]) for name in sorted(unknown)[:4])
+            roles = " and ".join(repr(name) for name in self._assignments)
+            log.warning("Envoy asks for the endpoints of %s: its EDS clusters must be named %s", shown, roles)
+        self._names = names
+        self._sent = {name: version for name, version in self._sent.items() if name in names}
+
+    def response(self) -> bytes | None:
+        """Return what Envoy does not have yet of the clusters that it asked for, if there is something."""
+        asked = {name: each for name, each in self._assignments.items() if name in self._names}
+        news = {name: each for name, each in asked.items() if self._sent.get(name) != each.version}
+        if not news:
+            return None
+        self._sent |= {name: each.version for name, each in news.items()}
+        self._nonce += 1
+        response = discovery_pb2.DiscoveryResponse(
+            version_info=".".join(str(each.version) for each in asked.values()),
+            resources=[each.resource for each in news.values()],
+            type_url=TYPE_URL,
+            nonce=str(self._nonce),
+        )
+        return bytes(response.SerializeToString())
 
 
 class EndpointDiscovery:
-    """The EDS service (state of the world, gRPC). Every change in the registry is sent at once."""
+    """Serves ``envoy.service.endpoint.v3.EndpointDiscoveryService`` (gRPC, state of the world).
+
+    A change in the registry is encoded once, for all streams, and told to those that asked for its role.
+    """
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._version = 1
-        self._changed = asyncio.Event()
-        self._nonces = itertools.count(1)
+        self._assignments = {
+            role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
+        }
+        self._stale = True
+        self._news: set[asyncio.Event] = set()
+        """Of each open stream: set when there may be something to send."""
+        self._push: asyncio.TimerHandle | None = None
+        self._pushed_at = 0.0
         registry.subscribe(self._on_change)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -81,47 +93,51 @@ class EndpointDiscovery:
         )
 
     def _on_change(self) -> None:
-        self._version += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._stale = True
+        if self._news and self._push is None:
+            loop = asyncio.get_running_loop()
+            self._push = loop.call_at(self._pushed_at + JOIN_S, self._push_now)
+
+    def _push_now(self) -> None:
+        self._push = None
+        self._pushed_at = asyncio.get_running_loop().time()
+        for news in self._news:
+            news.set()
+
+    def _response(self, subscription: Subscription) -> bytes | None:
+        if self._stale:
+            self._stale = False
+            for assignment in self._assignments.values():
+                assignment.refresh()
+        return subscription.response()
 
     async def _stream(self, _: object, context: Any) -> None:
-        names: list[str] = []
-        sent = 0
-        reading = asyncio.ensure_future(context.read())
+        subscription, news = Subscription(self._assignments), asyncio.Event()
+        problem: BadMessage | None = None
+        self._news.add(news)
         try:
-            while True:
-                if names and sent != self._version:
-                    sent = self._version
-                    await context.write(self._response(names))
-                    continue
-                changed = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait({reading, changed}, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
-                if reading.done():
-                    data = reading.result()
-                    if data is grpc.aio.EOF:
-                        return
-                    request = DiscoveryRequest.parse(data)
-                    if request.error_detail is not None:
-                        log.error("Envoy refused the endpoints: %s", request.error_detail.message)
-                    elif request.resource_names != names:
-                        names, sent = request.resource_names, 0
-                    reading = asyncio.ensure_future(context.read())
+            async with asyncio.TaskGroup() as tasks:
+                writing = tasks.create_task(self._write(context, subscription, news))
+                await self._read(context, subscription, news)
+                writing.cancel()
+        except* BadMessage as errors:
+            problem = errors.exceptions[0]  # type: ignore[assignment]  # one task reads
+        except* grpc.aio.InternalError:
+            pass  # Envoy is gone: nothing can be written any more
         finally:
-            reading.cancel()
+            self._news.discard(news)
+        if problem is not None:
+            log.warning("an EDS stream was ended: %s", problem)
+            await problem.end(context)
 
-    def _response(self, names: list[str]) -> bytes:
-        resources = [
-            AnyMessage(type_url=TYPE_URL, value=bytes(load_assignment(self._registry, InstanceRole(name))))
-            for name in names
-            if name in list(InstanceRole)
-        ]
-        return bytes(
-            DiscoveryResponse(
-                version_info=str(self._version),
-                resources=resources,
-                type_url=TYPE_URL,
-                nonce=str(next(self._nonces)),
-            )
-        )
+    async def _read(self, context: Any, subscription: Subscription, news: asyncio.Event) -> None:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            subscription.asked(parse(discovery_pb2.DiscoveryRequest, data))
+            news.set()
+
+    async def _write(self, context: Any, subscription: Subscription, news: asyncio.Event) -> None:
+        """Send what is new. A stream that is read slowly gets the newest state, not each one in between."""
+        while await news.wait():
+            news.clear()
+            if (response := self._response(subscription)) is not None:
+                await context.write(response)

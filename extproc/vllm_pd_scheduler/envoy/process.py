@@ -31,7 +31,7 @@ class EnvoyError(Exception):
 class EnvoyPorts:
     """Where Envoy and the scheduler listen; the defaults are those of ``envoy/envoy.yaml``.
 
-    ``address`` is the one that the ingress listener binds to.
+    ``address`` is the one that the ingress listener binds to. ``grpc_socket``, a path, replaces ``grpc``.
     """
 
     ingress: int = 10000
@@ -39,6 +39,7 @@ class EnvoyPorts:
     admin: int = 9901
     grpc: int = 9002
     address: str | None = None
+    grpc_socket: str | None = None
 
 
 def config_path() -> Path:
@@ -66,10 +67,14 @@ def render_config(
     for cluster in config["static_resources"]["clusters"]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-            endpoint["address"]["socket_address"]["port_value"] = ports.grpc
+            endpoint["address"] = _scheduler_address(ports)
         elif tls is not None:
             (match,) = cluster["transport_socket_matches"]
             match["transport_socket"]["typed_config"] = _upstream_tls(tls)
+    if sys.platform != "linux":  # the numbers of these options are Linux's
+        for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
+            each.pop("socket_options", None)
+            each.pop("upstream_bind_config", None)
     return config
 
 
@@ -80,6 +85,12 @@ def _limit_pauses(config: dict[str, Any], pause: str) -> None:
         retries = route.get("route", {}).get("retry_policy", {})
         if "per_try_idle_timeout" in retries:
             retries["per_try_idle_timeout"] = pause
+
+
+def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
+    if ports.grpc_socket is not None:
+        return {"pipe": {"path": ports.grpc_socket}}
+    return {"socket_address": {"address": "127.0.0.1", "port_value": ports.grpc}}
 
 
 def _upstream_tls(tls: InstanceTlsConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import aiohttp
 from ..config.tls import InstanceTlsConfig
 from ..fleet.endpoint import Endpoint
 from ..request import headers as names
+from ..system.keepalive import keepalive_socket
 from .interfaces import PrefillAnswer, PrefillFailed
 
 LINGER_S = 1.0
@@ -123,7 +124,9 @@ def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:
     """
     verified = tls.context() if tls is not None else True
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=verified),
+        connector=aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=60, ssl=verified, socket_factory=keepalive_socket
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=("user-agent", "accept-encoding", "accept"),
         auto_decompress=False,

@@ -8,7 +8,6 @@ import logging
 from contextlib import AsyncExitStack
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..admin import AdminServer
 from ..admin.saved_changes import AdminChanges
@@ -16,6 +15,8 @@ from ..config import SchedulerConfig, TlsConfig, is_loopback
 from ..envoy.access_log import AttemptLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
+from ..envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
+from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..handoff.prefill_leg import HttpPrefill, open_session
 from ..handoff.release import HandoffReleaser
@@ -28,9 +29,6 @@ log = logging.getLogger(__name__)
 
 LAST_CALL = 0.5
 """Share of a drain after which requests that wait are refused: served later, their answers would be cut."""
-
-_MESSAGE_OVERHEAD = 1 << 20
-"""What an ext_proc message may have beyond the request's body, in bytes."""
 
 
 class StartupError(Exception):
@@ -50,7 +48,6 @@ class App:
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
-        self._health = health.aio.HealthServicer()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> App:
@@ -82,12 +79,11 @@ class App:
         self._stack.push_async_callback(monitor.stop)
         await self._start_admin()
         await self._start_grpc()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         gc.collect()
         gc.freeze()  # what start-up made stays: the collector need not look at it again (4 % of CPU)
         log.info(
             "serving ext_proc and EDS on %s, admin on %s",
-            join_address(config.grpc_host, config.grpc_port),
+            config.grpc_socket or join_address(config.grpc_host, config.grpc_port),
             join_address(config.admin_host, config.admin_port),
         )
 
@@ -105,30 +101,21 @@ class App:
 
     async def _start_grpc(self) -> None:
         config = self.config
-        limit = config.max_body_bytes + _MESSAGE_OVERHEAD
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every second to find out if we hang
-            ]
-        )
-        discovery = EndpointDiscovery(self.router.registry)
         attempts = AttemptLog(self.router.in_flight.attempt_failed)
         retries = RetryCheck(self.router.in_flight.may_try_again)
-        services = (self.ext_proc, discovery, attempts, retries)
-        server.add_generic_rpc_handlers(tuple(service.handler() for service in services))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        address = join_address(config.grpc_host, config.grpc_port)
+        discovery = EndpointDiscovery(self.router.registry)
+        services = (self.ext_proc, discovery, attempts, retries, HealthService())
+        server = create_server([service.handler() for service in services], config.max_body_bytes)
         try:
-            if config.grpc_tls:
-                server.add_secure_port(address, _credentials(config.grpc_tls))
+            if config.grpc_socket is not None:
+                listen_on_socket(server, config.grpc_socket)
             else:
-                server.add_insecure_port(address)
-        except RuntimeError:
-            raise StartupError(f"grpc_port: cannot listen on {address}: is the port in use?") from None
-        if not config.grpc_tls and not is_loopback(config.grpc_host):
+                credentials = _credentials(config.grpc_tls) if config.grpc_tls else None
+                listen(server, config.grpc_host, config.grpc_port, credentials)
+        except ListenError as error:
+            key = "grpc_port" if config.grpc_socket is None else "grpc_socket"
+            raise StartupError(f"{key}: {error}") from None
+        if config.grpc_socket is None and not config.grpc_tls and not is_loopback(config.grpc_host):
             log.warning(
                 "grpc_host %s can be reached from other machines and grpc_tls is not set: whoever reaches "
                 "port %d can have the instances' addresses and API keys, and prompts pass in clear",

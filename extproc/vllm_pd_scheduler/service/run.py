@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..envoy.process import EnvoyPorts, EnvoyProcess
+from ..system.private_socket import private_socket_path
 from .app import App, StartupError
 
 log = logging.getLogger(__name__)
@@ -60,11 +63,31 @@ async def up(
 ) -> int:
     """Serve with an Envoy of our own until a signal comes; if Envoy ends before that, the status is 1.
 
-    ``started`` is called when requests can come. Raises :exc:`~vllm_pd_scheduler.service.app.StartupError` or
+    ``started`` is called when requests can come. The two speak over a socket that only this user can open,
+    unless the configuration names another, or a port.
+
+    Raises :exc:`~vllm_pd_scheduler.service.app.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
+    with contextlib.ExitStack() as stack:
+        if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
+            try:
+                path = stack.enter_context(private_socket_path())
+            except OSError as error:
+                raise StartupError(
+                    f"grpc_socket: no directory can be made for one ({error.strerror}): set TMPDIR to where "
+                    "one can, or give --grpc-port"
+                ) from None
+            config = config.model_copy(update={"grpc_socket": path})
+        ports = replace(ports, grpc_socket=config.grpc_socket)
+        return await _up(config, ports, log_level, started, access_log)
+
+
+async def _up(
+    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, access_log: bool
+) -> int:
     signals = Signals()
     process = EnvoyProcess(ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout)
     async with App(config) as app, process as envoy:

@@ -3,11 +3,13 @@
 import json
 import unittest
 
+import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.envoy.ext_proc import fleet
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, decode, encode
 from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Continue, Message, Phase, StreamError
+from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES, BadMessage
 from vllm_pd_scheduler.request.errors import Reject, reject
 
 OVERWRITE = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
@@ -53,10 +55,41 @@ class DecodeTest(unittest.TestCase):
 
     def test_what_is_no_request(self) -> None:
         for data in (b"\xff\xff\xff", b"GET / HTTP/1.1"):
-            with self.subTest(data), self.assertRaisesRegex(StreamError, "^not a ProcessingRequest: "):
+            with (
+                self.subTest(data),
+                self.assertRaisesRegex(BadMessage, "^not a ProcessingRequest$") as caught,
+            ):
                 decode(data)
+            self.assertIs(caught.exception.code, grpc.StatusCode.INVALID_ARGUMENT)
         with self.assertRaisesRegex(StreamError, "unknown kind None"):
             decode(b"")
+
+
+class LargeTest(unittest.TestCase):
+    """Only a body may be large: as many bytes of headers cost a hundred times as much."""
+
+    def setUp(self) -> None:
+        self.body = pb.ProcessingRequest()
+        self.body.request_body.body = b" " * (4 * MAX_MESSAGE_BYTES)
+        self.headers = pb.ProcessingRequest()
+        self.headers.request_headers.headers.headers.add(key="x", raw_value=b"v" * MAX_MESSAGE_BYTES)
+
+    def test_a_body(self) -> None:
+        self.assertEqual(len(decode(self.body.SerializeToString()).body), 4 * MAX_MESSAGE_BYTES)
+
+    def test_all_else(self) -> None:
+        attributes = pb.ProcessingRequest()
+        attributes.request_body.body = b"{}"
+        attributes.attributes["a"].fields["b"].string_value = "c" * MAX_MESSAGE_BYTES
+        for message in (
+            self.headers.SerializeToString(),
+            attributes.SerializeToString(),
+            self.body.SerializeToString() + self.headers.SerializeToString(),
+            b"\xff" * (MAX_MESSAGE_BYTES + 1),
+        ):
+            with self.assertRaises(BadMessage) as caught:
+                decode(message)
+            self.assertIs(caught.exception.code, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class EncodeTest(unittest.TestCase):

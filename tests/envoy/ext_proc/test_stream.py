@@ -38,6 +38,7 @@ class Case(unittest.TestCase):
             lambda: stream.receive(Message(Phase.REQUEST_HEADERS, headers=HEADERS)),
             lambda: stream.receive(Message(Phase.REQUEST_BODY, True, body=b"{}")),
             lambda: stream.routed(self.forward()),
+            stream.sent,
             stream.close,
         ]
         for step in steps:
@@ -105,7 +106,7 @@ class TableTest(Case):
                     if state is State.ROUTING:
                         answer = stream.routed(outcome)
                         self.assertEqual(answer, Answer(Phase.REQUEST_BODY, outcome))
-                        self.assertIs(stream.state, State.CLOSED if rejected else State.FORWARDED)
+                        self.assertIs(stream.state, State.CLOSED if rejected else State.ROUTED)
                     else:
                         with self.assertRaisesRegex(
                             StreamError, f"nothing is being routed in state {state.name}"
@@ -138,6 +139,7 @@ class ConversationsTest(Case):
         self.assertEqual(stream.routed(forward), Answer(Phase.REQUEST_BODY, forward))
         self.assertIs(stream.forward, forward)
         self.assertEqual(self.in_flight, 1)
+        stream.sent()
         self.assertEqual(stream.receive(Message(Phase.RESPONSE_TRAILERS)), Continue(Phase.RESPONSE_TRAILERS))
         self.assertEqual(self.in_flight, 1, "until the response has ended")
         stream.close()
@@ -163,6 +165,7 @@ class ConversationsTest(Case):
         stream.receive(Message(Phase.REQUEST_HEADERS, headers=HEADERS))
         self.assertIsInstance(stream.receive(Message(Phase.REQUEST_BODY, False, body=b"{}")), Route)
         stream.routed(self.forward())
+        stream.sent()
         self.assertEqual(stream.receive(Message(Phase.REQUEST_TRAILERS)), Continue(Phase.REQUEST_TRAILERS))
         stream.close()
 
@@ -181,6 +184,24 @@ class ConversationsTest(Case):
         self.assertEqual(self.in_flight, 0)
 
 
+class UnsentTest(Case):
+    def test_a_forward_is_unsent_until_it_was_sent(self) -> None:
+        for state in State:
+            with self.subTest(state.name):
+                stream = self.in_state(state)
+                self.assertIs(stream.unsent, stream.forward if state is State.ROUTED else None)
+
+    def test_what_was_never_sent_stays_so(self) -> None:
+        """An error's answer has nothing to be freed, and what comes before the outcome is no sign of it."""
+        stream = self.in_state(State.ROUTING)
+        stream.sent()
+        self.assertIs(stream.state, State.ROUTING)
+        stream.routed(reject(503, "none", "no_decode"))
+        stream.sent()
+        self.assertIs(stream.state, State.CLOSED)
+        self.assertIsNone(stream.unsent)
+
+
 class BodySizeTest(Case):
     def test_announced_by_the_headers_or_come(self) -> None:
         def of(**more: Any) -> int:
@@ -189,6 +210,8 @@ class BodySizeTest(Case):
         self.assertEqual(of(headers={"content-length": "70"}), 70)
         self.assertEqual(of(headers={"content-length": "70"}, end_of_stream=True), 0)
         self.assertEqual(of(headers={}), 0, "chunked: known when it has come")
+        self.assertGreater(of(headers={"content-length": "9" * 5000}), 1 << 60)
+        self.assertEqual(of(headers={"content-length": "-1"}), 0)
         self.assertEqual(of(phase=Phase.REQUEST_BODY, body=b"12345"), 5)
         self.assertEqual(of(phase=Phase.RESPONSE_TRAILERS), 0)
 
@@ -206,7 +229,7 @@ class BodySizeTest(Case):
             self.assertIs(stream.state, State.CLOSED)
 
     def test_a_body_is_let_go_of_when_it_was_sent(self) -> None:
-        stream = self.in_state(State.FORWARDED)
+        stream = self.in_state(State.ROUTED)
         assert stream.forward is not None
         stream.forward.body = b"large"
         stream.sent()

@@ -13,6 +13,8 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...request.errors import Reject
 from ...routing.forward import Forward
+from ..limits import MAX_MESSAGE_BYTES, check_size, parse
+from .body_size import body_size
 from .stream import Continue, Message, Phase, Reply, StreamError
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -25,11 +27,14 @@ _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
 def decode(data: bytes) -> Message:
-    """Read a ``ProcessingRequest``; raises :exc:`StreamError` if it is none, or of an unknown kind."""
-    try:
-        request = pb.ProcessingRequest.FromString(data)
-    except Exception as error:
-        raise StreamError(f"not a ProcessingRequest: {error}") from None
+    """Read a ``ProcessingRequest``.
+
+    Raises :exc:`~..limits.BadMessage` if it is none or has more than ``MAX_MESSAGE_BYTES`` beside a body,
+    and :exc:`StreamError` if it is of an unknown kind.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        check_size("ProcessingRequest without its body", len(data) - body_size(data), MAX_MESSAGE_BYTES)
+    request = parse(pb.ProcessingRequest, data, len(data))
     kind = request.WhichOneof("request")
     if kind == "request_headers":
         headers = {

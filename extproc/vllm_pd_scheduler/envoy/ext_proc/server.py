@@ -10,10 +10,14 @@ import grpc
 
 from ...admission.body_memory import BodyAllocation
 from ...router import PDRouter
+from ..limits import BadMessage
 from .messages import SERVICE, decode, encode
 from .stream import Reply, Route, State, Stream, StreamError
 
 log = logging.getLogger(__name__)
+
+COMPLAIN_EVERY_S = 10.0
+"""An Envoy with a wrong mode sends what is wrong with each request: that is logged at most so often."""
 
 
 class ExtProcService:
@@ -24,6 +28,7 @@ class ExtProcService:
         self.open_streams = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._next_complaint = 0.0
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the handler to register with a ``grpc.aio`` server."""
@@ -42,22 +47,33 @@ class ExtProcService:
         try:
             while stream.state is not State.CLOSED and await self._exchange(stream, hold, context):
                 pass
-        except StreamError as error:
-            log.warning("ext_proc stream ended: %s", error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except (StreamError, BadMessage) as error:
+            self._complain(error)
+            code = error.code if isinstance(error, BadMessage) else grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(code, str(error))
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None  # nothing can be written: it has ended
         except Exception as error:
             # A bug, or a strategy of the operator's own that raised: Envoy lets the request pass to D.
             log.exception("a request could not be routed")
             await context.abort(grpc.StatusCode.INTERNAL, type(error).__name__)
         finally:
+            if stream.unsent is not None:
+                self._router.in_flight.unused(stream.unsent)
             stream.close()
             hold.release()
             self.open_streams -= 1
             if not self.open_streams:
                 self._idle.set()
 
+    def _complain(self, error: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAIN_EVERY_S
+            log.warning("an ext_proc stream was ended, and Envoy lets its request pass: %s", error)
+
     async def _exchange(self, stream: Stream, hold: BodyAllocation, context: Any) -> bool:
-        """Take a message of Envoy's and answer it; ``False`` if there are no more.
+        """Read a message of Envoy's and answer it; return whether there may be another.
 
         Envoy cancels the call when a client leaves, also during a prefill. The stream lasts as long as the
         answer: nothing that is as large as the body may be kept after this.
@@ -75,13 +91,29 @@ class ExtProcService:
             reply = stream.routed(await self._router.route(action.headers, action.body))
         else:
             reply = action
-        try:
-            await context.write(encode(reply))
-        except asyncio.CancelledError:
-            if isinstance(action, Route) and stream.forward is not None:
-                self._router.in_flight.unused(stream.forward)  # the client left: Envoy does not take it
-            raise
+        await _write(context, encode(reply), stream)
         if isinstance(action, Route):
-            stream.sent()
             hold.release()
         return True
+
+
+async def _write(context: Any, data: bytes, stream: Stream) -> None:
+    """Write a message, and tell the stream if Envoy may have it.
+
+    That the call was cancelled meanwhile (the client has left) does not say: Envoy can have got the answer
+    and sent the request on, with a hand-off that its D is using. The write itself says: it fails unless the
+    whole message went out. What becomes of a hand-off that went out only the access log tells; without a
+    word from there it is left to P's lease.
+    """
+    if stream.state is not State.ROUTED:
+        await context.write(data)
+        return
+    writing = asyncio.ensure_future(context.write(data))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait({writing})
+        if writing.exception() is None:
+            stream.sent()
+        raise
+    stream.sent()

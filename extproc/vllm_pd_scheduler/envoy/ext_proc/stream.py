@@ -3,8 +3,8 @@
 Envoy opens a stream for each HTTP request. In the mode that ``envoy/envoy.yaml`` sets (request body
 BUFFERED, response headers and body not sent, response trailers sent) it goes::
 
-    RequestHeaders ─▶ Continue ─▶ RequestBody ─▶ Route … Routed ─▶ Forward ─▶ … Closed
-    RequestHeaders(end_of_stream) ─▶ Route … Routed ─▶ Forward ─▶ … Closed
+    RequestHeaders ─▶ Continue ─▶ RequestBody ─▶ Route … routed ─▶ Answer ─▶ sent ─▶ … close
+    RequestHeaders(end_of_stream) ─▶ Route … routed ─▶ Answer ─▶ sent ─▶ … close
 
 and Envoy closes the stream when the response has ended, was aborted or failed, which is how requests in
 flight are counted exactly. The state machine also answers what other modes would send.
@@ -37,6 +37,8 @@ class State(Enum):
     AWAIT_HEADERS = auto()
     AWAIT_BODY = auto()
     ROUTING = auto()
+    ROUTED = auto()
+    """There is an outcome, and Envoy does not have it."""
     FORWARDED = auto()
     """The request is on its way to decode, or its answer on its way back."""
     CLOSED = auto()
@@ -55,7 +57,9 @@ class Message:
     def body_size(self) -> int:
         """Bytes of the request's body that it brings or, if it has the headers, announces."""
         announced = (self.headers or {}).get("content-length", "")
-        return int(announced) if announced.isdecimal() and not self.end_of_stream else len(self.body)
+        if announced.isdecimal() and not self.end_of_stream:
+            return int(announced[:20])  # more digits are too much all the same, and int() takes 4,300 at most
+        return len(self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ Reply = Continue | Answer
 
 
 class StreamError(Exception):
-    """Envoy sent a message that does not belong there. The stream ends; Envoy lets the request pass."""
+    """A message cannot come now, or is of no known kind. The stream ends; Envoy lets the request pass."""
 
 
 class Stream:
@@ -101,7 +105,7 @@ class Stream:
         self._phase = Phase.REQUEST_HEADERS
 
     def receive(self, message: Message) -> Continue | Route:
-        """Take a message of Envoy's; raises :exc:`StreamError` for one that cannot come now."""
+        """Return what a message of Envoy's asks for; raises :exc:`StreamError` if it cannot come now."""
         state, phase = self.state, message.phase
         self._phase = phase
         if state is State.AWAIT_HEADERS and phase is Phase.REQUEST_HEADERS:
@@ -122,25 +126,31 @@ class Stream:
         return Answer(self._phase, answer)
 
     def routed(self, outcome: Forward | Reject) -> Answer:
-        """Take the outcome of a :class:`Route` action."""
+        """Return the answer for the outcome of a :class:`Route` action."""
         if self.state is not State.ROUTING:
             if isinstance(outcome, Forward):
                 outcome.release()
             raise StreamError(f"nothing is being routed in state {self.state.name}")
         if isinstance(outcome, Forward):
             self.forward = outcome
-            self.state = State.FORWARDED
+            self.state = State.ROUTED
         else:
             self.state = State.CLOSED
         return Answer(self._phase, outcome)
 
     def sent(self) -> None:
-        """Take that Envoy has the outcome: a body is not needed any more."""
-        if self.forward is not None:
+        """Record that Envoy may have the outcome, and let go of its body."""
+        if self.state is State.ROUTED and self.forward is not None:
+            self.state = State.FORWARDED
             self.forward.body = None
 
+    @property
+    def unsent(self) -> Forward | None:
+        """The forward that Envoy does not have, if there is one: nobody will use its hand-off."""
+        return self.forward if self.state is State.ROUTED else None
+
     def close(self) -> None:
-        """Take the end of the stream: give back what the request had reserved."""
+        """End the stream: give back what the request had reserved."""
         self.state = State.CLOSED
         if self.forward is not None:
             self.forward.release()

@@ -1,0 +1,244 @@
+"""The gRPC server: where it listens, who may connect, and what one message may cost."""
+
+import asyncio
+import os
+import socket
+import stat
+import tempfile
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import grpc
+from envoy.service.accesslog.v3 import als_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.processes import until, unused_ports
+from tests.support.proxy import proxy
+from vllm_pd_scheduler.envoy import access_log, grpc_server
+from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AttemptLog
+from vllm_pd_scheduler.envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
+from vllm_pd_scheduler.envoy.health import HealthService
+from vllm_pd_scheduler.envoy.limits import MAX_HEALTH_BYTES, MAX_MESSAGE_BYTES
+from vllm_pd_scheduler.request import headers as names
+from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class Case(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self) -> None:
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.path = str(self.directory / "grpc")
+        self.attempts: list[FailedAttempt] = []
+        self.server = self.create()
+
+    async def asyncTearDown(self) -> None:
+        await self.server.stop(None)
+
+    def create(self) -> grpc.aio.Server:
+        services = (HealthService(), AttemptLog(self.attempts.append))
+        return create_server([service.handler() for service in services], max_body_bytes=4 << 20)
+
+    async def serve(self, where: Callable[..., None], *address: Any) -> grpc.aio.Channel:
+        """Start the server, and return a channel to it."""
+        where(self.server, *address)
+        await self.server.start()
+        target = f"unix:{address[0]}" if where is listen_on_socket else "{}:{}".format(*address)
+        channel = grpc.aio.insecure_channel(target, options=[("grpc.max_send_message_length", -1)])
+        self.addAsyncCleanup(channel.close)
+        return channel
+
+    async def check(self, channel: grpc.aio.Channel, service: str = "") -> int:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+        return int(answer.status)
+
+
+class SocketTest(Case):
+    async def test_only_this_user_can_open_it(self) -> None:
+        self.addCleanup(os.umask, os.umask(0))
+        channel = await self.serve(listen_on_socket, self.path)
+        self.assertEqual(stat.S_IMODE(os.lstat(self.path).st_mode), 0o600)
+        self.assertEqual(os.umask(0), 0, "the process's own umask is as it was")
+        self.assertEqual(await self.check(channel), SERVING)
+        await self.server.stop(None)
+
+        async def gone() -> bool:
+            return not os.listdir(self.directory)
+
+        await until(gone)
+
+    async def test_there_is_no_moment_in_which_others_can(self) -> None:
+        """Not made with other permissions and changed after."""
+        with mock.patch("os.chmod") as chmod, mock.patch.object(self.server, "add_insecure_port") as add:
+            modes = []
+            add.side_effect = lambda _: modes.append(os.umask(0o177))
+            listen_on_socket(self.server, self.path)
+        self.assertEqual((modes, chmod.call_count), ([0o177], 0))
+
+    async def test_what_a_killed_process_left_is_replaced(self) -> None:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(self.path)
+            left.listen()
+        self.assertEqual(await self.check(await self.serve(listen_on_socket, self.path)), SERVING)
+
+    async def test_what_another_serves_is_not_replaced(self) -> None:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(self.path)
+            other.listen()
+            with self.assertRaisesRegex(
+                ListenError, f"^cannot listen on {self.path}: another process serves"
+            ):
+                listen_on_socket(self.server, self.path)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(self.path)
+
+    async def test_what_is_no_socket_is_not_replaced(self) -> None:
+        os.mkdir(self.path)
+        with self.assertRaisesRegex(ListenError, "there is something else"):
+            listen_on_socket(self.server, self.path)
+        self.assertTrue(stat.S_ISDIR(os.lstat(self.path).st_mode))
+
+    async def test_where_none_can_be(self) -> None:
+        for path, reason in (
+            (f"{self.directory}/none/grpc", "is its directory there, and writable"),
+            (f"{self.directory}/{'x' * 107}", "at most 107 bytes"),
+        ):
+            with self.subTest(reason), self.assertRaisesRegex(ListenError, reason):
+                listen_on_socket(self.server, path)
+
+
+class PortTest(Case):
+    async def test_a_port(self) -> None:
+        channel = await self.serve(listen, "127.0.0.1", unused_ports(1)[0])
+        self.assertEqual(await self.check(channel), SERVING)
+
+    async def test_one_that_cannot_be_had_is_told_with_the_reason(self) -> None:
+        port = unused_ports(1)[0]
+        with socket.create_server(("127.0.0.1", port)):
+            for host, reason in (
+                ("127.0.0.1", f"^cannot listen on 127.0.0.1:{port}: Address already in use$"),
+                ("192.0.2.1", f"^cannot listen on 192.0.2.1:{port}: Cannot assign requested address$"),
+                ("nowhere.invalid", f"^cannot listen on nowhere.invalid:{port}: "),
+            ):
+                with self.subTest(host), self.assertRaisesRegex(ListenError, reason):
+                    listen(self.server, host, port)
+
+
+class KeepaliveTest(Case):
+    async def test_a_client_that_vanished_is_found(self) -> None:
+        """The end of its call is seen as if it had left."""
+        port, between = unused_ports(2)
+        quick = {"KEEPALIVE_INTERVAL_S": 0.3, "KEEPALIVE_TIMEOUT_S": 0.3}
+        with mock.patch.multiple(grpc_server, **quick):
+            self.server = self.create()
+        await self.serve(listen, "127.0.0.1", port)
+        async with (
+            proxy(between, port) as wire,
+            grpc.aio.insecure_channel(f"127.0.0.1:{between}") as channel,
+        ):
+            call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            self.assertEqual((await call.read()).status, SERVING)
+            calls = _calls()
+            wire.freeze()
+
+            async def ended() -> bool:
+                return _calls() == calls - 1
+
+            await until(ended)
+
+    async def test_one_that_is_silent_is_not(self) -> None:
+        """It answers pings, though nothing else is said."""
+        with mock.patch.multiple(grpc_server, KEEPALIVE_INTERVAL_S=0.05, KEEPALIVE_TIMEOUT_S=5.0):
+            self.server = self.create()
+        channel = await self.serve(listen, "127.0.0.1", unused_ports(1)[0])
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await call.read()
+        calls = _calls()
+        await asyncio.sleep(0.5)
+        self.assertEqual(_calls(), calls)
+        self.assertFalse(call.done())
+
+
+def _calls() -> int:
+    return sum(task.get_name().startswith("HandleExceptions") for task in asyncio.all_tasks())
+
+
+class HealthTest(Case):
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        self.channel = await self.serve(listen_on_socket, self.path)
+
+    async def test_another_service_is_not_found(self) -> None:
+        with self.assertRaises(grpc.aio.AioRpcError) as caught:
+            await self.check(self.channel, "other")
+        self.assertIs(caught.exception.code(), grpc.StatusCode.NOT_FOUND)
+
+    async def test_what_is_no_check(self) -> None:
+        for method in ("Check", "Watch"):
+            for data, code in (
+                (b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+                (b"\x0a" * (MAX_HEALTH_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ):
+                with self.subTest(method, code=code):
+                    make = self.channel.unary_unary if method == "Check" else self.channel.unary_stream
+                    call = make(f"/grpc.health.v1.Health/{method}")(data)
+                    async with asyncio.timeout(5):
+                        self.assertIs(await call.code(), code)
+
+
+class AccessLogTest(Case):
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        self.enterContext(mock.patch.object(access_log, "SETTLE_S", 0.0))
+        self.channel = await self.serve(listen_on_socket, self.path)
+
+    def message(self, count: int, status: int = 500) -> bytes:
+        message = als_pb2.StreamAccessLogsMessage()
+        for _ in range(count):
+            entry = message.http_logs.log_entry.add()
+            address = entry.common_properties.upstream_remote_address.socket_address
+            address.address, address.port_value = "10.0.0.1", 8000
+            entry.response.response_code.value = status
+            entry.request.request_headers[names.ID] = "id-1"
+        return bytes(message.SerializeToString())
+
+    def open(self) -> Any:
+        return self.channel.stream_unary(f"/{access_log.SERVICE}/StreamAccessLogs")()
+
+    async def until_told(self, count: int) -> None:
+        async def told() -> bool:
+            return len(self.attempts) == count
+
+        await until(told)
+
+    async def test_attempts_are_told_as_they_come(self) -> None:
+        call = self.open()
+        for count, (status, failure) in enumerate(((500, Failure.STATUS), (0, Failure.LEFT)), 1):
+            await call.write(self.message(1, status))
+            await self.until_told(count)
+            self.assertEqual(self.attempts[-1], FailedAttempt("10.0.0.1:8000", failure, "id-1"))
+        await call.write(self.message(MAX_ENTRIES))
+        await self.until_told(2 + MAX_ENTRIES)
+        await call.done_writing()
+        self.assertEqual(await call, b"")
+
+    async def test_what_is_no_message_or_too_much_ends_the_stream(self) -> None:
+        for data, code in (
+            (b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+            (b"\0" * (MAX_MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            (self.message(MAX_ENTRIES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
+            with self.subTest(code=code), self.assertLogs("vllm_pd_scheduler.envoy.access_log", "WARNING"):
+                call = self.open()
+                await call.write(data)
+                async with asyncio.timeout(5):
+                    self.assertIs(await call.code(), code)
+        self.assertEqual(self.attempts, [])
+
+
+if __name__ == "__main__":
+    unittest.main()
