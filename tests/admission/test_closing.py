@@ -14,7 +14,7 @@ from vllm_pd_scheduler.scheduler import Scheduler
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
-class QueueTest(unittest.TestCase):
+class ClosingTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
         for role in InstanceRole:
@@ -46,15 +46,15 @@ class QueueTest(unittest.TestCase):
         self.assertFalse(self.submit().settled)
         self.assertTrue(self.submit(D).settled)
 
-    def test_what_is_counted_of_the_line(self) -> None:
-        line = self.dispatcher.queue
+    def test_what_is_counted_of_the_queue(self) -> None:
+        queue = self.dispatcher.queue
         _, *waiting = [self.submit() for _ in range(4)]
-        self.assertAlmostEqual(line.work, sum(ticket.cost for ticket in waiting))
-        self.assertGreater(line.work, 0.0)
-        self.assertEqual((line.waiting(P), line.waiting(D), line.bytes), (3, 0, 30))
+        self.assertAlmostEqual(queue.work, sum(ticket.cost for ticket in waiting))
+        self.assertGreater(queue.work, 0.0)
+        self.assertEqual((queue.waiting(P), queue.waiting(D), queue.bytes), (3, 0, 30))
         for ticket in waiting:
             self.dispatcher.withdraw(ticket)
-        self.assertEqual((line.waiting(P), line.bytes, line.work), (0, 0, 0.0))
+        self.assertEqual((queue.waiting(P), queue.bytes, queue.work), (0, 0, 0.0))
 
 
 if __name__ == "__main__":

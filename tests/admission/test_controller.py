@@ -1,4 +1,4 @@
-"""The gate: waiting in an event loop, and leaving while one waits."""
+"""The admission controller: waiting in an event loop, and leaving while one waits."""
 
 import asyncio
 import unittest
@@ -18,12 +18,12 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         self.p0 = scheduler.registry.get("p0")
         self.dispatcher = Dispatcher(scheduler)
         self.clock = asyncio.get_running_loop().time
-        self.gate = AdmissionController(self.dispatcher, self.clock)
+        self.controller = AdmissionController(self.dispatcher, self.clock)
         self.registry = scheduler.registry
 
     def enter(self, tokens: float = 1000.0) -> "asyncio.Task[Any]":
         ticket = Ticket(prompt(tokens, arrived=self.clock()), P)
-        return asyncio.ensure_future(self.gate.admit(ticket))
+        return asyncio.ensure_future(self.controller.admit(ticket))
 
     async def settle(self) -> None:
         for _ in range(5):
@@ -43,11 +43,11 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         self.assertEqual([task.done() for task in tasks], [False] * 3)
         for task in tasks:
             first.release(self.clock())
-            self.gate.wake()
+            self.controller.wake()
             first = await task
         self.assertEqual((self.p0.in_flight, len(self.dispatcher.queue)), (1, 0))
 
-    async def test_who_leaves_is_out_of_the_line(self) -> None:
+    async def test_who_leaves_is_out_of_the_queue(self) -> None:
         self.start(max_waiting=1)
         await self.enter()
         waiting = self.enter()
@@ -64,7 +64,7 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         leaving, following = self.enter(), self.enter()
         await self.settle()
         first.release(self.clock())
-        self.gate.wake()  # it has the place, and its task has not run yet
+        self.controller.wake()  # it has the place, and its task has not run yet
         self.assertEqual((self.p0.in_flight, len(self.dispatcher.queue)), (1, 1))
         leaving.cancel()
         with self.assertRaises(asyncio.CancelledError):
@@ -101,11 +101,11 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         first = await self.enter()
         waiting = self.enter()
         await self.settle()
-        self.assertIsNotNone(self.gate._timer)
+        self.assertIsNotNone(self.controller._timer)
         first.release(self.clock())
-        self.gate.wake()
+        self.controller.wake()
         await waiting
-        self.assertIsNone(self.gate._timer)
+        self.assertIsNone(self.controller._timer)
 
 
 if __name__ == "__main__":

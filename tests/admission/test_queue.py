@@ -1,4 +1,4 @@
-"""The line: bounded, by priority, in turn by tenant, shortest first, against a plain model."""
+"""The queue: bounded, by priority, in turn by tenant, shortest first, against a plain model."""
 
 import tracemalloc
 import unittest
@@ -23,7 +23,7 @@ def ticket(tenant: str = "", cost: float = 1.0, priority: int = 0, size: int = 0
     return Ticket(context, P, size, cost)
 
 
-def line(size: int = 1000, size_bytes: int = 1 << 30) -> RequestQueue:
+def queue_of(size: int = 1000, size_bytes: int = 1 << 30) -> RequestQueue:
     return RequestQueue(size, size_bytes)
 
 
@@ -35,14 +35,14 @@ def serve(waiting: RequestQueue) -> Ticket:
 
 class OrderTest(unittest.TestCase):
     def test_priorities_are_strict(self) -> None:
-        waiting = line()
+        waiting = queue_of()
         tickets = [ticket(priority=priority) for priority in (0, -5, 7, 0, 7)]
         for number, one in enumerate(tickets):
             waiting.push(one, -number)
         self.assertEqual([one.request.priority for one in waiting], [7, 7, 0, 0, -5])
 
     def test_the_least_order_first_and_of_equals_the_first_to_come(self) -> None:
-        waiting = line()
+        waiting = queue_of()
         tickets = [ticket() for _ in range(4)]
         for one, order in zip(tickets, (2.0, 1.0, 2.0, 0.5), strict=True):
             waiting.push(one, order)
@@ -50,7 +50,7 @@ class OrderTest(unittest.TestCase):
         self.assertEqual(list(waiting.by_arrival()), tickets)
 
     def test_who_is_let_pass_comes_last_but_waits_as_long(self) -> None:
-        waiting = line()
+        waiting = queue_of()
         first, second, low = ticket(), ticket(), ticket(priority=-1)
         for one in (first, second, low):
             waiting.push(one, 0.0)
@@ -63,7 +63,7 @@ class OrderTest(unittest.TestCase):
 
     def test_ageing_bounds_the_wait_of_a_long_one(self) -> None:
         """A new short one every 10 ms, and room for one each 10 ms: the long one is still served."""
-        strategy, waiting = Strategy(SchedulerConfig()), line(100_000)
+        strategy, waiting = Strategy(SchedulerConfig()), queue_of(100_000)
         cost, short, now = 0.5, 0.1, 0.0
         long = ticket(cost=cost)
         waiting.push(long, strategy.order(long.request, cost))
@@ -79,7 +79,7 @@ class OrderTest(unittest.TestCase):
 
 class TenantsTest(unittest.TestCase):
     def test_work_is_shared_whoever_sends_more(self) -> None:
-        waiting, served = line(), {"heavy": 0.0, "light": 0.0}
+        waiting, served = queue_of(), {"heavy": 0.0, "light": 0.0}
         for _ in range(200):
             waiting.push(ticket("heavy", 3.0), 0.0)
         for _ in range(200):
@@ -90,7 +90,7 @@ class TenantsTest(unittest.TestCase):
             self.assertLessEqual(abs(served["heavy"] - served["light"]), 3.0)
 
     def test_who_comes_later_has_no_claim_on_the_past(self) -> None:
-        waiting = line()
+        waiting = queue_of()
         for _ in range(100):
             waiting.push(ticket("early"), 0.0)
         for _ in range(50):
@@ -102,7 +102,7 @@ class TenantsTest(unittest.TestCase):
 
     def test_one_who_waits_with_one_request_at_a_time_has_no_more(self) -> None:
         """Its count would begin anew each time that nothing of it waits."""
-        waiting, served = line(), {"a": 0.0, "b": 0.0}
+        waiting, served = queue_of(), {"a": 0.0, "b": 0.0}
         for _ in range(500):
             waiting.push(ticket("b", 1.0), 0.0)
         waiting.push(ticket("a", 10.0), 0.0)
@@ -114,7 +114,7 @@ class TenantsTest(unittest.TestCase):
         self.assertLessEqual(served["a"] - served["b"], 10.0)
 
     def test_names_are_not_kept_for_ever(self) -> None:
-        waiting = line()
+        waiting = queue_of()
         waiting.push(ticket("stays", 1e9), 1e9)
         for number in range(5000):
             one = ticket(f"t{number}")
@@ -125,7 +125,7 @@ class TenantsTest(unittest.TestCase):
 
 class RoomTest(unittest.TestCase):
     def test_by_number(self) -> None:
-        waiting = line(2)
+        waiting = queue_of(2)
         first, second = ticket(), ticket()
         self.assertEqual([waiting.push(first, 0.0), waiting.push(second, 0.0)], [[], []])
         self.assertIsNone(waiting.push(ticket(), 0.0))
@@ -133,14 +133,14 @@ class RoomTest(unittest.TestCase):
         self.assertEqual(waiting.push(ticket(), 0.0), [])
 
     def test_by_bytes(self) -> None:
-        waiting = line(10, 100)
+        waiting = queue_of(10, 100)
         waiting.push(ticket(size=60), 0.0)
         self.assertIsNone(waiting.push(ticket(size=41), 0.0))
         self.assertEqual(waiting.push(ticket(size=40), 0.0), [])
         self.assertEqual(waiting.bytes, 100)
 
     def test_a_higher_priority_displaces_the_last_of_a_lower(self) -> None:
-        waiting = line(3)
+        waiting = queue_of(3)
         low, middle, last = ticket(priority=-2), ticket(), ticket()
         for order, one in enumerate((low, middle, last)):
             waiting.push(one, order)
@@ -149,7 +149,7 @@ class RoomTest(unittest.TestCase):
         self.assertIsNone(waiting.push(ticket(priority=5), 0.0), "its own priority gives no room")
 
     def test_nobody_goes_if_that_does_not_make_room(self) -> None:
-        waiting = line(10, 100)
+        waiting = queue_of(10, 100)
         kept = [ticket(size=30), ticket(size=30), ticket(size=40, priority=1)]
         for one in kept:
             waiting.push(one, 0.0)
@@ -157,7 +157,7 @@ class RoomTest(unittest.TestCase):
         self.assertEqual((len(waiting), waiting.bytes), (3, 100))
 
     def test_those_that_were_let_pass_go_first(self) -> None:
-        waiting = line(2)
+        waiting = queue_of(2)
         hopeless, fresh = ticket(), ticket()
         waiting.push(hopeless, 0.0)
         waiting.push(fresh, 0.0)
@@ -172,7 +172,7 @@ class RoomTest(unittest.TestCase):
         tracemalloc.start()
         try:
             before = tracemalloc.get_traced_memory()[0]
-            waiting = line(count)
+            waiting = queue_of(count)
             for number in range(count):
                 context = RequestContext(
                     "/v1/completions", tenant=f"tenant-{number}", session=f"s{number}", arrived=number * 1.5
@@ -275,7 +275,7 @@ class ModelTest(unittest.TestCase):
     @given(calls=calls, size=st.integers(0, 8), size_bytes=st.integers(0, 150))
     @settings(derandomize=True, deadline=None, max_examples=300)
     def test_it_does_what_the_model_does(self, calls: list[Any], size: int, size_bytes: int) -> None:
-        waiting, model = line(size, size_bytes), Model(size, size_bytes)
+        waiting, model = queue_of(size, size_bytes), Model(size, size_bytes)
         for what, tenant, priority, number, cost, order in calls:
             if what == "push":
                 new = ticket(tenant, cost, priority, number)

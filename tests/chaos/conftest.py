@@ -9,8 +9,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 

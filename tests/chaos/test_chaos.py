@@ -8,7 +8,7 @@ import time
 import aiohttp
 import pytest
 
-from tests.chaos.load import load
+from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tests.fuzz.requests import HANDOFF, Request, request
+from tests.support.hostile_requests import HANDOFF, Request, request
 from tests.support.processes import Answer, Client, Process
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1000"))

@@ -12,8 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 STREAM = {"prompt": "p", "max_tokens": 100, "ignore_eos": True, "stream": True}

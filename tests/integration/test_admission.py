@@ -14,9 +14,8 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import ready
 from tests.support.overload import PATIENT, Overload, overload
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 

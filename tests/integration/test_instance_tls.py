@@ -13,9 +13,8 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import NO_EJECTION, ready
 from tests.support.certificates import Certificates, make_certificates
-from tests.support.processes import Client, Stack, spawned, until
+from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned, until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter

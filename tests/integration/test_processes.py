@@ -15,8 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, running, spawned, until, unused_ports
+from tests.support.processes import Client, Process, Stack, ready, running, spawned, until, unused_ports
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}

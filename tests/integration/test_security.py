@@ -14,8 +14,7 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import ready
-from tests.support.processes import Answer, Client, Stack, spawned
+from tests.support.processes import Answer, Client, Stack, ready, spawned
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.request.body import MAX_DEPTH
 from vllm_pd_scheduler.sim.fleet import Fleet

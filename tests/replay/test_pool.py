@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.replay.fake import Variant
+from tests.support.fake_replay import Variant
 from vllm_pd_scheduler.replay.job import Job, ReplayError
 from vllm_pd_scheduler.replay.pool import run_all
 

@@ -27,7 +27,7 @@ def document(chance: random.Random, levels: int) -> Any:
     return {document(chance, 0): document(chance, levels - 1) for _ in range(size)}
 
 
-class NestingTest(unittest.TestCase):
+class NestedDeeperTest(unittest.TestCase):
     def test_it_is_the_depth_that_a_parser_finds(self) -> None:
         chance = random.Random(7)
         for _ in range(3000):

@@ -13,8 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.integration.conftest import ready
-from tests.support.processes import Answer, Client, Process, Stack, spawned, until
+from tests.support.processes import Answer, Client, Process, Stack, ready, spawned, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 # An instance that is held up stays healthy: its probes wait as long as it takes.

@@ -25,6 +25,9 @@ import yaml
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 
+# Tests that make an instance fail must find it in its turn afterwards.
+NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}
+
 
 def _own_ports() -> Iterator[int]:
     """Ports that no other test process takes, below those that the kernel gives to clients."""
@@ -267,6 +270,19 @@ class Client:
                 name = f"{cluster['name']} {address['address']}:{address['port_value']}"
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
+
+
+async def ready(client: Client, process: Process) -> None:
+    """Wait until Envoy says that a P and a D can serve."""
+
+    async def healthy() -> bool:
+        assert process.process.poll() is None, process.output
+        try:
+            return (await client.send("GET", "/health")).status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    await until(healthy, 30)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Stack, spawned, until
-from tests.vllm.instances import Pair, aggregated, completion, post, ready
+from tests.support.real_vllm import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Answer, Stack, spawned, until
-from tests.vllm.instances import Instance, Pair, aggregated, completion, post, ready
+from tests.support.real_vllm import Instance, Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Stack, spawned, until
-from tests.vllm.instances import AGGREGATED, Pair, completion, post, ready
+from tests.support.real_vllm import AGGREGATED, Pair, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 
