@@ -9,7 +9,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import Client, Process, Stack, ready, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 

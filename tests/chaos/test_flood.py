@@ -12,7 +12,8 @@ from pathlib import Path
 import aiohttp
 
 from tests.support.overload import Overload, overload
-from tests.support.processes import Answer, until
+from tests.support.processes import Answer
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ async def flood(load: Overload) -> list[Answer]:
         async def refused() -> bool:
             return sum(task.done() for task in tasks) >= CLIENTS - LIMIT // BODY
 
-        await until(refused, 30)
+        await until(refused)
         held = (await load.metrics())["pd_held_bytes"]
         assert LIMIT - BODY * 1.1 < held <= LIMIT
     return await asyncio.gather(*tasks)

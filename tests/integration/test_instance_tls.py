@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from tests.support.certificates import Certificates, make_certificates
-from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned, until
+from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter
@@ -128,7 +129,7 @@ async def unhealthy(client: Client) -> str:
         except aiohttp.ClientConnectionError:
             return False
 
-    await until(all_out, 30)
+    await until(all_out)
     reasons = {(await client.instance(name))["reason"] for name in await client.states()}
     assert len(reasons) == 1, reasons
     return str(reasons.pop())

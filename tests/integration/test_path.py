@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import Client, until
+from tests.support.processes import Client
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 4

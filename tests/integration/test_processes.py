@@ -15,7 +15,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.processes import Client, Process, Stack, ready, running, spawned, until, unused_ports
+from tests.support.processes import Client, Process, Stack, ready, running, spawned, unused_ports
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}
@@ -99,7 +100,7 @@ async def test_when_the_scheduler_is_killed_envoy_ends(
 async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which: str) -> None:
     port = {"ingress": stack.ports.ingress, "grpc": stack.ports.grpc, "admin": stack.admin_port}[which]
     with socket.create_server(("127.0.0.1", port)), spawned(stack.up(fleet.config())) as process:
-        assert await asyncio.to_thread(process.wait, 40) == 1
+        assert await asyncio.to_thread(process.wait) == 1
         assert str(port) in process.output
         assert "Traceback" not in process.output
 
@@ -200,7 +201,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
                 return False
             return answer.status == 503 and bool(answer.error) and bool(answer.headers["retry-after"])
 
-        await until(refused, 20)
+        await until(refused)
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
@@ -215,7 +216,7 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
         async with grpc.aio.insecure_channel(f"127.0.0.1:{stack.ports.grpc}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest()
-            answer = await stub.Check(request, wait_for_ready=True, timeout=15)
+            answer = await stub.Check(request, wait_for_ready=True, timeout=HUNG_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         process.signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait) == 0
@@ -244,7 +245,7 @@ def test_demo_answers_and_ends_everything(stack: Stack) -> None:
         _wait_for_output(process, "Ctrl-C ends everything")
         assert "prefilled by prefill-" in process.output
         line = next(line for line in process.output.splitlines() if line.strip().startswith("curl"))
-        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
         assert "data: [DONE]" in answer.stdout
         children = process.children()
         assert len(children) == 5
@@ -258,4 +259,4 @@ def _wait_for_output(process: Process, text: str) -> None:
         assert process.process.poll() is None, process.output
         return text in process.output
 
-    asyncio.run(until(printed, 30))
+    asyncio.run(until(printed))

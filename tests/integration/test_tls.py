@@ -9,7 +9,8 @@ import aiohttp
 import yaml
 
 from tests.support.certificates import make_certificates
-from tests.support.processes import Client, Stack, ready, spawned, until
+from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 

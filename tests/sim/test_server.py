@@ -8,7 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.sim import CHAT, COMPLETIONS, PROMPT, Client, until
+from tests.support.sim import CHAT, COMPLETIONS, PROMPT, Client
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet, SimInstance
 from vllm_pd_scheduler.sim.profile import EngineProfile
 from vllm_pd_scheduler.sim.text import tokenize

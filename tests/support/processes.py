@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -12,8 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 
@@ -54,15 +53,6 @@ def unused_ports(count: int) -> list[int]:
     return found
 
 
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10.0) -> float:
-    """Wait until a condition holds; return how long that took, in seconds."""
-    start = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - the event is in another process
-            await asyncio.sleep(0.01)
-    return time.monotonic() - start
-
-
 @dataclass
 class Process:
     """A process of ours and what it printed."""
@@ -78,7 +68,7 @@ class Process:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 15.0) -> int:
+    def wait(self, seconds: float = HUNG_S) -> int:
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
@@ -229,11 +219,38 @@ class Client:
 
         await until(reached)
 
+    async def until_freed(self) -> None:
+        """Wait until no prefill instance holds blocks for a hand-off, and none by the end of its lease."""
+
+        async def total(what: Callable[[Any], int]) -> int:
+            return sum([what(await self.json(each.url + "/_sim/stats")) for each in self.fleet.prefill])
+
+        async def expired() -> int:
+            return await total(lambda stats: stats["hand_offs"].get("expired", 0))
+
+        async def freed() -> bool:
+            return await total(lambda stats: stats["pinned"]) == 0
+
+        before = await expired()
+        await until(freed)
+        assert await expired() == before, "nobody freed it"
+
     async def fault(self, instance_id: str, **fault: Any) -> None:
         """Make a simulated instance misbehave; with no arguments, behave."""
         url = self.fleet[instance_id].url + "/_sim/fault"
         async with self.session.post(url, json=fault) as response:
             assert response.status == 200, await response.text()
+
+    @contextmanager
+    def frozen(self, *instance_ids: str) -> Iterator[None]:
+        """Stop instances while the block runs; they take connections and do not answer."""
+        for instance_id in instance_ids:
+            self.fleet.kill(instance_id, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for instance_id in instance_ids:
+                self.fleet.kill(instance_id, signal.SIGCONT)
 
     async def seen(self, instance_id: str) -> list[dict[str, Any]]:
         """Return the requests that a simulated instance got, oldest first."""
@@ -282,7 +299,7 @@ async def ready(client: Client, process: Process) -> None:
         except aiohttp.ClientConnectionError:
             return False
 
-    await until(healthy, 30)
+    await until(healthy)
 
 
 @dataclass
