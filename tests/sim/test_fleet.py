@@ -9,6 +9,7 @@ import unittest
 import urllib.error
 import urllib.request
 
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.sim.fleet import Fleet, FleetError
 
 PARENT = """
@@ -17,16 +18,16 @@ from vllm_pd_scheduler.sim.fleet import Fleet
 fleet = Fleet(1, 0, arguments=["--instant"])
 fleet.start()
 print(fleet["prefill-0"].process.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 def health(url: str) -> int:
-    with urllib.request.urlopen(url + "/health", timeout=2) as response:
+    with urllib.request.urlopen(url + "/health", timeout=HUNG_S) as response:
         return int(response.status)
 
 
-def wait_gone(pid: int, seconds: float = 5.0) -> bool:
+def wait_gone(pid: int, seconds: float = HUNG_S) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
