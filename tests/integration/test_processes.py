@@ -15,11 +15,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.overload import PATIENT
 from tests.support.processes import Client, Process, Stack, ready, running, spawned, unused_ports
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+"""Runs as long as its decode instance is frozen."""
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +42,19 @@ def stack(tmp_path: Path) -> Stack:
 async def test_sigterm_drains_and_ends_both(
     session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
 ) -> None:
-    with spawned(stack.up(fleet.config())) as process:
+    with spawned(stack.up({**PATIENT, **fleet.config()})) as process:
         client = Client(session, stack, fleet)
         await ready(client, process)
         (envoy,) = process.children()
-        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            process.signal(signal.SIGTERM)
+            with client.frozen("decode-0"):
+                process.signal(signal.SIGTERM)
 
-            async def not_ready() -> bool:
-                return (await client.admin("GET", "/readyz"))[0] == 503
+                async def not_ready() -> bool:
+                    return (await client.admin("GET", "/readyz"))[0] == 503
 
-            await until(not_ready)
+                await until(not_ready)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
         assert not running(envoy)
@@ -61,12 +64,14 @@ async def test_sigterm_drains_and_ends_both(
 async def test_a_drain_ends_after_its_timeout(
     session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
 ) -> None:
-    with spawned(stack.up({**fleet.config(), "drain_timeout": 0.2})) as process:
-        await ready(Client(session, stack, fleet), process)
-        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+    with spawned(stack.up({**PATIENT, **fleet.config(), "drain_timeout": 0.2})) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            process.signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait) == 0
+            with client.frozen("decode-0"):
+                process.signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait) == 0
             with pytest.raises(aiohttp.ClientPayloadError):  # cut, not ended as if complete
                 await response.read()
         assert "1 requests still run after drain_timeout" in process.output
@@ -147,7 +152,8 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+            long = {**STREAM, "max_tokens": 60}
+            async with session.post(stack.url + "/v1/completions", json=long) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,28 +28,38 @@ from vllm_pd_scheduler.sim.fleet import Fleet
 NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}
 
 
-def _own_ports() -> Iterator[int]:
-    """Ports that no other test process takes, below those that the kernel gives to clients."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    start, size = 12_000 + worker % 5 * 4_000, 4_000
-    first = os.getpid() * 500 % size  # another run beside this one starts elsewhere
-    return itertools.cycle(start + (first + number) % size for number in range(size))
+def _all_ports() -> Iterator[int]:
+    """Ports below those that the kernel gives to clients, round and round; each process begins elsewhere."""
+    first, size = 12_000, 20_000
+    return (first + (os.getpid() * 97 + number) % size for number in itertools.count())
 
 
-_ports = _own_ports()
+_ports = _all_ports()
+_claims: deque[socket.socket] = deque()
+"""Other test processes leave a port alone while this one has it for UDP."""
 
 
 def unused_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, others at each call.
+    """Return ports that nobody listens on, others at each call, and others than test processes beside this.
 
     Not those that the kernel would choose: Envoy shares its ports (SO_REUSEPORT), so two that were given
     the same by chance would both start, and answer each other's clients.
     """
     found: list[int] = []
     while len(found) < count:
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port := next(_ports)))
-            found.append(port)
+        address = ("127.0.0.1", next(_ports))
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            claim.bind(address)
+            with socket.socket() as probe:
+                probe.bind(address)
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        found.append(address[1])
+    while len(_claims) > 200:  # whoever had those has ended
+        _claims.popleft().close()
     return found
 
 
