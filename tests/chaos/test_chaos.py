@@ -35,7 +35,7 @@ async def test_killed_instance(client: Client, role: str, stream: bool) -> None:
     async with load(client, stream=stream) as seen:
         await seen.more()
         client.fleet.kill(victim)
-        await seen.more(100)
+        await seen.more(50)
         client.fleet.restart(victim)
         await _serving_again(client, f"x-pd-{role}", victim)
     if stream and role == "decode":
@@ -89,7 +89,7 @@ async def test_killed_scheduler(
         await response.content.readline()
         scheduler.signal(signal.SIGKILL)
         scheduler.wait()
-        await seen.more(100)
+        await seen.more(50)
         with spawned(stack.serve({**settings, **fleet.config()})):
 
             async def split_again() -> bool:
@@ -108,7 +108,7 @@ async def test_hung_scheduler(client: Client, scheduler_and_envoy: tuple[Process
         await seen.more()
         scheduler.signal(signal.SIGSTOP)
         try:
-            await seen.more(100)
+            await seen.more(50)
         finally:
             scheduler.signal(signal.SIGCONT)
     seen.assert_clean()

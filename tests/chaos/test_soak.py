@@ -20,7 +20,7 @@ from tests.support.processes import Client, Process, Stack
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
 RATE = float(os.environ.get("SOAK_RATE", "60"))
 MAX_GROWTH = 64 << 20
 """What the scheduler's RSS may grow by after the first part of the run, in bytes."""
@@ -30,7 +30,7 @@ PROMPTS = [f"Prompt {number} of the soak: where does the cache go?" for number i
 
 @pytest.fixture
 def settings() -> dict[str, object]:
-    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0}
+    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0, "health_check_timeout": 1.0}
 
 
 async def _disturb(client: Client, chance: random.Random, end: float, done: Counter[str]) -> None:

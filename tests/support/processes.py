@@ -141,7 +141,8 @@ class Stack:
 
     def write_config(self, config: dict[str, Any]) -> Path:
         path = self.directory / "scheduler_config.json"
-        defaults = {"health_check_interval": 0.5, "health_check_timeout": 1.0, "drain_timeout": 10.0}
+        # A probe waits so long that an instance which only lacks CPU is not taken for one that hangs.
+        defaults = {"health_check_interval": 0.5, "health_check_timeout": 10.0, "drain_timeout": 10.0}
         path.write_text(json.dumps({**defaults, **config}))
         return path
 
