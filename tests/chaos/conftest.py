@@ -64,7 +64,7 @@ async def client(
 
 
 async def _repair(client: Client) -> None:
-    """Restart the instances that a test has killed, or that hold what it left; undo the faults of the others."""
+    """Restart the instances that a test has killed, or that hold what it left; undo the others' faults."""
     for each in client.fleet.instances:
         if not each.alive or (await client.json(each.url + "/_sim/stats"))["pinned"]:
             await asyncio.to_thread(client.fleet.restart, each.id)
