@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp.test_utils import TestClient, TestServer
 
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -88,7 +89,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         draining = asyncio.Event()
         self.registry.subscribe(draining.set)
         call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true"))
-        await asyncio.wait_for(draining.wait(), 5)
+        await asyncio.wait_for(draining.wait(), HUNG_S)
         return call
 
     async def test_without_wait_it_answers_at_once(self) -> None:
@@ -107,7 +108,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         self.assertFalse((await self.ask("GET", "/instances/d0"))[1]["drained"])
         self.assertFalse(call.done())
         mine.release()
-        status, found = await asyncio.wait_for(call, 5)
+        status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["id"], found["drained"]), (200, "d0", True))
         self.assertNotIn("remaining", found)
         self.assertTrue((await self.ask("GET", "/instances/d0"))[1]["drained"])
@@ -122,7 +123,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         self.assertEqual((shown["pending_handoffs"], shown["drained"]), (1, False))
         self.assertFalse(call.done())
         endpoint.pending_handoffs = 0
-        status, found = await asyncio.wait_for(call, 5)
+        status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"], found["pending_handoffs"]), (200, True, 0))
 
     async def test_what_remains_after_the_timeout(self) -> None:
@@ -143,7 +144,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         call = await self.start_drain(endpoint)
         status, found = await self.ask("POST", "/instances/d0/undrain")
         self.assertEqual((status, found["state"], found["drained"]), (200, "healthy", False))
-        status, found = await asyncio.wait_for(call, 5)
+        status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"]), (200, False))
         self.assertEqual(found["remaining"]["in_flight"], 1)
 
@@ -153,7 +154,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         self.registry.reserve(endpoint)
         call = await self.start_drain(endpoint)
         self.ready = False
-        status, found = await asyncio.wait_for(call, 5)
+        status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"], found["remaining"]["in_flight"]), (200, False, 1))
 
     async def test_an_instance_that_is_removed_meanwhile_is_waited_for(self) -> None:
@@ -164,7 +165,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         self.router.unregister_instance("d0")
         self.assertFalse(call.done())
         reservation.release()
-        self.assertTrue((await asyncio.wait_for(call, 5))[1]["drained"])
+        self.assertTrue((await asyncio.wait_for(call, HUNG_S))[1]["drained"])
 
     async def test_bad_calls(self) -> None:
         await self.serve()

@@ -14,7 +14,7 @@ from vllm_pd_scheduler.scheduler import Scheduler
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
-class QueueTest(unittest.TestCase):
+class ClosingTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
         for role in InstanceRole:
@@ -46,7 +46,7 @@ class QueueTest(unittest.TestCase):
         self.assertFalse(self.submit().settled)
         self.assertTrue(self.submit(D).settled)
 
-    def test_what_is_counted_of_the_line(self) -> None:
+    def test_what_is_counted_of_the_queue(self) -> None:
         queue = self.dispatcher.queue
         _, *waiting = [self.submit() for _ in range(4)]
         self.assertAlmostEqual(queue.work, sum(ticket.cost for ticket in waiting))

@@ -5,6 +5,7 @@ import unittest
 from typing import Any
 
 from tests.support.fleet import P, prompt, scheduler_of
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admission.controller import AdmissionController
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
@@ -84,14 +85,14 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         task = self.enter()
         await self.settle()
         self.assertFalse(task.done())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HUNG_S):
             self.assertIsInstance(await task, Reservation)
         self.assertEqual(self.p0.in_flight, 2)
 
     async def test_a_timer_refuses_who_waits_too_long(self) -> None:
         self.start(max_waiting=1, queue_timeout=0.02)
         await self.enter()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HUNG_S):
             outcome = await self.enter()
         self.assertIsInstance(outcome, Reject)
         self.assertEqual((outcome.status, outcome.reason), (429, "queue_timeout"))

@@ -49,7 +49,7 @@ class OrderTest(unittest.TestCase):
         self.assertEqual(list(waiting), [tickets[3], tickets[1], tickets[0], tickets[2]])
         self.assertEqual(list(waiting.by_arrival()), tickets)
 
-    def test_who_is_defer_comes_last_but_waits_as_long(self) -> None:
+    def test_one_that_is_deferred_comes_last_but_waits_as_long(self) -> None:
         waiting = queue_of()
         first, second, low = ticket(), ticket(), ticket(priority=-1)
         for one in (first, second, low):
@@ -156,7 +156,7 @@ class RoomTest(unittest.TestCase):
         self.assertIsNone(waiting.push(ticket(size=61, priority=1), 0.0))
         self.assertEqual((len(waiting), waiting.bytes), (3, 100))
 
-    def test_those_that_were_defer_go_first(self) -> None:
+    def test_deferred_ones_go_first(self) -> None:
         waiting = queue_of(2)
         hopeless, fresh = ticket(), ticket()
         waiting.push(hopeless, 0.0)

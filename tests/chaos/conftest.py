@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     arguments = ["--decode-base=0.01", "--step-overhead=0.001"]
     # As docs/reliability.md advises for decode: prefill locally when P dies before its blocks were fetched.
@@ -31,7 +32,8 @@ def stack(tmp_path: Path) -> Stack:
 @pytest.fixture
 def settings() -> dict[str, object]:
     """Settings of the scheduler; a test module may override them."""
-    return {"strategy": "round_robin", "decode_first_byte_timeout": 1.0, "prefill_timeout": 1.0}
+    limits = {"decode_first_byte_timeout": 1.0, "prefill_timeout": 1.0, "health_check_timeout": 1.0}
+    return {"strategy": "round_robin", **limits}
 
 
 @pytest.fixture
@@ -58,3 +60,13 @@ async def client(
 
         await until(split)  # Envoy's check of the scheduler has succeeded
         yield client
+        await _repair(client)
+
+
+async def _repair(client: Client) -> None:
+    """Restart the instances that a test has killed, or that hold what it left; undo the others' faults."""
+    for each in client.fleet.instances:
+        if not each.alive or (await client.json(each.url + "/_sim/stats"))["pinned"]:
+            await asyncio.to_thread(client.fleet.restart, each.id)
+        else:
+            await client.fault(each.id)

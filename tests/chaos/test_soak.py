@@ -16,10 +16,11 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.support.processes import Client, Process, Stack, until
+from tests.support.processes import Client, Process, Stack
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
 RATE = float(os.environ.get("SOAK_RATE", "60"))
 MAX_GROWTH = 64 << 20
 """What the scheduler's RSS may grow by after the first part of the run, in bytes."""
@@ -29,7 +30,7 @@ PROMPTS = [f"Prompt {number} of the soak: where does the cache go?" for number i
 
 @pytest.fixture
 def settings() -> dict[str, object]:
-    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0}
+    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0, "health_check_timeout": 1.0}
 
 
 async def _disturb(client: Client, chance: random.Random, end: float, done: Counter[str]) -> None:
@@ -55,7 +56,7 @@ async def _disturb(client: Client, chance: random.Random, end: float, done: Coun
             await client.fault(name, status=chance.choice((500, 503)))
             await asyncio.sleep(chance.uniform(0.1, 1.0))
             await client.fault(name)
-        await until(lambda: _all_healthy(client), 20)
+        await until(lambda: _all_healthy(client))
 
 
 async def _all_healthy(client: Client) -> bool:

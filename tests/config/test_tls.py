@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.certificates import make_certificates
 from tests.support.processes import unused_ports
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import ConfigError, parse_config, tls
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.process import EnvoyPorts
@@ -52,7 +53,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         secure = grpc.aio.secure_channel(address, credentials) if credentials else None
         async with secure or grpc.aio.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)).status)
+            return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=HUNG_S)).status)
 
     def credentials(self, who: dict[str, str] | None = None) -> grpc.ChannelCredentials:
         ca = Path(self.made.ca).read_bytes()
@@ -238,7 +239,7 @@ class WarningTest(Case):
     async def test_none_on_loopback_nor_with_tls(self) -> None:
         for more in ({}, {"grpc_host": "0.0.0.0", "grpc_tls": self.made.server}):
             with self.subTest(more), self.assertNoLogs("vllm_pd_scheduler.service.app", logging.WARNING):
-                async with asyncio.timeout(10), App(parse_config(self.config(**more))):
+                async with asyncio.timeout(HUNG_S), App(parse_config(self.config(**more))):
                     pass
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from docker.utils import exclude_paths
 
-from tests.deploy.compose_file import COMPOSE, ROOT, VLLM_COMPOSE, Service, mounts, read_services
+from tests.support.compose_file import COMPOSE, ROOT, VLLM_COMPOSE, Service, mounts, read_services
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
 from vllm_pd_scheduler.envoy.process import EnvoyPorts
 

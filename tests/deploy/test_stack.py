@@ -15,8 +15,8 @@ import pytest
 from docker.models.containers import Container
 from docker.utils import exclude_paths
 
-from tests.deploy.compose_file import COMPOSE, ROOT, create_arguments, read_services
-from tests.deploy.engine import Unavailable, base_image, engine, wheels
+from tests.support.compose_file import COMPOSE, ROOT, create_arguments, read_services
+from tests.support.container_engine import Unavailable, base_image, engine, wheels
 from vllm_pd_scheduler.envoy.process import EnvoyPorts
 
 IMAGE = "vllm-pd-scheduler-test"

@@ -12,7 +12,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 
 from tests.envoy.test_load_assignment import told
 from tests.support.fleet import D, P
-from tests.support.processes import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import eds
 from vllm_pd_scheduler.envoy.eds import SERVICE, EndpointDiscovery, Subscription
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
@@ -181,7 +181,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         await (call or self.call).write(request(*names, **more).SerializeToString())
 
     async def read(self, call: Any = None) -> discovery_pb2.DiscoveryResponse:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HUNG_S):
             return discovery_pb2.DiscoveryResponse.FromString(await (call or self.call).read())
 
     async def silent(self) -> bool:

@@ -18,6 +18,7 @@ from envoy.config.bootstrap.v3 import bootstrap_pb2
 from google.protobuf import json_format
 
 from tests.support.certificates import make_certificates
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
@@ -113,7 +114,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        output, _ = await asyncio.wait_for(process.communicate(), HUNG_S)
         self.assertEqual(process.returncode, 0, output.decode())
         self.assertNotIn(b"[warning]", output)
         self.assertNotIn(b"deprecated", output)

@@ -15,8 +15,9 @@ import grpc
 from envoy.service.accesslog.v3 import als_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.processes import until, unused_ports
+from tests.support.processes import unused_ports
 from tests.support.proxy import proxy
+from tests.support.waiting import until
 from vllm_pd_scheduler.envoy import access_log, grpc_server
 from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AttemptLog
 from vllm_pd_scheduler.envoy.grpc_server import ListenError, create_server, listen, listen_on_socket

@@ -9,25 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from tests.support.registry import BLOCKS, D, P, instance, loaded, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
-from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import InstanceRole, InstanceState
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
-
-P, D = InstanceRole.PREFILL, InstanceRole.DECODE
-
-
-def instance(
-    name: str = "d0", role: InstanceRole = D, host: str = "10.0.0.1", port: int = 8200
-) -> PDInstance:
-    return PDInstance(name, role, host, port)
-
-
-def loaded(running: float = 0.0, waiting: float = 0.0) -> MetricsSnapshot:
-    return MetricsSnapshot(0.0, running, waiting)
 
 
 class MembershipTest(unittest.TestCase):
@@ -216,18 +205,6 @@ class LoadTest(unittest.TestCase):
             self.registry.reserve(self.endpoint)
         self.registry.scraped(self.endpoint, loaded(running=1), 3)
         self.assertEqual(self.endpoint.requests, 3.0)
-
-
-BLOCKS = tuple(range(1, 9))
-
-
-def prompt(tokens: float = 1000.0, now: float = 0.0, registry: Registry | None = None) -> RequestContext:
-    """A request; with a registry, one whose blocks may be cached somewhere."""
-    request = RequestContext("/", prompt_tokens=tokens, output_tokens=100.0, now=now)
-    if registry is not None:
-        request.blocks, request.block_tokens = BLOCKS, tokens / len(BLOCKS)
-        request.look_up_in(registry.prefixes)
-    return request
 
 
 IDS = [f"i{n}" for n in range(4)]

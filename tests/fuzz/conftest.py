@@ -1,5 +1,3 @@
-"""The stack of the integration tests."""
-
-from tests.integration.conftest import client, fleet, session, stack, up
+from tests.support.stack import client, fleet, session, stack, up
 
 __all__ = ["client", "fleet", "session", "stack", "up"]

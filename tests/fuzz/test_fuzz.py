@@ -13,15 +13,15 @@ from typing import Any
 
 import psutil
 
-from tests.fuzz.requests import HANDOFF, Request, request
+from tests.support.hostile_requests import HANDOFF, Request, request
 from tests.support.processes import Answer, Client, Process
+from tests.support.waiting import HUNG_S
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 CONCURRENCY = 16
 BATCH = 48
 """Requests between two looks at the instances, which remember their last 200."""
-ANSWER_S = 20.0
 GROWTH_BYTES = 48 << 20
 """How much more memory scheduler and Envoy may each hold afterwards than after the first requests."""
 
@@ -56,7 +56,7 @@ async def _send_all(client: Client, numbers: range) -> list[int]:
         made = request(SEED, number)
         async with free:
             try:
-                answer = await asyncio.wait_for(_send(client, made), ANSWER_S)
+                answer = await asyncio.wait_for(_send(client, made), HUNG_S)
                 _check(answer)
             except (AssertionError, TimeoutError, OSError, EOFError, ValueError) as error:
                 error.add_note(f"request {number} of seed {SEED}: {made.data[:2000]!r}")

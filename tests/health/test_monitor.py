@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import HealthMonitor
@@ -118,12 +118,6 @@ async def fleet() -> AsyncIterator[Fixture]:
             await runner.cleanup()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.002)
-
-
 def unused_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -167,11 +161,10 @@ class TestCheck:
     async def test_no_answer_in_time(self, fleet: Fixture) -> None:
         server = await fleet.serve()
         server.go.clear()
-        start = time.monotonic()
-        await fleet.monitor(timeout=0.05).check(fleet["d0"])
-        assert time.monotonic() - start < 2
+        async with asyncio.timeout(HUNG_S):
+            await fleet.monitor(timeout=1.0).check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason == "/health did not answer within 0.05 s"
+        assert fleet["d0"].reason == "/health did not answer within 1 s"
         assert fleet["d0"].metrics is not None, "the page was there"
 
     async def test_something_that_speaks_no_http(self, fleet: Fixture) -> None:
@@ -324,7 +317,7 @@ class TestLoops:
     async def test_one_that_hangs_leaves_and_comes_back(self, fleet: Fixture) -> None:
         server = await fleet.serve()
         await fleet.monitor(timeout=0.3).start()
-        assert fleet["d0"].state is HEALTHY
+        await until(lambda: fleet["d0"].state is HEALTHY)
         server.go.clear()
         await until(lambda: fleet["d0"].state is UNHEALTHY)
         server.go.set()

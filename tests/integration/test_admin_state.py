@@ -12,11 +12,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.overload import PATIENT
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-STREAM = {"prompt": "p", "max_tokens": 100, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+"""Runs as long as its decode instance is frozen."""
 TORN = '{"version": 1, "drained": ["decode'
 
 
@@ -39,7 +41,7 @@ def state_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(fleet: Fleet, state_file: Path) -> dict[str, Any]:
-    return {**fleet.config(), "state_file": str(state_file)}
+    return {**PATIENT, **fleet.config(), "state_file": str(state_file)}
 
 
 def read(path: Path) -> str | None:
@@ -60,7 +62,7 @@ async def serving(client: Client, process: Process) -> None:
         except aiohttp.ClientConnectionError:
             return False
 
-    await until(is_ready, 20)
+    await until(is_ready)
 
 
 async def kill(process: Process) -> None:
@@ -156,21 +158,21 @@ async def test_a_drain_is_waited_for_and_undone(
                 status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
                 assert (status, found["drained"]) == (200, True)
                 await client.admin("POST", f"/instances/{name}/undrain")
-            assert (await client.instance(names[0]))["pending_handoffs"] == 1
-            drains = [
-                asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
-                for name in names
-            ]
+            with client.frozen(names[1]):
+                assert (await client.instance(names[0]))["pending_handoffs"] == 1
+                drains = [
+                    asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+                    for name in names
+                ]
 
-            async def draining() -> bool:
-                states = await client.states()
-                return {states[name] for name in names} == {"draining"}
+                async def draining() -> bool:
+                    states = await client.states()
+                    return {states[name] for name in names} == {"draining"}
 
-            await until(draining)
-            await response.content.readline()
-            assert not any(call.done() for call in drains), "the stream runs still"
+                await until(draining)
+                assert not any(call.done() for call in drains), "the stream runs still"
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
-        for status, found in await asyncio.wait_for(asyncio.gather(*drains), 2):
+        for status, found in await asyncio.gather(*drains):
             assert (status, found["drained"]) == (200, True)
         assert await _health(client, names[1]) == "DRAINING"
         for name in names:
@@ -180,7 +182,7 @@ async def test_a_drain_is_waited_for_and_undone(
         async def healthy() -> bool:
             return all([await _health(client, name) == "HEALTHY" for name in names])
 
-        assert await until(healthy) < 1.0
+        await until(healthy)
         used: set[str] = set()
 
         async def used_again() -> bool:
@@ -198,17 +200,16 @@ async def test_a_drain_tells_what_remained_after_its_timeout(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 0.2})) as process:
         await ready(client, process)
-        async with session.post(
-            stack.url + "/v1/completions", json={**STREAM, "max_tokens": 200}
-        ) as response:
+        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            for role, remaining in (
-                ("decode", {"in_flight": 1, "pending_handoffs": 0}),
-                ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
-            ):
-                name = response.headers[f"x-pd-{role}"]
-                status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
-                assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
+            with client.frozen(response.headers["x-pd-decode"]):
+                for role, remaining in (
+                    ("decode", {"in_flight": 1, "pending_handoffs": 0}),
+                    ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
+                ):
+                    name = response.headers[f"x-pd-{role}"]
+                    status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
+                    assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
             assert (await response.read()).endswith(b"data: [DONE]\n\n"), "it is not cut"
 
 
@@ -221,15 +222,16 @@ async def test_a_scheduler_that_ends_tells_those_who_wait(
         async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
             name = response.headers["x-pd-decode"]
-            call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+            with client.frozen(name):
+                call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
 
-            async def draining() -> bool:
-                return (await client.states())[name] == "draining"
+                async def draining() -> bool:
+                    return (await client.states())[name] == "draining"
 
-            await until(draining)
-            process.signal(signal.SIGTERM)
-            status, found = await asyncio.wait_for(call, 5)
-            assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
+                await until(draining)
+                process.signal(signal.SIGTERM)
+                status, found = await call
+                assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
 

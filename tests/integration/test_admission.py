@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import ready
 from tests.support.overload import PATIENT, Overload, overload
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -47,6 +47,13 @@ def stacks(fleet: Fleet, tmp_path: Path) -> Open:
 async def texts(load: Overload, prompts: list[str]) -> list[str]:
     """Return the text of the answer to each prompt."""
     return [(await load.ask(prompt)).text for prompt in prompts]
+
+
+async def whole_text(load: Overload, prompt: str) -> str:
+    """Return the text that decode gives to a prompt without a hand-off."""
+    body = {"prompt": prompt, "max_tokens": 4}
+    async with load.client.session.post(load.fleet.decode[0].url + "/v1/completions", json=body) as response:
+        return str((await response.json())["choices"][0]["text"])
 
 
 # -- waiting
@@ -98,7 +105,7 @@ async def test_one_that_waits_too_long(stacks: Open) -> None:
         assert (await first).status == 200
         metrics = await load.metrics()
         assert metrics['pd_queue_wait_seconds_count{outcome="refused"}'] == 1
-        assert 0.4 <= metrics['pd_queue_wait_seconds_sum{outcome="refused"}'] < 1.5
+        assert metrics['pd_queue_wait_seconds_sum{outcome="refused"}'] >= 0.4, "not at once"
 
 
 async def test_a_client_that_leaves_frees_its_place(stacks: Open) -> None:
@@ -340,14 +347,15 @@ async def test_priority_can_be_taken_away_from_clients(
 
 async def test_late_binding(tmp_path: Path) -> None:
     """A burst waits in the scheduler, not at the instances, and all of it is served right."""
-    prompts = [f"Prompt {number}: " + "word " * 400 for number in range(16)]
+    prompts = [f"Prompt {number}: " + "word " * 400 for number in range(20)]
     # 0.25 s each: short ones may queue at an instance.
     arguments = ["--prefill-rate=2000", "--max-model-len=4096"]
-    with Fleet(2, 1, arguments=arguments) as two:
+    with Fleet(2, 1, prefill_arguments=arguments, decode_arguments=["--instant"]) as two:
         async with overload(two, tmp_path, late_binding=True, health_check_interval=0.5) as (load, _):
-            expected = await texts(load, prompts)  # also teaches the load model
+            await texts(load, prompts[:4])  # teaches the load model
+            prompts = prompts[4:]
             with load.held("prefill-0", "prefill-1"):
-                tasks = [load.ask(prompt + "and more") for prompt in prompts]
+                tasks = [load.ask(prompt) for prompt in prompts]
 
                 async def all_are_there() -> bool:
                     return await load.waiting() + await load.client.in_flight() == len(prompts)
@@ -356,10 +364,9 @@ async def test_late_binding(tmp_path: Path) -> None:
                 at = [(await load.client.instance(each.id))["in_flight"] for each in two.prefill]
                 assert max(at) <= 5, "those that wait are not at an instance"
             answers = await asyncio.gather(*tasks)
-            assert {answer.status for answer in answers} == {200}
-            again = await texts(load, [prompt + "and more" for prompt in prompts])
-            assert [answer.text for answer in answers] == again
-            assert [answer.text for answer in answers] != expected
+            found = [answer.text for answer in answers]
+            assert found == [await whole_text(load, prompt) for prompt in prompts]
+            assert len(set(found)) > 1
             assert {answer.headers["x-pd-prefill"] for answer in answers} == {"prefill-0", "prefill-1"}
 
 

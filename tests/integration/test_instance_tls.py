@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import NO_EJECTION, ready
 from tests.support.certificates import Certificates, make_certificates
-from tests.support.processes import Client, Stack, spawned, until
+from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter
@@ -53,15 +53,15 @@ class Secured:
         }
 
 
-@pytest.fixture(scope="module", params=["server", "mutual"])
-def secured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    with _fleet(tmp_path_factory.mktemp("certificates"), mutual=request.param == "mutual") as found:
+@pytest.fixture(scope="module")
+def one_sided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    with _fleet(tmp_path_factory.mktemp("certificates")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def one_sided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    with _fleet(tmp_path_factory.mktemp("certificates")) as found:
+def mutual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    with _fleet(tmp_path_factory.mktemp("certificates"), mutual=True) as found:
         yield found
 
 
@@ -98,7 +98,11 @@ async def check_text(client: Client) -> None:
         assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
 
 
-async def test_every_way_to_an_instance(secured: Secured, tmp_path: Path) -> None:
+@pytest.mark.parametrize("certificates", ["one_sided", "mutual"])
+async def test_every_way_to_an_instance(
+    request: pytest.FixtureRequest, tmp_path: Path, certificates: str
+) -> None:
+    secured: Secured = request.getfixturevalue(certificates)
     stack = Stack(tmp_path)
     tls = {"ca": secured.made.ca, "server_name": NAME, **secured.made.client}
     with spawned(stack.up(secured.config(instance_tls=tls))) as up:
@@ -129,7 +133,7 @@ async def unhealthy(client: Client) -> str:
         except aiohttp.ClientConnectionError:
             return False
 
-    await until(all_out, 30)
+    await until(all_out)
     reasons = {(await client.instance(name))["reason"] for name in await client.states()}
     assert len(reasons) == 1, reasons
     return str(reasons.pop())
@@ -166,12 +170,11 @@ async def test_an_instance_that_is_not_trusted_gets_nothing(
             assert await client.seen_by_all() == before
 
 
-async def test_a_client_certificate_that_is_missing(tmp_path: Path) -> None:
-    with _fleet(tmp_path, mutual=True) as secured:
-        stack = Stack(tmp_path)
-        with spawned(stack.up(secured.config())):
-            async with secured.client(stack) as client:
-                assert "if it wants a client certificate, set cert and key" in await unhealthy(client)
+async def test_a_client_certificate_that_is_missing(mutual: Secured, tmp_path: Path) -> None:
+    stack = Stack(tmp_path)
+    with spawned(stack.up(mutual.config())):
+        async with mutual.client(stack) as client:
+            assert "if it wants a client certificate, set cert and key" in await unhealthy(client)
 
 
 async def test_a_mixed_fleet(one_sided: Secured, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import Client, Process, Stack, spawned, until
+from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 AT_ONCE = {"ejection_failures": 1, "strategy": "round_robin"}
@@ -77,11 +78,7 @@ async def test_an_ejected_decode_instance_answers_what_the_others_have_failed(
         first = "x-pd-prefill" in answer.headers
         assert (await client.request_of(answer))["hand_off"] == ("receive" if first else None), "used once"
 
-    async def freed() -> bool:
-        stats = [await client.json(each.url + "/_sim/stats") for each in client.fleet.prefill]
-        return all(each["pinned"] == 0 for each in stats)
-
-    assert await until(freed) < 5.0, "long before the lease ends"
+    await client.until_freed()
 
 
 @pytest.mark.parametrize("up", [{**AT_ONCE, "ejection_pause": 1.0}], indirect=True)

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Stack, spawned, until
+from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.ext_proc import ExtProcService
 from vllm_pd_scheduler.handoff.pending import PendingHandoff

@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import Answer, Client, Process, Stack, spawned, until
+from tests.support.processes import Answer, Client, Process, Stack, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 

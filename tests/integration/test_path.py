@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import Client, until
+from tests.support.processes import Client
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 4
@@ -16,7 +17,7 @@ COMPLETION = ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12})
 CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12})
 
 
-async def direct(client: Client, path: str, body: dict[str, Any]) -> str:
+async def without_us(client: Client, path: str, body: dict[str, Any]) -> str:
     """The text that an instance gives alone."""
     url = client.fleet.decode[0].url + path
     async with client.session.post(url, json=body) as response:
@@ -27,7 +28,7 @@ async def direct(client: Client, path: str, body: dict[str, Any]) -> str:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT], ids=["completion", "chat"])
 async def test_the_text_is_that_of_one_instance(client: Client, path: str, body: Any, stream: bool) -> None:
-    expected = await direct(client, path, body)
+    expected = await without_us(client, path, body)
     answer = await client.post(path, {**body, "stream": stream})
     assert answer.text == expected
     prefill, decode = answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]

@@ -15,11 +15,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Process, Stack, running, spawned, until, unused_ports
+from tests.support.overload import PATIENT
+from tests.support.processes import Client, Process, Stack, ready, running, spawned, unused_ports
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-LONG_STREAM = {"prompt": "p", "max_tokens": 60, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+"""Runs as long as its decode instance is frozen."""
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +42,19 @@ def stack(tmp_path: Path) -> Stack:
 async def test_sigterm_drains_and_ends_both(
     session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
 ) -> None:
-    with spawned(stack.up(fleet.config())) as process:
+    with spawned(stack.up({**PATIENT, **fleet.config()})) as process:
         client = Client(session, stack, fleet)
         await ready(client, process)
         (envoy,) = process.children()
-        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            process.signal(signal.SIGTERM)
+            with client.frozen("decode-0"):
+                process.signal(signal.SIGTERM)
 
-            async def not_ready() -> bool:
-                return (await client.admin("GET", "/readyz"))[0] == 503
+                async def not_ready() -> bool:
+                    return (await client.admin("GET", "/readyz"))[0] == 503
 
-            await until(not_ready)
+                await until(not_ready)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
         assert not running(envoy)
@@ -61,12 +64,14 @@ async def test_sigterm_drains_and_ends_both(
 async def test_a_drain_ends_after_its_timeout(
     session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
 ) -> None:
-    with spawned(stack.up({**fleet.config(), "drain_timeout": 0.2})) as process:
-        await ready(Client(session, stack, fleet), process)
-        async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+    with spawned(stack.up({**PATIENT, **fleet.config(), "drain_timeout": 0.2})) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            process.signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait) == 0
+            with client.frozen("decode-0"):
+                process.signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait) == 0
             with pytest.raises(aiohttp.ClientPayloadError):  # cut, not ended as if complete
                 await response.read()
         assert "1 requests still run after drain_timeout" in process.output
@@ -101,7 +106,7 @@ async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which:
     port = {"ingress": stack.ports.ingress, "grpc": stack.ports.grpc, "admin": stack.admin_port}[which]
     command = [*stack.up(fleet.config()), *([f"--grpc-port={port}"] if which == "grpc" else [])]
     with socket.create_server(("127.0.0.1", port)), spawned(command) as process:
-        assert await asyncio.to_thread(process.wait, 40) == 1
+        assert await asyncio.to_thread(process.wait) == 1
         assert str(port) in process.output
         assert "Traceback" not in process.output
 
@@ -148,7 +153,8 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            async with session.post(stack.url + "/v1/completions", json=LONG_STREAM) as response:
+            long = {**STREAM, "max_tokens": 60}
+            async with session.post(stack.url + "/v1/completions", json=long) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()
@@ -202,7 +208,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
                 return False
             return answer.status == 503 and bool(answer.error) and bool(answer.headers["retry-after"])
 
-        await until(refused, 20)
+        await until(refused)
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
@@ -217,7 +223,7 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
         async with grpc.aio.insecure_channel(f"127.0.0.1:{stack.ports.grpc}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest()
-            answer = await stub.Check(request, wait_for_ready=True, timeout=15)
+            answer = await stub.Check(request, wait_for_ready=True, timeout=HUNG_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         process.signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait) == 0
@@ -246,7 +252,7 @@ def test_demo_answers_and_ends_everything(stack: Stack) -> None:
         _wait_for_output(process, "Ctrl-C ends everything")
         assert "prefilled by prefill-" in process.output
         line = next(line for line in process.output.splitlines() if line.strip().startswith("curl"))
-        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
         assert "data: [DONE]" in answer.stdout
         children = process.children()
         assert len(children) == 5
@@ -260,4 +266,4 @@ def _wait_for_output(process: Process, text: str) -> None:
         assert process.process.poll() is None, process.output
         return text in process.output
 
-    asyncio.run(until(printed, 30))
+    asyncio.run(until(printed))

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.integration.conftest import ready
-from tests.support.processes import Answer, Client, Stack, spawned
+from tests.support.processes import Answer, Client, Stack, ready, spawned
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.request.body import MAX_DEPTH
 from vllm_pd_scheduler.sim.fleet import Fleet
@@ -199,7 +199,7 @@ async def exchange(client: Client, data: bytes) -> tuple[list[Answer], list[dict
     reader, writer = await asyncio.open_connection("127.0.0.1", client.stack.ports.ingress)
     answers: list[Answer] = []
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HUNG_S):
             writer.write(data + b"GET /version HTTP/1.1\r\nHost: a\r\nX-Request-Id: last\r\n\r\n")
             while not answers or (
                 answers[-1].headers.get("connection") != "close"

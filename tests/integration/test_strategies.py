@@ -11,8 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import NO_EJECTION, ready
-from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 40

@@ -8,9 +8,9 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-from tests.integration.conftest import ready
 from tests.support.certificates import make_certificates
-from tests.support.processes import Client, Stack, spawned, until
+from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 

@@ -16,7 +16,7 @@ def new(*prior: float) -> OnlineRegression:
     return OnlineRegression(prior, SCALE)
 
 
-class OnlineFitTest(unittest.TestCase):
+class OnlineRegressionTest(unittest.TestCase):
     def setUp(self) -> None:
         self.draw = random.Random(3)
 

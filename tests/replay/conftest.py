@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.replay import fake
+from tests.support import fake_replay as fake
 from vllm_pd_scheduler.replay.job import Conditions, Job, Outcome
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 

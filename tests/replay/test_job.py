@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.replay.fake import Variant
+from tests.support.fake_replay import Variant
 from vllm_pd_scheduler.replay.job import Job, ReplayError
 
 Make = Callable[[bool], Job]

@@ -2,11 +2,70 @@
 
 import json
 import random
-import time
 import unittest
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
+from vllm_pd_scheduler.request import json_depth
 from vllm_pd_scheduler.request.json_depth import nested_deeper
+
+HOSTILE = [
+    (b"[", pattern, end)
+    for pattern in (b"[", b"[]", b'["[",]', b'"', b'{"a":', b"[],", b'"",', b'"[],', b"\\")
+    for end in (b"", b"]")
+] + [(b"[" * 150, b"[],", b"1" + b"]" * 150), (b'{"a":{"a":{"a":[', b'"[",[],', b"1]}}}")]
+"""How text begins, what is repeated in it, and how it ends."""
+
+
+class Counted(bytes):
+    """Counts the bytes that its methods look at."""
+
+    read = 0
+
+    @classmethod
+    def looked_at(cls, number: int) -> None:
+        cls.read += number
+
+    def count(self, *args: Any) -> int:
+        self.looked_at(len(self))
+        return super().count(*args)
+
+    def find(self, sub: Any, start: Any = 0, *end: Any) -> int:
+        found = super().find(sub, start, *end)
+        self.looked_at((len(self) if found < 0 else found + 1) - start)
+        return found
+
+    def replace(self, *args: Any) -> Self:
+        self.looked_at(len(self))
+        return type(self)(super().replace(*args))
+
+    def split(self, *args: Any) -> list[bytes]:
+        self.looked_at(len(self))
+        return super().split(*args)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if not isinstance(found, bytes):
+            return found
+        self.looked_at(len(found))
+        return type(self)(found)
+
+
+def bytes_read(text: bytes, limit: int) -> int:
+    """Return how many bytes are looked at to say whether a text is nested deeper than ``limit``."""
+    split = json_depth._split
+
+    def counted(text: bytes) -> Any:
+        Counted.looked_at(len(text))
+        return split(text)
+
+    Counted.read = 0
+    with (
+        mock.patch.object(json_depth, "bytes", Counted, create=True),
+        mock.patch.object(json_depth, "_split", counted),
+    ):
+        nested_deeper(Counted(text), limit)
+    return Counted.read
 
 
 def depth(value: Any) -> int:
@@ -27,7 +86,7 @@ def document(chance: random.Random, levels: int) -> Any:
     return {document(chance, 0): document(chance, levels - 1) for _ in range(size)}
 
 
-class NestingTest(unittest.TestCase):
+class NestedDeeperTest(unittest.TestCase):
     def test_it_is_the_depth_that_a_parser_finds(self) -> None:
         chance = random.Random(7)
         for _ in range(3000):
@@ -54,14 +113,19 @@ class NestingTest(unittest.TestCase):
             text = bytes(chance.choices(b'[]{}"\\,:1 \xff\x00', k=chance.randrange(60)))
             nested_deeper(text, chance.randrange(6), chance.randrange(5))
 
-    def test_hostile_text_takes_linear_time(self) -> None:
-        """A megabyte of each; what is quadratic would take minutes."""
-        start = time.monotonic()
-        for pattern in (b"[", b"[]", b'["[",]', b'"', b'{"a":', b"[],", b'"",'):
-            text = b"[" + pattern * (1 << 20)
-            nested_deeper(text, 200)
-            nested_deeper(text + b"]", 10**9)
-        self.assertLess(time.monotonic() - start, 10)
+    def test_each_byte_of_hostile_text_is_read_a_few_times(self) -> None:
+        """However long the text is: what is quadratic would read a byte as often as there are others."""
+        for start, pattern, end in HOSTILE:
+            for size, limit in (
+                (1 << 12, 200),
+                (1 << 12, 10**9),
+                (1 << 16, 200),
+                (1 << 16, 10**9),
+                (1 << 21, 200),
+            ):
+                text = start + pattern * (size // len(pattern)) + end
+                times = bytes_read(text, limit) / len(text)
+                self.assertTrue(0.9 < times < 20, (start, pattern, end, size, limit, times))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from vllm_pd_scheduler.request.reader import MAX_PRIORITY, HeaderError, RequestR
 TEXT = "word " * 800
 
 
-class IntakeTest(unittest.TestCase):
+class RequestReaderTest(unittest.TestCase):
     def setUp(self) -> None:
         self.fleet = FleetLoad()
-        self.intake = RequestReader(SchedulerConfig(ttft_slo=3.0, session_header="x-chat"), self.fleet)
+        self.reader = RequestReader(SchedulerConfig(ttft_slo=3.0, session_header="x-chat"), self.fleet)
 
     def read(
         self, headers: dict[str, str] | None = None, prefixes: bool = True, **fields: Any
     ) -> RequestContext:
         body = JsonBody.parse(json.dumps({"model": "m", "prompt": TEXT, **fields}).encode())
-        return self.intake.read("/v1/completions", headers or {}, body, 5.0, prefixes=prefixes)
+        return self.reader.read("/v1/completions", headers or {}, body, 5.0, prefixes=prefixes)
 
     def test_prompt(self) -> None:
         for prefixes in (True, False):
@@ -51,7 +51,7 @@ class IntakeTest(unittest.TestCase):
     def test_a_chat(self) -> None:
         body = JsonBody.parse(json.dumps({"messages": [{"role": "user", "content": TEXT}]}).encode())
         for prefixes in (True, False):
-            request = self.intake.read("/v1/chat/completions", {}, body, 0.0, prefixes=prefixes)
+            request = self.reader.read("/v1/chat/completions", {}, body, 0.0, prefixes=prefixes)
             self.assertAlmostEqual(request.prompt_tokens, 4000 / BYTES_PER_TOKEN, delta=20)
 
     def test_what_is_malformed_has_no_prompt(self) -> None:

@@ -1,83 +1,19 @@
-"""What the core makes of attempts that failed: reservations, hand-offs, limits. And how they are read."""
+"""What becomes of requests that are with decode: attempts that fail, reservations, hand-offs."""
 
 from __future__ import annotations
 
-import json
-import unittest
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
-from envoy.service.accesslog.v3 import als_pb2
-
-from tests.support.routing import BODY, Leg
-from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.access_log import read_attempts
-from vllm_pd_scheduler.envoy.limits import BadMessage
+from tests.support.in_flight import InFlightCase
 from vllm_pd_scheduler.fleet.breaker import BreakerState
-from vllm_pd_scheduler.handoff.pending import PendingHandoff
-from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
-from vllm_pd_scheduler.request import headers as names
-from vllm_pd_scheduler.request.errors import Reject
-from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.models import InstanceRole, InstanceState
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
-from vllm_pd_scheduler.routing.forward import Forward
 from vllm_pd_scheduler.routing.time_limits import LEASE_SHARE
 
 _FREE = (Failure.CONNECT, Failure.RESET, Failure.STATUS)
 
 
-class Case(unittest.IsolatedAsyncioTestCase):
-    def setUp(self) -> None:
-        self.now = 100.0
-        self.leg = Leg()
-        self.router = self.start()
-
-    def start(self, **config: Any) -> PDRouter:
-        settings = SchedulerConfig(**{"strategy": "round_robin", **config})
-        self.timers: list[tuple[float, Callable[[], None]]] = []
-        router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now, later=self.later)
-        for number in range(4):
-            for role in InstanceRole:
-                name = f"{role[0]}{number}"
-                router.register_instance(PDInstance(name, role, f"10.0.0.{number + 1}", 8000))
-        for endpoint in router.registry:
-            router.registry.probed(endpoint, None)
-        self.freed: list[PendingHandoff] = []
-        router.in_flight.release_handoff = self.freed.append
-        return router
-
-    def later(self, delay: float, call: Callable[[], None]) -> None:
-        self.timers.append((self.now + delay, call))
-
-    def wait(self, seconds: float) -> None:
-        """Let time pass, and what was to be called in it be called."""
-        end = self.now + seconds
-        while due := [each for each in self.timers if each[0] <= end]:
-            first = min(due, key=lambda each: each[0])
-            self.timers.remove(first)
-            self.now = max(self.now, first[0])
-            first[1]()
-        self.now = end
-
-    async def forward(self, **body: Any) -> Forward:
-        raw = json.dumps({**BODY, **body}).encode()
-        outcome = await self.router.route({":method": "POST", ":path": "/v1/completions"}, raw)
-        assert isinstance(outcome, Forward), outcome
-        return outcome
-
-    def told(self, forward: Forward, failure: Failure, number: int = 0, status: int | None = None) -> None:
-        address = str(forward.decode[number].address)
-        if status is None:
-            status = {Failure.STATUS: 500, Failure.OVERLOADED: 503, Failure.REFUSED: 400}.get(failure, 0)
-        attempt = FailedAttempt(address, failure, forward.id, number == 0, status)
-        self.router.in_flight.attempt_failed(attempt)
-
-    def in_flight(self) -> dict[str, int]:
-        return {e.id: e.in_flight for e in self.router.registry if e.in_flight}
-
-
-class FailedAttemptTest(Case):
+class FailedAttemptTest(InFlightCase):
     async def test_the_reservation_moves_along_the_list(self) -> None:
         forward = await self.forward()
         ids = [endpoint.id for endpoint in forward.decode]
@@ -214,7 +150,7 @@ class FailedAttemptTest(Case):
         self.assertEqual(endpoint.in_flight, 0)
 
 
-class HandoffTest(Case):
+class HandoffTest(InFlightCase):
     async def test_pending_hand_offs_are_counted_on_p(self) -> None:
         forward = await self.forward()
         assert forward.prefill is not None
@@ -240,105 +176,3 @@ class HandoffTest(Case):
             "pd_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}
         )
         self.assertEqual(late, 1.0)
-
-
-class FirstByteTest(Case):
-    async def test_limits(self) -> None:
-        self.router = self.start(decode_first_byte_timeout=5.0, decode_seconds_per_token=0.5)
-        for body, expected in (
-            ({"stream": True, "max_tokens": 100}, 5.0),
-            ({"max_tokens": 10}, 10.0),
-            ({"max_tokens": 10, "max_completion_tokens": 4}, 7.0),
-            ({"max_tokens": 1000}, 505.0),  # in one piece: may outlast the lease
-            ({"max_tokens": None}, 5.0 + 32_768 * 0.5),
-            ({"max_tokens": -5000}, 5.0 + 32_768 * 0.5),
-            ({"max_tokens": True}, 5.0 + 32_768 * 0.5),
-            ({"max_tokens": "many"}, 5.0 + 32_768 * 0.5),
-        ):
-            with self.subTest(body):
-                forward = await self.forward(**body)
-                self.assertEqual(forward.first_byte_timeout, expected)
-                header = forward.headers().get(names.FIRST_BYTE_TIMEOUT)
-                self.assertEqual(header, None if expected is None else str(int(expected * 1000)))
-
-    async def test_a_stream_must_begin_before_its_hand_off_is_too_old(self) -> None:
-        self.router = self.start(decode_first_byte_timeout=100.0, kv_lease_duration=30.0)
-        forward = await self.forward(stream=True)
-        self.assertEqual(forward.first_byte_timeout, 30.0 * LEASE_SHARE)
-
-    async def test_so_must_an_answer_in_one_piece_that_is_expected_by_then(self) -> None:
-        self.router = self.start(decode_first_byte_timeout=20.0, decode_seconds_per_token=0.1)
-        for tokens, expected in ((30, 23.0), (200, 24.0), (300, 50.0)):
-            forward = await self.forward(max_tokens=tokens)
-            self.assertEqual(forward.first_byte_timeout, expected)
-
-    async def test_a_limit_beyond_all_bounds(self) -> None:
-        forward = await self.forward(n=2, max_tokens=10**300)
-        self.assertLess(forward.first_byte_timeout or 0, 2e6)
-
-
-class OnPrefillFailureTest(Case):
-    async def reject(self) -> Reject:
-        raw = json.dumps(BODY).encode()
-        outcome = await self.router.route({":method": "POST", ":path": "/v1/completions"}, raw)
-        assert isinstance(outcome, Reject), outcome
-        return outcome
-
-    async def test_fail(self) -> None:
-        self.router = self.start(on_prefill_failure="fail")
-        for endpoint in self.router.registry.endpoints(InstanceRole.PREFILL):
-            self.router.drain_instance(endpoint.id)
-        outcome = await self.reject()
-        self.assertEqual((outcome.status, outcome.reason), (503, "no_prefill"))
-        self.assertIn("retry-after", outcome.headers)
-
-    async def test_local_for_a_share_of_the_requests(self) -> None:
-        self.router = self.start(max_local_prefill_share=0.02)
-        for endpoint in self.router.registry.endpoints(InstanceRole.PREFILL):
-            self.router.drain_instance(endpoint.id)
-        for _ in range(2):
-            self.assertIsNone((await self.forward()).pending)
-        self.assertEqual((await self.reject()).status, 503)
-
-
-class ReadTest(unittest.TestCase):
-    def read(self, status: int = 0, attempt: str = "1", port: int = 8000, **flags: bool) -> Any:
-        message = als_pb2.StreamAccessLogsMessage()
-        entry = message.http_logs.log_entry.add()
-        entry.common_properties.upstream_remote_address.socket_address.address = "10.0.0.1"
-        entry.common_properties.upstream_remote_address.socket_address.port_value = port
-        for name, value in flags.items():
-            setattr(entry.common_properties.response_flags, name, value)
-        if status:
-            entry.response.response_code.value = status
-        entry.request.request_headers[names.ID] = "id-1"
-        entry.request.request_headers[names.ATTEMPT] = attempt
-        return list(read_attempts(message.SerializeToString()))
-
-    def test_how_it_failed(self) -> None:
-        for found, failure in (
-            (self.read(upstream_connection_failure=True), Failure.CONNECT),
-            (self.read(upstream_connection_termination=True), Failure.RESET),
-            (self.read(upstream_remote_reset=True), Failure.RESET),
-            (self.read(upstream_request_timeout=True), Failure.TIMEOUT),
-            (self.read(status=500), Failure.STATUS),
-            (self.read(status=302), Failure.STATUS),
-            (self.read(status=204), Failure.STATUS),
-            (self.read(status=503), Failure.OVERLOADED),
-            (self.read(status=429), Failure.OVERLOADED),
-            (self.read(status=400), Failure.REFUSED),
-            (self.read(), Failure.LEFT),
-            (self.read(upstream_protocol_error=True), Failure.RESET),
-            (self.read(status=200, upstream_connection_termination=True), Failure.CUT),
-            (self.read(status=200, upstream_protocol_error=True), Failure.CUT),
-        ):
-            (attempt,) = found
-            self.assertEqual(attempt, FailedAttempt("10.0.0.1:8000", failure, "id-1", True, attempt.status))
-
-    def test_further_attempts(self) -> None:
-        self.assertFalse(self.read(status=500, attempt="2")[0].first)
-
-    def test_what_is_nobodys_fault(self) -> None:
-        self.assertEqual(self.read(status=503, port=0), [])
-        with self.assertRaises(BadMessage):
-            list(read_attempts(b"\xff\xff"))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 from unittest import mock
 
-from tests.routing.test_in_flight import Case
+from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, answer
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -15,7 +15,7 @@ from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapsho
 from vllm_pd_scheduler.routing.attempts import Failure
 
 
-class LastResort(Case):
+class LastResortCase(InFlightCase):
     """Four P and four D, all healthy."""
 
     def get(self, name: str) -> Endpoint:
@@ -39,7 +39,7 @@ class LastResort(Case):
         return [endpoint.id for endpoint in forward.decode]
 
 
-class AliveTest(LastResort):
+class AliveTest(LastResortCase):
     def test_who_is_ejected_but_alive(self) -> None:
         registry = self.router.registry
         self.eject("d0")
@@ -67,7 +67,7 @@ class AliveTest(LastResort):
         self.assertFalse(endpoint.ejected)
 
 
-class DecodeTest(LastResort):
+class DecodeTest(LastResortCase):
     async def test_ejected_ones_come_last_if_there_is_room(self) -> None:
         for retries, ejected in ((3, ["d0"]), (2, []), (0, [])):
             with self.subTest(retries):
@@ -106,7 +106,7 @@ class DecodeTest(LastResort):
         self.assertEqual(sorted([await self.decode(), await self.decode()]), [["k2", "k0"], ["k3", "k1"]])
 
 
-class RescueTest(LastResort):
+class RescueTest(LastResortCase):
     async def test_for_whom_it_counts(self) -> None:
         """For the one that answered; for none when all have failed it, or the answer was cut."""
         cases: tuple[tuple[tuple[Failure, ...], list[str]], ...] = (
@@ -146,7 +146,7 @@ class RescueTest(LastResort):
         self.assertTrue(self.get("d1").ejected)
 
 
-class PrefillTest(LastResort):
+class PrefillTest(LastResortCase):
     async def outcome(self, **settings: Any) -> str:
         """Have all but p0 fail; p0 is ejected. Return what became of the request."""
         self.router = self.start(**settings)

@@ -9,6 +9,8 @@ import unittest
 import urllib.error
 import urllib.request
 
+from tests.support.processes import unused_ports
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.sim.fleet import Fleet, FleetError
 
 PARENT = """
@@ -17,16 +19,16 @@ from vllm_pd_scheduler.sim.fleet import Fleet
 fleet = Fleet(1, 0, arguments=["--instant"])
 fleet.start()
 print(fleet["prefill-0"].process.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 def health(url: str) -> int:
-    with urllib.request.urlopen(url + "/health", timeout=2) as response:
+    with urllib.request.urlopen(url + "/health", timeout=HUNG_S) as response:
         return int(response.status)
 
 
-def wait_gone(pid: int, seconds: float = 5.0) -> bool:
+def wait_gone(pid: int, seconds: float = HUNG_S) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -56,7 +58,7 @@ class FleetTest(unittest.TestCase):
         self.assertEqual([process.returncode for process in processes], [0, 0])
 
     def test_base_port(self) -> None:
-        base = 27400 + os.getpid() % 1000
+        (base,) = unused_ports(1)
         with Fleet(1, 1, base_port=base, arguments=["--instant"]) as fleet:
             self.assertEqual([each.port for each in fleet.instances], [base, base + 100])
             with self.assertRaisesRegex(FleetError, f"prefill-0 cannot have 127.0.0.1:{base}"):

@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.sim.client import Client
+from tests.support.sim import Client
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 NAMES = [

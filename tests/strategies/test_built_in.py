@@ -1,4 +1,4 @@
-"""The strategies of the configuration's table: what each prefers, and what all of them keep to."""
+"""What all the simple strategies keep to."""
 
 import collections
 import math
@@ -9,18 +9,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.strategies.fleet import REQUEST, build, fleets, ids, scrapes
+from tests.support.strategies import REQUEST, build, fleets, picks, scrapes, strategy
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
-from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.strategies import Strategy, load_strategy
+from vllm_pd_scheduler.strategies import Strategy
 
 NAMES = ["round_robin", "least_load", "weighted"]
-
-
-def strategy(name: str, **weights: float) -> Strategy:
-    return load_strategy(name)(SchedulerConfig(strategy=name, **weights))
 
 
 class Fixed(Strategy):
@@ -30,112 +25,6 @@ class Fixed(Strategy):
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         return self.all
-
-
-def picks(chosen: Strategy, registry: Registry, endpoints: list[Endpoint], count: int) -> list[str]:
-    """Pick and reserve ``count`` times, as requests do that come at once."""
-    found = []
-    for _ in range(count):
-        best = chosen.rank(endpoints, REQUEST, 1)[0]
-        registry.reserve(best)
-        found.append(best.id)
-    return found
-
-
-class RoundRobinTest(unittest.TestCase):
-    def test_each_in_turn_whatever_the_load(self) -> None:
-        registry, endpoints = build({"waiting": 50}, None, {"kv_usage": 1.0})
-        self.assertEqual(
-            picks(strategy("round_robin"), registry, endpoints, 7), ["d0", "d1", "d2", "d0", "d1", "d2", "d0"]
-        )
-
-    def test_the_rest_follow_in_order(self) -> None:
-        _, endpoints = build(None, None, None)
-        chosen = strategy("round_robin")
-        self.assertEqual(ids(chosen.rank(endpoints, REQUEST, 3)), ["d0", "d1", "d2"])
-        self.assertEqual(ids(chosen.rank(endpoints, REQUEST, 2)), ["d1", "d2"])
-        self.assertEqual(ids(chosen.rank(endpoints, REQUEST, 9)), ["d2", "d0", "d1"])
-
-    def test_a_fleet_that_shrinks(self) -> None:
-        _, endpoints = build(None, None, None)
-        chosen = strategy("round_robin")
-        for size in (3, 3, 3, 1, 2, 1):
-            self.assertEqual(len(chosen.rank(endpoints[:size], REQUEST, size)), size)
-
-
-class LeastLoadTest(unittest.TestCase):
-    def rank(self, *loads: dict[str, Any] | None) -> list[str]:
-        _, endpoints = build(*loads)
-        return ids(strategy("least_load").rank(endpoints, REQUEST, len(endpoints)))
-
-    def test_fewest_waiting_first(self) -> None:
-        self.assertEqual(self.rank({"waiting": 3}, {"waiting": 1}, {"waiting": 2}), ["d1", "d2", "d0"])
-
-    def test_waiting_counts_before_running(self) -> None:
-        self.assertEqual(self.rank({"waiting": 1}, {"running": 90}), ["d1", "d0"])
-
-    def test_fewest_running_among_equally_many_waiting(self) -> None:
-        self.assertEqual(self.rank({"running": 3}, {"running": 1}, {"running": 2}), ["d1", "d2", "d0"])
-
-    def test_cache_and_latency_do_not_matter(self) -> None:
-        self.assertEqual(self.rank({"kv_usage": 1.0, "latency": 9.0}, {"running": 1}), ["d0", "d1"])
-
-    def test_what_was_sent_since_the_scrape_counts(self) -> None:
-        registry, endpoints = build({"waiting": 0}, {"waiting": 2})
-        self.assertEqual(
-            collections.Counter(picks(strategy("least_load"), registry, endpoints, 10)), {"d0": 6, "d1": 4}
-        )
-
-    def test_an_idle_fleet_is_used_evenly(self) -> None:
-        _, endpoints = build(None, None, None)
-        chosen = strategy("least_load")
-        first = [chosen.rank(endpoints, REQUEST, 1)[0].id for _ in range(30)]
-        self.assertEqual(collections.Counter(first), {"d0": 10, "d1": 10, "d2": 10})
-
-
-class WeightedTest(unittest.TestCase):
-    def rank(self, *loads: dict[str, Any] | None, **weights: float) -> list[str]:
-        _, endpoints = build(*loads)
-        return ids(strategy("weighted", **weights).rank(endpoints, REQUEST, len(endpoints)))
-
-    def only(self, name: str) -> dict[str, float]:
-        return {"load_weight": 0.0, "kv_cache_weight": 0.0, "latency_weight": 0.0, name: 1.0}
-
-    def test_each_term_alone(self) -> None:
-        loads: list[dict[str, Any]] = [
-            {"running": 1, "kv_usage": 0.9, "latency": 0.5},
-            {"running": 2, "kv_usage": 0.1, "latency": 0.9},
-            {"running": 3, "kv_usage": 0.5, "latency": 0.1},
-        ]
-        self.assertEqual(self.rank(*loads, **self.only("load_weight")), ["d0", "d1", "d2"])
-        self.assertEqual(self.rank(*loads, **self.only("kv_cache_weight")), ["d1", "d2", "d0"])
-        self.assertEqual(self.rank(*loads, **self.only("latency_weight")), ["d2", "d0", "d1"])
-
-    def test_the_score_is_the_documented_sum(self) -> None:
-        _, endpoints = build(
-            {"running": 8, "waiting": 2, "kv_usage": 0.5, "latency": 0.2},
-            {"running": 5, "kv_usage": 0.8, "latency": 0.1},
-        )
-        chosen = strategy("weighted")
-        scores = chosen.scores(endpoints, REQUEST)
-        self.assertAlmostEqual(scores[0], 0.5 * 10 / 10 + 0.3 * 0.5 + 0.2 * 0.2 / 0.2)
-        self.assertAlmostEqual(scores[1], 0.5 * 5 / 10 + 0.3 * 0.8 + 0.2 * 0.1 / 0.2)
-
-    def test_no_latency_yet_counts_as_the_mean(self) -> None:
-        ranked = self.rank(
-            {"latency": 0.1}, {"latency": 0.3}, {"latency": None}, **self.only("latency_weight")
-        )
-        self.assertEqual(ranked, ["d0", "d2", "d1"])
-
-    def test_nothing_known_at_all(self) -> None:
-        self.assertEqual(sorted(self.rank(None, None, {"latency": 0.0})), ["d0", "d1", "d2"])
-
-    def test_a_pick_does_not_remember_the_one_before(self) -> None:
-        _, endpoints = build({"latency": 100.0, "running": 99}, {"latency": 0.2}, {"latency": 0.1})
-        chosen = strategy("weighted", **self.only("latency_weight"))
-        chosen.rank(endpoints, REQUEST, 1)
-        chosen.rank(endpoints[1:], REQUEST, 1)
-        self.assertAlmostEqual(chosen.scores(endpoints[1:], REQUEST)[0], 1.0)
 
 
 class InvariantsTest(unittest.TestCase):

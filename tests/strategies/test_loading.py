@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from tests.strategies.fleet import REQUEST, build, ids
+from tests.support.strategies import REQUEST, build, ids
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy, load_strategy, strategy_names

@@ -1,7 +1,7 @@
 import collections
 import unittest
 
-from tests.strategies.fleet import REQUEST, build, ids
+from tests.support.strategies import REQUEST, build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.strategies.power_of_two import PowerOfTwo
 

@@ -1,6 +1,6 @@
 import unittest
 
-from tests.strategies.fleet import build, ids
+from tests.support.strategies import build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies.prefix_cache import _MAX_EXTRA_REQUESTS, _MIN_CACHED_SHARE, PrefixCache

@@ -6,7 +6,7 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.strategies.fleet import REQUEST, build, ids
+from tests.support.strategies import REQUEST, build, ids
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.request.context import RequestContext

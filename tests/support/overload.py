@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from tests.integration.conftest import ready
-from tests.support.processes import Answer, Client, Process, Stack, spawned, until
+from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 
 # An instance that is held up stays healthy: its probes wait as long as it takes.
@@ -61,16 +60,9 @@ class Overload:
             await self.until_waiting(number)
         return tasks
 
-    @contextmanager
-    def held(self, *names: str) -> Iterator[None]:
-        """Stop instances while the block runs; they take connections and do not answer."""
-        for name in names:
-            self.fleet.kill(name, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for name in names:
-                self.fleet.kill(name, signal.SIGCONT)
+    def held(self, *names: str) -> AbstractContextManager[None]:
+        """Hold instances up while the block runs."""
+        return self.client.frozen(*names)
 
     async def prompts_at(self, name: str) -> list[str]:
         """Return the prompts that an instance got, in the order in which it did."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 import json
 import os
@@ -12,8 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,42 +20,47 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
 from vllm_pd_scheduler.sim.fleet import Fleet
 
-
-def _own_ports() -> Iterator[int]:
-    """Ports that no other test process takes, below those that the kernel gives to clients."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    start, size = 12_000 + worker % 5 * 4_000, 4_000
-    first = os.getpid() * 500 % size  # another run beside this one starts elsewhere
-    return itertools.cycle(start + (first + number) % size for number in range(size))
+# Tests that make an instance fail must find it in its turn afterwards.
+NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}
 
 
-_ports = _own_ports()
+def _all_ports() -> Iterator[int]:
+    """Ports below those that the kernel gives to clients, round and round; each process begins elsewhere."""
+    first, size = 12_000, 20_000
+    return (first + (os.getpid() * 97 + number) % size for number in itertools.count())
+
+
+_ports = _all_ports()
+_claims: deque[socket.socket] = deque()
+"""Other test processes leave a port alone while this one has it for UDP."""
 
 
 def unused_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, others at each call.
+    """Return ports that nobody listens on, others at each call, and others than test processes beside this.
 
     Not those that the kernel would choose: Envoy shares its ports (SO_REUSEPORT), so two that were given
     the same by chance would both start, and answer each other's clients.
     """
     found: list[int] = []
     while len(found) < count:
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port := next(_ports)))
-            found.append(port)
+        address = ("127.0.0.1", next(_ports))
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            claim.bind(address)
+            with socket.socket() as probe:
+                probe.bind(address)
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        found.append(address[1])
+    while len(_claims) > 200:  # whoever had those has ended
+        _claims.popleft().close()
     return found
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10.0) -> float:
-    """Wait until a condition holds; return how long that took, in seconds."""
-    start = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - the event is in another process
-            await asyncio.sleep(0.01)
-    return time.monotonic() - start
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Process:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 15.0) -> int:
+    def wait(self, seconds: float = HUNG_S) -> int:
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
@@ -138,7 +141,8 @@ class Stack:
 
     def write_config(self, config: dict[str, Any]) -> Path:
         path = self.directory / "scheduler_config.json"
-        defaults = {"health_check_interval": 0.5, "health_check_timeout": 1.0, "drain_timeout": 10.0}
+        # A probe waits so long that an instance which only lacks CPU is not taken for one that hangs.
+        defaults = {"health_check_interval": 0.5, "health_check_timeout": 10.0, "drain_timeout": 10.0}
         path.write_text(json.dumps({**defaults, **config}))
         return path
 
@@ -225,11 +229,38 @@ class Client:
 
         await until(reached)
 
+    async def until_freed(self) -> None:
+        """Wait until no prefill instance holds blocks for a hand-off, and none by the end of its lease."""
+
+        async def total(what: Callable[[Any], int]) -> int:
+            return sum([what(await self.json(each.url + "/_sim/stats")) for each in self.fleet.prefill])
+
+        async def expired() -> int:
+            return await total(lambda stats: stats["hand_offs"].get("expired", 0))
+
+        async def freed() -> bool:
+            return await total(lambda stats: stats["pinned"]) == 0
+
+        before = await expired()
+        await until(freed)
+        assert await expired() == before, "nobody freed it"
+
     async def fault(self, instance_id: str, **fault: Any) -> None:
         """Make a simulated instance misbehave; with no arguments, behave."""
         url = self.fleet[instance_id].url + "/_sim/fault"
         async with self.session.post(url, json=fault) as response:
             assert response.status == 200, await response.text()
+
+    @contextmanager
+    def frozen(self, *instance_ids: str) -> Iterator[None]:
+        """Stop instances while the block runs; they take connections and do not answer."""
+        for instance_id in instance_ids:
+            self.fleet.kill(instance_id, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for instance_id in instance_ids:
+                self.fleet.kill(instance_id, signal.SIGCONT)
 
     async def seen(self, instance_id: str) -> list[dict[str, Any]]:
         """Return the requests that a simulated instance got, oldest first."""
@@ -268,6 +299,19 @@ class Client:
                 name = f"{cluster['name']} {address['address']}:{address['port_value']}"
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
+
+
+async def ready(client: Client, process: Process) -> None:
+    """Wait until Envoy says that a P and a D can serve."""
+
+    async def healthy() -> bool:
+        assert process.process.poll() is None, process.output
+        try:
+            return (await client.send("GET", "/health")).status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    await until(healthy)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.instances import Instance, Pair
+from tests.support.real_vllm import Instance, Pair
 
 _BESIDE = Path(__file__).parents[3] / "shared" / "vllm" / "run_pd_pair.sh"
 SCRIPT = Path(os.environ.get("VLLM_PAIR_SCRIPT", _BESIDE))

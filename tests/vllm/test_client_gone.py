@@ -11,11 +11,14 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.processes import Stack, spawned, until
-from tests.vllm.instances import Pair, aggregated, completion, post, ready
+from tests.support.processes import Stack, spawned
+from tests.support.real_vllm import Pair, aggregated, completion, post, ready
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.vllm
 
+LEASE_S = 30.0
+"""How long P keeps a hand-off that nobody frees. What is waited for less long was freed."""
 HANDOFF = 0.003
 """What one prompt of these tests pins at most, as a share of P's KV cache."""
 
@@ -56,14 +59,14 @@ async def test_one_that_leaves_before_decode_has_read_the_request(
         async with _client(stack, completion(f"left-{stream}", stream=stream, max_tokens=200)):
             await until(lambda: _with_decode(stack))
             assert await pair.prefill.kv_usage() > 0
-    await pair.prefill.freed(5)
+    await pair.prefill.freed(LEASE_S * 0.7)
     await _still_right(stack, f"after-left-{stream}")
 
 
 async def test_one_that_leaves_at_any_moment(stack: Stack, pair: Pair) -> None:
     """Few find the moment in which nobody can tell: the scheduler has answered, and Envoy not read it."""
     await ready(stack)
-    await pair.prefill.freed(35)  # of what other tests left
+    await pair.prefill.freed(LEASE_S + 5)  # of what other tests left
     for milliseconds in range(0, 200, 4):
         async with _client(stack, completion(f"any-{milliseconds}", max_tokens=200)):
             await asyncio.sleep(milliseconds / 1000)
@@ -71,5 +74,5 @@ async def test_one_that_leaves_at_any_moment(stack: Stack, pair: Pair) -> None:
     async def nearly_free() -> bool:
         return await pair.prefill.kv_usage() <= 3 * HANDOFF
 
-    await until(nearly_free, 5)
+    await until(nearly_free, LEASE_S * 0.7)
     await _still_right(stack, "after-any")

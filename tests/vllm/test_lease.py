@@ -15,8 +15,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.processes import Answer, Stack, spawned, until
-from tests.vllm.instances import Instance, Pair, aggregated, completion, post, ready
+from tests.support.processes import Answer, Stack, spawned
+from tests.support.real_vllm import Instance, Pair, aggregated, completion, post, ready
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.vllm
 
@@ -177,4 +178,4 @@ async def test_a_decode_instance_that_dies_before_the_first_byte(
     for answer in answers:
         assert answer.headers["x-pd-decode"] == "other-d"
         assert "x-pd-prefill" not in answer.headers
-    await pair.prefill.freed(5)  # by the release: its lease is 30 s
+    await pair.prefill.freed(20)  # by the release: its lease is 30 s

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import Stack, spawned, until
-from tests.vllm.instances import AGGREGATED, Pair, completion, post, ready
+from tests.support.processes import Stack, spawned
+from tests.support.real_vllm import AGGREGATED, Pair, completion, post, ready
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.vllm
 

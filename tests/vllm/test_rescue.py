@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Stack, spawned
-from tests.vllm.instances import Pair, aggregated, completion, post, ready
+from tests.support.real_vllm import Pair, aggregated, completion, post, ready
 
 pytestmark = pytest.mark.vllm
 

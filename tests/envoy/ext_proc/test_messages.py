@@ -6,7 +6,7 @@ import unittest
 import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
-from tests.envoy.ext_proc import fleet
+from tests.support import ext_proc as fleet
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, decode, encode
 from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Continue, Message, Phase, StreamError
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES, BadMessage

@@ -10,8 +10,8 @@ from unittest import mock
 import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
-from tests.envoy.ext_proc import fleet
-from tests.support.processes import until
+from tests.support import ext_proc as fleet
+from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.ext_proc import server as server_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
@@ -83,7 +83,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
                 await call
         self.assertEqual(fleet.in_flight(self.router), 0)
         self.assertEqual(self.service.open_streams, 0)
-        self.assertEqual(self.router.body_memory.total, 0)
+        self.assertEqual(self.router.body_memory.used, 0)
         self.assertEqual([e.pending_handoffs for e in self.router.registry if e.pending_handoffs], [])
 
 
@@ -222,7 +222,7 @@ class RealCallTest(Case):
                 async with asyncio.timeout(5):
                     self.assertIs(await call.code(), code)
                 await self.no_streams()
-                self.assertEqual(self.router.body_memory.total, 0)
+                self.assertEqual(self.router.body_memory.used, 0)
 
     async def test_a_large_body_is_read(self) -> None:
         call = self.open()

@@ -4,7 +4,7 @@ import unittest
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from tests.envoy.ext_proc import fleet
+from tests.support import ext_proc as fleet
 from vllm_pd_scheduler.envoy.ext_proc.stream import (
     Answer,
     Continue,

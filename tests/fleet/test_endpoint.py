@@ -2,7 +2,7 @@
 
 import unittest
 
-from tests.fleet.test_registry import BLOCKS, D, P, instance, loaded, prompt
+from tests.support.registry import BLOCKS, D, P, instance, loaded, prompt
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import MetricsSnapshot
 

@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.support.processes import Answer, Stack, until
+from tests.support.processes import Answer, Stack
+from tests.support.waiting import until
 from vllm_pd_scheduler.health.vllm_metrics import parse_metrics
 
 MODEL = "tiny"
@@ -63,13 +64,13 @@ class Instance:
         lines = [line for line in page.splitlines() if line.startswith(name)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if "external_kv_transfer" in line)
 
-    async def freed(self, seconds: float) -> float:
-        """Wait until its KV cache pins nothing; return how long that took."""
+    async def freed(self, seconds: float) -> None:
+        """Wait until its KV cache pins nothing, for less long than its lease if a call must have freed it."""
 
         async def empty() -> bool:
             return await self.kv_usage() == 0
 
-        return await until(empty, seconds)
+        await until(empty, seconds)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ async def ready(stack: Stack) -> None:
         except aiohttp.ClientConnectionError:
             return False
 
-    await until(healthy, 30)
+    await until(healthy)
 
 
 def completion(name: str, **more: Any) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.strategies import Strategy, load_strategy
 
 REQUEST = RequestContext("/v1/completions", model="m")
 
@@ -25,6 +27,20 @@ def build(*loads: dict[str, Any] | None) -> tuple[Registry, list[Endpoint]]:
 
 def ids(endpoints: list[Endpoint]) -> list[str]:
     return [endpoint.id for endpoint in endpoints]
+
+
+def strategy(name: str, **weights: float) -> Strategy:
+    return load_strategy(name)(SchedulerConfig(strategy=name, **weights))
+
+
+def picks(chosen: Strategy, registry: Registry, endpoints: list[Endpoint], count: int) -> list[str]:
+    """Pick and reserve ``count`` times, as requests do that come at once."""
+    found = []
+    for _ in range(count):
+        best = chosen.rank(endpoints, REQUEST, 1)[0]
+        registry.reserve(best)
+        found.append(best.id)
+    return found
 
 
 counts = st.integers(0, 1000)

@@ -1,12 +1,16 @@
 """What becomes of a request whose prefill fails, with a prefill leg that is no I/O."""
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
+from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, Case, D, P, answer
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
+from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
 
 
@@ -241,3 +245,27 @@ class SlowFleetTest(Case):
             in_flight.settle(0.0)
         self.assertTrue(d0.ejected)
         self.assertEqual(forward.first_byte_timeout, 2.0)
+
+
+class OnPrefillFailureTest(InFlightCase):
+    async def reject(self) -> Reject:
+        raw = json.dumps(BODY).encode()
+        outcome = await self.router.route({":method": "POST", ":path": "/v1/completions"}, raw)
+        assert isinstance(outcome, Reject), outcome
+        return outcome
+
+    async def test_fail(self) -> None:
+        self.router = self.start(on_prefill_failure="fail")
+        for endpoint in self.router.registry.endpoints(InstanceRole.PREFILL):
+            self.router.drain_instance(endpoint.id)
+        outcome = await self.reject()
+        self.assertEqual((outcome.status, outcome.reason), (503, "no_prefill"))
+        self.assertIn("retry-after", outcome.headers)
+
+    async def test_local_for_a_share_of_the_requests(self) -> None:
+        self.router = self.start(max_local_prefill_share=0.02)
+        for endpoint in self.router.registry.endpoints(InstanceRole.PREFILL):
+            self.router.drain_instance(endpoint.id)
+        for _ in range(2):
+            self.assertIsNone((await self.forward()).pending)
+        self.assertEqual((await self.reject()).status, 503)

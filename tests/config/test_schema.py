@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from unittest import mock
 
 from pydantic import ValidationError
 
+from tests.support.config import ConfigCase, decode, fleet
 from vllm_pd_scheduler.config import (
     ConfigError,
     SchedulerConfig,
@@ -26,44 +26,7 @@ SECRET = "sk-do-not-show"
 STRATEGIES = ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")
 
 
-def fleet(**more: Any) -> dict[str, Any]:
-    """The smallest valid configuration, and what a test adds to it."""
-    return {
-        "prefill_instances": [{"id": "p0", "host": "10.0.0.1", "port": 8100}],
-        "decode_instances": [{"id": "d0", "host": "10.0.0.2", "port": 8200}],
-        **more,
-    }
-
-
-def decode(**more: Any) -> dict[str, Any]:
-    """A configuration whose one decode instance is changed."""
-    return fleet(decode_instances=[{"id": "d0", "host": "10.0.0.2", "port": 8200, **more}])
-
-
-class Case(unittest.TestCase):
-    def setUp(self) -> None:
-        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-    def write(self, content: str | bytes, name: str = "config.json") -> Path:
-        path = self.directory / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    def problems(self, raw: Any) -> list[str]:
-        with self.assertRaises(ConfigError) as caught:
-            parse_config(raw, "c.json")
-        self.assertEqual(
-            str(caught.exception).splitlines(), [f"c.json: {each}" for each in caught.exception.problems]
-        )
-        return caught.exception.problems
-
-    def assertOneProblem(self, raw: Any, pattern: str) -> None:
-        problems = self.problems(raw)
-        self.assertEqual(len(problems), 1, problems)
-        self.assertRegex(problems[0], pattern)
-
-
-class DefaultsTest(Case):
+class DefaultsTest(ConfigCase):
     def test_defaults_are_those_of_the_documented_table(self) -> None:
         config = parse_config(fleet())
         table = {
@@ -114,7 +77,7 @@ class DefaultsTest(Case):
             parse_config(fleet()).strategy = "weighted"  # type: ignore[misc]
 
 
-class MistakesTest(Case):
+class MistakesTest(ConfigCase):
     """One clear line for each mistake."""
 
     def test_each(self) -> None:
@@ -289,40 +252,7 @@ class MistakesTest(Case):
                 self.assertEqual(self.problems(raw), [f"must be a JSON object, not {kind}"])
 
 
-class FileTest(Case):
-    def assertRefused(self, path: Path, pattern: str) -> None:
-        with self.assertRaises(ConfigError) as caught:
-            load_config(path)
-        self.assertEqual(len(caught.exception.problems), 1, caught.exception.problems)
-        self.assertRegex(caught.exception.problems[0], pattern)
-        self.assertTrue(str(caught.exception).startswith(f"{path}: "))
-
-    def test_a_file_that_cannot_be_read(self) -> None:
-        self.assertRefused(self.directory / "none.json", r"^cannot be read: No such file")
-        self.assertRefused(self.directory, r"^cannot be read: Is a directory")
-
-    def test_a_file_that_is_not_json(self) -> None:
-        cases: list[tuple[str | bytes, str]] = [
-            ("", r"^line 1, column 1: not valid JSON: "),
-            ('{\n  "strategy": least_load\n}', r"^line 2, column 15: not valid JSON: "),
-            ('{"max_retries": 3,}', r"^line 1, column \d+: not valid JSON: "),
-            (b'{"strategy": "\xff"}', r"UTF-8"),
-            ("[" * 100_000, r"."),
-            ('{"strategy": "weighted", "strategy": "least_load"}', r"^strategy: this key is given twice$"),
-            ('{"max_retries": ' + "1" * 5000 + "}", r"^a number in it has too many digits$"),
-        ]
-        for content, pattern in cases:
-            with self.subTest(content[:40]):
-                self.assertRefused(self.write(content), pattern)
-
-    def test_a_byte_order_mark_does_no_harm(self) -> None:
-        self.assertEqual(load_config(self.write("\ufeff" + json.dumps(fleet()))), parse_config(fleet()))
-
-    def test_a_string_path_does_as_well(self) -> None:
-        self.assertEqual(load_config(str(self.write(json.dumps(fleet())))), parse_config(fleet()))
-
-
-class SecretsTest(Case):
+class SecretsTest(ConfigCase):
     def keys(self, raw: dict[str, Any]) -> list[str | None]:
         return [instance.api_key for instance in parse_config(raw).instances()]
 
@@ -402,10 +332,6 @@ class SecretsTest(Case):
             with self.subTest(host):
                 self.assertTrue(is_loopback(host))
                 parse_config(fleet(admin_host=host))
-
-
-if __name__ == "__main__":
-    unittest.main()
 
 
 class SecretTest(unittest.TestCase):

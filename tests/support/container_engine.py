@@ -19,7 +19,7 @@ from pathlib import Path
 import docker
 from docker.errors import DockerException
 
-from tests.deploy.compose_file import ROOT
+from tests.support.compose_file import ROOT
 
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""

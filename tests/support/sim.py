@@ -1,8 +1,6 @@
 """A client that speaks to simulated instances."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -67,10 +65,3 @@ class Client:
         found = [line for line in lines if line.startswith(name + "{") and label in line]
         assert len(found) == 1, (name, found)
         return float(found[0].rsplit(" ", 1)[1])
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - the event is in another process
-            await asyncio.sleep(0.005)

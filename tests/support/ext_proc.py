@@ -1,4 +1,4 @@
-"""A router whose prefill leg is no I/O, and forwards as it makes them."""
+"""A router whose prefill leg is no I/O, and what it decides, for tests of ext_proc messages."""
 
 import asyncio
 import json
