@@ -390,7 +390,7 @@ async def test_a_drain_serves_those_that_wait(stacks: Open) -> None:
 
 
 async def test_a_drain_refuses_those_that_cannot_be_served_in_time(stacks: Open) -> None:
-    async with stacks(**ONE_AT_A_TIME, drain_timeout=2.0) as (load, process):
+    async with stacks(**ONE_AT_A_TIME, drain_timeout=5.0) as (load, process):
         with load.held("prefill-0"):
             first = load.ask("first")
             await load.client.until_in_flight(1)
