@@ -194,7 +194,6 @@ class HealthTest(Case):
 class AccessLogTest(Case):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
-        self.enterContext(mock.patch.object(access_log, "SETTLE_S", 0.0))
         self.channel = await self.serve(listen_on_socket, self.path)
 
     def message(self, count: int, status: int = 500) -> bytes:
@@ -221,7 +220,8 @@ class AccessLogTest(Case):
         for count, (status, failure) in enumerate(((500, Failure.STATUS), (0, Failure.LEFT)), 1):
             await call.write(self.message(1, status))
             await self.until_told(count)
-            self.assertEqual(self.attempts[-1], FailedAttempt("10.0.0.1:8000", failure, "id-1"))
+            expected = FailedAttempt("10.0.0.1:8000", failure, "id-1", status=status)
+            self.assertEqual(self.attempts[-1], expected)
         await call.write(self.message(MAX_ENTRIES))
         await self.until_told(2 + MAX_ENTRIES)
         await call.done_writing()
