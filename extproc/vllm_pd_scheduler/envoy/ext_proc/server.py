@@ -15,6 +15,9 @@ from .stream import Reply, Route, State, Stream, StreamError
 
 log = logging.getLogger(__name__)
 
+GIVE_WAY_BYTES = 1 << 20
+"""To copy a message of this size takes up to a millisecond."""
+
 
 class ExtProcService:
     """Serves ``envoy.service.ext_proc.v3.ExternalProcessor``: one stream for each HTTP request."""
@@ -65,18 +68,25 @@ class ExtProcService:
         data = await context.read()
         if data is grpc.aio.EOF:
             return False
+        await _give_way(len(data))
         message = decode(data)
         del data
         action, size = stream.receive(message), message.body_size
+        del message
         reply: Reply
         if size and not hold.resize(size):
             reply = stream.refused(self._router.no_memory(size))
         elif isinstance(action, Route):
-            reply = stream.routed(await self._router.route(action.headers, action.body))
+            reply = stream.routed(await self._router.route(action.headers, action.take_body()))
         else:
             reply = action
         try:
-            await context.write(encode(reply))
+            await _give_way(size)
+            data = encode(reply)
+            if stream.forward is not None:
+                stream.forward.body = None
+            await _give_way(len(data))
+            await context.write(data)
         except asyncio.CancelledError:
             if isinstance(action, Route) and stream.forward is not None:
                 self._router.in_flight.unused(stream.forward)  # the client left: Envoy does not take it
@@ -85,3 +95,9 @@ class ExtProcService:
             stream.sent()
             hold.release()
         return True
+
+
+async def _give_way(size: int) -> None:
+    """Let the event loop do other things before a message of so many bytes is copied once more."""
+    if size > GIVE_WAY_BYTES:
+        await asyncio.sleep(0)
