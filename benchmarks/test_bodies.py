@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import uvloop
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+from tests.support.bodies import SHAPES
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.ext_proc import ExtProcService
@@ -32,68 +34,33 @@ MIB = int(os.environ.get("BODY_MIB", "64"))
 LIMIT = (MIB << 20) + (1 << 20)
 OPTIONS = [("grpc.max_receive_message_length", LIMIT), ("grpc.max_send_message_length", LIMIT)]
 TICK_S = 0.001
-
-
-def filled(head: bytes, unit: bytes, tail: bytes) -> bytes:
-    return head + unit * (((MIB << 20) - len(head) - len(tail)) // len(unit)) + tail
-
-
-def many_fields() -> bytes:
-    return b"{" + b",".join([b'"%06x":0' % number for number in range((MIB << 20) // 11)]) + b"}"
-
-
-USER = b'{"messages":[{"role":"user","content":'
-SHAPES: dict[str, Callable[[], bytes]] = {
-    "text": lambda: filled(b'{"prompt":"', b"word ", b'"}'),
-    "text-in-a-list": lambda: filled(b'{"prompt":["', b"word ", b'"]}'),
-    "wide-text": lambda: filled('{"prompt":"\U0001f600'.encode(), b"word ", b'"}'),
-    "image": lambda: filled(USER + b'[{"type":"image_url","image_url":{"url":"', b"QUJD", b'"}}]}]}'),
-    "token-ids": lambda: filled(b'{"prompt":[1', b",1", b"]}"),
-    "prompts": lambda: filled(b'{"prompt":[""', b',""', b"]}"),
-    "messages": lambda: filled(USER + b'""}', b',{"role":"","content":""}', b"]}"),
-    "parts": lambda: filled(USER + b"[{}", b",{}", b"]}]}"),
-    "tools": lambda: filled(b'{"messages":[{"role":"user"}],"tools":[{}', b',{"b":[]}', b"]}"),
-    "fields": many_fields,
-    "one-field-again": lambda: filled(b'{"n":1', b',"n":1', b"}"),
-    "elements": lambda: filled(b'{"a":[[]', b",[]", b"]}"),
-    "objects": lambda: filled(b'{"a":[{}', b',{"":0}', b"]}"),
-    "nesting": lambda: filled(b'{"a":[[]', b"," + b"[" * 190 + b"]" * 190, b"]}"),
-    "escapes": lambda: filled(b'{"prompt":"', b'\\"\\\\', b'"}'),
-    "letters": lambda: filled(b'{"prompt":"', b"\\u006b", b'"}'),
-    "number": lambda: filled(b'{"a":1', b"0", b"}"),
-    "space": lambda: filled(b'{"a":1', b" ", b"}"),
-    "not-json": lambda: filled(b'{"a":[', b"[", b"}"),
-    "hand-off": lambda: filled(b'{"kv_transfer_params":1,"a":[""', b',["b"]', b"]}"),
-    "hand-offs": lambda: filled(b'{"a":1', b',"kv_transfer_params":1', b"}"),
+PARAMS = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e",
+    "remote_block_ids": [[1]],
+    "remote_host": "h",
+    "remote_port": 1,
+    "remote_request_id": "r",
 }
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "benchmarks.test_bodies"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/other"], ids=["split", "passed"])
 def test_body(benchmark: Any, shape: str, path: str) -> None:
-    command = [sys.executable, __file__, shape, path]
-
     def measure() -> dict[str, float]:
-        return dict(json.loads(subprocess.check_output(command)))
+        return dict(json.loads(subprocess.check_output([*COMMAND, shape, path], cwd=ROOT)))
 
     measured = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info.update(measured)
-    print("\n%-16s %-16s" % (shape, path), ", ".join(f"{key} {value}" for key, value in measured.items()))
+    print(f"\n{shape:20} {path:16}", ", ".join(f"{key} {value}" for key, value in measured.items()))
 
 
-class Prefill:
-    """Answers each prefill leg as vLLM does, after a moment."""
-
-    PARAMS = {
-        "do_remote_prefill": True, "remote_engine_id": "e", "remote_block_ids": [[1]], "remote_port": 1,
-        "remote_host": "h", "remote_request_id": "r",
-    }  # fmt: skip
-
-    async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
-    ) -> PrefillAnswer:
-        await asyncio.sleep(0.05)
-        return PrefillAnswer(200, "application/json", json.dumps({"kv_transfer_params": self.PARAMS}).encode())
+async def prefill(endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes) -> PrefillAnswer:
+    """Answer as vLLM does, after a moment."""
+    await asyncio.sleep(0.05)
+    return PrefillAnswer(200, "application/json", json.dumps({"kv_transfer_params": PARAMS}).encode())
 
 
 def kib(name: str) -> int:
@@ -107,7 +74,7 @@ async def serve(shape: str, path: str) -> None:
     On a machine that does other things too, the loop is later than by what it has itself been busy with.
     """
     return_large_blocks()
-    router = PDRouter(SchedulerConfig(strategy="prefix_cache"), prefill_leg=Prefill())
+    router = PDRouter(SchedulerConfig(strategy="prefix_cache"), prefill_leg=prefill)
     for role in InstanceRole:
         router.registry.probed(router.registry.add(PDInstance(role, role, "127.0.0.1", 1)), None)
     service = ExtProcService(router)
@@ -128,7 +95,7 @@ async def serve(shape: str, path: str) -> None:
     ticking = asyncio.ensure_future(tick())
     start = time.perf_counter()
     client = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "send", str(port), shape, path, stdout=subprocess.PIPE
+        *COMMAND, "send", str(port), shape, path, cwd=ROOT, stdout=subprocess.PIPE
     )
     answer, _ = await client.communicate()
     took = time.perf_counter() - start
@@ -150,7 +117,7 @@ async def serve(shape: str, path: str) -> None:
 async def send(port: str, shape: str, path: str) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
         call = channel.stream_stream(f"/{SERVICE}/Process")()
-        request, body = pb.ProcessingRequest(), SHAPES[shape]()
+        request, body = pb.ProcessingRequest(), SHAPES[shape](MIB << 20)
         for name, value in ((":method", "POST"), (":path", path), ("content-length", str(len(body)))):
             request.request_headers.headers.headers.add(key=name, raw_value=value.encode())
         await call.write(request.SerializeToString())

@@ -98,7 +98,7 @@ class _Walked(NamedTuple):
     prompt: Value | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class JsonBody:
     """A JSON object, split at its top level.
 

@@ -93,8 +93,9 @@ def _first_suspect(body: bytes) -> Steps[int]:
 def _search(pattern: re.Pattern[bytes], text: JsonText, at: int) -> Steps[re.Match[bytes] | None]:
     """Return the first match that begins at ``at`` or later."""
     while at < len(text.text):
-        found = pattern.search(text.text, at, at + STEP_BYTES + _LONGEST_SPELLING)
-        if text.spend(STEP_BYTES if found is None else found.end() - at):
+        stop = min(at + STEP_BYTES + _LONGEST_SPELLING, len(text.text))
+        found = pattern.search(text.text, at, stop)
+        if text.spend((stop if found is None else found.end()) - at):
             yield
         if found is not None:
             return found

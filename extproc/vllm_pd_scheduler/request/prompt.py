@@ -130,21 +130,18 @@ def _hashed(body: JsonBody, kind: str, pieces: Pieces, tokens: int | None = None
 
 def _chunks(pieces: Pieces) -> Pieces:
     """Join pieces to whole blocks; only the last chunk may have less."""
-    held: list[bytes] = []
-    size = 0
+    held = bytearray()
     for piece in pieces:
         if piece is None:
             yield None
             continue
-        held.append(piece)
-        size += len(piece)
-        if size >= _CHUNK_BYTES:
-            joined = b"".join(held)
-            whole = size - size % BLOCK_BYTES
-            yield joined[:whole]
+        held += piece
+        if len(held) >= _CHUNK_BYTES:
+            whole = len(held) - len(held) % BLOCK_BYTES
+            yield bytes(held[:whole])
             yield None
-            held, size = [joined[whole:]], size - whole
-    yield b"".join(held)
+            del held[:whole]
+    yield bytes(held)
 
 
 def _name(body: JsonBody, key: str) -> str | None:
