@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.support.bodies import REFUSED
 from tests.support.processes import Answer, Client
 from tests.support.waiting import until
 
@@ -17,11 +19,58 @@ BODY = {"prompt": "Where is the cache?", "max_tokens": 8}
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'"text"', b"null", b'{"prompt": "x",}', b"\xff\xfe{\x00}\x00", b'{"prompt": NaN}'],
+    [b"", b"{", b"[]", b'"text"', b"null", b'{"prompt": "x",}', b"\xff\xfe{\x00}\x00", b'{"prompt": nan}'],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_broken_bodies(client: Client, path: str, body: bytes) -> None:
     answer = await client.post(path, body)
+    assert (answer.status, answer.error["type"]) == (400, "BadRequestError")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("head", "tail"),
+    [
+        (b"\xef\xbb\xbf{", b"}"),
+        (b"{", b', "x": [NaN, -Infinity]}'),
+        (b"{", b', "x": {"\\ud800": "\\udc00"}}'),
+        (b'{"\xed\xa0\x80": 1, ', b"}"),
+    ],
+    ids=["BOM", "NaN", "surrogates", "raw surrogate"],
+)
+async def test_what_json_does_not_know_and_vllm_reads(
+    client: Client, path: str, head: bytes, tail: bytes
+) -> None:
+    """Split, with the same answer as without it."""
+    fields = json.dumps({**BODY, "messages": [{"role": "user", "content": "Where?"}]}).encode()
+    plain = await client.post(path, fields)
+    odd = await client.post(path, head + fields[1:-1] + tail)
+    assert (odd.status, odd.text) == (200, plain.text)
+    assert odd.headers["x-pd-prefill"]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "prompt", "messages", "n"])
+async def test_nan_is_vllms_to_refuse(client: Client, name: str) -> None:
+    fields = {**BODY, "messages": [{"role": "user", "content": "Where?"}], name: float("nan")}
+    answer = await client.post("/v1/chat/completions" if name == "messages" else "/v1/completions", fields)
+    assert (answer.status, answer.error["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("prompt", ["Where is the cache?", [1, 2, 3], "long " * 10_000, list(range(9_000))])
+async def test_one_prompt_in_a_list_is_split(client: Client, prompt: Any) -> None:
+    plain, listed = [await client.complete(prompt=each) for each in (prompt, [prompt])]
+    if len(prompt) < 9_000:
+        assert plain.text == listed.text
+        assert listed.headers["x-pd-prefill"]
+    assert plain.status == listed.status
+    several = await client.complete(prompt=[prompt, prompt])
+    assert "x-pd-prefill" not in several.headers
+
+
+@pytest.mark.parametrize("shape", REFUSED)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_bodies_that_are_cheap_to_send(client: Client, path: str, shape: str) -> None:
+    answer = await client.post(path, REFUSED[shape](1 << 20))
     assert (answer.status, answer.error["type"]) == (400, "BadRequestError")
 
 

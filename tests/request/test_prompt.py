@@ -8,15 +8,36 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.request.body import BodyError, JsonBody
-from vllm_pd_scheduler.request.prompt import BLOCK_BYTES, MAX_BYTES, MEDIA_BYTES, Prompt, read_prompt
+from vllm_pd_scheduler.request import body as body_module
+from vllm_pd_scheduler.request import prompt as prompt_module
+from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, JsonBody
+from vllm_pd_scheduler.request.errors import BodyError
+from vllm_pd_scheduler.request.json_text import MAX_MEMBERS, finish
+from vllm_pd_scheduler.request.prompt import (
+    BLOCK_BYTES,
+    MAX_ITEMS,
+    MAX_MEDIA,
+    MEDIA_BYTES,
+    Prompt,
+)
 
 LONG = "".join(f"Sentence {number} of a long text. " for number in range(200))
 NOTHING = Prompt(0, None, ())
 
 
+def read_prompt(body: JsonBody) -> Prompt:
+    return finish(prompt_module.read_prompt(body))
+
+
 def read(**fields: Any) -> Prompt:
     return read_prompt(JsonBody.parse(json.dumps({"model": "m", **fields}).encode()))
+
+
+def read_in_steps(**fields: Any) -> Prompt:
+    """Read a prompt of any size as those that are too long to be decoded at once."""
+    raw = json.dumps({"model": "m", **fields}, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    with patch.object(body_module, "AT_ONCE_BYTES", 0), patch.object(prompt_module, "AT_ONCE_BYTES", 20):
+        return read_prompt(JsonBody.parse(raw.encode()))
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> Prompt:
@@ -87,7 +108,7 @@ class TextTest(TestCase):
 
     def test_of_a_huge_prompt_the_first_part_is_read(self) -> None:
         with patch("vllm_pd_scheduler.request.prompt.MAX_BYTES", 5000):
-            prompts = [read(prompt=LONG), read(prompt=[LONG]), chat(user(LONG))]
+            prompts = [read(prompt=LONG), read(prompt=[LONG, LONG]), chat(user(LONG))]
         self.assertEqual(
             [(prompt.size, len(prompt.blocks)) for prompt in prompts], [(5000, 4), (5000, 0), (5000, 4)]
         )
@@ -103,7 +124,7 @@ class TokenIdsTest(TestCase):
     def test_tokens_are_counted_exactly(self) -> None:
         self.assertEqual(read(prompt=list(range(700))).tokens, 700)
         self.assertEqual(read(prompt=[7]).tokens, 1)
-        self.assertEqual(read(prompt=[]), Prompt(0, 0, ()))
+        self.assertEqual(read_in_steps(prompt=list(range(70_000))).tokens, 70_000)
 
     def test_white_space_does_not_matter(self) -> None:
         ids = list(range(2000))
@@ -118,8 +139,13 @@ class TokenIdsTest(TestCase):
         count = shared(read(prompt=ids), read(prompt=[*ids[:cut], other]))
         self.assertEqual(count, 7 * cut // BLOCK_BYTES)
 
+    def test_one_prompt_in_a_list_is_that_prompt(self) -> None:
+        for prompt in (LONG, "short", list(range(3000)), [7], LONG * 10, list(range(70_000))):
+            self.assertEqual(read(prompt=[prompt]), read(prompt=prompt))
+            self.assertEqual(read_in_steps(prompt=[prompt]), read(prompt=prompt))
+
     def test_several_prompts_have_no_blocks(self) -> None:
-        for prompts in ([LONG, LONG], [[1, 2], [3]], [LONG]):
+        for prompts in ([LONG, LONG], [[1, 2], [3]], [], [{}]):
             prompt = read(prompt=prompts)
             self.assertEqual((prompt.tokens, prompt.blocks), (None, ()))
             self.assertGreater(prompt.size, 0)
@@ -205,8 +231,84 @@ class MediaTest(TestCase):
         self.assertEqual(chat(user([part])), chat(user([swapped])))
 
     def test_no_number_of_parts_is_too_large(self) -> None:
-        prompt = chat(user([{}] * 100_000))
-        self.assertEqual(len(prompt.blocks), MAX_BYTES // BLOCK_BYTES)
+        for count in (MAX_MEDIA, MAX_MEDIA + 1, 100_000):
+            prompt = chat(user([{}] * count))
+            self.assertEqual(len(prompt.blocks), MAX_MEDIA * MEDIA_BYTES // BLOCK_BYTES)
+
+
+class LongTest(TestCase):
+    """What is too long to be decoded at once is the same prompt, and shares what it shares."""
+
+    LONGER = LONG * 8  # 50 KB
+
+    @given(messages, st.booleans())
+    def test_a_chat(self, turn: list[dict[str, Any]], with_tools: bool) -> None:
+        tools = [{"type": "function"}, {"name": "f"}] if with_tools else None
+        turn = [*turn, user([{"type": "text", "text": LONG}, "x", {"text": "y"}, {"a": 1}])]
+        self.assertEqual(read_in_steps(messages=turn, tools=tools), read(messages=turn, tools=tools))
+
+    @given(texts)
+    def test_a_text(self, text: str) -> None:
+        self.assertEqual(read_in_steps(prompt=text), read(prompt=text))
+
+    def test_the_next_turn_extends_this_one(self) -> None:
+        call = {"id": "1", "function": {"name": "write", "arguments": self.LONGER}}
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+        turn: list[dict[str, Any]] = [user(LONG)]
+        before = chat(*turn)
+        for more in (
+            user("é" * 30_000),
+            user([{"type": "text", "text": self.LONGER}, image]),
+            {"role": "assistant", "tool_calls": [call, call]},
+            {"role": "tool", "content": self.LONGER, "tool_call_id": "1"},
+            user([LONG, {"type": "text", "text": "\\" * 50_000}]),
+        ):
+            turn.append(more)
+            prompt = chat(*turn)
+            self.assertEqual(prompt.blocks[: len(before.blocks)], before.blocks)
+            self.assertGreater(len(prompt.blocks), len(before.blocks))
+            before = prompt
+
+    def test_what_is_longer_shares_its_beginning(self) -> None:
+        for cut in (AT_ONCE_BYTES - 2000, AT_ONCE_BYTES + 2000):
+            short, long = (read(prompt=self.LONGER[:length]) for length in (cut, len(self.LONGER)))
+            self.assertEqual(shared(short, long), cut // BLOCK_BYTES)
+            short, long = (chat(user(self.LONGER[:length])) for length in (cut, len(self.LONGER)))
+            self.assertEqual(shared(short, long), len(short.blocks))
+
+    def test_large_media_are_told_apart(self) -> None:
+        def image(letter: str) -> dict[str, Any]:
+            return {"type": "image_url", "image_url": {"url": "data:" + letter * 100_000}}
+
+        one, same, other = (chat(user([image(letter), LONG])) for letter in "AAB")
+        self.assertEqual(one, same)
+        self.assertEqual(shared(one, other), 0)
+        self.assertEqual(one.size, chat(user([{"type": "image_url"}, LONG])).size)
+
+    def test_no_list_is_too_long(self) -> None:
+        for prompt in (
+            chat(*([{"role": "u"}] * (MAX_ITEMS + 5))),
+            chat(user([""] * (MAX_ITEMS * 4))),
+            chat(user("x"), tools=[{}] * (MAX_ITEMS * 4)),
+        ):
+            self.assertLessEqual(prompt.size, 4 * MAX_ITEMS)
+            self.assertGreater(prompt.size, MAX_ITEMS)
+
+    def test_what_is_malformed_is_nothing(self) -> None:
+        filler = "x" * AT_ONCE_BYTES
+        for messages in (
+            [{"content": filler}],
+            [{"role": filler, "content": "x"}],
+            [{"role": 1, "content": filler}],
+            [{"role": "user", "content": {"a": filler}}],
+            [{"role": "user", "name": 1, "content": filler}],
+            [filler],
+            [{"role": "u", **dict.fromkeys(map(str, range(MAX_MEMBERS)), filler[:9])}],
+            filler,
+        ):
+            self.assertEqual(read(messages=messages), NOTHING)
+        self.assertEqual(read(prompt=LONG, model=filler), NOTHING)
+        self.assertEqual(read(prompt=LONG, cache_salt=filler), NOTHING)
 
 
 class MalformedTest(TestCase):
@@ -248,7 +350,7 @@ class MalformedTest(TestCase):
             fields["messages"] = listed
         try:
             body = JsonBody.parse(json.dumps(fields).encode())
-        except BodyError:  # NaN or a lone surrogate
+        except BodyError:  # a lone surrogate that is no JSON text
             return
         prompt = read_prompt(body)
         self.assertLessEqual(len(prompt.blocks) * BLOCK_BYTES, prompt.size)

@@ -11,6 +11,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.prediction.load_model import BYTES_PER_TOKEN, OUTPUT_TOKENS, FleetLoad
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.request.json_text import finish
 from vllm_pd_scheduler.request.prompt import BLOCK_BYTES
 from vllm_pd_scheduler.request.reader import MAX_PRIORITY, HeaderError, RequestReader
 
@@ -26,7 +27,7 @@ class RequestReaderTest(unittest.TestCase):
         self, headers: dict[str, str] | None = None, prefixes: bool = True, **fields: Any
     ) -> RequestContext:
         body = JsonBody.parse(json.dumps({"model": "m", "prompt": TEXT, **fields}).encode())
-        return self.reader.read("/v1/completions", headers or {}, body, 5.0, prefixes=prefixes)
+        return finish(self.reader.read("/v1/completions", headers or {}, body, 5.0, prefixes=prefixes))
 
     def test_prompt(self) -> None:
         for prefixes in (True, False):
@@ -51,7 +52,7 @@ class RequestReaderTest(unittest.TestCase):
     def test_a_chat(self) -> None:
         body = JsonBody.parse(json.dumps({"messages": [{"role": "user", "content": TEXT}]}).encode())
         for prefixes in (True, False):
-            request = self.reader.read("/v1/chat/completions", {}, body, 0.0, prefixes=prefixes)
+            request = finish(self.reader.read("/v1/chat/completions", {}, body, 0.0, prefixes=prefixes))
             self.assertAlmostEqual(request.prompt_tokens, 4000 / BYTES_PER_TOKEN, delta=20)
 
     def test_what_is_malformed_has_no_prompt(self) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from ..request.body import HANDOFF_KEY, JsonBody
+from ..request.body import JsonBody
+from ..request.handoff_key import HANDOFF_KEY
 from .base import Handoff
 
 _PREFILL_PARAMS = (
@@ -76,25 +77,18 @@ class NixlConnector:
         P's answer holds one hand-off, whatever ``n`` is and however many prompts there are. For ``echo`` and
         ``prompt_logprobs`` D would have to compute the whole prompt again.
         """
-        fields = body.fields
-        for key in ("n", "best_of"):
-            if key in fields and body.get(key) not in (None, 1):
-                return False
-        for key in ("use_beam_search", "echo"):
-            if key in fields and body.get(key):
-                return False
-        for key in ("prompt_logprobs", "prompt_embeds"):
-            if key in fields and body.get(key) is not None:
-                return False
-        if "prompt" not in fields or not body.starts_with("prompt", b"["):
-            return True
-        prompt = body.get("prompt")
-        return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+        if any(body.get(key) not in (None, 1) for key in ("n", "best_of")):
+            return False
+        if any(body.get(key) for key in ("use_beam_search", "echo")):
+            return False
+        if any(body.get(key) is not None for key in ("prompt_logprobs", "prompt_embeds")):
+            return False
+        return not body.has("prompt") or body.only_prompt() is not None
 
     def prefill_body(self, body: JsonBody) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
         add = {"max_tokens": b"1", "stream": b"false", HANDOFF_KEY: _PREFILL_PARAMS}
-        if "max_completion_tokens" in body.fields:
+        if body.has("max_completion_tokens"):
             add["max_completion_tokens"] = b"1"
         return body.replace(_DROPPED_FOR_PREFILL, add)
 

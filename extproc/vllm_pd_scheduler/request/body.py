@@ -1,95 +1,175 @@
 """JSON request bodies: read what routing needs, change what the hand-off needs, leave the rest as it is.
 
-Values are kept as the client's own bytes (``msgspec.Raw``), so that P and D tokenise exactly the same
-prompt and an unknown field passes unchanged. Splitting a body of 10 MB so takes 2.5 ms; decoding and
-encoding it again, 30.
+Values stay the client's own bytes, so that P and D tokenise exactly the same prompt and an unknown field
+passes unchanged. Bodies are read as vLLM reads them, with Python's ``json``: of doubled keys the last counts,
+a UTF-8 BOM is skipped, ``NaN`` and lone surrogates are values like any other.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from .json_depth import nested_deeper
+from .errors import BodyError
+from .handoff_key import is_suspect, refuse_name, without_key
+from .json_text import (
+    MAX_DEPTH,
+    MAX_MEMBERS,
+    JsonText,
+    Malformed,
+    Member,
+    Steps,
+    TooDeep,
+    TooMany,
+    Value,
+    depth,
+    finish,
+)
 
-HANDOFF_KEY = "kv_transfer_params"
-"""The field that carries a KV hand-off. Ours to set: a client's own can crash a decode engine."""
+AT_ONCE_BYTES = 1 << 15
+"""Text up to this size is decoded in one step; longer text is walked in many (:mod:`.json_text`)."""
 
-MAX_DEPTH = 200
-"""Levels of nesting that a body may have; vLLM's own parser recurses. Chat requests need about ten."""
+UNREAD: Final = object()
+"""In place of a value that is malformed, or too long for what is asked of it."""
 
-MAX_REWRITTEN_BYTES = 8 << 20
-"""Largest body that is written anew without the key. That takes up to a second, and nothing else runs."""
+_BOM = b"\xef\xbb\xbf"
+_ABSENT = msgspec.Raw()
+_DECODED_BYTES = 4096
+_MOST_PLACES = 64
 
 _TOO_DEEP = f"The request body is nested too deeply: {MAX_DEPTH} levels are allowed."
+_TOO_MANY = f"The request body has too many fields: {MAX_MEMBERS} are allowed."
+_NOT_JSON = "The request body is not a valid JSON object: "
 
-_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+class Fields(msgspec.Struct):
+    """The texts of the fields that are read here. Others pass unread, and take no memory."""
+
+    model: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = _ABSENT
+    messages: msgspec.Raw = _ABSENT
+    tools: msgspec.Raw = _ABSENT
+    cache_salt: msgspec.Raw = _ABSENT
+    user: msgspec.Raw = _ABSENT
+    prompt_cache_key: msgspec.Raw = _ABSENT
+    max_tokens: msgspec.Raw = _ABSENT
+    max_completion_tokens: msgspec.Raw = _ABSENT
+    min_tokens: msgspec.Raw = _ABSENT
+    stream: msgspec.Raw = _ABSENT
+    stream_options: msgspec.Raw = _ABSENT
+    n: msgspec.Raw = _ABSENT
+    best_of: msgspec.Raw = _ABSENT
+    use_beam_search: msgspec.Raw = _ABSENT
+    echo: msgspec.Raw = _ABSENT
+    prompt_logprobs: msgspec.Raw = _ABSENT
+    prompt_embeds: msgspec.Raw = _ABSENT
+
+
+_KEYS = frozenset(Fields.__struct_fields__)
+_LONG = frozenset(
+    {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
+)
+_decode = msgspec.json.Decoder(Fields).decode
+_decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
-# The key can be written with \u escapes for some of its letters, which are all ASCII.
-_KEY = HANDOFF_KEY.encode()
-_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[156bBdDeE]|7[02346])")
-_ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
-_LOOKS_LIKE_JSON = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[\[{]")
+
+class _Place(NamedTuple):
+    """Where a field that is read stands; ``after`` is where the next one begins, or the object ends."""
+
+    key: str
+    start: int
+    after: int
 
 
-class BodyError(ValueError):
-    """The body is not one that can be served; the message is for the client."""
+class _Walked(NamedTuple):
+    """What is remembered of a body that was read in steps."""
+
+    values: Mapping[str, Value]
+    places: tuple[_Place, ...]
+    start: int
+    """Where the first member begins, or the object ends."""
+    end: int
+    """Where the object's last brace is."""
+    prompt: Value | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class JsonBody:
     """A JSON object, split at its top level.
 
-    ``raw`` is the object's own text, without a client's hand-off key at any depth; ``fields`` maps each
-    key to its value's text. ``stripped`` says whether such a key was there.
+    ``raw`` is the body without a client's hand-off key at any depth; ``stripped`` says whether there was one.
     """
 
     raw: bytes
-    fields: Mapping[str, msgspec.Raw]
+    fields: Fields
     stripped: bool = False
+    walked: _Walked | None = None
 
     @classmethod
     def parse(cls, body: bytes) -> JsonBody:
-        """Split ``body``; raises :exc:`BodyError` if it is not a JSON object."""
+        """Split ``body`` without a stop; raises :exc:`.errors.BodyError` if it is not a JSON object."""
+        return finish(cls.read(body))
+
+    @classmethod
+    def read(cls, body: bytes) -> Steps[JsonBody]:
+        """Split ``body`` in steps; raises :exc:`.errors.BodyError` if it is not a JSON object."""
         if not body:
             raise BodyError("The request has no body; a JSON object is needed.")
         try:
-            fields = _decode(body)
-            _check_depth(body)
-            clean = _without_key(body)
-            if clean is not body:
-                fields = _decode(clean)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BodyError(f"The request body is not a valid JSON object: {error}") from None
-        except RecursionError:
+            if len(body) <= AT_ONCE_BYTES and (fields := _at_once(body)) is not None:
+                return cls(body, fields)
+            _check_encoding(body)
+            clean = yield from without_key(body)
+            fields, walked = yield from _walk(clean)
+        except Malformed as error:
+            raise BodyError(f"{_NOT_JSON}{error}") from None
+        except TooMany:
+            raise BodyError(_TOO_MANY) from None
+        except TooDeep:
             raise BodyError(_TOO_DEEP) from None
-        return cls(clean, fields, clean is not body)
+        return cls(clean, fields, clean is not body, walked)
+
+    def has(self, key: str) -> bool:
+        """Whether the body has a field, null or not."""
+        return getattr(self.fields, key) is not _ABSENT
 
     def get(self, key: str) -> Any:
-        """Return the decoded value of a top-level field; ``None`` if it is absent, null or malformed."""
-        raw = self.fields.get(key)
-        if raw is None:
+        """Return the decoded value of a field, ``None`` if it is absent, or :data:`UNREAD`."""
+        raw = getattr(self.fields, key)
+        if raw is _ABSENT:
             return None
+        if memoryview(raw).nbytes > _DECODED_BYTES:
+            return UNREAD
         try:
             return msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
+            return UNREAD
 
     def length(self, key: str) -> int:
         """Return the bytes of a field's text, without decoding it; 0 if it is absent."""
-        raw = self.fields.get(key)
-        return 0 if raw is None else memoryview(raw).nbytes
+        return memoryview(getattr(self.fields, key)).nbytes
 
-    def starts_with(self, key: str, char: bytes) -> bool:
-        """Whether the text of a field begins with ``char``, without decoding it."""
-        raw = self.fields.get(key)
-        return raw is not None and bytes(memoryview(raw)[:1]) == char
+    def value(self, key: str) -> Value | None:
+        """Return a field's text, without decoding it; ``None`` if it is absent."""
+        if self.walked is not None:
+            return self.walked.values.get(key)
+        text = bytes(getattr(self.fields, key))
+        return Value(text, 0, len(text)) if text else None
+
+    def only_prompt(self) -> Value | None:
+        """Return the prompt, without the list that it may be the only one in; ``None`` if there are several.
+
+        It is a text or, as another list, token ids; if it is malformed it may be anything.
+        """
+        if self.walked is not None:
+            return self.walked.prompt
+        prompt = self.value("prompt")
+        return None if prompt is None else finish(_only_prompt(prompt))
 
     def with_field(self, key: str, value: bytes) -> tuple[bytes, int]:
         """Return the body with one more field as its last, and the offset at which that field starts.
@@ -97,62 +177,169 @@ class JsonBody:
         Nothing else changes: the bytes before the offset and a ``}`` are the body as it was. ``value`` is
         JSON text.
         """
-        head = self.raw.rstrip()[:-1]
-        comma = b"," if self.fields else b""
-        return b"".join((head, comma, _encode(key), b":", value, b"}")), len(head)
+        raw, walked = self.raw, self.walked
+        end = raw.rindex(b"}") if walked is None else walked.end
+        empty = raw[:end].rstrip().endswith(b"{") if walked is None else walked.start == end
+        comma = b"" if empty else b","
+        return b"".join((memoryview(raw)[:end], comma, _encode(key), b":", value, b"}")), end
 
-    def replace(self, drop: Collection[str], add: Mapping[str, bytes]) -> bytes:
-        """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end."""
-        parts: list[bytes | memoryview] = []
-        for key, raw in self.fields.items():
-            if key not in drop and key not in add:
-                parts += (b"," if parts else b"{", _encode(key), b":", memoryview(raw))
+    def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
+        """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.
+
+        All of them are fields of :class:`Fields`, or none that a body can have; ``add`` has at least one.
+        """
+        parts: list[bytes | memoryview] = [b"{"]
+        keys = drop | add.keys()
+        try:
+            walked = self.walked
+            members = _decode_all(self.raw) if walked is None else {}
+        except UnicodeDecodeError:  # in a key; P will say so
+            _, walked = finish(_walk(self.raw))
+            members = {}
+        for key, raw in members.items():
+            if key not in keys:
+                parts += (_encode(key), b":", memoryview(raw), b",")
+        if walked is not None:
+            parts += self._others(keys, walked)
         for key, value in add.items():
-            parts += (b"," if parts else b"{", _encode(key), b":", value)
-        return b"".join(parts) + b"}" if parts else b"{}"
+            parts += (_encode(key), b":", value, b",")
+        parts[-1] = b"}"
+        return b"".join(parts)
+
+    def _others(self, keys: Set[str], walked: _Walked) -> Iterator[bytes | memoryview]:
+        """Yield the text of all members but those with these keys, up to a comma or the object's start."""
+        text, begin = memoryview(self.raw), walked.start
+        for key, start, after in walked.places:
+            if key in keys:
+                yield text[begin:start]
+                begin = after
+        if begin < walked.end:
+            yield text[begin : walked.end]
+            yield b","
 
 
-def strip_handoff(body: bytes) -> bytes:
+def strip_handoff(body: bytes) -> Steps[bytes]:
     """Return a body of any kind without a hand-off key at any depth; the same object if it has none.
 
-    Raises :exc:`BodyError` for a body that names the key but cannot be read as JSON, for encodings (UTF-16,
-    UTF-32) in which the key could hide, since vLLM would read those, and for JSON that is nested too deeply.
+    Raises :exc:`.errors.BodyError` for a body that names the key but cannot be read as JSON, for encodings
+    (UTF-16, UTF-32) in which the key could hide, since vLLM would read those, and for JSON that is nested too
+    deeply.
     """
+    _check_encoding(body)
+    if len(body) <= AT_ONCE_BYTES and not is_suspect(body) and not _may_be_deep(body):
+        return body
+    text = JsonText(body)
+    start = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    if body[start : start + 1] not in (b"[", b"{"):
+        yield from refuse_name(body)
+        return body
+    clean = yield from without_key(body)
+    try:
+        yield from JsonText(clean).skip(start)
+    except TooDeep:
+        raise BodyError(_TOO_DEEP) from None
+    except Malformed:
+        pass  # the instance will say so
+    return clean
+
+
+def _at_once(body: bytes) -> Fields | None:
+    """Return the fields of a body in which nothing is unusual."""
+    try:
+        fields = _decode(body)
+    except RecursionError:
+        raise TooDeep from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        _check_json(body)
+        return None
+    if is_suspect(body):
+        return None
+    if _may_be_deep(body) and depth(body) > MAX_DEPTH:
+        raise TooDeep
+    return fields
+
+
+def _may_be_deep(body: bytes) -> bool:
+    return body.count(b"[") + body.count(b"{") > MAX_DEPTH
+
+
+def _check_json(body: bytes) -> None:
+    """Raise :exc:`Malformed` for what vLLM does not read as an object either."""
+    _check_encoding(body)
+    try:
+        document = json.loads(body)
+    except RecursionError:
+        raise TooDeep from None
+    except ValueError as error:
+        raise Malformed(str(error)) from None
+    if not isinstance(document, dict):
+        raise Malformed("it is another value")
+
+
+def _check_encoding(body: bytes) -> None:
     if b"\0" in body[:4] or body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BodyError("The request body must be UTF-8 text.")
-    if _LOOKS_LIKE_JSON.match(body):
-        _check_depth(body)
-    return _without_key(body)
 
 
-def _check_depth(body: bytes) -> None:
-    if nested_deeper(body, MAX_DEPTH):
-        raise BodyError(_TOO_DEEP)
+def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
+    """Split a body of any size at its top level."""
+    text = JsonText(body)
+    brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    if body[brace : brace + 1] != b"{":
+        raise Malformed("it does not begin with a brace")
+    values: dict[str, Value] = {}
+    places: list[_Place] = []
+    begin, read = 0, None
+    for member in text.members(brace):
+        if member is None:
+            yield
+            continue
+        begin = begin or member.start
+        if read is not None:
+            places.append(_Place(*read, member.start))
+            read = None
+        if member.key in _KEYS:
+            if len(places) == _MOST_PLACES:
+                raise BodyError("The request body has its fields too many times.")
+            if member.key not in _LONG:
+                _check_short(member)
+            read = (member.key, member.start)
+            values[member.key] = member.value
+    end = text.at - 1
+    if read is not None:
+        places.append(_Place(*read, end))
+    if (yield from text.space(text.at)) < len(body):
+        raise Malformed(f"there is more after its last brace, at byte {end}")
+    prompt = (yield from _only_prompt(values["prompt"])) if "prompt" in values else None
+    view = memoryview(body)
+    fields = Fields(**{key: msgspec.Raw(view[value.start : value.end]) for key, value in values.items()})
+    return fields, _Walked(values, tuple(places), begin or end, end, prompt)
 
 
-def _without_key(body: bytes) -> bytes:
-    """Drop the key wherever it stands. Python's own ``json`` keeps what vLLM, which uses it, would see."""
-    if _KEY not in body and not _ESCAPED_LETTER.search(body):
-        return body
-    if len(body) > MAX_REWRITTEN_BYTES:
-        limit = f"{MAX_REWRITTEN_BYTES >> 20} MiB"
-        raise BodyError(f"A request body of more than {limit} may not have {HANDOFF_KEY!r}, in any spelling.")
-    found = False
-
-    def drop_key(members: dict[str, Any]) -> dict[str, Any]:
-        nonlocal found
-        if HANDOFF_KEY in members:
-            found = True
-            del members[HANDOFF_KEY]
-        return members
-
+def _check_short(member: Member) -> None:
+    """Raise :exc:`Malformed` for what D would refuse although P, which does not get it, would not."""
+    if member.value.size > _DECODED_BYTES:
+        raise Malformed(f"{member.key!r} is too long")
     try:
-        document = json.loads(body, object_hook=drop_key)
-    except RecursionError:
-        raise BodyError(_TOO_DEEP) from None
-    except ValueError:
-        # vLLM should not be able to read it either, but no spelling of the key rides on that.
-        if _KEY in _ESCAPE.sub(lambda escape: bytes((int(escape[1], 16),)), body):
-            raise BodyError(f"The request body names {HANDOFF_KEY!r}, which only the router sets.") from None
-        return body
-    return json.dumps(document, ensure_ascii=True, separators=(",", ":")).encode() if found else body
+        json.loads(member.value.copy())
+    except (ValueError, RecursionError):
+        raise Malformed(f"the value of {member.key!r} at byte {member.value.start}") from None
+
+
+def _only_prompt(prompt: Value) -> Steps[Value | None]:
+    """Return a prompt, or the one in a list; ``None`` for several."""
+    text = JsonText(prompt.text)
+    if prompt.first != b"[":
+        return prompt
+    start = yield from text.space(prompt.start + 1)
+    if prompt.text[start : start + 1] not in (b'"', b"[", b"{", b"]"):
+        return prompt  # token ids
+    only = None
+    for item in text.elements(prompt.start):
+        if item is None:
+            yield
+        elif only is not None:
+            return None
+        else:
+            only = item
+    return only if only is not None and only.first in (b'"', b"[") else None

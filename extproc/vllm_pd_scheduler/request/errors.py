@@ -21,6 +21,10 @@ _TYPES = {
 }
 
 
+class BodyError(ValueError):
+    """The body is not one that can be served; the message is for the client."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """An answer that is given in place of an instance's."""

@@ -3,17 +3,22 @@
 What vLLM would tokenise alike should give the same bytes here, and what extends a prompt there should extend
 its bytes, so the content is read, not its JSON. A chat becomes a stream in the order that chat templates use:
 the tools, then each message. Nothing closes it, so that the next turn's stream starts with this one's.
+
+Values of up to ``AT_ONCE_BYTES`` are decoded. Longer text is decoded piece by piece, with the same result;
+what else is so long counts as it is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
-from .body import JsonBody
+from .body import AT_ONCE_BYTES, UNREAD, JsonBody
+from .json_string import string_content
+from .json_text import JsonText, Malformed, Steps, Value
 
 BLOCK_BYTES = 1024
 """Content in a block: about 256 tokens of English text."""
@@ -24,12 +29,22 @@ MEDIA_BYTES = 4096
 MAX_BYTES = 8 << 20
 """Content that is looked at: two million tokens."""
 
+MAX_ITEMS = 10_000
+"""Messages of a chat, or parts of one message, that are looked at when they are many and long."""
+
+MAX_MEDIA = 256
+"""Images, audio and video parts that are looked at: what follows the last counts for nothing."""
+
+_CHUNK_BYTES = 1 << 16
 _HASH_MASK = (1 << 60) - 1
 
 # Marks in a chat's stream are bytes that UTF-8 never has. A fixed-length digest follows _MEDIA.
 _MESSAGE, _NAME, _TOOL_CALLS, _TOOL_CALL_ID, _CONTENT = b"\xff", b"\xfe", b"\xfd", b"\xfc", b"\xfb"
 _TOOLS, _MEDIA = b"\xfa", b"\xf9"
 _MEDIA_PADDING = bytes(MEDIA_BYTES - len(_MEDIA) - 8)
+
+Pieces = Iterator[bytes | None]
+"""A prompt's content, piece by piece. ``None`` is a step, between which other work can be done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,110 +71,280 @@ class _Message(msgspec.Struct):
 
 
 _NOTHING = Prompt(0, None, ())
-_decode_messages = msgspec.json.Decoder(list[_Message]).decode
+_STEP: Final = object()
+
+_decode = msgspec.json.decode
 _decode_text = msgspec.json.Decoder(str).decode
-_canonical = msgspec.json.Encoder(order="deterministic").encode
+_decode_messages = msgspec.json.Decoder(list[_Message]).decode
+_decode_message = msgspec.json.Decoder(_Message).decode
+_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
-def read_prompt(body: JsonBody) -> Prompt:
+def read_prompt(body: JsonBody) -> Steps[Prompt]:
     """Return what is known of the prompt of a request for a completion or a chat completion.
 
     One that is malformed, which vLLM will refuse, has no size and no blocks. Several prompts in a request
     have no blocks.
     """
     try:
-        if "messages" in body.fields:
-            return _prompt(body, "chat", _chat(body))
-        text = bytes(body.fields.get("prompt", b""))
-        if text.startswith(b'"'):
-            return _prompt(body, "text", _decode_text(text).encode())
-        if text.startswith(b"["):
-            return _listed(body, text)
+        if body.has("messages"):
+            return (yield from _hashed(body, "chat", _chat(body)))
+        prompt = body.only_prompt()
+        if prompt is None:
+            return Prompt(min(body.length("prompt"), MAX_BYTES), None, ())
+        if prompt.first == b'"':
+            return (yield from _hashed(body, "text", _text(prompt)))
+        if prompt.first == b"[":
+            tokens = yield from _count_ids(prompt)
+            if tokens is not None:
+                return (yield from _hashed(body, "ids", _ids(prompt), tokens))
+            return Prompt(min(prompt.size, MAX_BYTES), None, ())
     except (msgspec.MsgspecError, ValueError, RecursionError):
         pass
     return _NOTHING
 
 
-def _listed(body: JsonBody, text: bytes) -> Prompt:
-    """Read an array: of token ids, whose own text is their content, or of prompts.
+def _hashed(body: JsonBody, kind: str, pieces: Pieces, tokens: int | None = None) -> Steps[Prompt]:
+    """Chain the hashes of the content's blocks, as it comes: no more than a chunk of it is held.
 
-    Decoding 100,000 numbers would take 4 ms; to count the commas, and to drop white space, takes one each.
+    Python's own hash is SipHash with a secret key: 400 KB take it 0.2 ms. SHA-256 takes 0.4 (on CPUs that
+    have it built in), BLAKE2b 0.7.
     """
-    if b'"' in text or b"{" in text or b"[" in text[1:]:
-        return Prompt(min(len(text), MAX_BYTES), None, ())
-    ids = text[1:-1]
-    if b" " in ids or b"\n" in ids or b"\t" in ids or b"\r" in ids:
-        ids = ids.translate(None, b" \n\t\r")
-    return _prompt(body, "ids", ids, ids.count(b",") + 1 if ids else 0)
+    blocks: list[int] = []
+    size = chained = 0
+    for chunk in _chunks(pieces):
+        if chunk is None:
+            yield
+            continue
+        if len(chunk) >= BLOCK_BYTES and not blocks:
+            # A LoRA adapter is a model of its own in vLLM, and what has another salt shares no cache there.
+            chained = hash((kind, _name(body, "model"), _name(body, "cache_salt")))
+        size += len(chunk)
+        for end in range(BLOCK_BYTES, len(chunk) + 1, BLOCK_BYTES):
+            chained = hash((chained, chunk[end - BLOCK_BYTES : end]))
+            blocks.append(chained & _HASH_MASK)
+        if size >= MAX_BYTES:
+            break
+    return Prompt(min(size, MAX_BYTES), tokens, tuple(blocks[: MAX_BYTES // BLOCK_BYTES]))
 
 
-def _prompt(body: JsonBody, kind: str, content: bytes, tokens: int | None = None) -> Prompt:
-    size = min(len(content), MAX_BYTES)
-    if size < BLOCK_BYTES:
-        return Prompt(size, tokens, ())
-    # A LoRA adapter is a model of its own in vLLM, and what has another salt shares no cache there.
-    seed = hash((kind, _name(body, "model"), _name(body, "cache_salt")))
-    return Prompt(size, tokens, tuple(_hashes(seed, content, size)))
+def _chunks(pieces: Pieces) -> Pieces:
+    """Join pieces to whole blocks; only the last chunk may have less."""
+    held = bytearray()
+    for piece in pieces:
+        if piece is None:
+            yield None
+            continue
+        held += piece
+        if len(held) >= _CHUNK_BYTES:
+            whole = len(held) - len(held) % BLOCK_BYTES
+            yield bytes(held[:whole])
+            yield None
+            del held[:whole]
+    yield bytes(held)
 
 
 def _name(body: JsonBody, key: str) -> str | None:
+    """Return a name; raises :exc:`ValueError` for one that cannot be told from others."""
     value = body.get(key)
+    if value is UNREAD:
+        raise ValueError(key)
     return value if isinstance(value, str) else None
 
 
-def _hashes(chained: int, content: bytes, size: int) -> Iterator[int]:
-    """Chain the blocks' hashes. Python's own is SipHash with a secret key: 400 KB take it 0.2 ms.
-
-    SHA-256 takes 0.4 (on CPUs that have it built in), BLAKE2b 0.7.
-    """
-    for end in range(BLOCK_BYTES, size + 1, BLOCK_BYTES):
-        chained = hash((chained, content[end - BLOCK_BYTES : end]))
-        yield chained & _HASH_MASK
-
-
-def _chat(body: JsonBody) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    for piece in _pieces(body):
-        pieces.append(piece)
-        size += len(piece)
-        if size >= MAX_BYTES:
-            break
-    return b"".join(pieces)
+def _text(string: Value) -> Pieces:
+    if string.size <= AT_ONCE_BYTES:
+        yield _decode_text(string.copy()).encode()
+        return
+    for piece in string_content(string):
+        yield piece
+        yield None
 
 
-def _pieces(body: JsonBody) -> Iterator[bytes]:
-    messages = _decode_messages(body.fields["messages"])
-    if tools := body.get("tools"):
-        yield _TOOLS + _canonical(tools)
-    for message in messages:
-        yield _MESSAGE + message.role.encode()
-        if message.name:
-            yield _NAME + message.name.encode()
-        if message.tool_calls:
-            yield _TOOL_CALLS + _canonical(message.tool_calls)
-        if message.tool_call_id:
-            yield _TOOL_CALL_ID + message.tool_call_id.encode()
-        if message.content:
-            yield _CONTENT
-            yield from _contents(message.content)
+def _as_written(value: Value) -> Pieces:
+    for start in range(value.start, value.end, _CHUNK_BYTES):
+        yield value.text[start : min(start + _CHUNK_BYTES, value.end)]
+        if value.size > _CHUNK_BYTES:
+            yield None
 
 
-def _contents(content: str | list[Any]) -> Iterator[bytes]:
+def _count_ids(ids: Value) -> Steps[int | None]:
+    """Return how many token ids are in an array; ``None`` if there is something else."""
+    commas = 0
+    for piece in _as_written(ids._replace(start=ids.start + 1)):
+        if piece is None:
+            yield
+        elif b'"' in piece or b"{" in piece or b"[" in piece:
+            return None
+        else:
+            commas += piece.count(b",")
+    return commas + 1
+
+
+def _ids(ids: Value) -> Pieces:
+    """Yield token ids: their own text is their content. Decoding 100,000 numbers would take 4 ms."""
+    for piece in _as_written(Value(ids.text, ids.start + 1, ids.end - 1)):
+        yield piece and piece.translate(None, b" \n\t\r")
+
+
+def _chat(body: JsonBody) -> Pieces:
+    media = 0
+    for piece in _stream(body):
+        if piece and piece.startswith(_MEDIA):
+            media += 1
+            if media > MAX_MEDIA:
+                return
+        yield piece
+
+
+def _stream(body: JsonBody) -> Pieces:
+    if tools := _loaded(body.value("tools")):
+        yield _TOOLS
+        yield from _canonical(tools)
+    messages = body.value("messages")
+    if messages is None or messages.size <= AT_ONCE_BYTES:
+        for message in _decode_messages(messages.copy() if messages else b""):
+            yield from _message(message)
+        return
+    for element in _elements(messages):
+        if element is None:
+            yield None
+        elif element.size <= AT_ONCE_BYTES:
+            yield from _message(_decode_message(element.copy()))
+        else:
+            yield from _long_message(element)
+
+
+def _message(message: _Message) -> Pieces:
+    yield _MESSAGE + message.role.encode()
+    if message.name:
+        yield _NAME + message.name.encode()
+    if message.tool_calls:
+        yield _TOOL_CALLS
+        yield from _canonical(message.tool_calls)
+    if message.tool_call_id:
+        yield _TOOL_CALL_ID + message.tool_call_id.encode()
+    if message.content:
+        yield _CONTENT
+        yield from _contents(message.content)
+
+
+def _long_message(message: Value) -> Pieces:
+    """Yield what :func:`_message` does, of a message that is not decoded as a whole."""
+    fields: dict[str, Value] = {}
+    for member in JsonText(message.text).members(message.start):
+        if member is None:
+            yield None
+        elif member.key in _Message.__struct_fields__:
+            fields[member.key] = member.value
+    read = {key: _loaded(value) for key, value in fields.items()}
+    long = {key: value for key, value in read.items() if isinstance(value, Value)}
+    if not long.keys() <= {"content", "tool_calls"}:
+        raise Malformed("a name is too long")
+    decoded = msgspec.convert({key: read[key] for key in read.keys() - long.keys()}, _Message)
+    for key, value in long.items():
+        setattr(decoded, key, value)
+    yield from _message(decoded)
+
+
+def _canonical(value: Any) -> Pieces:
+    """Yield a JSON value as it does not depend on how it is written, unless it is too long for that."""
+    if not isinstance(value, Value):
+        yield _encode(value)
+    elif value.first != b"[":
+        yield from _as_written(value)
+    else:
+        before = b"["
+        for element in _elements(value):
+            if element is None:
+                yield None
+                continue
+            yield before
+            before = b","
+            if element.size <= AT_ONCE_BYTES:
+                yield _encode(_decode(element.copy()))
+            else:
+                yield from _as_written(element)
+        yield b"]"
+
+
+def _contents(content: Any) -> Pieces:
     """Yield texts, joined by line breaks as in vLLM's templates for strings; of other parts only a digest."""
     if isinstance(content, str):
         yield content.encode()
-        return
-    for number, part in enumerate(content):
-        text = part
-        if isinstance(part, dict) and part.get("type", "text") == "text":
-            text = part.get("text")
-        if not isinstance(text, str):
-            yield _MEDIA + (hash(_frozen(part)) & _HASH_MASK).to_bytes(8, "little") + _MEDIA_PADDING
-            continue
+    elif isinstance(content, list):
+        for number, part in enumerate(content):
+            yield from _part(part, number)
+    elif content.first == b'"':
+        yield from _text(content)
+    elif content.first == b"[":
+        number = 0
+        for element in _elements(content):
+            if element is None:
+                yield None
+            else:
+                yield from _part(_loaded(element), number)
+                number += 1
+    else:
+        raise Malformed("neither a text nor parts")
+
+
+def _part(part: Any, number: int) -> Pieces:
+    text = part
+    if isinstance(part, Value):
+        text = yield from _long_text(part)
+    elif isinstance(part, dict) and part.get("type", "text") == "text":
+        text = part.get("text")
+    if isinstance(text, str | Value):
         if number:
             yield b"\n"
-        yield text.encode()
+        yield from _contents(text)
+        return
+    digest = 0
+    if isinstance(part, Value):
+        for piece in _as_written(part):
+            digest = hash((digest, piece))
+            yield None
+    else:
+        digest = hash(_frozen(part))
+    yield _MEDIA + (digest & _HASH_MASK).to_bytes(8, "little") + _MEDIA_PADDING
+
+
+def _long_text(part: Value) -> Steps[str | Value | None]:
+    """Return the text of a part that is not decoded as a whole; ``None`` if it is another part."""
+    if part.first == b'"':
+        return part
+    if part.first != b"{":
+        return None
+    kind: Any = "text"
+    text: Any = None
+    for member in JsonText(part.text).members(part.start):
+        if member is None:
+            yield
+        elif member.key == "type":
+            kind = _loaded(member.value)
+        elif member.key == "text":
+            text = _loaded(member.value)
+    is_text = isinstance(text, str) or (isinstance(text, Value) and text.first == b'"')
+    return text if kind == "text" and is_text else None
+
+
+def _elements(array: Value) -> Iterator[Value | None]:
+    """Yield the first elements of an array that is not decoded as a whole."""
+    left = MAX_ITEMS
+    for element in JsonText(array.text).elements(array.start):
+        yield element
+        if element is not None:
+            left -= 1
+            if not left:
+                return
+
+
+def _loaded(value: Value | None) -> Any:
+    """Return what a value stands for or, if its text is long, the text."""
+    if value is None or value.size > AT_ONCE_BYTES:
+        return value
+    return _decode(value.copy())
 
 
 def _frozen(value: Any) -> Hashable:

@@ -10,6 +10,7 @@ from ..prediction.load_model import FleetLoad
 from . import headers as names
 from .body import JsonBody
 from .context import RequestContext
+from .json_text import Steps
 from .prompt import BLOCK_BYTES, read_prompt
 
 MAX_PRIORITY = 100
@@ -50,8 +51,8 @@ class RequestReader:
 
     def read(
         self, path: str, headers: Mapping[str, str], body: JsonBody, now: float, *, prefixes: bool
-    ) -> RequestContext:
-        """Return the context of a request that can be split; ``prefixes``: with its prompt's hashes.
+    ) -> Steps[RequestContext]:
+        """Return the context of a request whose body is read; ``prefixes``: with its prompt's hashes.
 
         Raises :exc:`HeaderError`.
         """
@@ -65,7 +66,7 @@ class RequestReader:
             request.prompt_bytes = body.length("messages") or body.length("prompt")
             request.prompt_tokens = request.prompt_bytes / ratio
             return request
-        prompt = read_prompt(body)
+        prompt = yield from read_prompt(body)
         request.blocks = prompt.blocks
         if prompt.tokens is not None:
             request.prompt_tokens = prompt.tokens
@@ -95,7 +96,7 @@ class RequestReader:
         if found := headers.get(self._config.session_header):
             return found[:_MAX_NAME]
         for key in ("prompt_cache_key", "user"):
-            if key in body.fields and isinstance(value := body.get(key), str):
+            if isinstance(value := body.get(key), str):
                 return value[:_MAX_NAME]
         return None
 

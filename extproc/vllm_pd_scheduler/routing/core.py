@@ -13,9 +13,9 @@ from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request import headers as names
-from ..request.body import BodyError, JsonBody, strip_handoff
+from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
-from ..request.errors import Reject, reject
+from ..request.errors import BodyError, Reject, reject
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
@@ -26,6 +26,7 @@ from .lost import fingerprint
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
+from .turns import Turns
 
 SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
@@ -56,6 +57,7 @@ class RoutingCore:
         self._clock = clock
         self._reader = RequestReader(config, self.registry.load)
         self._disaggregation = Disaggregation(config, scheduler)
+        self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
         self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake, later)
         self.prefill = PrefillStage(
@@ -72,9 +74,10 @@ class RoutingCore:
         outcome: Forward | Reject
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
-                outcome = await self._split(path, headers, JsonBody.parse(body))
+                parsed = await self._turns.take(JsonBody.read(body))
+                outcome = await self._split(path, headers, parsed)
             else:
-                clean = strip_handoff(body)
+                clean = await self._turns.take(strip_handoff(body))
                 context = self._reader.passed(path, headers, len(body), self._clock())
                 outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
         except BodyError as error:
@@ -86,9 +89,10 @@ class RoutingCore:
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
-        context = self._reader.read(
+        reading = self._reader.read(
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
+        context = await self._turns.take(reading)
         context.fingerprint, context.stream = fingerprint(body), body.get("stream") is True
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:

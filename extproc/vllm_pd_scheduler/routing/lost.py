@@ -33,10 +33,10 @@ DYING_S = 10.0
 
 def fingerprint(body: JsonBody) -> int:
     """Return a number by which the same prompt is known again in this process; 0 if it is too large."""
-    raw = body.fields.get("messages") or body.fields.get("prompt")
-    if raw is None or memoryview(raw).nbytes > MAX_BYTES:
+    prompt = body.value("messages") or body.value("prompt")
+    if prompt is None or prompt.size > MAX_BYTES:
         return 0
-    return hash(bytes(raw)) or 1
+    return hash(prompt.text[prompt.start : prompt.end]) or 1
 
 
 @dataclass(slots=True)

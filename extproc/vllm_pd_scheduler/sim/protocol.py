@@ -1,5 +1,6 @@
 """Requests of the OpenAI API as vLLM reads them, and its errors."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -61,8 +62,8 @@ class CompletionBody(Body, kw_only=True):
     def prompts(self, model: str) -> list[Prompt]:
         """Return the prompts, each of which gets choices of its own; raise ApiError as ``split_inputs``."""
         if isinstance(self.prompt, str):
-            return [read_prompt(model, self.prompt)]
-        return [read_prompt(model, item) for item in split_inputs(self.prompt, "prompt")]
+            return [_prompt(model, self.prompt)]
+        return [_prompt(model, item) for item in split_inputs(self.prompt, "prompt")]
 
     def limit(self) -> int | None:
         """Return the tokens that the client asks for at most."""
@@ -79,7 +80,7 @@ class ChatBody(Body, kw_only=True):
         """Return the one prompt that the messages make; raise ApiError if there are no messages."""
         if not self.messages:
             raise ApiError(400, "messages must not be empty", "BadRequestError", "messages")
-        return [read_prompt(model, render_chat(self.messages))]
+        return [_prompt(model, render_chat(self.messages))]
 
     def limit(self) -> int | None:
         """Return the tokens that the client asks for at most; the newer field takes precedence."""
@@ -99,6 +100,17 @@ class EmbeddingBody(msgspec.Struct):
 
     input: str | list[str | int | list[int]]
     model: str | None = None
+
+
+def _prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
+    """A prompt as the engine sees it. Raise ApiError for a text with half a surrogate pair."""
+    try:
+        if isinstance(prompt, str):
+            prompt.encode()
+    except UnicodeEncodeError:
+        message = "TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]"
+        raise ApiError(400, message, "BadRequestError") from None
+    return read_prompt(model, prompt)
 
 
 def split_inputs(items: list[str | int | list[int]], param: str) -> list[str | Sequence[int]]:
@@ -121,7 +133,11 @@ def read_body(data: bytes, content_type: str, kind: type[B]) -> B:
         raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed", "Bad Request")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:  # as vLLM does: Python's parser reads a BOM, NaN and lone surrogates, and says more of errors
+        return msgspec.convert(json.loads(data), type=kind)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise ApiError(400, str(error), "Bad Request", _param(str(error))) from error
 
 

@@ -7,7 +7,7 @@ import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.support import ext_proc as fleet
-from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, decode, encode
+from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, LARGE_BYTES, decode, encode
 from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Continue, Message, Phase, StreamError
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES, BadMessage
 from vllm_pd_scheduler.request.errors import Reject, reject
@@ -41,6 +41,34 @@ class DecodeTest(unittest.TestCase):
         )
         request.request_body.end_of_stream = True
         self.assertTrue(decode(request.SerializeToString()).end_of_stream)
+
+    def test_a_large_body(self) -> None:
+        body = b'{"a":"' + b"x" * LARGE_BYTES + b'"}'
+        request = pb.ProcessingRequest()
+        request.request_body.body = body
+        request.attributes["a"].fields["b"].string_value = "c" * 300
+        request.observability_mode = True
+        for end_of_stream in (True, False):
+            request.request_body.end_of_stream = end_of_stream
+            data = request.SerializeToString()
+            message = Message(Phase.REQUEST_BODY, end_of_stream, body=body)
+            self.assertEqual(decode(data), message)
+            again = pb.ProcessingRequest()  # of two bodies the last counts, and of two kinds the last
+            again.request_body.body = b"last"
+            self.assertEqual(decode(data + again.SerializeToString()).body, b"last")
+            again.response_headers.SetInParent()
+            self.assertIs(decode(data + again.SerializeToString()).phase, Phase.RESPONSE_HEADERS)
+            for bad in (data[:-1], data[: LARGE_BYTES // 2], data + b"\xff", data + b"\x0b" * 9):
+                with self.assertRaisesRegex(StreamError, "^not a ProcessingRequest: "):
+                    decode(bad)
+
+    def test_a_large_message_without_a_body(self) -> None:
+        request = pb.ProcessingRequest()
+        request.request_headers.headers.headers.add(key="x", raw_value=b"\x0a" * 2 * LARGE_BYTES)
+        message = decode(request.SerializeToString())
+        self.assertEqual(
+            (message.phase, len((message.headers or {})["x"])), (Phase.REQUEST_HEADERS, 2 * LARGE_BYTES)
+        )
 
     def test_all_others_are_known_by_their_phase(self) -> None:
         for phase in Phase:
@@ -123,6 +151,15 @@ class EncodeTest(unittest.TestCase):
         self.assertEqual(sent["content-length"], str(len(common.body_mutation.body)))
         self.assertEqual(list(common.header_mutation.remove_headers), ["x-pd-decode"])
         self.assertEqual(common.status, pb.CommonResponse.CONTINUE)
+
+    def test_bodies_of_every_size(self) -> None:
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        for size in (0, 1, 100, 127, 128, 16_383, 16_384, 2_100_000):
+            forward.body = b"x" * size
+            for phase in (Phase.REQUEST_BODY, Phase.REQUEST_HEADERS):
+                common = getattr(self.encode(Answer(phase, forward)), phase.name.lower()).response
+                self.assertEqual(common.body_mutation.body, forward.body)
+                self.assertEqual(headers_of(common.header_mutation), forward.headers())
 
     def test_forward_with_the_clients_body(self) -> None:
         forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')

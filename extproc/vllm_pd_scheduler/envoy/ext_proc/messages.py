@@ -16,13 +16,28 @@ from ...routing.forward import Forward
 from ..limits import MAX_MESSAGE_BYTES, check_size, parse
 from .body_size import body_size
 from .stream import Continue, Message, Phase, Reply, StreamError
+from .wire import find, prefix
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 DETAILS_PREFIX = "pd_"
 """Marks our replies in Envoy's response code details: envoy.yaml leaves the bodies of these as they are."""
 
+LARGE_BYTES = 1 << 16
+"""A larger message is not copied into protobuf's memory as a whole, and then its body from there."""
+
 _PHASES = {phase.name.lower(): phase for phase in Phase}
+_RESPONSES = pb.ProcessingResponse.DESCRIPTOR.fields_by_name
+_BODY = {
+    phase: (
+        _RESPONSES[phase.name.lower()].number,
+        pb.BodyResponse.RESPONSE_FIELD_NUMBER,
+        pb.CommonResponse.BODY_MUTATION_FIELD_NUMBER,
+        pb.BodyMutation.BODY_FIELD_NUMBER,
+    )
+    for phase in (Phase.REQUEST_HEADERS, Phase.REQUEST_BODY)
+}
+"""Where a response has the new body, by field numbers."""
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -34,6 +49,8 @@ def decode(data: bytes) -> Message:
     """
     if len(data) > MAX_MESSAGE_BYTES:
         check_size("ProcessingRequest without its body", len(data) - body_size(data), MAX_MESSAGE_BYTES)
+    if len(data) > LARGE_BYTES and (message := _large_body(data)) is not None:
+        return message
     request = parse(pb.ProcessingRequest, data, len(data))
     kind = request.WhichOneof("request")
     if kind == "request_headers":
@@ -47,6 +64,22 @@ def decode(data: bytes) -> Message:
     if kind not in _PHASES:
         raise StreamError(f"a message of the unknown kind {kind}")
     return Message(_PHASES[kind])
+
+
+def _large_body(data: bytes) -> Message | None:
+    """Read a message with a body, and copy that once; ``None`` if it is another one."""
+    outer = find(data, pb.ProcessingRequest.REQUEST_BODY_FIELD_NUMBER, 0, len(data))
+    inner = outer and find(data, pb.HttpBody.BODY_FIELD_NUMBER, outer.start, outer.end)
+    if outer is None or inner is None:
+        return None
+    try:
+        others = pb.ProcessingRequest.FromString(outer.without(data, 0, len(data)))
+        rest = pb.HttpBody.FromString(inner.without(data, outer.start, outer.end))
+    except Exception:
+        return None
+    if rest.body or others.WhichOneof("request"):
+        return None
+    return Message(Phase.REQUEST_BODY, rest.end_of_stream, body=data[inner.start : inner.end])
 
 
 def encode(action: Reply) -> bytes:
@@ -65,9 +98,11 @@ def _forward(phase: Phase, forward: Forward) -> bytes:
     _set(mutation.set_headers, forward.headers())
     mutation.remove_headers.extend(forward.remove_headers)
     common.clear_route_cache = forward.stream  # streams have a route of their own
-    if forward.body is not None:
-        common.body_mutation.body = forward.body
-    return bytes(response.SerializeToString())
+    data: bytes = response.SerializeToString()
+    if forward.body is None:
+        return data
+    # Not as a field of the message: the body would be copied three times more.
+    return b"".join((data, prefix(_BODY[phase], len(forward.body)), forward.body))
 
 
 def _immediate(answer: Reject) -> bytes:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 COMPLAIN_EVERY_S = 10.0
 """An Envoy with a wrong mode sends what is wrong with each request: that is logged at most so often."""
 
+GIVE_WAY_BYTES = 1 << 20
+"""To copy a message of this size takes up to a millisecond."""
+
 
 class ExtProcService:
     """Serves ``envoy.service.ext_proc.v3.ExternalProcessor``: one stream for each HTTP request."""
@@ -81,17 +84,24 @@ class ExtProcService:
         data = await context.read()
         if data is grpc.aio.EOF:
             return False
+        await _give_way(len(data))
         message = decode(data)
         del data
         action, size = stream.receive(message), message.body_size
+        del message
         reply: Reply
         if size and not hold.resize(size):
             reply = stream.refused(self._router.no_memory(size))
         elif isinstance(action, Route):
-            reply = stream.routed(await self._router.route(action.headers, action.body))
+            reply = stream.routed(await self._router.route(action.headers, action.take_body()))
         else:
             reply = action
-        await _write(context, encode(reply), stream)
+        await _give_way(size)
+        data = encode(reply)
+        if stream.forward is not None:
+            stream.forward.body = None
+        await _give_way(len(data))
+        await _write(context, data, stream)
         if isinstance(action, Route):
             hold.release()
         return True
@@ -117,3 +127,9 @@ async def _write(context: Any, data: bytes, stream: Stream) -> None:
             stream.sent()
         raise
     stream.sent()
+
+
+async def _give_way(size: int) -> None:
+    """Let the event loop do other things before a message of so many bytes is copied once more."""
+    if size > GIVE_WAY_BYTES:
+        await asyncio.sleep(0)

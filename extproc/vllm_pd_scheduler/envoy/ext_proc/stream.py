@@ -69,12 +69,17 @@ class Continue:
     phase: Phase
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
     """Have this request routed, then call :meth:`Stream.routed`."""
 
     headers: Mapping[str, str]
     body: bytes
+
+    def take_body(self) -> bytes:
+        """Return the body, and let go of it."""
+        body, self.body = self.body, b""
+        return body
 
 
 @dataclass(frozen=True, slots=True)
