@@ -31,6 +31,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {**COMPLETION, "stream": True, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {**COMPLETION, "n": 2}),
     ("/v1/completions", {**COMPLETION, "prompt": [1, 2, 3]}),
+    ("/v1/completions", {**COMPLETION, "prompt": ["Where is the cache?"]}),
+    ("/v1/completions", {**COMPLETION, "prompt": [[1, 2, 3]], "cache_salt": "s"}),
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", {**CHAT, "stream": True, "model": "sim-model", "max_completion_tokens": 2}),
     ("/v1/embeddings", {"input": "text"}),
@@ -153,6 +155,23 @@ def hand_off(chance: random.Random, document: Any) -> Any:
     return pairs
 
 
+def long(chance: random.Random, document: Any) -> Any:
+    """A field so long that the body is read in steps."""
+    unit = chance.choice(('"x",', "[],", '{"a":"\\\\"},', "NaN,", "1,", '"kv_transfer_params",', '"\\"]",'))
+    made: Any = Text("[" + unit * chance.choice((8_000, 20_000)) + "0]")
+    if chance.random() < 0.3:
+        made = "word " * chance.choice((8_000, 20_000))
+    pairs = Pairs(_members(document).items())
+    name = chance.choice(("x", "x", "prompt", "messages", "tools", "stream", "model"))
+    pairs.insert(chance.randint(0, len(pairs)), (name, made))
+    return pairs
+
+
+def many(chance: random.Random, document: Any) -> Any:
+    names = [f"x{number}" for number in range(chance.choice((100, 4_000, 5_000)))]
+    return {**dict.fromkeys(names, 0), **_members(document)}
+
+
 def no_object(chance: random.Random, document: Any) -> Any:
     return chance.choice(([document], [], None, "x", 1, Text(""), Text("{}{}"), Text("{} x"), Text("{,}")))
 
@@ -160,6 +179,8 @@ def no_object(chance: random.Random, document: Any) -> Any:
 CHANGES: tuple[Callable[[random.Random, Any], Any], ...] = (
     *(wrong_value,) * 6,
     *(hand_off,) * 3,
+    long,
+    many,
     twice,
     without_one,
     no_object,

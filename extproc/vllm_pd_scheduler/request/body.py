@@ -124,7 +124,7 @@ class JsonBody:
             if len(body) <= AT_ONCE_BYTES and (fields := _at_once(body)) is not None:
                 return cls(body, fields)
             _check_encoding(body)
-            clean = yield from without_key(body)
+            clean = yield from _without_key(body)
             fields, walked = yield from _walk(clean)
         except Malformed as error:
             raise BodyError(f"{_NOT_JSON}{error}") from None
@@ -233,13 +233,24 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     if body[start : start + 1] not in (b"[", b"{"):
         yield from refuse_name(body)
         return body
-    clean = yield from without_key(body)
+    clean = yield from _without_key(body)
     try:
         yield from JsonText(clean).skip(start)
     except TooDeep:
         raise BodyError(_TOO_DEEP) from None
     except Malformed:
-        pass  # the instance will say so
+        yield from refuse_name(clean)  # all else is the instance's to refuse
+    return clean
+
+
+def _without_key(body: bytes) -> Steps[bytes]:
+    """Return JSON text without a client's hand-off; text that is no JSON may not name it at all."""
+    clean = yield from without_key(body)
+    if len(clean) <= AT_ONCE_BYTES and is_suspect(clean):
+        try:
+            json.loads(clean)
+        except (ValueError, RecursionError):
+            yield from refuse_name(clean)
     return clean
 
 
