@@ -105,14 +105,14 @@ async def test_another_model_on_one_p_is_found_and_hurts_nobody(client: Client) 
     await client.fault("prefill-1", status=404)
     answers = [await complete(client) for _ in range(15)]
     assert {answer.status for answer in answers} == {200}
-    assert await ejected(client, "prefill-1")
+    await until(lambda: ejected(client, "prefill-1"))
 
 
 async def test_another_model_on_one_d_is_found_and_hurts_nobody(client: Client) -> None:
     await client.fault("decode-1", status=404)
     answers = [await complete(client) for _ in range(15)]
     assert {answer.status for answer in answers} == {200}
-    assert await ejected(client, "decode-1")
+    await until(lambda: ejected(client, "decode-1"))
 
 
 async def test_an_unknown_model_is_the_clients_mistake(client: Client) -> None:

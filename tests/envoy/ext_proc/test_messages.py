@@ -59,7 +59,7 @@ class DecodeTest(unittest.TestCase):
             again.response_headers.SetInParent()
             self.assertIs(decode(data + again.SerializeToString()).phase, Phase.RESPONSE_HEADERS)
             for bad in (data[:-1], data[: LARGE_BYTES // 2], data + b"\xff", data + b"\x0b" * 9):
-                with self.assertRaisesRegex(StreamError, "^not a ProcessingRequest: "):
+                with self.assertRaisesRegex(BadMessage, "^not a ProcessingRequest"):
                     decode(bad)
 
     def test_a_large_message_without_a_body(self) -> None:
