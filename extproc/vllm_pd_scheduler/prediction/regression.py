@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 _PRIOR_WEIGHT = 0.01
 """Weight of the prior against one sample whose features are 1."""
-_OUTLIER = 5.0
-"""A sample counts as at most so many times what was expected: one hang must not teach a slow instance."""
+OUTLIER = 5.0
+"""A sample counts as at most so many times what was expected, and at least as that part of it: one hang must
+not teach a slow instance. Nor does a sample weigh more than so many usual ones."""
+_WILD = 25.0
+"""A sample that is off by so many times does not count at all, unless more than ``_WILD_IN_A_ROW`` are."""
+_WILD_IN_A_ROW = 3
+_LEAST_EXPECTED = 1e-3
+"""What zero coefficients expect, so that a model can leave zero again."""
+_RECENT = 0.1
+"""Weight of the newest sample in the mean of what samples weigh."""
+_LEAST_USUAL = 1e-3
+"""What a usual sample weighs at least, so that samples of nothing do not end all learning."""
 _SETTLED = 32
 _SOLVE_EVERY = 8
 """Solving takes 20 us, more than all the rest: once there are some samples, one more changes little."""
-_TRUSTED = 8
-"""Samples after which the expectation is good enough to call something an outlier."""
 
 
 class OnlineRegression:
@@ -21,9 +30,12 @@ class OnlineRegression:
     Every sample makes those before it count ``forget`` times as much, so that the model follows a change
     within some ``1 / (1 - forget)`` samples. ``scale`` brings each feature to about 1. What the samples
     leave open is near ``prior`` (ridge regression towards it).
+
+    No sample is believed further than ``OUTLIER`` and ``_WILD`` say, so that nonsense is forgotten as fast
+    as anything else is learned.
     """
 
-    __slots__ = ("_b", "_forget", "_m", "_scale", "coefficients", "samples")
+    __slots__ = ("_b", "_forget", "_m", "_scale", "_usual", "_wild", "coefficients", "samples")
 
     def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
         size = len(prior)
@@ -33,18 +45,35 @@ class OnlineRegression:
         self._forget = forget
         self._m = [[0.0] * size for _ in range(size)]
         self._b = [0.0] * size
+        self._usual = 1.0
+        """What a sample weighs, on average over recent ones: see ``learn``."""
+        self._wild = 0
+        """How many of the last samples in a row were off by ``_WILD`` or more."""
 
     def predict(self, x: Sequence[float]) -> float:
         """Return what ``x`` would give."""
         return sum(c * value for c, value in zip(self.coefficients, x, strict=True))
 
     def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
-        """Take a sample; ``prior`` is what to believe where the samples say nothing."""
+        """Take a sample; ``prior`` is what to believe where the samples say nothing.
+
+        What is no number, or beyond all numbers when put together, is no sample.
+        """
         expected = self.predict(x)
-        if self.samples >= _TRUSTED and expected > 0.0:
-            y = min(y, _OUTLIER * expected)
         scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
-        weight = 1.0 / (1.0 + sum(scaled))  # errors grow with the work; else the big ones would decide alone
+        total, square = sum(scaled), sum(value * value for value in scaled)
+        if not (math.isfinite(expected) and math.isfinite(square) and math.isfinite(y)):
+            return
+        upper = max(expected, _LEAST_EXPECTED)
+        self._wild = 0 if expected <= _WILD * y and y <= _WILD * upper else self._wild + 1
+        if 0 < self._wild <= _WILD_IN_A_ROW:
+            return
+        y = min(max(y, expected / OUTLIER), OUTLIER * upper)
+        weight = 1.0 / (1.0 + total)  # errors grow with the work; else the big ones would decide alone
+        most = OUTLIER * max(self._usual, _LEAST_USUAL)
+        if weight * square > most:
+            weight = most / square
+        self._usual += _RECENT * (weight * square - self._usual)
         for i, (row, xi) in enumerate(zip(self._m, scaled, strict=True)):
             for j, xj in enumerate(scaled):
                 row[j] = row[j] * self._forget + weight * xi * xj
