@@ -76,7 +76,9 @@ class OnlineFitTest(unittest.TestCase):
     @given(
         before=st.integers(0, 200),
         lies=st.lists(
-            st.tuples(extreme, extreme, extreme).map(lambda lie: (lie[:2], lie[2])), min_size=1, max_size=3
+            st.tuples(st.tuples(st.floats(1, 8) | st.just(math.nan), extreme), extreme),
+            min_size=1,
+            max_size=3,
         ),
     )
     @settings(derandomize=True, deadline=None, max_examples=60)
