@@ -64,6 +64,7 @@ class OnlineRegression:
         total, square = sum(scaled), sum(value * value for value in scaled)
         if not (math.isfinite(expected) and math.isfinite(square) and math.isfinite(y)):
             return
+        self.samples += 1
         upper = max(expected, _LEAST_EXPECTED)
         self._wild = 0 if expected <= _WILD * y and y <= _WILD * upper else self._wild + 1
         if 0 < self._wild <= _WILD_IN_A_ROW:
@@ -78,7 +79,6 @@ class OnlineRegression:
             for j, xj in enumerate(scaled):
                 row[j] = row[j] * self._forget + weight * xi * xj
             self._b[i] = self._b[i] * self._forget + weight * xi * y
-        self.samples += 1
         if self.samples <= _SETTLED or self.samples % _SOLVE_EVERY == 0:
             self.coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
 
