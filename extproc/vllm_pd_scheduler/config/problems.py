@@ -65,7 +65,7 @@ def _doubles(items: list[Listed]) -> list[str]:
     for role, key, item in items:
         if (first := ids.setdefault(item.id, key)) != key:
             found.append(f"{key}.id: {item.id!r} is the id of {first} already")
-        if (first := addresses.setdefault((role, item.host, item.port), key)) != key:
+        if (first := addresses.setdefault((role, item.host.removesuffix("."), item.port), key)) != key:
             address = join_address(item.host, item.port)
             found.append(f"{key}: {address} is the address of {first} already")
     return found
