@@ -35,6 +35,7 @@ _HEALTH = {
     InstanceState.HEALTHY: HealthStatus.HEALTHY,
     InstanceState.DRAINING: HealthStatus.DRAINING,
     InstanceState.UNHEALTHY: HealthStatus.UNHEALTHY,
+    InstanceState.EJECTED: HealthStatus.UNHEALTHY,
     InstanceState.STARTING: HealthStatus.UNHEALTHY,
 }
 

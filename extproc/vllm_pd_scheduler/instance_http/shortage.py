@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 
-_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Not EADDRNOTAVAIL: it also tells of an IPv6 address on a machine that has none."""
 
 
 def is_our_shortage(error: BaseException) -> bool:
-    """Whether a request failed for want of file descriptors, buffers, memory or ports of our own.
+    """Whether a request failed for want of file descriptors, buffers or memory of our own.
 
     Then it says nothing of the instance.
     """

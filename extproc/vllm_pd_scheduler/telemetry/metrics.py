@@ -102,6 +102,13 @@ class Telemetry:
             registry=self.prometheus,
         )
 
+        self._state_changes = Counter(
+            "pd_instance_state_changes",
+            "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
+            ["instance", "role", "state"],
+            registry=self.prometheus,
+        )
+
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that goes to decode."""
         self._requests.labels(decode, served).inc()
@@ -148,6 +155,10 @@ class Telemetry:
     def scrape_failed(self, instance: str) -> None:
         """Count a scrape that failed."""
         self._scrape_failures.labels(instance).inc()
+
+    def state_changed(self, instance: str, role: str, state: str) -> None:
+        """Count that an instance came to a state."""
+        self._state_changes.labels(instance, role, state).inc()
 
     def page(self) -> bytes:
         """Return the Prometheus text page."""
