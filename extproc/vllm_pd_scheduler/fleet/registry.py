@@ -75,6 +75,9 @@ class Registry:
     _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
         default_factory=lambda: {role: {} for role in InstanceRole}
     )
+    _watchers: dict[InstanceRole, list[set[Endpoint]]] = field(
+        default_factory=lambda: {role: [] for role in InstanceRole}
+    )
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
@@ -102,6 +105,7 @@ class Registry:
             prefill=PrefillLoad(self.load.prefill),
             decode=DecodeLoad(self.load.decode),
             holder=self.prefixes.add(),
+            watchers=self._watchers[instance.role],
         )
         if canonical_ip(instance.host) is not None:
             endpoint.address = join_address(instance.host, instance.port)
@@ -165,6 +169,16 @@ class Registry:
         """Call ``listener`` after each change in membership, address, health or draining."""
         self._listeners.append(listener)
 
+    def watch(self, role: InstanceRole) -> set[Endpoint]:
+        """Return a new set to which each endpoint of a role is added when its load changes.
+
+        That is when a request is reserved or released there, when it is scraped, and when it says that it is
+        full. The caller empties the set, and so need not look at all endpoints to see what has changed.
+        """
+        changed: set[Endpoint] = set()
+        self._watchers[role].append(changed)
+        return changed
+
     def resolved(self, endpoint: Endpoint, ip: str, now: float = 0.0) -> None:
         """Record the IP address behind an instance's DNS name, as it was found at a time."""
         endpoint.resolved_at = now
@@ -204,6 +218,7 @@ class Registry:
         """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
         before, endpoint.metrics = endpoint.metrics, snapshot
         endpoint.scraped_at = snapshot.taken_at
+        endpoint.changed()
         endpoint.in_flight_at_scrape = in_flight_at_scrape
         endpoint.tokens_at_scrape = tokens_at_scrape
         if snapshot.kv_capacity is not None:
@@ -219,6 +234,7 @@ class Registry:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
         endpoint.metrics = None
         endpoint.in_flight_at_scrape, endpoint.tokens_at_scrape = 0, 0.0
+        endpoint.changed()
 
     def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
         """Record which models an instance serves; ``None``: it has not said so for too long."""
@@ -238,6 +254,7 @@ class Registry:
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
+        endpoint.changed()
         endpoint.in_flight += 1
         reservation = Reservation(endpoint, endpoint.generation)
         if endpoint.breaker.state is BreakerState.HALF_OPEN and not endpoint.on_trial:
@@ -246,7 +263,7 @@ class Registry:
             return reservation
         reservation.at = request.now
         decode = endpoint.instance.role is InstanceRole.DECODE
-        blocks = 0 if decode else request.cached.get(endpoint.holder, 0)  # before it is stored
+        blocks = 0 if decode else request.cached_blocks(endpoint.holder)  # before it is stored
         if request.blocks:
             size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
             self.block_tokens += _RECENT * (size - self.block_tokens)
@@ -329,6 +346,7 @@ class Registry:
         endpoint.busy_answers += 1
         endpoint.busy_until = now + min(pause, MAX_BUSY_PAUSE_S)
         self.busy_until = max(self.busy_until, endpoint.busy_until)
+        endpoint.changed()
 
     def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
         if endpoint.breaker.state is BreakerState.OPEN:

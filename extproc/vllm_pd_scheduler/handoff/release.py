@@ -62,7 +62,8 @@ class HandoffReleaser:
     async def _release(self, pending: PendingHandoff) -> None:
         body = self._connector.release_body(pending.handoff, pending.model)
         registry, decode = self._registry, InstanceRole.DECODE
-        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
+        endpoints = (*registry.routable(decode), *registry.ejected(decode))[:3]
+        for endpoint in endpoints if body is not None else ():
             headers = {"content-type": "application/json"}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"

@@ -84,6 +84,15 @@ class Strategy:
         finally:
             self._turn = turn
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Whether :meth:`rank` may be offered some endpoints of a large fleet, drawn at random.
+
+        Return ``True`` where the best of a sample is good enough: then the cost of a pick does not grow with
+        the fleet. If the strategy reads ``request.cached``, endpoints with the longest cached prefixes are in
+        the sample too. See :mod:`vllm_pd_scheduler.scheduler.candidates` for the sizes.
+        """
+        return False
+
     def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
         """Return how bad ``endpoint`` would be for ``request``, as any comparable value: the least wins."""
         raise NotImplementedError(f"{type(self).__name__} defines neither score() nor rank()")
