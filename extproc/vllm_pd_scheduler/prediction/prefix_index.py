@@ -31,6 +31,8 @@ _TABLE_COUNT = 256
 it grows."""
 _FEW_BITS = 12
 """Holders of a mask that are looked up one by one; with more, going over all bits at once is faster."""
+_NO_SLOT = 1 << 60
+"""Slot of a closed holder, beyond the bits of any mask."""
 _BOOLEANS = bytes.maketrans(b"01", b"\0\1")
 
 
@@ -177,7 +179,7 @@ class PrefixMatch(Mapping["Holder", int]):
         """Return the same for some holders only."""
         depths: dict[Holder, int] = {}
         for depth, mask in reversed(self._levels):
-            holders = [holder for holder in holders if mask >> holder._slot & 1]  # _bit is 250 bytes long
+            holders = [holder for holder in holders if mask >> holder._slot & 1]  # unlike _bit it is short
             depths.update(dict.fromkeys(holders, depth))
         return depths
 
@@ -189,16 +191,17 @@ class PrefixMatch(Mapping["Holder", int]):
         ``common`` holders have does not count.
         """
         chosen: list[Holder] = []
+        longer = 0
         for _, mask in self._levels:
             mask &= within
             if mask.bit_count() > common:
                 break
-            for part in (mask >> turn << turn, mask & ((1 << turn) - 1)):
+            exact, longer = mask ^ longer, mask
+            for part in (exact >> turn << turn, exact & ((1 << turn) - 1)):
                 while part and len(chosen) < count:
                     bit = part & -part
                     chosen.append(self._index._holders[bit.bit_length() - 1])
                     part ^= bit
-            within &= ~mask
         return chosen
 
 
@@ -250,8 +253,8 @@ class Holder:
         if not self._closed:
             self.clear()
             self._closed, self.capacity = True, 0
-            self._bit = 0  # the slot's next holder has it
             self._index._free.append(self._slot)
+            self._bit, self._slot = 0, _NO_SLOT  # the slot is another holder's from now on
 
     def __len__(self) -> int:
         """Return the number of blocks."""

@@ -86,37 +86,48 @@ class Candidates:
         """The set of these holders, as :meth:`PrefixMatch.longest` takes it."""
         self._on_trial: set[Endpoint] = set()
         self._saturated: set[Endpoint] = set()
+        self._either: set[Endpoint] = set()
+        self._version = 0
+        """Changes with the sets above."""
         self._busy: dict[Endpoint, float] = {}
         """Endpoints that are saturated until a time, which is their entry in ``_busy_until``."""
         self._busy_until: list[tuple[float, int, Endpoint]] = []
         """A heap; the number, from ``_entries``, only keeps endpoints from being compared."""
         self._entries = itertools.count()
-        self._candidates: tuple[Endpoint, ...] = ()
-        self._left_out: list[set[Endpoint]] = []
-        """Whose members are routable and not in ``_candidates``."""
-        self._sample: Sequence[Endpoint] = ()
-        self._sampled: tuple[object, ...] = ()
-        """For which the last sample was drawn: a request, a time, and those to choose from."""
+        self._all: tuple[Endpoint, ...] | None = None
+        """All candidates, if they were asked for since ``_version`` has changed."""
+        self._drawn: Sequence[Endpoint] = ()
+        self._drawn_for: tuple[object, ...] = ()
+        """A request, a time and a version."""
 
     def __contains__(self, endpoint: object) -> bool:
         """Whether an endpoint was a candidate when they were last asked for."""
         known = isinstance(endpoint, Endpoint) and self._by_holder.get(endpoint.holder) is endpoint
-        return known and not any(endpoint in members for members in self._left_out)
+        return known and endpoint not in self._left_out()
 
     def all(self, now: float, exclude: Collection[Endpoint] = ()) -> tuple[Endpoint, ...]:
         """Return all candidates but those in ``exclude``."""
         self._refresh(now)
+        if self._all is None:
+            self._all = _without(self._routable, self._left_out())
         if not exclude:
-            return self._candidates
-        return _without(self._candidates, exclude) or self._best(_without(self._routable, exclude))[0]
+            return self._all
+        if others := _without(self._all, exclude):
+            return others
+        endpoints = _without(self._routable, exclude)
+        choices = (
+            _without(endpoints, members) for members in (self._either, self._on_trial, self._saturated)
+        )
+        return next(filter(None, choices), endpoints)
 
     def offer_all(self, now: float, exclude: Collection[Endpoint]) -> Offer:
         """Offer all candidates, for a strategy that does not accept a sample."""
-        self._refresh(now)
-        if len(self._candidates) <= LARGE_FLEET:
+        endpoints = self.all(now)
+        if len(endpoints) > LARGE_FLEET:
+            return Offer(endpoints, self, exclude)
+        if exclude:
             endpoints = self.all(now, exclude)
-            return Offer(endpoints, endpoints)
-        return Offer(self._candidates, self, exclude)
+        return Offer(endpoints, endpoints)
 
     def offer_sample(
         self, request: RequestContext, exclude: Collection[Endpoint], *, prefixes: bool
@@ -127,17 +138,17 @@ class Candidates:
         one request at one time (``request.now``) the draw is always the same.
         """
         self._refresh(request.now)
-        if len(self._candidates) <= LARGE_FLEET:
+        if len(self._routable) - len(self._left_out()) <= LARGE_FLEET:
             return self.offer_all(request.now, exclude)
-        sampled = request, request.now, self._candidates
-        if self._sampled != sampled:
-            self._sampled, self._sample = sampled, self._random.choices(self._candidates, k=SAMPLE)
-        drawn = dict.fromkeys(self._sample)
+        drawn_for = request, request.now, self._version
+        if self._drawn_for != drawn_for:
+            self._drawn_for, self._drawn = drawn_for, self._draw(request.now)
+        offered = dict.fromkeys(self._drawn)
         if prefixes:
-            drawn.update(dict.fromkeys(self._longest(request)))
+            offered.update(dict.fromkeys(self._longest(request)))
         for endpoint in exclude:
-            drawn.pop(endpoint, None)
-        return Offer(tuple(drawn), drawn) if drawn else self.offer_all(request.now, exclude)
+            offered.pop(endpoint, None)
+        return Offer(tuple(offered), offered) if offered else self.offer_all(request.now, exclude)
 
     def some(self) -> Sequence[Endpoint]:
         """Return all routable endpoints of a small fleet; of a large one, some that are drawn at random."""
@@ -147,7 +158,10 @@ class Candidates:
     def has_room(self, now: float) -> bool:
         """Whether one candidate is not saturated, or there are none."""
         self._refresh(now)
-        return not self._candidates or self._candidates[0] not in self._saturated
+        size = len(self._routable)
+        if len(self._on_trial) == size:
+            return not size or len(self._saturated) < size
+        return len(self._either) < size
 
     def room_at(self, now: float) -> float:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
@@ -160,18 +174,30 @@ class Candidates:
         longest = request.match.longest(1, self._holders)
         return self._by_holder[longest[0]] if longest else None
 
+    def _left_out(self) -> Collection[Endpoint]:
+        """Return the routable endpoints that are no candidates."""
+        size = len(self._routable)
+        sets = (self._either, self._on_trial, self._saturated)
+        return next((members for members in sets if len(members) < size), ())
+
+    def _draw(self, now: float) -> Sequence[Endpoint]:
+        left_out, size = self._left_out(), len(self._routable)
+        count = SAMPLE * size // (size - len(left_out))
+        if count > 4 * SAMPLE:
+            return self._random.choices(self.all(now), k=SAMPLE)
+        # Without a tuple of all candidates, which changes with every request when many are nearly saturated.
+        return [e for e in self._random.choices(self._routable, k=count) if e not in left_out]
+
     def _longest(self, request: RequestContext) -> list[Endpoint]:
-        turn = self._random.randrange(self._holders.bit_length())
+        turn, left_out = self._random.randrange(self._holders.bit_length()), self._left_out()
         holders = request.match.longest(LONGEST, self._holders, turn, len(self._routable) * COMMON)
-        endpoints = map(self._by_holder.__getitem__, holders)
-        return [e for e in endpoints if not any(e in members for members in self._left_out)]
+        return [e for e in map(self._by_holder.__getitem__, holders) if e not in left_out]
 
     def _refresh(self, now: float) -> None:
         """Look at the endpoints that may have become, or ceased to be, saturated or on trial."""
-        registry, routable = self._registry, self._registry.routable(self._role)
-        moved = routable is not self._routable
-        if moved:
-            self._forget(routable)
+        registry = self._registry
+        if self._routable is not registry.routable(self._role):
+            self._begin_anew()
         while self._busy_until and self._busy_until[0][0] <= now:
             until, _, endpoint = heapq.heappop(self._busy_until)
             if self._busy.get(endpoint) == until:
@@ -179,41 +205,35 @@ class Candidates:
             self._changed.add(endpoint)
         if self._limited or registry.trials or self._saturated or now < registry.busy_until:
             for endpoint in self._changed:
-                moved |= self._look_at(endpoint, now)
+                if endpoint.holder in self._by_holder:
+                    self._look_at(endpoint, now)
         self._changed.clear()
-        if moved:
-            self._candidates, self._left_out = self._best(routable)
 
-    def _forget(self, routable: tuple[Endpoint, ...]) -> None:
-        """Begin anew, since other endpoints are routable than before."""
-        self._routable = routable
+    def _begin_anew(self) -> None:
+        """Forget what was known, since other endpoints are routable than before."""
+        self._routable = routable = self._registry.routable(self._role)
         self._by_holder = {endpoint.holder: endpoint for endpoint in routable}
         self._holders = self._registry.prefixes.mask_of(self._by_holder)
-        self._on_trial, self._saturated, self._busy, self._busy_until = set(), set(), {}, []
+        self._on_trial, self._saturated, self._either = set(), set(), set()
+        self._busy, self._busy_until = {}, []
         self._changed.update(routable)
+        self._version, self._all = self._version + 1, None
 
-    def _look_at(self, endpoint: Endpoint, now: float) -> bool:
-        """Return whether the endpoint has become, or ceased to be, saturated or on trial."""
-        until = endpoint.busy_until
+    def _look_at(self, endpoint: Endpoint, now: float) -> None:
+        until, on_trial = endpoint.busy_until, endpoint.on_trial
         if until > now and self._busy.get(endpoint) != until:
             self._busy[endpoint] = until
             heapq.heappush(self._busy_until, (until, next(self._entries), endpoint))
-        moved, saturated = False, self._is_saturated(endpoint, now)
-        for members, is_member in ((self._on_trial, endpoint.on_trial), (self._saturated, saturated)):
-            if is_member is not (endpoint in members):
-                (members.add if is_member else members.remove)(endpoint)
-                moved = True
-        return moved
-
-    def _best(self, endpoints: tuple[Endpoint, ...]) -> tuple[tuple[Endpoint, ...], list[set[Endpoint]]]:
-        """Return those to choose from, and the sets of which they are not members."""
-        left_out = []
-        for members in (self._on_trial, self._saturated):
-            others = _without(endpoints, members)
-            if others:
-                endpoints = others
-                left_out.append(members)
-        return endpoints, left_out
+        saturated = self._is_saturated(endpoint, now)
+        if on_trial is (endpoint in self._on_trial) and saturated is (endpoint in self._saturated):
+            return
+        for members, is_member in (
+            (self._on_trial, on_trial),
+            (self._saturated, saturated),
+            (self._either, on_trial or saturated),
+        ):
+            (members.add if is_member else members.discard)(endpoint)
+        self._version, self._all = self._version + 1, None
 
 
 def _without(endpoints: tuple[Endpoint, ...], left_out: Collection[Endpoint]) -> tuple[Endpoint, ...]:
