@@ -26,6 +26,8 @@ DETAILS_PREFIX = "pd_"
 LARGE_BYTES = 1 << 16
 """A larger message is not copied into protobuf's memory as a whole, and then its body from there."""
 
+LONG_VALUE_BYTES = 256
+
 _PHASES = {phase.name.lower(): phase for phase in Phase}
 _RESPONSES = pb.ProcessingResponse.DESCRIPTOR.fields_by_name
 _BODY = {
@@ -55,7 +57,7 @@ def decode(data: bytes) -> Message:
     kind = request.WhichOneof("request")
     if kind == "request_headers":
         headers = {
-            header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace")
+            header.key: _text(header.raw_value or header.value.encode())
             for header in request.request_headers.headers.headers
         }
         return Message(Phase.REQUEST_HEADERS, request.request_headers.end_of_stream, headers)
@@ -64,6 +66,13 @@ def decode(data: bytes) -> Message:
     if kind not in _PHASES:
         raise StreamError(f"a message of the unknown kind {kind}")
     return Message(_PHASES[kind])
+
+
+def _text(value: bytes) -> str:
+    """Return a header's value. As Latin-1 if it is long and not ASCII: other text takes four bytes a letter."""
+    if len(value) <= LONG_VALUE_BYTES or value.isascii():
+        return value.decode("utf-8", "replace")
+    return value.decode("latin-1")
 
 
 def _large_body(data: bytes) -> Message | None:
