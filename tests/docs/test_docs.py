@@ -160,6 +160,7 @@ class MetricsTest(unittest.TestCase):
         for role in InstanceRole:
             endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
             registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
+            registry.resolved(endpoint, "10.0.0.1")
         registry.load.learn_bytes("m", 400, 100)
 
     def real(self) -> dict[str, tuple[str, list[str]]]:

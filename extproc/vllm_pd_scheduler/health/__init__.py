@@ -1,5 +1,6 @@
-"""Health and metrics of the instances."""
+"""How the instances are: alive, loaded, where, and with which models."""
 
 from .monitor import HealthMonitor
+from .state_log import StateLog
 
-__all__ = ["HealthMonitor"]
+__all__ = ["HealthMonitor", "StateLog"]

@@ -1,0 +1,69 @@
+"""Read which models an instance serves, and find the instances that serve others than their peers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole
+
+MAX_MODELS = 4096
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+_SHOWN = 8
+
+
+class NotAListOfModels(ValueError):
+    """``/v1/models`` answers with something else; ``args[0]`` says what is wrong."""
+
+
+class _Model(msgspec.Struct):
+    id: _Name
+
+
+class _Models(msgspec.Struct):
+    data: Annotated[list[_Model], msgspec.Meta(max_length=MAX_MODELS)]
+
+
+_decode = msgspec.json.Decoder(_Models).decode
+
+
+def parse_models(body: bytes) -> frozenset[str]:
+    """Return the names in an answer to ``GET /v1/models``: the base model's, all of them, and LoRA adapters'.
+
+    Raises :exc:`NotAListOfModels`.
+    """
+    try:
+        return frozenset(model.id for model in _decode(body).data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise NotAListOfModels(f"it is not a list of models: {error}") from None
+
+
+def odd_ones(registry: Registry) -> Iterator[tuple[Endpoint, str]]:
+    """Yield who serves other models than most of its role, and in words which.
+
+    Where no set is served by more than any other, that of the first endpoint counts.
+    """
+    for role in InstanceRole:
+        known = [(each, each.models) for each in registry.endpoints(role) if each.models is not None]
+        if not known:
+            continue
+        usual = Counter(models for _, models in known).most_common(1)[0][0]
+        yield from ((each, _difference(models, usual)) for each, models in known if models != usual)
+
+
+def _difference(models: frozenset[str], usual: frozenset[str]) -> str:
+    lacking, more = usual - models, models - usual
+    parts = [f"lacks {_listed(lacking)}"] if lacking else []
+    parts += [f"has {_listed(more)}"] if more else []
+    return " and ".join(parts)
+
+
+def _listed(models: frozenset[str]) -> str:
+    names = [repr(name[:100]) for name in sorted(models)]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

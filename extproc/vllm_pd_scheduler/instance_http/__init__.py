@@ -1,0 +1,1 @@
+"""What all who speak HTTP with instances have in common."""

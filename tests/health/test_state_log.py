@@ -1,0 +1,116 @@
+"""Every change of an instance's state is one log line, and counted, whoever causes it."""
+
+import logging
+import unittest
+from collections.abc import Callable
+
+from vllm_pd_scheduler.fleet.breaker import BreakerPolicy
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
+from vllm_pd_scheduler.health import StateLog
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
+from vllm_pd_scheduler.telemetry import Telemetry
+
+D = InstanceRole.DECODE
+
+
+class StateLogTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.registry = Registry(HealthPolicy(breaker=BreakerPolicy(failures=1)))
+        self.telemetry = Telemetry()
+        StateLog(self.registry, self.telemetry)
+        self.d1, self.d2, self.d3 = (self.add(f"d{n}", f"10.0.0.{n}") for n in range(1, 4))
+
+    def add(self, name: str, host: str) -> Endpoint:
+        endpoint = self.registry.add(PDInstance(name, D, host, 80))
+        self.registry.probed(endpoint, None)
+        return endpoint
+
+    def told(self, call: Callable[..., object], *arguments: object) -> list[str]:
+        """The lines of one call, at the default level."""
+        with self.assertLogs("vllm_pd_scheduler", logging.INFO) as logs:
+            logging.getLogger("vllm_pd_scheduler").info("-")  # assertLogs wants one line at least
+            call(*arguments)
+        return [f"{record.levelname} {record.getMessage()}" for record in logs.records[1:]]
+
+    def test_probes(self) -> None:
+        new = self.registry.add(PDInstance("new", D, "10.0.0.9", 80))
+        for problem, lines in (
+            ("connection refused", ["WARNING new is unhealthy: connection refused"]),
+            ("connection refused", []),
+            (None, ["INFO new is healthy"]),
+            (None, []),
+            ("no answer", []),  # one is not enough
+            ("no answer", ["WARNING new is unhealthy: no answer"]),
+        ):
+            self.assertEqual(self.told(self.registry.probed, new, problem), lines)
+
+    def test_an_ejection_its_trial_and_its_end(self) -> None:
+        failed, probed, d2 = self.registry.failed, self.registry.probed, self.d2
+        for call, arguments, lines in (
+            (failed, (d2, "decode: reset", 0.0), ["WARNING d2 is ejected: decode: reset"]),
+            (probed, (d2, None, 0.5), []),  # its pause is not over
+            (probed, (d2, None, 1.0), ["INFO d2 is on trial: ejected: decode: reset"]),
+            (failed, (d2, "decode: timeout", 2.0), ["WARNING d2 is ejected: decode: timeout"]),
+            (probed, (d2, None, 9.0), ["INFO d2 is on trial: ejected: decode: timeout"]),
+            (self.registry.succeeded, (d2,), ["INFO d2 is healthy"]),
+        ):
+            self.assertEqual(self.told(call, *arguments), lines)
+        self.assertEqual(self.counted("d2"), {"ejected": 2, "trial": 2, "healthy": 2})
+
+    def test_one_that_is_ejected_and_then_dies(self) -> None:
+        self.told(self.registry.failed, self.d2, "decode: connect", 0.0)
+        self.assertEqual(self.told(self.registry.probed, self.d2, "gone", 0.5), [])
+        lines = self.told(self.registry.probed, self.d2, "gone", 0.6)
+        self.assertEqual(lines, ["WARNING d2 is unhealthy: gone"])
+
+    def test_the_last_one_that_fails_is_tried_again_at_once(self) -> None:
+        for name in ("d1", "d3"):
+            self.registry.drain(name)
+        self.registry.policy = HealthPolicy(max_ejected_share=1.0)
+        lines = self.told(self.registry.failed, self.d2, "decode: status", 0.0)
+        self.assertEqual(lines, ["WARNING d2 is on trial: ejected: decode: status"])
+
+    def test_a_drain_and_its_end(self) -> None:
+        self.assertEqual(self.told(self.registry.drain, "d1"), ["INFO d1 is draining"])
+        self.assertEqual(self.told(self.registry.drain, "d1"), [])
+        self.assertEqual(self.told(self.registry.undrain, "d1"), ["INFO d1 is healthy"])
+        new = self.registry.add(PDInstance("new", D, "10.0.0.9", 80))
+        self.registry.drain(new.id)
+        self.assertEqual(self.told(self.registry.undrain, "new"), ["INFO new is starting"])
+
+    def test_a_restart(self) -> None:
+        self.assertEqual(self.told(self.registry.started, self.d1, 1.0), [])
+        self.assertEqual(self.told(self.registry.started, self.d1, 2.0), ["WARNING d1 was restarted"])
+        self.registry.failed(self.d1, "decode: reset", 0.0)
+        self.assertEqual(
+            self.told(self.registry.started, self.d1, 3.0), ["WARNING d1 was restarted", "INFO d1 is healthy"]
+        )
+
+    def test_where_a_name_leads(self) -> None:
+        new = self.registry.add(PDInstance("new", D, "vllm-0", 80))
+        self.assertEqual(self.told(self.registry.resolved, new, "10.1.0.1"), ["INFO new is at 10.1.0.1:80"])
+        self.assertEqual(self.told(self.registry.resolved, new, "10.1.0.1"), [])
+        self.assertEqual(
+            self.told(self.registry.resolved, new, "fd00::1"),
+            ["INFO new is at [fd00::1]:80, no longer at 10.1.0.1:80"],
+        )
+
+    def test_those_that_come_and_go(self) -> None:
+        """The admin interface tells of these; nothing of them is remembered."""
+        self.assertEqual(self.told(self.registry.remove, "d1"), [])
+        self.assertEqual(self.told(self.registry.add, PDInstance("d1", D, "10.0.0.1", 80)), [])
+
+    def counted(self, name: str) -> dict[str, int]:
+        page = self.telemetry.prometheus
+        found = {}
+        for state in (*InstanceState, "trial"):
+            labels = {"instance": name, "role": "decode", "state": str(state)}
+            value = page.get_sample_value("pd_instance_state_changes_total", labels)
+            if value:
+                found[str(state)] = int(value)
+        return found
+
+
+if __name__ == "__main__":
+    unittest.main()
