@@ -71,7 +71,7 @@ def _duplicates(items: list[Listed]) -> list[str]:
     for role, key, item in items:
         if (first := ids.setdefault(item.id, key)) != key:
             problems.append(f"{key}.id: {item.id!r} is the id of {first} already")
-        if (first := addresses.setdefault((role, item.host.removesuffix("."), item.port), key)) != key:
+        if (first := addresses.setdefault((role, item.host, item.port), key)) != key:
             address = join_address(item.host, item.port)
             problems.append(f"{key}: {address} is the address of {first} already")
     return problems

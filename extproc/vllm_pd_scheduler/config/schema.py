@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_ip
+from ..models import InstanceRole, PDInstance, is_ip
+from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -27,9 +28,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
-_NUMBERS = re.compile(r"(?:(?:[0-9]+|0x[0-9a-f]*)\.)*(?:[0-9]+|0x[0-9a-f]*)\.?")
-"""No server has such a name, and resolvers read it as an IPv4 address: 10.0.11 as 10.0.0.11."""
+_HOST = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _HEADER = r"^[a-z0-9-]+$"
@@ -42,6 +41,7 @@ MEANING = {
     _LISTENER: "must be http://HOST:PORT, without a path",
     _PATH: "must be a path",
     _SOCKET: "must be an absolute path of at most 107 characters",
+    PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
 }
 """What is wrong with a string that one of these patterns does not match."""
 
@@ -95,8 +95,7 @@ class InstanceConfig(_Model):
     """A name of your choice, one for each instance of the fleet. Metrics, logs and the headers
     `x-pd-prefill` and `x-pd-decode` show it."""
     host: Annotated[str, Field(max_length=253)]
-    """IP address or DNS name. A name is looked up again with each health check; when that fails, its last
-    address is used. An IP address may have any spelling, but no zone (`fe80::1%eth0`)."""
+    """IP address or DNS name. A name is looked up again with each health check."""
     port: Port
     """Port of vLLM's HTTP server."""
     api_key: SecretSource | None = None
@@ -110,17 +109,10 @@ class InstanceConfig(_Model):
     @field_validator("host")
     @classmethod
     def _is_a_host(cls, host: str) -> str:
-        found = canonical_host(host)
-        if canonical_ip(found) is not None:
-            return found
-        if is_ip(found.partition("%")[0]):
-            why = "has a zone, and that is another on each machine" if "%" in found else "is no server's own"
-            raise ValueError(f"the IP address {host} {why}")
-        if _NUMBERS.fullmatch(found):
-            raise ValueError(f"{host} is neither an IP address in full nor a DNS name")
-        if not _NAME.fullmatch(found):
+        bare = host.removeprefix("[").removesuffix("]")
+        if not _HOST.fullmatch(bare) or (":" in bare and not is_ip(bare)):
             raise ValueError("must be an IP address or a DNS name, without scheme or port")
-        return found
+        return bare
 
 
 class SchedulerConfig(_Model):
@@ -147,11 +139,11 @@ class SchedulerConfig(_Model):
     """Weight of the latency, for the strategy `weighted`."""
 
     health_check_interval: Seconds = 5.0
-    """Seconds between two health checks of an instance, which also read its load and models. One that is
+    """Seconds between two health checks of an instance, which also read its metrics. An instance that is
     down is checked at least every second. Lower it for fresher loads; each check costs a request."""
     health_check_timeout: Seconds = 2.0
-    """Seconds that `/health`, `/metrics` and `/v1/models` of an instance may take together, and again the
-    first look-up of its name. Raise it if busy instances fail checks."""
+    """Seconds that `/health` and `/metrics` of an instance may take. Raise it if busy instances fail
+    checks."""
     unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
     """Health checks that must fail in a row before an instance gets no more requests."""
     healthy_threshold: Annotated[int, Field(ge=1)] = 1
@@ -234,6 +226,10 @@ class SchedulerConfig(_Model):
     has limits of its own: `per_connection_buffer_limit_bytes` and `max_request_bytes` in
     `envoy/envoy.yaml`."""
 
+    public_paths: list[Annotated[str, Field(pattern=PUBLIC_PATH)]] = list(PUBLIC_PATHS)
+    """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
+    and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
+    list: `envoy-config --config` prints its configuration with it."""
     prefill_listener: Annotated[str, Field(pattern=_LISTENER)] = "http://127.0.0.1:10001"
     """Envoy's prefill listener, as `http://HOST:PORT`. Change it with the listener's port in
     `envoy/envoy.yaml`."""

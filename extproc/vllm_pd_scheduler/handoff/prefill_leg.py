@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 
 import aiohttp
 
 from ..config.tls import InstanceTlsConfig
 from ..fleet.endpoint import Endpoint
-from ..instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_most
 from ..request import headers as names
 from ..system.keepalive import keepalive_socket
 from .interfaces import PrefillAnswer, PrefillFailed
@@ -19,13 +17,6 @@ from .interfaces import PrefillAnswer, PrefillFailed
 LINGER_S = 1.0
 """How long a prefill goes on when its client has left. An answer that is not read pins P's blocks for the
 lease: an abort that comes when P has just finished is too late, and only the answer says what to free."""
-
-
-MAX_ANSWER_BYTES = 16 << 20
-_LEAST_ANSWER_BYTES = 1 << 20
-_ANSWER_PER_BODY_BYTE = 8
-"""With ``return_token_ids`` P writes each token of the prompt as a number, and one can be a single byte."""
-_CONTENT_TYPE = re.compile(r"[!-~][ -~]{0,199}")
 
 
 class HttpPrefill:
@@ -88,7 +79,7 @@ class HttpPrefill:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")
         if self._listener is None:
-            base, name = endpoint.url, endpoint.instance.tls_name
+            base, name = endpoint.instance.url, endpoint.instance.tls_name
         else:  # TLS to the instance is Envoy's
             base, name = self._listener, None
             kept[names.DESTINATION] = str(endpoint.address)
@@ -101,15 +92,15 @@ class HttpPrefill:
                 allow_redirects=False,
                 server_hostname=name,
             ) as response:
-                answer = await read_at_most(response, largest_answer(body))
+                answer = await response.read()
                 _check_connection(response.headers.get(names.CONNECTION, ""))
+                content_type = response.headers.get("content-type", "application/json")
                 retry_after = response.headers.get("retry-after", "")
                 wait = float(retry_after) if retry_after.isdecimal() else None
-                return PrefillAnswer(response.status, _content_type(response), answer, wait)
+                told = {} if response.status == 200 else _for_client(response.headers)
+                return PrefillAnswer(response.status, content_type, answer, wait, told)
         except TimeoutError:
             raise PrefillFailed("timeout") from None
-        except (AnswerTooLarge, AnswerEncoded):
-            raise PrefillFailed("unreadable") from None
         except aiohttp.ClientConnectorError:
             raise PrefillFailed("connect") from None
         except (aiohttp.ClientError, OSError):
@@ -126,18 +117,8 @@ def _check_connection(flags: str) -> None:
         raise PrefillFailed("reset", lost=True)
 
 
-def largest_answer(body: bytes) -> int:
-    """Return the bytes that the answer to a prefill may have: one token, and where the blocks are.
-
-    In proportion to the request, so that answers take no more memory than bodies, which are counted, do.
-    """
-    return min(MAX_ANSWER_BYTES, _LEAST_ANSWER_BYTES + _ANSWER_PER_BODY_BYTE * len(body))
-
-
-def _content_type(response: aiohttp.ClientResponse) -> str:
-    """Return the type of an answer, if it is one that can be passed on."""
-    found = response.headers.get("content-type", "")
-    return found if _CONTENT_TYPE.fullmatch(found) else "application/json"
+def _for_client(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in names.KEPT_FROM_PREFILL if name in headers}
 
 
 def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:

@@ -10,7 +10,6 @@ import aiohttp
 from ..connectors import Connector
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..instance_http.bounded_read import read_at_most
 from ..models import InstanceRole
 from ..telemetry.metrics import Telemetry
 from .interfaces import PrefillAnswer
@@ -19,8 +18,6 @@ from .pending import PendingHandoff
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
-MAX_ANSWER_BYTES = 1 << 20
-"""Of the refusal that is asked for."""
 PATH = "/v1/completions"
 
 
@@ -73,9 +70,8 @@ class HandoffReleaser:
                     data=body,
                     headers=headers,
                     timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-                    allow_redirects=False,
                 ) as response:
-                    await read_at_most(response, MAX_ANSWER_BYTES)
+                    await response.read()
                     if response.status == 400:
                         self._telemetry.handoff_released(pending.prefill.id)
                         return

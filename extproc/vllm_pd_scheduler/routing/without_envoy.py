@@ -14,7 +14,6 @@ from ..fleet.endpoint import Endpoint
 from ..handoff.prefill_leg import HttpPrefill, open_session
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
-from ..instance_http.bounded_read import read_at_most
 from ..models import InstanceState, PDInstance
 from ..request.errors import Reject
 from .attempts import NOT_ANSWERED, FailedAttempt, Failure, failure_of_status
@@ -22,7 +21,6 @@ from .core import RoutingCore
 from .forward import Forward
 
 _DECODE_TIMEOUT_S = 600.0
-_MAX_ANSWER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,8 @@ async def _check_all(core: RoutingCore) -> dict[str, bool]:
 
 
 async def _check(core: RoutingCore, session: aiohttp.ClientSession) -> None:
-    await HealthMonitor.configured(core.config, core.registry, core.telemetry, session).check_all()
+    monitor = HealthMonitor.configured(core.config, core.registry, core.telemetry, session)
+    await asyncio.gather(*(monitor.check(endpoint) for endpoint in core.registry))
 
 
 async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
@@ -124,10 +123,9 @@ async def _decode(
             data=body,
             headers={"content-type": "application/json", **forward.headers()},
             timeout=aiohttp.ClientTimeout(total=_DECODE_TIMEOUT_S),
-            allow_redirects=False,
         ) as response:
             status = response.status
-            answer = await read_at_most(response, _MAX_ANSWER_BYTES)
+            answer = await response.read()
         if status == 200:
             decoded = msgspec.json.decode(answer, type=dict[str, Any])
             return RouteResult(True, endpoint.instance, prefill, status, decoded), None

@@ -4,6 +4,7 @@ import json
 import unittest
 
 import grpc
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.support import ext_proc as fleet
@@ -32,6 +33,14 @@ class DecodeTest(unittest.TestCase):
         self.assertEqual(
             message.headers, {":path": "/v1/é", "x-bad": "\ufffd", "empty": "", "old": "as text"}
         )
+
+    def test_headers_that_no_body_will_follow(self) -> None:
+        for mode, last in ((ProcessingMode.NONE, True), (ProcessingMode.BUFFERED, False)):
+            request = pb.ProcessingRequest()
+            request.request_headers.SetInParent()
+            self.assertFalse(decode(request.SerializeToString()).end_of_stream)
+            request.protocol_config.request_body_mode = mode
+            self.assertIs(decode(request.SerializeToString()).end_of_stream, last)
 
     def test_request_body(self) -> None:
         request = pb.ProcessingRequest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...request.errors import Reject
@@ -58,12 +59,19 @@ def decode(data: bytes) -> Message:
             header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace")
             for header in request.request_headers.headers.headers
         }
-        return Message(Phase.REQUEST_HEADERS, request.request_headers.end_of_stream, headers)
+        return Message(Phase.REQUEST_HEADERS, not _body_follows(request), headers)
     if kind == "request_body":
         return Message(Phase.REQUEST_BODY, request.request_body.end_of_stream, body=request.request_body.body)
     if kind not in _PHASES:
         raise StreamError(f"a message of the unknown kind {kind}")
     return Message(_PHASES[kind])
+
+
+def _body_follows(request: Any) -> bool:
+    """Whether the request's headers are not all that will be told of it; a WebSocket's are."""
+    told = request.HasField("protocol_config")
+    unasked = told and request.protocol_config.request_body_mode == ProcessingMode.NONE
+    return not request.request_headers.end_of_stream and not unasked
 
 
 def _large_body(data: bytes) -> Message | None:
