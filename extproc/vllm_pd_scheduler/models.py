@@ -6,9 +6,6 @@ import ipaddress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
-_AFTER_IPV4_COMPATIBLE = ipaddress.IPv6Address("::1:0:0")
-
 
 class InstanceRole(StrEnum):
     """What the fleet uses an instance for. vLLM itself serves any request on either."""
@@ -25,9 +22,7 @@ class InstanceState(StrEnum):
     HEALTHY = "healthy"
     """Gets requests."""
     UNHEALTHY = "unhealthy"
-    """Its probes fail: gets none."""
-    EJECTED = "ejected"
-    """Alive, but requests to it failed: takes none until its pause is over, unless there is no other."""
+    """Its probes fail, or it was ejected because requests failed there: gets none."""
     DRAINING = "draining"
     """Finishes the requests that it has and gets no new ones, as an operator asked."""
 
@@ -40,15 +35,12 @@ class PDInstance:
     """Chosen by the operator; unique in the fleet."""
     role: InstanceRole
     host: str
-    """IP address or DNS name, without a scheme; kept as :func:`canonical_host` spells it."""
+    """IP address or DNS name, without a scheme."""
     port: int
     api_key: str | None = field(default=None, repr=False)
     """Its ``--api-key``: sent to it as a bearer token, and never shown."""
     tls_name: str | None = None
     """DNS name that its certificate must be for; ``None`` for plain HTTP."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "host", canonical_host(self.host))
 
     @property
     def scheme(self) -> str:
@@ -67,9 +59,6 @@ class MetricsSnapshot:
 
     If an instance has several engines (data parallelism), counts are summed over them. Means and differences
     are over the time since the scrape before, and ``None`` or 0 if there was none.
-
-    ``latency`` is of the requests that finished between two scrapes, of which the later one was taken at
-    ``latency_at``; both are ``None`` until two scrapes have seen some, and when that is long ago.
     """
 
     taken_at: float
@@ -92,8 +81,6 @@ class MetricsSnapshot:
     """Requests that ended."""
     transfer: float | None = None
     """Mean seconds of the KV transfers; ``None`` if there were none."""
-    latency_at: float | None = None
-    """When the later of the two scrapes was taken that ``latency`` is of."""
 
 
 def join_address(host: str, port: int) -> str:
@@ -108,34 +95,3 @@ def is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def canonical_host(host: str) -> str:
-    """Return a host in its one spelling: an address as Envoy writes it, anything else in lower case.
-
-    A name keeps its final dot, without which a resolver would try its search domains first.
-    """
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    return canonical_ip(bare) or host.lower()
-
-
-def canonical_ip(text: str) -> str | None:
-    """Return an IP address as Envoy writes it; ``None`` if ``text`` is no address that one server has.
-
-    Envoy compares addresses as text. An IPv4 address in IPv6 (``::ffff:10.0.0.1``) is the IPv4 address. One
-    with a zone means another server on each machine, and one that is unspecified, multicast, broadcast or
-    of the abandoned ``::/96`` none.
-    """
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.scope_id is not None:
-            return None
-        address = address.ipv4_mapped or address
-    if address.is_unspecified or address.is_multicast or address == _BROADCAST:
-        return None
-    if address.version == 6 and address < _AFTER_IPV4_COMPATIBLE and not address.is_loopback:
-        return None
-    return str(address)

@@ -14,7 +14,6 @@ from .connectors import Connector, NixlConnector
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
-from .health import StateLog
 from .models import InstanceRole, PDInstance
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
@@ -52,7 +51,6 @@ class PDRouter:
             self.registry.add(instance)
         self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry()
-        StateLog(self.registry, self.telemetry)
         self.connector = connector or NixlConnector()
         self.dispatcher = Dispatcher(self.scheduler)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 from unittest import mock
@@ -86,28 +85,8 @@ class TestInstances:
             "requests": 6.0,
             "kv_cache_usage": 0.5,
             "latency": 0.02,
-            "models": None,
-            "address_age": None,
         }
         assert {key: body[key] for key in expected} == expected
-
-    async def test_which_models_it_serves_and_how_old_its_address_is(self, admin: Admin) -> None:
-        registry = admin.router.registry
-        registry.serves(registry.get("d0"), frozenset({"base", "adapter"}))
-        registry.resolved(registry.get("d0"), "10.0.0.1", time.monotonic() - 100.0)
-        _, body = await admin.ask("GET", "/instances/d0")
-        assert body["models"] == ["adapter", "base"]
-        assert body["address_age"] >= 100.0
-
-    async def test_one_that_is_ejected(self, admin: Admin) -> None:
-        admin.healthy("d0")
-        registry = admin.router.registry
-        registry.add(PDInstance("d1", InstanceRole.DECODE, "10.0.0.9", 80))
-        admin.healthy("d1")
-        for _ in range(3):
-            registry.failed(registry.get("d0"), "decode: reset", 0.0)
-        _, body = await admin.ask("GET", "/instances/d0")
-        assert (body["state"], body["reason"]) == ("ejected", "ejected: decode: reset")
 
     async def test_all_or_those_of_a_role(self, admin: Admin) -> None:
         async def ids(query: str = "") -> list[str]:

@@ -2,14 +2,9 @@
 
 import json
 import unittest
-from functools import reduce
 from typing import Any
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
-from vllm_pd_scheduler.connectors.nixl import MAX_TOKENS
 from vllm_pd_scheduler.request.body import JsonBody
 
 # As vLLM 0.32 answered a prefill request, key for key.
@@ -38,13 +33,6 @@ ANSWER: dict[str, Any] = {
 }
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "你好"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "你好"}
-
-HUGE = int("9" * 400)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.just(HUGE) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
 
 nixl = NixlConnector()
 
@@ -189,56 +177,10 @@ class HandoffTest(unittest.TestCase):
             {"remote_block_ids": [["1", "2"]]},
             {"remote_block_ids": "1,2,3"},
             {"remote_host": ""},
-            {"remote_host": "x" * 2000},
-            {"remote_engine_id": ""},
             {"remote_port": "5600"},
-            {"remote_port": 0},
-            {"remote_port": -5600},
-            {"remote_port": 65536},
-            {"remote_port": 5600.5},
-            {"remote_port": True},
-            {"remote_block_ids": [[-1]]},
-            {"remote_block_ids": [[1 << 31]]},
-            {"remote_block_ids": [[HUGE]]},
-            {"remote_block_ids": [HUGE]},
-            {"remote_block_ids": [[1.5]]},
-            {"remote_block_ids": [[True]]},
-            {"remote_block_ids": {"0": [1]}},
-            {"remote_num_tokens": HUGE},
-            {"remote_num_tokens": -1},
-            {"tp_size": 0},
-            {"tp_size": -8},
-            {"pp_size": HUGE},
-            {"dcp_size": "1"},
-            {"more": reduce(lambda inner, _: [inner], range(60), [])},
         ):
-            with self.subTest(str(change)[:60]):
+            with self.subTest(change):
                 self.assertIsNone(self.handoff(PARAMS | change))
-
-    def test_text_that_is_none_is_no_hand_off(self) -> None:
-        """The parts that nobody reads here are copied to D as they are."""
-        raw = json.dumps(ANSWER).encode().replace(b'"pull"', b'"\xff"')
-        self.assertIsNone(nixl.handoff(raw))
-
-    @given(st.data())
-    @settings(derandomize=True, deadline=None, max_examples=300)
-    def test_junk_is_no_hand_off_or_one_that_can_be_sent(self, data: st.DataObject) -> None:
-        params: Any = PARAMS
-        for _ in range(data.draw(st.integers(0, 2))):
-            params = params | {data.draw(st.sampled_from(sorted(PARAMS))): data.draw(json_values)}
-        answer: Any = {**ANSWER, "kv_transfer_params": data.draw(st.just(params) | json_values)}
-        answer["usage"] = data.draw(st.just(ANSWER["usage"]) | json_values)
-        raw = bytearray(json.dumps(answer).encode())
-        for _ in range(data.draw(st.integers(0, 2))):
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        found = nixl.handoff(bytes(raw))
-        if found is None:
-            return
-        for count in (found.prompt_tokens, found.cached_tokens):
-            self.assertTrue(count is None or 0 <= count <= MAX_TOKENS)
-        sent = json.loads(nixl.decode_body(body(TEXT), found)[0])["kv_transfer_params"]
-        self.assertIs(sent["do_remote_prefill"], True)
-        self.assertTrue(sent["remote_host"] and sent["remote_engine_id"] and sent["remote_block_ids"])
 
     def test_answers_without_one(self) -> None:
         for params in (None, {}, [], "x", 5, True, {"do_remote_prefill": True}):
@@ -251,35 +193,11 @@ class HandoffTest(unittest.TestCase):
                 self.assertIsNone(nixl.handoff(raw))
 
     def test_usage_is_not_needed(self) -> None:
-        """It is there to learn from; whatever it says, the hand-off is not lost by it."""
-        for tokens in (None, "283", 283.5, -1, 0, True, HUGE, [1]):
-            for usage in (tokens, {"prompt_tokens": tokens}, {"prompt_tokens_details": tokens}):
-                with self.subTest(str(usage)[:60]):
-                    found = self.handoff(PARAMS, usage=usage)
-                    assert found is not None
-                    self.assertIsNone(found.prompt_tokens)
-        self.assertIsNotNone(self.handoff(PARAMS | {"remote_prefill_cached_tokens": HUGE}))
-
-    def test_what_was_cached(self) -> None:
-        """As the hand-off says it, else as usage does; never more than there is."""
-        without = {key: value for key, value in PARAMS.items() if key != "remote_prefill_cached_tokens"}
-        for cached, details, expected in (
-            (100, None, 100),
-            (None, {"cached_tokens": 200}, 200),
-            (100, {"cached_tokens": 200}, 100),
-            (500, None, 283),
-            (-1, {"cached_tokens": 200}, 200),
-            (HUGE, None, None),
-            (None, {"cached_tokens": HUGE}, None),
-        ):
-            with self.subTest(cached=str(cached)[:9], details=str(details)[:30]):
-                params = without if cached is None else without | {"remote_prefill_cached_tokens": cached}
-                usage = {"prompt_tokens": 283, "prompt_tokens_details": details}
-                if details == {"cached_tokens": HUGE}:
-                    usage = {"prompt_tokens_details": details}
-                found = self.handoff(params, usage=usage)
+        for usage in (None, {}, {"prompt_tokens": None}):
+            with self.subTest(usage):
+                found = self.handoff(PARAMS, usage=usage)
                 assert found is not None
-                self.assertEqual(found.cached_tokens, expected)
+                self.assertIsNone(found.prompt_tokens)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,126 @@
 """Probes and scrapes of real HTTP servers on unused ports."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import aiohttp
 import pytest
+import pytest_asyncio
+from aiohttp import web
 
-from tests.health.instances import Fixture, until, unused_port
-from tests.support.waiting import HUNG_S
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
+from vllm_pd_scheduler.health import HealthMonitor
 from vllm_pd_scheduler.health import monitor as health
-from vllm_pd_scheduler.models import InstanceState, MetricsSnapshot
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.telemetry import Telemetry
 
 HEALTHY, UNHEALTHY = InstanceState.HEALTHY, InstanceState.UNHEALTHY
+
+
+class Server:
+    """A server that answers as it is told, and counts."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.status = 200
+        self.page = "vllm:num_requests_running 3\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc 0.5\n"
+        self.page_status = 200
+        self.probes = 0
+        self.scrapes = 0
+        self.held = 0
+        """Probes that wait for ``go``."""
+        self.go = asyncio.Event()
+        self.go.set()
+        self.on_scrape: Callable[[], None] = lambda: None
+
+    async def health(self, _: web.Request) -> web.Response:
+        self.probes += 1
+        self.held += 1
+        try:
+            await self.go.wait()
+        finally:
+            self.held -= 1
+        return web.Response(status=self.status)
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        self.scrapes += 1
+        self.on_scrape()
+        return web.Response(status=self.page_status, text=self.page)
+
+
+class Fixture:
+    """A registry, its monitor, and servers to probe."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.registry = Registry(HealthPolicy(unhealthy_threshold=2, healthy_threshold=1))
+        self.telemetry = Telemetry(self.registry)
+        self.session = session
+        self.now = 10.0
+        self.servers: list[Server] = []
+        self.runners: list[web.AppRunner] = []
+        self.monitors: list[HealthMonitor] = []
+
+    def monitor(self, interval: float = 0.01, timeout: float = 5.0) -> HealthMonitor:
+        self.monitors.append(
+            HealthMonitor(
+                self.registry,
+                self.telemetry,
+                self.session,
+                interval=interval,
+                timeout=timeout,
+                clock=lambda: self.now,
+            )
+        )
+        return self.monitors[-1]
+
+    async def serve(self, name: str | None = "d0", host: str = "127.0.0.1") -> Server:
+        """Start a server and, if it has a name, register it."""
+        server = Server()
+        self.servers.append(server)
+        app = web.Application()
+        app.add_routes([web.get("/health", server.health), web.get("/metrics", server.metrics)])
+        runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
+        self.runners.append(runner)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server.port = runner.addresses[0][1]
+        if name is not None:
+            self.add(name, host, server.port)
+        return server
+
+    def add(self, name: str, host: str, port: int) -> Endpoint:
+        return self.registry.add(PDInstance(name, InstanceRole.DECODE, host, port))
+
+    def __getitem__(self, name: str) -> Endpoint:
+        return self.registry.get(name)
+
+    def failed_scrapes(self, name: str) -> float:
+        value = self.telemetry.prometheus.get_sample_value("pd_scrape_failures_total", {"instance": name})
+        return value or 0.0
+
+
+@pytest_asyncio.fixture
+async def fleet() -> AsyncIterator[Fixture]:
+    async with aiohttp.ClientSession() as session:
+        fixture = Fixture(session)
+        yield fixture
+        for monitor in fixture.monitors:
+            await monitor.stop()
+        for server in fixture.servers:
+            server.go.set()
+        for runner in fixture.runners:
+            await runner.cleanup()
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 class TestCheck:
@@ -121,6 +230,72 @@ class TestCheck:
         assert endpoint.metrics is None
 
 
+class TestNames:
+    """Hosts that must be resolved."""
+
+    @pytest.fixture
+    def resolve(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Set what every name resolves to: addresses, or an exception."""
+
+        def resolve(*answers: str | Exception) -> None:
+            async def getaddrinfo(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+                assert host == "vllm-0"
+                for answer in answers:
+                    if isinstance(answer, Exception):
+                        raise answer
+                return [(None, None, None, "", (answer, port)) for answer in answers]
+
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+        return resolve
+
+    async def test_localhost(self, fleet: Fixture) -> None:
+        server = await fleet.serve(host="localhost")
+        monitor = fleet.monitor()
+        assert fleet["d0"].address is None
+        await monitor.check(fleet["d0"])
+        assert fleet["d0"].address == f"127.0.0.1:{server.port}"
+        assert fleet.registry.routable(InstanceRole.DECODE) == (fleet["d0"],)
+        await monitor.check(fleet["d0"])
+        assert fleet["d0"].metrics is not None
+
+    async def test_a_name_that_nobody_knows(self, fleet: Fixture, resolve: Callable[..., None]) -> None:
+        endpoint = fleet.add("d0", "vllm-0", 80)
+        resolve(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+        await fleet.monitor().check(endpoint)
+        assert endpoint.state is UNHEALTHY
+        assert endpoint.address is None
+        assert endpoint.reason == "the name vllm-0 cannot be resolved: Name or service not known"
+
+    @pytest.mark.parametrize("host", ["a..b", "x" * 64])
+    async def test_a_name_that_no_resolver_takes(self, fleet: Fixture, host: str) -> None:
+        """The configuration refuses these; the library's PDInstance takes any."""
+        endpoint = fleet.add("d0", host, 80)
+        await fleet.monitor().check(endpoint)
+        assert endpoint.state is UNHEALTHY
+        assert endpoint.reason.startswith(f"the name {host} cannot be resolved: ")
+
+    @pytest.mark.parametrize(
+        ("first", "others", "elsewhere"),
+        [("10.9.0.5", "10.9.0.1", "10.9.0.7"), ("fd00::5", "fd00::1", "fd00::7")],
+    )
+    async def test_the_address_in_use_stays_as_long_as_the_name_has_it(
+        self, fleet: Fixture, resolve: Callable[..., None], first: str, others: str, elsewhere: str
+    ) -> None:
+        endpoint = fleet.add("d0", "vllm-0", 80)
+        monitor = fleet.monitor()
+        brackets = "[{}]:80" if ":" in first else "{}:80"
+        resolve(first)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(first)
+        resolve(others, first)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(first)
+        resolve(elsewhere)
+        await monitor._resolve(endpoint)
+        assert endpoint.address == brackets.format(elsewhere)
+
+
 class TestLoops:
     async def test_start_probes_all_before_it_returns(self, fleet: Fixture) -> None:
         for name in ("d0", "d1"):
@@ -209,3 +384,18 @@ class TestLoops:
         probes = server.probes
         await asyncio.sleep(0.05)
         assert (server.probes, late.probes) == (probes, 0)
+
+    async def test_changes_of_state_are_logged_once(
+        self, fleet: Fixture, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, health.__name__)
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        for status in (200, 200, 503, 503, 503, 200):
+            server.status = status
+            await monitor.check(fleet["d0"])
+        assert [(record.levelname, record.message) for record in caplog.records] == [
+            ("INFO", "d0 is healthy"),
+            ("WARNING", "d0 is unhealthy: /health answers 503"),
+            ("INFO", "d0 is healthy"),
+        ]

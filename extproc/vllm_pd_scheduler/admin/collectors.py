@@ -61,12 +61,7 @@ _GAUGES: _Gauges = (
     (
         "pd_metrics_age_seconds",
         "Age of the last scrape that succeeded.",
-        lambda e, now: now - e.scraped_at if e.scraped_at is not None else None,
-    ),
-    (
-        "pd_address_age_seconds",
-        "Time since the DNS name of an instance was last resolved.",
-        lambda e, now: now - e.resolved_at if e.resolved_at is not None else None,
+        lambda e, now: now - e.metrics.taken_at if e.metrics else None,
     ),
     (
         "pd_tokens_in_flight",

@@ -251,6 +251,7 @@ class AdminServer:
         endpoint = self._endpoint(request)
         self._router.drain_instance(endpoint.id)
         self._changes.save()
+        log.info("%s is draining", endpoint.id)
         if wait == "false":
             return web.json_response(_describe(endpoint), status=202)
         await self._wait_for_drain(endpoint)
@@ -273,6 +274,7 @@ class AdminServer:
         endpoint = self._endpoint(request)
         self._router.undrain_instance(endpoint.id)
         self._changes.save()
+        log.info("%s is draining no more", endpoint.id)
         return web.json_response(_describe(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
@@ -295,7 +297,6 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "host": instance.host,
         "port": instance.port,
         "address": endpoint.address,
-        "address_age": None if endpoint.resolved_at is None else time.monotonic() - endpoint.resolved_at,
         "state": endpoint.state,
         "reason": endpoint.reason or None,
         "in_flight": endpoint.in_flight,
@@ -305,7 +306,6 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "requests": endpoint.requests,
         "kv_cache_usage": metrics.kv_usage if metrics else None,
         "latency": metrics.latency if metrics else None,
-        "models": None if endpoint.models is None else sorted(endpoint.models),
     }
 
 

@@ -6,14 +6,10 @@ requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Annotated
-
 import msgspec
 
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
-from ..request.json_text import depth
 from .base import Handoff
 
 _PREFILL_PARAMS = (
@@ -28,28 +24,18 @@ vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without
 """
 
 
-MAX_TOKENS = 100_000_000
-"""Of a prompt: ten times the longest context that any model has."""
-_MAX_PARAMS_DEPTH = 32
-
-_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
-_Block = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-_Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
-_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-
-
 class _Details(msgspec.Struct):
-    cached_tokens: _Tokens | None = None
+    cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: _Tokens | None = None
+    prompt_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
 class _Answer(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
-    usage: msgspec.Raw = msgspec.Raw(b"null")
+    usage: _Usage | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -69,27 +55,17 @@ class _TransferParams(msgspec.Struct):
     """
 
     do_remote_prefill: bool
-    remote_engine_id: _Text
-    remote_block_ids: list[_Block | list[_Block]]
-    remote_host: _Text
-    remote_port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+    remote_engine_id: str
+    remote_block_ids: list[int | list[int]]
+    remote_host: str
+    remote_port: int
     remote_request_id: str | None = None
-    remote_num_tokens: _Tokens | None = None
-    tp_size: _Size | None = None
-    pp_size: _Size | None = None
-    dcp_size: _Size | None = None
-
-
-class _Cached(msgspec.Struct):
-    remote_prefill_cached_tokens: _Tokens | None = None
+    remote_prefill_cached_tokens: int | None = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_choices = msgspec.json.Decoder(_Choices).decode
 _decode_params = msgspec.json.Decoder(_TransferParams).decode
-_decode_usage = msgspec.json.Decoder(_Usage | None).decode
-_decode_cached = msgspec.json.Decoder(_Cached).decode
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class NixlConnector:
@@ -124,17 +100,19 @@ class NixlConnector:
         try:
             decoded = _decode_answer(answer)
             params = _decode_params(decoded.kv_transfer_params)
-            text = bytes(decoded.kv_transfer_params)
-            text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
-        except _UNREADABLE:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         blocks = params.remote_block_ids
         grouped = any(isinstance(group, list) and group for group in blocks)
-        if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+        if not (params.do_remote_prefill and params.remote_host and blocks):
             return None
         if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
             return None
-        return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params))
+        usage = decoded.usage or _Usage()
+        cached = params.remote_prefill_cached_tokens
+        if cached is None and usage.prompt_tokens_details is not None:
+            cached = usage.prompt_tokens_details.cached_tokens
+        return Handoff(bytes(decoded.kv_transfer_params), usage.prompt_tokens, cached)
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was an end of the text, or a stop: older releases then hand nothing over."""
@@ -158,19 +136,3 @@ class NixlConnector:
         return b"".join(
             (b"{", name, b'"prompt":"x","max_tokens":2147483647,"kv_transfer_params":', handoff.params, b"}")
         )
-
-
-def _counted(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None]:
-    """Return the tokens of the prompt, and how many of them were cached; ``None`` for what makes no sense.
-
-    They are for learning only: without them the hand-off is as good.
-    """
-    tokens = cached = None
-    with suppress(*_UNREADABLE):
-        cached = _decode_cached(params).remote_prefill_cached_tokens
-    with suppress(*_UNREADABLE):
-        found = _decode_usage(usage) or _Usage()
-        tokens = found.prompt_tokens or None
-        if cached is None and found.prompt_tokens_details is not None:
-            cached = found.prompt_tokens_details.cached_tokens
-    return tokens, cached if tokens is None or cached is None else min(cached, tokens)

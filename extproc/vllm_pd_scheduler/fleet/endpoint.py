@@ -19,14 +19,7 @@ class Endpoint:
     instance: PDInstance
     address: str | None = None
     """``ip:port``, the name by which Envoy knows the host; ``None`` until a DNS name was resolved."""
-    resolved_at: float | None = None
-    """When a DNS name was last resolved, in the caller's time; ``None``: never, or it is an IP address."""
     metrics: MetricsSnapshot | None = None
-    """What the last scrape said; ``None`` before the first, and when that is too long ago to be believed."""
-    scraped_at: float | None = None
-    """When it was last scraped, in the caller's time."""
-    models: frozenset[str] | None = None
-    """Names of the models that it serves, LoRA adapters among them; ``None``: not known."""
     in_flight: int = 0
     """Requests that we sent there and that have not ended."""
     draining: bool = False
@@ -78,9 +71,9 @@ class Endpoint:
             return InstanceState.DRAINING
         if self.healthy is None:
             return InstanceState.STARTING
-        if not self.healthy:
-            return InstanceState.UNHEALTHY
-        return InstanceState.EJECTED if self.breaker.state is BreakerState.OPEN else InstanceState.HEALTHY
+        if self.healthy and self.breaker.state is not BreakerState.OPEN:
+            return InstanceState.HEALTHY
+        return InstanceState.UNHEALTHY
 
     @property
     def routable(self) -> bool:
@@ -90,7 +83,8 @@ class Endpoint:
     @property
     def ejected(self) -> bool:
         """Whether only its breaker keeps requests away: it is alive, and a last resort."""
-        return self.state is InstanceState.EJECTED and self.address is not None
+        alive = self.healthy is True and not self.draining and self.address is not None
+        return alive and self.breaker.state is BreakerState.OPEN
 
     @property
     def drained(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..models import InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import InstanceRole, MetricsSnapshot, PDInstance, is_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
@@ -25,8 +25,6 @@ BUSY_PAUSE_S = 0.5
 """Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
 MAX_BUSY_PAUSE_S = 15.0
 """And at most: it may be free long before."""
-_MOST_BLOCKS = 1 << 20
-"""Of the prefixes of one instance that are remembered, whatever it says of its cache."""
 _RECENT = 0.1
 """Weight of the newest request in running means."""
 
@@ -72,9 +70,6 @@ class Registry:
         default_factory=lambda: {role: set() for role in InstanceRole}
     )
     """Those of which the load model has measured nothing yet."""
-    _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
-        default_factory=lambda: {role: {} for role in InstanceRole}
-    )
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
@@ -91,7 +86,11 @@ class Registry:
         if instance.instance_id in self._endpoints:
             raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
         for other in self._endpoints.values():
-            if _place(other.instance) == _place(instance):
+            if (other.instance.role, other.instance.host, other.instance.port) == (
+                instance.role,
+                instance.host,
+                instance.port,
+            ):
                 raise DuplicateInstance(
                     f"{join_address(instance.host, instance.port)} is already the {instance.role} "
                     f"instance {other.id!r}"
@@ -103,7 +102,7 @@ class Registry:
             decode=DecodeLoad(self.load.decode),
             holder=self.prefixes.add(),
         )
-        if canonical_ip(instance.host) is not None:
+        if is_ip(instance.host):
             endpoint.address = join_address(instance.host, instance.port)
         self._endpoints[instance.instance_id] = endpoint
         self._untried[instance.role].add(endpoint)
@@ -165,9 +164,8 @@ class Registry:
         """Call ``listener`` after each change in membership, address, health or draining."""
         self._listeners.append(listener)
 
-    def resolved(self, endpoint: Endpoint, ip: str, now: float = 0.0) -> None:
-        """Record the IP address behind an instance's DNS name, as it was found at a time."""
-        endpoint.resolved_at = now
+    def resolved(self, endpoint: Endpoint, ip: str) -> None:
+        """Record the IP address behind an instance's DNS name."""
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             endpoint.address = address
@@ -203,26 +201,15 @@ class Registry:
     ) -> None:
         """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
         before, endpoint.metrics = endpoint.metrics, snapshot
-        endpoint.scraped_at = snapshot.taken_at
         endpoint.in_flight_at_scrape = in_flight_at_scrape
         endpoint.tokens_at_scrape = tokens_at_scrape
         if snapshot.kv_capacity is not None:
             endpoint.kv_capacity = snapshot.kv_capacity
-            blocks = int(snapshot.kv_capacity / self.block_tokens)
-            endpoint.holder.resize(min(max(1, blocks), _MOST_BLOCKS))
+            endpoint.holder.resize(max(1, int(snapshot.kv_capacity / self.block_tokens)))
         if endpoint.instance.role is InstanceRole.DECODE:
             self._learn_decode(endpoint, before, snapshot)
         if self.on_scraped is not None:
             self.on_scraped()
-
-    def forget_metrics(self, endpoint: Endpoint) -> None:
-        """Record that an instance has not been scraped for too long: its load is not known any more."""
-        endpoint.metrics = None
-        endpoint.in_flight_at_scrape, endpoint.tokens_at_scrape = 0, 0.0
-
-    def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
-        """Record which models an instance serves; ``None``: it has not said so for too long."""
-        endpoint.models = models
 
     def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
         self.load.learn_output(now.output_tokens, now.finished)
@@ -341,11 +328,8 @@ class Registry:
             self._changed()
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
-        """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added.
-
-        Two DNS names can have one address. They are one server, which counts as the first of them.
-        """
-        return self._by_address[role].get(address)
+        """Return the endpoint of a role at an ``ip:port``, if there is one."""
+        return next((e for e in self.endpoints(role) if e.address == address), None)
 
     def started(self, endpoint: Endpoint, started_at: float | None) -> bool:
         """Record when an instance's process was started; return whether it is another one than before.
@@ -363,7 +347,6 @@ class Registry:
         endpoint.breaker.restarted()
         endpoint.doubts = DoubtfulEnds()
         endpoint.busy_until, endpoint.busy_answers = 0.0, 0
-        endpoint.models = None
         self._changed()
         return True
 
@@ -375,12 +358,6 @@ class Registry:
                     endpoint.breaker.readmit()
             self._routable[role] = tuple(e for e in endpoints if e.routable)
             self._ejected[role] = tuple(e for e in endpoints if e.ejected)
-            self._by_address[role] = {e.address: e for e in reversed(endpoints) if e.address is not None}
         self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
         for listener in self._listeners:
             listener()
-
-
-def _place(instance: PDInstance) -> tuple[InstanceRole, str, int]:
-    """Return what no two instances may share. A final dot makes no other name of it."""
-    return instance.role, instance.host.removesuffix("."), instance.port

@@ -1,6 +1,5 @@
-"""How the instances are: alive, loaded, where, and with which models."""
+"""Health and metrics of the instances."""
 
 from .monitor import HealthMonitor
-from .state_log import StateLog
 
-__all__ = ["HealthMonitor", "StateLog"]
+__all__ = ["HealthMonitor"]

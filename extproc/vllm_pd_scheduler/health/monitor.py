@@ -1,24 +1,24 @@
-"""Watch the instances: one loop for each, so that a slow one delays no other."""
+"""Health and metrics of the instances: one loop for each, so that a slow one delays no other."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import canonical_ip, join_address
+from ..models import is_ip, join_address
 from ..telemetry.metrics import Telemetry
-from .names import NameNotResolved, NameResolver
-from .probe import Answers, NoAnswer, NoSuchPath, OurShortage, Probe
-from .served_models import odd_ones
-from .vllm_metrics import Scrape, snapshot
+from .vllm_metrics import NotVllmMetrics, Scrape, parse_metrics, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,11 @@ RECOVERY_INTERVAL_S = 1.0
 JITTER = 0.1
 """Each pause is up to this share shorter, so that the loops spread out."""
 
-KEPT_S = 30.0
-KEPT_INTERVALS = 5
-"""What an instance said of its load and its models is believed for ``KEPT_S`` seconds and so many intervals
-when it says nothing new."""
-
 
 class HealthMonitor:
-    """Probes every instance in a registry, asks it for its load and its models, and tells the registry.
+    """Probes ``/health`` and scrapes ``/metrics`` of every instance in a registry, and tells the registry.
 
-    ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
-    and again that of a DNS name's first look-up.
+    ``session`` and ``clock`` (monotonic seconds) are the caller's.
     """
 
     def __init__(
@@ -50,19 +44,15 @@ class HealthMonitor:
         interval: float,
         timeout: float,
         clock: Callable[[], float],
-        names: NameResolver | None = None,
     ) -> None:
         self._registry = registry
         self._telemetry = telemetry
-        self._probe = Probe(session, timeout)
+        self._session = session
         self._interval = interval
         self._timeout = timeout
         self._clock = clock
-        self._names = names or NameResolver()
-        self._watched: dict[Endpoint, _Watched] = {}
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
-        self._odd: dict[Endpoint, str] = {}
-        """Who serves other models than its peers, as it was last said."""
+        self._scrapes: dict[Endpoint, Scrape] = {}
         self._stopped = False
 
     @classmethod
@@ -81,7 +71,7 @@ class HealthMonitor:
 
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
-        await self.check_all()
+        await asyncio.gather(*(self.check(endpoint) for endpoint in self._registry))
         self._registry.subscribe(self._follow)
         self._follow()
 
@@ -91,42 +81,35 @@ class HealthMonitor:
         loops, self._loops = self._loops, {}
         for loop in loops.values():
             loop.cancel()
-        look_ups = [watched.look_up for watched in self._watched.values() if watched.look_up is not None]
-        for look_up in look_ups:
-            look_up.cancel()
-        await asyncio.gather(*loops.values(), *look_ups, return_exceptions=True)
-
-    async def check_all(self) -> None:
-        """Probe every instance once. Raises nothing."""
-        await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._registry))
-        self._compare_models()
+        await asyncio.gather(*loops.values(), return_exceptions=True)
 
     async def check(self, endpoint: Endpoint) -> None:
-        """Probe one instance and ask for its load and its models."""
-        watched = self._watched.setdefault(endpoint, _Watched(self._clock()))
-        problem = await self._locate(endpoint, watched)
-        if problem is not None:
-            self._registry.probed(endpoint, problem, self._clock())
-            return
+        """Probe and scrape one instance, each within the timeout. Raises nothing."""
         in_flight, tokens = endpoint.in_flight, endpoint.tokens
-        answers = await self._probe.ask(endpoint)
+        problem, page = await asyncio.gather(self._probe(endpoint), self._scrape(endpoint))
         if endpoint not in self._registry:
             return
-        page = answers.metrics
-        self._take_health(endpoint, watched, answers)
-        if isinstance(page, Scrape) and self._registry.started(endpoint, page.started_at):
+        before = endpoint.state
+        self._registry.probed(endpoint, problem, self._clock())
+        if endpoint.state is not before:
+            level = logging.INFO if problem is None else logging.WARNING
+            log.log(level, "%s is %s%s", endpoint.id, endpoint.state, f": {problem}" if problem else "")
+        if page is None:
+            self._telemetry.scrape_failed(endpoint.id)
+            return
+        if self._registry.started(endpoint, page.started_at):
+            log.warning("%s was restarted", endpoint.id)
             in_flight, tokens = 0, 0.0
-        self._take_models(endpoint, watched, answers)
-        self._take_metrics(endpoint, watched, answers, in_flight, tokens)
-
-    # -- the loops
+        last = self._scrapes.get(endpoint)
+        taken = snapshot(page, last, endpoint.metrics, endpoint.instance.role, self._clock())
+        self._scrapes[endpoint] = page
+        self._registry.scraped(endpoint, taken, in_flight, tokens)
 
     def _follow(self) -> None:
         """Have exactly one loop for each registered instance."""
         for endpoint in [e for e in self._loops if e not in self._registry]:
             self._loops.pop(endpoint).cancel()
-        for endpoint in [e for e in self._watched if e not in self._registry]:
-            del self._watched[endpoint]
+            self._scrapes.pop(endpoint, None)
         for endpoint in self._registry:
             if endpoint not in self._loops and not self._stopped:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
@@ -135,135 +118,73 @@ class HealthMonitor:
         pause = 0.0 if endpoint.healthy is None else self._pause(endpoint)
         while True:
             await asyncio.sleep(pause)
-            models = endpoint.models
-            await self._check_fenced(endpoint)
-            if endpoint.models != models:
-                self._compare_models()
+            try:
+                await self.check(endpoint)
+            except Exception:  # one bad probe must not end the loop: nothing would notice a recovery
+                log.exception("health check of %s failed", endpoint.id)
             pause = self._pause(endpoint)
-
-    async def _check_fenced(self, endpoint: Endpoint) -> None:
-        try:
-            await self.check(endpoint)
-        except Exception:  # one bad probe must end neither the start nor the loop, which finds a recovery
-            log.exception("health check of %s failed", endpoint.id)
 
     def _pause(self, endpoint: Endpoint) -> float:
         pause = self._interval if endpoint.routable else min(self._interval, RECOVERY_INTERVAL_S)
         return pause * (1 - JITTER * random.random())
 
-    # -- where an instance is
+    async def _probe(self, endpoint: Endpoint) -> str | None:
+        """Return what is wrong with an instance, or ``None``."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                if not is_ip(endpoint.instance.host):
+                    await self._resolve(endpoint)
+                async with self._get(endpoint, "/health") as response:
+                    return None if response.status == 200 else f"/health answers {response.status}"
+        except TimeoutError:
+            return f"/health did not answer within {self._timeout:g} s"
+        except socket.gaierror as error:
+            return f"the name {endpoint.instance.host} cannot be resolved: {error.strerror}"
+        except UnicodeError as error:  # a label that is empty or too long
+            return f"the name {endpoint.instance.host} cannot be resolved: {error}"
+        except aiohttp.ClientConnectorCertificateError as error:
+            return f"its certificate is not trusted: {_verdict(error.certificate_error)}"
+        except aiohttp.ServerDisconnectedError:
+            return f"/health hung up without an answer: {_guess(endpoint)}"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"/health cannot be reached: {error}"
 
-    async def _locate(self, endpoint: Endpoint, watched: _Watched) -> str | None:
-        """Keep the address behind a DNS name up to date; return why there is none to be used.
+    def _get(self, endpoint: Endpoint, path: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.get(endpoint.url + path, server_hostname=endpoint.instance.tls_name)
 
-        A look-up is no part of a probe's time. When it fails, or takes its time, the last address is used.
-        """
-        if canonical_ip(endpoint.instance.host) is None:
-            if watched.look_up is None or watched.look_up.done():
-                watched.look_up = asyncio.ensure_future(self._resolve(endpoint, watched))
-            if endpoint.address is None:
-                await asyncio.wait({watched.look_up}, timeout=self._timeout)
-            if endpoint.address is None:
-                problem = watched.unresolved or f"no answer within {self._timeout:g} s"
-                return f"the name {endpoint.instance.host} cannot be resolved: {problem}"
-        other = self._registry.at(endpoint.instance.role, str(endpoint.address))
-        if other is not endpoint and other is not None:
-            return f"its address {endpoint.address} is that of {other.id}: they are one server"
+    async def _resolve(self, endpoint: Endpoint) -> None:
+        instance = endpoint.instance
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(instance.host, instance.port, type=socket.SOCK_STREAM)
+        addresses = sorted({str(info[4][0]) for info in found})
+        current = endpoint.address or ""
+        # Keep what is in use as long as the name still has it.
+        if not any(current == join_address(ip, instance.port) for ip in addresses):
+            self._registry.resolved(endpoint, addresses[0])
+
+    async def _scrape(self, endpoint: Endpoint) -> Scrape | None:
+        """Return the metrics, or ``None`` if there are none to be had; the last ones then stay."""
+        if endpoint.address is None:
+            return None
+        try:
+            async with asyncio.timeout(self._timeout):
+                async with self._get(endpoint, "/metrics") as response:
+                    if response.status != 200:
+                        return None
+                    return parse_metrics(await response.text())
+        except (TimeoutError, aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
+            log.debug("scrape of %s failed: %s", endpoint.id, error)
+        except NotVllmMetrics as error:
+            log.debug("scrape of %s: %s", endpoint.id, error)
         return None
 
-    async def _resolve(self, endpoint: Endpoint, watched: _Watched) -> None:
-        instance = endpoint.instance
-        try:
-            found = await self._names.addresses(instance.host)
-        except NameNotResolved as error:
-            watched.unresolved = str(error)
-            if endpoint.address is not None:
-                kept = f"its last address {endpoint.address} stays in use"
-                watched.say(endpoint, "name", f"the name {instance.host} cannot be resolved: {error}; {kept}")
-            return
-        watched.unresolved = None
-        watched.say(endpoint, "name", None)
-        if endpoint in self._registry:
-            # Keep what is in use as long as the name still has it.
-            used = [ip for ip in found if join_address(ip, instance.port) == endpoint.address]
-            self._registry.resolved(endpoint, (used or found)[0], self._clock())
 
-    # -- what it answers
-
-    def _take_health(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
-        problem = answers.health
-        if isinstance(problem, OurShortage):
-            watched.say(
-                endpoint, "shortage", f"{problem}; this says nothing of the instance, which stays as it is"
-            )
-            return
-        watched.say(endpoint, "shortage", None)
-        self._registry.probed(endpoint, str(problem) if problem else None, self._clock())
-
-    def _take_models(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
-        now, models = self._clock(), answers.models
-        if not isinstance(models, NoAnswer):
-            watched.models_at = now
-            self._registry.serves(endpoint, models)
-            watched.say(endpoint, "models", None)
-            return
-        if self._too_old(watched.models_at, now):
-            self._registry.serves(endpoint, None)
-        if answers.health is None and not isinstance(models, (NoSuchPath, OurShortage)):
-            watched.say(endpoint, "models", f"which models it serves is not known: {models}")
-
-    def _take_metrics(
-        self, endpoint: Endpoint, watched: _Watched, answers: Answers, in_flight: int, tokens: float
-    ) -> None:
-        now, page = self._clock(), answers.metrics
-        if isinstance(page, NoAnswer):
-            self._telemetry.scrape_failed(endpoint.id)
-            if self._too_old(endpoint.scraped_at, now):
-                self._registry.forget_metrics(endpoint)
-            if answers.health is None and not isinstance(page, OurShortage):
-                watched.say(endpoint, "metrics", f"its load is not known: {page}")
-            return
-        watched.say(endpoint, "metrics", None)
-        taken = snapshot(page, watched.scrape, endpoint.metrics, endpoint.instance.role, now)
-        watched.scrape = page
-        self._registry.scraped(endpoint, taken, in_flight, tokens)
-
-    def _too_old(self, said_at: float | None, now: float) -> bool:
-        return said_at is not None and now - said_at > max(KEPT_S, KEPT_INTERVALS * self._interval)
-
-    def _compare_models(self) -> None:
-        """Say who serves other models than its peers, once for each change."""
-        odd = dict(odd_ones(self._registry))
-        for endpoint, difference in odd.items():
-            if self._odd.get(endpoint) != difference:
-                role = endpoint.instance.role
-                log.warning(
-                    "%s does not serve the models of most %s instances: it %s", endpoint.id, role, difference
-                )
-        for endpoint in self._odd.keys() - odd.keys():
-            if endpoint in self._registry and endpoint.models is not None:
-                log.info("%s serves the models of its role again", endpoint.id)
-        self._odd = odd
+def _guess(endpoint: Endpoint) -> str:
+    """Return the usual reason of a server that accepts a connection and closes it."""
+    if endpoint.instance.tls_name is None:
+        return "if it serves TLS, set instance_tls"
+    return "if it wants a client certificate, set cert and key in instance_tls to one that it trusts"
 
 
-class _Watched:
-    """What the monitor remembers of an instance between two probes."""
-
-    def __init__(self, now: float) -> None:
-        self.look_up: asyncio.Task[None] | None = None
-        self.unresolved: str | None = None
-        """Why its name could not be resolved the last time."""
-        self.scrape: Scrape | None = None
-        self.models_at = now
-        self.said: dict[str, str] = {}
-        """Complaints that stand, by what they are about: each is logged once."""
-
-    def say(self, endpoint: Endpoint, about: str, problem: str | None) -> None:
-        """Log that there is a problem, or that it is over."""
-        if problem is None:
-            if self.said.pop(about, None) is not None:
-                log.info("%s: %s: all is well again", endpoint.id, about)
-        else:
-            if about not in self.said:
-                log.warning("%s: %s", endpoint.id, problem)
-            self.said[about] = problem
+def _verdict(error: Exception) -> str:
+    return error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)

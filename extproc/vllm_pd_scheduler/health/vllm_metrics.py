@@ -1,32 +1,13 @@
-"""Read vLLM's ``/metrics``: the few series a scheduler needs, under their current and older names.
-
-Whatever an instance says is data: each value has a type and a range, and what is outside is not believed.
-"""
+"""vLLM's ``/metrics``: the few series a scheduler needs, under their current and older names."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..models import InstanceRole, MetricsSnapshot
+from prometheus_client.parser import text_string_to_metric_families
 
-MAX_REQUESTS = 1e6
-"""Requests that run, or wait, on an instance at most: a page with more is refused."""
-MAX_CAPACITY = 1e10
-"""Tokens in the KV cache at most."""
-_MAX_COUNT = 1e15
-_MAX_SECONDS = 86_400.0
-"""Of a mean time. Nothing that a scheduler waits for takes a day."""
-_MAX_UNIX_TIME = 1e11
-_MAX_LINES = 100_000
-_MAX_SERIES = 4096
-"""Series that matter: some 20 for each engine."""
-_MAX_LINE = 16_384
-LATENCY_KEPT_S = 60.0
-"""How long a latency counts when no further request ends. An instance that was slow once, while it compiled
-say, would otherwise get no request that could show it to be fast."""
+from ..models import InstanceRole, MetricsSnapshot
 
 _GAUGES = {
     "vllm:num_requests_running": "running",
@@ -57,18 +38,6 @@ _WANTED = {
 }  # fmt: skip
 
 
-_PLAIN = [name for name in _WANTED if not name.startswith("vllm:")]
-_VLLM = [name.removeprefix("vllm:") for name in _WANTED if name.startswith("vllm:")]
-_LINE = re.compile(rf"\n((?:vllm:(?:{'|'.join(_VLLM)})|{'|'.join(_PLAIN)})(?![\w:])[^\n]*)".encode())
-"""A line that matters. A page has some 600 lines, of which we want twenty: finding them takes 0.1 ms."""
-_LABEL = r'[ \t]*+[A-Za-z_]\w*+[ \t]*+=[ \t]*+"(?:[^"\\]|\\.)*+"[ \t]*+'
-_NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)"
-_LABELS = rf"(?:\{{((?:{_LABEL},)*+(?:{_LABEL})?)[ \t]*+\}}[ \t]*+)?"
-_SAMPLE = re.compile(rf"([\w:]+)[ \t]*+{_LABELS}((?i:{_NUMBER}))(?:[ \t].*)?".encode())
-"""Name, labels and value. Its time, if it has one, does not matter."""
-_CACHE_LABEL = re.compile(rb'(?:^|,)[ \t]*(block_size|num_gpu_blocks|kv_cache_size_tokens)="(\d{1,15})"')
-
-
 @dataclass(frozen=True, slots=True)
 class Scrape:
     """One parsed ``/metrics`` page: gauges over all engines, and ``(sum, count)`` of each histogram."""
@@ -91,97 +60,70 @@ class NotVllmMetrics(ValueError):
     """The page has none of the series that every vLLM server exposes."""
 
 
-def parse_metrics(page: bytes | str) -> Scrape:
+def parse_metrics(page: str) -> Scrape:
     """Parse a Prometheus text page of a vLLM server.
 
-    Requests of several engines (data parallel) are summed, their KV use averaged. A number that makes no
-    sense is left out. Raises :exc:`NotVllmMetrics` if the page is of something else, cannot be parsed, or
-    has numbers of requests that make no sense.
+    Requests of several engines (data parallel) are summed, their KV use averaged. Raises
+    :exc:`NotVllmMetrics` if the page is of something else or cannot be parsed.
     """
+    # A page has some 600 lines, of which we want ten. Parsing them all takes the event loop 9 ms, which
+    # every request in between would feel; choosing the lines first, 0.3 ms.
+    lines = [line for line in page.splitlines() if line.split("{", 1)[0].split(" ", 1)[0] in _WANTED]
     values: dict[str, list[float]] = {}
     capacity = 0.0
-    for name, labels, value in _samples(page.encode(errors="replace") if isinstance(page, str) else page):
-        if name == _CACHE:
-            capacity += _kv_tokens(labels)
-        elif _GAUGES.get(name) in ("running", "waiting") and not 0.0 <= value <= MAX_REQUESTS:
-            raise NotVllmMetrics(f"{name} is {value:g}: not a number of requests")
-        elif math.isfinite(value):  # a NaN would win or lose every comparison
-            values.setdefault(name, []).append(value)
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                if sample.name == _CACHE:
+                    capacity += _kv_tokens(sample.labels)
+                if math.isfinite(sample.value):  # a NaN would win or lose every comparison
+                    values.setdefault(sample.name, []).append(sample.value)
+    except ValueError as error:
+        raise NotVllmMetrics(f"/metrics cannot be parsed: {error}") from None
     gauges: dict[str, list[float]] = {}
     for name, key in _GAUGES.items():
         if key not in gauges and name in values:
             gauges[key] = values[name]
     if "running" not in gauges and "waiting" not in gauges:
-        raise NotVllmMetrics("it has no vllm:num_requests_running: is this a vLLM server?")
-    kv_usage = [min(max(0.0, each), 1.0) for each in gauges.get("kv_usage", [0.0])]
-    counts = {name: sum(each) for name, each in values.items() if min(each) >= 0.0}
-    counts = {name: count for name, count in counts.items() if count <= _MAX_COUNT}
+        raise NotVllmMetrics("/metrics has no vllm:num_requests_running: is this a vLLM server?")
+    kv_usage = gauges.get("kv_usage", [0.0])
     histograms = {
-        name: (counts[f"{name}_sum"], counts[f"{name}_count"])
+        name: (sum(values[f"{name}_sum"]), sum(values[f"{name}_count"]))
         for name in _HISTOGRAMS
-        if f"{name}_sum" in counts and f"{name}_count" in counts
+        if f"{name}_sum" in values and f"{name}_count" in values
     }
-    started = values.get(_START, [0.0])[0]
     return Scrape(
-        min(sum(gauges.get("running", [])), MAX_REQUESTS),
-        min(sum(gauges.get("waiting", [])), MAX_REQUESTS),
+        sum(gauges.get("running", [])),
+        sum(gauges.get("waiting", [])),
         sum(kv_usage) / len(kv_usage),
         histograms,
-        started if 0.0 < started < _MAX_UNIX_TIME else None,
-        min(capacity, MAX_CAPACITY) or None,
-        counts.get(_GENERATED, 0.0),
-        counts.get(_FINISHED, 0.0),
+        values.get(_START, [None])[0],
+        capacity or None,
+        sum(values.get(_GENERATED, [])),
+        sum(values.get(_FINISHED, [])),
     )
 
 
-def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
-    """Yield name, labels and value of each series that matters, once however often it is there."""
-    if page.count(b"\n") > _MAX_LINES:
-        raise NotVllmMetrics(f"it has more than {_MAX_LINES} lines")
-    seen: set[tuple[bytes, bytes]] = set()
-    for number, line in enumerate(_LINE.finditer(b"\n" + page)):
-        if number == _MAX_SERIES:
-            raise NotVllmMetrics(f"it has more than {_MAX_SERIES} series of engines")
-        text = line[1].rstrip()
-        sample = _SAMPLE.fullmatch(text) if len(text) <= _MAX_LINE else None
-        if sample is None:
-            raise NotVllmMetrics(f"it cannot be parsed: {text[:80].decode(errors='replace')!r}")
-        name, labels, value = sample[1], sample[2] or b"", float(sample[3])
-        if (name, labels) not in seen:
-            seen.add((name, labels))
-            yield name.decode(), labels, value
-
-
-def _kv_tokens(labels: bytes) -> float:
-    """Return the tokens that one engine's KV cache holds; 0 if its labels do not say.
-
-    Blocks times their size is more than that for a model in which some layers need less than a block for as
-    many tokens: there vLLM says how many tokens it is. It says "None" until it has measured its memory.
-    """
-    found = {key: int(value) for key, value in _CACHE_LABEL.findall(labels)}
-    tokens = found.get(b"kv_cache_size_tokens") or found.get(b"block_size", 0) * found.get(
-        b"num_gpu_blocks", 0
-    )
-    return float(tokens) if tokens <= MAX_CAPACITY else 0.0
+def _kv_tokens(labels: dict[str, str]) -> float:
+    """Tokens that one engine's KV cache holds; 0 if its labels do not say."""
+    try:
+        return float(int(labels["block_size"]) * int(labels["num_gpu_blocks"]))
+    except (KeyError, ValueError):  # "None" until the engine has measured its memory
+        return 0.0
 
 
 def snapshot(
     scrape: Scrape, before: Scrape | None, last: MetricsSnapshot | None, role: InstanceRole, now: float
 ) -> MetricsSnapshot:
-    """Return what ``scrape`` says at time ``now``, the latency being that of the requests since ``before``.
+    """What ``scrape`` says at time ``now``, the latency being that of the requests since ``before``.
 
-    If none ended in between, the ``last`` known latency stays for ``LATENCY_KEPT_S``; if the counters went
-    back, which means a restart, there is none.
+    If none ended in between, or the counters went back (a restart), the ``last`` known latency stays
+    (a restart: none).
     """
-    latency, latency_at = None, None
+    latency = last.latency if last else None
     seen = _since(scrape, before, _LATENCY[role])
-    if seen is not None and seen.count != 0:
-        latency = seen.mean
-        latency_at = None if latency is None else now
-    elif last is not None and last.latency is not None:
-        since = last.taken_at if last.latency_at is None else last.latency_at
-        if now - since <= LATENCY_KEPT_S:
-            latency, latency_at = last.latency, since
+    if seen is not None:
+        latency = latency if seen.count == 0 else seen.mean  # counters that went back: a restart
     step, transfer = _since(scrape, before, _STEP), _since(scrape, before, _TRANSFER)
     restarted = before is None or scrape.generated < before.generated or scrape.finished < before.finished
     return MetricsSnapshot(
@@ -195,7 +137,6 @@ def snapshot(
         0.0 if restarted or before is None else scrape.generated - before.generated,
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
-        latency_at,
     )
 
 
@@ -208,8 +149,7 @@ class _Since:
 
     @property
     def mean(self) -> float | None:
-        mean = max(0.0, self.total) / self.count if self.count > 0 else math.inf
-        return mean if mean <= _MAX_SECONDS else None
+        return max(0.0, self.total) / self.count if self.count > 0 else None
 
 
 def _since(scrape: Scrape, before: Scrape | None, names: tuple[str, ...]) -> _Since | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from .regression import OUTLIER, OnlineRegression
+from .regression import OnlineRegression
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
 """Prefill before anything was measured: 20 ms, and 10,000 tokens/s, the order of a 70B model on 4 GPUs.
@@ -47,8 +47,6 @@ OUTPUT_TOKENS = 256.0
 """Tokens of an answer until the first one has ended: a choice."""
 _MAX_MODELS = 1000
 """Models whose bytes per token are kept. Clients choose the name of the model, so it must be bounded."""
-_LEAST_TRANSFER = 1e-3
-"""Seconds that a KV transfer is expected to take at least."""
 
 
 def prefill_pairs(tokens: float, context: float) -> float:
@@ -58,11 +56,6 @@ def prefill_pairs(tokens: float, context: float) -> float:
     (context - tokens) others and the last to all, (context - tokens / 2) on average.
     """
     return tokens * (context - tokens / 2)
-
-
-def _near(value: float, expected: float) -> float:
-    """Return ``value``, or how far it can be believed beside what was expected."""
-    return min(max(value, expected / OUTLIER), expected * OUTLIER)
 
 
 class PrefillLoad:
@@ -216,10 +209,7 @@ class DecodeLoad:
 
 @dataclass(slots=True)
 class FleetLoad:
-    """What was learned from the whole fleet. A new instance starts from it.
-
-    No sample is believed to be more than ``OUTLIER`` times what was expected, or less than that part of it.
-    """
+    """What was learned from the whole fleet. A new instance starts from it."""
 
     prefill: OnlineRegression = field(
         default_factory=lambda: OnlineRegression(_PREFILL_PRIOR, _PREFILL_SCALE)
@@ -245,12 +235,11 @@ class FleetLoad:
         if size > 0 and tokens > 0 and (name in self._prompts or len(self._prompts) < _MAX_MODELS):
             old_size, old_tokens = self._prompts.get(name, (0.0, 0.0))
             keep = 1 - _RECENT
-            believed = _near(tokens, size / self.bytes_per_token(name))
-            self._prompts[name] = (keep * old_size + size, keep * old_tokens + believed)
+            self._prompts[name] = (keep * old_size + size, keep * old_tokens + tokens)
 
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""
-        self.transfer += _RECENT * (_near(seconds, max(self.transfer, _LEAST_TRANSFER)) - self.transfer)
+        self.transfer += _RECENT * (seconds - self.transfer)
 
     def learn_output(self, tokens: float, requests: float) -> None:
         """Learn from the tokens that were generated and the requests that ended between two scrapes.
@@ -260,8 +249,7 @@ class FleetLoad:
         """
         generated, ended = self._answers[0] + tokens, self._answers[1] + requests
         if requests > 0:
-            self.output_tokens = _near(generated / ended, self.output_tokens)
-            generated = self.output_tokens * ended
+            self.output_tokens = generated / ended
         keep = (1 - _RECENT) ** min(requests, 100.0)
         self._answers = keep * generated, keep * ended
 

@@ -112,13 +112,6 @@ class Telemetry:
             registry=self.prometheus,
         )
 
-        self._state_changes = Counter(
-            "pd_instance_state_changes",
-            "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
-            ["instance", "role", "state"],
-            registry=self.prometheus,
-        )
-
         self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
             (self._requests, "decode"),
             (self._prefill_seconds, "prefill"),
@@ -127,7 +120,6 @@ class Telemetry:
             (self._attempts, "decode"),
             (self._handoffs, "prefill"),
             (self._scrape_failures, "instance"),
-            (self._state_changes, "instance"),
         )
 
     def keep_only(self, instances: Collection[str]) -> None:
@@ -184,10 +176,6 @@ class Telemetry:
         """Count a scrape of an instance's metrics that failed."""
         self._scrape_failures.labels(instance).inc()
 
-    def state_changed(self, instance: str, role: str, state: str) -> None:
-        """Count that an instance came to a state."""
-        self._state_changes.labels(instance, role, state).inc()
-
     def expose(self) -> bytes:
-        """Return the Prometheus text page."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.prometheus)

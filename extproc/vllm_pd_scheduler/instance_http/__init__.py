@@ -1,1 +1,0 @@
-"""What all who speak HTTP with instances have in common."""
