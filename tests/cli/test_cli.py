@@ -89,7 +89,7 @@ class TestProcess:
         ended = run()
         assert ended.returncode == 2
         assert "Usage: vllm-pd-scheduler" in ended.stdout
-        for command in ("serve", "up", "check", "sim", "demo"):
+        for command in ("serve", "up", "check", "envoy-config", "sim", "demo"):
             assert command in ended.stdout
         assert ended.stderr.strip() == "vllm-pd-scheduler: a command, or --config FILE to serve, is needed"
 
@@ -151,6 +151,7 @@ class TestOptions:
             (["--shadow", "slo", "check", "--config", str(EXAMPLE)], "after 'check'"),
             (["up", "--config", str(EXAMPLE), "--port", "70000"], "--port"),
             (["up", "--config", str(EXAMPLE), "--port", "0"], "--port"),
+            (["up", "--config", str(EXAMPLE), "--host", "localhost"], "--host"),
             (["sim", "--prefill", "0"], "--prefill"),
             (["no-such-command"], "no-such-command"),
             (["--no-such-option"], "--no-such-option"),
@@ -165,7 +166,7 @@ class TestOptions:
     @pytest.mark.parametrize("flag", ["--help", "-h"])
     def test_help(self, flag: str) -> None:
         assert call(flag).exit_code == 0
-        for command in ("serve", "up", "check", "sim", "demo"):
+        for command in ("serve", "up", "check", "envoy-config", "sim", "demo"):
             assert call(command, flag).exit_code == 0
 
     def test_as_the_mission_has_it(self, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:

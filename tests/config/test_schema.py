@@ -165,6 +165,10 @@ class MistakesTest(ConfigCase):
             (fleet(session_header="X-Chat"), r"^session_header: must be the name of a header in lower case"),
             (fleet(state_file=""), r"^state_file: must be a path$"),
             (fleet(prefill_listener="127.0.0.1:10001"), r"^prefill_listener: must be http://HOST:PORT"),
+            (
+                fleet(public_paths=["/v1/models", "v1"]),
+                r"^public_paths\[1\]: must be a path like '/v1/models'",
+            ),
             (fleet(prefill_listener="http://h/path"), r"^prefill_listener: "),
             (
                 fleet(admin_host="0.0.0.0"),

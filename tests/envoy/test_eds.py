@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import grpc
+from envoy.config.core.v3 import health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
@@ -14,7 +15,7 @@ from tests.envoy.test_load_assignment import told
 from tests.support.fleet import D, P
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import eds
-from vllm_pd_scheduler.envoy.eds import SERVICE, EndpointDiscovery, Subscription
+from vllm_pd_scheduler.envoy.eds import SERVICE, SERVING, EndpointDiscovery, Subscription, Told
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.envoy.load_assignment import TYPE_URL, LoadAssignment
 from vllm_pd_scheduler.fleet.registry import Registry
@@ -53,7 +54,7 @@ class SubscriptionTest(unittest.TestCase):
         self.assignments = {
             role.value: LoadAssignment(role.value, partial(self.registry.endpoints, role)) for role in (P, D)
         }
-        self.subscription = Subscription(self.assignments)
+        self.subscription = Subscription(self.assignments, Told())
         self.last = discovery_pb2.DiscoveryResponse()
 
     def answer(self) -> dict[str, list[str]] | None:
@@ -94,7 +95,7 @@ class SubscriptionTest(unittest.TestCase):
         self.assertEqual(self.answer(), {"decode": ["d0", "d1"]})
         self.assertNotEqual(first.version_info, self.last.version_info)
         self.assertNotEqual(first.nonce, self.last.nonce)
-        only_prefill = Subscription(self.assignments)
+        only_prefill = Subscription(self.assignments, Told())
         only_prefill.asked(request("prefill"))
         only_prefill.response()
         self.registry.drain("d1")
@@ -267,7 +268,7 @@ class ChangesTest(Case):
             self.registry.add(PDInstance("d1", D, "10.0.0.3", 8200))
             for call in calls:
                 self.assertEqual(clusters(await self.read(call)), {"decode": ["d0", "d1"]})
-        self.assertEqual(refresh.call_count, 2, "each role once")
+        self.assertEqual(refresh.call_count, 3, "each cluster once")
         for call in calls:
             call.cancel()
 
@@ -327,6 +328,46 @@ class StreamsTest(Case):
                 self.assertIs(await call.code(), code)
         await self.ask("decode")
         self.assertEqual(clusters(await self.read()), {"decode": ["d0"]}, "the others go on")
+
+
+class ServingTest(Case):
+    """The cluster by which Envoy knows whether a P and a D can serve."""
+
+    async def test_one_host_or_none(self) -> None:
+        """However many there are, and when both roles have one."""
+        for number in range(1, 150):
+            for role in (P, D):
+                self.registry.add(PDInstance(f"{role[0]}{number}", role, f"10.1.0.{number}", 80))
+        serving = self.discovery._assignments[SERVING]
+
+        def hosts() -> list[tuple[str, int]]:
+            serving.refresh()
+            message = endpoint_pb2.ClusterLoadAssignment.FromString(serving.resource.value)
+            return [(name, health) for name, _, _, health in told(message)]
+
+        self.assertEqual(hosts(), [])
+        self.registry.probed(self.registry.get("d9"), None)
+        self.assertEqual(hosts(), [])
+        self.registry.probed(self.registry.get("p8"), None)
+        self.assertEqual(hosts(), [("d9", health_check_pb2.HEALTHY)])
+        self.registry.probed(self.registry.get("d3"), None)
+        self.assertEqual(len(hosts()), 1)
+        self.registry.drain("p8")
+        self.assertEqual(hosts(), [])
+
+    async def test_it_is_told_after_the_instances(self) -> None:
+        """Each cluster has a stream of its own, and comes when it likes."""
+        calls = [self.open() for _ in range(3)]
+        for name, call in zip((SERVING, "prefill", "decode"), calls, strict=True):
+            await self.ask(name, call=call)
+        self.assertEqual(
+            [clusters(await self.read(call)) for call in calls],
+            [{SERVING: []}, {"prefill": ["p0"]}, {"decode": ["d0"]}],
+        )
+
+    async def test_it_is_not_told_alone(self) -> None:
+        await self.ask(SERVING)
+        self.assertTrue(await self.silent())
 
 
 if __name__ == "__main__":

@@ -300,6 +300,16 @@ class Client:
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
 
+    async def until_known(self) -> None:
+        """Wait until Envoy itself knows every instance of the fleet, and that it can serve."""
+
+        async def known() -> bool:
+            hosts = await self.envoy_hosts()
+            own = [health for name, health in hosts.items() if name.split()[0] in ("prefill", "decode")]
+            return own == ["HEALTHY"] * len(self.fleet.instances)
+
+        await until(known)
+
 
 async def ready(client: Client, process: Process) -> None:
     """Wait until Envoy says that a P and a D can serve."""

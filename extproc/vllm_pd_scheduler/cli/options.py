@@ -14,7 +14,7 @@ import uvloop
 
 from ..config import ConfigError, SchedulerConfig, load_config
 from ..envoy.process import EnvoyError, EnvoyPorts
-from ..models import join_address
+from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
 
@@ -30,6 +30,14 @@ class LogLevel(StrEnum):
 
 DEFAULT_PORTS = EnvoyPorts()
 
+
+def _ip_address(value: str | None) -> str | None:
+    bare = value and value.removeprefix("[").removesuffix("]")
+    if bare and not is_ip(bare):
+        raise typer.BadParameter(f"{value!r} is not an IP address")
+    return bare or None
+
+
 ConfigOption = Annotated[Path, typer.Option("--config", help="JSON configuration file.")]
 IntervalOption = Annotated[
     float | None,
@@ -41,6 +49,16 @@ ShadowOption = Annotated[
 ]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, to stderr.")]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        metavar="IP",
+        show_default="0.0.0.0",
+        help="IP address of Envoy's ingress; '::' is all, IPv6 and IPv4.",
+        callback=_ip_address,
+    ),
+]
 PrefillPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's loopback prefill listener.")]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
 AdminPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="The scheduler's admin HTTP.")]

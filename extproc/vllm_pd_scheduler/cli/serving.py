@@ -17,6 +17,7 @@ from .options import (
     ConfigOption,
     EnvoyAdminPortOption,
     GrpcPortOption,
+    HostOption,
     IntervalOption,
     LogLevel,
     LogLevelOption,
@@ -49,6 +50,7 @@ def serve(
 
 def up(
     config: ConfigOption,
+    host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
     prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
     grpc_port: GrpcPortOption = None,
@@ -59,7 +61,7 @@ def up(
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
     settings = with_ports(_with_shadow(read_config(config), shadow), prefill_port, grpc_port, admin_port)
-    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port)
+    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, host)
     log_to_stderr(log_level)
 
     async def started() -> None:

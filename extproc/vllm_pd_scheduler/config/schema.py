@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_ip
+from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -42,6 +43,7 @@ MEANING = {
     _LISTENER: "must be http://HOST:PORT, without a path",
     _PATH: "must be a path",
     _SOCKET: "must be an absolute path of at most 107 characters",
+    PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
 }
 """What is wrong with a string that one of these patterns does not match."""
 
@@ -234,6 +236,10 @@ class SchedulerConfig(_Model):
     has limits of its own: `per_connection_buffer_limit_bytes` and `max_request_bytes` in
     `envoy/envoy.yaml`."""
 
+    public_paths: list[Annotated[str, Field(pattern=PUBLIC_PATH)]] = list(PUBLIC_PATHS)
+    """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
+    and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
+    list: `envoy-config --config` prints its configuration with it."""
     prefill_listener: Annotated[str, Field(pattern=_LISTENER)] = "http://127.0.0.1:10001"
     """Envoy's prefill listener, as `http://HOST:PORT`. Change it with the listener's port in
     `envoy/envoy.yaml`."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ import aiohttp
 import yaml
 
 from ..config.tls import InstanceTlsConfig
+from ..request.path import PUBLIC_PATHS, PublicPaths, path_regex
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
 """How long Envoy still takes new connections in a drain, for load balancers that have not noticed."""
+
+WEBSOCKET_PATH = "/v1/realtime"
+"""The path of ``envoy.yaml``'s route for WebSockets."""
 
 
 class EnvoyError(Exception):
@@ -31,7 +36,8 @@ class EnvoyError(Exception):
 class EnvoyPorts:
     """Where Envoy and the scheduler listen; the defaults are those of ``envoy/envoy.yaml``.
 
-    ``address`` is the one that the ingress listener binds to. ``grpc_socket``, a path, replaces ``grpc``.
+    ``address`` is the IP address that the ingress listener binds to; ``::`` takes IPv4 too. ``grpc_socket``,
+    a path, replaces ``grpc``.
     """
 
     ingress: int = 10000
@@ -49,28 +55,34 @@ def config_path() -> Path:
 
 
 def render_config(
-    ports: EnvoyPorts, tls: InstanceTlsConfig | None = None, stream_idle_timeout: float | None = None
+    ports: EnvoyPorts,
+    tls: InstanceTlsConfig | None = None,
+    stream_idle_timeout: float | None = None,
+    public_paths: Sequence[str] = PUBLIC_PATHS,
 ) -> dict[str, Any]:
     """Return ``envoy.yaml`` as a dict with these settings in place of its own.
 
     ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds.
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
+    routes = _ingress_routes(config)
     if stream_idle_timeout is not None:
-        _limit_pauses(config, f"{stream_idle_timeout:g}s")
+        _limit_pauses(routes, f"{stream_idle_timeout:g}s")
+    _make_public(routes, public_paths)
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     for listener in config["static_resources"]["listeners"]:
         socket = listener["address"]["socket_address"]
         socket["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
         if listener["name"] == "ingress" and ports.address is not None:
             socket["address"] = ports.address
+            socket |= {"ipv4_compat": True} if ports.address == "::" else {}
     for cluster in config["static_resources"]["clusters"]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
             endpoint["address"] = _scheduler_address(ports)
         elif tls is not None:
-            (match,) = cluster["transport_socket_matches"]
-            match["transport_socket"]["typed_config"] = _upstream_tls(tls)
+            for match in cluster.get("transport_socket_matches", ()):
+                match["transport_socket"]["typed_config"] = _upstream_tls(tls)
     if sys.platform != "linux":  # the numbers of these options are Linux's
         for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
             each.pop("socket_options", None)
@@ -78,13 +90,31 @@ def render_config(
     return config
 
 
-def _limit_pauses(config: dict[str, Any], pause: str) -> None:
-    (ingress,) = (each for each in config["static_resources"]["listeners"] if each["name"] == "ingress")
-    manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
+def _limit_pauses(routes: list[dict[str, Any]], pause: str) -> None:
+    for route in routes:
         retries = route.get("route", {}).get("retry_policy", {})
         if "per_try_idle_timeout" in retries:
             retries["per_try_idle_timeout"] = pause
+
+
+def _make_public(routes: list[dict[str, Any]], paths: Sequence[str]) -> None:
+    """Put a route for each of these paths where those of ``envoy.yaml`` are."""
+    given = [route for route in routes if route.get("name") == "public"]
+    at = routes.index(given[0])
+    routes[at : at + len(given)] = [{**given[0], "match": _path_match(path)} for path in paths]
+    if WEBSOCKET_PATH not in PublicPaths(paths):
+        routes[:] = [route for route in routes if route.get("name") != "websocket"]
+
+
+def _path_match(path: str) -> dict[str, Any]:
+    return {"safe_regex": {"regex": path_regex(path)}} if "*" in path else {"path": path}
+
+
+def _ingress_routes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    (ingress,) = (each for each in config["static_resources"]["listeners"] if each["name"] == "ingress")
+    manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
+    routes: list[dict[str, Any]] = manager["route_config"]["virtual_hosts"][0]["routes"]
+    return routes
 
 
 def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
@@ -132,10 +162,12 @@ class EnvoyProcess:
         access_log: bool = True,
         tls: InstanceTlsConfig | None = None,
         stream_idle_timeout: float | None = None,
+        public_paths: Sequence[str] = PUBLIC_PATHS,
     ) -> None:
         self.ports = ports
         self._stream_idle_timeout = stream_idle_timeout
         self._tls = tls
+        self._public_paths = public_paths
         self._log_level = log_level
         self._stdout = None if access_log else asyncio.subprocess.DEVNULL
         self._directory = tempfile.TemporaryDirectory(prefix="vllm-pd-envoy-")
@@ -150,9 +182,8 @@ class EnvoyProcess:
 
     async def __aenter__(self) -> EnvoyProcess:
         path = Path(self._directory.name) / "envoy.yaml"
-        path.write_text(
-            yaml.safe_dump(render_config(self.ports, self._tls, self._stream_idle_timeout)), encoding="utf-8"
-        )
+        config = render_config(self.ports, self._tls, self._stream_idle_timeout, self._public_paths)
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
         arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
         arguments += ["--drain-time-s", str(_DRAIN_TIME_S), "--concurrency", str(_workers())]
         self._process = await asyncio.create_subprocess_exec(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..fleet.endpoint import Endpoint
@@ -19,6 +19,8 @@ class PrefillAnswer:
     body: bytes
     retry_after: float | None = None
     """Seconds for which a full instance asks to be left alone, if it does."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Those by ``KEPT_FROM_PREFILL``, which go to the client with an error of P's."""
 
 
 class PrefillFailed(Exception):

@@ -105,7 +105,8 @@ class HttpPrefill:
                 _check_connection(response.headers.get(names.CONNECTION, ""))
                 retry_after = response.headers.get("retry-after", "")
                 wait = float(retry_after) if retry_after.isdecimal() else None
-                return PrefillAnswer(response.status, _content_type(response), answer, wait)
+                told = {} if response.status == 200 else _for_client(response.headers)
+                return PrefillAnswer(response.status, _content_type(response), answer, wait, told)
         except TimeoutError:
             raise PrefillFailed("timeout") from None
         except (AnswerTooLarge, AnswerEncoded):
@@ -138,6 +139,10 @@ def _content_type(response: aiohttp.ClientResponse) -> str:
     """Return the type of an answer, if it is one that can be passed on."""
     found = response.headers.get("content-type", "")
     return found if _CONTENT_TYPE.fullmatch(found) else "application/json"
+
+
+def _for_client(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in names.KEPT_FROM_PREFILL if name in headers}
 
 
 def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:

@@ -187,7 +187,7 @@ class PrefillStage:
             # P was asked for one token, not streamed: only D sees the request as the client wrote it.
             return WithoutHandoff(False, endpoint, answer.status)
         agreed = tried.refusal is not None and tried.refusal.status == answer.status
-        kept = {"content-type": answer.content_type}
+        kept = {**answer.headers, "content-type": answer.content_type}
         tried.refusal = Reject(answer.status, answer.body, kept, "prefill_4xx")
         return tried.refusal if agreed else None
 

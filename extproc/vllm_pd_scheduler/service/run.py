@@ -89,7 +89,14 @@ async def _up(
     config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, access_log: bool
 ) -> int:
     signals = Signals()
-    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout)
+    process = EnvoyProcess(
+        ports,
+        log_level,
+        access_log,
+        config.instance_tls,
+        config.stream_idle_timeout,
+        config.public_paths,
+    )
     async with App(config) as app, process as envoy:
         await started()
         asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())

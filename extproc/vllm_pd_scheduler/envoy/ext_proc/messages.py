@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...request.errors import Reject
@@ -60,7 +61,7 @@ def decode(data: bytes) -> Message:
             header.key: _text(header.raw_value or header.value.encode())
             for header in request.request_headers.headers.headers
         }
-        return Message(Phase.REQUEST_HEADERS, request.request_headers.end_of_stream, headers)
+        return Message(Phase.REQUEST_HEADERS, not _body_follows(request), headers)
     if kind == "request_body":
         return Message(Phase.REQUEST_BODY, request.request_body.end_of_stream, body=request.request_body.body)
     if kind not in _PHASES:
@@ -76,6 +77,13 @@ def _text(value: bytes) -> str:
     if len(value) <= LONG_VALUE_BYTES or value.isascii():
         return value.decode("utf-8", "replace")
     return value.decode("latin-1")
+
+
+def _body_follows(request: Any) -> bool:
+    """Whether the request's headers are not all that will be told of it; a WebSocket's are."""
+    told = request.HasField("protocol_config")
+    unasked = told and request.protocol_config.request_body_mode == ProcessingMode.NONE
+    return not request.request_headers.end_of_stream and not unasked
 
 
 def _large_body(data: bytes) -> Message | None:
