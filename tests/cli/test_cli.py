@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,17 @@ class TestOptions:
         """``--config FILE --interval S --log-level LEVEL`` serves."""
         served: list[Any] = []
 
-        async def serve(config: Any) -> int:
+        async def serve(config: Any, streams: Any) -> int:
             served.append(config)
             return 0
 
+        @contextmanager
+        def logging_at(level: Any) -> Iterator[None]:
+            served.append(level)
+            yield
+
         monkeypatch.setattr("vllm_pd_scheduler.service.run.serve", serve)
-        monkeypatch.setattr("vllm_pd_scheduler.cli.serving.log_to_stderr", served.append)
+        monkeypatch.setattr("vllm_pd_scheduler.cli.serving.logging_at", logging_at)
         path = written(FLEET)
         for level in ("DEBUG", "INFO", "WARNING"):
             ended = call("--config", path, "--interval", "0.5", "--log-level", level)

@@ -24,7 +24,7 @@ from .options import (
     PrefillPortOption,
     ShadowOption,
     envoy_log_level,
-    log_to_stderr,
+    logging_at,
     read_config,
     run,
     with_ports,
@@ -43,8 +43,8 @@ def serve(
         if not math.isfinite(interval):
             raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
         settings = settings.model_copy(update={"health_check_interval": interval})
-    log_to_stderr(log_level)
-    run(service.serve(settings))
+    with logging_at(log_level) as streams:
+        run(service.serve(settings, streams))
 
 
 def up(
@@ -60,12 +60,12 @@ def up(
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
     settings = with_ports(_with_shadow(read_config(config), shadow), prefill_port, grpc_port, admin_port)
     ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port)
-    log_to_stderr(log_level)
 
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)
 
-    run(service.up(settings, ports, envoy_log_level(log_level), started))
+    with logging_at(log_level) as streams:
+        run(service.up(settings, ports, envoy_log_level(log_level), started, streams))
 
 
 def check(config: ConfigOption) -> None:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import yaml
 
 from ..config.tls import InstanceTlsConfig
+from ..system import parent_death
+from ..system.output import Outlet, StandardStreams, pour
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
 """How long Envoy still takes new connections in a drain, for load balancers that have not noticed."""
+
+_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+"""What Envoy gets of our environment: keys and tokens are there too. ``envoy`` may be a script in Python."""
 
 
 class EnvoyError(Exception):
@@ -122,7 +129,8 @@ class EnvoyProcess:
     """An Envoy that lives as long as this process at most.
 
     ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is live; ``exited`` is done
-    when it ends, whatever the reason.
+    when it ends, whatever the reason. With ``streams`` its output goes through them, and Envoy never waits
+    for who reads it.
     """
 
     def __init__(
@@ -132,14 +140,16 @@ class EnvoyProcess:
         access_log: bool = True,
         tls: InstanceTlsConfig | None = None,
         stream_idle_timeout: float | None = None,
+        streams: StandardStreams | None = None,
     ) -> None:
         self.ports = ports
         self._stream_idle_timeout = stream_idle_timeout
         self._tls = tls
         self._log_level = log_level
-        self._stdout = None if access_log else asyncio.subprocess.DEVNULL
-        self._directory = tempfile.TemporaryDirectory(prefix="vllm-pd-envoy-")
+        self._access_log = access_log
+        self._streams = streams
         self._process: asyncio.subprocess.Process | None = None
+        self._pouring: list[threading.Thread] = []
         self.exited: asyncio.Future[int]
 
     @property
@@ -149,20 +159,22 @@ class EnvoyProcess:
         return self._process.pid
 
     async def __aenter__(self) -> EnvoyProcess:
-        path = Path(self._directory.name) / "envoy.yaml"
-        path.write_text(
-            yaml.safe_dump(render_config(self.ports, self._tls, self._stream_idle_timeout)), encoding="utf-8"
-        )
-        arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
-        arguments += ["--drain-time-s", str(_DRAIN_TIME_S), "--concurrency", str(_workers())]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "vllm_pd_scheduler.system.parent_death", str(os.getpid()), find_envoy()),
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=self._stdout,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain first
-        )
+        with contextlib.ExitStack() as ours:  # what only Envoy needs open
+            config = ours.enter_context(
+                _in_memory(render_config(self.ports, self._tls, self._stream_idle_timeout))
+            )
+            arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
+            arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),
+                *(*arguments, "--concurrency", str(_workers())),
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                pass_fds=[config.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=self._stdout(ours),
+                stderr=self._pipe(self._streams.stderr, ours) if self._streams else None,
+                start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain first
+            )
         self.exited = asyncio.ensure_future(self._process.wait())
         try:
             await self._live()
@@ -170,6 +182,22 @@ class EnvoyProcess:
             await self.stop()
             raise
         return self
+
+    def _stdout(self, ours: contextlib.ExitStack) -> int | None:
+        if not self._access_log:
+            return asyncio.subprocess.DEVNULL
+        return self._pipe(self._streams.stdout, ours) if self._streams else None
+
+    def _pipe(self, outlet: Outlet | None, ours: contextlib.ExitStack) -> int | None:
+        """Return the end of a pipe to an outlet for Envoy to write to, or ``None`` without an outlet."""
+        if outlet is None:
+            return None
+        read, write = os.pipe()
+        ours.callback(os.close, write)
+        # When we hang, Envoy drops what does not fit (its stat filesystem.write_failed), and goes on.
+        os.set_blocking(write, False)
+        self._pouring.append(pour(read, outlet))
+        return write
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
@@ -192,7 +220,8 @@ class EnvoyProcess:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        self._directory.cleanup()
+        for thread in self._pouring:  # its last words come before ours
+            await asyncio.to_thread(thread.join, _STOP_TIMEOUT_S)
 
     def _admin(self, path: str) -> str:
         return f"http://127.0.0.1:{self.ports.admin}{path}"
@@ -213,6 +242,22 @@ class EnvoyProcess:
             f"Envoy ended with status {self.exited.result()} at start; its own message is above. "
             f"Is one of the ports {self.ports.ingress}, {self.ports.prefill}, {self.ports.admin} in use?"
         )
+
+
+def _in_memory(config: dict[str, Any]) -> IO[bytes]:
+    """Return an open file with a configuration that is in no directory: nothing is left behind, ever."""
+    try:
+        file = _unnamed_file()
+        file.write(json.dumps(config).encode())
+        file.seek(0)
+    except OSError as error:
+        raise EnvoyError(f"no file can be made for Envoy's configuration: {error.strerror}") from None
+    return file
+
+
+def _unnamed_file() -> IO[bytes]:
+    # Envoy opens it as /dev/fd/N and takes what has no ending for JSON.
+    return os.fdopen(os.memfd_create("envoy"), "w+b") if sys.platform == "linux" else tempfile.TemporaryFile()
 
 
 def _workers() -> int:

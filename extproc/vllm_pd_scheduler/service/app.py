@@ -24,6 +24,7 @@ from ..health import HealthMonitor
 from ..models import join_address
 from ..router import PDRouter
 from ..system.allocator import return_large_blocks
+from ..system.output import StandardStreams
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,14 @@ class App:
     """Startup, serving, drain and shutdown of one scheduler process.
 
     ``async with App(config) as app:`` serves; leaving the block shuts down at once. ``drain`` is the
-    polite part before that.
+    polite part before that. What is dropped of the output that goes through ``streams`` is counted.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, streams: StandardStreams | None = None) -> None:
         self.config = config
         self.router = PDRouter(config)
+        if streams is not None:
+            streams.count_dropped(self.router.telemetry.log_lines_dropped)
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..envoy.process import EnvoyPorts, EnvoyProcess
+from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
 
@@ -45,13 +46,13 @@ class Signals:
             task.cancel()
 
 
-async def serve(config: SchedulerConfig) -> int:
+async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
     """Serve until a signal comes, drain, and return the exit status.
 
     Raises :exc:`~vllm_pd_scheduler.service.app.StartupError`.
     """
     signals = Signals()
-    async with App(config) as app:
+    async with App(config, streams) as app:
         await signals.asked()
         log.info("draining: %d requests in flight", app.ext_proc.open_streams)
         await signals.unless_again(app.drain())
@@ -59,12 +60,18 @@ async def serve(config: SchedulerConfig) -> int:
 
 
 async def up(
-    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, *, access_log: bool = True
+    config: SchedulerConfig,
+    ports: EnvoyPorts,
+    log_level: str,
+    started: Started,
+    streams: StandardStreams,
+    *,
+    access_log: bool = True,
 ) -> int:
     """Serve with an Envoy of our own until a signal comes; if Envoy ends before that, the status is 1.
 
-    ``started`` is called when requests can come. The two speak over a socket that only this user can open,
-    unless the configuration names another, or a port.
+    ``started`` is called when requests can come; what Envoy prints goes through ``streams``. The two speak
+    over a socket that only this user can open, unless the configuration names another, or a port.
 
     Raises :exc:`~vllm_pd_scheduler.service.app.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
@@ -82,15 +89,22 @@ async def up(
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
         ports = replace(ports, grpc_socket=config.grpc_socket)
-        return await _up(config, ports, log_level, started, access_log)
+        return await _up(config, ports, log_level, started, streams, access_log)
 
 
 async def _up(
-    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, access_log: bool
+    config: SchedulerConfig,
+    ports: EnvoyPorts,
+    log_level: str,
+    started: Started,
+    streams: StandardStreams,
+    access_log: bool,
 ) -> int:
     signals = Signals()
-    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout)
-    async with App(config) as app, process as envoy:
+    process = EnvoyProcess(
+        ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout, streams
+    )
+    async with App(config, streams) as app, process as envoy:
         await started()
         asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())
         ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))

@@ -111,6 +111,11 @@ class Telemetry:
             ["instance"],
             registry=self.prometheus,
         )
+        self._log_lines_dropped = Counter(
+            "pd_log_lines_dropped",
+            "Lines of output that were dropped, since nobody read what the process prints.",
+            registry=self.prometheus,
+        )
 
         self._state_changes = Counter(
             "pd_instance_state_changes",
@@ -187,6 +192,10 @@ class Telemetry:
     def state_changed(self, instance: str, role: str, state: str) -> None:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
+
+    def log_lines_dropped(self, lines: int) -> None:
+        """Count lines of output that were dropped."""
+        self._log_lines_dropped.inc(lines)
 
     def expose(self) -> bytes:
         """Return the Prometheus text page."""
