@@ -25,6 +25,7 @@ from ..models import join_address
 from ..router import PDRouter
 from ..system.allocator import return_large_blocks
 from ..system.output import StandardStreams
+from .watchdog import LoopWatchdog
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,11 @@ class App:
             )
         await server.start()
         self._stack.push_async_callback(server.stop, None)
+        watchdog = LoopWatchdog(
+            config.grpc_socket or config.grpc_port, self.router.telemetry.event_loop_stalled
+        )
+        watchdog.start()
+        self._stack.callback(watchdog.stop)
 
     async def drain(self) -> bool:
         """Report not ready, then wait until every response has ended; ``False`` if time ran out."""

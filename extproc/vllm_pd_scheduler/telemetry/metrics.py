@@ -116,6 +116,11 @@ class Telemetry:
             "Lines of output that were dropped, since nobody read what the process prints.",
             registry=self.prometheus,
         )
+        self._event_loop_stalls = Counter(
+            "pd_event_loop_stalls",
+            "Times that the event loop stood still, and requests went on without the scheduler.",
+            registry=self.prometheus,
+        )
 
         self._state_changes = Counter(
             "pd_instance_state_changes",
@@ -196,6 +201,10 @@ class Telemetry:
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""
         self._log_lines_dropped.inc(lines)
+
+    def event_loop_stalled(self) -> None:
+        """Count that the event loop stood still for so long that requests went on without it."""
+        self._event_loop_stalls.inc()
 
     def expose(self) -> bytes:
         """Return the Prometheus text page."""
