@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +16,30 @@ from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-STRATEGY = """\
+STRATEGIES = """\
 import os
 import time
 
 from vllm_pd_scheduler.strategies import Strategy
 
 
+def sleep(*_):
+    while os.path.exists(os.environ["SLEEP_WHILE"]):
+        time.sleep(0.02)
+
+
 class Sleeps(Strategy):
     def score(self, endpoint, request):
-        while os.path.exists(os.environ["SLEEP_WHILE"]):
-            time.sleep(0.02)
+        sleep()
+        return endpoint.in_flight
+
+
+class DiskHangs(Strategy):
+    def __init__(self, config):
+        super().__init__(config)
+        os.fsync = sleep
+
+    def score(self, endpoint, request):
         return endpoint.in_flight
 """
 
@@ -41,11 +55,9 @@ async def test_all_requests_are_answered(
     session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path, command: str
 ) -> None:
     stack, asleep = Stack(tmp_path), tmp_path / "asleep"
-    (tmp_path / "sleepy.py").write_text(STRATEGY)
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     config = {**fleet.config(), "strategy": "sleepy:Sleeps"}
     start = stack.up(config) if command == "up" else stack.serve(config)
-    with spawned(start, PYTHONPATH=path, SLEEP_WHILE=str(asleep)) as process:
+    with spawned(start, **environment(tmp_path)) as process:
         client = Client(session, stack, fleet)
         if command == "up":
             await check(client, process, asleep)
@@ -53,6 +65,34 @@ async def test_all_requests_are_answered(
             with spawned(stack.envoy()) as envoy:
                 await ready(client, envoy)
                 await check(client, process, asleep)
+
+
+async def test_a_disk_that_hangs(session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path) -> None:
+    """A change of the admin's waits for it, no request does, and it keeps nobody from ending."""
+    stack, asleep = Stack(tmp_path), tmp_path / "asleep"
+    config = {**fleet.config(), "strategy": "sleepy:DiskHangs", "state_file": str(tmp_path / "state.json")}
+    with spawned(stack.up(config), **environment(tmp_path)) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        await asyncio.to_thread(asleep.touch)
+        drain = asyncio.ensure_future(client.admin("POST", "/instances/decode-1/drain"))
+        until_refused = 0
+        while not drain.done():
+            assert "x-pd-prefill" in (await client.complete()).headers
+            until_refused += 1
+        status, answer = await drain
+        assert (status, "the disk has not answered" in answer["error"]) == (507, True)
+        assert until_refused > 10
+        assert (await client.states())["decode-1"] == "healthy"
+        process.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait) == 0
+        assert "stands still" not in process.output
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "sleepy.py").write_text(STRATEGIES)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "SLEEP_WHILE": str(tmp_path / "asleep")}
 
 
 async def check(client: Client, process: Process, asleep: Path) -> None:
@@ -84,7 +124,7 @@ async def check(client: Client, process: Process, asleep: Path) -> None:
     await until(split_again)
     await client.until_in_flight(0)
     await until(said)
-    assert "the event loop stands still for 2 s, in score (" in process.output
+    assert "the event loop stands still for 2 s, in sleep (" in process.output
     _, page = await client.admin("GET", "/metrics")
     assert "pd_event_loop_stalls_total 1.0" in page
     assert "Traceback" not in process.output

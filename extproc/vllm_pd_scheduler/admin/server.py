@@ -21,8 +21,9 @@ from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole
 from ..router import PDRouter
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
+from .changes import AdminChanges, NotKept
 from .collectors import collectors
-from .saved_changes import AdminChanges, SavedInstance
+from .saved_changes import SavedInstance
 
 log = logging.getLogger(__name__)
 
@@ -172,10 +173,9 @@ class AdminServer:
         for key, name in body.model_dump(exclude_unset=True).items():
             self._check_strategy(key, name)
         try:
-            self._router.scheduler.use_each(names)
+            await self._changes.use(names)
         except UnknownStrategy as error:
             raise _ErrorAnswer(400, str(error)) from None
-        self._changes.save()
         log.info("strategy is %s", self._router.scheduler.strategy_name)
         return await self._get_strategy(request)
 
@@ -187,16 +187,14 @@ class AdminServer:
         body = await _read_body(request, _ShadowBody)
         self._check_strategy("strategy", body.strategy)
         try:
-            self._router.scheduler.use_shadow(body.strategy)
+            await self._changes.use_shadow(body.strategy)
         except UnknownStrategy as error:
             raise _ErrorAnswer(400, str(error)) from None
-        self._changes.save()
         log.info("shadow strategy is %s", body.strategy)
         return await self._get_shadow(request)
 
     async def _remove_shadow(self, _: web.Request) -> web.Response:
-        self._router.scheduler.use_shadow(None)
-        self._changes.save()
+        await self._changes.use_shadow(None)
         log.info("there is no shadow strategy")
         return web.Response(status=204)
 
@@ -227,7 +225,7 @@ class AdminServer:
             # Else whoever may call this could have any file or variable of the scheduler sent to their host.
             raise _ErrorAnswer(400, "api_key: must be one that the configuration names")
         try:
-            self._changes.add(SavedInstance(**{**dict(body), "role": role}))
+            await self._changes.add(SavedInstance(**{**dict(body), "role": role}))
         except DuplicateInstance as error:
             raise _ErrorAnswer(409, str(error)) from None
         except ValueError as error:
@@ -240,7 +238,7 @@ class AdminServer:
 
     async def _remove_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        self._changes.remove(endpoint.id)
+        await self._changes.remove(endpoint.id)
         log.info("%s removed", endpoint.id)
         return web.Response(status=204)
 
@@ -249,8 +247,7 @@ class AdminServer:
         if wait not in ("true", "false"):
             raise _ErrorAnswer(400, "wait: must be 'true' or 'false'")
         endpoint = self._endpoint(request)
-        self._router.drain_instance(endpoint.id)
-        self._changes.save()
+        await self._changes.drain(endpoint.id)
         if wait == "false":
             return web.json_response(_describe(endpoint), status=202)
         await self._wait_for_drain(endpoint)
@@ -271,15 +268,11 @@ class AdminServer:
 
     async def _undrain_instance(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        self._router.undrain_instance(endpoint.id)
-        self._changes.save()
+        await self._changes.drain(endpoint.id, drains=False)
         return web.json_response(_describe(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
-        try:
-            return self._router.registry.get(request.match_info["id"])
-        except UnknownInstance as error:
-            raise _ErrorAnswer(404, str(error)) from None
+        return self._router.registry.get(request.match_info["id"])
 
 
 class _ErrorAnswer(Exception):
@@ -331,6 +324,10 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except _ErrorAnswer as error:
         return _error(*error.args)
+    except UnknownInstance as error:
+        return _error(404, str(error))
+    except NotKept as error:
+        return _error(507, f"nothing was changed, since it could not be kept in state_file: {error}")
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         reason = f"{request.method} {request.path}: {error.reason}"

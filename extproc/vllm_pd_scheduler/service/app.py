@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import grpc
 
 from ..admin import AdminServer
-from ..admin.saved_changes import AdminChanges
+from ..admin.changes import AdminChanges
 from ..config import SchedulerConfig, TlsConfig, is_loopback
 from ..envoy.access_log import AttemptLog
 from ..envoy.eds import EndpointDiscovery

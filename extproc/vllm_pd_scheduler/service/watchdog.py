@@ -25,8 +25,8 @@ class LoopWatchdog:
 
     gRPC answers Envoy's pings by threads of its own, so Envoy waits for a loop that stands still, an hour if
     need be. While it does, this thread closes all connections to ``address`` (a TCP port, or the path of a
-    Unix socket), again and again: Envoy lets the requests pass without us, and finds us unhealthy. ``stalled``
-    is called once each time, by the thread.
+    Unix socket), again and again: Envoy lets the requests pass without us, and finds us unhealthy.
+    ``stalled`` is called once each time, by the thread.
     """
 
     def __init__(self, address: int | str, stalled: Callable[[], None]) -> None:
