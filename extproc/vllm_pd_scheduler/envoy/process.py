@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +20,7 @@ import aiohttp
 import yaml
 
 from ..config.tls import InstanceTlsConfig
+from ..models import join_address
 from ..system import parent_death
 from ..system.output import Outlet, StandardStreams, pour
 
@@ -48,6 +51,31 @@ class EnvoyPorts:
     address: str | None = None
     grpc_socket: str | None = None
 
+    def listeners(self) -> list[tuple[str, str, int]]:
+        """Return where Envoy listens: the option that says so, host and port."""
+        return [
+            ("--port", self.address or "0.0.0.0", self.ingress),
+            ("--prefill-port", "127.0.0.1", self.prefill),
+            ("--envoy-admin-port", "127.0.0.1", self.admin),
+        ]
+
+    def require_free(self) -> None:
+        """Raise :exc:`EnvoyError` if somebody listens at one of Envoy's ports.
+
+        Envoy itself would not notice another Envoy: both share a port (SO_REUSEPORT), and its requests.
+        """
+        for option, host, port in self.listeners():
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended
+                try:
+                    probe.bind((host, port))
+                except OSError as error:
+                    raise EnvoyError(
+                        f"{option}: Envoy cannot listen on {join_address(host, port)}: {error.strerror}. "
+                        f"`ss -ltnp 'sport = :{port}'` shows which Envoy or server does: end that, or "
+                        f"choose another {option}"
+                    ) from None
+
 
 def config_path() -> Path:
     """Return where ``envoy.yaml`` is: in the installed package, or in the source tree."""
@@ -56,21 +84,28 @@ def config_path() -> Path:
 
 
 def render_config(
-    ports: EnvoyPorts, tls: InstanceTlsConfig | None = None, stream_idle_timeout: float | None = None
+    ports: EnvoyPorts,
+    tls: InstanceTlsConfig | None = None,
+    stream_idle_timeout: float | None = None,
+    max_retries: int | None = None,
 ) -> dict[str, Any]:
     """Return ``envoy.yaml`` as a dict with these settings in place of its own.
 
-    ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds.
+    ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds, and
+    ``max_retries`` how many further instances a request is sent to.
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
-    if stream_idle_timeout is not None:
-        _limit_pauses(config, f"{stream_idle_timeout:g}s")
+    for policy in _retry_policies(config):
+        if stream_idle_timeout is not None and "per_try_idle_timeout" in policy:
+            policy["per_try_idle_timeout"] = f"{stream_idle_timeout:g}s"
+        if max_retries is not None:
+            policy["num_retries"] = max_retries
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     for listener in config["static_resources"]["listeners"]:
-        socket = listener["address"]["socket_address"]
-        socket["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
+        address = listener["address"]["socket_address"]
+        address["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
         if listener["name"] == "ingress" and ports.address is not None:
-            socket["address"] = ports.address
+            address["address"] = ports.address
     for cluster in config["static_resources"]["clusters"]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
@@ -85,13 +120,20 @@ def render_config(
     return config
 
 
-def _limit_pauses(config: dict[str, Any], pause: str) -> None:
-    (ingress,) = (each for each in config["static_resources"]["listeners"] if each["name"] == "ingress")
-    manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
-        retries = route.get("route", {}).get("retry_policy", {})
-        if "per_try_idle_timeout" in retries:
-            retries["per_try_idle_timeout"] = pause
+def num_retries() -> int:
+    """Return how many further decode instances an Envoy on ``envoy.yaml`` as it is tries."""
+    config = yaml.safe_load(config_path().read_text(encoding="utf-8"))
+    return min(int(policy["num_retries"]) for policy in _retry_policies(config))
+
+
+def _retry_policies(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for listener in config["static_resources"]["listeners"]:
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        for host in manager["route_config"]["virtual_hosts"]:
+            for route in host["routes"]:
+                policy = route.get("route", {}).get("retry_policy")
+                if policy is not None:
+                    yield policy
 
 
 def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
@@ -129,22 +171,21 @@ class EnvoyProcess:
     """An Envoy that lives as long as this process at most.
 
     ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is live; ``exited`` is done
-    when it ends, whatever the reason. With ``streams`` its output goes through them, and Envoy never waits
-    for who reads it.
+    when it ends, whatever the reason. ``config`` is what ``render_config`` returns for these ports. With
+    ``streams`` its output goes through them, and Envoy never waits for who reads it.
     """
 
     def __init__(
         self,
         ports: EnvoyPorts,
+        config: dict[str, Any] | None = None,
+        *,
         log_level: str = "warning",
         access_log: bool = True,
-        tls: InstanceTlsConfig | None = None,
-        stream_idle_timeout: float | None = None,
         streams: StandardStreams | None = None,
     ) -> None:
         self.ports = ports
-        self._stream_idle_timeout = stream_idle_timeout
-        self._tls = tls
+        self._config = config or render_config(ports)
         self._log_level = log_level
         self._access_log = access_log
         self._streams = streams
@@ -160,9 +201,7 @@ class EnvoyProcess:
 
     async def __aenter__(self) -> EnvoyProcess:
         with contextlib.ExitStack() as ours:  # what only Envoy needs open
-            config = ours.enter_context(
-                _in_memory(render_config(self.ports, self._tls, self._stream_idle_timeout))
-            )
+            config = ours.enter_context(_in_memory(self._config))
             arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
             arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
@@ -238,10 +277,7 @@ class EnvoyProcess:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise EnvoyError(f"Envoy was not ready after {_STARTUP_TIMEOUT_S:g} s") from None
-        raise EnvoyError(
-            f"Envoy ended with status {self.exited.result()} at start; its own message is above. "
-            f"Is one of the ports {self.ports.ingress}, {self.ports.prefill}, {self.ports.admin} in use?"
-        )
+        raise EnvoyError(f"Envoy ended with status {self.exited.result()} at start; its own message is above")
 
 
 def _in_memory(config: dict[str, Any]) -> IO[bytes]:

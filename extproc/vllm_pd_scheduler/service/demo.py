@@ -72,7 +72,8 @@ async def _show_answer(console: Console, url: str) -> None:
 def run_sim(prefill: int, decode: int, base_port: int) -> int:
     """Run a simulated fleet until SIGTERM or Ctrl-C; return the exit status."""
     console = Console(highlight=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the same as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))

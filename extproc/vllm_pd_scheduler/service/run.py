@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts, EnvoyProcess
+from ..config.listeners import clashes, listeners_of
+from ..envoy.process import EnvoyPorts, EnvoyProcess, render_config
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
@@ -21,7 +22,11 @@ Started = Callable[[], Awaitable[None]]
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as something to wait for: the first asks for a drain, the second ends it."""
+    """The signals that end the service, as something to wait for.
+
+    The first asks for a drain, a second SIGTERM or Ctrl-C for the end of that. SIGHUP, which a closed
+    terminal sends more than once, only ever asks for the drain.
+    """
 
     def __init__(self) -> None:
         self._first = asyncio.Event()
@@ -29,19 +34,21 @@ class Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._received)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, self._first.set)
 
     def _received(self) -> None:
         (self._second if self._first.is_set() else self._first).set()
 
-    async def asked(self) -> None:
+    async def first(self) -> None:
         """Wait for the first signal."""
         await self._first.wait()
 
-    async def unless_again(self, draining: Awaitable[object]) -> None:
-        """Wait for ``draining`` to end, but no longer than until another signal."""
-        work: asyncio.Future[object] = asyncio.ensure_future(draining)
-        again: asyncio.Future[object] = asyncio.ensure_future(self._second.wait())
-        _, pending = await asyncio.wait({work, again}, return_when=asyncio.FIRST_COMPLETED)
+    async def cut_short(self, drain: Awaitable[object]) -> None:
+        """Wait for a drain to end, but no longer than until the second signal."""
+        work: asyncio.Future[object] = asyncio.ensure_future(drain)
+        second: asyncio.Future[object] = asyncio.ensure_future(self._second.wait())
+        _, pending = await asyncio.wait({work, second}, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
 
@@ -53,9 +60,9 @@ async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
     """
     signals = Signals()
     async with App(config, streams) as app:
-        await signals.asked()
+        await signals.first()
         log.info("draining: %d requests in flight", app.ext_proc.open_streams)
-        await signals.unless_again(app.drain())
+        await signals.cut_short(app.drain())
     return 0
 
 
@@ -78,6 +85,7 @@ async def up(
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
+    ports.require_free()
     with contextlib.ExitStack() as stack:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
             try:
@@ -89,6 +97,7 @@ async def up(
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
         ports = replace(ports, grpc_socket=config.grpc_socket)
+        _require_distinct(config, ports)
         return await _up(config, ports, log_level, started, streams, access_log)
 
 
@@ -101,12 +110,11 @@ async def _up(
     access_log: bool,
 ) -> int:
     signals = Signals()
-    process = EnvoyProcess(
-        ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout, streams
-    )
+    envoys = render_config(ports, config.instance_tls, config.stream_idle_timeout, config.max_retries)
+    process = EnvoyProcess(ports, envoys, log_level=log_level, access_log=access_log, streams=streams)
     async with App(config, streams) as app, process as envoy:
         await started()
-        asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())
+        asked: asyncio.Future[object] = asyncio.ensure_future(signals.first())
         ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
         await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
@@ -116,5 +124,12 @@ async def _up(
             return 1
         log.info("draining: %d requests in flight", app.ext_proc.open_streams)
         await envoy.drain()
-        await signals.unless_again(app.drain())
+        await signals.cut_short(app.drain())
     return 0
+
+
+def _require_distinct(config: SchedulerConfig, ports: EnvoyPorts) -> None:
+    """Raise :exc:`StartupError` if two listen at one port, or an instance is one of us."""
+    listeners = [each for each in listeners_of(config) if each[0] != "prefill_listener"]
+    for problem in clashes([*listeners, *ports.listeners()], config.listed()):
+        raise StartupError(problem)
