@@ -101,8 +101,10 @@ async def test_what_cannot_be_kept_is_not_made(
 async def test_what_cannot_be_made_is_not_kept(router: PDRouter, kept: AdminChanges, path: Path) -> None:
     written = content(path)
     double = NEW.model_copy(update={"host": "10.0.0.2"})
+    of_the_other_role = NEW.model_copy(update={"host": "10.0.0.1", "port": 8100})
     for error, change in (
         (DuplicateInstance, kept.add(double)),
+        (DuplicateInstance, kept.add(of_the_other_role)),
         (UnknownInstance, kept.remove("nobody")),
         (UnknownInstance, kept.drain("nobody")),
         (ValueError, kept.use({InstanceRole.DECODE: "nothing"})),

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ..models import InstanceRole
+from ..fleet.registry import DuplicateInstance
+from ..models import InstanceRole, join_address
 from ..router import PDRouter
 from ..system.daemon_thread import in_daemon_thread
 from .saved_changes import (
@@ -106,6 +107,12 @@ class AdminChanges:
         def prepare(steered: Steered) -> Callable[[], object]:
             instance = self._router.config.instance(item.role, item)
             self._router.registry.refuse_double(instance)
+            for other in self._router.get_instances():
+                if (other.host, other.port) == (item.host, item.port):
+                    address = join_address(item.host, item.port)
+                    raise DuplicateInstance(
+                        f"{address} is already the {other.role} instance {other.instance_id!r}"
+                    )
             steered.added[item.id], steered.draining[item.id] = item, False
             return partial(self._router.register_instance, instance)
 

@@ -35,7 +35,7 @@ DEFAULT_PORTS = EnvoyPorts()
 ConfigOption = Annotated[Path, typer.Option("--config", help="JSON configuration file.")]
 IntervalOption = Annotated[
     float | None,
-    typer.Option("--interval", min=0.05, help="Seconds between health checks."),
+    typer.Option("--interval", min=0.05, max=3600, help="Seconds between health checks."),
 ]
 ShadowOption = Annotated[
     str | None,

@@ -8,7 +8,8 @@ import math
 import typer
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts
+from ..envoy.process import EnvoyPorts, num_retries
+from ..scheduler.rehearsal import rehearse
 from ..service import run as service
 from ..strategies import UnknownStrategy, load_strategy
 from .options import (
@@ -70,7 +71,19 @@ def up(
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
-    typer.echo(read_config(config).model_dump_json(indent=2))
+    settings = read_config(config)
+    problems = rehearse(settings)
+    for problem in problems:
+        typer.echo(f"{config}: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
+    if settings.max_retries > (shipped := num_retries()):
+        typer.echo(
+            f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "
+            f"is {shipped}: `up` gives Envoy {settings.max_retries}, an Envoy of yours must be told",
+            err=True,
+        )
+    typer.echo(settings.model_dump_json(indent=2))
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
