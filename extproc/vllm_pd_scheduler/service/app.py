@@ -24,6 +24,7 @@ from ..health import HealthMonitor
 from ..models import join_address
 from ..router import PDRouter
 from ..system.allocator import return_large_blocks
+from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
 from .watchdog import LoopWatchdog
 
@@ -69,6 +70,7 @@ class App:
         """Bring the parts up in the order in which they need each other; readiness comes last."""
         config, router = self.config, self.router
         return_large_blocks()
+        raise_open_files_limit()
         self.changes.restore()
         session = await self._stack.enter_async_context(open_session(config.instance_tls))
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)

@@ -111,6 +111,12 @@ class Telemetry:
             ["instance"],
             registry=self.prometheus,
         )
+        self._local_errors = Counter(
+            "pd_local_errors",
+            "Requests to instances that could not be sent for a reason of this machine's own.",
+            ["kind"],
+            registry=self.prometheus,
+        )
         self._log_lines_dropped = Counter(
             "pd_log_lines_dropped",
             "Lines of output that were dropped, since nobody read what the process prints.",
@@ -197,6 +203,10 @@ class Telemetry:
     def state_changed(self, instance: str, role: str, state: str) -> None:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
+
+    def local_error(self, kind: str) -> None:
+        """Count a request that could not be sent for a reason of our own."""
+        self._local_errors.labels(kind).inc()
 
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""
