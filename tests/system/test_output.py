@@ -75,9 +75,12 @@ def test_descriptors_that_are_odd(pipe: tuple[int, int], given: str) -> None:
     read, write = pipe
     outlet = Outlet(write, "output")
     if given == "reader gone":
+        dropped: list[int] = []
+        outlet.on_dropped = dropped.append
         os.close(read)
-        outlet.put(LINE)
-        outlet.close()  # and nothing is raised
+        outlet.put(LINE * 3)
+        outlet.close()
+        assert dropped == [3]
         return
     os.set_blocking(write, False)
     for _ in range(5000):  # more than a pipe takes, less than the queue

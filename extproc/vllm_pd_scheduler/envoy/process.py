@@ -1,4 +1,4 @@
-"""Envoy beside the scheduler: its configuration with other ports, and the process."""
+"""Runs an Envoy beside the scheduler: renders its configuration, starts, drains and stops it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from ..system.output import Outlet, StandardStreams, pour
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
-"""How long Envoy still takes new connections in a drain, for load balancers that have not noticed."""
+"""Seconds of a drain in which Envoy still takes new connections: load balancers notice a drain late."""
 
 _ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
-"""What Envoy gets of our environment: keys and tokens are there too. ``envoy`` may be a script in Python."""
+"""The variables that Envoy gets. Others may hold keys and tokens. ``envoy`` can be a script in Python."""
 
 
 class EnvoyError(Exception):
-    """Envoy is not there, or does not start; the message says what to do."""
+    """Envoy is not installed or does not start; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvoyPorts:
-    """Where Envoy and the scheduler listen; the defaults are those of ``envoy/envoy.yaml``.
+    """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
 
-    ``address`` is the one that the ingress listener binds to. ``grpc_socket``, a path, replaces ``grpc``.
+    The ingress listener binds to ``address``. ``grpc_socket``, the path of a Unix socket, replaces ``grpc``.
     """
 
     ingress: int = 10000
@@ -52,7 +52,7 @@ class EnvoyPorts:
     grpc_socket: str | None = None
 
     def listeners(self) -> list[tuple[str, str, int]]:
-        """Return where Envoy listens: the option that says so, host and port."""
+        """Return the option, host and port of each of Envoy's listeners."""
         return [
             ("--port", self.address or "0.0.0.0", self.ingress),
             ("--prefill-port", "127.0.0.1", self.prefill),
@@ -60,25 +60,25 @@ class EnvoyPorts:
         ]
 
     def require_free(self) -> None:
-        """Raise :exc:`EnvoyError` if somebody listens at one of Envoy's ports.
+        """Raise :exc:`EnvoyError` if a process listens at one of Envoy's ports.
 
-        Envoy itself would not notice another Envoy: both share a port (SO_REUSEPORT), and its requests.
+        Envoy itself does not notice another Envoy: the two share the port (SO_REUSEPORT) and its requests.
         """
         for option, host, port in self.listeners():
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended
-                try:
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores ended connections
                     probe.bind((host, port))
-                except OSError as error:
-                    raise EnvoyError(
-                        f"{option}: Envoy cannot listen on {join_address(host, port)}: {error.strerror}. "
-                        f"`ss -ltnp 'sport = :{port}'` shows which Envoy or server does: end that, or "
-                        f"choose another {option}"
-                    ) from None
+            except OSError as error:
+                raise EnvoyError(
+                    f"{option}: Envoy cannot listen on {join_address(host, port)}: {error.strerror}. "
+                    f"`ss -ltnp 'sport = :{port}'` shows which Envoy or server does: end that, or "
+                    f"choose another {option}"
+                ) from None
 
 
 def config_path() -> Path:
-    """Return where ``envoy.yaml`` is: in the installed package, or in the source tree."""
+    """Return the path of ``envoy.yaml``: in the installed package, or in the source tree."""
     packaged = Path(__file__).with_name("envoy.yaml")
     return packaged if packaged.exists() else Path(__file__).parents[3] / "envoy" / "envoy.yaml"
 
@@ -168,11 +168,11 @@ def find_envoy() -> str:
 
 
 class EnvoyProcess:
-    """An Envoy that lives as long as this process at most.
+    """An Envoy process, which ends with this process at the latest.
 
-    ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is live; ``exited`` is done
-    when it ends, whatever the reason. ``config`` is what ``render_config`` returns for these ports. With
-    ``streams`` its output goes through them, and Envoy never waits for who reads it.
+    ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is ready. ``exited`` is done when
+    it has ended, for whatever reason. ``config`` is what ``render_config`` returns for these ports. With
+    ``streams`` its output goes through them: Envoy never waits for a reader.
     """
 
     def __init__(
@@ -195,13 +195,13 @@ class EnvoyProcess:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """Return the process id."""
         assert self._process is not None
         return self._process.pid
 
     async def __aenter__(self) -> EnvoyProcess:
-        with contextlib.ExitStack() as ours:  # what only Envoy needs open
-            config = ours.enter_context(_in_memory(self._config))
+        with contextlib.ExitStack() as envoys_files:  # Envoy keeps them open, this process does not
+            config = envoys_files.enter_context(_in_memory(self._config))
             arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
             arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
@@ -210,9 +210,9 @@ class EnvoyProcess:
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 pass_fds=[config.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=self._stdout(ours),
-                stderr=self._pipe(self._streams.stderr, ours) if self._streams else None,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain first
+                stdout=self._stdout(envoys_files),
+                stderr=self._pipe(self._streams.stderr, envoys_files) if self._streams else None,
+                start_new_session=True,  # so that a Ctrl-C reaches this process alone, which drains first
             )
         self.exited = asyncio.ensure_future(self._process.wait())
         try:
@@ -222,18 +222,18 @@ class EnvoyProcess:
             raise
         return self
 
-    def _stdout(self, ours: contextlib.ExitStack) -> int | None:
+    def _stdout(self, envoys_files: contextlib.ExitStack) -> int | None:
         if not self._access_log:
             return asyncio.subprocess.DEVNULL
-        return self._pipe(self._streams.stdout, ours) if self._streams else None
+        return self._pipe(self._streams.stdout, envoys_files) if self._streams else None
 
-    def _pipe(self, outlet: Outlet | None, ours: contextlib.ExitStack) -> int | None:
-        """Return the end of a pipe to an outlet for Envoy to write to, or ``None`` without an outlet."""
+    def _pipe(self, outlet: Outlet | None, envoys_files: contextlib.ExitStack) -> int | None:
+        """Return the end for Envoy of a pipe to an outlet; ``None`` without an outlet."""
         if outlet is None:
             return None
         read, write = os.pipe()
-        ours.callback(os.close, write)
-        # When we hang, Envoy drops what does not fit (its stat filesystem.write_failed), and goes on.
+        envoys_files.callback(os.close, write)
+        # If this process hangs, Envoy drops what does not fit (its statistic filesystem.write_failed).
         os.set_blocking(write, False)
         self._pouring.append(pour(read, outlet))
         return write
@@ -242,14 +242,14 @@ class EnvoyProcess:
         await self.stop()
 
     async def drain(self) -> None:
-        """Answer ``GET /health`` with 503, close idle connections, and stop to listen a little later."""
+        """Make Envoy answer ``GET /health`` with 503, close idle connections, and stop listening later."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             for path in ("/healthcheck/fail", "/drain_listeners?graceful"):
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     await session.post(self._admin(path))
 
     async def stop(self) -> None:
-        """End the process."""
+        """End the process, by force if it has not ended after ``_STOP_TIMEOUT_S``."""
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -259,7 +259,7 @@ class EnvoyProcess:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        for thread in self._pouring:  # its last words come before ours
+        for thread in self._pouring:  # so that Envoy's last lines come before ours
             await asyncio.to_thread(thread.join, _STOP_TIMEOUT_S)
 
     def _admin(self, path: str) -> str:
@@ -281,7 +281,7 @@ class EnvoyProcess:
 
 
 def _in_memory(config: dict[str, Any]) -> IO[bytes]:
-    """Return an open file with a configuration that is in no directory: nothing is left behind, ever."""
+    """Return an open file with a configuration. It is in no directory, so a kill leaves nothing behind."""
     try:
         file = _unnamed_file()
         file.write(json.dumps(config).encode())
@@ -292,14 +292,14 @@ def _in_memory(config: dict[str, Any]) -> IO[bytes]:
 
 
 def _unnamed_file() -> IO[bytes]:
-    # Envoy opens it as /dev/fd/N and takes what has no ending for JSON.
+    # Envoy opens it as /dev/fd/N, and reads a file without an ending as JSON.
     return os.fdopen(os.memfd_create("envoy"), "w+b") if sys.platform == "linux" else tempfile.TemporaryFile()
 
 
 def _workers() -> int:
-    """How many worker threads Envoy gets: one core is the scheduler's.
+    """Return the number of Envoy's worker threads: one core is left to the scheduler.
 
-    With a worker on that core too, both pay for it: 17 % more CPU per request on two cores.
+    A worker on that core too would cost both: 17 % more CPU per request on two cores.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores - 1)

@@ -32,7 +32,7 @@ _CHUNK_OVERHEAD = 64  # bytes that Python needs for a chunk itself
 class Outlet:
     """Writes to a file descriptor from a thread of its own.
 
-    ``on_dropped`` is called with the number of lines whenever some are dropped, by the thread that put them.
+    ``on_dropped`` is called with the number of lines whenever some are dropped, by any thread.
     """
 
     def __init__(self, fd: int, name: str) -> None:
@@ -76,10 +76,10 @@ class Outlet:
                 if not self._chunks:
                     return
                 data = self._chunks[0]
-            with contextlib.suppress(
-                OSError
-            ):  # nobody will ever read it: the terminal is gone, the disk full
+            try:
                 self._write(data)
+            except OSError:  # the terminal is gone, the disk is full: nothing can be said there either
+                self.on_dropped(max(1, data.count(b"\n")))
             with self._changed:
                 self._chunks.popleft()
                 self._size -= len(data) + _CHUNK_OVERHEAD
