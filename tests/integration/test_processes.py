@@ -112,6 +112,25 @@ async def test_when_the_scheduler_is_killed_envoy_ends(
         await until(ended)
 
 
+async def test_what_a_killed_one_leaves_is_gone_with_the_next(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with spawned(stack.up(fleet.config()), TMPDIR=str(temporary)) as process:
+            await ready(Client(session, stack, fleet), process)
+            (envoy,) = process.children()
+            process.signal(number)
+            await asyncio.to_thread(process.wait)
+
+            def ended(pid: int = envoy) -> bool:
+                return not running(pid)
+
+            await until(ended)
+    assert os.listdir(temporary) == []
+
+
 @pytest.mark.parametrize("which", ["ingress", "prefill", "envoy_admin", "grpc", "admin"])
 async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which: str) -> None:
     of_envoy = stack.ports
@@ -235,6 +254,9 @@ async def test_api_keys_are_sent_and_never_shown(
             assert answer.status == 200
             assert answer.headers["x-pd-prefill"]
             assert "s3cret-key" not in str(await client.admin("GET", "/instances"))
+            (envoy,) = process.children()
+            environment = await asyncio.to_thread(Path(f"/proc/{envoy}/environ").read_bytes)
+            assert b"FLEET_KEY" not in environment
             assert "s3cret-key" not in process.output
             assert "Where is the cache?" not in process.output
 
@@ -344,13 +366,14 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 # -- sim and demo
 
 
-def test_sim_runs_until_a_signal() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
     options = ["--prefill=1", "--decode=1", f"--base-port={unused_ports(1)[0]}"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()
         assert len(children) == 2
-        process.signal(signal.SIGINT)
+        process.signal(number)
         assert process.wait() == 0
         assert not any(running(pid) for pid in children)
 
