@@ -45,7 +45,7 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
         "stream_idle_timeout": 7.5,
     }
     path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
-    expected = render_config(EnvoyPorts(grpc=9102), InstanceTlsConfig(), 7.5, settings["public_paths"])
+    expected = render_config(EnvoyPorts(grpc=9102), InstanceTlsConfig(), 7.5, 3, settings["public_paths"])
     assert yaml.safe_load(printed(f"--config={path}")) == expected
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(

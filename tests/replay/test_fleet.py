@@ -1,6 +1,8 @@
 """The fleet in virtual time: repeatable, plausible, and it always ends."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -9,7 +11,7 @@ from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.search import find_rate
-from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
+from vllm_pd_scheduler.replay.trace import Trace, TraceRequest, read_trace
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND, Variant, parse_variant, variant_names
 
 FLEET = FleetSpec(3, 3, seed=5)
@@ -68,6 +70,20 @@ def test_every_request_ends_once_and_its_times_make_sense(name: str) -> None:
         assert 0 <= result.cached_tokens < result.prompt_tokens
     assert all(0 <= share <= 1 for share in (*found.prefill_busy.values(), *found.decode_busy.values()))
     assert {sample.instance for sample in found.samples} >= {*found.prefill_busy, *found.decode_busy}
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_ids_that_name_a_blocks_own_content(name: str, tmp_path: Path) -> None:
+    """One may come again in a prompt, and behind another beginning."""
+    draw = Random(3)
+    path = tmp_path / "trace.jsonl"
+    with path.open("w") as file:
+        for at in range(60):
+            ids = [draw.randrange(4) for _ in range(draw.randrange(1, 9))]
+            row = {"timestamp": 20 * at, "input_length": 512 * len(ids), "output_length": 5, "hash_ids": ids}
+            print(json.dumps(row), file=file)
+    found = run(name, read_trace(path))
+    assert all(result.reason is None for result in found.results)
 
 
 def test_looking_is_better_than_chance() -> None:

@@ -42,6 +42,7 @@ def envoy_config(
         EnvoyPorts(port, prefill_port, envoy_admin_port, *grpc),
         settings.instance_tls,
         settings.stream_idle_timeout,
+        settings.max_retries,
         settings.public_paths,
     )
     shipped = config_path().read_text(encoding="utf-8")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,6 +18,7 @@ from ..envoy.process import EnvoyError, EnvoyPorts
 from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
+from ..system.output import StandardStreams
 
 
 class LogLevel(StrEnum):
@@ -41,7 +43,7 @@ def _ip_address(value: str | None) -> str | None:
 ConfigOption = Annotated[Path, typer.Option("--config", help="JSON configuration file.")]
 IntervalOption = Annotated[
     float | None,
-    typer.Option("--interval", min=0.05, help="Seconds between health checks."),
+    typer.Option("--interval", min=0.05, max=3600, help="Seconds between health checks."),
 ]
 ShadowOption = Annotated[
     str | None,
@@ -88,12 +90,16 @@ def with_ports(
     return config.model_copy(update=update)
 
 
-def log_to_stderr(level: LogLevel) -> None:
-    """Log to stderr from ``level`` on."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
+@contextmanager
+def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
+    """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
+    with StandardStreams() as streams:
+        logging.basicConfig(
+            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        logging.captureWarnings(True)
+        logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
+        yield streams
 
 
 def envoy_log_level(level: LogLevel) -> str:

@@ -88,14 +88,7 @@ class Registry:
 
         Raises :exc:`DuplicateInstance` if the id, or the address within the role, is taken.
         """
-        if instance.instance_id in self._endpoints:
-            raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
-        for other in self._endpoints.values():
-            if _place(other.instance) == _place(instance):
-                raise DuplicateInstance(
-                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
-                    f"instance {other.id!r}"
-                )
+        self.refuse_double(instance)
         endpoint = Endpoint(
             instance,
             breaker=Breaker(self.policy.breaker),
@@ -109,6 +102,17 @@ class Registry:
         self._untried[instance.role].add(endpoint)
         self._changed()
         return endpoint
+
+    def refuse_double(self, instance: PDInstance) -> None:
+        """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
+        if instance.instance_id in self._endpoints:
+            raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
+        for other in self._endpoints.values():
+            if _place(other.instance) == _place(instance):
+                raise DuplicateInstance(
+                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
+                    f"instance {other.id!r}"
+                )
 
     def remove(self, instance_id: str) -> Endpoint:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""

@@ -34,13 +34,24 @@ class PrefillFailed(Exception):
         self.lost = lost
 
 
+class PrefillNotSent(PrefillFailed):
+    """It was not sent, for a reason of our own that says nothing of the instance."""
+
+
+class LocalShortage(PrefillNotSent):
+    """This machine has no file descriptor, port, buffer or memory left: any other instance is no better."""
+
+
 class PrefillLeg(Protocol):
     """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
 
     async def __call__(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
-        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none."""
+        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none.
+
+        :exc:`PrefillNotSent` and :exc:`LocalShortage`, which are that too, are not the instance's fault.
+        """
         ...
 
 
