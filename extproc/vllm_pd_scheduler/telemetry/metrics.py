@@ -189,5 +189,5 @@ class Telemetry:
         self._state_changes.labels(instance, role, state).inc()
 
     def expose(self) -> bytes:
-        """Return the Prometheus text page."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.prometheus)
