@@ -107,7 +107,14 @@ class TestInstances:
         for _ in range(3):
             registry.failed(registry.get("d0"), "decode: reset", 0.0)
         _, body = await admin.ask("GET", "/instances/d0")
-        assert (body["state"], body["reason"]) == ("ejected", "ejected: decode: reset")
+        assert (body["state"], body["reason"]) == ("unhealthy", "ejected: decode: reset")
+        _, page = await admin.ask("GET", "/metrics")
+        states = [
+            line for line in str(page).splitlines() if line.startswith('pd_instance_state{instance="d0"')
+        ]
+        assert [line for line in states if line.endswith(" 1.0")] == [
+            'pd_instance_state{instance="d0",role="decode",state="ejected"} 1.0'
+        ]
 
     async def test_all_or_those_of_a_role(self, admin: Admin) -> None:
         async def ids(query: str = "") -> list[str]:

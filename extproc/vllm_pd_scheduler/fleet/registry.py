@@ -97,7 +97,7 @@ class Registry:
             holder=self.prefixes.add(),
         )
         if canonical_ip(instance.host) is not None:
-            endpoint.address = join_address(instance.host, instance.port)
+            self._move(endpoint, join_address(instance.host, instance.port))
         self._endpoints[instance.instance_id] = endpoint
         self._untried[instance.role].add(endpoint)
         self._changed()
@@ -174,7 +174,7 @@ class Registry:
         endpoint.resolved_at = now
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
-            endpoint.address = address
+            self._move(endpoint, address)
             self._changed()
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
@@ -218,6 +218,15 @@ class Registry:
             self._learn_decode(endpoint, before, snapshot)
         if self.on_scraped is not None:
             self.on_scraped()
+
+    def _move(self, endpoint: Endpoint, address: str) -> None:
+        """Set an endpoint's address. Those at one address are one server, and have one breaker."""
+        endpoint.address = address
+        first = self.at(endpoint.instance.role, address)
+        if first is not None:
+            endpoint.breaker = first.breaker
+        elif any(e.breaker is endpoint.breaker for e in self._endpoints.values() if e is not endpoint):
+            endpoint.breaker = Breaker(self.policy.breaker)
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
@@ -345,10 +354,7 @@ class Registry:
             self._changed()
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
-        """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added.
-
-        Two DNS names can have one address. They are one server, which counts as the first of them.
-        """
+        """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
         return self._by_address[role].get(address)
 
     def started(self, endpoint: Endpoint, started_at: float | None) -> bool:

@@ -166,10 +166,17 @@ class HealthMonitor:
             if endpoint.address is None:
                 problem = watched.unresolved or f"no answer within {self._timeout:g} s"
                 return f"the name {endpoint.instance.host} cannot be resolved: {problem}"
-        other = self._registry.at(endpoint.instance.role, str(endpoint.address))
-        if other is not endpoint and other is not None:
-            return f"its address {endpoint.address} is that of {other.id}: they are one server"
+        self._tell_of_another(endpoint, watched)
         return None
+
+    def _tell_of_another(self, endpoint: Endpoint, watched: _Watched) -> None:
+        """Say that two instances are one server. Both get requests, so that the operator should know."""
+        first = self._registry.at(endpoint.instance.role, str(endpoint.address))
+        if first is None or first is endpoint:
+            watched.say(endpoint, "address", None)
+        else:
+            same = f"its address {endpoint.address} is that of {first.id}"
+            watched.say(endpoint, "address", f"{same}: they are one server, and what fails counts for both")
 
     async def _resolve(self, endpoint: Endpoint, watched: _Watched) -> None:
         instance = endpoint.instance

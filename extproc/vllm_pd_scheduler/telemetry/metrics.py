@@ -217,5 +217,5 @@ class Telemetry:
         self._event_loop_stalls.inc()
 
     def expose(self) -> bytes:
-        """Return the Prometheus text page."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.prometheus)
