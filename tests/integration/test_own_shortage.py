@@ -24,7 +24,7 @@ def limited(command: list[str], files: int) -> list[str]:
 async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path) -> None:
     stack = Stack(tmp_path)
     with Fleet(2, 1, arguments=SLOW_PREFILL) as fleet:
-        config = {**fleet.config(), "strategy": "round_robin", "health_check_interval": 3600}
+        config = {**fleet.config(), "strategy": "round_robin", "health_check_interval": 0.1}
         with spawned(stack.envoy()) as envoy, spawned(limited(stack.serve(config), 60)) as scheduler:
             client = Client(session, stack, fleet)
             await ready(client, envoy)

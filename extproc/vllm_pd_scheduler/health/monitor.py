@@ -200,6 +200,7 @@ class HealthMonitor:
     def _take_health(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
         problem = answers.health
         if isinstance(problem, OurShortage):
+            self._telemetry.local_error("probe")
             watched.say(
                 endpoint, "shortage", f"{problem}; this says nothing of the instance, which stays as it is"
             )
