@@ -187,6 +187,6 @@ class _Change:
 
 
 def _forget(made: asyncio.Future[None]) -> None:
-    """Take that nobody waits for the outcome."""
+    """Ignore the outcome: nobody waits for it."""
     if not made.cancelled():
         made.exception()

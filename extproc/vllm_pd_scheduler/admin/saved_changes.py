@@ -226,7 +226,7 @@ def write_state(path: Path, state: AdminState) -> None:
 
 
 def _sync(directory: int) -> None:
-    """Have a directory's entries on the disk: else a power failure brings the file before back."""
+    """Write a directory's entries to the disk: else a power failure brings the file before back."""
     try:
         os.fsync(directory)
     except OSError as error:

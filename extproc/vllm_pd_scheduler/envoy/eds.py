@@ -50,7 +50,7 @@ class Subscription:
         self._nonce = 0
 
     def asked(self, request: discovery_pb2.DiscoveryRequest) -> None:
-        """Take a request: a first one, an acknowledgement, a refusal, or other names than before.
+        """Read a request: a first one, an acknowledgement, a refusal, or other names than before.
 
         One that answers an older response than the last is void: Envoy answers the last one too. What Envoy
         refuses is not sent again; the next change is.

@@ -122,7 +122,7 @@ class HealthMonitor:
     # -- the loops
 
     def _follow(self) -> None:
-        """Have exactly one loop for each registered instance."""
+        """Start and end loops so that there is exactly one for each registered instance."""
         for endpoint in [e for e in self._loops if e not in self._registry]:
             self._loops.pop(endpoint).cancel()
         for endpoint in [e for e in self._watched if e not in self._registry]:

@@ -123,7 +123,7 @@ class RoutingCore:
     def _without_handoff(
         self, context: RequestContext, body: bytes | None, limit: float | None, why: WithoutHandoff
     ) -> Forward | Reject:
-        """Have decode prefill a request that P has failed or refused."""
+        """Send a request to decode, which prefills it too: P has failed or refused it."""
         if not self._local.take(why.failed):
             return no_prefill()
         forward = self._to_decode(context, body, Served.LOCAL, limit)
@@ -160,7 +160,7 @@ class RoutingCore:
         limit: float | None,
         preferred: Endpoint | None = None,
     ) -> Forward | Reject:
-        """Have decode serve a request alone, when it has room."""
+        """Send a request to decode alone, as soon as there is room."""
         ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
         outcome = await self._admission.admit(ticket)
         if isinstance(outcome, Reject):

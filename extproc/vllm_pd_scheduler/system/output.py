@@ -49,7 +49,7 @@ class Outlet:
         self._thread.start()
 
     def put(self, data: bytes) -> None:
-        """Have lines written soon, or dropped if the reader is too far behind. Never blocks; any thread."""
+        """Queue lines to be written soon, or drop them if the reader is too far behind. Never blocks; any thread."""
         with self._changed:
             size = len(data) + _CHUNK_OVERHEAD
             if self._size + size <= QUEUE_BYTES and not self._closed:
@@ -171,7 +171,7 @@ class StandardStreams:
             outlet.close()
 
     def count_dropped(self, count: Callable[[int], None]) -> None:
-        """Have ``count`` called with the number of lines whenever some are dropped."""
+        """Call ``count`` from now on with the number of lines whenever some are dropped."""
         for outlet in self._outlets():
             outlet.on_dropped = count
 
