@@ -49,7 +49,7 @@ class Outlet:
         self._thread.start()
 
     def put(self, data: bytes) -> None:
-        """Queue lines to be written soon, or drop them if the reader is too far behind. Never blocks; any thread."""
+        """Queue lines, or drop them if the reader is too far behind. Never blocks; from any thread."""
         with self._changed:
             size = len(data) + _CHUNK_OVERHEAD
             if self._size + size <= QUEUE_BYTES and not self._closed:
