@@ -14,8 +14,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.conftest import NO_EJECTION, ready
-from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile

@@ -11,8 +11,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.integration.conftest import ready
-from tests.support.processes import Client, Stack, spawned
+from tests.support.processes import Client, Stack, ready, spawned
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
