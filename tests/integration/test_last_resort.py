@@ -57,7 +57,7 @@ async def eject(client: Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("up", [FOR_LONG], indirect=True)
-@pytest.mark.parametrize("fault", [{"status": 503}, {"reset": True}, "killed"])
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, "killed"])
 async def test_an_ejected_decode_instance_answers_what_the_others_have_failed(
     client: Client, fault: dict[str, Any] | str
 ) -> None:
