@@ -74,6 +74,7 @@ class RoutingCore:
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
+                del body  # it is another one if a hand-off was cut out of it
                 outcome = await self._split(path, headers, parsed)
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
