@@ -27,7 +27,8 @@ MAX_ANSWER_BYTES = 16 << 20
 _LEAST_ANSWER_BYTES = 1 << 20
 _ANSWER_PER_BODY_BYTE = 8
 """With ``return_token_ids`` P writes each token of the prompt as a number, and one can be a single byte."""
-_CONTENT_TYPE = re.compile(r"[!-~][ -~]{0,199}")
+_PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
+"""A header of P's that can go to the client."""
 _ENVOYS_SHORTAGE = re.compile(
     rb"reset reason: local connection failure|connect error: Cannot assign requested"
 )
@@ -153,11 +154,13 @@ def largest_answer(body: bytes) -> int:
 def _content_type(response: aiohttp.ClientResponse) -> str:
     """Return the type of an answer, if it is one that can be passed on."""
     found = response.headers.get("content-type", "")
-    return found if _CONTENT_TYPE.fullmatch(found) else "application/json"
+    return found if _PASSABLE.fullmatch(found) else "application/json"
 
 
 def _for_client(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: headers[name] for name in names.KEPT_FROM_PREFILL if name in headers}
+    """Return what a client needs of an error's headers, where it is text that can be passed on."""
+    given = ((name, headers.get(name, "")) for name in names.KEPT_FROM_PREFILL)
+    return {name: value for name, value in given if _PASSABLE.fullmatch(value)}
 
 
 def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:
