@@ -32,7 +32,7 @@ from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""
 
 
@@ -288,8 +288,7 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            long = {**STREAM, "max_tokens": 60}
-            async with session.post(stack.url + "/v1/completions", json=long) as response:
+            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()
