@@ -11,7 +11,7 @@ from envoy.config.core.v3 import health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
-from tests.envoy.test_load_assignment import told
+from tests.support.eds import told
 from tests.support.fleet import D, P
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import eds
