@@ -140,7 +140,7 @@ async def test_a_place_that_does_not_exist_is_said_at_the_start(stack: Stack, fl
     missing = stack.directory / "missing"
     settings = {**fleet.config(), "state_file": str(missing / "state.json")}
     with spawned(stack.serve(settings)) as scheduler:
-        assert await asyncio.to_thread(scheduler.wait, 20) == 2
+        assert await asyncio.to_thread(scheduler.wait) == 2
         assert f"state_file: there is no directory {missing}" in scheduler.output
 
 

@@ -204,6 +204,7 @@ async def test_a_hangup_drains(
         with spawned(stack.up(config) if command == "up" else stack.serve(config)) as process:
             client = Client(session, stack, fleet)
             await ready(client, process)
+            await client.until_split()
             async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 with client.frozen("decode-0"):
@@ -346,10 +347,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
 
 
 async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> None:

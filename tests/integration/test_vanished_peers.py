@@ -98,10 +98,7 @@ async def test_an_envoy_that_cannot_be_reached_any_more(
             await response.content.readline()  # the answer goes on
             between.thaw()
 
-            async def routed_again() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(routed_again)
+            await client.until_split()
             response.close()
 
 
