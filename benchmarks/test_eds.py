@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from envoy.service.discovery.v3 import discovery_pb2
 
-from vllm_pd_scheduler.envoy.eds import Subscription
+from vllm_pd_scheduler.envoy.eds import Subscription, Told
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -25,7 +25,7 @@ def test_change(benchmark: Any, count: int) -> None:
     assignments = {
         role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
     }
-    subscriptions = [Subscription(assignments) for _ in range(STREAMS)]
+    subscriptions = [Subscription(assignments, Told()) for _ in range(STREAMS)]
     for subscription, role in zip(subscriptions, assignments, strict=True):
         subscription.asked(discovery_pb2.DiscoveryRequest(resource_names=[role]))
     endpoint = registry.get("decode-1")

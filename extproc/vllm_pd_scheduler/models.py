@@ -25,9 +25,7 @@ class InstanceState(StrEnum):
     HEALTHY = "healthy"
     """Gets requests."""
     UNHEALTHY = "unhealthy"
-    """Its probes fail: gets none."""
-    EJECTED = "ejected"
-    """Alive, but requests to it failed: takes none until its pause is over, unless there is no other."""
+    """Its probes fail, or it was ejected because requests failed there: gets none."""
     DRAINING = "draining"
     """Finishes the requests that it has and gets no new ones, as an operator asked."""
 
@@ -40,7 +38,7 @@ class PDInstance:
     """Chosen by the operator; unique in the fleet."""
     role: InstanceRole
     host: str
-    """IP address or DNS name, without a scheme; kept as :func:`canonical_host` spells it."""
+    """IP address or DNS name, without a scheme."""
     port: int
     api_key: str | None = field(default=None, repr=False)
     """Its ``--api-key``: sent to it as a bearer token, and never shown."""
@@ -67,9 +65,6 @@ class MetricsSnapshot:
 
     If an instance has several engines (data parallelism), counts are summed over them. Means and differences
     are over the time since the scrape before, and ``None`` or 0 if there was none.
-
-    ``latency`` is of the requests that finished between two scrapes, of which the later one was taken at
-    ``latency_at``; both are ``None`` until two scrapes have seen some, and when that is long ago.
     """
 
     taken_at: float
@@ -93,7 +88,7 @@ class MetricsSnapshot:
     transfer: float | None = None
     """Mean seconds of the KV transfers; ``None`` if there were none."""
     latency_at: float | None = None
-    """When the later of the two scrapes was taken that ``latency`` is of."""
+    """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
 
 
 def join_address(host: str, port: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from .admission.body_memory import BodyMemory
@@ -118,9 +118,12 @@ class PDRouter:
 
     # -- requests
 
-    async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
-        """Decide where a request goes: see :meth:`.routing.core.RoutingCore.route`."""
-        return await self._core.route(headers, body)
+    def route(self, headers: Mapping[str, str], body: bytes) -> Coroutine[Any, Any, Forward | Reject]:
+        """Decide where a request goes: see :meth:`.routing.core.RoutingCore.route`.
+
+        Nothing here keeps the body, which that lets go of as soon as it can.
+        """
+        return self._core.route(headers, body)
 
     def no_memory(self, size: int) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes has no room in :attr:`body_memory`."""

@@ -36,7 +36,7 @@ class CollectorsTest(unittest.TestCase):
         }
 
     def test_gauges_are_the_registry_as_it_is_now(self) -> None:
-        states = ("starting", "healthy", "unhealthy", "ejected", "draining")
+        states = ("starting", "healthy", "unhealthy", "draining", "ejected")
         self.assertEqual(
             self.read("pd_instance_state"),
             {

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class TestProcess:
         ended = run()
         assert ended.returncode == 2
         assert "Usage: vllm-pd-scheduler" in ended.stdout
-        for command in ("serve", "up", "check", "sim", "demo"):
+        for command in ("serve", "up", "check", "envoy-config", "sim", "demo"):
             assert command in ended.stdout
         assert ended.stderr.strip() == "vllm-pd-scheduler: a command, or --config FILE to serve, is needed"
 
@@ -128,6 +129,38 @@ class TestCheck:
         assert "PD_TEST_KEY" in ended.stdout
         assert "sk-secret" not in ended.output
 
+    @pytest.mark.parametrize("key", ["strategy", "prefill_strategy", "decode_strategy", "shadow_strategy"])
+    def test_a_strategy_that_raises(
+        self, written: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is loaded and made without an error: only a pick shows it."""
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / f"own_{key}.py").write_text(
+            "from vllm_pd_scheduler.strategies import Strategy\n"
+            "class Own(Strategy):\n"
+            "    def score(self, endpoint, request):\n"
+            "        return endpoint.queue_length\n"
+        )
+        path = written({**FLEET, key: f"own_{key}:Own"})
+        ended = call("check", "--config", path)
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        line = ended.stderr.splitlines()[0]
+        assert line.startswith(f"{path}: {key}: strategy 'own_{key}:Own' fails for ")
+        assert line.endswith(
+            f"AttributeError: 'Endpoint' object has no attribute 'queue_length' ({tmp_path}/own_{key}.py:4)"
+        )
+
+    def test_more_retries_than_envoys(self, written: Any) -> None:
+        """An Envoy that runs elsewhere cannot be asked, and ``up`` tells its own."""
+        path = written({**FLEET, "max_retries": 5})
+        ended = call("check", "--config", path)
+        assert ended.exit_code == 0
+        assert json.loads(ended.stdout)["max_retries"] == 5
+        assert ended.stderr.startswith(
+            f"{path}: note: max_retries is 5, but num_retries in envoy/envoy.yaml is 3"
+        )
+        assert call("check", "--config", written({**FLEET, "max_retries": 3})).stderr == ""
+
     def test_check_opens_nothing(self, written: Any) -> None:
         """A host that cannot be resolved is no mistake of the file."""
         ended = call("check", "--config", written(FLEET))
@@ -151,6 +184,7 @@ class TestOptions:
             (["--shadow", "slo", "check", "--config", str(EXAMPLE)], "after 'check'"),
             (["up", "--config", str(EXAMPLE), "--port", "70000"], "--port"),
             (["up", "--config", str(EXAMPLE), "--port", "0"], "--port"),
+            (["up", "--config", str(EXAMPLE), "--host", "localhost"], "--host"),
             (["sim", "--prefill", "0"], "--prefill"),
             (["no-such-command"], "no-such-command"),
             (["--no-such-option"], "--no-such-option"),
@@ -165,19 +199,24 @@ class TestOptions:
     @pytest.mark.parametrize("flag", ["--help", "-h"])
     def test_help(self, flag: str) -> None:
         assert call(flag).exit_code == 0
-        for command in ("serve", "up", "check", "sim", "demo"):
+        for command in ("serve", "up", "check", "envoy-config", "sim", "demo"):
             assert call(command, flag).exit_code == 0
 
     def test_as_the_mission_has_it(self, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """``--config FILE --interval S --log-level LEVEL`` serves."""
         served: list[Any] = []
 
-        async def serve(config: Any) -> int:
+        async def serve(config: Any, streams: Any) -> int:
             served.append(config)
             return 0
 
+        @contextmanager
+        def logging_at(level: Any) -> Iterator[None]:
+            served.append(level)
+            yield
+
         monkeypatch.setattr("vllm_pd_scheduler.service.run.serve", serve)
-        monkeypatch.setattr("vllm_pd_scheduler.cli.serving.log_to_stderr", served.append)
+        monkeypatch.setattr("vllm_pd_scheduler.cli.serving.logging_at", logging_at)
         path = written(FLEET)
         for level in ("DEBUG", "INFO", "WARNING"):
             ended = call("--config", path, "--interval", "0.5", "--log-level", level)

@@ -111,12 +111,23 @@ class MistakesTest(ConfigCase):
             (decode(port=-1), r"^decode_instances\[0\]\.port: must be greater than or equal to 1$"),
             (fleet(grpc_port=70000), r"^grpc_port: must be less than or equal to 65535$"),
             (fleet(admin_port=0), r"^admin_port: must be greater than or equal to 1$"),
-            (fleet(health_check_interval=0), r"^health_check_interval: must be greater than 0$"),
-            (fleet(health_check_timeout=-1.0), r"^health_check_timeout: must be greater than 0$"),
+            (
+                fleet(health_check_interval=0),
+                r"^health_check_interval: must be greater than or equal to 0\.05$",
+            ),
+            (fleet(health_check_interval=1e-9), r"^health_check_interval: must be greater than or equal to "),
+            (
+                fleet(health_check_interval=1e9),
+                r"^health_check_interval: must be less than or equal to 3600$",
+            ),
+            (
+                fleet(health_check_timeout=-1.0),
+                r"^health_check_timeout: must be greater than or equal to 0\.001$",
+            ),
             (fleet(drain_timeout=-0.1), r"^drain_timeout: must be greater than or equal to 0$"),
             (fleet(load_weight=-0.5), r"^load_weight: must be greater than or equal to 0$"),
-            (fleet(latency_weight=float("nan")), r"^latency_weight: must be a finite number$"),
-            (fleet(prefill_timeout=float("inf")), r"^prefill_timeout: must be a finite number$"),
+            (fleet(latency_weight=float("nan")), r"^latency_weight: must be less than or equal to 1000000$"),
+            (fleet(prefill_timeout=float("inf")), r"^prefill_timeout: must be less than or equal to 604800$"),
             (fleet(max_retries=-1), r"^max_retries: must be greater than or equal to 0$"),
             (fleet(unhealthy_threshold=0), r"^unhealthy_threshold: must be greater than or equal to 1$"),
             (
@@ -165,7 +176,59 @@ class MistakesTest(ConfigCase):
             (fleet(session_header="X-Chat"), r"^session_header: must be the name of a header in lower case"),
             (fleet(state_file=""), r"^state_file: must be a path$"),
             (fleet(prefill_listener="127.0.0.1:10001"), r"^prefill_listener: must be http://HOST:PORT"),
-            (fleet(prefill_listener="http://h/path"), r"^prefill_listener: "),
+            (
+                fleet(public_paths=["/v1/models", "v1"]),
+                r"^public_paths\[1\]: must be a path like '/v1/models'",
+            ),
+            *(
+                (fleet(prefill_listener=url), r"^prefill_listener: must be http://HOST:PORT, without a path$")
+                for url in (
+                    "http://h/path",
+                    "http://:10001",
+                    "http://h:0",
+                    "http://h:65536",
+                    "http://h:1?a",
+                    "http://h?a",
+                    "http://a@h:1",
+                    "http://[::1:1",
+                    "http://::1:1",
+                    "http://10.0.11:1",
+                    "https://h:1",
+                )
+            ),
+            *(
+                (
+                    fleet(**{key: host}, admin_token={"env": "PATH"}),
+                    rf"^{key}: must be an IP address, or a name",
+                )
+                for key in ("grpc_host", "admin_host")
+                for host in ("", "http://h", "h:1", "[::1]", "127.1", "*", "a b")
+            ),
+            (fleet(admin_port=9002), r"^admin_port: 127\.0\.0\.1:9002 is where grpc_port listens already$"),
+            (
+                fleet(grpc_host="0.0.0.0", grpc_port=10001),
+                r"^prefill_listener: 127\.0\.0\.1:10001 is where grpc_port listens already$",
+            ),
+            (
+                fleet(admin_host="localhost", admin_port=9002),
+                r"^admin_port: localhost:9002 is where grpc_port listens already$",
+            ),
+            (
+                decode(host="localhost", port=9003),
+                r"^decode_instances\[0\]: localhost:9003 is no instance, but our own admin_port$",
+            ),
+            (
+                decode(host="127.0.0.1", port=10001),
+                r"^decode_instances\[0\]: 127\.0\.0\.1:10001 is no instance, but our own prefill_listener$",
+            ),
+            (
+                decode(host="10.0.0.1", port=8100),
+                r"^decode_instances\[0\]: 10\.0\.0\.1:8100 is the address of prefill_instances\[0\] already$",
+            ),
+            (fleet(**{"a\nb": 1}), r"^'a\\nb': unknown key$"),
+            (fleet(max_waiting=10**7), r"^max_waiting: must be less than or equal to 1000000$"),
+            (fleet(max_in_flight_tokens=10**400), r"^max_in_flight_tokens: "),
+            (fleet(queue_timeout=10**400), r"^queue_timeout: "),
             (
                 fleet(admin_host="0.0.0.0"),
                 r"^admin_token: needed because admin_host 0\.0\.0\.0 can be reached",
@@ -182,6 +245,7 @@ class MistakesTest(ConfigCase):
                 self.assertEqual(parse_config(decode(host=host)).decode_instances[0].host, host.strip("[]"))
         bad = ["", " ", "http://h", "h:80", "h/", "a b", "-a", "a-", ".a", "1:2", "[::1]:80", "h@i", "ü"]
         bad += ["10.0.0.1\n", "a..b", "x" * 64, "x" * 254, "[10.0.0.1", "::1]", "[vllm-0]", "1:2%eth0"]
+        bad += ["0", "127.1", "10.0.11", "10.0.0.1.", "10.0.0.256", "010.0.0.1", "0x7f.0X1"]
         for host in bad:
             with self.subTest(host):
                 self.assertOneProblem(decode(host=host), r"^decode_instances\[0\]\.host: ")
@@ -234,9 +298,32 @@ class MistakesTest(ConfigCase):
             ],
         )
 
-    def test_one_server_may_have_both_roles(self) -> None:
-        raw = fleet(decode_instances=[{"id": "d0", "host": "10.0.0.1", "port": 8100}])
-        self.assertEqual(len(list(parse_config(raw).instances())), 2)
+    def test_a_double_beside_another_mistake(self) -> None:
+        """It is told too, and nothing that only follows from the mistake."""
+        entries = [
+            {"id": "p0", "host": "10.0.0.9", "port": "8200"},
+            {"id": "d1", "host": "10.0.0.1", "port": 8100, "colour": "red"},
+            {"id": "d1", "host": "10.0.0.9", "port": 0, "tls": True},
+            "d1",
+            {"host": "10.0.0.9", "port": 1},
+        ]
+        self.assertEqual(
+            sorted(
+                self.problems(fleet(decode_instances=entries, instance_tls=3, admin_port="x", grpc_port=9003))
+            ),
+            [
+                "admin_port: must be a valid integer",
+                "decode_instances[0].id: 'p0' is the id of prefill_instances[0] already",
+                "decode_instances[0].port: must be a valid integer",
+                "decode_instances[1].colour: unknown key",
+                "decode_instances[1]: 10.0.0.1:8100 is the address of prefill_instances[0] already",
+                "decode_instances[2].id: 'd1' is the id of decode_instances[1] already",
+                "decode_instances[2].port: must be greater than or equal to 1",
+                "decode_instances[3]: must be a JSON object",
+                "decode_instances[4].id: missing",
+                "instance_tls: must be a JSON object",
+            ],
+        )
 
     def test_an_empty_object_lacks_both_roles(self) -> None:
         self.assertEqual(
@@ -265,6 +352,7 @@ class MistakesTest(ConfigCase):
                 "admin_token",
                 "api_key",
                 "colour",
+                "decode_instances[1].id",
                 "decode_instances[1].port",
                 "decode_instances[2].id",
                 "health_check_interval",
@@ -357,7 +445,7 @@ class SecretsTest(ConfigCase):
         self.assertNotIn(SECRET, str(caught.exception))
 
     def test_an_open_admin_port_needs_a_token(self) -> None:
-        for host in ("0.0.0.0", "::", "10.1.2.3", "scheduler.local", ""):
+        for host in ("0.0.0.0", "::", "10.1.2.3", "scheduler.local"):
             with self.subTest(host):
                 self.assertOneProblem(fleet(admin_host=host), r"^admin_token: needed")
                 with self.environment(PD_TEST_KEY=SECRET):

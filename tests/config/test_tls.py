@@ -23,6 +23,7 @@ from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.process import EnvoyPorts
 from vllm_pd_scheduler.service.app import App, StartupError
 from vllm_pd_scheduler.service.run import up
+from vllm_pd_scheduler.system.output import StandardStreams
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "127.0.0.1", "port": 1}],
@@ -110,7 +111,7 @@ class ConfigTest(Case):
 
         config = parse_config(self.config(grpc_tls=self.made.server))
         with self.assertRaisesRegex(StartupError, "grpc_tls: .* use serve"):
-            await up(config, EnvoyPorts(), "error", started)
+            await up(config, EnvoyPorts(), "error", started, StandardStreams())
 
 
 class InstanceTlsTest(Case):

@@ -94,6 +94,13 @@ class Stack:
         logs = [f"--- {name}\n{c.logs(tail=20).decode()}" for name, c in self.containers.items()]
         raise AssertionError("\n".join([f"not ready after {READY_S:g} s: {last}", *logs]))
 
+    def until_runs(self, service: str, *command: str) -> None:
+        """Run a command in a container until it succeeds: one of several instances may start later."""
+        end = time.monotonic() + READY_S
+        while self.containers[service].exec_run(list(command))[0] != 0:
+            assert time.monotonic() < end, self.run(service, *command)
+            time.sleep(0.5)
+
     def run(self, service: str, *command: str) -> str:
         """Run a command in a container and return what it prints."""
         status, output = self.containers[service].exec_run(list(command))
@@ -149,7 +156,7 @@ def test_every_container_is_healthy_and_not_root(client: docker.DockerClient, st
     for name in stack.containers:
         assert stack.run(name, "id", "-u").strip() == "65532"
         if name != "envoy":
-            stack.run(name, *check)
+            stack.until_runs(name, *check)
 
 
 def test_scheduler_and_envoy_restart_apart(stack: Stack) -> None:

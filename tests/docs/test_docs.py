@@ -23,6 +23,7 @@ from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.replay.peers import PEERS
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND
 from vllm_pd_scheduler.request import headers
+from vllm_pd_scheduler.request.path import PUBLIC_PATHS
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.sim.setups import NAMES
 from vllm_pd_scheduler.strategies import ENTRY_POINT_GROUP, Strategy, strategy_names
@@ -110,7 +111,7 @@ class SettingsTest(unittest.TestCase):
                 "/etc/pd/scheduler.pem": made.server["cert"],
                 "/etc/pd/scheduler.key": made.server["key"],
                 "/run/secrets/pd-admin": f"{folder}/pd-admin",
-                "10.0.0.": "vllm.internal.",  # certificates are not checked for addresses
+                "10.0.0.": "vllm.internal.n",  # certificates are not checked for addresses
             }
             least, *examples = re.findall(r"```json\n(.*?)```", TEXTS[CONFIGURATION], re.DOTALL)
             self.assertEqual(len(examples), len(generate_configuration.GROUPS))
@@ -123,6 +124,12 @@ class SettingsTest(unittest.TestCase):
     def test_every_example_shows_keys_of_its_group(self) -> None:
         for group in generate_configuration.GROUPS:
             self.assertTrue(set(group.example) & set(group.keys), group.title)
+
+    def test_security_lists_the_public_paths(self) -> None:
+        (listed,) = re.findall(
+            r"By default (.*?)\.\n\n", section("docs/security.md", "## Public paths"), re.DOTALL
+        )
+        self.assertEqual(quoted(listed), list(PUBLIC_PATHS))
 
     def test_overload_has_the_same_defaults(self) -> None:
         settings = [row for row in rows(section("docs/reliability.md", "## Overload")) if len(row) == 3]
@@ -212,7 +219,7 @@ class CommandsTest(unittest.TestCase):
     def test_every_command_has_a_row_and_its_options_exist(self) -> None:
         seen = set()
         for row in rows(section(*COMMANDS)):
-            words = re.findall("[a-z]+", row[0].partition("scheduler")[2])
+            words = re.findall("[a-z-]+", row[0].partition("scheduler")[2])
             name = next(word for word in words if word in self.options)
             seen.add(name)
             self.assertLessEqual(set(re.findall(r"--[a-z-]+", row[0])), self.options[name])

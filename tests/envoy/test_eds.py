@@ -2,19 +2,21 @@
 
 import asyncio
 import unittest
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import grpc
+from envoy.config.core.v3 import health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
-from tests.envoy.test_load_assignment import told
+from tests.support.eds import told
 from tests.support.fleet import D, P
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import eds
-from vllm_pd_scheduler.envoy.eds import SERVICE, EndpointDiscovery, Subscription
+from vllm_pd_scheduler.envoy.eds import SERVICE, SERVING, EndpointDiscovery, Subscription, Told
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.envoy.load_assignment import TYPE_URL, LoadAssignment
 from vllm_pd_scheduler.fleet.registry import Registry
@@ -53,7 +55,7 @@ class SubscriptionTest(unittest.TestCase):
         self.assignments = {
             role.value: LoadAssignment(role.value, partial(self.registry.endpoints, role)) for role in (P, D)
         }
-        self.subscription = Subscription(self.assignments)
+        self.subscription = Subscription(self.assignments, Told())
         self.last = discovery_pb2.DiscoveryResponse()
 
     def answer(self) -> dict[str, list[str]] | None:
@@ -94,7 +96,7 @@ class SubscriptionTest(unittest.TestCase):
         self.assertEqual(self.answer(), {"decode": ["d0", "d1"]})
         self.assertNotEqual(first.version_info, self.last.version_info)
         self.assertNotEqual(first.nonce, self.last.nonce)
-        only_prefill = Subscription(self.assignments)
+        only_prefill = Subscription(self.assignments, Told())
         only_prefill.asked(request("prefill"))
         only_prefill.response()
         self.registry.drain("d1")
@@ -163,6 +165,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.registry.add(PDInstance("p0", P, "10.0.0.2", 8100))
         self.server = grpc.aio.server()
         self.discovery = EndpointDiscovery(self.registry)
+        self.wakes = 0
+        wake = partial(self.wake, self.discovery._wake)
+        self.enterContext(mock.patch.object(self.discovery, "_wake", wake))
         self.server.add_generic_rpc_handlers((self.discovery.handler(),))
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
@@ -173,6 +178,10 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.call.cancel()
         await self.channel.close()
         await self.server.stop(None)
+
+    def wake(self, wake: Callable[[], None]) -> None:
+        wake()
+        self.wakes += 1
 
     def open(self) -> Any:
         return self.channel.stream_stream(f"/{SERVICE}/StreamEndpoints")()
@@ -193,8 +202,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
             return True
         return False
 
-    def join_all(self) -> None:
-        """Have all changes from now on joined until :meth:`told_now`."""
+    async def join_all(self) -> None:
+        """Have all changes from now on joined until ``_push_now``."""
+        await until(lambda: self.wakes > 0)  # one that comes while a stream writes goes out at once
         self.enterContext(mock.patch.object(eds, "JOIN_S", 1e6))
         self.discovery._pushed_at = asyncio.get_running_loop().time()
 
@@ -233,7 +243,7 @@ class ChangesTest(Case):
     async def test_changes_within_the_time_are_told_together(self) -> None:
         await self.ask("decode")
         await self.read()
-        self.join_all()
+        await self.join_all()
         for number in range(5):
             self.registry.add(PDInstance(f"e{number}", D, "10.0.1.1", 1 + number))
             await asyncio.sleep(0)
@@ -250,7 +260,7 @@ class ChangesTest(Case):
     async def test_one_that_left_and_came_back_within_the_time_is_not_told(self) -> None:
         await self.ask("decode")
         await self.read()
-        self.join_all()
+        await self.join_all()
         self.registry.remove("d0")
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.discovery._push_now()
@@ -267,7 +277,7 @@ class ChangesTest(Case):
             self.registry.add(PDInstance("d1", D, "10.0.0.3", 8200))
             for call in calls:
                 self.assertEqual(clusters(await self.read(call)), {"decode": ["d0", "d1"]})
-        self.assertEqual(refresh.call_count, 2, "each role once")
+        self.assertEqual(refresh.call_count, 3, "each cluster once")
         for call in calls:
             call.cancel()
 
@@ -327,6 +337,46 @@ class StreamsTest(Case):
                 self.assertIs(await call.code(), code)
         await self.ask("decode")
         self.assertEqual(clusters(await self.read()), {"decode": ["d0"]}, "the others go on")
+
+
+class ServingTest(Case):
+    """The cluster by which Envoy knows whether a P and a D can serve."""
+
+    async def test_one_host_or_none(self) -> None:
+        """However many there are, and when both roles have one."""
+        for number in range(1, 150):
+            for role in (P, D):
+                self.registry.add(PDInstance(f"{role[0]}{number}", role, f"10.1.0.{number}", 80))
+        serving = self.discovery._assignments[SERVING]
+
+        def hosts() -> list[tuple[str, int]]:
+            serving.refresh()
+            message = endpoint_pb2.ClusterLoadAssignment.FromString(serving.resource.value)
+            return [(name, health) for name, _, _, health in told(message)]
+
+        self.assertEqual(hosts(), [])
+        self.registry.probed(self.registry.get("d9"), None)
+        self.assertEqual(hosts(), [])
+        self.registry.probed(self.registry.get("p8"), None)
+        self.assertEqual(hosts(), [("d9", health_check_pb2.HEALTHY)])
+        self.registry.probed(self.registry.get("d3"), None)
+        self.assertEqual(len(hosts()), 1)
+        self.registry.drain("p8")
+        self.assertEqual(hosts(), [])
+
+    async def test_it_is_told_after_the_instances(self) -> None:
+        """Each cluster has a stream of its own, and comes when it likes."""
+        calls = [self.open() for _ in range(3)]
+        for name, call in zip((SERVING, "prefill", "decode"), calls, strict=True):
+            await self.ask(name, call=call)
+        self.assertEqual(
+            [clusters(await self.read(call)) for call in calls],
+            [{SERVING: []}, {"prefill": ["p0"]}, {"decode": ["d0"]}],
+        )
+
+    async def test_it_is_not_told_alone(self) -> None:
+        await self.ask(SERVING)
+        self.assertTrue(await self.silent())
 
 
 if __name__ == "__main__":

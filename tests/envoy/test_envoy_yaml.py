@@ -9,6 +9,7 @@ import socket
 import tempfile
 import unittest
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,11 +22,19 @@ from tests.support.certificates import make_certificates
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
+from vllm_pd_scheduler.envoy.eds import SERVING
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
 from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
-from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, find_envoy, render_config
+from vllm_pd_scheduler.envoy.process import (
+    WEBSOCKET_PATH,
+    EnvoyPorts,
+    config_path,
+    find_envoy,
+    render_config,
+)
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request import headers
+from vllm_pd_scheduler.request.path import PUBLIC_PATHS, SPLIT_PATHS, path_regex
 
 RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
 TEXT = config_path().read_text(encoding="utf-8")
@@ -88,6 +97,16 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
     async def test_envoy_takes_it_with_other_ports(self) -> None:
         await self.accepted(render_config(self.ports))
 
+    async def test_envoy_takes_it_with_ipv6(self) -> None:
+        config = render_config(replace(self.ports, address="::"))
+        address = listener(config, "ingress")["address"]["socket_address"]
+        self.assertEqual((address["address"], address["ipv4_compat"]), ("::", True))
+        await self.accepted(config)
+
+    async def test_envoy_takes_it_with_other_public_paths(self) -> None:
+        await self.accepted(render_config(self.ports, public_paths=["/a.b/*/c", "/own"]))
+        await self.accepted(render_config(self.ports, public_paths=[]))
+
     async def test_envoy_takes_it_with_tls_to_instances(self) -> None:
         made = make_certificates(self.directory)
         tls = InstanceTlsConfig(ca=made.ca, **made.client)
@@ -136,8 +155,8 @@ class PortsTest(unittest.TestCase):
         for name in ("scheduler", "xds"):
             (endpoint,) = every("endpoint", cluster(config, name)["load_assignment"])
             self.assertEqual(port_of(endpoint), 1004)
-        address = listener(config, "ingress")["address"]["socket_address"]["address"]
-        self.assertEqual(address, "10.0.0.1")
+        address = listener(config, "ingress")["address"]["socket_address"]
+        self.assertEqual(address, {"address": "10.0.0.1", "port_value": 1001})
         self.assertEqual(
             listener(config, "prefill")["address"],
             {"socket_address": {"address": "127.0.0.1", "port_value": 1002}},
@@ -178,16 +197,15 @@ class NamesTest(unittest.TestCase):
         for name in ours:
             if name not in (headers.REASON, *headers.ASKED):
                 self.assertIn(name, TEXT)
-        added = {
-            header["header"]["key"]
+        added = [
+            option["header"]
             for options in every("response_headers_to_add", listener(RAW, "ingress"))
-            for header in options
-        }
-        self.assertLessEqual({headers.PREFILL, headers.DECODE}, added)
-        for options in every("response_headers_to_add", listener(RAW, "ingress")):
-            values = {option["header"]["key"]: option["header"]["value"] for option in options}
-            self.assertIn(headers.PREFILL, values[headers.PREFILL])
-            self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
+            for option in options
+        ]
+        values = {header["key"]: header["value"] for header in added}
+        self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.REASON})
+        self.assertIn(headers.PREFILL, values[headers.PREFILL])
+        self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
 
     def test_clients_never_steer(self) -> None:
         (extensions,) = every("early_header_mutation_extensions", listener(RAW, "ingress"))
@@ -211,6 +229,10 @@ class NamesTest(unittest.TestCase):
         (gone,) = every("request_headers_to_remove", listener(RAW, "ingress"))
         self.assertEqual(set(gone), set(headers.ASKED))
 
+    def test_health_asks_the_cluster_that_says_who_can_serve(self) -> None:
+        self.assertEqual(list(every("cluster_min_healthy_percentages", RAW)), [{SERVING: {"value": 100}}])
+        self.assertEqual(cluster(RAW, SERVING)["type"], "EDS")
+
     def test_the_scheduler_gets_only_what_has_come_whole(self) -> None:
         (filters,) = every("http_filters", listener(RAW, "ingress"))
         names = [each["name"].removeprefix("envoy.filters.http.") for each in filters]
@@ -219,6 +241,81 @@ class NamesTest(unittest.TestCase):
     def test_the_largest_body_is_the_same(self) -> None:
         limits = {*every("per_connection_buffer_limit_bytes", RAW), *every("max_request_bytes", RAW)}
         self.assertEqual(limits, {SchedulerConfig().max_body_bytes})
+
+
+class PathsTest(unittest.TestCase):
+    """One spelling of each path, and the same public ones here and there."""
+
+    @staticmethod
+    def routes(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        (host,) = every("virtual_hosts", listener(config, "ingress"))
+        return [route for route in host[0]["routes"] if route.get("name") == name]
+
+    def public(self, config: dict[str, Any]) -> list[str]:
+        matches = [route["match"] for route in self.routes(config, "public")]
+        return [match["path"] if "path" in match else match["safe_regex"]["regex"] for match in matches]
+
+    def test_split_paths(self) -> None:
+        for split in self.routes(RAW, "split"):
+            self.assertEqual(set(split["match"]["safe_regex"]["regex"].split("|")), set(SPLIT_PATHS))
+
+    def test_public_paths_by_default(self) -> None:
+        self.assertEqual(self.public(RAW), [path_regex(path) for path in PUBLIC_PATHS])
+        self.assertEqual(SchedulerConfig().public_paths, list(PUBLIC_PATHS))
+
+    def test_public_paths_of_a_configuration(self) -> None:
+        config = render_config(EnvoyPorts(), public_paths=["/own/*", "/v1/realtime"])
+        self.assertEqual(self.public(config), [path_regex("/own/*"), "/v1/realtime"])
+        self.assertEqual(self.routes(config, "websocket"), self.routes(RAW, "websocket"))
+        config = render_config(EnvoyPorts(), public_paths=[])
+        self.assertEqual(self.public(config) + self.routes(config, "websocket"), [])
+        self.assertEqual(self.routes(config, "split"), self.routes(RAW, "split"))
+
+    def test_the_route_for_websockets_is_one_of_a_public_path(self) -> None:
+        (route,) = self.routes(RAW, "websocket")
+        self.assertEqual(route["match"]["path"], WEBSOCKET_PATH)
+        self.assertIn(WEBSOCKET_PATH, PUBLIC_PATHS)
+        self.assertEqual(list(every("upgrade_type", RAW)), ["websocket"])
+
+    def test_what_is_not_public_asks_nobody(self) -> None:
+        *_, last = next(every("routes", listener(RAW, "ingress")))
+        self.assertEqual((last["match"], last["direct_response"]), ({"prefix": "/"}, {"status": 404}))
+        filters = last["typed_per_filter_config"]
+        self.assertEqual(
+            {name.rpartition(".")[2] for name, each in filters.items() if each["disabled"]},
+            {"ext_proc", "lua"},
+        )
+
+    def test_envoy_makes_one_spelling_of_a_path(self) -> None:
+        (manager,) = [each for each in every("typed_config", RAW) if each.get("stat_prefix") == "ingress"]
+        self.assertIs(manager["normalize_path"], True)
+        self.assertIs(manager["merge_slashes"], True)
+        self.assertEqual(manager["path_with_escaped_slashes_action"], "UNESCAPE_AND_FORWARD")
+
+
+class AnswersTest(unittest.TestCase):
+    """What every error of Envoy's and the scheduler's brings."""
+
+    def test_a_web_page_may_read_it(self) -> None:
+        (config,) = every("local_reply_config", RAW)
+        for mapper in config["mappers"]:
+            expression = next(every("expression", mapper), "")
+            status = next(every("status_code_filter", mapper), {"comparison": {"op": "GE"}})["comparison"]
+            added = {
+                each["header"]["key"]: each["header"]["value"] for each in mapper.get("headers_to_add", ())
+            }
+            with self.subTest(expression=expression, status=status):
+                of_p = expression.endswith("'pd_prefill_4xx'")
+                below_400 = status["op"] == "LE" and status["value"]["default_value"] < 400
+                if of_p or below_400:
+                    self.assertEqual(added, {})
+                else:
+                    self.assertEqual(added["access-control-allow-origin"], "*")
+                    exposed = set(added["access-control-expose-headers"].split(", "))
+                    self.assertEqual(exposed, {"x-request-id", headers.REASON, "retry-after"})
+
+    def test_the_request_id_comes_back(self) -> None:
+        self.assertEqual(list(every("always_set_request_id_in_response", RAW)), [True])
 
 
 class ExtProcTest(unittest.TestCase):

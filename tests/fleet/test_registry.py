@@ -80,7 +80,7 @@ class MembershipTest(unittest.TestCase):
         self.assertIs(self.registry.at(D, "[fd00::a]:8200"), endpoint)
 
     def test_two_names_of_one_address(self) -> None:
-        """Reports are of the first added, until it has another address or is gone."""
+        """They are one server: reports are of the first added, and failures count for both."""
         d0, d1 = (self.registry.add(instance(f"d{n}", host=f"vllm-{n}")) for n in range(2))
         self.assertIsNone(self.registry.at(D, "10.0.0.9:8200"))
         self.registry.resolved(d1, "10.0.0.9")
@@ -93,6 +93,22 @@ class MembershipTest(unittest.TestCase):
         self.registry.resolved(d0, "10.0.0.9")
         self.registry.remove("d0")
         self.assertIs(self.registry.at(D, "10.0.0.9:8200"), d1)
+
+    def test_one_server_of_two_names_is_ejected_as_one(self) -> None:
+        d0, d1, d2, p0 = (
+            self.registry.add(instance(name, role, f"vllm-{name}"))
+            for name, role in (("d0", D), ("d1", D), ("d2", D), ("p0", P))
+        )
+        for endpoint, last in ((d0, 9), (d1, 9), (d2, 8), (p0, 9)):
+            self.registry.resolved(endpoint, f"10.0.0.{last}")
+            self.registry.probed(endpoint, None)
+        for _ in range(3):
+            self.registry.failed(d0, "decode: reset", 0.0)
+        self.assertEqual([e.ejected for e in (d0, d1, d2, p0)], [True, True, False, False])
+        self.registry.resolved(d1, "10.0.0.7")
+        self.assertEqual((d0.ejected, d1.ejected), (True, False))
+        self.registry.resolved(d0, "10.0.0.7")
+        self.assertEqual((d0.ejected, d1.ejected), (False, False))
 
     def test_unknown_ids(self) -> None:
         for call in (self.registry.get, self.registry.remove, self.registry.drain):

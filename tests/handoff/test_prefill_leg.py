@@ -108,6 +108,28 @@ class TestContentType:
         assert await prefill(instance) == PrefillAnswer(400, kept, b"{}")
 
 
+class TestHeaders:
+    """What a client needs with an error of P's."""
+
+    ALLOWED = b"access-control-allow-origin: https://app.example\r\nvary: Origin\r\n"
+
+    async def test_they_are_kept(self, instance: Instance) -> None:
+        instance.says(
+            b"{}", status=b"401 Unauthorized", more=self.ALLOWED + b"x-other: a\r\nset-cookie: a\r\n"
+        )
+        told = {"access-control-allow-origin": "https://app.example", "vary": "Origin"}
+        assert (await prefill(instance)).headers == told
+
+    @pytest.mark.parametrize("value", [b"", b"\xff", b"\xc3\xbc", b"x" * 5000], ids=repr)
+    async def test_but_no_nonsense(self, instance: Instance, value: bytes) -> None:
+        instance.says(b"{}", status=b"400 Bad Request", more=b"www-authenticate: %s\r\n" % value)
+        assert (await prefill(instance)).headers == {}
+
+    async def test_nor_those_of_an_answer_that_no_client_gets(self, instance: Instance) -> None:
+        instance.says(b"{}", more=self.ALLOWED)
+        assert (await prefill(instance)).headers == {}
+
+
 async def test_without_a_listener_it_goes_to_the_address_that_is_known(instance: Instance) -> None:
     """Not to a name, which nobody may be able to resolve just now."""
     instance.says(b"{}")

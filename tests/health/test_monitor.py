@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from tests.health.instances import Fixture, until, unused_port
-from tests.support.waiting import HUNG_S
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.health import monitor as health
 from vllm_pd_scheduler.models import InstanceState, MetricsSnapshot
+
+from .instances import Fixture, unused_port
 
 HEALTHY, UNHEALTHY = InstanceState.HEALTHY, InstanceState.UNHEALTHY
 

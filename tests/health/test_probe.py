@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support.waiting import until
 from vllm_pd_scheduler.handoff.prefill_leg import open_session
 from vllm_pd_scheduler.instance_http.shortage import is_our_shortage
 from vllm_pd_scheduler.models import InstanceRole, InstanceState
 
-from .instances import Fixture, raw_answer, until
+from .instances import Fixture, raw_answer
 
 HEALTHY, UNHEALTHY = InstanceState.HEALTHY, InstanceState.UNHEALTHY
 PAGE = b"vllm:num_requests_running 3\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc 0.5\n"

@@ -104,7 +104,7 @@ class StateLogTest(unittest.TestCase):
     def counted(self, name: str) -> dict[str, int]:
         page = self.telemetry.prometheus
         found = {}
-        for state in (*InstanceState, "trial"):
+        for state in (*InstanceState, "ejected", "trial"):
             labels = {"instance": name, "role": "decode", "state": str(state)}
             value = page.get_sample_value("pd_instance_state_changes_total", labels)
             if value:

@@ -57,7 +57,7 @@ async def eject(client: Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("up", [FOR_LONG], indirect=True)
-@pytest.mark.parametrize("fault", [{"status": 503}, {"reset": True}, "killed"])
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, "killed"])
 async def test_an_ejected_decode_instance_answers_what_the_others_have_failed(
     client: Client, fault: dict[str, Any] | str
 ) -> None:
@@ -85,7 +85,7 @@ async def test_an_ejected_decode_instance_answers_what_the_others_have_failed(
 async def test_one_on_trial_answers_what_the_others_have_failed(client: Client) -> None:
     """And what it has answered so ends the trial, though it is never without a request."""
     await eject(client, "decode-0")
-    await client.fault("decode-1", status=503)
+    await client.fault("decode-1", status=500)
 
     async def back() -> bool:
         answers = await asyncio.gather(*(client.complete() for _ in range(4)))
@@ -100,6 +100,6 @@ async def test_an_ejected_prefill_instance_is_tried_before_a_request_is_refused(
     await eject(client, "prefill-0")
     answers = [await client.complete() for _ in range(ROUNDS)]
     assert {answer.headers["x-pd-prefill"] for answer in answers} == {"prefill-1"}, "never first"
-    await client.fault("prefill-1", status=503)
+    await client.fault("prefill-1", status=500)
     answers = [await client.complete() for _ in range(ROUNDS)]
     assert {answer.headers.get("x-pd-prefill") for answer in answers} == {"prefill-0"}

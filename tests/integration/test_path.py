@@ -102,7 +102,7 @@ async def test_other_paths_pass_untouched(client: Client, method: str, path: str
 
 
 async def test_errors_of_an_instance_on_other_paths_pass(client: Client) -> None:
-    answer = await client.send("GET", "/v1/nothing/here")
+    answer = await client.send("GET", "/v1/responses/resp_0")
     assert (answer.status, answer.json) == (404, {"detail": "Not Found"})
     assert (await client.send("GET", "/v1/completions")).status == 405
 

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -16,11 +18,21 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.overload import PATIENT
-from tests.support.processes import Client, Process, Stack, ready, running, spawned, unused_ports
+from tests.support.processes import (
+    NO_EJECTION,
+    Client,
+    Process,
+    Stack,
+    ready,
+    running,
+    spawned,
+    unused_ports,
+)
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
+from vllm_pd_scheduler.sim.profile import EngineProfile
 
-STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""
 
 
@@ -101,14 +113,135 @@ async def test_when_the_scheduler_is_killed_envoy_ends(
         await until(ended)
 
 
-@pytest.mark.parametrize("which", ["ingress", "grpc", "admin"])
+async def test_what_a_killed_one_leaves_is_gone_with_the_next(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="pd-") as temporary:  # a socket's path must be short
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            with spawned(stack.up(fleet.config()), TMPDIR=temporary) as process:
+                await ready(Client(session, stack, fleet), process)
+                (envoy,) = process.children()
+                process.signal(number)
+                await asyncio.to_thread(process.wait)
+
+                def ended(pid: int = envoy) -> bool:
+                    return not running(pid)
+
+                await until(ended)
+        assert os.listdir(temporary) == []
+
+
+@pytest.mark.parametrize("which", ["ingress", "prefill", "envoy_admin", "grpc", "admin"])
 async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which: str) -> None:
-    port = {"ingress": stack.ports.ingress, "grpc": stack.ports.grpc, "admin": stack.admin_port}[which]
+    of_envoy = stack.ports
+    port = {
+        "ingress": of_envoy.ingress,
+        "prefill": of_envoy.prefill,
+        "envoy_admin": of_envoy.admin,
+        "grpc": of_envoy.grpc,
+        "admin": stack.admin_port,
+    }[which]
     command = [*stack.up(fleet.config()), *([f"--grpc-port={port}"] if which == "grpc" else [])]
     with socket.create_server(("127.0.0.1", port)), spawned(command) as process:
         assert await asyncio.to_thread(process.wait) == 1
         assert str(port) in process.output
         assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize("which", ["ingress", "prefill", "admin"])
+async def test_a_port_of_another_envoy_is_not_shared(
+    stack: Stack, fleet: Fleet, tmp_path: Path, which: str
+) -> None:
+    """Envoy would: it sets SO_REUSEPORT, and each of the two would get a part of the requests."""
+    taken = getattr(stack.ports, which)
+    other = Stack(tmp_path / "other")
+    other.directory.mkdir()
+    other.ports = replace(other.ports, **{which: taken})
+    with spawned(stack.envoy()) as envoy:
+
+        async def listens() -> bool:
+            assert envoy.process.poll() is None, envoy.output
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", taken)
+            except ConnectionError:
+                return False
+            writer.close()
+            return True
+
+        await until(listens)
+        with spawned(other.up(fleet.config())) as process:
+            assert await asyncio.to_thread(process.wait) == 1
+            option = {"ingress": "--port", "prefill": "--prefill-port", "admin": "--envoy-admin-port"}[which]
+            assert f"vllm-pd-scheduler: {option}: Envoy cannot listen on " in process.output
+            assert f"ss -ltnp 'sport = :{taken}'" in process.output
+
+
+async def test_two_of_its_own_listeners_at_one_port(stack: Stack, fleet: Fleet) -> None:
+    stack.ports = replace(stack.ports, admin=stack.admin_port)
+    with spawned(stack.up(fleet.config())) as process:
+        assert await asyncio.to_thread(process.wait) == 1
+        expected = f"--envoy-admin-port: 127.0.0.1:{stack.admin_port} is where admin_port listens already"
+        assert expected in process.output
+
+
+async def test_an_instance_that_is_envoy_itself(stack: Stack, fleet: Fleet) -> None:
+    """Each request would go round for ever."""
+    config = fleet.config()
+    config["decode_instances"].append({"id": "loop", "host": "localhost", "port": stack.ports.ingress})
+    with spawned(stack.up(config)) as process:
+        assert await asyncio.to_thread(process.wait) == 1
+        expected = f"decode_instances[1]: localhost:{stack.ports.ingress} is no instance, but our own --port"
+        assert expected in process.output
+
+
+@pytest.mark.parametrize("command", ["up", "serve"])
+async def test_a_hangup_drains(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, command: str
+) -> None:
+    """A closed terminal sends it, and more than once: no other signal is needed, and none cuts the drain."""
+    config = {**PATIENT, **fleet.config()}
+    with spawned(stack.envoy() if command == "serve" else ["true"]) as envoy:
+        with spawned(stack.up(config) if command == "up" else stack.serve(config)) as process:
+            client = Client(session, stack, fleet)
+            await ready(client, process)
+            await client.until_split()
+            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
+                await response.content.readline()
+                with client.frozen("decode-0"):
+                    process.signal(signal.SIGHUP)
+                    process.signal(signal.SIGHUP)
+
+                    async def not_ready() -> bool:
+                        return (await client.admin("GET", "/readyz"))[0] == 503
+
+                    await until(not_ready)
+                    process.signal(signal.SIGHUP)
+                assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            assert await asyncio.to_thread(process.wait) == 0
+        assert "Traceback" not in envoy.output
+
+
+async def test_nohup_is_left_alone(session: aiohttp.ClientSession, stack: Stack, fleet: Fleet) -> None:
+    with spawned(["nohup", *stack.up(fleet.config())]) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        process.signal(signal.SIGHUP)
+        assert (await client.complete()).status == 200
+        assert (await client.admin("GET", "/readyz"))[0] == 200
+
+
+async def test_envoy_retries_as_often_as_configured(
+    session: aiohttp.ClientSession, stack: Stack, tmp_path: Path
+) -> None:
+    """One decode instance of seven answers: with three retries most requests would fail."""
+    with Fleet(1, 7, profile=EngineProfile.instant()) as fleet:
+        config = {**fleet.config(), "max_retries": 6, **NO_EJECTION, "strategy": "round_robin"}
+        with spawned(stack.up(config)) as process:
+            client = Client(session, stack, fleet)
+            await ready(client, process)
+            for instance in fleet.decode[:-1]:
+                await client.fault(instance.id, status=503)
+            assert {(await client.complete()).status for _ in range(7)} == {200}
 
 
 async def test_api_keys_are_sent_and_never_shown(
@@ -123,6 +256,9 @@ async def test_api_keys_are_sent_and_never_shown(
             assert answer.status == 200
             assert answer.headers["x-pd-prefill"]
             assert "s3cret-key" not in str(await client.admin("GET", "/instances"))
+            (envoy,) = process.children()
+            environment = await asyncio.to_thread(Path(f"/proc/{envoy}/environ").read_bytes)
+            assert b"FLEET_KEY" not in environment
             assert "s3cret-key" not in process.output
             assert "Where is the cache?" not in process.output
 
@@ -153,8 +289,7 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            long = {**STREAM, "max_tokens": 60}
-            async with session.post(stack.url + "/v1/completions", json=long) as response:
+            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()
@@ -212,10 +347,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
 
 
 async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> None:
@@ -232,13 +364,14 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 # -- sim and demo
 
 
-def test_sim_runs_until_a_signal() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
     options = ["--prefill=1", "--decode=1", f"--base-port={unused_ports(1)[0]}"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()
         assert len(children) == 2
-        process.signal(signal.SIGINT)
+        process.signal(number)
         assert process.wait() == 0
         assert not any(running(pid) for pid in children)
 

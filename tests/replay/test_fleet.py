@@ -1,7 +1,9 @@
 """The fleet in virtual time: repeatable, plausible, and it always ends."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,7 +14,7 @@ from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.search import find_rate
-from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
+from vllm_pd_scheduler.replay.trace import Trace, TraceRequest, read_trace
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND, Variant, parse_variant, variant_names
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.strategies.least_load import LeastLoad
@@ -89,6 +91,20 @@ def test_a_strategy_that_fails_is_told_of_and_replaced() -> None:
     assert summary(found, 5.0, 0.05).strategy_failures == len(TRACE.requests)
     expected = run("least_load")
     assert (found.results, expected.strategy_failures) == (expected.results, 0)
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_ids_that_name_a_blocks_own_content(name: str, tmp_path: Path) -> None:
+    """One may come again in a prompt, and behind another beginning."""
+    draw = Random(3)
+    path = tmp_path / "trace.jsonl"
+    with path.open("w") as file:
+        for at in range(60):
+            ids = [draw.randrange(4) for _ in range(draw.randrange(1, 9))]
+            row = {"timestamp": 20 * at, "input_length": 512 * len(ids), "output_length": 5, "hash_ids": ids}
+            print(json.dumps(row), file=file)
+    found = run(name, read_trace(path))
+    assert all(result.reason is None for result in found.results)
 
 
 def test_looking_is_better_than_chance() -> None:

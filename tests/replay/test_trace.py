@@ -37,15 +37,29 @@ class TestMooncake:
     def test_only_full_blocks_are_kept(self, write: Write) -> None:
         trace = read_trace(write(line(0, 1030, 52, [46, 47, 9]), line(3052, 1024, 3, [46, 48])))
         assert trace.block_tokens == 512
-        assert trace.requests == [
-            TraceRequest(0.0, 1030, 52, (46, 47)),
-            TraceRequest(3.052, 1024, 3, (46, 48)),
-        ]
+        first, second = trace.requests
+        assert first == TraceRequest(0.0, 1030, 52, first.blocks)
+        assert second == TraceRequest(3.052, 1024, 3, second.blocks)
+        assert len(first.blocks) == len(second.blocks) == 2
+
+    def test_a_block_is_the_whole_prompt_up_to_its_end(self, write: Write) -> None:
+        """Also where the ids name a block by its own content, again and again, behind any beginning."""
+        prompts = ([1, 2, 3, 4], [1, 2, 2, 1], [1, 2, 2, 2], [2, 2, 2, 1], [0, 1, 2, 2], [2**63, -1, 0, 0])
+        trace = read_trace(write(*(line(prompt=2048, ids=ids) for ids in prompts)))
+        named = {
+            (tuple(ids[: end + 1]), request.blocks[end])
+            for ids, request in zip(prompts, trace.requests, strict=True)
+            for end in range(4)
+        }
+        assert len({prefix for prefix, _ in named}) == len({block for _, block in named}) == len(named)
+        assert all(0 <= block < 2**60 for _, block in named)
 
     def test_rows_are_sorted_and_begin_at_zero(self, write: Write) -> None:
+        rows = (0, line(ids=[2])), (1, line(ids=[4])), (3, line(ids=[1])), (3, line(ids=[3]))
+        in_order = read_trace(write(*({**row, "timestamp": 1000 * at} for at, row in rows)))
+        assert [each.arrival for each in in_order.requests] == [0, 1, 3, 3]
         path = write(line(5000, ids=[1]), line(2000, ids=[2]), line(5000, ids=[3]), line(3000, ids=[4]))
-        found = [(each.arrival, each.blocks) for each in read_trace(path).requests]
-        assert found == [(0, (2,)), (1, (4,)), (3, (1,)), (3, (3,))]
+        assert read_trace(path) == in_order
         assert read_trace(path, limit=3).requests == read_trace(path).requests[:3]
         assert read_trace(path, limit=9).requests == read_trace(path).requests
 
@@ -77,6 +91,11 @@ class TestMooncake:
         with pytest.raises(TraceError) as raised:
             read_trace(path)
         assert str(raised.value) == f"{path}: line 3: {what}"
+
+    def test_a_time_without_end(self, write: Write) -> None:
+        path = write(line(0), line(1e300))
+        with pytest.raises(TraceError, match=r"it spans 1\.157e\+292 days, more than 366: what unit"):
+            read_trace(path)
 
 
 class TestAzure:

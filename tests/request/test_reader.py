@@ -75,7 +75,8 @@ class RequestReaderTest(unittest.TestCase):
         ):
             with self.subTest(fields):
                 self.assertEqual(self.read(**fields).output_tokens, expected)
-        self.fleet.learn_output(2000.0, 100.0)
+        for _ in range(3):  # none is believed at once if it is far off what was expected
+            self.fleet.learn_output(2000.0, 100.0)
         self.assertLess(self.read().output_tokens, 25.0)
 
     def test_sessions(self) -> None:

@@ -148,7 +148,7 @@ class WholeTest(Case):
             ("/v1/models", "GET"),
             ("/v1/completions", "GET"),
             ("/v1/embeddings", "POST"),
-            ("/v1/completions/", "POST"),
+            ("/v1/responses/resp_0123", "GET"),
             ("/tokenize", "POST"),
         ):
             with self.subTest(path, method=method):
@@ -157,6 +157,29 @@ class WholeTest(Case):
                 self.assertLocal(forward)
                 self.assertEqual(self.leg.sent, [])
                 self.assertEqual(self.count("pd_requests_total", decode="d0", served="passed"), 1.0)
+
+    async def test_a_path_that_is_not_public(self) -> None:
+        for path in (
+            "/metrics",
+            "/v1/completions/",
+            "/v1/chat%2Fcompletions",
+            "/v1/chat/%63ompletions",
+            "",
+            "*",
+        ):
+            with self.subTest(path):
+                self.setUp()
+                outcome = await self.route(path=f"{path}?a=/v1/models")
+                error = self.assertRejected(outcome, 404, "not_public")
+                self.assertEqual(error["type"], "NotFoundError")
+                self.assertEqual(self.leg.sent, [])
+
+    async def test_public_paths_are_those_of_the_configuration(self) -> None:
+        self.CONFIG = {"public_paths": ["/own/*"]}
+        self.setUp()
+        self.assertRejected(await self.route(path="/v1/models"), 404, "not_public")
+        self.assertLocal(await self.route(path="/own/thing"))
+        self.assertSplit(await self.route(), "p0")
 
     async def test_without_a_prefill_leg_decode_prefills(self) -> None:
         self.router.prefill_leg = None

@@ -104,9 +104,9 @@ class FailedAttemptTest(InFlightCase):
         bad = self.router.registry.get("d1")
         for _ in range(3):
             self.router.in_flight.attempt_failed(FailedAttempt(str(bad.address), Failure.STATUS))
-        self.assertIs(bad.state, InstanceState.EJECTED)
+        self.assertIs(bad.state, InstanceState.UNHEALTHY)
         self.router.registry.probed(bad, None, self.now + 0.5)
-        self.assertIs(bad.state, InstanceState.EJECTED, "the pause is 1 s")
+        self.assertIs(bad.state, InstanceState.UNHEALTHY, "the pause is 1 s")
         self.router.registry.probed(bad, None, self.now + 1.0)
         self.assertIs(bad.state, InstanceState.HEALTHY)
         forwards = [await self.forward() for _ in range(12)]
@@ -121,7 +121,7 @@ class FailedAttemptTest(InFlightCase):
         registry, last = self.router.registry, self.router.registry.get("d3")
         for _ in range(3):
             self.router.in_flight.attempt_failed(FailedAttempt(str(last.address), Failure.STATUS))
-        self.assertIs(last.state, InstanceState.EJECTED)
+        self.assertIs(last.state, InstanceState.UNHEALTHY)
         for number in range(3):
             registry.drain(f"d{number}")
         self.assertIs(last.state, InstanceState.HEALTHY, "one that may fail is better than none")

@@ -47,7 +47,7 @@ class AliveTest(LastResortCase):
         self.assertEqual(
             (registry.ejected(InstanceRole.DECODE), registry.ejected(InstanceRole.PREFILL)), ((d0,), ())
         )
-        self.assertIs(d0.state, InstanceState.EJECTED)
+        self.assertIs(d0.state, InstanceState.UNHEALTHY, "for Envoy's own choice, and for people")
         for undo, leave in (
             (lambda: registry.undrain("d0"), lambda: registry.drain("d0")),
             (lambda: registry.probed(d0, None), lambda: [registry.probed(d0, "down") for _ in range(2)]),

@@ -124,6 +124,12 @@ class DecodeMayNotPrefillTest(Case):
         self.assertEqual(outcome.body, ERROR)
         self.assertEqual(len(self.leg.tried), 2)
 
+    async def test_what_a_client_needs_comes_with_their_word(self) -> None:
+        told = {"access-control-allow-origin": "https://app.example", "vary": "Origin"}
+        self.fail_all(PrefillAnswer(401, "text/plain", ERROR, headers=told))
+        outcome = await self.route()
+        self.assertEqual(outcome.headers, {**told, "content-type": "text/plain"})
+
     async def test_one_that_refuses_alone_is_not(self) -> None:
         self.leg.answers = {"p0": answer(404, ERROR)}
         forward = await self.route()

@@ -145,7 +145,7 @@ class FailuresTest(unittest.TestCase):
                 self.assertTrue(all(each.prefill_instance for each in results))
                 states = {e.id: e.state for e in router.registry.endpoints(InstanceRole.DECODE)}
                 self.assertEqual(
-                    states, {"decode-0": InstanceState.HEALTHY, "decode-1": InstanceState.EJECTED}
+                    states, {"decode-0": InstanceState.HEALTHY, "decode-1": InstanceState.UNHEALTHY}
                 )
                 self.assertEqual(_call(fleet["prefill-0"].url + "/_sim/stats")["pinned"], 0)
 

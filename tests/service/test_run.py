@@ -9,6 +9,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.process import EnvoyPorts
 from vllm_pd_scheduler.service.app import StartupError
 from vllm_pd_scheduler.service.run import up
+from vllm_pd_scheduler.system.output import StandardStreams
 
 
 async def started() -> None:
@@ -20,14 +21,14 @@ class UpTest(unittest.IsolatedAsyncioTestCase):
         for fault in (FileNotFoundError(2, "No usable temporary directory found"), PermissionError(13, "no")):
             place = mock.patch.object(tempfile, "gettempdir", side_effect=fault)
             with place, self.assertRaisesRegex(StartupError, "^grpc_socket: .*TMPDIR.*--grpc-port$"):
-                await up(SchedulerConfig(), EnvoyPorts(), "warning", started)
+                await up(SchedulerConfig(), EnvoyPorts(), "warning", started, StandardStreams())
 
     async def test_a_path_that_is_too_long_for_a_socket(self) -> None:
         with tempfile.TemporaryDirectory(prefix="x" * 100) as long:
             place = mock.patch.object(tempfile, "tempdir", long)
             with place, self.assertRaisesRegex(StartupError, "^grpc_socket: .* at most 107 bytes$"):
                 config = SchedulerConfig(admin_port=unused_ports(1)[0])
-                await up(config, EnvoyPorts(), "warning", started)
+                await up(config, EnvoyPorts(), "warning", started, StandardStreams())
 
 
 if __name__ == "__main__":

@@ -229,6 +229,14 @@ class Client:
 
         await until(reached)
 
+    async def until_split(self) -> None:
+        """Wait until a request has a P: Envoy asks the scheduler once it has found it healthy."""
+
+        async def split() -> bool:
+            return "x-pd-prefill" in (await self.complete()).headers
+
+        await until(split)
+
     async def until_freed(self) -> None:
         """Wait until no prefill instance holds blocks for a hand-off, and none by the end of its lease."""
 
@@ -299,6 +307,16 @@ class Client:
                 name = f"{cluster['name']} {address['address']}:{address['port_value']}"
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
+
+    async def until_known(self) -> None:
+        """Wait until Envoy itself knows every instance of the fleet, and that it can serve."""
+
+        async def known() -> bool:
+            hosts = await self.envoy_hosts()
+            own = [health for name, health in hosts.items() if name.split()[0] in ("prefill", "decode")]
+            return own == ["HEALTHY"] * len(self.fleet.instances)
+
+        await until(known)
 
 
 async def ready(client: Client, process: Process) -> None:

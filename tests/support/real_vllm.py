@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -81,11 +82,13 @@ class Pair:
     decode: Instance
 
 
-async def post(url: str, path: str, body: dict[str, Any]) -> Answer:
-    timeout = aiohttp.ClientTimeout(total=120)
+async def post(url: str, path: str, body: dict[str, Any] | bytes) -> Answer:
+    """Send a request; its body may be JSON text."""
+    data = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body}).encode()
+    headers = {"content-type": "application/json"}
     async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        session.post(url + path, json={"model": MODEL, **body}) as response,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session,
+        session.post(url + path, data=data, headers=headers) as response,
     ):
         headers = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status, headers, await response.read())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,36 @@ async def test_greedy_output_equals_the_aggregated_instances(
     assert answer.text == expected.text
     assert answer.text
     assert (answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]) == ("p", "d")
+
+    async def risen() -> bool:
+        return await pair.decode.transferred() - before > 200
+
+    await until(risen)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda fields: {**fields, "prompt": [fields["prompt"]]},
+        lambda fields: {
+            **fields,
+            "prompt": [[(number * os.getpid() + 7) % 900 + 20 for number in range(300)]],
+        },
+        lambda fields: b"\xef\xbb\xbf" + json.dumps(fields).encode(),
+        lambda fields: {**fields, "x": [float("nan"), float("-inf")]},
+        lambda fields: {**fields, "x": "\ud800", "user": "\udc00"},
+        lambda fields: {**fields, "x": ["y"] * 30_000, "min_tokens": 3, "stream_options": None},
+    ],
+    ids=["text in a list", "ids in a list", "BOM", "NaN", "surrogates", "long"],
+)
+async def test_what_it_reads_is_split(stack: Stack, pair: Pair, odd: Callable[[Any], Any]) -> None:
+    await ready(stack)
+    body = odd(completion(str(odd.__code__.co_firstlineno), max_tokens=24))
+    expected = await post(AGGREGATED, "/v1/completions", body)
+    before = await pair.decode.transferred()
+    answer = await post(stack.url, "/v1/completions", body)
+    assert answer.text == expected.text
+    assert answer.headers["x-pd-prefill"] == "p"
 
     async def risen() -> bool:
         return await pair.decode.transferred() - before > 200

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..admission.queue import RequestQueue
-from ..fleet.endpoint import Endpoint
+from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
@@ -130,9 +130,9 @@ class _RegistryCollector(Collector):
             labels=["instance", "role", "state"],
         )
         for endpoint in self._registry:
-            for one in InstanceState:
-                values = [endpoint.id, endpoint.instance.role.value, one.value]
-                state.add_metric(values, float(endpoint.state is one))
+            shown = endpoint.shown_state
+            for one in (*InstanceState, EJECTED):
+                state.add_metric([endpoint.id, endpoint.instance.role.value, one], float(shown == one))
         ready = GaugeMetricFamily("pd_routable_instances", "Instances that can serve.", labels=["role"])
         for role in InstanceRole:
             ready.add_metric([role.value], len(self._registry.routable(role)))

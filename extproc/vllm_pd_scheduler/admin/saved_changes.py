@@ -1,15 +1,16 @@
-"""What the admin interface changed, kept in a file so that a restart of the scheduler does not lose it.
+"""What the admin interface changed, as a value and in a file, so that a restart does not lose it.
 
-``snapshot`` and ``apply`` are each other's inverse and do no I/O but to read an API key from where it is
-kept; ``read_state`` and ``write_state`` are the file; ``AdminChanges`` is all of it for one router.
+``difference`` and ``apply`` are each other's inverse and do no I/O but to read an API key from where it is
+kept; ``read_state`` and ``write_state`` are the file.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import errno
 import os
-import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,8 +22,6 @@ from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole, PDInstance, join_address
 from ..router import PDRouter
 from ..strategies import UnknownStrategy
-
-log = logging.getLogger(__name__)
 
 
 class StateError(ValueError):
@@ -60,19 +59,45 @@ class AdminState(BaseModel):
     drained: list[str] = []
 
 
-def snapshot(router: PDRouter, added: Iterable[SavedInstance]) -> AdminState:
-    """Return how a router differs from its configuration; ``added`` is what the admin interface added."""
-    endpoints = {e.id: e for e in router.registry}
-    configured = {item.id: item for item in _configured(router.config)}
-    new = {item.id: item for item in added if item.id in endpoints and item != configured.get(item.id)}
-    gone = [item for item in configured.values() if item.id in new or item.id not in endpoints]
+@dataclass(slots=True)
+class Steered:
+    """All of a router that the admin interface can change."""
+
+    strategies: dict[InstanceRole, str]
+    shadow: str | None
+    draining: dict[str, bool]
+    """Whether each instance drains, by id."""
+    added: dict[str, SavedInstance]
+    """What the admin interface added, by id."""
+
+    @classmethod
+    def of(cls, router: PDRouter, added: Iterable[SavedInstance]) -> Steered:
+        """Return what a router is steered to now."""
+        shadow = router.scheduler.shadow
+        return cls(
+            dict(router.scheduler.names),
+            shadow.name if shadow else None,
+            {endpoint.id: endpoint.draining for endpoint in router.registry},
+            {item.id: item for item in added},
+        )
+
+
+def difference(steered: Steered, config: SchedulerConfig) -> AdminState:
+    """Return how a router differs from its configuration."""
+    configured = {item.id: item for item in _configured(config)}
+    new = {
+        item.id: item
+        for item in steered.added.values()
+        if item.id in steered.draining and item != configured.get(item.id)
+    }
+    gone = [item for item in configured.values() if item.id in new or item.id not in steered.draining]
     known = configured.keys() | new.keys()
     return AdminState(
         version=1,
-        **_strategies(router),
+        **_strategies(steered, config),
         removed=[item.model_copy(update={"api_key": None}) for item in gone],
         added=list(new.values()),
-        drained=[e.id for e in endpoints.values() if e.draining and e.id in known],
+        drained=[name for name, drains in steered.draining.items() if drains and name in known],
     )
 
 
@@ -92,15 +117,15 @@ def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], lis
     return added, problems
 
 
-def _strategies(router: PDRouter) -> dict[str, str]:
+def _strategies(steered: Steered, config: SchedulerConfig) -> dict[str, str]:
     """Return the keys of a state in which a router's strategies differ from the configuration's."""
-    config, names = router.config, router.scheduler.names
+    names = steered.strategies
     changed = {role: name for role, name in names.items() if name != config.strategy_of(role)}
     if len(changed) == len(names) and len(set(changed.values())) == 1:
         found = {"strategy": next(iter(changed.values()))}
     else:
         found = {f"{role}_strategy": name for role, name in changed.items()}
-    shadow = router.scheduler.shadow.name if router.scheduler.shadow else None
+    shadow = steered.shadow
     return found if shadow == config.shadow_strategy else {**found, "shadow_strategy": shadow or ""}
 
 
@@ -180,86 +205,37 @@ def read_state(path: Path) -> AdminState | None:
 def write_state(path: Path, state: AdminState) -> None:
     """Replace a file at once and for good, readable by its owner only; raises :exc:`OSError`."""
     text = state.model_dump_json(indent=2, exclude_none=True) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # its mode is 0600
+    new = path.with_name(f".{path.name}.new")
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-class AdminChanges:
-    """What the admin interface changed in a router, kept in ``state_file`` if the configuration names one."""
-
-    def __init__(self, router: PDRouter) -> None:
-        self._router = router
-        self._path = Path(router.config.state_file) if router.config.state_file else None
-        self._added: dict[str, SavedInstance] = {}
-
-    def restore(self) -> None:
-        """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
-        if self._path is None:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)  # of a write that was killed
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            state = read_state(self._path)
-        except StateError as error:
-            self._put_aside(self._path, str(error))
-            return
-        if state is None:
-            return
-        added, problems = apply(state, self._router)
-        self._added = {item.id: item for item in added}
-        for problem in problems:
-            log.warning("state_file %s: skipped: %s", self._path, problem)
-        log.info("state_file %s: %s", self._path, _summary(state))
-
-    def _put_aside(self, path: Path, reason: str) -> None:
-        """Keep a file that cannot be used from being overwritten by the next change."""
-        aside = Path(f"{path}.corrupt")
-        try:
-            os.replace(path, aside)
-        except OSError as error:
-            log.warning(
-                "state_file %s: %s; it cannot be renamed (%s), so no change is kept",
-                path,
-                reason,
-                error.strerror,
-            )
-            self._path = None
-        else:
-            log.warning("state_file %s: %s; it is %s now, and all is as configured", path, reason, aside)
-
-    def add(self, item: SavedInstance) -> None:
-        """Register an instance in the router.
-
-        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or another :exc:`ValueError` that
-        names the key that cannot be used: its API key cannot be read, say.
-        """
-        self._router.register_instance(self._router.config.instance(item.role, item))
-        self._added[item.id] = item
-        self.save()
-
-    def remove(self, instance_id: str) -> None:
-        """Unregister; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self._router.unregister_instance(instance_id)
-        self._added.pop(instance_id, None)
-        self.save()
-
-    def save(self) -> None:
-        """Write the file, after any change. If that fails, the change counts, and an error is logged."""
-        if self._path is None:
-            return
-        try:
-            write_state(self._path, snapshot(self._router, self._added.values()))
-        except OSError as error:
-            log.error("state_file %s: a change is not kept: %s", self._path, error.strerror)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(handle)
+            os.replace(new, path)
+        except BaseException:
+            os.unlink(new)
+            raise
+        _sync(directory)
+    finally:
+        os.close(directory)
 
 
-def _summary(state: AdminState) -> str:
+def _sync(directory: int) -> None:
+    """Write a directory's entries to the disk: else a power failure brings the file before back."""
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
+
+
+def summary(state: AdminState) -> str:
+    """Return a line for people."""
     lists = {"removed": [i.id for i in state.removed], "added": [i.id for i in state.added]}
     lists["drained"] = state.drained
     keys = ("strategy", "prefill_strategy", "decode_strategy", "shadow_strategy")

@@ -21,8 +21,10 @@ from ..fleet.registry import DuplicateInstance, UnknownInstance
 from ..models import InstanceRole
 from ..router import PDRouter
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
+from .changes import AdminChanges, NotKept
 from .collectors import collectors
-from .saved_changes import AdminChanges, SavedInstance
+from .origin import foreign_host, foreign_origin
+from .saved_changes import SavedInstance
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,14 @@ Only those that wait for a drain run longer than a moment, and they notice the s
 """
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""Paths that need no token: Kubernetes' probes have none, and the answers tell nothing of the fleet."""
+"""Paths that anybody may ask for, without a token and by any host: Kubernetes' probes have no token, and the
+answers tell nothing of the fleet."""
+
+_QUERY_KEYS = {"GET /instances": {"role"}, "POST /instances/{id}/drain": {"wait"}}
+"""The keys that the query of a route may have. The other routes have none."""
+
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
 
 
 class _StrategyBody(BaseModel):
@@ -73,6 +82,10 @@ class _ShadowBody(BaseModel):
     strategy: str
 
 
+class _NoBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
 class _InstanceBody(InstanceConfig):
     """Body of ``POST /instances``: an entry of the configuration, and the role."""
 
@@ -82,8 +95,10 @@ class _InstanceBody(InstanceConfig):
 class AdminServer:
     """Serves the admin interface of a router.
 
-    ``changes`` saves what callers change. ``is_ready`` returns ``False`` once the scheduler is shutting down.
-    ``token``, if given, is required as a bearer token on all paths but ``/healthz`` and ``/readyz``.
+    ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
+    shutting down. ``token``, if given, is required as a bearer token on all paths but ``/healthz`` and
+    ``/readyz``. Without one, whoever reaches the port may do everything, so requests must name this machine
+    as their host. In any case a web page of another site may change nothing.
     """
 
     def __init__(
@@ -103,7 +118,9 @@ class AdminServer:
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        app = web.Application(middlewares=[_errors_as_json, self._authenticated])
+        app = web.Application(
+            middlewares=[_errors_as_json, self._from_here, self._authenticated, _checked_query]
+        )
         app.add_routes(
             [
                 web.get("/healthz", self._healthz),
@@ -134,6 +151,15 @@ class AdminServer:
         """Stop listening and close open connections."""
         if self._runner is not None:
             await self._runner.cleanup()
+
+    @web.middleware
+    async def _from_here(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        anybodys = self._token is not None or request.path in _OPEN_PATHS
+        if not anybodys and (reason := foreign_host(request.headers, self._router.config.admin_host)):
+            return _error(421, reason)
+        if request.method not in _READS and (reason := foreign_origin(request.headers)):
+            return _error(403, reason)
+        return await handler(request)
 
     @web.middleware
     async def _authenticated(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -172,10 +198,9 @@ class AdminServer:
         for key, name in body.model_dump(exclude_unset=True).items():
             self._check_strategy(key, name)
         try:
-            self._router.scheduler.use_each(names)
+            await self._changes.use(names)
         except UnknownStrategy as error:
             raise _ErrorAnswer(400, str(error)) from None
-        self._changes.save()
         log.info("strategy is %s", self._router.scheduler.strategy_name)
         return await self._get_strategy(request)
 
@@ -187,16 +212,15 @@ class AdminServer:
         body = await _read_body(request, _ShadowBody)
         self._check_strategy("strategy", body.strategy)
         try:
-            self._router.scheduler.use_shadow(body.strategy)
+            await self._changes.use_shadow(body.strategy)
         except UnknownStrategy as error:
             raise _ErrorAnswer(400, str(error)) from None
-        self._changes.save()
         log.info("shadow strategy is %s", body.strategy)
         return await self._get_shadow(request)
 
-    async def _remove_shadow(self, _: web.Request) -> web.Response:
-        self._router.scheduler.use_shadow(None)
-        self._changes.save()
+    async def _remove_shadow(self, request: web.Request) -> web.Response:
+        await _refuse_body(request)
+        await self._changes.use_shadow(None)
         log.info("there is no shadow strategy")
         return web.Response(status=204)
 
@@ -227,7 +251,7 @@ class AdminServer:
             # Else whoever may call this could have any file or variable of the scheduler sent to their host.
             raise _ErrorAnswer(400, "api_key: must be one that the configuration names")
         try:
-            self._changes.add(SavedInstance(**{**dict(body), "role": role}))
+            await self._changes.add(SavedInstance(**{**dict(body), "role": role}))
         except DuplicateInstance as error:
             raise _ErrorAnswer(409, str(error)) from None
         except ValueError as error:
@@ -239,18 +263,19 @@ class AdminServer:
         return web.json_response(_describe(self._endpoint(request)))
 
     async def _remove_instance(self, request: web.Request) -> web.Response:
+        await _refuse_body(request)
         endpoint = self._endpoint(request)
-        self._changes.remove(endpoint.id)
+        await self._changes.remove(endpoint.id)
         log.info("%s removed", endpoint.id)
         return web.Response(status=204)
 
     async def _drain_instance(self, request: web.Request) -> web.Response:
+        await _refuse_body(request)
         wait = request.query.get("wait", "false")
         if wait not in ("true", "false"):
             raise _ErrorAnswer(400, "wait: must be 'true' or 'false'")
         endpoint = self._endpoint(request)
-        self._router.drain_instance(endpoint.id)
-        self._changes.save()
+        await self._changes.drain(endpoint.id)
         if wait == "false":
             return web.json_response(_describe(endpoint), status=202)
         await self._wait_for_drain(endpoint)
@@ -270,16 +295,13 @@ class AdminServer:
                     await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
 
     async def _undrain_instance(self, request: web.Request) -> web.Response:
+        await _refuse_body(request)
         endpoint = self._endpoint(request)
-        self._router.undrain_instance(endpoint.id)
-        self._changes.save()
+        await self._changes.drain(endpoint.id, drains=False)
         return web.json_response(_describe(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
-        try:
-            return self._router.registry.get(request.match_info["id"])
-        except UnknownInstance as error:
-            raise _ErrorAnswer(404, str(error)) from None
+        return self._router.registry.get(request.match_info["id"])
 
 
 class _ErrorAnswer(Exception):
@@ -321,6 +343,29 @@ async def _read_body(request: web.Request, model: type[Model]) -> Model:
         raise _ErrorAnswer(400, "; ".join(map(describe_error, error.errors(include_url=False)))) from None
 
 
+async def _refuse_body(request: web.Request) -> None:
+    """Raise :exc:`_ErrorAnswer` if a body asks for something, where none is looked at."""
+    if await request.read():
+        await _read_body(request, _NoBody)
+
+
+@web.middleware
+async def _checked_query(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a handler would not look at: ``drain?wiat=true`` is no drain without waiting."""
+    resource = request.match_info.route.resource
+    if resource is not None:
+        method = "GET" if request.method == "HEAD" else request.method
+        known = _QUERY_KEYS.get(f"{method} {resource.canonical}", set())
+        for key in request.query:
+            if key not in known:
+                raise _ErrorAnswer(
+                    400, f"query: unknown key {key!r}; there is {' and '.join(known) or 'none'}"
+                )
+            if len(request.query.getall(key)) > 1:
+                raise _ErrorAnswer(400, f"query: {key} is given twice")
+    return await handler(request)
+
+
 def _error(status: int, reason: str) -> web.Response:
     return web.json_response({"error": reason}, status=status)
 
@@ -331,6 +376,10 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except _ErrorAnswer as error:
         return _error(*error.args)
+    except UnknownInstance as error:
+        return _error(404, str(error))
+    except NotKept as error:
+        return _error(507, f"nothing was changed, since it could not be kept in state_file: {error}")
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         reason = f"{request.method} {request.path}: {error.reason}"

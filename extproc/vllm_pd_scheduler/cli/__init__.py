@@ -16,6 +16,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 # alternating runs). A gRPC that does not know the experiment prints one line and ignores it.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+from .envoy_config import envoy_config
 from .options import IntervalOption, LogLevel, LogLevelOption, ShadowOption
 from .replay import replay
 from .serving import check, serve, up
@@ -50,7 +51,7 @@ def default(
     serve(config, interval, shadow, log_level)
 
 
-for command in (serve, up, check, sim, demo, replay):
+for command in (serve, up, check, envoy_config, sim, demo, replay):
     app.command()(command)
 
 

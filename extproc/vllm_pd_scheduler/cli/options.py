@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,9 +15,10 @@ import uvloop
 
 from ..config import ConfigError, SchedulerConfig, load_config
 from ..envoy.process import EnvoyError, EnvoyPorts
-from ..models import join_address
+from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
+from ..system.output import StandardStreams
 
 
 class LogLevel(StrEnum):
@@ -30,10 +32,18 @@ class LogLevel(StrEnum):
 
 DEFAULT_PORTS = EnvoyPorts()
 
+
+def _ip_address(value: str | None) -> str | None:
+    bare = value and value.removeprefix("[").removesuffix("]")
+    if bare and not is_ip(bare):
+        raise typer.BadParameter(f"{value!r} is not an IP address")
+    return bare or None
+
+
 ConfigOption = Annotated[Path, typer.Option("--config", help="JSON configuration file.")]
 IntervalOption = Annotated[
     float | None,
-    typer.Option("--interval", min=0.05, help="Seconds between health checks."),
+    typer.Option("--interval", min=0.05, max=3600, help="Seconds between health checks."),
 ]
 ShadowOption = Annotated[
     str | None,
@@ -41,6 +51,16 @@ ShadowOption = Annotated[
 ]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, to stderr.")]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        metavar="IP",
+        show_default="0.0.0.0",
+        help="IP address of Envoy's ingress; '::' is all, IPv6 and IPv4.",
+        callback=_ip_address,
+    ),
+]
 PrefillPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's loopback prefill listener.")]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
 AdminPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="The scheduler's admin HTTP.")]
@@ -70,12 +90,16 @@ def with_ports(
     return config.model_copy(update=update)
 
 
-def log_to_stderr(level: LogLevel) -> None:
-    """Log to stderr from ``level`` on."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
+@contextmanager
+def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
+    """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
+    with StandardStreams() as streams:
+        logging.basicConfig(
+            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        logging.captureWarnings(True)
+        logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
+        yield streams
 
 
 def envoy_log_level(level: LogLevel) -> str:

@@ -8,7 +8,8 @@ import math
 import typer
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts
+from ..envoy.process import EnvoyPorts, num_retries
+from ..scheduler.rehearsal import rehearse
 from ..service import run as service
 from ..strategies import UnknownStrategy, load_strategy
 from .options import (
@@ -17,6 +18,7 @@ from .options import (
     ConfigOption,
     EnvoyAdminPortOption,
     GrpcPortOption,
+    HostOption,
     IntervalOption,
     LogLevel,
     LogLevelOption,
@@ -24,7 +26,7 @@ from .options import (
     PrefillPortOption,
     ShadowOption,
     envoy_log_level,
-    log_to_stderr,
+    logging_at,
     read_config,
     run,
     with_ports,
@@ -43,12 +45,13 @@ def serve(
         if not math.isfinite(interval):
             raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
         settings = settings.model_copy(update={"health_check_interval": interval})
-    log_to_stderr(log_level)
-    run(service.serve(settings))
+    with logging_at(log_level) as streams:
+        run(service.serve(settings, streams))
 
 
 def up(
     config: ConfigOption,
+    host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
     prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
     grpc_port: GrpcPortOption = None,
@@ -59,18 +62,30 @@ def up(
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
     settings = with_ports(_with_shadow(read_config(config), shadow), prefill_port, grpc_port, admin_port)
-    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port)
-    log_to_stderr(log_level)
+    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, host)
 
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)
 
-    run(service.up(settings, ports, envoy_log_level(log_level), started))
+    with logging_at(log_level) as streams:
+        run(service.up(settings, ports, envoy_log_level(log_level), started, streams))
 
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
-    typer.echo(read_config(config).model_dump_json(indent=2))
+    settings = read_config(config)
+    problems = rehearse(settings)
+    for problem in problems:
+        typer.echo(f"{config}: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
+    if settings.max_retries > (shipped := num_retries()):
+        typer.echo(
+            f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "
+            f"is {shipped}: `up` and `envoy-config --config` set it to the same, in an Envoy of yours you do",
+            err=True,
+        )
+    typer.echo(settings.model_dump_json(indent=2))
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:

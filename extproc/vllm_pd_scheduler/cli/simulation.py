@@ -22,7 +22,7 @@ from .options import (
     PrefillPortOption,
     envoy_log_level,
     fail,
-    log_to_stderr,
+    logging_at,
     run,
     with_ports,
 )
@@ -53,12 +53,13 @@ def demo(
     from ..service.demo import Demo
     from ..sim.fleet import FleetError
 
-    log_to_stderr(log_level)
-    try:
-        with Demo(prefill, decode) as running:
-            settings = with_ports(parse_config(running.config()), prefill_port, grpc_port, admin_port)
-            ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, "127.0.0.1")
-            started = running.show(settings, ports)
-            run(service.up(settings, ports, envoy_log_level(log_level), started, access_log=False))
-    except FleetError as error:
-        fail(str(error))
+    with logging_at(log_level) as streams:
+        try:
+            with Demo(prefill, decode) as running:
+                settings = with_ports(parse_config(running.config()), prefill_port, grpc_port, admin_port)
+                ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, "127.0.0.1")
+                started = running.show(settings, ports)
+                level = envoy_log_level(log_level)
+                run(service.up(settings, ports, level, started, streams, access_log=False))
+        except FleetError as error:
+            fail(str(error))

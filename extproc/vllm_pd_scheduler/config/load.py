@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -42,7 +41,10 @@ def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
         raise ConfigError(source, [str(error)]) from None
     except ValueError:  # the only other one that json raises: Python reads ints of at most 4,300 digits
         raise ConfigError(source, ["a number in it has too many digits"]) from None
-    return parse_config(raw, source)
+    config = parse_config(raw, source)
+    if config.state_file is not None and _is_same_file(config.state_file, path):
+        raise ConfigError(source, ["state_file: that is this file itself, which it would replace"])
+    return config
 
 
 def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
@@ -68,16 +70,35 @@ def _problems_beside(raw: dict[str, Any], error: ValidationError) -> list[str]:
     pydantic stops before the checks that need the whole configuration. They are made here for what is well
     formed, so that one run shows everything.
     """
-    bad = {detail["loc"][0] for detail in error.errors()}
+    bad = {str(detail["loc"][0]) for detail in error.errors()}
     lists = {f"{role}_instances": role for role in InstanceRole}
     listed: list[Listed] = []
     for key, role in lists.items():
         for index, item in enumerate(raw[key] if isinstance(raw.get(key), list) else []):
-            with contextlib.suppress(ValidationError):
-                listed.append((role, f"{key}[{index}]", InstanceConfig.model_validate(item)))
+            if isinstance(item, dict):
+                listed.append((role, f"{key}[{index}]", _mended(item, f"{key}-{index}")))
     rest = {key: value for key, value in raw.items() if key not in bad and key not in lists}
-    problems = find_problems(SchedulerConfig.model_validate(rest), listed)
+    problems = find_problems(SchedulerConfig.model_validate(rest), listed, bad)
     return [problem for problem in problems if problem.split(":")[0] not in bad]
+
+
+def _mended(item: dict[str, Any], name: str) -> InstanceConfig:
+    """Return an entry without what is malformed in it, so that a duplicate id beside that is found too."""
+    blank = {"id": name, "host": f"{name}.invalid", "port": 1}
+    try:
+        return InstanceConfig.model_validate({**blank, **item})
+    except ValidationError as error:
+        bad = {detail["loc"][0] for detail in error.errors()}
+    if bad & {"host", "port"}:  # one without the other is no address
+        bad |= {"host", "port"}
+    return InstanceConfig.model_validate({**blank, **{k: v for k, v in item.items() if k not in bad}})
+
+
+def _is_same_file(one: str, other: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there yet
+        return False
 
 
 class _DuplicateKey(ValueError):

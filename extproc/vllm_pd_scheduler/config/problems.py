@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from pydantic import BaseModel
 
 from ..models import InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
+from .listeners import clashes, listeners_of
 from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 
 
-def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = None) -> list[str]:
+def find_problems(
+    config: SchedulerConfig, listed: Iterable[Listed] | None = None, malformed: Collection[str] = ()
+) -> list[str]:
     """Return a line for each problem that only the whole configuration, or this machine, shows.
 
     Such are duplicate ids and addresses, unknown strategies, secrets that cannot be read and an admin port
-    that is open to others without a token. ``listed`` replaces the configuration's instances, for a file in
-    which some of them are malformed.
+    that is open to others without a token. For a file in which something is malformed, ``listed`` replaces
+    its instances, and ``malformed`` has the keys whose values are not known.
     """
     problems = _unknown_strategies(config)
     items = list(config.listed() if listed is None else listed)
@@ -28,7 +31,8 @@ def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = Non
     for _, key, item in items:
         problems += _unreadable(f"{key}.api_key", item.api_key)
         try:
-            config.tls_name(item)
+            if "instance_tls" not in malformed:
+                config.tls_name(item)
         except ValueError as error:
             problems.append(f"{key}.{error}")
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
@@ -43,6 +47,8 @@ def find_problems(config: SchedulerConfig, listed: Iterable[Listed] | None = Non
         problems.append(
             "grpc_tls: not with grpc_socket, which only this user can open: leave one of them out"
         )
+    listeners = [listener for listener in listeners_of(config) if listener[0] not in malformed]
+    problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
         if not any(role is item_role for item_role, _, _ in items):
@@ -67,11 +73,11 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
 def _duplicates(items: list[Listed]) -> list[str]:
     problems: list[str] = []
     ids: dict[str, str] = {}
-    addresses: dict[tuple[InstanceRole, str, int], str] = {}
-    for role, key, item in items:
+    addresses: dict[tuple[str, int], str] = {}
+    for _, key, item in items:
         if (first := ids.setdefault(item.id, key)) != key:
             problems.append(f"{key}.id: {item.id!r} is the id of {first} already")
-        if (first := addresses.setdefault((role, item.host.removesuffix("."), item.port), key)) != key:
+        if (first := addresses.setdefault((item.host.removesuffix("."), item.port), key)) != key:
             address = join_address(item.host, item.port)
             problems.append(f"{key}: {address} is the address of {first} already")
     return problems
@@ -87,6 +93,8 @@ def _unusable_state_file(state_file: str | None) -> list[str]:
         return [f"state_file: there is no directory {directory}"]
     if not os.access(directory, os.W_OK | os.X_OK):
         return [f"state_file: the directory {directory} is not writable"]
+    if os.path.ismount(state_file):
+        return [f"state_file: {state_file} is mounted itself and cannot be replaced: mount {directory}"]
     return []
 
 
@@ -104,7 +112,8 @@ def describe_error(detail: Any) -> str:
     """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong."""
     path = ""
     for part in detail["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        name = part if isinstance(part, int) or part.isprintable() else repr(part)
+        path += f"[{name}]" if isinstance(part, int) else f".{name}" if path else name
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = SchedulerConfig if len(detail["loc"]) == 1 else None

@@ -6,7 +6,6 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,28 +19,36 @@ from pydantic import (
 )
 
 from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_ip
+from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_WEEK_S = 604_800
+Seconds = Annotated[float, Field(ge=0.001, le=_WEEK_S)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Probes = Annotated[int, Field(ge=1, le=1000)]
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
 _NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
 _NUMBERS = re.compile(r"(?:(?:[0-9]+|0x[0-9a-f]*)\.)*(?:[0-9]+|0x[0-9a-f]*)\.?")
 """No server has such a name, and resolvers read it as an IPv4 address: 10.0.11 as 10.0.0.11."""
 
+_LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5}))?")
+
+_SECRET_BYTES = 1 << 16
+"""The most that a file with a secret may have."""
+
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-_HEADER = r"^[a-z0-9-]+$"
-_LISTENER = r"^http://[^/\s]+$"
+_HEADER = r"^[a-z0-9-]{1,100}$"
 _PATH = r"^[^\x00]+$"
 _SOCKET = r"^/[^\x00]{1,106}$"
 MEANING = {
     _ID: "must be 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first",
     _HEADER: "must be the name of a header in lower case: letters, digits and '-'",
-    _LISTENER: "must be http://HOST:PORT, without a path",
     _PATH: "must be a path",
     _SOCKET: "must be an absolute path of at most 107 characters",
+    PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
 }
 """What is wrong with a string that one of these patterns does not match."""
 
@@ -77,9 +84,9 @@ class SecretSource(_Model):
         else:
             place = f"secret file {self.file}"
             try:
-                value = Path(str(self.file)).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "is not text"
+                value = _read_text(str(self.file)).strip()
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
                 raise ValueError(f"{place}: {reason}") from None
         if not value:
             raise ValueError(f"{place} is {'not set' if self.env is not None else 'empty'}")
@@ -146,15 +153,15 @@ class SchedulerConfig(_Model):
     latency_weight: Weight = 0.2
     """Weight of the latency, for the strategy `weighted`."""
 
-    health_check_interval: Seconds = 5.0
+    health_check_interval: Annotated[float, Field(ge=0.05, le=3600)] = 5.0
     """Seconds between two health checks of an instance, which also read its load and models. One that is
     down is checked at least every second. Lower it for fresher loads; each check costs a request."""
     health_check_timeout: Seconds = 2.0
     """Seconds that `/health`, `/metrics` and `/v1/models` of an instance may take together, and again the
     first look-up of its name. Raise it if busy instances fail checks."""
-    unhealthy_threshold: Annotated[int, Field(ge=1)] = 2
+    unhealthy_threshold: Probes = 2
     """Health checks that must fail in a row before an instance gets no more requests."""
-    healthy_threshold: Annotated[int, Field(ge=1)] = 1
+    healthy_threshold: Probes = 1
     """Health checks that must succeed in a row before an instance gets requests again."""
 
     session_header: Annotated[str, Field(pattern=_HEADER)] = "x-session-id"
@@ -165,7 +172,7 @@ class SchedulerConfig(_Model):
     tpot_slo: Seconds | None = None
     """Seconds for each further token that the strategy `slo` tries to keep, for requests without the header
     `x-pd-tpot-slo-ms`."""
-    disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1)] = "always"
+    disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1, le=10**9)] = "always"
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
@@ -173,29 +180,30 @@ class SchedulerConfig(_Model):
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""
 
-    max_waiting: Annotated[int, Field(ge=1)] | None = None
+    max_waiting: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """An instance with so many waiting requests is full: it gets nothing more while others have less. 2 to
     4 keep P busy and little of the queue in vLLM."""
     max_kv_usage: Annotated[float, Field(gt=0, le=1)] | None = None
     """An instance with this share of its KV cache in use or reserved is full. 0.9 keeps D from preempting."""
-    max_in_flight_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_in_flight_tokens: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """An instance with so many tokens of our requests is full: on P those to compute, on D prompt and
     expected answer. Better than `max_waiting` when prompts differ much in length."""
     queue_size: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
     """Requests that may wait in the scheduler when all instances are full. More are answered 429, or
     displace one of a lower priority. 0 refuses at once."""
-    queue_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    queue_bytes: Bytes = 256 << 20
     """Bytes of the bodies of those requests; more are answered 429."""
     queue_timeout: Seconds = 30.0
     """Seconds that a request may wait in the scheduler before it is answered 429. Keep it below the
     clients' own time limit."""
-    max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    max_held_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 1 << 30
     """Bytes of all bodies that the scheduler holds, waiting or in prefill; more are answered 429. It bounds
     the scheduler's [memory](reliability.md#memory) at about three times this."""
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
-    """Further P that are tried after a failed prefill, and further D that the scheduler names to Envoy. How
-    many of these Envoy tries is decided by `num_retries` (3) in `envoy/envoy.yaml`: change both together."""
+    """Further P that are tried after a failed prefill, and further D that Envoy tries. `up` tells its Envoy;
+    an Envoy of yours needs the same as `num_retries` (3 in `envoy/envoy.yaml`; `envoy-config --config` prints
+    it)."""
     prefill_timeout: Seconds = 120.0
     """Seconds that one prefill attempt may take; then another P is tried. Raise it for prompts that take
     longer."""
@@ -212,12 +220,12 @@ class SchedulerConfig(_Model):
     """Longest pause of a streamed answer in seconds, also before its first token: vLLM sends the headers
     before it has done anything. Then the stream is cut. `up` gives it to Envoy; an Envoy of yours has it as
     `per_try_idle_timeout` in `envoy/envoy.yaml`."""
-    decode_seconds_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    decode_seconds_per_token: Annotated[float, Field(ge=0, le=3600)] = 0.1
     """Seconds on top of that for each token of `max_tokens`, when the answer is not streamed."""
     kv_lease_duration: Seconds = 30.0
     """vLLM's setting of that name, in seconds: how long P keeps a hand-off. A hand-off is used within 80 %
     of it. It must not be above vLLM's, or a D can read blocks that are another prompt's by then."""
-    ejection_failures: Annotated[int, Field(ge=1)] = 3
+    ejection_failures: Annotated[int, Field(ge=1, le=1_000_000)] = 3
     """An instance is ejected after so many failed requests in a row."""
     ejection_success_rate: Share = 0.5
     """An instance is ejected when less than this share of its last 20 requests succeeded."""
@@ -226,7 +234,7 @@ class SchedulerConfig(_Model):
     30."""
     max_ejected_share: Share = 0.5
     """At most this share of a role is ejected at once."""
-    drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
@@ -234,7 +242,11 @@ class SchedulerConfig(_Model):
     has limits of its own: `per_connection_buffer_limit_bytes` and `max_request_bytes` in
     `envoy/envoy.yaml`."""
 
-    prefill_listener: Annotated[str, Field(pattern=_LISTENER)] = "http://127.0.0.1:10001"
+    public_paths: list[Annotated[str, Field(pattern=PUBLIC_PATH)]] = list(PUBLIC_PATHS)
+    """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
+    and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
+    list: `envoy-config --config` prints its configuration with it."""
+    prefill_listener: str = "http://127.0.0.1:10001"
     """Envoy's prefill listener, as `http://HOST:PORT`. Change it with the listener's port in
     `envoy/envoy.yaml`."""
     grpc_host: str = "127.0.0.1"
@@ -271,6 +283,21 @@ class SchedulerConfig(_Model):
     """The P of the fleet, at least one."""
     decode_instances: list[InstanceConfig] = []
     """The D of the fleet, at least one."""
+
+    @field_validator("grpc_host", "admin_host")
+    @classmethod
+    def _can_be_listened_at(cls, host: str) -> str:
+        if not _is_host(host):
+            raise ValueError("must be an IP address, or a name of this machine")
+        return host
+
+    @field_validator("prefill_listener")
+    @classmethod
+    def _is_a_listener(cls, url: str) -> str:
+        found = _LISTENER.fullmatch(url)
+        if not found or not _is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
+            raise ValueError("must be http://HOST:PORT, without a path")
+        return url
 
     @field_validator("disaggregation", mode="wrap")
     @classmethod
@@ -340,6 +367,24 @@ class SchedulerConfig(_Model):
             key = f"{role}_instances"
             for index, item in enumerate(getattr(self, key)):
                 yield role, f"{key}[{index}]", item
+
+
+def _is_host(host: str) -> bool:
+    return is_ip(host) or bool(_NAME.fullmatch(host) and not _NUMBERS.fullmatch(host.lower()))
+
+
+def _read_text(path: str) -> str:
+    """Return what a small file holds; raises :exc:`OSError`, or :exc:`ValueError` for what is none."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError("is not a file")  # a pipe would keep us waiting, a device have no end
+    with open(path, "rb") as file:
+        data = file.read(_SECRET_BYTES + 1)
+    if len(data) > _SECRET_BYTES:
+        raise ValueError(f"is larger than {_SECRET_BYTES} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError("is not text") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from pathlib import Path
@@ -122,6 +123,8 @@ def _trust(context: ssl.SSLContext, ca: str) -> None:
 
 def _read(path: str) -> bytes:
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ValueError("it is not a file")  # a pipe would keep us waiting
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {_reason(error)}") from None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 from envoy.service.discovery.v3 import discovery_pb2
 
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
 from .limits import BadMessage, parse
@@ -19,22 +22,35 @@ log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.endpoint.v3.EndpointDiscoveryService"
 
+SERVING = "serving"
+"""Name of the cluster that has a host while a P and a D can serve: Envoy's ``GET /health`` asks it."""
+
+_ROLES = frozenset(role.value for role in InstanceRole)
+
 JOIN_S = 0.05
 """Seconds between two pushes, at least. After a quiet time a change is told at once."""
 
 
-class Subscription:
-    """What one stream of Envoy's has asked for and has been sent (xDS, state of the world). No I/O."""
+class Told(set[str]):
+    """Names of the clusters that one Envoy was told of, on whichever of its streams."""
 
-    def __init__(self, assignments: dict[str, LoadAssignment]) -> None:
+
+class Subscription:
+    """What one stream of Envoy's has asked for and has been sent (xDS, state of the world). No I/O.
+
+    ``told`` is what Envoy's streams share: it hears who can serve after who there is.
+    """
+
+    def __init__(self, assignments: dict[str, LoadAssignment], told: Told) -> None:
         self._assignments = assignments
+        self._told = told
         self._names: set[str] = set()
         self._sent: dict[str, int] = {}
         """Versions, by the names that are asked for."""
         self._nonce = 0
 
     def asked(self, request: discovery_pb2.DiscoveryRequest) -> None:
-        """Take a request: a first one, an acknowledgement, a refusal, or other names than before.
+        """Read a request: a first one, an acknowledgement, a refusal, or other names than before.
 
         One that answers an older response than the last is void: Envoy answers the last one too. What Envoy
         refuses is not sent again; the next change is.
@@ -47,8 +63,8 @@ class Subscription:
         unknown = names - self._names - self._assignments.keys()
         if unknown:
             shown = ", ".join(repr(name[:100]) for name in sorted(unknown)[:4])
-            roles = " and ".join(repr(name) for name in self._assignments)
-            log.warning("Envoy asks for the endpoints of %s: its EDS clusters must be named %s", shown, roles)
+            known = ", ".join(repr(name) for name in self._assignments)
+            log.warning("Envoy asks for the endpoints of %s: its EDS clusters must be of %s", shown, known)
         self._names = names
         self._sent = {name: version for name, version in self._sent.items() if name in names}
 
@@ -56,8 +72,11 @@ class Subscription:
         """Return what Envoy does not have yet of the clusters that it asked for, if there is something."""
         asked = {name: each for name, each in self._assignments.items() if name in self._names}
         news = {name: each for name, each in asked.items() if self._sent.get(name) != each.version}
+        if not self._told.union(news) >= _ROLES:
+            news.pop(SERVING, None)
         if not news:
             return None
+        self._told.update(news)
         self._sent |= {name: each.version for name, each in news.items()}
         self._nonce += 1
         response = discovery_pb2.DiscoveryResponse(
@@ -67,6 +86,11 @@ class Subscription:
             nonce=str(self._nonce),
         )
         return bytes(response.SerializeToString())
+
+
+def _one_if_served(registry: Registry) -> Sequence[Endpoint]:
+    """Return one D if a P and a D can serve, else nobody."""
+    return registry.routable(InstanceRole.DECODE)[:1] if registry.routable(InstanceRole.PREFILL) else ()
 
 
 class EndpointDiscovery:
@@ -79,6 +103,9 @@ class EndpointDiscovery:
         self._assignments = {
             role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
         }
+        self._assignments[SERVING] = LoadAssignment(SERVING, partial(_one_if_served, registry))
+        self._told: WeakValueDictionary[str, Told] = WeakValueDictionary()
+        """By connection. Envoy has a stream for each cluster, and after a start they come when they like."""
         self._stale = True
         self._news: set[asyncio.Event] = set()
         """Of each open stream: set when there may be something to send."""
@@ -101,6 +128,9 @@ class EndpointDiscovery:
     def _push_now(self) -> None:
         self._push = None
         self._pushed_at = asyncio.get_running_loop().time()
+        self._wake()
+
+    def _wake(self) -> None:
         for news in self._news:
             news.set()
 
@@ -112,7 +142,8 @@ class EndpointDiscovery:
         return subscription.response()
 
     async def _stream(self, _: object, context: Any) -> None:
-        subscription, news = Subscription(self._assignments), asyncio.Event()
+        told = self._told.setdefault(context.peer(), Told())
+        subscription, news = Subscription(self._assignments, told), asyncio.Event()
         problem: BadMessage | None = None
         self._news.add(news)
         try:
@@ -141,3 +172,4 @@ class EndpointDiscovery:
             news.clear()
             if (response := self._response(subscription)) is not None:
                 await context.write(response)
+                self._wake()  # a stream may have waited for this one

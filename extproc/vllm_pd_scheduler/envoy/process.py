@@ -1,37 +1,52 @@
-"""Envoy beside the scheduler: its configuration with other ports, and the process."""
+"""Runs an Envoy beside the scheduler: renders its configuration, starts, drains and stops it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import yaml
 
 from ..config.tls import InstanceTlsConfig
+from ..models import join_address
+from ..request.path import PUBLIC_PATHS, PublicPaths, path_regex
+from ..system import parent_death
+from ..system.output import Outlet, StandardStreams, pour
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _DRAIN_TIME_S = 5
-"""How long Envoy still takes new connections in a drain, for load balancers that have not noticed."""
+"""Seconds of a drain in which Envoy still takes new connections: load balancers notice a drain late."""
+
+_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+"""The variables that Envoy gets. Others may hold keys and tokens. ``envoy`` can be a script in Python."""
+
+WEBSOCKET_PATH = "/v1/realtime"
+"""The path of ``envoy.yaml``'s route for WebSockets."""
 
 
 class EnvoyError(Exception):
-    """Envoy is not there, or does not start; the message says what to do."""
+    """Envoy is not installed or does not start; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvoyPorts:
-    """Where Envoy and the scheduler listen; the defaults are those of ``envoy/envoy.yaml``.
+    """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
 
-    ``address`` is the one that the ingress listener binds to. ``grpc_socket``, a path, replaces ``grpc``.
+    The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
+    of a Unix socket, replaces ``grpc``.
     """
 
     ingress: int = 10000
@@ -41,36 +56,71 @@ class EnvoyPorts:
     address: str | None = None
     grpc_socket: str | None = None
 
+    def listeners(self) -> list[tuple[str, str, int]]:
+        """Return the option, host and port of each of Envoy's listeners."""
+        return [
+            ("--port", self.address or "0.0.0.0", self.ingress),
+            ("--prefill-port", "127.0.0.1", self.prefill),
+            ("--envoy-admin-port", "127.0.0.1", self.admin),
+        ]
+
+    def require_free(self) -> None:
+        """Raise :exc:`EnvoyError` if a process listens at one of Envoy's ports.
+
+        Envoy itself does not notice another Envoy: the two share the port (SO_REUSEPORT) and its requests.
+        """
+        for option, host, port in self.listeners():
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores ended connections
+                    probe.bind((host, port))
+            except OSError as error:
+                raise EnvoyError(
+                    f"{option}: Envoy cannot listen on {join_address(host, port)}: {error.strerror}. "
+                    f"`ss -ltnp 'sport = :{port}'` shows which Envoy or server does: end that, or "
+                    f"choose another {option}"
+                ) from None
+
 
 def config_path() -> Path:
-    """Return where ``envoy.yaml`` is: in the installed package, or in the source tree."""
+    """Return the path of ``envoy.yaml``: in the installed package, or in the source tree."""
     packaged = Path(__file__).with_name("envoy.yaml")
     return packaged if packaged.exists() else Path(__file__).parents[3] / "envoy" / "envoy.yaml"
 
 
 def render_config(
-    ports: EnvoyPorts, tls: InstanceTlsConfig | None = None, stream_idle_timeout: float | None = None
+    ports: EnvoyPorts,
+    tls: InstanceTlsConfig | None = None,
+    stream_idle_timeout: float | None = None,
+    max_retries: int | None = None,
+    public_paths: Sequence[str] = PUBLIC_PATHS,
 ) -> dict[str, Any]:
     """Return ``envoy.yaml`` as a dict with these settings in place of its own.
 
-    ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds.
+    ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds, and
+    ``max_retries`` how many further instances a request is sent to.
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
-    if stream_idle_timeout is not None:
-        _limit_pauses(config, f"{stream_idle_timeout:g}s")
+    for policy in _retry_policies(config):
+        if stream_idle_timeout is not None and "per_try_idle_timeout" in policy:
+            policy["per_try_idle_timeout"] = f"{stream_idle_timeout:g}s"
+        if max_retries is not None:
+            policy["num_retries"] = max_retries
+    _make_public(_ingress_routes(config), public_paths)
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     for listener in config["static_resources"]["listeners"]:
-        socket = listener["address"]["socket_address"]
-        socket["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
+        address = listener["address"]["socket_address"]
+        address["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
         if listener["name"] == "ingress" and ports.address is not None:
-            socket["address"] = ports.address
+            address["address"] = ports.address
+            address |= {"ipv4_compat": True} if ports.address == "::" else {}
     for cluster in config["static_resources"]["clusters"]:
         if cluster["name"] in ("scheduler", "xds"):
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
             endpoint["address"] = _scheduler_address(ports)
         elif tls is not None:
-            (match,) = cluster["transport_socket_matches"]
-            match["transport_socket"]["typed_config"] = _upstream_tls(tls)
+            for match in cluster.get("transport_socket_matches", ()):
+                match["transport_socket"]["typed_config"] = _upstream_tls(tls)
     if sys.platform != "linux":  # the numbers of these options are Linux's
         for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
             each.pop("socket_options", None)
@@ -78,13 +128,40 @@ def render_config(
     return config
 
 
-def _limit_pauses(config: dict[str, Any], pause: str) -> None:
+def num_retries() -> int:
+    """Return how many further decode instances an Envoy on ``envoy.yaml`` as it is tries."""
+    config = yaml.safe_load(config_path().read_text(encoding="utf-8"))
+    return min(int(policy["num_retries"]) for policy in _retry_policies(config))
+
+
+def _retry_policies(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for listener in config["static_resources"]["listeners"]:
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        for host in manager["route_config"]["virtual_hosts"]:
+            for route in host["routes"]:
+                policy = route.get("route", {}).get("retry_policy")
+                if policy is not None:
+                    yield policy
+
+
+def _make_public(routes: list[dict[str, Any]], paths: Sequence[str]) -> None:
+    """Put a route for each of these paths where those of ``envoy.yaml`` are."""
+    given = [route for route in routes if route.get("name") == "public"]
+    at = routes.index(given[0])
+    routes[at : at + len(given)] = [{**given[0], "match": _path_match(path)} for path in paths]
+    if WEBSOCKET_PATH not in PublicPaths(paths):
+        routes[:] = [route for route in routes if route.get("name") != "websocket"]
+
+
+def _path_match(path: str) -> dict[str, Any]:
+    return {"safe_regex": {"regex": path_regex(path)}} if "*" in path else {"path": path}
+
+
+def _ingress_routes(config: dict[str, Any]) -> list[dict[str, Any]]:
     (ingress,) = (each for each in config["static_resources"]["listeners"] if each["name"] == "ingress")
     manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
-        retries = route.get("route", {}).get("retry_policy", {})
-        if "per_try_idle_timeout" in retries:
-            retries["per_try_idle_timeout"] = pause
+    routes: list[dict[str, Any]] = manager["route_config"]["virtual_hosts"][0]["routes"]
+    return routes
 
 
 def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
@@ -119,50 +196,52 @@ def find_envoy() -> str:
 
 
 class EnvoyProcess:
-    """An Envoy that lives as long as this process at most.
+    """An Envoy process, which ends with this process at the latest.
 
-    ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is live; ``exited`` is done
-    when it ends, whatever the reason.
+    ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is ready. ``exited`` is done when
+    it has ended, for whatever reason. ``config`` is what ``render_config`` returns for these ports. With
+    ``streams`` its output goes through them: Envoy never waits for a reader.
     """
 
     def __init__(
         self,
         ports: EnvoyPorts,
+        config: dict[str, Any] | None = None,
+        *,
         log_level: str = "warning",
         access_log: bool = True,
-        tls: InstanceTlsConfig | None = None,
-        stream_idle_timeout: float | None = None,
+        streams: StandardStreams | None = None,
     ) -> None:
         self.ports = ports
-        self._stream_idle_timeout = stream_idle_timeout
-        self._tls = tls
+        self._config = config or render_config(ports)
         self._log_level = log_level
-        self._stdout = None if access_log else asyncio.subprocess.DEVNULL
-        self._directory = tempfile.TemporaryDirectory(prefix="vllm-pd-envoy-")
+        self._access_log = access_log
+        self._streams = streams
         self._process: asyncio.subprocess.Process | None = None
+        self._pouring: list[threading.Thread] = []
         self.exited: asyncio.Future[int]
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """Return the process id."""
         assert self._process is not None
         return self._process.pid
 
     async def __aenter__(self) -> EnvoyProcess:
-        path = Path(self._directory.name) / "envoy.yaml"
-        path.write_text(
-            yaml.safe_dump(render_config(self.ports, self._tls, self._stream_idle_timeout)), encoding="utf-8"
-        )
-        arguments = ["-c", str(path), "--log-level", self._log_level, "--disable-hot-restart"]
-        arguments += ["--drain-time-s", str(_DRAIN_TIME_S), "--concurrency", str(_workers())]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "vllm_pd_scheduler.system.parent_death", str(os.getpid()), find_envoy()),
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=self._stdout,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain first
-        )
+        with contextlib.ExitStack() as envoys_files:  # Envoy keeps them open, this process does not
+            config = envoys_files.enter_context(_in_memory(self._config))
+            arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
+            arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),
+                *(*arguments, "--concurrency", str(_workers())),
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                pass_fds=[config.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=self._stdout(envoys_files),
+                stderr=self._pipe(self._streams.stderr, envoys_files) if self._streams else None,
+                start_new_session=True,  # so that a Ctrl-C reaches this process alone, which drains first
+            )
         self.exited = asyncio.ensure_future(self._process.wait())
         try:
             await self._live()
@@ -171,18 +250,34 @@ class EnvoyProcess:
             raise
         return self
 
+    def _stdout(self, envoys_files: contextlib.ExitStack) -> int | None:
+        if not self._access_log:
+            return asyncio.subprocess.DEVNULL
+        return self._pipe(self._streams.stdout, envoys_files) if self._streams else None
+
+    def _pipe(self, outlet: Outlet | None, envoys_files: contextlib.ExitStack) -> int | None:
+        """Return the end for Envoy of a pipe to an outlet; ``None`` without an outlet."""
+        if outlet is None:
+            return None
+        read, write = os.pipe()
+        envoys_files.callback(os.close, write)
+        # If this process hangs, Envoy drops what does not fit (its statistic filesystem.write_failed).
+        os.set_blocking(write, False)
+        self._pouring.append(pour(read, outlet))
+        return write
+
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def drain(self) -> None:
-        """Answer ``GET /health`` with 503, close idle connections, and stop to listen a little later."""
+        """Make Envoy answer ``GET /health`` with 503, close idle connections, and stop listening later."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             for path in ("/healthcheck/fail", "/drain_listeners?graceful"):
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     await session.post(self._admin(path))
 
     async def stop(self) -> None:
-        """End the process."""
+        """End the process, by force if it has not ended after ``_STOP_TIMEOUT_S``."""
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -192,7 +287,8 @@ class EnvoyProcess:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        self._directory.cleanup()
+        for thread in self._pouring:  # so that Envoy's last lines come before ours
+            await asyncio.to_thread(thread.join, _STOP_TIMEOUT_S)
 
     def _admin(self, path: str) -> str:
         return f"http://127.0.0.1:{self.ports.admin}{path}"
@@ -209,16 +305,29 @@ class EnvoyProcess:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise EnvoyError(f"Envoy was not ready after {_STARTUP_TIMEOUT_S:g} s") from None
-        raise EnvoyError(
-            f"Envoy ended with status {self.exited.result()} at start; its own message is above. "
-            f"Is one of the ports {self.ports.ingress}, {self.ports.prefill}, {self.ports.admin} in use?"
-        )
+        raise EnvoyError(f"Envoy ended with status {self.exited.result()} at start; its own message is above")
+
+
+def _in_memory(config: dict[str, Any]) -> IO[bytes]:
+    """Return an open file with a configuration. It is in no directory, so a kill leaves nothing behind."""
+    try:
+        file = _unnamed_file()
+        file.write(json.dumps(config).encode())
+        file.seek(0)
+    except OSError as error:
+        raise EnvoyError(f"no file can be made for Envoy's configuration: {error.strerror}") from None
+    return file
+
+
+def _unnamed_file() -> IO[bytes]:
+    # Envoy opens it as /dev/fd/N, and reads a file without an ending as JSON.
+    return os.fdopen(os.memfd_create("envoy"), "w+b") if sys.platform == "linux" else tempfile.TemporaryFile()
 
 
 def _workers() -> int:
-    """How many worker threads Envoy gets: one core is the scheduler's.
+    """Return the number of Envoy's worker threads: one core is left to the scheduler.
 
-    With a worker on that core too, both pay for it: 17 % more CPU per request on two cores.
+    A worker on that core too would cost both: 17 % more CPU per request on two cores.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores - 1)

@@ -11,6 +11,9 @@ from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .peers import DoubtfulEnds
 
+EJECTED = "ejected"
+"""Shown in place of "unhealthy" for an instance that is alive, and out only because requests to it failed."""
+
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
@@ -85,9 +88,14 @@ class Endpoint:
             return InstanceState.DRAINING
         if self.healthy is None:
             return InstanceState.STARTING
-        if not self.healthy:
-            return InstanceState.UNHEALTHY
-        return InstanceState.EJECTED if self.breaker.state is BreakerState.OPEN else InstanceState.HEALTHY
+        if self.healthy and self.breaker.state is not BreakerState.OPEN:
+            return InstanceState.HEALTHY
+        return InstanceState.UNHEALTHY
+
+    @property
+    def shown_state(self) -> str:
+        """State for metrics and logs, which also tell who is ``ejected``."""
+        return EJECTED if self.ejected else self.state.value
 
     @property
     def routable(self) -> bool:
@@ -97,7 +105,8 @@ class Endpoint:
     @property
     def ejected(self) -> bool:
         """Whether only its breaker keeps requests away: it is alive, and a last resort."""
-        return self.state is InstanceState.EJECTED and self.address is not None
+        alive = self.healthy is True and not self.draining and self.address is not None
+        return alive and self.breaker.state is BreakerState.OPEN
 
     @property
     def drained(self) -> bool:

@@ -91,14 +91,7 @@ class Registry:
 
         Raises :exc:`DuplicateInstance` if the id, or the address within the role, is taken.
         """
-        if instance.instance_id in self._endpoints:
-            raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
-        for other in self._endpoints.values():
-            if _place(other.instance) == _place(instance):
-                raise DuplicateInstance(
-                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
-                    f"instance {other.id!r}"
-                )
+        self.refuse_double(instance)
         endpoint = Endpoint(
             instance,
             breaker=Breaker(self.policy.breaker),
@@ -108,11 +101,22 @@ class Registry:
             watchers=self._watchers[instance.role],
         )
         if canonical_ip(instance.host) is not None:
-            endpoint.address = join_address(instance.host, instance.port)
+            self._move(endpoint, join_address(instance.host, instance.port))
         self._endpoints[instance.instance_id] = endpoint
         self._untried[instance.role].add(endpoint)
         self._changed()
         return endpoint
+
+    def refuse_double(self, instance: PDInstance) -> None:
+        """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
+        if instance.instance_id in self._endpoints:
+            raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
+        for other in self._endpoints.values():
+            if _place(other.instance) == _place(instance):
+                raise DuplicateInstance(
+                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
+                    f"instance {other.id!r}"
+                )
 
     def remove(self, instance_id: str) -> Endpoint:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
@@ -184,7 +188,7 @@ class Registry:
         endpoint.resolved_at = now
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
-            endpoint.address = address
+            self._move(endpoint, address)
             self._changed()
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
@@ -229,6 +233,15 @@ class Registry:
             self._learn_decode(endpoint, before, snapshot)
         if self.on_scraped is not None:
             self.on_scraped()
+
+    def _move(self, endpoint: Endpoint, address: str) -> None:
+        """Set an endpoint's address. Those at one address are one server, and have one breaker."""
+        endpoint.address = address
+        first = self.at(endpoint.instance.role, address)
+        if first is not None:
+            endpoint.breaker = first.breaker
+        elif any(e.breaker is endpoint.breaker for e in self._endpoints.values() if e is not endpoint):
+            endpoint.breaker = Breaker(self.policy.breaker)
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
@@ -359,10 +372,7 @@ class Registry:
             self._changed()
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
-        """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added.
-
-        Two DNS names can have one address. They are one server, which counts as the first of them.
-        """
+        """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
         return self._by_address[role].get(address)
 
     def started(self, endpoint: Endpoint, started_at: float | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..fleet.endpoint import Endpoint
@@ -19,6 +19,8 @@ class PrefillAnswer:
     body: bytes
     retry_after: float | None = None
     """Seconds for which a full instance asks to be left alone, if it does."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Those by ``KEPT_FROM_PREFILL``, which go to the client with an error of P's."""
 
 
 class PrefillFailed(Exception):
@@ -32,13 +34,24 @@ class PrefillFailed(Exception):
         self.lost = lost
 
 
+class PrefillNotSent(PrefillFailed):
+    """It was not sent, for a reason of our own that says nothing of the instance."""
+
+
+class LocalShortage(PrefillNotSent):
+    """This machine has no file descriptor, port, buffer or memory left: any other instance is no better."""
+
+
 class PrefillLeg(Protocol):
     """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
 
     async def __call__(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
-        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none."""
+        """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none.
+
+        :exc:`PrefillNotSent` and :exc:`LocalShortage`, which are that too, are not the instance's fault.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Mapping
 
@@ -12,9 +13,10 @@ import aiohttp
 from ..config.tls import InstanceTlsConfig
 from ..fleet.endpoint import Endpoint
 from ..instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_most
+from ..instance_http.shortage import is_our_shortage
 from ..request import headers as names
 from ..system.keepalive import keepalive_socket
-from .interfaces import PrefillAnswer, PrefillFailed
+from .interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillNotSent
 
 LINGER_S = 1.0
 """How long a prefill goes on when its client has left. An answer that is not read pins P's blocks for the
@@ -25,7 +27,12 @@ MAX_ANSWER_BYTES = 16 << 20
 _LEAST_ANSWER_BYTES = 1 << 20
 _ANSWER_PER_BODY_BYTE = 8
 """With ``return_token_ids`` P writes each token of the prompt as a number, and one can be a single byte."""
-_CONTENT_TYPE = re.compile(r"[!-~][ -~]{0,199}")
+_PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
+"""A header of P's that can go to the client."""
+_ENVOYS_SHORTAGE = re.compile(
+    rb"reset reason: local connection failure|connect error: Cannot assign requested"
+)
+"""What Envoy answers in an instance's place when it has no file descriptor, or no port, left for it."""
 
 
 class HttpPrefill:
@@ -102,24 +109,34 @@ class HttpPrefill:
                 server_hostname=name,
             ) as response:
                 answer = await read_at_most(response, largest_answer(body))
-                _check_connection(response.headers.get(names.CONNECTION, ""))
+                _check_connection(response.headers.get(names.CONNECTION, ""), answer)
                 retry_after = response.headers.get("retry-after", "")
                 wait = float(retry_after) if retry_after.isdecimal() else None
-                return PrefillAnswer(response.status, _content_type(response), answer, wait)
+                told = {} if response.status == 200 else _for_client(response.headers)
+                return PrefillAnswer(response.status, _content_type(response), answer, wait, told)
         except TimeoutError:
             raise PrefillFailed("timeout") from None
         except (AnswerTooLarge, AnswerEncoded):
             raise PrefillFailed("unreadable") from None
-        except aiohttp.ClientConnectorError:
-            raise PrefillFailed("connect") from None
-        except (aiohttp.ClientError, OSError):
-            # Straight to P it is P's connection. Envoy's own does not break when P's does.
-            raise PrefillFailed("reset", lost=self._listener is None) from None
+        except (aiohttp.ClientError, OSError, MemoryError) as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> PrefillFailed:
+        """Return what became of a request that has no answer."""
+        number = error.errno if isinstance(error, OSError) else None
+        if is_our_shortage(error) or (self._listener is not None and number == errno.EADDRNOTAVAIL):
+            return LocalShortage(errno.errorcode.get(number or errno.ENOMEM, "ENOMEM"))
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return PrefillFailed("connect") if self._listener is None else PrefillNotSent("listener")
+        # Straight to P it is P's connection. Envoy's own does not break when P's does.
+        return PrefillFailed("reset", lost=self._listener is None)
 
 
-def _check_connection(flags: str) -> None:
+def _check_connection(flags: str, answer: bytes) -> None:
     """Raise :exc:`PrefillFailed` if Envoy's flags say that an answer is its own, since P gave none."""
     found = set(flags.split(","))
+    if "UF" in found and _ENVOYS_SHORTAGE.search(answer):
+        raise LocalShortage("envoy")
     if found & {"UF", "UH", "NC", "NR"}:
         raise PrefillFailed("connect")
     if found & {"UC", "UR", "UPE"}:
@@ -137,7 +154,13 @@ def largest_answer(body: bytes) -> int:
 def _content_type(response: aiohttp.ClientResponse) -> str:
     """Return the type of an answer, if it is one that can be passed on."""
     found = response.headers.get("content-type", "")
-    return found if _CONTENT_TYPE.fullmatch(found) else "application/json"
+    return found if _PASSABLE.fullmatch(found) else "application/json"
+
+
+def _for_client(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return what a client needs of an error's headers, where it is text that can be passed on."""
+    given = ((name, headers.get(name, "")) for name in names.KEPT_FROM_PREFILL)
+    return {name: value for name, value in given if _PASSABLE.fullmatch(value)}
 
 
 def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:

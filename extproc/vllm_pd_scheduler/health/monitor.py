@@ -122,7 +122,7 @@ class HealthMonitor:
     # -- the loops
 
     def _follow(self) -> None:
-        """Have exactly one loop for each registered instance."""
+        """Start and end loops so that there is exactly one for each registered instance."""
         for endpoint in [e for e in self._loops if e not in self._registry]:
             self._loops.pop(endpoint).cancel()
         for endpoint in [e for e in self._watched if e not in self._registry]:
@@ -166,10 +166,17 @@ class HealthMonitor:
             if endpoint.address is None:
                 problem = watched.unresolved or f"no answer within {self._timeout:g} s"
                 return f"the name {endpoint.instance.host} cannot be resolved: {problem}"
-        other = self._registry.at(endpoint.instance.role, str(endpoint.address))
-        if other is not endpoint and other is not None:
-            return f"its address {endpoint.address} is that of {other.id}: they are one server"
+        self._tell_of_another(endpoint, watched)
         return None
+
+    def _tell_of_another(self, endpoint: Endpoint, watched: _Watched) -> None:
+        """Say that two instances are one server. Both get requests, so that the operator should know."""
+        first = self._registry.at(endpoint.instance.role, str(endpoint.address))
+        if first is None or first is endpoint:
+            watched.say(endpoint, "address", None)
+        else:
+            same = f"its address {endpoint.address} is that of {first.id}"
+            watched.say(endpoint, "address", f"{same}: they are one server, and what fails counts for both")
 
     async def _resolve(self, endpoint: Endpoint, watched: _Watched) -> None:
         instance = endpoint.instance
@@ -193,6 +200,7 @@ class HealthMonitor:
     def _take_health(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
         problem = answers.health
         if isinstance(problem, OurShortage):
+            self._telemetry.local_error("probe")
             watched.say(
                 endpoint, "shortage", f"{problem}; this says nothing of the instance, which stays as it is"
             )

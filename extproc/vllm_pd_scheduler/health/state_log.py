@@ -6,7 +6,7 @@ import logging
 from typing import NamedTuple
 
 from ..fleet.breaker import BreakerState
-from ..fleet.endpoint import Endpoint
+from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceState
 from ..telemetry.metrics import Telemetry
@@ -16,14 +16,13 @@ log = logging.getLogger(__name__)
 TRIAL = "trial"
 """Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
 
-_BAD = frozenset({InstanceState.UNHEALTHY, InstanceState.EJECTED})
+_BAD = frozenset({InstanceState.UNHEALTHY.value, EJECTED})
 
 
 class _Seen(NamedTuple):
     """What is told of an endpoint when it changes."""
 
-    state: InstanceState
-    trial: bool
+    state: str
     address: str | None
     generation: int
 
@@ -53,19 +52,20 @@ class StateLog:
             log.info("%s is at %s", endpoint.id, now.address)
         elif last.address != now.address:
             log.info("%s is at %s, no longer at %s", endpoint.id, now.address, last.address)
-        if last[:2] == now[:2]:
+        if last.state == now.state:
             return
-        name = TRIAL if now.trial else now.state.value
-        self._telemetry.state_changed(endpoint.id, endpoint.instance.role, name)
+        self._telemetry.state_changed(endpoint.id, endpoint.instance.role, now.state)
+        trial = now.state == TRIAL
         # An ejection that a trial follows at once, since no other can serve, is told by this one line.
-        bad = now.state in _BAD or (now.trial and last.state is not InstanceState.EJECTED)
-        text = f"{endpoint.id} is {'on trial' if now.trial else name}"
-        if bad or now.trial:
-            text += f": {endpoint.reason.removeprefix(f'{name}: ')}"
+        bad = now.state in _BAD or (trial and last.state != EJECTED)
+        text = f"{endpoint.id} is {'on trial' if trial else now.state}"
+        if (bad or trial) and endpoint.reason:
+            text += f": {endpoint.reason.removeprefix(f'{now.state}: ')}"
         log.log(logging.WARNING if bad else logging.INFO, "%s", text)
 
 
 def _seen(endpoint: Endpoint) -> _Seen:
-    state = endpoint.state
-    trial = state is InstanceState.HEALTHY and endpoint.breaker.state is BreakerState.HALF_OPEN
-    return _Seen(state, trial, endpoint.address, endpoint.generation)
+    state = endpoint.shown_state
+    if state == InstanceState.HEALTHY and endpoint.breaker.state is BreakerState.HALF_OPEN:
+        state = TRIAL
+    return _Seen(state, endpoint.address, endpoint.generation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from .regression import OUTLIER, OnlineRegression
+from .regression import MAX_SURPRISE, OnlineRegression
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
 """Prefill before anything was measured: 20 ms, and 10,000 tokens/s, the order of a 70B model on 4 GPUs.
@@ -60,9 +60,9 @@ def prefill_pairs(tokens: float, context: float) -> float:
     return tokens * (context - tokens / 2)
 
 
-def _near(value: float, expected: float) -> float:
-    """Return ``value``, or how far it can be believed beside what was expected."""
-    return min(max(value, expected / OUTLIER), expected * OUTLIER)
+def _bounded(value: float, expected: float, times: float = MAX_SURPRISE) -> float:
+    """Return ``value``, or the nearest to it that is believed where ``expected`` was predicted."""
+    return min(max(value, expected / times), expected * times)
 
 
 class PrefillLoad:
@@ -218,7 +218,7 @@ class DecodeLoad:
 class FleetLoad:
     """What was learned from the whole fleet. A new instance starts from it.
 
-    No sample is believed to be more than ``OUTLIER`` times what was expected, or less than that part of it.
+    A request counts as at most ``MAX_SURPRISE`` times what was predicted of it, and as at least that part.
     """
 
     prefill: OnlineRegression = field(
@@ -245,12 +245,12 @@ class FleetLoad:
         if size > 0 and tokens > 0 and (name in self._prompts or len(self._prompts) < _MAX_MODELS):
             old_size, old_tokens = self._prompts.get(name, (0.0, 0.0))
             keep = 1 - _RECENT
-            believed = _near(tokens, size / self.bytes_per_token(name))
+            believed = _bounded(tokens, size / self.bytes_per_token(name))
             self._prompts[name] = (keep * old_size + size, keep * old_tokens + believed)
 
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""
-        self.transfer += _RECENT * (_near(seconds, max(self.transfer, _LEAST_TRANSFER)) - self.transfer)
+        self.transfer += _RECENT * (_bounded(seconds, max(self.transfer, _LEAST_TRANSFER)) - self.transfer)
 
     def learn_output(self, tokens: float, requests: float) -> None:
         """Learn from the tokens that were generated and the requests that ended between two scrapes.
@@ -259,10 +259,12 @@ class FleetLoad:
         over many scrapes, not of one scrape's values.
         """
         generated, ended = self._answers[0] + tokens, self._answers[1] + requests
+        count = min(requests, 100.0)
         if requests > 0:
-            self.output_tokens = _near(generated / ended, self.output_tokens)
+            times = MAX_SURPRISE * max(1.0, count)
+            self.output_tokens = _bounded(generated / ended, self.output_tokens, times)
             generated = self.output_tokens * ended
-        keep = (1 - _RECENT) ** min(requests, 100.0)
+        keep = (1 - _RECENT) ** count
         self._answers = keep * generated, keep * ended
 
     def bytes_per_token_by_model(self) -> dict[str, float]:

@@ -6,33 +6,43 @@ import math
 from collections.abc import Sequence
 
 _PRIOR_WEIGHT = 0.01
-"""Weight of the prior against one sample whose features are 1."""
-OUTLIER = 5.0
-"""A sample counts as at most so many times what was expected, and at least as that part of it: one hang must
-not teach a slow instance. Nor does a sample weigh more than so many usual ones."""
+"""Weight of the prior against one sample whose features are 1.
+
+A choice: small enough that a few samples override it, large enough that it decides where they say nothing,
+and that the equations always have one solution.
+"""
+MAX_SURPRISE = 5.0
+"""A sample counts as at most so many times its prediction, and as at least that part of it (a choice).
+
+So one hang does not count as slowness. An instance that has really become slower is still learned, in
+several steps. A sample also weighs no more than so many usual ones.
+"""
+_MIN_PREDICTION = 1e-3
+"""What counts as predicted at least, in place of the 0 of zero coefficients, so that they can grow again."""
 _WILD = 25.0
-"""A sample that is off by so many times does not count at all, unless more than ``_WILD_IN_A_ROW`` are."""
-_WILD_IN_A_ROW = 3
-_LEAST_EXPECTED = 1e-3
-"""What zero coefficients expect, so that a model can leave zero again."""
+"""A sample that is off by so many times is not believed at all, unless others before it were too."""
+_MAX_WILD = 3
+"""Wild samples in a row that are not believed (a choice): a lie comes once, a change stays."""
 _RECENT = 0.1
 """Weight of the newest sample in the mean of what samples weigh."""
-_LEAST_USUAL = 1e-3
-"""What a usual sample weighs at least, so that samples of nothing do not end all learning."""
-_SETTLED = 32
+_MIN_WEIGHT = 1e-3
+"""What a usual sample weighs at least, so that samples of no work do not end all learning."""
+_SOLVE_EACH_UNTIL = 32
+"""Up to so many samples the coefficients are computed anew for each one."""
 _SOLVE_EVERY = 8
-"""Solving takes 20 us, more than all the rest: once there are some samples, one more changes little."""
+"""Later only at each eighth: solving takes 20 µs, more than all the rest, and one sample changes little."""
 
 
 class OnlineRegression:
     """Weighted least squares for ``y = Σ coefficient * x``, with no coefficient below zero.
 
-    Every sample makes those before it count ``forget`` times as much, so that the model follows a change
-    within some ``1 / (1 - forget)`` samples. ``scale`` brings each feature to about 1. What the samples
-    leave open is near ``prior`` (ridge regression towards it).
-
-    No sample is believed further than ``OUTLIER`` and ``_WILD`` say, so that nonsense is forgotten as fast
-    as anything else is learned.
+    - Each sample multiplies the weight of all earlier ones by ``forget``, so that about the last
+      ``1 / (1 - forget)`` samples count.
+    - ``scale`` has a typical value of each feature; the features are divided by it, so that the prior weighs
+      on all coefficients alike.
+    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open.
+    - No sample is believed further than ``MAX_SURPRISE`` and ``_WILD`` say, so that nonsense is forgotten as
+      fast as anything else is learned.
     """
 
     __slots__ = ("_forget", "_moments", "_normal", "_scale", "_usual", "_wild", "coefficients", "samples")
@@ -46,33 +56,32 @@ class OnlineRegression:
         # The normal equations of least squares, of scaled features: _normal = Σ w·x·xᵀ, _moments = Σ w·x·y.
         self._normal = [[0.0] * size for _ in range(size)]
         self._moments = [0.0] * size
-        self._usual = 1.0
-        """What a sample weighs, on average over recent ones: see ``learn``."""
-        self._wild = 0
-        """How many of the last samples in a row were off by ``_WILD`` or more."""
+        self._usual = 1.0  # the mean of w·xᵀx over recent samples
+        self._wild = 0  # how many of the last samples in a row were wild
 
     def predict(self, x: Sequence[float]) -> float:
         """Return the predicted ``y`` of the features ``x``."""
         return sum(c * value for c, value in zip(self.coefficients, x, strict=True))
 
     def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
-        """Take a sample; ``prior`` is what to believe where the samples say nothing.
+        """Learn from a sample; ``prior`` has the coefficients to prefer where samples say nothing.
 
         What is no number, or beyond all numbers when put together, is no sample.
         """
         expected = self.predict(x)
         scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
-        total, square = sum(scaled), sum(value * value for value in scaled)
+        square = sum(value * value for value in scaled)
         if not (math.isfinite(expected) and math.isfinite(square) and math.isfinite(y)):
             return
         self.samples += 1
-        upper = max(expected, _LEAST_EXPECTED)
+        upper = max(expected, _MIN_PREDICTION)
         self._wild = 0 if expected <= _WILD * y and y <= _WILD * upper else self._wild + 1
-        if 0 < self._wild <= _WILD_IN_A_ROW:
+        if 0 < self._wild <= _MAX_WILD:
             return
-        y = min(max(y, expected / OUTLIER), OUTLIER * upper)
-        weight = 1.0 / (1.0 + total)  # errors grow with the work; else the big ones would decide alone
-        most = OUTLIER * max(self._usual, _LEAST_USUAL)
+        y = min(max(y, expected / MAX_SURPRISE), MAX_SURPRISE * upper)
+        # Errors grow with the work, so a large prefill would otherwise outweigh many small ones.
+        weight = 1.0 / (1.0 + sum(scaled))
+        most = MAX_SURPRISE * max(self._usual, _MIN_WEIGHT)
         if weight * square > most:
             weight = most / square
         self._usual += _RECENT * (weight * square - self._usual)
@@ -80,7 +89,7 @@ class OnlineRegression:
             for j, xj in enumerate(scaled):
                 row[j] = row[j] * self._forget + weight * xi * xj
             self._moments[i] = self._moments[i] * self._forget + weight * xi * y
-        if self.samples <= _SETTLED or self.samples % _SOLVE_EVERY == 0:
+        if self.samples <= _SOLVE_EACH_UNTIL or self.samples % _SOLVE_EVERY == 0:
             self.coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:

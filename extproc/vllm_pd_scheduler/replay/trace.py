@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,11 @@ import msgspec
 
 BLOCK_TOKENS = 512
 """Tokens that one of Mooncake's ``hash_ids`` stands for."""
+
+_MAX_DAYS = 366
+"""The fleet is scraped every few seconds of virtual time, whether requests come or not."""
+
+_NUMBER = (1 << 60) - 1  # the largest that a block may have
 
 
 class TraceError(Exception):
@@ -75,7 +81,9 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     if not requests:
         raise TraceError(f"{path}: there are no requests in it")
-    start = requests[0].arrival
+    start, days = requests[0].arrival, (requests[-1].arrival - requests[0].arrival) / 86_400
+    if days > _MAX_DAYS:
+        raise TraceError(f"{path}: it spans {days:.4g} days, more than {_MAX_DAYS}: what unit has its time?")
     return Trace([replace(each, arrival=each.arrival - start) for each in requests])
 
 
@@ -155,8 +163,17 @@ def _mooncake(text: bytes) -> TraceRequest:
         line.timestamp / 1000,
         max(1, line.input_length),
         max(1, line.output_length),
-        tuple(line.hash_ids[:full]),
+        _prefixes(line.hash_ids[:full]),
     )
+
+
+def _prefixes(hash_ids: list[int]) -> tuple[int, ...]:
+    """Return a number for each block that names the whole prompt up to its end, as vLLM's hashes do.
+
+    Mooncake's ids do that themselves. The ids of other traces may name a block by its own content: one can
+    come twice in a prompt, and behind different beginnings.
+    """
+    return tuple(accumulate(hash_ids, lambda prefix, block: hash((prefix, block)) & _NUMBER, initial=0))[1:]
 
 
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

@@ -94,5 +94,5 @@ def _settings(parts: list[str]) -> dict[str, Any]:
 def _config(settings: dict[str, Any]) -> SchedulerConfig:
     # A configuration needs an instance of each role; the run makes its own.
     prefill = {"id": "one", "host": "127.0.0.1", "port": 1}
-    decode = {**prefill, "id": "two"}
+    decode = {"id": "other", "host": "127.0.0.1", "port": 2}
     return parse_config({"prefill_instances": [prefill], "decode_instances": [decode], **settings})

@@ -233,8 +233,9 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     if body[start : start + 1] not in (b"[", b"{"):
         yield from refuse_name(body)
         return body
-    clean = yield from _without_key(body)
+    clean = body
     try:
+        clean = yield from _without_key(body)
         yield from JsonText(clean).skip(start)
     except TooDeep:
         raise BodyError(_TOO_DEEP) from None

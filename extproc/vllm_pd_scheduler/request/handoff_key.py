@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 from .errors import BodyError
-from .json_text import STEP_BYTES, JsonText, Malformed, Steps, TooDeep
+from .json_text import STEP_BYTES, JsonText, Malformed, Steps
 
 HANDOFF_KEY: Final = "kv_transfer_params"
 
@@ -45,7 +45,8 @@ def refuse_name(body: bytes) -> Steps[None]:
 def without_key(body: bytes) -> Steps[bytes]:
     """Return JSON text without the key and its values; the same object if it has none.
 
-    Raises :exc:`.errors.BodyError` for text that is no JSON where the key stands, or has it too often.
+    Raises :exc:`.errors.BodyError` for text that is no JSON where the key stands, or has it too often, and
+    :exc:`.json_text.TooDeep`.
     """
     kept: list[tuple[int, int]] = []
     text = JsonText(body)
@@ -66,7 +67,7 @@ def without_key(body: bytes) -> Steps[bytes]:
             else:
                 _drop_comma(body, kept)
             begin = at
-    except (Malformed, TooDeep):
+    except Malformed:
         raise BodyError(_REFUSAL) from None
     if not cuts:
         return body

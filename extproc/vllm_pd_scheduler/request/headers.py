@@ -56,5 +56,22 @@ ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO)
 STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
-FORWARDED_TO_PREFILL: Final = ("x-request-id", "traceparent", "tracestate", "authorization", "content-type")
+FORWARDED_TO_PREFILL: Final = (
+    "x-request-id",
+    "traceparent",
+    "tracestate",
+    "authorization",
+    "content-type",
+    "origin",
+)
 """Headers of the client's request that the prefill leg keeps."""
+
+KEPT_FROM_PREFILL: Final = (
+    "retry-after",
+    "www-authenticate",
+    "access-control-allow-origin",
+    "access-control-allow-credentials",
+    "access-control-expose-headers",
+    "vary",
+)
+"""Headers of P's answer that the client gets with it when it is an error, beside its content type."""

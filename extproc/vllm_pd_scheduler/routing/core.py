@@ -16,6 +16,7 @@ from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
+from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
@@ -27,9 +28,6 @@ from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
-
-SPLIT_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
 
 
 class RoutingCore:
@@ -56,6 +54,7 @@ class RoutingCore:
         self._admission = admission
         self._clock = clock
         self._reader = RequestReader(config, self.registry.load)
+        self._public = PublicPaths(config.public_paths)
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
@@ -75,7 +74,10 @@ class RoutingCore:
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
+                del body  # it is another one if a hand-off was cut out of it
                 outcome = await self._split(path, headers, parsed)
+            elif path not in self._public:
+                outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
                 clean = await self._turns.take(strip_handoff(body))
                 context = self._reader.passed(path, headers, len(body), self._clock())
@@ -122,7 +124,7 @@ class RoutingCore:
     def _without_handoff(
         self, context: RequestContext, body: bytes | None, limit: float | None, why: WithoutHandoff
     ) -> Forward | Reject:
-        """Have decode prefill a request that P has failed or refused."""
+        """Send a request to decode, which prefills it too: P has failed or refused it."""
         if not self._local.take(why.failed):
             return no_prefill()
         forward = self._to_decode(context, body, Served.LOCAL, limit)
@@ -159,7 +161,7 @@ class RoutingCore:
         limit: float | None,
         preferred: Endpoint | None = None,
     ) -> Forward | Reject:
-        """Have decode serve a request alone, when it has room."""
+        """Send a request to decode alone, as soon as there is room."""
         ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
         outcome = await self._admission.admit(ticket)
         if isinstance(outcome, Reject):

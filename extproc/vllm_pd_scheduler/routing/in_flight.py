@@ -199,7 +199,7 @@ class RequestsInFlight:
         return Retry.SLOW if slow else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
-        """Take back a forward that will not be sent: the client left before Envoy could."""
+        """Forget a forward that will not be sent: the client left before Envoy could."""
         forward.answering = None
         forward.release()
         if forward.pending is not None:

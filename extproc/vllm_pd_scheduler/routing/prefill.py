@@ -11,7 +11,7 @@ from ..admission.queue import Ticket
 from ..config import SchedulerConfig
 from ..connectors import Connector, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
-from ..handoff.interfaces import PrefillAnswer, PrefillFailed, PrefillLeg
+from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request.body import JsonBody
@@ -141,6 +141,13 @@ class PrefillStage:
                 answer = await leg(endpoint, context.path, headers, body)
             if answer.status == 200:
                 return self._handed_over(reservation, context, answer, tried)
+        except LocalShortage as error:
+            self._telemetry.local_error(str(error))
+            return reject(503, "The scheduler's machine is short of resources.", "local_resources")
+        except PrefillNotSent as error:
+            self._telemetry.local_error(str(error))
+            tried.only_full = False
+            return None
         except PrefillFailed as error:
             self._failed(endpoint, str(error), tried)
             return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
@@ -187,7 +194,7 @@ class PrefillStage:
             # P was asked for one token, not streamed: only D sees the request as the client wrote it.
             return WithoutHandoff(False, endpoint, answer.status)
         agreed = tried.refusal is not None and tried.refusal.status == answer.status
-        kept = {"content-type": answer.content_type}
+        kept = {**answer.headers, "content-type": answer.content_type}
         tried.refusal = Reject(answer.status, answer.body, kept, "prefill_4xx")
         return tried.refusal if agreed else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 
@@ -74,13 +74,30 @@ class Scheduler:
 
     def use_each(self, names: Mapping[InstanceRole, str]) -> None:
         """Change the strategies of several roles, or none if one name cannot be used; raise as ``use``."""
-        made = {role: make_strategy(name, self.config) for role, name in names.items()}
-        for role, strategy in made.items():
-            self._set(strategy, role, names[role])
+        self.prepare(names)()
 
     def use_shadow(self, name: str | None) -> None:
         """Start a new comparison with a shadow strategy, or end it with ``None``; raise as ``use``."""
-        self.shadow = None if name is None else Shadow(name, self.config)
+        self.prepare_shadow(name)()
+
+    def prepare(self, names: Mapping[InstanceRole, str]) -> Callable[[], None]:
+        """Make the strategies for :meth:`use_each`; return what puts them in use. Raise as ``use``."""
+        made = {role: make_strategy(name, self.config) for role, name in names.items()}
+
+        def put() -> None:
+            for role, strategy in made.items():
+                self._set(strategy, role, names[role])
+
+        return put
+
+    def prepare_shadow(self, name: str | None) -> Callable[[], None]:
+        """Make the strategy for :meth:`use_shadow`; return what puts it in use. Raise as ``use``."""
+        shadow = None if name is None else Shadow(name, self.config)
+
+        def put() -> None:
+            self.shadow = shadow
+
+        return put
 
     def install(self, strategy: type[Strategy], role: InstanceRole, name: str) -> None:
         """Use a strategy class that cannot be loaded by name; ``name`` is only shown."""

@@ -1,4 +1,4 @@
-"""The scheduler as a service: gRPC (ext_proc, EDS, health), admin HTTP and the health loops."""
+"""One scheduler with all its parts: the gRPC server for Envoy, the admin interface and the health checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import grpc
 
 from ..admin import AdminServer
-from ..admin.saved_changes import AdminChanges
+from ..admin.changes import AdminChanges
 from ..config import SchedulerConfig, TlsConfig, is_loopback
 from ..envoy.access_log import AttemptLog
 from ..envoy.eds import EndpointDiscovery
@@ -24,27 +24,36 @@ from ..health import HealthMonitor
 from ..models import join_address
 from ..router import PDRouter
 from ..system.allocator import return_large_blocks
+from ..system.open_files import raise_open_files_limit
+from ..system.output import StandardStreams
+from .watchdog import LoopWatchdog
 
 log = logging.getLogger(__name__)
 
-LAST_CALL = 0.5
-"""Share of a drain after which requests that wait are refused: served later, their answers would be cut."""
+REFUSE_AFTER = 0.5
+"""Share of ``drain_timeout`` after which requests in the queue are refused.
+
+Served later than that, their answers would be cut at the end of the drain.
+"""
 
 
 class StartupError(Exception):
-    """The service cannot start; the message says why and what to do."""
+    """The scheduler cannot start; the message says why and what to do."""
 
 
 class App:
-    """Startup, serving, drain and shutdown of one scheduler process.
+    """A scheduler that starts, serves, drains and stops.
 
-    ``async with App(config) as app:`` serves; leaving the block shuts down at once. ``drain`` is the
-    polite part before that.
+    ``async with App(config) as app:`` starts it and serves. The end of the block stops it at once; call
+    ``drain`` before that to let running requests end. Lines of output that ``streams`` drop are counted in
+    its metrics.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, streams: StandardStreams | None = None) -> None:
         self.config = config
         self.router = PDRouter(config)
+        if streams is not None:
+            streams.count_dropped(self.router.telemetry.log_lines_dropped)
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
@@ -62,9 +71,10 @@ class App:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        """Bring the parts up in the order in which they need each other; readiness comes last."""
+        """Start the parts, each after those that it needs. Envoy finds the scheduler ready at the end."""
         config, router = self.config, self.router
         return_large_blocks()
+        raise_open_files_limit()
         self.changes.restore()
         session = await self._stack.enter_async_context(open_session(config.instance_tls))
         releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
@@ -80,7 +90,7 @@ class App:
         await self._start_admin()
         await self._start_grpc()
         gc.collect()
-        gc.freeze()  # what start-up made stays: the collector need not look at it again (4 % of CPU)
+        gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
         log.info(
             "serving ext_proc and EDS on %s, admin on %s",
             config.grpc_socket or join_address(config.grpc_host, config.grpc_port),
@@ -124,25 +134,33 @@ class App:
             )
         await server.start()
         self._stack.push_async_callback(server.stop, None)
+        watchdog = LoopWatchdog(
+            config.grpc_socket or config.grpc_port, self.router.telemetry.event_loop_stalled
+        )
+        watchdog.start()
+        self._stack.callback(watchdog.stop)
 
     async def drain(self) -> bool:
-        """Report not ready, then wait until every response has ended; ``False`` if time ran out."""
+        """Report not ready and wait until every answer has ended.
+
+        Return ``False`` if some have not after ``drain_timeout``.
+        """
         self.draining = True
         timeout = self.config.drain_timeout
-        last_call = asyncio.get_running_loop().call_later(LAST_CALL * timeout, self.router.dispatcher.close)
+        refuse = asyncio.get_running_loop().call_later(REFUSE_AFTER * timeout, self.router.dispatcher.close)
         try:
             await asyncio.wait_for(self.ext_proc.idle(), timeout)
         except TimeoutError:
-            left = self.ext_proc.open_streams
-            log.warning("%d requests still run after drain_timeout (%g s)", left, timeout)
+            running = self.ext_proc.open_streams
+            log.warning("%d requests still run after drain_timeout (%g s)", running, timeout)
             return False
         finally:
-            last_call.cancel()
+            refuse.cancel()
         return True
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """Return what a gRPC server needs for TLS; raises :exc:`ValueError` naming a bad file."""
+    """Return what a gRPC server needs for TLS. Raise :exc:`ValueError` that names a file it cannot use."""
     tls.context()  # checks the files, with better messages than gRPC's
-    cert, key, clients = tls.read()
-    return grpc.ssl_server_credentials([(key, cert)], clients, require_client_auth=clients is not None)
+    cert, key, client_ca = tls.read()
+    return grpc.ssl_server_credentials([(key, cert)], client_ca, require_client_auth=client_ca is not None)

@@ -1,4 +1,4 @@
-"""``sim`` and ``demo``: the simulated fleet, alone or with all that stands in front of it."""
+"""The demonstration: a simulated fleet, alone (``sim``) or behind the scheduler and Envoy (``demo``)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _BODY = {
 
 
 class Demo(Fleet):
-    """A simulated fleet on unused ports, and what to print when everything in front of it runs."""
+    """A simulated fleet on unused ports, and what to print once everything in front of it runs."""
 
     def show(self, config: SchedulerConfig, ports: EnvoyPorts) -> Started:
-        """Return what sends one streamed request through Envoy and prints the answer and addresses."""
+        """Return what sends a streamed request through Envoy, and prints its answer and the addresses."""
 
         async def started() -> None:
             console = Console(highlight=False, soft_wrap=True)
@@ -49,6 +49,7 @@ class Demo(Fleet):
 
 
 async def _show_answer(console: Console, url: str) -> None:
+    """Send the request and print its answer as it comes, who served it, and the time to first token."""
     console.print(f"\n[bold]POST {url}[/bold]  {_BODY['messages'][0]['content']!r}\n")  # type: ignore[index]
     start, first = time.monotonic(), 0.0
     async with aiohttp.ClientSession() as session, session.post(url, json=_BODY) as response:
@@ -72,12 +73,14 @@ async def _show_answer(console: Console, url: str) -> None:
 def run_sim(prefill: int, decode: int, base_port: int) -> int:
     """Run a simulated fleet until SIGTERM or Ctrl-C; return the exit status."""
     console = Console(highlight=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the same as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))
             console.print("Ctrl-C ends them.")
-            signal.pause()
+            while True:
+                time.sleep(1.0)  # signal.pause() would not see a signal that came just before it
     except KeyboardInterrupt:
         return 0
     except (FleetError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Running the scheduler as a process: alone (``serve``) or with an Envoy of its own (``up``)."""
+"""Runs the scheduler until a signal comes: alone (``serve``) or with an Envoy of its own (``up``)."""
 
 from __future__ import annotations
 
@@ -10,67 +10,87 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts, EnvoyProcess
+from ..config.listeners import clashes, listeners_of
+from ..envoy.process import EnvoyPorts, EnvoyProcess, render_config
+from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
 
 log = logging.getLogger(__name__)
 
 Started = Callable[[], Awaitable[None]]
+"""Called when requests can come."""
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as something to wait for: the first asks for a drain, the second ends it."""
+    """Waits for the signals that end the process.
+
+    The first SIGTERM, SIGINT (Ctrl-C) or SIGHUP asks for a drain. A SIGTERM or SIGINT after that ends the
+    drain. SIGHUP never does: a terminal that is closed sends it more than once.
+    """
 
     def __init__(self) -> None:
-        self._first = asyncio.Event()
-        self._second = asyncio.Event()
+        self._drain = asyncio.Event()
+        self._end = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._received)
+            loop.add_signal_handler(number, self._receive)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+            loop.add_signal_handler(signal.SIGHUP, self._drain.set)
 
-    def _received(self) -> None:
-        (self._second if self._first.is_set() else self._first).set()
+    def _receive(self) -> None:
+        if self._drain.is_set():
+            self._end.set()
+        else:
+            self._drain.set()
 
-    async def asked(self) -> None:
-        """Wait for the first signal."""
-        await self._first.wait()
+    async def wait(self) -> None:
+        """Wait until a drain is asked for."""
+        await self._drain.wait()
 
-    async def unless_again(self, draining: Awaitable[object]) -> None:
-        """Wait for ``draining`` to end, but no longer than until another signal."""
-        work: asyncio.Future[object] = asyncio.ensure_future(draining)
-        again: asyncio.Future[object] = asyncio.ensure_future(self._second.wait())
-        _, pending = await asyncio.wait({work, again}, return_when=asyncio.FIRST_COMPLETED)
+    async def run_drain(self, drain: Awaitable[object]) -> None:
+        """Run a drain until it is done or a signal ends it."""
+        draining: asyncio.Future[object] = asyncio.ensure_future(drain)
+        end: asyncio.Future[object] = asyncio.ensure_future(self._end.wait())
+        _, pending = await asyncio.wait({draining, end}, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
 
 
-async def serve(config: SchedulerConfig) -> int:
+async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
     """Serve until a signal comes, drain, and return the exit status.
 
-    Raises :exc:`~vllm_pd_scheduler.service.app.StartupError`.
+    Raise :exc:`~vllm_pd_scheduler.service.app.StartupError`.
     """
     signals = Signals()
-    async with App(config) as app:
-        await signals.asked()
+    async with App(config, streams) as app:
+        await signals.wait()
         log.info("draining: %d requests in flight", app.ext_proc.open_streams)
-        await signals.unless_again(app.drain())
+        await signals.run_drain(app.drain())
     return 0
 
 
 async def up(
-    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, *, access_log: bool = True
+    config: SchedulerConfig,
+    ports: EnvoyPorts,
+    log_level: str,
+    started: Started,
+    streams: StandardStreams,
+    *,
+    access_log: bool = True,
 ) -> int:
-    """Serve with an Envoy of our own until a signal comes; if Envoy ends before that, the status is 1.
+    """Serve with an Envoy of our own until a signal comes, drain, and return the exit status.
 
-    ``started`` is called when requests can come. The two speak over a socket that only this user can open,
-    unless the configuration names another, or a port.
+    The status is 1 if Envoy ends first. Envoy's output goes through ``streams``, its access log only if
+    ``access_log`` is true. The two speak over a socket that only this user can open, unless the configuration
+    names another socket, or a port.
 
-    Raises :exc:`~vllm_pd_scheduler.service.app.StartupError` or
+    Raise :exc:`~vllm_pd_scheduler.service.app.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
+    ports.require_free()
     with contextlib.ExitStack() as stack:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
             try:
@@ -82,25 +102,41 @@ async def up(
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
         ports = replace(ports, grpc_socket=config.grpc_socket)
-        return await _up(config, ports, log_level, started, access_log)
+        _require_distinct(config, ports)
+        return await _up(config, ports, log_level, started, streams, access_log)
 
 
 async def _up(
-    config: SchedulerConfig, ports: EnvoyPorts, log_level: str, started: Started, access_log: bool
+    config: SchedulerConfig,
+    ports: EnvoyPorts,
+    log_level: str,
+    started: Started,
+    streams: StandardStreams,
+    access_log: bool,
 ) -> int:
     signals = Signals()
-    process = EnvoyProcess(ports, log_level, access_log, config.instance_tls, config.stream_idle_timeout)
-    async with App(config) as app, process as envoy:
+    rendered = render_config(
+        ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
+    )
+    process = EnvoyProcess(ports, rendered, log_level=log_level, access_log=access_log, streams=streams)
+    async with App(config, streams) as app, process as envoy:
         await started()
-        asked: asyncio.Future[object] = asyncio.ensure_future(signals.asked())
-        ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
-        await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
+        signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
+        envoy_ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
+        await asyncio.wait({signal_came, envoy_ended}, return_when=asyncio.FIRST_COMPLETED)
+        envoy_ended.cancel()
         if envoy.exited.done():
-            asked.cancel()
+            signal_came.cancel()
             log.error("Envoy ended with status %d: ending too", envoy.exited.result())
             return 1
         log.info("draining: %d requests in flight", app.ext_proc.open_streams)
         await envoy.drain()
-        await signals.unless_again(app.drain())
+        await signals.run_drain(app.drain())
     return 0
+
+
+def _require_distinct(config: SchedulerConfig, ports: EnvoyPorts) -> None:
+    """Raise :exc:`StartupError` if two listeners have one port, or an instance is one of them."""
+    listeners = [each for each in listeners_of(config) if each[0] != "prefill_listener"]
+    for problem in clashes([*listeners, *ports.listeners()], config.listed()):
+        raise StartupError(problem)

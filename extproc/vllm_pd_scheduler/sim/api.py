@@ -5,7 +5,6 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -30,6 +29,7 @@ from .protocol import (
     read_body,
     split_inputs,
 )
+from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
 
@@ -48,8 +48,6 @@ HALF = "half"
 MUTE = "mute"
 """Key of the request object: after how many tokens of a stream the fault sends nothing more."""
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 class Api:
     """Routes and handlers. ``port`` is the port that hand-offs name; set it when it is known."""
@@ -61,13 +59,14 @@ class Api:
         self._metrics = metrics
         self._journal = Journal()
         self._fault = Fault()
+        self._cors = Cors(options.allowed_origins)
         self._active_requests = 0
         self._started = int(time.time())
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
-        app.on_response_prepare.append(_echo_request_id)
+        app.on_response_prepare.extend((_echo_request_id, self._cors.mark))
         get = {
             "/health": self._health,
             "/ping": self._health,
@@ -75,6 +74,7 @@ class Api:
             "/load": self._server_load,
             "/metrics": self._scrape,
             "/v1/models": self._models,
+            "/v1/realtime": self._realtime,
             "/_sim/requests": self._requests,
             "/_sim/stats": self._stats,
         }
@@ -88,17 +88,18 @@ class Api:
             FETCH_PATH: self._fetch,
             RELEASE_PATH: self._release,
         }
-        app.add_routes([web.get(path, handler, allow_head=False) for path, handler in get.items()])
-        app.add_routes([web.post(path, handler) for path, handler in post.items()])
+        handlers = {("GET", path): handler for path, handler in get.items()}
+        handlers |= {("POST", path): handler for path, handler in post.items()}
+        app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
         return app
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Run a handler, with the journal before it and errors turned into vLLM's answers after it."""
-        if request.path.startswith("/_sim/") or (
-            request.path in UNRECORDED_PATHS and request.path not in self._fault.paths
-        ):
+        if request.path.startswith("/_sim/"):
             return await handler(request)
+        if _is_a_probe(request) and request.path not in self._fault.paths:
+            return await self._handle(request, handler)
         entry = request[ENTRY] = self._journal.record(request)
         try:
             data = await request.read()
@@ -114,6 +115,8 @@ class Api:
 
     async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Run a handler unless the API key is wrong or a fault answers in its place."""
+        if (preflight := self._cors.preflight(request)) is not None:
+            return preflight
         key = self._options.api_key
         if key and request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
@@ -285,6 +288,17 @@ class Api:
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(model_list(self._options.model, self._options.max_model_len, self._started))
 
+    async def _realtime(self, request: web.Request) -> web.StreamResponse:
+        """A WebSocket that says hello and gives back what it gets."""
+        socket = web.WebSocketResponse()
+        if not socket.can_prepare(request):
+            raise web.HTTPNotFound
+        await socket.prepare(request)
+        await socket.send_json({"type": "session.created"})
+        async for message in socket:
+            await socket.send_str(message.data)
+        return socket
+
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = read_body(await request.read(), request.content_type, TokenizeBody)
         self._model(body.model)
@@ -343,6 +357,12 @@ class Api:
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")
+
+
+def _is_a_probe(request: web.BaseRequest) -> bool:
+    """Whether nobody's request but a scheduler's question: Envoy gives an id to each that a client sends."""
+    of_nobody = "X-Request-Id" not in request.headers
+    return request.path in UNRECORDED_PATHS or (request.path == "/v1/models" and of_nobody)
 
 
 async def _read_call(request: web.Request) -> FetchCall:

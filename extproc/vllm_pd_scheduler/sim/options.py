@@ -1,6 +1,7 @@
 """The options of a simulated server, and how they are read from a command line."""
 
 import argparse
+import json
 import socket
 import ssl
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ class Options:
     model: str = "sim-model"
     max_model_len: int = DEFAULT_MAX_MODEL_LEN
     api_key: str | None = None
+    allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
     kv_connector: bool = True
     recompute: bool = False
@@ -79,6 +81,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         help=f"context in tokens (default: {DEFAULT_MAX_MODEL_LEN}, or what fits)",
     )
     add("--api-key", help="ask for it on /v1/*")
+    add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=("nixl", "none"), default="nixl")
     add(
@@ -125,6 +128,7 @@ def _options(given: argparse.Namespace) -> Options:
         model=given.model,
         max_model_len=min(DEFAULT_MAX_MODEL_LEN, profile.capacity) if length is None else length,
         api_key=given.api_key,
+        allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
         kv_connector=given.kv_connector == "nixl",
         recompute=given.load_fail_policy == "recompute",

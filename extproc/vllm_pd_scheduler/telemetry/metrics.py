@@ -111,6 +111,22 @@ class Telemetry:
             ["instance"],
             registry=self.prometheus,
         )
+        self._local_errors = Counter(
+            "pd_local_errors",
+            "Requests to instances that could not be sent for a reason of this machine's own.",
+            ["kind"],
+            registry=self.prometheus,
+        )
+        self._log_lines_dropped = Counter(
+            "pd_log_lines_dropped",
+            "Lines of output that were dropped, since nobody read what the process prints.",
+            registry=self.prometheus,
+        )
+        self._event_loop_stalls = Counter(
+            "pd_event_loop_stalls",
+            "Times that the event loop stood still, and requests went on without the scheduler.",
+            registry=self.prometheus,
+        )
 
         self._state_changes = Counter(
             "pd_instance_state_changes",
@@ -188,6 +204,18 @@ class Telemetry:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
 
+    def local_error(self, kind: str) -> None:
+        """Count a request that could not be sent for a reason of our own."""
+        self._local_errors.labels(kind).inc()
+
+    def log_lines_dropped(self, lines: int) -> None:
+        """Count lines of output that were dropped."""
+        self._log_lines_dropped.inc(lines)
+
+    def event_loop_stalled(self) -> None:
+        """Count that the event loop stood still for so long that requests went on without it."""
+        self._event_loop_stalls.inc()
+
     def expose(self) -> bytes:
-        """Return the Prometheus text page."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.prometheus)

@@ -1,9 +1,11 @@
 """Envoy's messages: what is read of them, and what is written."""
 
 import json
+import sys
 import unittest
 
 import grpc
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.support import ext_proc as fleet
@@ -32,6 +34,24 @@ class DecodeTest(unittest.TestCase):
         self.assertEqual(
             message.headers, {":path": "/v1/é", "x-bad": "\ufffd", "empty": "", "old": "as text"}
         )
+
+    def test_headers_take_no_more_memory_than_their_bytes(self) -> None:
+        request = pb.ProcessingRequest()
+        values = ["\U0001f600" + "x" * size for size in (10, 200, 300, 60_000)]
+        for number, value in enumerate(values):
+            request.request_headers.headers.headers.add(key=f"x{number}", raw_value=value.encode())
+        headers = decode(request.SerializeToString()).headers or {}
+        self.assertEqual([headers["x0"], headers["x1"]], values[:2])
+        self.assertEqual([len(headers["x2"]), len(headers["x3"])], [304, 60_004])
+        self.assertLess(sum(map(sys.getsizeof, headers.values())), 65_000)
+
+    def test_headers_that_no_body_will_follow(self) -> None:
+        for mode, last in ((ProcessingMode.NONE, True), (ProcessingMode.BUFFERED, False)):
+            request = pb.ProcessingRequest()
+            request.request_headers.SetInParent()
+            self.assertFalse(decode(request.SerializeToString()).end_of_stream)
+            request.protocol_config.request_body_mode = mode
+            self.assertIs(decode(request.SerializeToString()).end_of_stream, last)
 
     def test_request_body(self) -> None:
         request = pb.ProcessingRequest()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...request.errors import Reject
 from ...routing.forward import Forward
 from ..limits import MAX_MESSAGE_BYTES, check_size, parse
-from .body_size import body_size
 from .stream import Continue, Message, Phase, Reply, StreamError
-from .wire import find, prefix
+from .wire import body_size, find, prefix
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
@@ -25,6 +25,9 @@ DETAILS_PREFIX = "pd_"
 
 LARGE_BYTES = 1 << 16
 """A larger message is not copied into protobuf's memory as a whole, and then its body from there."""
+
+LONG_VALUE_BYTES = 256
+"""A header's value that is longer takes no more memory than its bytes, whatever its letters are."""
 
 _PHASES = {phase.name.lower(): phase for phase in Phase}
 _RESPONSES = pb.ProcessingResponse.DESCRIPTOR.fields_by_name
@@ -55,15 +58,32 @@ def decode(data: bytes) -> Message:
     kind = request.WhichOneof("request")
     if kind == "request_headers":
         headers = {
-            header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace")
+            header.key: _text(header.raw_value or header.value.encode())
             for header in request.request_headers.headers.headers
         }
-        return Message(Phase.REQUEST_HEADERS, request.request_headers.end_of_stream, headers)
+        return Message(Phase.REQUEST_HEADERS, not _body_follows(request), headers)
     if kind == "request_body":
         return Message(Phase.REQUEST_BODY, request.request_body.end_of_stream, body=request.request_body.body)
     if kind not in _PHASES:
         raise StreamError(f"a message of the unknown kind {kind}")
     return Message(_PHASES[kind])
+
+
+def _text(value: bytes) -> str:
+    """Return a header's value; as Latin-1 if it is long and not ASCII.
+
+    Other text takes up to four bytes a letter, and Envoy's limit is on bytes.
+    """
+    if len(value) <= LONG_VALUE_BYTES or value.isascii():
+        return value.decode("utf-8", "replace")
+    return value.decode("latin-1")
+
+
+def _body_follows(request: Any) -> bool:
+    """Whether the request's headers are not all that will be told of it; a WebSocket's are."""
+    told = request.HasField("protocol_config")
+    unasked = told and request.protocol_config.request_body_mode == ProcessingMode.NONE
+    return not request.request_headers.end_of_stream and not unasked
 
 
 def _large_body(data: bytes) -> Message | None:

@@ -71,7 +71,7 @@ class Continue:
 
 @dataclass(slots=True)
 class Route:
-    """Have this request routed, then call :meth:`Stream.routed`."""
+    """Tell the caller to route this request, and then to call :meth:`Stream.routed`."""
 
     headers: Mapping[str, str]
     body: bytes

@@ -1,11 +1,11 @@
-"""How much of a message is a body, by its wire format."""
+"""Where a body is in a message, by its wire format."""
 
 import random
 import unittest
 
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
-from vllm_pd_scheduler.envoy.ext_proc.body_size import body_size
+from vllm_pd_scheduler.envoy.ext_proc.wire import body_size, find, prefix
 
 BODY = b"x" * 300
 
@@ -60,6 +60,26 @@ class BodySizeTest(unittest.TestCase):
         body = pb.ProcessingRequest()
         body.request_body.body = BODY
         self.assertEqual(body_size(b"\x50\x01" * 1000 + body.SerializeToString()), 0)
+
+
+class FindTest(unittest.TestCase):
+    def test_a_field_is_where_it_was_put(self) -> None:
+        for size in (0, 1, 127, 128, 20_000):
+            for before in (b"", request().SerializeToString()):
+                body = b"y" * size
+                data = before + prefix((4, 1), size) + body + b"\x50\x01"
+                outer = find(data, 4, 0, len(data))
+                assert outer is not None
+                inner = find(data, 1, outer.start, outer.end)
+                assert inner is not None
+                self.assertEqual(data[inner.start : inner.end], body)
+                self.assertEqual(outer.without(data, 0, len(data)), before + b"\x50\x01")
+                self.assertEqual(inner.without(data, outer.start, outer.end), b"")
+                self.assertEqual(pb.ProcessingRequest.FromString(data).request_body.body, body)
+
+    def test_what_is_not_there(self) -> None:
+        for data in (b"", b"\x22\x05abc", b"\x21" + bytes(8), b"\x2a\x01a", b"\xff" * 30):
+            self.assertIsNone(find(data, 4, 0, len(data)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""The changes that the admin interface makes: kept in a file first, then made, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ..fleet.registry import DuplicateInstance
+from ..models import InstanceRole, join_address
+from ..router import PDRouter
+from ..system.daemon_thread import in_daemon_thread
+from .saved_changes import (
+    SavedInstance,
+    StateError,
+    Steered,
+    apply,
+    difference,
+    read_state,
+    summary,
+    write_state,
+)
+
+log = logging.getLogger(__name__)
+
+KEEP_S = 10.0
+"""How long a change may take to be on the disk, in seconds; it is refused then."""
+
+Prepare = Callable[[Steered], Callable[[], object]]
+"""Makes a change to what is kept, and returns what makes it in the router; raises what speaks against it."""
+
+
+class NotKept(Exception):
+    """A change cannot be kept, so nothing was changed; the message says why."""
+
+
+class AdminChanges:
+    """Changes a router, one change after another.
+
+    With ``state_file`` in the configuration each is on the disk before it counts, or raises :exc:`NotKept`
+    and changes nothing. The file is written off the event loop: a disk that hangs holds up no request.
+    """
+
+    def __init__(self, router: PDRouter) -> None:
+        self._router = router
+        self._path = Path(router.config.state_file) if router.config.state_file else None
+        self._unusable = ""
+        self._added: dict[str, SavedInstance] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    def restore(self) -> None:
+        """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
+        if self._path is None:
+            return
+        try:
+            state = read_state(self._path)
+        except StateError as error:
+            self._put_aside(self._path, str(error))
+            return
+        if state is None:
+            return
+        added, problems = apply(state, self._router)
+        self._added = {item.id: item for item in added}
+        for problem in problems:
+            log.warning("state_file %s: skipped: %s", self._path, problem)
+        log.info("state_file %s: %s", self._path, summary(state))
+
+    def _put_aside(self, path: Path, reason: str) -> None:
+        """Keep a file that cannot be used from being overwritten by the next change."""
+        aside = Path(f"{path}.corrupt")
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            self._unusable = f"{reason}; it cannot be renamed ({error.strerror})"
+            log.warning("state_file %s: %s, so no change is taken", path, self._unusable)
+        else:
+            log.warning("state_file %s: %s; it is %s now, and all is as configured", path, reason, aside)
+
+    async def use(self, names: Mapping[InstanceRole, str]) -> None:
+        """Change the strategies of roles; raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy`."""
+
+        def prepare(steered: Steered) -> Callable[[], object]:
+            steered.strategies |= names
+            return self._router.scheduler.prepare(names)
+
+        await self._make(prepare)
+
+    async def use_shadow(self, name: str | None) -> None:
+        """Begin anew with a shadow strategy, or have none; raises as ``use``."""
+
+        def prepare(steered: Steered) -> Callable[[], object]:
+            steered.shadow = name
+            return self._router.scheduler.prepare_shadow(name)
+
+        await self._make(prepare)
+
+    async def add(self, item: SavedInstance) -> None:
+        """Register an instance in the router.
+
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or another :exc:`ValueError` that
+        names the key that cannot be used: its API key cannot be read, say.
+        """
+
+        def prepare(steered: Steered) -> Callable[[], object]:
+            instance = self._router.config.instance(item.role, item)
+            self._router.registry.refuse_double(instance)
+            for other in self._router.get_instances():
+                if (other.host, other.port) == (item.host, item.port):
+                    address = join_address(item.host, item.port)
+                    raise DuplicateInstance(
+                        f"{address} is already the {other.role} instance {other.instance_id!r}"
+                    )
+            steered.added[item.id], steered.draining[item.id] = item, False
+            return partial(self._router.register_instance, instance)
+
+        await self._make(prepare)
+
+    async def remove(self, instance_id: str) -> None:
+        """Unregister; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+
+        def prepare(steered: Steered) -> Callable[[], object]:
+            self._router.registry.get(instance_id)
+            del steered.draining[instance_id]
+            steered.added.pop(instance_id, None)
+            return partial(self._router.unregister_instance, instance_id)
+
+        await self._make(prepare)
+
+    async def drain(self, instance_id: str, *, drains: bool = True) -> None:
+        """Drain an instance, or end that; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+        router = self._router
+
+        def prepare(steered: Steered) -> Callable[[], object]:
+            router.registry.get(instance_id)
+            steered.draining[instance_id] = drains
+            return partial(router.drain_instance if drains else router.undrain_instance, instance_id)
+
+        await self._make(prepare)
+
+    async def _make(self, prepare: Prepare) -> None:
+        change = _Change(prepare)
+        made = asyncio.ensure_future(self._keep_and_make(change))
+        try:
+            async with asyncio.timeout(KEEP_S):
+                await asyncio.shield(made)
+        except TimeoutError:
+            raise NotKept(f"the disk has not answered for {KEEP_S:g} s") from None
+        finally:
+            if not made.done():
+                change.given_up = True
+                made.add_done_callback(_forget)
+
+    async def _keep_and_make(self, change: _Change) -> None:
+        async with self._one_at_a_time:
+            if change.given_up:
+                return
+            steered = Steered.of(self._router, self._added.values())
+            make = change.prepare(steered)
+            await self._write(steered)
+            if change.given_up:  # on the disk after all, too late: whoever asked was told that it is not
+                await self._write(Steered.of(self._router, self._added.values()))
+                return
+            make()
+            self._added = steered.added
+
+    async def _write(self, steered: Steered) -> None:
+        if self._path is None:
+            return
+        if self._unusable:
+            raise NotKept(self._unusable)
+        try:
+            await in_daemon_thread(partial(write_state, self._path, difference(steered, self._router.config)))
+        except OSError as error:
+            log.error("state_file %s: %s: a change is refused", self._path, error.strerror)
+            raise NotKept(str(error.strerror)) from None
+
+
+class _Change:
+    """A change, and whether the one who asked for it waits no more."""
+
+    def __init__(self, prepare: Prepare) -> None:
+        self.prepare = prepare
+        self.given_up = False
+
+
+def _forget(made: asyncio.Future[None]) -> None:
+    """Ignore the outcome: nobody waits for it."""
+    if not made.cancelled():
+        made.exception()

@@ -1,0 +1,66 @@
+"""``envoy-config``: the configuration for an Envoy of the operator's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ..config import SchedulerConfig
+from ..envoy.process import EnvoyPorts, config_path, render_config
+from .options import (
+    DEFAULT_PORTS,
+    EnvoyAdminPortOption,
+    GrpcPortOption,
+    HostOption,
+    PortOption,
+    PrefillPortOption,
+    read_config,
+)
+
+
+def envoy_config(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The scheduler's JSON configuration: public paths, TLS, gRPC address."),
+    ] = None,
+    host: HostOption = None,
+    port: PortOption = DEFAULT_PORTS.ingress,
+    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
+    grpc_port: GrpcPortOption = None,
+    envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
+) -> None:
+    """Print the configuration for an Envoy beside `serve`, as YAML.
+
+    With nothing to change it is the file that ships, with its comments.
+    """
+    settings = read_config(config) if config is not None else SchedulerConfig()
+    grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
+    rendered = render_config(
+        EnvoyPorts(port, prefill_port, envoy_admin_port, *grpc),
+        settings.instance_tls,
+        settings.stream_idle_timeout,
+        settings.max_retries,
+        settings.public_paths,
+    )
+    shipped = config_path().read_text(encoding="utf-8")
+    if rendered == yaml.safe_load(shipped):
+        typer.echo(shipped, nl=False)
+    else:
+        typer.echo(yaml.dump(rendered, Dumper=_Dumper, sort_keys=False, width=110), nl=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes each thing where it is used, and scripts as they are read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,0 +1,44 @@
+"""Who listens where on this machine, and what two of them cannot have."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Sequence
+from urllib.parse import urlsplit
+
+from ..models import is_ip, join_address
+from .schema import Listed, SchedulerConfig, is_loopback
+
+Listener = tuple[str, str, int]
+"""The key or option that names it, host, port."""
+
+
+def listeners_of(config: SchedulerConfig) -> list[Listener]:
+    """Return where the scheduler listens, and Envoy's prefill listener if that is on this machine."""
+    listeners = [("admin_port", config.admin_host, config.admin_port)]
+    if config.grpc_socket is None:
+        listeners.insert(0, ("grpc_port", config.grpc_host, config.grpc_port))
+    prefill = urlsplit(config.prefill_listener)
+    if prefill.hostname is not None and is_loopback(prefill.hostname):
+        listeners.append(("prefill_listener", prefill.hostname, prefill.port or 80))
+    return listeners
+
+
+def clashes(listeners: Sequence[Listener], listed: Iterable[Listed]) -> Iterator[str]:
+    """Yield a line for each two listeners at one address, and for each instance that is one of them."""
+    for index, (name, host, port) in enumerate(listeners):
+        for other, other_host, other_port in listeners[:index]:
+            if port == other_port and _overlap(host, other_host):
+                yield f"{name}: {join_address(host, port)} is where {other} listens already"
+    for _, key, item in listed:
+        for name, host, port in listeners:
+            if port == item.port and is_loopback(item.host) and _overlap(host, item.host):
+                yield f"{key}: {join_address(item.host, port)} is no instance, but our own {name}"
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or _is_any(one) or _is_any(other) or "localhost" in (one, other)
+
+
+def _is_any(host: str) -> bool:
+    return is_ip(host) and ipaddress.ip_address(host).is_unspecified

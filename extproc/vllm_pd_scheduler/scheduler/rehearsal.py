@@ -1,0 +1,100 @@
+"""Tries the configured strategies on a small fleet that is made up, before any request depends on them."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Iterator
+
+from ..config import SchedulerConfig
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole, MetricsSnapshot, PDInstance
+from ..request.context import RequestContext
+from ..strategies import Strategy, UnknownStrategy, make_strategy
+
+LIMIT_S = 10.0
+"""How long all of it may take. A pick takes microseconds; all requests wait for one that does not return."""
+
+_ENDPOINTS = 3
+
+
+def rehearse(config: SchedulerConfig) -> list[str]:
+    """Return a line for each strategy that cannot be made, raises, or does not return what it should."""
+    problems: list[str] = []
+    current = ""
+
+    def run() -> None:
+        nonlocal current
+        for key, name, role in _named(config):
+            current = f"{key}: strategy {name!r}"
+            try:
+                _try(make_strategy(name, config), role)
+            except UnknownStrategy as error:
+                problems.append(f"{key}: {error}")
+            except Exception as error:  # someone else's code
+                problems.append(f"{current} fails for {role}: {_last_line(error)}")
+
+    thread = threading.Thread(target=run, daemon=True)  # not waited for if it never returns
+    thread.start()
+    thread.join(LIMIT_S)
+    if thread.is_alive():
+        problems.append(f"{current} does not return: all requests would wait for it")
+    return list(dict.fromkeys(problems))
+
+
+def _named(config: SchedulerConfig) -> Iterator[tuple[str, str, InstanceRole]]:
+    for role in InstanceRole:
+        key = f"{role}_strategy"
+        yield (key if getattr(config, key) else "strategy", config.strategy_of(role), role)
+        if config.shadow_strategy is not None:
+            yield "shadow_strategy", config.shadow_strategy, role
+
+
+def _try(strategy: Strategy, role: InstanceRole) -> None:
+    """Ask a strategy all that it can be asked, before and after the instances were scraped."""
+    registry = Registry()
+    endpoints = [
+        registry.add(PDInstance(f"{role}-{number}", role, f"192.0.2.{number}", 8000))
+        for number in range(1, _ENDPOINTS + 1)
+    ]
+    for scrape in range(3):
+        request = _request(float(scrape), registry)
+        for count in range(1, _ENDPOINTS + 1):
+            with strategy.same_turn():
+                _check(strategy.rank(endpoints, request, count), endpoints)
+        strategy.rank(endpoints[:1], request, 1)
+        strategy.order(request, 0.5)
+        strategy.hopeless(request, 0.5)
+        for number, endpoint in enumerate(endpoints):
+            registry.reserve(endpoint, request)
+            load = MetricsSnapshot(float(scrape), number, number, 0.1 * number, kv_capacity=1e5)
+            registry.scraped(endpoint, load, endpoint.in_flight, endpoint.tokens)
+
+
+def _request(now: float, registry: Registry) -> RequestContext:
+    request = RequestContext(
+        "/v1/completions",
+        model="model",
+        body_bytes=500,
+        prompt_bytes=400,
+        prompt_tokens=100.0,
+        output_tokens=50.0,
+        blocks=(1, 2, 3),
+        block_tokens=32.0,
+        session="session" if now else None,
+        ttft_slo=1.0 if now else None,
+        now=now,
+    )
+    request.look_up_in(registry.prefixes)
+    return request
+
+
+def _check(ranked: object, endpoints: list[Endpoint]) -> None:
+    if not isinstance(ranked, list) or not ranked or any(each not in endpoints for each in ranked):
+        raise TypeError(f"rank() returned {ranked!r}, which is no list of the endpoints that it was given")
+
+
+def _last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{traceback.format_exception_only(error)[-1].strip()} ({frame.filename}:{frame.lineno})"

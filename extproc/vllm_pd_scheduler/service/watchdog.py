@@ -1,0 +1,94 @@
+"""Notices from outside of the event loop that it stands still, and cuts Envoy loose."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from ..system.connections import close_accepted
+
+log = logging.getLogger(__name__)
+
+LIMIT_S = 2.0
+"""How late the loop may be. A body of 64 MiB takes less than a second of it."""
+
+_TICK_S = 0.25
+
+
+class LoopWatchdog:
+    """A thread that watches the running event loop, from ``start`` to ``stop``.
+
+    gRPC answers Envoy's pings by threads of its own, so Envoy waits for a loop that stands still, an hour if
+    need be. While it does, this thread closes all connections to ``address`` (a TCP port, or the path of a
+    Unix socket), again and again: Envoy lets the requests pass without us, and finds us unhealthy.
+    ``stalled`` is called once each time, by the thread.
+    """
+
+    def __init__(self, address: int | str, stalled: Callable[[], None]) -> None:
+        self._address = address
+        self._stalled = stalled
+        self._beats = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._watched = threading.get_ident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Watch the loop that runs here."""
+        self._watched = threading.get_ident()
+        self._beat()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._timer = asyncio.get_running_loop().call_later(_TICK_S / 2, self._beat)
+
+    def _watch(self) -> None:
+        beats, late, last = self._beats, 0.0, time.monotonic()
+        while not self._stop.wait(_TICK_S):
+            now = time.monotonic()
+            # A machine that slept, or a process that was stopped, says nothing about the loop.
+            passed, last = min(now - last, 2 * _TICK_S), now
+            if self._beats != beats:
+                if late > LIMIT_S:
+                    log.warning("the event loop runs again, after %.1f s", late)
+                beats, late = self._beats, 0.0
+                continue
+            if late <= LIMIT_S < late + passed:
+                self._stalled()
+                log.error(
+                    "the event loop stands still for %g s, in %s: requests go on without the scheduler",
+                    LIMIT_S,
+                    self._place(),
+                )
+            late += passed
+            if late > LIMIT_S:
+                self._cut()
+
+    def _cut(self) -> None:
+        try:
+            closed = close_accepted(self._address)
+        except OSError as error:
+            log.error("Envoy's connections cannot be closed: %s", error)
+        else:
+            log.debug("%d connections of Envoy's were closed", closed)
+
+    def _place(self) -> str:
+        """Where the loop's thread is now."""
+        frame = sys._current_frames().get(self._watched)
+        if frame is None:
+            return "no Python code"
+        last = traceback.extract_stack(frame)[-1]
+        return f"{last.name} ({last.filename}:{last.lineno})"

@@ -1,0 +1,57 @@
+"""``envoy-config``: what it prints is the file that ships, or that file with what was asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typer.testing import CliRunner
+
+from vllm_pd_scheduler.cli import app
+from vllm_pd_scheduler.config.tls import InstanceTlsConfig
+from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, render_config
+
+FLEET = {
+    "prefill_instances": [{"id": "p0", "host": "p0.example", "port": 1}],
+    "decode_instances": [{"id": "d0", "host": "d0.example", "port": 2}],
+}
+
+
+def printed(*arguments: str) -> str:
+    ended = CliRunner().invoke(app, ["envoy-config", *arguments])
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
+def test_the_file_that_ships_with_its_comments() -> None:
+    assert printed() == config_path().read_text(encoding="utf-8")
+    assert printed("--port=10000", "--grpc-port=9002") == printed()
+
+
+def test_what_is_given_in_its_place() -> None:
+    options = ("--host=[::]", "--port=1", "--prefill-port=2", "--envoy-admin-port=3", "--grpc-port=4")
+    text = printed(*options)
+    assert yaml.safe_load(text) == render_config(EnvoyPorts(1, 2, 3, 4, "::"))
+    assert "&id001" not in text
+    assert "\n                  function envoy_on_request(handle)\n" in text, "scripts can be read"
+
+
+def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    settings: dict[str, Any] = {
+        "grpc_port": 9102,
+        "public_paths": ["/v1/models", "/own/*"],
+        "instance_tls": {},
+        "stream_idle_timeout": 7.5,
+    }
+    path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
+    expected = render_config(EnvoyPorts(grpc=9102), InstanceTlsConfig(), 7.5, 3, settings["public_paths"])
+    assert yaml.safe_load(printed(f"--config={path}")) == expected
+    path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
+    assert yaml.safe_load(printed(f"--config={path}")) == render_config(
+        EnvoyPorts(grpc_socket="/run/pd.sock")
+    )
+    assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(EnvoyPorts())
+    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
+    ended = CliRunner().invoke(app, ["envoy-config", f"--config={tmp_path / 'bad.json'}"])
+    assert ended.exit_code == 2
