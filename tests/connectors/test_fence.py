@@ -17,7 +17,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "decode_body": (BODY, HANDOFF),
     "release_body": (HANDOFF, "m"),
 }
-DEFAULTS = {"can_split": False, "handoff": None, "ended": False, "release_body": None}
+DEFAULTS = {"can_split": False, "release_body": None}
 """What stands for an answer; the other calls raise ``ConnectorFailed``."""
 
 
@@ -65,9 +65,9 @@ class ConnectorFenceTest(unittest.TestCase):
         self.assertIn("connector Custom failed in can_split(): ValueError: odd, at ", logged.output[0])
 
     def test_what_is_no_answer(self) -> None:
-        bodies: list[Any] = [None, "text", b"", 5]
+        bodies: list[Any] = ["text", b"", 5]
         answers = {
-            "prefill_body": bodies,
+            "prefill_body": [None, *bodies],
             "release_body": bodies,
             "handoff": [b"{}", {}, Handoff(b"")],
             "decode_body": [None, b"body", (b"body", -1), (b"body", 4), ("body", 1), (b"body", None)],
@@ -85,13 +85,18 @@ class ConnectorFenceTest(unittest.TestCase):
             self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"),
         ):
             arguments = calls.pop("ended")
-            self.assertFalse(self.fence.ended(*arguments))
+            with self.assertRaises(ConnectorFailed):
+                self.fence.ended(*arguments)
 
     def test_what_is_no_exception_passes(self) -> None:
         for self.custom.answer in (KeyboardInterrupt(), SystemExit(1)):
             for call in CALLS:
                 with self.subTest(call), self.assertRaises(type(self.custom.answer)):
                     self.ask(call)
+        self.assertEqual(self.fence.failures.counts.total(), 0)
+
+    def test_a_hand_off_may_have_no_release(self) -> None:
+        self.assertIsNone(self.ask("release_body"))
         self.assertEqual(self.fence.failures.counts.total(), 0)
 
     def test_one_that_works_is_only_asked(self) -> None:

@@ -148,12 +148,15 @@ class FenceTest(unittest.TestCase):
     def test_no_score_that_cannot_be_compared(self) -> None:
         scheduler = scheduler_of(3, 3, strategy=NAME)
         with self.assertLogs(LOG, "ERROR"):
-            for answer in ([None, 1.0, "x"], [1j, 2j], [], None):
-                self.be("scores", answer)
-                self.assertEqual(len(scheduler.pick(P, prompt(), count=2)), 2)
-        self.assertEqual(self.failures(scheduler), 4)
-        self.be("scores", [float("nan")] * 3)
-        self.assertEqual(len(set(scheduler.pick(P, prompt(), count=3))), 3)
+            nan = float("nan")
+            answers: list[Any] = [[None, 1.0, "x"], [1j, 2j, 3j], [], [1.0, 2.0], [1.0] * 4, None]
+            answers += [[nan] * 3, [0.0, nan, 1.0], [(1, 0.0), (0, nan), (2, 0.0)]]
+            for number, answer in enumerate(answers, 1):
+                for count in (1, 2):
+                    with self.subTest(answer=answer, count=count):
+                        self.be("scores", answer)
+                        self.assertEqual(len(set(scheduler.pick(P, prompt(), count=count))), count)
+                        self.assertEqual(self.failures(scheduler), 2 * (number - 1) + count)
 
     def test_an_order_that_is_no_number(self) -> None:
         scheduler = scheduler_of(strategy=NAME)

@@ -7,7 +7,7 @@ import logging
 
 import aiohttp
 
-from ..connectors import Connector
+from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..instance_http.bounded_read import read_at_most
@@ -34,7 +34,7 @@ class HandoffReleaser:
         self,
         session: aiohttp.ClientSession,
         registry: Registry,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
     ) -> None:
         self._session = session
@@ -51,7 +51,11 @@ class HandoffReleaser:
 
     def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
         """Release what a prefill has left, if anything, whose client did not wait for it."""
-        handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        try:
+            handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        except ConnectorFailed:
+            self._telemetry.handoff_stranded(prefill.id)  # there may be one
+            return
         if handoff is not None:
             self(PendingHandoff(handoff, prefill, deadline=0.0))
 

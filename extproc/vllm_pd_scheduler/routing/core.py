@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import Connector
+from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -41,7 +41,7 @@ class RoutingCore:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
         clock: Callable[[], float],
         later: Later,
@@ -137,8 +137,12 @@ class RoutingCore:
         self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
-        spliced, at = self.connector.decode_body(body, prefilled.handoff)
-        if len(spliced) > self.config.max_body_bytes:  # Envoy would answer 413 in D's place
+        try:
+            spliced, at = self.connector.decode_body(body, prefilled.handoff)
+            usable = len(spliced) <= self.config.max_body_bytes  # else Envoy would answer 413 in D's place
+        except ConnectorFailed:
+            usable = False
+        if not usable:
             self.in_flight.free(prefilled)
             changed = body.raw if body.stripped else None
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)

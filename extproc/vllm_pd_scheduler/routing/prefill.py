@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import Connector, Handoff
+from ..connectors import ConnectorFailed, ConnectorFence, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
@@ -29,8 +29,9 @@ from .time_limits import handoff_deadline
 class WithoutHandoff:
     """Decode is to prefill the request itself.
 
-    ``failed`` says whether that is because P failed, which only a share of the requests may have; else P has
-    refused the request (``refused_by``, with an HTTP ``status``), or has nothing to hand over.
+    ``failed`` says whether that is because P failed, which only a share of the requests may have. Else P has
+    refused the request (``refused_by``, with an HTTP ``status``) or has nothing to hand over, or the connector
+    failed.
     """
 
     failed: bool = True
@@ -55,7 +56,7 @@ class PrefillStage:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
         local: ShareLimit,
         lost: LostPrompts,
@@ -73,18 +74,13 @@ class PrefillStage:
         self._clock = clock
 
     async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
-        """Return the hand-off, that decode should prefill, or the answer in place of both.
-
-        Raises what a strategy raises.
-        """
+        """Return the hand-off, that decode should prefill, or the answer in place of both."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = _Tried()
-        leg_body = b""
         reservation = await self._admission.admit(self._ticket(context))
         while isinstance(reservation, Reservation):
-            leg_body = leg_body or self._connector.prefill_body(body)
-            outcome = await self._attempt(self.leg, reservation, context, headers, leg_body, tried)
+            outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
             reservation = await self._another(context, tried)
@@ -130,17 +126,20 @@ class PrefillStage:
         reservation: Reservation,
         context: RequestContext,
         headers: Mapping[str, str],
-        body: bytes,
+        body: JsonBody,
         tried: _Tried,
     ) -> Outcome | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
         try:
+            tried.body = tried.body or self._connector.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, body)
+                answer = await leg(endpoint, context.path, headers, tried.body)
             if answer.status == 200:
                 return self._handed_over(reservation, context, answer, tried)
+        except ConnectorFailed:  # which says nothing of the instance
+            return WithoutHandoff(failed=False)
         except LocalShortage as error:
             self._telemetry.local_error(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
@@ -161,7 +160,11 @@ class PrefillStage:
         self, reservation: Reservation, context: RequestContext, answer: PrefillAnswer, tried: _Tried
     ) -> Outcome | None:
         endpoint = reservation.endpoint
-        handoff = self._connector.handoff(answer.body)
+        try:
+            handoff = self._connector.handoff(answer.body)
+        except ConnectorFailed:
+            self._telemetry.handoff_stranded(endpoint.id)  # there may be one
+            raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
@@ -227,6 +230,8 @@ class _Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
     def __init__(self) -> None:
+        self.body = b""
+        """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = 0

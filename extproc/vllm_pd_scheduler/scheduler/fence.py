@@ -56,8 +56,10 @@ class StrategyFence:
             raise ValueError("rank() returned nothing")
         if len(chosen) > most:
             raise ValueError(f"rank() returned more than {most}")
-        if not all(endpoint in offer.members for endpoint in chosen):
-            raise ValueError("rank() returned what it was not offered")
+        for each in chosen:
+            if each not in offer.members:
+                what = each.id if isinstance(each, Endpoint) else f"a {type(each).__name__}"
+                raise ValueError(f"rank() returned {what}, which it was not offered")
         if len(set(chosen)) < len(chosen):
             raise ValueError("rank() returned an endpoint twice")
         return [e for e in chosen if e not in offer.exclude][:count] if offer.exclude else chosen
