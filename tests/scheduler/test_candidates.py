@@ -54,9 +54,13 @@ class Stubborn(Strategy):
         return [endpoints[0]]
 
 
-def expected(scheduler: Scheduler, now: float, exclude: Sequence[Endpoint]) -> list[Endpoint]:
+def expected(
+    scheduler: Scheduler, now: float, exclude: Sequence[Endpoint], model: str | None = None
+) -> list[Endpoint]:
     """The rule, read from all endpoints."""
+    known = any(model in (e.models or ()) for e in scheduler.registry.endpoints(P))
     chosen = [e for e in scheduler.registry.routable(P) if e not in exclude]
+    chosen = [e for e in chosen if not known or not e.models or model in e.models]
     chosen = [e for e in chosen if not e.on_trial] or chosen
     return [e for e in chosen if not scheduler.saturated(e, now)] or chosen
 
@@ -65,7 +69,7 @@ class RuleTest(unittest.TestCase):
     @given(
         limits=st.sampled_from([{}, {"max_waiting": 2}, {"max_in_flight_tokens": 2500, "max_kv_usage": 0.5}]),
         large=st.sampled_from([2, LARGE_FLEET]),
-        steps=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.booleans()), max_size=60),
+        steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.booleans()), max_size=60),
     )
     @settings(derandomize=True, deadline=None, max_examples=100)
     def test_it_is_kept_whatever_happens(
@@ -75,7 +79,7 @@ class RuleTest(unittest.TestCase):
             self.run_steps(scheduler_of(6, 1, strategy=f"{__name__}:Asked", **limits), steps)
 
     def run_steps(self, scheduler: Scheduler, steps: list[tuple[int, int, bool]]) -> None:
-        registry, now = scheduler.registry, 0.0
+        registry, now, draw = scheduler.registry, 0.0, random.Random(1)
         endpoints = registry.endpoints(P)
         claims: list[Reservation] = []
         for step, which, look in steps:
@@ -98,25 +102,29 @@ class RuleTest(unittest.TestCase):
                 (registry.undrain if endpoint.draining else registry.drain)(endpoint.id)
             elif step == 7:
                 registry.forget_metrics(endpoint)
+            elif step == 8:
+                lists = (None, frozenset[str](), *map(frozenset, ("a", "b", "ab", "abc")))
+                registry.serves(endpoints[draw.randrange(6)], lists[which])
             now += 0.4
             if look:
-                self.check(scheduler, now, endpoints[: which // 2])
+                for model in (None, "a", "b", "c", "unheard of"):
+                    self.check(scheduler, now, endpoints[: which // 2], model)
 
-    def check(self, scheduler: Scheduler, now: float, exclude: Sequence[Endpoint]) -> None:
-        found = scheduler._candidates[P]
-        self.assertEqual(list(found.all(now)), expected(scheduler, now, ()))
-        self.assertEqual(list(found.all(now, exclude)), expected(scheduler, now, exclude))
-        everyone = expected(scheduler, now, ())
+    def check(self, scheduler: Scheduler, now: float, exclude: Sequence[Endpoint], model: str | None) -> None:
+        found = scheduler._pools[P].of(model)
+        self.assertEqual(list(found.all(now)), expected(scheduler, now, (), model))
+        self.assertEqual(list(found.all(now, exclude)), expected(scheduler, now, exclude, model))
+        everyone = expected(scheduler, now, (), model)
         room = not everyone or not all(scheduler.saturated(e, now) for e in everyone)
-        self.assertIs(scheduler.has_room(P, now), room)
+        self.assertIs(scheduler.has_room(P, now, model), room)
         self.assertEqual([e for e in scheduler.registry if e in found], everyone)
         busy = [e.busy_until for e in scheduler.registry.routable(P) if e.busy_until > now]
         self.assertLessEqual(scheduler.room_at(now), min(busy, default=float("inf")))
         self.assertGreater(scheduler.room_at(now), now)
-        allowed = expected(scheduler, now, exclude)
-        for picked in (scheduler.pick(P, prompt(now=now), count=2, exclude=exclude),):
-            self.assertLessEqual(set(picked), set(allowed))
-            self.assertEqual(bool(picked), bool(allowed))
+        allowed = expected(scheduler, now, exclude, model)
+        picked = scheduler.pick(P, prompt(now=now, model=model), count=2, exclude=exclude)
+        self.assertLessEqual(set(picked), set(allowed))
+        self.assertEqual(bool(picked), bool(allowed))
 
 
 class LargeFleetTest(unittest.TestCase):
@@ -237,7 +245,7 @@ class LargeFleetTest(unittest.TestCase):
         for name in ALL:
             self.start(name, max_waiting=5, max_in_flight_tokens=9000)
             self.scheduler.has_room(P, 0.0)
-            found = self.scheduler._candidates[P]
+            found = self.scheduler._availability[P]
             with (
                 mock.patch.object(found, "_look_at", wraps=found._look_at) as looked,
                 mock.patch.object(self.scheduler.strategy(P).strategy, "scores") as scored,

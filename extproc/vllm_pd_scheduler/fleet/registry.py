@@ -63,6 +63,8 @@ class Registry:
     """Tokens of one block of the prefix index, on average over recent requests."""
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
+    models_version: int = 0
+    """Changes when an instance serves other models than before."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     on_scraped: Callable[[], None] | None = None
@@ -251,7 +253,9 @@ class Registry:
 
     def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
         """Record which models an instance serves; ``None``: it has not said so for too long."""
-        endpoint.models = models
+        if endpoint.models != models:
+            endpoint.models = models
+            self.models_version += 1
 
     def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
         self.load.learn_output(now.output_tokens, now.finished)

@@ -99,8 +99,8 @@ class RoutingCore:
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
-        if not self.registry.routable(InstanceRole.DECODE):
-            return self._no_decode()
+        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+            return self._no_decode(context)
         changed = body.raw if body.stripped else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         if not self.connector.can_split(body):
@@ -187,13 +187,14 @@ class RoutingCore:
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
+        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
-            return self._no_decode()
+            return self._no_decode(context)
         now = context.now
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
             others = (e for e in picked if e is not preferred)
             picked = [preferred, *others][:count]
-        decode = self._in_turn(picked, count)
+        decode = self._in_turn(context, picked, count)
         self._scheduler.compare_shadow(InstanceRole.DECODE, context, decode[0])
         self.telemetry.forwarded(decode[0].id, served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
@@ -203,17 +204,18 @@ class RoutingCore:
         forward.stream = context.stream
         return forward
 
-    def _in_turn(self, picked: list[Endpoint], count: int) -> list[Endpoint]:
+    def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         if len(found) < count:
-            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked)
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked, context.model)
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 
-    def _no_decode(self) -> Reject:
+    def _no_decode(self, context: RequestContext) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)
+        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")

@@ -30,8 +30,8 @@ class WithoutHandoff:
     """Decode is to prefill the request itself.
 
     ``failed`` says whether that is because P failed, which only a share of the requests may have. Else P has
-    refused the request (``refused_by``, with an HTTP ``status``) or has nothing to hand over, or the connector
-    failed.
+    refused the request (``refused_by``, with an HTTP ``status``) or has nothing to hand over, or it is the
+    connector that failed.
     """
 
     failed: bool = True
@@ -113,7 +113,7 @@ class PrefillStage:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     @property

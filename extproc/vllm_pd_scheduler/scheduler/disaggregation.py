@@ -56,7 +56,7 @@ class Disaggregation:
         if not prefill:
             return None
         decodes = self._scheduler.preview(InstanceRole.DECODE, request)
-        routable = self._scheduler.some(InstanceRole.DECODE)
+        routable = self._scheduler.some(InstanceRole.DECODE, request.model)
         mean = sum(e.requests for e in routable) / max(1, len(routable))
         # The strategy looks for the D that decodes fastest; one with more of the prompt cached can be
         # cheaper.

@@ -15,8 +15,10 @@ from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
 from ..strategies.least_load import LeastLoad
 from ..telemetry.failures import Failures
+from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
+from .pools import Pools
 from .shadow import Shadow
 
 _MAX_LAST_RESORTS = 16
@@ -44,8 +46,12 @@ class Scheduler:
         self._least_load = {role: LeastLoad(config) for role in InstanceRole}
         limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
         random = Random(seed)
-        self._candidates = {
-            role: Candidates(registry, role, self.saturated, limited, random) for role in InstanceRole
+        self._availability = {
+            role: Availability(registry, role, self.saturated, limited) for role in InstanceRole
+        }
+        self._pools = {
+            role: Pools(registry, role, availability, random)
+            for role, availability in self._availability.items()
         }
         self.use_each({role: config.strategy_of(role) for role in InstanceRole})
         self.use_shadow(config.shadow_strategy)
@@ -127,24 +133,32 @@ class Scheduler:
             or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
         )
 
-    def has_room(self, role: InstanceRole, now: float) -> bool:
+    def has_room(self, role: InstanceRole, now: float, model: str | None = None) -> bool:
         """Whether a request need not wait for a role: one endpoint is not saturated, or none can serve.
 
         In the second case there is nothing to wait for, and the request is refused by whoever picks.
         """
-        return self._candidates[role].has_room(now)
+        return self._pools[role].of(model).has_room(now)
 
     def room_at(self, now: float) -> float:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
-        return min(candidates.room_at(now) for candidates in self._candidates.values())
+        return min(availability.room_at(now) for availability in self._availability.values())
 
-    def some(self, role: InstanceRole) -> Sequence[Endpoint]:
-        """Return the routable endpoints of a role; of a large fleet, a sample."""
-        return self._candidates[role].some()
+    def can_serve(self, role: InstanceRole, model: str | None) -> bool:
+        """Whether an endpoint of a role could serve a model now, be it as a last resort."""
+        return bool(self._pools[role].of(model).endpoints or self.last_resorts(role, (), model))
+
+    def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
+        """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
+        return self._pools[endpoint.instance.role].may_serve(endpoint, model)
+
+    def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role, for a model; of many, a sample."""
+        return self._pools[role].of(model).some()
 
     def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
         """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
-        return self._candidates[role].most_cached(request)
+        return self._pools[role].of(request.model).most_cached(request)
 
     def pick(
         self,
@@ -156,33 +170,38 @@ class Scheduler:
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
-        The strategy ranks those that are healthy and neither draining nor in ``exclude``. Saturated ones, and
-        ones whose trial request runs, are offered to it only if there are no others. Of a large fleet it is
-        offered a sample, if it accepts that.
+        The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
+        are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
+        request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
+        accepts that.
         """
         request.look_up_in(self.registry.prefixes)
-        strategy = self._strategies[role]
-        offer = self._offer(role, strategy, request, exclude)
+        strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
+        offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
         request.offer(offer.endpoints)
         ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
-            endpoints = self._candidates[role].all(request.now, exclude)
+            endpoints = candidates.all(request.now, exclude)
             ranked = strategy.rank(Offer(endpoints, endpoints), request, count)
         if ranked is None:
-            endpoints = self._candidates[role].offer_sample(request, exclude, prefixes=False).endpoints
+            endpoints = candidates.offer_sample(request, exclude, prefixes=False).endpoints
             ranked = self._least_load[role].rank(endpoints, request, count)
         return ranked
 
-    def last_resorts(self, role: InstanceRole, exclude: Collection[Endpoint]) -> list[Endpoint]:
+    def last_resorts(
+        self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
+    ) -> list[Endpoint]:
         """Return endpoints to try when all in ``exclude``, which ``pick`` returned, have failed a request.
 
         First come those that ``pick`` leaves out while there are better ones (saturated or on trial), then
         those that it never returns (ejected). They may fail too, but without them the request surely does.
+        None is known to lack the model.
         """
-        routable = (e for e in self.registry.routable(role) if e not in exclude)
-        ejected = (e for e in self.registry.ejected(role) if e not in exclude)
+        pools = self._pools[role]
+        routable = (e for e in pools.of(model).endpoints if e not in exclude)
+        ejected = (e for e in self.registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
         others = [e for kind in (routable, ejected) for e in itertools.islice(kind, _MAX_LAST_RESORTS)]
         return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
@@ -198,7 +217,8 @@ class Scheduler:
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            offer = self._offer(role, self.shadow.strategy(role), request, exclude)
+            candidates = self._pools[role].of(request.model)
+            offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
@@ -206,18 +226,17 @@ class Scheduler:
         with self._strategies[role].same_turn(), self._least_load[role].same_turn():
             return self.pick(role, request, count=count)
 
-    def _offer(
-        self,
-        role: InstanceRole,
-        strategy: StrategyFence,
-        request: RequestContext,
-        exclude: Collection[Endpoint],
-    ) -> Offer:
-        """Return what a strategy is to rank."""
-        candidates = self._candidates[role]
-        if len(self.registry.routable(role)) > LARGE_FLEET and strategy.accepts_sample(request):
-            return candidates.offer_sample(request, exclude, prefixes=strategy.reads_prefixes)
-        return candidates.offer_all(request.now, exclude)
+
+def _offer(
+    candidates: Candidates,
+    strategy: StrategyFence,
+    request: RequestContext,
+    exclude: Collection[Endpoint],
+) -> Offer:
+    """Return what a strategy is to rank."""
+    if len(candidates.endpoints) > LARGE_FLEET and strategy.accepts_sample(request):
+        return candidates.offer_sample(request, exclude, prefixes=strategy.reads_prefixes)
+    return candidates.offer_all(request.now, exclude)
 
 
 def _waiting(endpoint: Endpoint) -> float:
