@@ -170,10 +170,11 @@ class RoutingCore:
         outcome = await self._admission.admit(ticket)
         if isinstance(outcome, Reject):
             return outcome
+        own = None
         if outcome is not None:  # it has kept the place until now
             outcome.release()
-            preferred = preferred or outcome.endpoint
-        return self._to_decode(context, body, served, limit, preferred)
+            own = outcome.endpoint
+        return self._to_decode(context, body, served, limit, preferred or own, own)
 
     def _to_decode(
         self,
@@ -182,20 +183,27 @@ class RoutingCore:
         served: Served,
         limit: float | None,
         preferred: Endpoint | None = None,
+        own: Endpoint | None = None,
     ) -> Forward | Reject:
+        """Send a request to ``preferred``, if that has room, else to the strategy's choice.
+
+        ``own`` is what the strategy chose for it, if it was asked already.
+        """
         context.now = self._clock()
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
+        now = context.now
+        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
+            picked = [preferred, *(e for e in picked if e is not preferred)]
+        else:
+            own = picked[0] if picked else None
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
             return self._no_decode(context)
-        now = context.now
-        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
-            others = (e for e in picked if e is not preferred)
-            picked = [preferred, *others][:count]
-        decode = self._in_turn(context, picked, count)
-        self._scheduler.compare_shadow(InstanceRole.DECODE, context, decode[0])
+        decode = self._in_turn(context, picked[:count], count)
+        if decode[0] is own:  # not what another rule has chosen
+            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
