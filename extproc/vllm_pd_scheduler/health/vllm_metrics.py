@@ -136,7 +136,7 @@ def parse_metrics(page: bytes | str) -> Scrape:
 
 def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
     """Yield name, labels and value of each series that matters, once however often it is there."""
-    if page.count(b"\n") > _MAX_LINES:
+    if len(page) > _MAX_LINES and page.count(b"\n") > _MAX_LINES:
         raise NotVllmMetrics(f"it has more than {_MAX_LINES} lines")
     seen: set[tuple[bytes, bytes]] = set()
     for number, line in enumerate(_LINE.finditer(b"\n" + page)):
