@@ -28,6 +28,8 @@ _MAX_HEALTH_BYTES = 1 << 16
 _BIG_PAGE_BYTES = 256 << 10
 """From here on a page is parsed in a thread: so much takes a millisecond."""
 _SLICES = 4
+_NO_TIMEOUT = aiohttp.ClientTimeout()
+"""For a request: the probe has its own."""
 _MAX_REASON = 300
 """Characters of what a library says of an answer, which can quote it."""
 
@@ -63,7 +65,7 @@ class Probe:
         self._timeout = timeout
 
     async def ask(self, endpoint: Endpoint, *, models: bool = True) -> Answers:
-        """Ask all at once, but for its ``models`` after the health, on the same connection. Raises nothing."""
+        """Ask all at once, but the models after the health, on the same connection. Raises nothing."""
         health = asyncio.ensure_future(self._health(endpoint))
         metrics = asyncio.ensure_future(self._read(endpoint, "/metrics", MAX_METRICS_BYTES, parse_metrics))
         names = asyncio.ensure_future(self._models(endpoint, health)) if models else None
@@ -104,6 +106,8 @@ class Probe:
             headers=None if key is None else {"authorization": f"Bearer {key}"},
             server_hostname=instance.tls_name,
             allow_redirects=False,
+            read_bufsize=_BIG_PAGE_BYTES,
+            timeout=_NO_TIMEOUT,
         )
 
     def _problem(self, asked: asyncio.Future[T], endpoint: Endpoint, path: str) -> NoAnswer | None:
