@@ -80,6 +80,8 @@ def test_two_picks(
     ``limited``: it looks first whether there is room. ``retried``: an instance of each role was tried before.
     """
     registry, blocks = fleet
+    for watchers in registry._watchers.values():
+        watchers.clear()  # of the schedulers before
     limits = {key: value for key, value in setting.items() if key != "exclude"}
     scheduler = Scheduler(SchedulerConfig(strategy=name, **limits), registry, seed=1)
     exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in InstanceRole}
