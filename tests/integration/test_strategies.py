@@ -88,6 +88,7 @@ async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: C
     assert (len(set(found["prefill"])), len(set(found["decode"]))) == (2, 2), (
         "split, and spread by least_load"
     )
+    assert (await client.admin("GET", "/readyz"))[0] == 200
     status, page = await client.admin("GET", "/metrics")
     for role in ("prefill", "decode"):
         labels = f'{{role="{role}",strategy="broken_shadow:Broken"}}'
