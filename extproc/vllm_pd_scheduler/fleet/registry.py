@@ -348,7 +348,7 @@ class Registry:
         The instance is ejected if it has many of them and its peers have few. A trial stays undecided.
         """
         endpoint.doubts.doubtful()
-        peers = [e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint]
+        peers = (e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint)
         if endpoint.doubts.odd_among(peers):
             self._eject(endpoint, f"{reason}, where others of its role serve", now)
 

@@ -71,6 +71,8 @@ class Candidates:
         """Of the availability, of which the following is known."""
         self._left_out: tuple[Set[Endpoint], ...] = ()
         """Whom to leave out, if others remain: this failing, the next."""
+        self._out: Set[Endpoint] = frozenset()
+        """The first of these that leaves others: the endpoints that are no candidates."""
         self._all: tuple[Endpoint, ...] | None = None
         """All candidates, if they were asked for since ``_version`` has changed."""
         self._drawn: Sequence[Endpoint] = ()
@@ -156,12 +158,6 @@ class Candidates:
         holders = request.match.longest(LONGEST, self._holders, turn, len(self.endpoints) * COMMON)
         return [e for e in map(self._by_holder.__getitem__, holders) if e not in out]
 
-    @property
-    def _out(self) -> Set[Endpoint]:
-        """The endpoints that are no candidates."""
-        size = len(self.endpoints)
-        return next((members for members in self._left_out if len(members) < size), frozenset())
-
     def _refresh(self, now: float) -> None:
         availability = self._availability
         availability.refresh(now)
@@ -171,6 +167,8 @@ class Candidates:
         self._left_out = availability.either, availability.on_trial, availability.saturated
         if len(self.endpoints) < availability.size:
             self._left_out = tuple(members & self._members for members in self._left_out)
+        size = len(self.endpoints)
+        self._out = next((members for members in self._left_out if len(members) < size), frozenset())
 
 
 def _without(endpoints: tuple[Endpoint, ...], left_out: Collection[Endpoint]) -> tuple[Endpoint, ...]:
