@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import aiohttp
 
+from tests.support.fleet import Fleet
 from tests.support.overload import Overload, overload
 from tests.support.processes import Answer
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 MIB = 1 << 20
 CLIENTS = 200

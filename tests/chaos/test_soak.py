@@ -16,9 +16,9 @@ import aiohttp
 import psutil
 import pytest
 
+from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
 RATE = float(os.environ.get("SOAK_RATE", "60"))

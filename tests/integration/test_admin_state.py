@@ -12,10 +12,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.fleet import Fleet
 from tests.support.overload import PATIENT
 from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""

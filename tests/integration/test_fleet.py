@@ -6,9 +6,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+from tests.support.fleet import Fleet
 from tests.support.processes import Answer, Client
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 

@@ -17,6 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.fleet import Fleet
 from tests.support.overload import PATIENT
 from tests.support.processes import (
     NO_EJECTION,
@@ -29,7 +30,6 @@ from tests.support.processes import (
     unused_ports,
 )
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}

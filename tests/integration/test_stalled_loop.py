@@ -11,9 +11,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STRATEGIES = """\

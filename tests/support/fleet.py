@@ -1,30 +1,20 @@
-"""A small fleet that can serve, for tests that need no I/O."""
+"""The simulated fleet, started as the other processes of the tests are."""
 
-from typing import Any
+from __future__ import annotations
 
-from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
-from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.scheduler import Scheduler
+import os
+import subprocess
+from typing import IO
 
-P, D = InstanceRole.PREFILL, InstanceRole.DECODE
+from tests.support import template
+from vllm_pd_scheduler.sim import fleet
+from vllm_pd_scheduler.sim.fleet import FleetError
 
-
-def registry_of(prefill: int = 2, decode: int = 2) -> Registry:
-    """Healthy instances p0, p1, … and d0, d1, …"""
-    registry = Registry()
-    for role, count in ((P, prefill), (D, decode)):
-        for number in range(count):
-            endpoint = registry.add(PDInstance(f"{role[0]}{number}", role, f"10.0.0.{number}", 80))
-            registry.probed(endpoint, None)
-    return registry
+__all__ = ["Fleet", "FleetError"]
 
 
-def scheduler_of(prefill: int = 2, decode: int = 2, **settings: Any) -> Scheduler:
-    """The scheduler of such a fleet."""
-    return Scheduler(SchedulerConfig(**settings), registry_of(prefill, decode), seed=1)
+class Fleet(fleet.Fleet):
+    """A :class:`vllm_pd_scheduler.sim.fleet.Fleet` whose instances are forks."""
 
-
-def prompt(tokens: float = 1000.0, **more: Any) -> RequestContext:
-    return RequestContext("/v1/completions", prompt_tokens=tokens, output_tokens=100.0, **more)
+    def _start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return template.start(command, log, dict(os.environ))
