@@ -8,9 +8,9 @@ from typing import IO
 
 from tests.support import template
 from vllm_pd_scheduler.sim import fleet
-from vllm_pd_scheduler.sim.fleet import FleetError
+from vllm_pd_scheduler.sim.fleet import FleetError, SimInstance
 
-__all__ = ["Fleet", "FleetError"]
+__all__ = ["Fleet", "FleetError", "SimInstance"]
 
 
 class Fleet(fleet.Fleet):
