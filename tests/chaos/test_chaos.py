@@ -7,9 +7,9 @@ import signal
 import aiohttp
 import pytest
 
-from tests.support.fleet import Fleet
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.support.fleet import Fleet
 from tests.support.overload import Overload, overload
 from tests.support.processes import Answer
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 MIB = 1 << 20

@@ -16,8 +16,8 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))

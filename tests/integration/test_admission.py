@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.support.fleet import Fleet
 from tests.support.overload import PATIENT, Overload, overload
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 

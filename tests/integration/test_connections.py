@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.fleet import Fleet
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 
 MIB = 1 << 20
 COMPLETION = b'{"prompt":"p","max_tokens":2}'

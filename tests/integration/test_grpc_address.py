@@ -18,8 +18,8 @@ import pytest
 from envoy.service.discovery.v3 import discovery_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.eds import SERVICE as EDS
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES

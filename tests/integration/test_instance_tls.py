@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from tests.support.certificates import Certificates, make_certificates
-from tests.support.fleet import Fleet
 from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 AT_ONCE = {"ejection_failures": 1, "strategy": "round_robin"}

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.ext_proc import ExtProcService

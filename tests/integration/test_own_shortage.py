@@ -10,8 +10,8 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 SLOW_PREFILL = ["--prefill-min=0.15"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 4

@@ -17,7 +17,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.fleet import Fleet
 from tests.support.overload import PATIENT
 from tests.support.processes import (
     NO_EJECTION,
@@ -29,6 +28,7 @@ from tests.support.processes import (
     spawned,
     unused_ports,
 )
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 

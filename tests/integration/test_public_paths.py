@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.fleet import Fleet
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Answer, Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 COMPLETION = b'{"prompt":"p","max_tokens":2}'

@@ -13,9 +13,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.proxy import proxy
+from tests.support.sim_fleet import Fleet
 from tests.support.sockets import gives_up_after, peer_of, sockets_of
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import parse_config

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.support.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.router import PDRouter

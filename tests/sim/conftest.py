@@ -6,8 +6,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.fleet import Fleet
 from tests.support.sim import Client
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 

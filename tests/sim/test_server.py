@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.fleet import Fleet, SimInstance
 from tests.support.sim import CHAT, COMPLETIONS, PROMPT, Client
+from tests.support.sim_fleet import Fleet, SimInstance
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 from vllm_pd_scheduler.sim.text import tokenize

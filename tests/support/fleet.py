@@ -1,20 +1,30 @@
-"""The simulated fleet, started as the other processes of the tests are."""
+"""A small fleet that can serve, for tests that need no I/O."""
 
-from __future__ import annotations
+from typing import Any
 
-import os
-import subprocess
-from typing import IO
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.scheduler import Scheduler
 
-from tests.support import template
-from vllm_pd_scheduler.sim import fleet
-from vllm_pd_scheduler.sim.fleet import FleetError, SimInstance
-
-__all__ = ["Fleet", "FleetError", "SimInstance"]
+P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
-class Fleet(fleet.Fleet):
-    """A :class:`vllm_pd_scheduler.sim.fleet.Fleet` whose instances are forks."""
+def registry_of(prefill: int = 2, decode: int = 2) -> Registry:
+    """Healthy instances p0, p1, … and d0, d1, …"""
+    registry = Registry()
+    for role, count in ((P, prefill), (D, decode)):
+        for number in range(count):
+            endpoint = registry.add(PDInstance(f"{role[0]}{number}", role, f"10.0.0.{number}", 80))
+            registry.probed(endpoint, None)
+    return registry
 
-    def _start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        return template.start(command, log, dict(os.environ))
+
+def scheduler_of(prefill: int = 2, decode: int = 2, **settings: Any) -> Scheduler:
+    """The scheduler of such a fleet."""
+    return Scheduler(SchedulerConfig(**settings), registry_of(prefill, decode), seed=1)
+
+
+def prompt(tokens: float = 1000.0, **more: Any) -> RequestContext:
+    return RequestContext("/v1/completions", prompt_tokens=tokens, output_tokens=100.0, **more)

@@ -12,8 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from tests.support.fleet import Fleet
 from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 # An instance that is held up stays healthy: its probes wait as long as it takes.

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from tests.support.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
