@@ -5,7 +5,7 @@ Synchronous, does no I/O, and takes every time it needs as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
@@ -341,6 +341,21 @@ class Registry:
         """
         if endpoint.breaker.failed():
             self._eject(endpoint, reason, now)
+
+    def errored(self, endpoint: Endpoint, before: Sequence[Endpoint], reason: str, now: float) -> None:
+        """Record a 500 for a request to which those ``before`` have answered 500 too.
+
+        The first is a failure. With a second it may be the request's fault: then the failure is taken back,
+        and what happened is doubtful for all.
+        """
+        if not before:
+            self.failed(endpoint, reason, now)
+            return
+        if len(before) == 1:
+            if before[0].breaker.forgive():
+                self._changed()
+            self.doubtful(before[0], reason, now)
+        self.doubtful(endpoint, reason, now)
 
     def doubtful(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """Record a request whose end says something of the instance only beside those of its peers.

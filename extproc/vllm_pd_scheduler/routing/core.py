@@ -130,7 +130,7 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses = why.losses
+            forward.losses, forward.errors = why.losses, why.errors
         return forward
 
     def _with_handoff(

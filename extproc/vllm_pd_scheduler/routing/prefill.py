@@ -39,6 +39,8 @@ class WithoutHandoff:
     status: int = 0
     losses: int = 0
     """Connections that the request has lost at P after it was delivered."""
+    errors: tuple[Endpoint, ...] = ()
+    """P that have answered 500."""
 
 
 Outcome = PendingHandoff | WithoutHandoff | Reject
@@ -90,7 +92,7 @@ class PrefillStage:
             return tried.refusal
         if self._config.on_prefill_failure == "fail":
             return no_prefill()
-        return WithoutHandoff(losses=tried.losses)
+        return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
     def _ticket(self, context: RequestContext) -> Ticket:
         return Ticket(context, InstanceRole.PREFILL, context.body_bytes)
@@ -188,9 +190,10 @@ class PrefillStage:
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
-            self._failed(endpoint, f"status_{answer.status}", tried)
             if answer.status == 500:
-                self._lost.suspect(fingerprint, endpoint.id, self._clock())
+                self._errored(endpoint, fingerprint, tried)
+            else:
+                self._failed(endpoint, f"status_{answer.status}", tried)
             return self._lose(endpoint, fingerprint, tried) if b"EngineCore" in answer.body else None
         tried.only_full = False
         if not self._decode_may_not_prefill:
@@ -206,6 +209,15 @@ class PrefillStage:
         tried.losses += 1
         self._lost.lost(fingerprint, endpoint.id, self._clock())
         return lost_twice() if tried.losses >= MAX_LOSSES else None
+
+    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
+        """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
+        tried.only_full = False
+        now = self._clock()
+        self._telemetry.prefill_failed(endpoint.id, "status_500")
+        self._lost.suspect(fingerprint, endpoint.id, now)
+        self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
+        tried.errors += (endpoint,)
 
     def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
         tried.only_full = False
@@ -236,6 +248,8 @@ class _Tried:
         self.only_full = True
         self.losses = 0
         self.refusal: Reject | None = None
+        self.errors: tuple[Endpoint, ...] = ()
+        """Those that have answered 500."""
 
 
 def lost_twice(retry_after: int = int(PAUSE_S)) -> Reject:
