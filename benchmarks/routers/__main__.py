@@ -31,7 +31,7 @@ def main() -> int:
             return FAILED  # the documentation shows it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the routers, too
     try:
-        found = measure([each for each in WORKLOADS if each.kind in options.kinds], names, options.runs)
+        found = measure([each for each in WORKLOADS if each.kind in options.only], names, options.runs)
     except (Failed, StartError, EnvoyError) as error:
         print(error, file=sys.stderr)
         return FAILED
@@ -62,11 +62,12 @@ def _options() -> argparse.Namespace:
         f"{figures.TOLERANCE:.0%}.",
     )
     parser.add_argument(
-        "kinds",
-        nargs="*",
+        "--only",
+        nargs="+",
         choices=KINDS,
+        default=KINDS,
         metavar="KIND",
-        help=f"of workload, all by default: {', '.join(KINDS)}",
+        help=f"kinds of workload, of {', '.join(KINDS)}; all by default",
     )
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of each workload; {RUNS} by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
@@ -74,10 +75,9 @@ def _options() -> argparse.Namespace:
         "--save", action="store_true", help=f"make them the last release's: {figures.LAST_RELEASE.name}"
     )
     options = parser.parse_args()
-    options.kinds = options.kinds or KINDS
     if options.runs < 1:
         parser.error("--runs must be at least 1")
-    if options.save and set(options.kinds) != set(KINDS):
+    if options.save and set(options.only) != set(KINDS):
         parser.error("--save needs all workloads")
     return options
 

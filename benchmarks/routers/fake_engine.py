@@ -50,6 +50,7 @@ class Params(msgspec.Struct):
 class Request(msgspec.Struct):
     """The keys of a body that matter here."""
 
+    prompt: msgspec.Raw = msgspec.Raw()
     max_tokens: int = 16
     stream: bool = False
     kv_transfer_params: Params | None = None
@@ -146,9 +147,11 @@ class Connection(asyncio.Protocol):
             self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
-        method, path, _ = head.split(b" ", 2)
-        if method == b"POST":
+        _, path, _ = head.split(b" ", 2)
+        if path == b"/v1/completions":
             self._complete(_decode(body))
+        elif path == b"/v1/completions/render":
+            self._send(_rendered(_decode(body)))
         elif path == b"/counts":
             self._send(_encode(self._engine.counts))
         elif path == b"/v1/models":
@@ -194,6 +197,13 @@ class Connection(asyncio.Protocol):
     def _send(self, body: bytes, content_type: str = "application/json", status: str = "200 OK") -> None:
         head = http1.head(f"HTTP/1.1 {status}", content_type=content_type, content_length=len(body))
         self.write(head + body)
+
+
+def _rendered(request: Request) -> bytes:
+    """The prompt as tokens, one for four bytes: routers that look for shared prefixes may ask for them."""
+    prompt = bytes(request.prompt)
+    tokens = memoryview(prompt[: len(prompt) & ~1]).cast("H")[::2].tolist()
+    return _encode([{"request_id": "cmpl-fake", "token_ids": tokens}])
 
 
 def _completion(tokens: int, params: dict[str, Any] | None) -> bytes:
