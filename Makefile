@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: up test test-vllm bench lint format docs clean
+.PHONY: up test test-vllm bench bench-routers bench-save lint format docs clean
 
 up: $(VENV)/.ready
 	@exec $(BIN)/vllm-pd-scheduler demo
@@ -20,6 +20,16 @@ test-vllm: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --capture=no
+	$(BIN)/python -m benchmarks.routers
+
+bench-routers: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.routers
+
+# For a release: the figures against which later runs are compared, and the page that shows them.
+bench-save: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m benchmarks.routers --save
+	$(BIN)/python -m docs.generate_performance
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

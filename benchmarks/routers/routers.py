@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,12 @@ def peer_command() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the version of each router that is installed."""
-    script = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
-    found = {OURS: _output(sys.executable, "-c", script, "vllm-pd-scheduler")}
+    found = {OURS: metadata.version("vllm-pd-scheduler")}
     command = peer_command()
     if command:
-        found[PEER] = _output(str(Path(command).resolve().parent / "python"), "-c", script, "vllm-router")
+        its_python = Path(command).read_text(encoding="utf-8").splitlines()[0].removeprefix("#!")
+        script = "from importlib.metadata import version; print(version('vllm-router'))"
+        found[PEER] = _output(its_python, "-c", script)
     printed = re.search(r"version: \w+/([^/]+)/", _output(find_envoy(), "--version"))
     found[ENVOY] = printed[1] if printed else "?"
     return found
@@ -106,9 +108,7 @@ def router(name: str, strategy: str, instances: Fleet, folder: Path) -> Iterator
 
         def ready() -> bool:
             before = instances.counts()["hand_offs"]
-            done = _answers(
-                port, "/v1/completions", b'{"model": "fake-model", "prompt": "hi", "max_tokens": 1}'
-            )
+            done = _answers(port, "/v1/completions", _REQUEST)
             return done and (name == ENVOY or instances.counts()["hand_offs"] > before)
 
         _until(ready, process, log)

@@ -6,6 +6,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,20 +63,25 @@ def _measure_once(workload: Workload, routers: Sequence[Router], instances: Flee
     """Measure one workload on each router, one right after the other."""
     alone = workload.clients == 1
     if alone:
-        prefill_ms, decode_ms = uvloop.run(workload.direct(instances))
-        found.add(workload.name, DIRECT, {"p50_ms": prefill_ms + decode_ms})
+        prefill, decode = uvloop.run(workload.direct(instances))
+        _require_no_errors(workload, DIRECT, prefill.errors + decode.errors)
+        found.add(workload.name, DIRECT, {"p50_ms": (prefill.p50 + decode.p50) * 1e3})
     for each in routers:
         plain = instances.counts()["plain"]
         sample, seen = uvloop.run(workload.measure(each))
-        if each.name != ENVOY and instances.counts()["plain"] > plain:
+        if each.name != ENVOY:
             seen.errors["not split"] += instances.counts()["plain"] - plain
-        if seen.errors:
-            errors = ", ".join(f"{count} {what}" for what, count in seen.errors.items())
-            raise Failed(f"{workload.title}: {each.name}: {errors}")
+        _require_no_errors(workload, each.name, seen.errors)
         if alone:
-            direct = decode_ms if each.name == ENVOY else prefill_ms + decode_ms
-            sample["added_p50_ms"] = sample["p50_ms"] - direct
+            direct = decode.p50 if each.name == ENVOY else prefill.p50 + decode.p50
+            sample["added_p50_ms"] = sample["p50_ms"] - direct * 1e3
         found.add(workload.name, each.name, sample)
+
+
+def _require_no_errors(workload: Workload, name: str, errors: Counter[str]) -> None:
+    if +errors:
+        listed = ", ".join(f"{count} {what}" for what, count in (+errors).items())
+        raise Failed(f"{workload.title}: {name}: {listed}")
 
 
 def _progress(text: str) -> None:

@@ -85,15 +85,15 @@ class Workload:
         await asyncio.sleep(RESIDENT_AFTER_S)
         return router.resident_mb()
 
-    async def direct(self, instances: Fleet) -> tuple[float, float]:
-        """Return the median time in ms of a prefill and of an answer when the client itself asks P and D."""
+    async def direct(self, instances: Fleet) -> tuple[Seen, Seen]:
+        """Return what clients see that ask P for a prefill, and what those see that ask D for an answer."""
         found = []
         send: dict[str, object] = {"do_remote_decode": True}
         for port, params in ((instances.prefill[0], send), (instances.decode[0], None)):
             async with Load(port, self.clients) as load:
                 body = self.body(params=params)
                 await load.run(body, WARM_UP_S)
-                found.append((await load.run(body, REQUEST_S)).p50 * 1e3)
+                found.append(await load.run(body, REQUEST_S))
         return found[0], found[1]
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from unittest.mock import patch
 
 import typer.main
+from benchmarks.routers import figures
 
-from docs import generate_configuration
+from docs import generate_configuration, generate_performance
 from tests.support.certificates import make_certificates
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.admin.collectors import collectors
@@ -141,6 +142,13 @@ class SettingsTest(unittest.TestCase):
             ):
                 with self.subTest(name):
                     self.assertEqual(default(text), getattr(SchedulerConfig(), name))
+
+
+class PerformanceTest(unittest.TestCase):
+    def test_the_page_has_the_figures_of_the_last_release(self) -> None:
+        text = TEXTS["docs/performance.md"]
+        made = generate_performance.page(text, figures.load(figures.LAST_RELEASE))
+        self.assertEqual(text, made, "stale: run `python -m docs.generate_performance`")
 
 
 class StrategiesTest(unittest.TestCase):
