@@ -8,7 +8,8 @@ import pytest_asyncio
 
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
-from vllm_pd_scheduler.handoff.prefill_leg import MAX_ANSWER_BYTES, HttpPrefill, largest_answer, open_session
+from vllm_pd_scheduler.handoff.prefill_leg import MAX_ANSWER_BYTES, HttpPrefill, largest_answer
+from vllm_pd_scheduler.instance_http.pool import ConnectionPool
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 
 JSON = b"application/json"
@@ -59,8 +60,8 @@ async def instance() -> AsyncIterator[Instance]:
 async def prefill(instance: Instance, body: bytes = b"{}", host: str = "127.0.0.1") -> PrefillAnswer:
     endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, host, instance.port))
     endpoint.address = f"127.0.0.1:{instance.port}"
-    async with open_session() as session:
-        return await HttpPrefill(session, None, 10.0)(endpoint, "/v1/completions", {}, body)
+    async with ConnectionPool() as pool:
+        return await HttpPrefill(pool, None, 10.0)(endpoint, "/v1/completions", {}, body)
 
 
 class TestSize:

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from vllm_pd_scheduler.handoff.prefill_leg import open_session
+from vllm_pd_scheduler.instance_http.session import open_session
 from vllm_pd_scheduler.instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_most
 
 Read = Callable[..., "asyncio.Future[bytes]"]

@@ -1,1 +1,1 @@
-"""What all who speak HTTP with instances have in common."""
+"""HTTP with instances: a lean client for requests, and what it has in common with the others that ask them."""
