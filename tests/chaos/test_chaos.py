@@ -91,11 +91,7 @@ async def test_killed_scheduler(
         scheduler.wait()
         await seen.more(50)
         with spawned(stack.serve({**settings, **fleet.config()})):
-
-            async def split_again() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split_again)
+            await client.until_split()
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
             await seen.more()
     seen.assert_clean()

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.processes import unused_ports
 from tests.support.proxy import proxy
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import access_log, grpc_server
 from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AttemptLog
 from vllm_pd_scheduler.envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
@@ -54,7 +54,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     async def check(self, channel: grpc.aio.Channel, service: str = "") -> int:
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=HUNG_S)
         return int(answer.status)
 
 
@@ -187,7 +187,7 @@ class HealthTest(Case):
                 with self.subTest(method, code=code):
                     make = self.channel.unary_unary if method == "Check" else self.channel.unary_stream
                     call = make(f"/grpc.health.v1.Health/{method}")(data)
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(HUNG_S):
                         self.assertIs(await call.code(), code)
 
 
@@ -236,7 +236,7 @@ class AccessLogTest(Case):
             with self.subTest(code=code), self.assertLogs("vllm_pd_scheduler.envoy.access_log", "WARNING"):
                 call = self.open()
                 await call.write(data)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(HUNG_S):
                     self.assertIs(await call.code(), code)
         self.assertEqual(self.attempts, [])
 

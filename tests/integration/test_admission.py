@@ -333,10 +333,7 @@ async def test_priority_can_be_taken_away_from_clients(
         client = Client(session, stack, fleet)
         await ready(client, envoy)
 
-        async def split() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(split)
+        await client.until_split()
         answer = await client.post("/v1/completions", {"prompt": "p"}, {"x-pd-priority": "not a number"})
         assert answer.status == 200
         assert answer.headers["x-pd-prefill"]
@@ -417,10 +414,7 @@ async def test_a_scheduler_that_is_killed_with_requests_in_its_queue(
     ):
         await ready(client, envoy)
 
-        async def split() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(split)
+        await client.until_split()
         with load.held("prefill-0"):
             tasks = [load.ask("first")]
             await load.client.until_in_flight(1)

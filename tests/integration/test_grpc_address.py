@@ -112,9 +112,9 @@ async def test_a_socket_that_another_scheduler_serves(stack: Stack, fleet: Fleet
         async def there() -> bool:
             return "grpc" in os.listdir(stack.directory)
 
-        await until(there, 30)
+        await until(there)
         with spawned(second) as other:
-            assert await asyncio.to_thread(other.wait, 40) == 1
+            assert await asyncio.to_thread(other.wait) == 1
             assert f"grpc_socket: cannot listen on {path}: another process serves it" in other.output
             assert "Traceback" not in other.output
         assert process.process.poll() is None

@@ -230,11 +230,7 @@ async def test_an_envoy_of_ones_own(one_sided: Secured, tmp_path: Path, as_docum
             await ready(client, envoy)
             before = await client.seen_by_all()
             if as_documented:
-
-                async def asked() -> bool:
-                    return "x-pd-prefill" in (await client.complete()).headers
-
-                await until(asked)  # the scheduler is known to be healthy a little later than the instances
+                await client.until_split()  # the scheduler is found healthy a little later than the instances
                 await check_text(client)
             else:
 

@@ -84,10 +84,7 @@ async def stage(
             client = Client(session, stack, fleet)
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
             stage = Stage(app, client)
             await stage.ended()
             Call.known.clear()

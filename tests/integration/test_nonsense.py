@@ -78,7 +78,7 @@ async def test_the_scheduler_starts_and_serves(
                 assert (await client.complete()).status == 200
                 return asked.count("/metrics") >= 6
 
-            await until(probed, 60)
+            await until(probed)
             _, page = await client.admin("GET", "/metrics")
             assert 'pd_scrape_failures_total{instance="decode-0"}' not in page
             assert psutil.Process(process.process.pid).memory_info().rss < 250 << 20

@@ -32,7 +32,7 @@ from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""
 
 
@@ -204,6 +204,7 @@ async def test_a_hangup_drains(
         with spawned(stack.up(config) if command == "up" else stack.serve(config)) as process:
             client = Client(session, stack, fleet)
             await ready(client, process)
+            await client.until_split()
             async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 with client.frozen("decode-0"):
@@ -288,8 +289,7 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            long = {**STREAM, "max_tokens": 60}
-            async with session.post(stack.url + "/v1/completions", json=long) as response:
+            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()
@@ -347,10 +347,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
 
 
 async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> None:

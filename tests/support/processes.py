@@ -229,6 +229,14 @@ class Client:
 
         await until(reached)
 
+    async def until_split(self) -> None:
+        """Wait until a request has a P: Envoy asks the scheduler once it has found it healthy."""
+
+        async def split() -> bool:
+            return "x-pd-prefill" in (await self.complete()).headers
+
+        await until(split)
+
     async def until_freed(self) -> None:
         """Wait until no prefill instance holds blocks for a hand-off, and none by the end of its lease."""
 

@@ -202,7 +202,8 @@ class SchedulerConfig(_Model):
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
     """Further P that are tried after a failed prefill, and further D that Envoy tries. `up` tells its Envoy;
-    in an Envoy of yours set `num_retries` (3 in `envoy/envoy.yaml`) to the same."""
+    an Envoy of yours needs the same as `num_retries` (3 in `envoy/envoy.yaml`; `envoy-config --config` prints
+    it)."""
     prefill_timeout: Seconds = 120.0
     """Seconds that one prefill attempt may take; then another P is tried. Raise it for prompts that take
     longer."""

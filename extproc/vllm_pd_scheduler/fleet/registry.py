@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..models import InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
@@ -327,9 +327,19 @@ class Registry:
         The instance is ejected if it has many of them and its peers have few. A trial stays undecided.
         """
         endpoint.doubts.doubtful()
-        peers = [e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint]
-        if endpoint.doubts.odd_among(peers):
+        if self._odd(endpoint):
             self._eject(endpoint, f"{reason}, where others of its role serve", now)
+
+    def stands_out(self, endpoint: Endpoint) -> bool:
+        """Whether an instance, and not the fleet, is the reason for what happens there.
+
+        It is unhealthy or ejected, or has many doubtful ends where its peers have few.
+        """
+        return endpoint.state is InstanceState.UNHEALTHY or self._odd(endpoint)
+
+    def _odd(self, endpoint: Endpoint) -> bool:
+        peers = [e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint]
+        return endpoint.doubts.odd_among(peers)
 
     def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
         """Record that an instance is full: neither its failure nor a success.

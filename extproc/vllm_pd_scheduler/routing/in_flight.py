@@ -131,7 +131,9 @@ class RequestsInFlight:
         if forward is None:
             return
         forward.failed_attempts += 1
-        forward.last_failure = attempt.failure
+        forward.held_up = attempt.failure is Failure.TIMEOUT and not (
+            endpoint is not None and self._registry.stands_out(endpoint)
+        )
         instance = endpoint.id if endpoint is not None else attempt.address
         if attempt.failure is Failure.RESET:
             forward.losses += 1
@@ -161,9 +163,9 @@ class RequestsInFlight:
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
                 registry.doubtful(endpoint, reason, now)
         elif failure in (Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT):
-            if failure is Failure.TIMEOUT:
-                self.patience.timed_out()
             registry.doubtful(endpoint, reason, now)
+            if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
+                self.patience.timed_out()
         elif failure is not Failure.UNSENT:
             registry.failed(endpoint, reason, now)
 
@@ -187,16 +189,15 @@ class RequestsInFlight:
     def may_try_again(self, request: str, made: int) -> Retry | None:
         """Return whether Envoy may try one more D after ``made`` attempts; ``None`` if that is not known yet.
 
-        What was never delivered may be tried on all. What two instances have lost is tried on no third, and
-        what has timed out only as far as the fleet is not slow as a whole.
+        What was never delivered may be tried on all. What two instances have lost is tried on no third. What
+        has timed out may be tried again if its D hangs; if D is as slow as the others, only a share of them.
         """
         forward = self._running.get(request)
         if forward is None or forward.losses >= MAX_LOSSES:
             return Retry.LOST
         if forward.failed_attempts < made:
             return None
-        slow = forward.last_failure is Failure.TIMEOUT and not self.patience.may_retry()
-        return Retry.SLOW if slow else Retry.ALLOWED
+        return Retry.SLOW if forward.held_up and not self.patience.may_retry() else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""

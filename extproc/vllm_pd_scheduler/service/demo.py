@@ -79,7 +79,8 @@ def run_sim(prefill: int, decode: int, base_port: int) -> int:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))
             console.print("Ctrl-C ends them.")
-            signal.pause()
+            while True:
+                time.sleep(1.0)  # signal.pause() would not see a signal that came just before it
     except KeyboardInterrupt:
         return 0
     except (FleetError, ValueError) as error:

@@ -11,7 +11,7 @@ import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.support import ext_proc as fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.ext_proc import server as server_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
@@ -78,7 +78,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     async def ended(self, call: asyncio.Task[None]) -> None:
         """Wait for a call's end; nothing of it may be left."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HUNG_S):
             with self.assertRaises((asyncio.CancelledError, grpc.aio.AbortError)):
                 await call
         self.assertEqual(fleet.in_flight(self.router), 0)
@@ -149,7 +149,7 @@ class HandoffTest(Case):
         for endpoint in list(self.router.registry):
             self.router.drain_instance(endpoint.id)
         context = Context()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HUNG_S):
             await self.service._process(None, context)
         self.assertEqual(context.written[1].WhichOneof("response"), "immediate_response")
         self.assertEqual(self.freed, [])
@@ -219,7 +219,7 @@ class RealCallTest(Case):
                     await call.write(message)
                     await call.read()
                 await call.write(messages[-1])
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(HUNG_S):
                     self.assertIs(await call.code(), code)
                 await self.no_streams()
                 self.assertEqual(self.router.body_memory.used, 0)
