@@ -40,10 +40,10 @@ _ENVOYS_SHORTAGE = re.compile(
 class HttpPrefill:
     """A :class:`~vllm_pd_scheduler.handoff.interfaces.PrefillLeg` over HTTP/1.1.
 
-    It goes straight to the instance, or to ``listener``, the base URL of Envoy's prefill listener, which sends
-    it on to the endpoint that a header names. When the call is cancelled, ``unwanted`` gets the answer if it
-    comes within ``LINGER_S``. After that, or at once without ``unwanted``, the connection is closed, which
-    makes vLLM abort the request.
+    It goes straight to the instance, or to ``listener``, the base URL of Envoy's prefill listener, which
+    sends it on to the endpoint that a header names. When the call is cancelled, ``unwanted`` gets the answer
+    if it comes within ``LINGER_S``. After that, or at once without ``unwanted``, the connection is closed,
+    which makes vLLM abort the request.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""HTTP with instances: a lean client for requests, and what it has in common with the others that ask them."""
+"""HTTP with instances: a lean client for requests, and what it shares with aiohttp's for health checks."""

@@ -73,7 +73,7 @@ class Exchange:
 
 
 def post_head(path: str, host: str, headers: Mapping[str, str], length: int) -> bytes:
-    """Return the head of a POST. Raises :exc:`ValueError` if a part of it would become more than that part."""
+    """Return the head of a POST. Raises :exc:`ValueError` if one of its parts would become several."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\n{lines}content-length: {length}\r\n\r\n"
     ends = len(headers) + 4

@@ -24,8 +24,8 @@ _SWEEP_S = 1.0
 class ConnectionPool:
     """Sends requests on connections that are kept open for a while.
 
-    Addresses are ``ip:port``, with an IPv6 address in brackets; a name in place of the IP address is looked up
-    in a thread for each new connection. ``tls`` says whom to trust, by default whom the system does.
+    Addresses are ``ip:port``, with an IPv6 address in brackets. A name in place of the IP address is looked
+    up in a thread for each new connection. ``tls`` says whom to trust, by default whom the system does.
     ``async with ConnectionPool() as pool`` ends all connections at the end of the block.
     """
 
@@ -44,13 +44,20 @@ class ConnectionPool:
         await self.close()
 
     def post(
-        self, to: Destination, path: str, headers: Mapping[str, str], body: bytes, *, limit: int, timeout: float
+        self,
+        to: Destination,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        limit: int,
+        timeout: float,
     ) -> asyncio.Future[Answer]:
         """Send a POST; return its answer to come, whose body may have ``limit`` bytes.
 
         The future raises :exc:`~vllm_pd_scheduler.instance_http.errors.RequestFailed`, after ``timeout``
-        seconds at the latest. To cancel it ends the request's connection. Raises :exc:`ValueError` for headers
-        that cannot be sent.
+        seconds at the latest. To cancel it ends the request's connection. Raises :exc:`ValueError` for
+        headers that cannot be sent.
         """
         exchange = Exchange(to, post_head(path, to[0], headers, len(body)), body, limit, timeout)
         connection = self._take(to)
