@@ -23,8 +23,8 @@ from tests.support.certificates import make_certificates
 from tests.support.raw_server import Peer, RawServer, raw_server
 from tests.support.sockets import gives_up_after
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.instance_http import connection as connection_module
 from vllm_pd_scheduler.instance_http import pool as pool_module
+from vllm_pd_scheduler.instance_http.connection import _idle_time
 from vllm_pd_scheduler.instance_http.errors import (
     AnswerRefused,
     ConnectionLost,
@@ -34,7 +34,7 @@ from vllm_pd_scheduler.instance_http.errors import (
     TimedOut,
 )
 from vllm_pd_scheduler.instance_http.exchange import Answer, Destination, post_head
-from vllm_pd_scheduler.instance_http.pool import MAX_IDLE, ConnectionPool
+from vllm_pd_scheduler.instance_http.pool import IDLE_S, MAX_IDLE, ConnectionPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
 
@@ -235,7 +235,7 @@ class TestReuse:
     async def test_not_for_longer_than_the_instance_keeps_it(
         self, pool: ConnectionPool, server: RawServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(connection_module, "IDLE_S", 0.0)
+        pool.idle_s = 0.0
         monkeypatch.setattr(pool_module, "_SWEEP_S", 3600.0)
         peer = await one(pool, server)
         await one(pool, server)
@@ -244,7 +244,7 @@ class TestReuse:
     async def test_what_is_idle_for_too_long_is_closed(
         self, pool: ConnectionPool, server: RawServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(connection_module, "IDLE_S", 0.05)
+        pool.idle_s = 0.05
         monkeypatch.setattr(pool_module, "_SWEEP_S", 0.01)
         peer = await one(pool, server)
         assert await peer.ended()
@@ -267,7 +267,7 @@ class TestReuse:
         ids=repr,
     )
     def test_how_long_that_is(self, said: bytes, seconds: float) -> None:
-        assert connection_module._idle_time(Answer(200, {b"keep-alive": said}, b"")) == pytest.approx(seconds)
+        assert _idle_time(Answer(200, {b"keep-alive": said}, b""), IDLE_S) == pytest.approx(seconds)
 
     async def test_no_more_are_kept_than_so_many(
         self, pool: ConnectionPool, server: RawServer, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,7 @@ async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path, wa
         with spawned(stack.envoy()) as envoy, spawned(limited(stack.serve(config), 60)) as scheduler:
             client = Client(session, stack, fleet)
             await ready(client, envoy)
+            await client.until_split()
             await client.states()  # the connection to the admin interface stays open, as a scraper's does
             answers = await asyncio.gather(*(client.complete() for _ in range(100)))
             statuses = Counter(answer.status for answer in answers)

@@ -27,6 +27,9 @@ MAX_ANSWER_BYTES = 16 << 20
 _LEAST_ANSWER_BYTES = 1 << 20
 _ANSWER_PER_BODY_BYTE = 8
 """With ``return_token_ids`` P writes each token of the prompt as a number, and one can be a single byte."""
+LISTENER_IDLE_S = 60.0
+"""How long a connection to Envoy may be idle, which would keep it for an hour. One that is open is there when
+Envoy has no file descriptor left for a new one."""
 _SENDABLE = re.compile(r"[\t -~]*")
 """A header of the client's that can go to P."""
 _PASSABLE = re.compile(r"[!-~][ -~]{0,199}")

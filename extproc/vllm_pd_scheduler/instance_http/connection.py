@@ -13,11 +13,8 @@ from .answer_reader import AnswerReader
 from .errors import ConnectionLost, NotConnected, RequestFailed
 from .exchange import Answer, Destination, Exchange
 
-IDLE_S = 4.0
-"""How long a connection may be idle. uvicorn, and so vLLM (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``), closes one that
-has been so for 5 s, and a request must not meet that. Envoy's clusters have the same."""
-_IDLE_SHARE = IDLE_S / 5.0
-"""Of what the instance itself says in ``Keep-Alive: timeout=N``."""
+_IDLE_SHARE = 0.8
+"""Of what the server itself says in ``Keep-Alive: timeout=N``, a connection may be idle for so much."""
 _IDLE_AT_MOST_S = 60.0
 _SAID_IDLE = re.compile(rb"(?:^|[,\s])timeout=([0-9]{1,9})(?:$|[,\s])")
 
@@ -27,6 +24,11 @@ _COPIED_BYTES = 1 << 16
 
 class Owner(Protocol):
     """Whoever has the connection."""
+
+    @property
+    def idle_s(self) -> float:
+        """How long it may be idle, unless the server says that."""
+        ...
 
     def free(self, connection: Connection) -> None:
         """Take back a connection that can be used again."""
@@ -144,7 +146,7 @@ class Connection(asyncio.Protocol):
         self._used = True
         # An answer to what has not gone out whole is the last one here.
         if reader.reusable and not self._closing and not self._transport.get_write_buffer_size():
-            self.idle_until = time.monotonic() + _idle_time(answer)
+            self.idle_until = time.monotonic() + _idle_time(answer, self._owner.idle_s)
             self._owner.free(self)
         else:
             self.abort()
@@ -172,7 +174,7 @@ class Connection(asyncio.Protocol):
         return unacknowledged(socket.fileno()) >= len(exchange.head) + len(exchange.body)
 
 
-def _idle_time(answer: Answer) -> float:
+def _idle_time(answer: Answer, default: float) -> float:
     """Return for how many seconds the connection may be idle after an answer."""
     said = _SAID_IDLE.search(answer.headers.get(b"keep-alive", b"").lower())
-    return IDLE_S if said is None else min(_IDLE_AT_MOST_S, _IDLE_SHARE * int(said[1]))
+    return default if said is None else min(_IDLE_AT_MOST_S, _IDLE_SHARE * int(said[1]))

@@ -16,6 +16,9 @@ CONNECT_TIMEOUT_S = 1.0
 """For TCP and TLS together, as in Envoy's clusters."""
 _SLICES = 4
 """In which that is counted. One in which our own loop stood still counts as one, however long it was."""
+IDLE_S = 4.0
+"""uvicorn, and so vLLM (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``), closes a connection that has been idle for 5 s, and
+a request must not meet that. Envoy's clusters have the same."""
 MAX_IDLE = 256
 """Connections to one destination that are kept for later."""
 _SWEEP_S = 1.0
@@ -26,10 +29,12 @@ class ConnectionPool:
 
     Addresses are ``ip:port``, with an IPv6 address in brackets. A name in place of the IP address is looked
     up in a thread for each new connection. ``tls`` says whom to trust, by default whom the system does.
+    A connection is idle for ``idle_s`` seconds at most, unless the server says how long it keeps them.
     ``async with ConnectionPool() as pool`` ends all connections at the end of the block.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, idle_s: float = IDLE_S) -> None:
+        self.idle_s = idle_s
         self._tls = tls
         self._idle: dict[Destination, list[Connection]] = {}
         """Of each destination, the one that was used last at the end."""

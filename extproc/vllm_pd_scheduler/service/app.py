@@ -18,7 +18,7 @@ from ..envoy.ext_proc import ExtProcService
 from ..envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
-from ..handoff.prefill_leg import HttpPrefill
+from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
@@ -84,6 +84,8 @@ class App:
         releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
+        if config.prefill_listener is not None:
+            pool = await self._stack.enter_async_context(ConnectionPool(idle_s=LISTENER_IDLE_S))
         router.prefill_leg = leg = HttpPrefill(
             pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
