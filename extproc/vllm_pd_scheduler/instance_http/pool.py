@@ -17,8 +17,8 @@ CONNECT_TIMEOUT_S = 1.0
 _SLICES = 4
 """In which that is counted. One in which our own loop stood still counts as one, however long it was."""
 IDLE_S = 4.0
-"""uvicorn, and so vLLM (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``), closes a connection that has been idle for 5 s, and
-a request must not meet that. Envoy's clusters have the same."""
+"""uvicorn, and so vLLM (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``), closes a connection that has been idle for 5 s,
+and a request must not meet that. Envoy's clusters have the same."""
 MAX_IDLE = 256
 """Connections to one destination that are kept for later."""
 _SWEEP_S = 1.0
