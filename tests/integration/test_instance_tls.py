@@ -227,7 +227,7 @@ async def test_an_envoy_of_ones_own(one_sided: Secured, tmp_path: Path, as_docum
             for match in cluster.get("transport_socket_matches", []):
                 match["transport_socket"].update(yaml.safe_load(documented))
     (tmp_path / "envoy.yaml").write_text(yaml.safe_dump(config))
-    with spawned(stack.serve(one_sided.config())) as scheduler, spawned(command) as envoy:
+    with spawned(stack.serve(one_sided.config(**stack.listener))) as scheduler, spawned(command) as envoy:
         async with one_sided.client(stack) as client:
             await ready(client, envoy)
             before = await client.seen_by_all()

@@ -141,7 +141,8 @@ async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which:
         "grpc": of_envoy.grpc,
         "admin": stack.admin_port,
     }[which]
-    command = [*stack.up(fleet.config()), *([f"--grpc-port={port}"] if which == "grpc" else [])]
+    settings = {**fleet.config(), **stack.listener}
+    command = [*stack.up(settings), *([f"--grpc-port={port}"] if which == "grpc" else [])]
     with socket.create_server(("127.0.0.1", port)), spawned(command) as process:
         assert await asyncio.to_thread(process.wait) == 1
         assert str(port) in process.output
