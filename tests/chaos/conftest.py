@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 
 @pytest.fixture(scope="module")

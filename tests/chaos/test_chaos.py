@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 

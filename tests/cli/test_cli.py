@@ -219,7 +219,7 @@ class TestOptions:
         monkeypatch.setattr("vllm_pd_scheduler.cli.serving.logging_at", logging_at)
         path = written(FLEET)
         for level in ("DEBUG", "INFO", "WARNING"):
-            ended = call("--config", path, "--interval", "0.5", "--log-level", level)
+            ended = call("--config", path, "--interval", "0.5", "--log-level", level.lower())
             assert ended.exit_code == 0, ended.output
             logged, config = served
             assert (logged, config.health_check_interval, config.strategy) == (level, 0.5, "least_load")

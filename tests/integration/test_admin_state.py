@@ -14,8 +14,8 @@ import pytest
 
 from tests.support.overload import PATIENT
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""

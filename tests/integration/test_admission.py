@@ -16,8 +16,8 @@ import yaml
 
 from tests.support.overload import PATIENT, Overload, overload
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 ONE_AT_A_TIME = {"max_waiting": 1}

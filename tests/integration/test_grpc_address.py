@@ -19,10 +19,10 @@ from envoy.service.discovery.v3 import discovery_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.eds import SERVICE as EDS
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 

@@ -15,11 +15,11 @@ import yaml
 
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"

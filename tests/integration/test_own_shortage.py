@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 SLOW_PREFILL = ["--prefill-min=0.15"]
 

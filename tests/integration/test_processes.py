@@ -28,8 +28,8 @@ from tests.support.processes import (
     spawned,
     unused_ports,
 )
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
@@ -385,14 +385,20 @@ def test_demo_answers_and_ends_everything(stack: Stack) -> None:
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "demo", *arguments]) as process:
         _wait_for_output(process, "Ctrl-C ends everything")
         assert "prefilled by prefill-" in process.output
-        line = next(line for line in process.output.splitlines() if line.strip().startswith("curl"))
-        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
-        assert "data: [DONE]" in answer.stdout
+        lines = [line.strip() for line in process.output.splitlines()]
+        ask, *others = [line for line in lines if line.startswith(("curl", "kill"))]
         children = process.children()
         assert len(children) == 5
+        assert "data: [DONE]" in _shell(ask)
+        assert len([_shell(line) for line in others]) == 5
+        assert "data: [DONE]" in _shell(ask), "though one was killed"
         process.signal(signal.SIGINT)
         assert process.wait() == 0
         assert not any(running(pid) for pid in children)
+
+
+def _shell(line: str) -> str:
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
 
 
 def _wait_for_output(process: Process, text: str) -> None:

@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STRATEGIES = """\

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 40
 """Some blocks, so that there is a prefix to be remembered."""

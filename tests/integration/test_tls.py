@@ -10,8 +10,8 @@ import yaml
 
 from tests.support.certificates import make_certificates
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.envoy.process import render_config
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"
 

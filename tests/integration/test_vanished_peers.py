@@ -15,12 +15,12 @@ import pytest
 
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.proxy import proxy
+from tests.support.sim_fleet import Fleet
 from tests.support.sockets import gives_up_after, peer_of, sockets_of
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy import grpc_server
 from vllm_pd_scheduler.service.app import App
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 STREAM = {"prompt": "p", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 FOUND_WITHIN_S = 15.0

@@ -13,10 +13,11 @@ import aiohttp
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import canonical_ip, join_address
+from ..models import InstanceRole, canonical_ip, join_address
 from ..telemetry.metrics import Telemetry
 from .names import NameNotResolved, NameResolver
 from .probe import Answers, NoAnswer, NoSuchPath, OurShortage, Probe
+from .progress import STALLED_S, Progress
 from .served_models import odd_ones
 from .vllm_metrics import Scrape, snapshot
 
@@ -38,7 +39,8 @@ class HealthMonitor:
     """Probes every instance in a registry, asks it for its load and its models, and tells the registry.
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
-    and again that of a DNS name's first look-up.
+    and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
+    on a D without a step of its engine.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class HealthMonitor:
         interval: float,
         timeout: float,
         clock: Callable[[], float],
+        stalled_after: float = STALLED_S,
         names: NameResolver | None = None,
     ) -> None:
         self._registry = registry
@@ -58,6 +61,7 @@ class HealthMonitor:
         self._interval = interval
         self._timeout = timeout
         self._clock = clock
+        self._stalled_after = stalled_after
         self._names = names or NameResolver()
         self._watched: dict[Endpoint, _Watched] = {}
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
@@ -77,6 +81,7 @@ class HealthMonitor:
             interval=config.health_check_interval,
             timeout=config.health_check_timeout,
             clock=time.monotonic,
+            stalled_after=min(STALLED_S, config.stream_idle_timeout / 2),  # before its streams are cut
         )
 
     async def start(self) -> None:
@@ -206,7 +211,20 @@ class HealthMonitor:
             )
             return
         watched.say(endpoint, "shortage", None)
-        self._registry.probed(endpoint, str(problem) if problem else None, self._clock())
+        now, reason = self._clock(), str(problem) if problem else None
+        if isinstance(answers.metrics, Scrape):
+            still = watched.progress.seen(answers.metrics, now)
+            reason = reason or self._stalled(endpoint, still)
+        self._registry.probed(endpoint, reason, now)
+
+    def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
+        """Return what is wrong with an instance that answers, if requests run there and nothing moves.
+
+        Only of D: all of its requests wait then, for as long as a stream may be silent. P has a time limit.
+        """
+        if endpoint.instance.role is InstanceRole.PREFILL or seconds < self._stalled_after:
+            return None
+        return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
 
     def _take_models(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
         now, models = self._clock(), answers.models
@@ -262,6 +280,7 @@ class _Watched:
         self.unresolved: str | None = None
         """Why its name could not be resolved the last time."""
         self.scrape: Scrape | None = None
+        self.progress = Progress()
         self.models_at = now
         self.said: dict[str, str] = {}
         """Complaints that stand, by what they are about: each is logged once."""

@@ -49,10 +49,11 @@ _TRANSFER = ("vllm:nixl_xfer_time_seconds",)
 _HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER) for name in names}
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
+_STEPS = "vllm:iteration_tokens_total_count"
 _CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
 _WANTED = {
-    _START, _GENERATED, _FINISHED, _CACHE, *_GAUGES,
+    _START, _GENERATED, _FINISHED, _STEPS, _CACHE, *_GAUGES,
     *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
 
@@ -85,6 +86,8 @@ class Scrape:
     """Tokens generated since the start."""
     finished: float = 0.0
     """Requests that ended since the start."""
+    steps: float = 0.0
+    """Steps of the engine since the start; 0 if it does not count them."""
 
 
 class NotVllmMetrics(ValueError):
@@ -131,6 +134,7 @@ def parse_metrics(page: bytes | str) -> Scrape:
         min(capacity, MAX_CAPACITY) or None,
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),
+        counts.get(_STEPS, 0.0),
     )
 
 
