@@ -41,7 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_polic
 PATH = "/v1/completions"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n%s\r\nok"
 ANSWER = OK % b""
-NOT_DELIVERED = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n"
+HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"
 
 
 @pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
@@ -373,7 +374,7 @@ class TestRepeat:
         assert len(server.peers) == 2
 
     @pytest.mark.parametrize("how", ["close", "reset"])
-    @pytest.mark.parametrize("said", [b"", b"H", NOT_DELIVERED])
+    @pytest.mark.parametrize("said", [b"", b"H", HALF])
     async def test_one_that_was_read_is_not_sent_again(
         self, pool: ConnectionPool, server: RawServer, how: str, said: bytes
     ) -> None:
@@ -442,7 +443,7 @@ class TestFailure:
         [
             (b"", ConnectionLost, "it closed the connection without an answer"),
             (b"HTTP", ConnectionLost, "it closed the connection in its answer"),
-            (NOT_DELIVERED, ConnectionLost, "it closed the connection in its answer"),
+            (HALF, ConnectionLost, "it closed the connection in its answer"),
             (b"\x16\x03\x01\x02", NotHttp, "its answer is not HTTP/1.1: "),
             (b"HTTP/1.1 200 OK\r\ncontent-length: 101\r\n\r\n", AnswerRefused, "it has more than 100 bytes"),
         ],
@@ -467,6 +468,40 @@ class TestFailure:
         if error is not ConnectionLost:
             assert await peer.ended()
         await until(lambda: not pool._open)
+
+    @pytest.mark.parametrize("answer", [OK % b"x: y\r\n", CHUNKED], ids=["a length", "chunks"])
+    @pytest.mark.parametrize("how", ["close", "reset"])
+    async def test_cut_anywhere_it_is_lost(
+        self, pool: ConnectionPool, server: RawServer, answer: bytes, how: str
+    ) -> None:
+        """On connections that are new and on those that were used. Nobody waits for ever."""
+        for end in range(len(answer)):
+            peer = await one(pool, server)
+            sent = post(pool, server.to)
+            await peer.request()
+            await peer.say(answer[:end])
+            getattr(peer, how)()
+            with pytest.raises(ConnectionLost):
+                await sent
+        sent = post(pool, server.to)
+        peer = await server.accept()
+        await peer.request()
+        await peer.say(answer)
+        assert (await sent).body == b"ok"
+        assert len(server.peers) == len(answer) + 1
+
+    async def test_cut_and_late_pieces_make_the_same_answer(
+        self, pool: ConnectionPool, server: RawServer
+    ) -> None:
+        for answer in (OK % b"x: y\r\n", CHUNKED, b"HTTP/1.1 100 Continue\r\n\r\n" + ANSWER):
+            sent = post(pool, server.to)
+            peer = server.peers[-1] if server.peers else await server.accept()
+            await peer.request()
+            for at in range(len(answer)):
+                await peer.say(answer[at : at + 1])
+                await asyncio.sleep(0)
+            assert (await sent).body == b"ok"
+        assert len(server.peers) == 1
 
     async def test_nobody_listens(self, pool: ConnectionPool) -> None:
         async with raw_server() as server:
