@@ -84,10 +84,11 @@ class App:
         releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
+        leg_pool = pool
         if config.prefill_listener is not None:
-            pool = await self._stack.enter_async_context(ConnectionPool(idle_s=LISTENER_IDLE_S))
+            leg_pool = await self._stack.enter_async_context(ConnectionPool(idle_s=LISTENER_IDLE_S))
         router.prefill_leg = leg = HttpPrefill(
-            pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
+            leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)
