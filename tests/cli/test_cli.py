@@ -147,7 +147,8 @@ class TestCheck:
         line = ended.stderr.splitlines()[0]
         assert line.startswith(f"{path}: {key}: strategy 'own_{key}:Own' fails for ")
         assert line.endswith(
-            f"AttributeError: 'Endpoint' object has no attribute 'queue_length' ({tmp_path}/own_{key}.py:4)"
+            "AttributeError: 'Endpoint' object has no attribute 'queue_length', "
+            f"at {tmp_path}/own_{key}.py:4 in score"
         )
 
     def test_more_retries_than_envoys(self, written: Any) -> None:

@@ -154,8 +154,9 @@ class SchedulerConfig(_Model):
     """Weight of the latency, for the strategy `weighted`."""
 
     health_check_interval: Annotated[float, Field(ge=0.05, le=3600)] = 5.0
-    """Seconds between two health checks of an instance, which also read its load and models. One that is
-    down is checked at least every second. Lower it for fresher loads; each check costs a request."""
+    """Seconds between two health checks of an instance, which also read its load, and its models every third
+    time. One that is down is checked at least every second. Lower it for fresher loads; a check takes half a
+    millisecond of CPU."""
     health_check_timeout: Seconds = 2.0
     """Seconds that `/health`, `/metrics` and `/v1/models` of an instance may take together, and again the
     first look-up of its name. Raise it if busy instances fail checks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ..connectors import Connector
+from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..instance_http.errors import RequestFailed
@@ -33,7 +33,7 @@ class HandoffReleaser:
         self,
         pool: ConnectionPool,
         registry: Registry,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
     ) -> None:
         self._pool = pool
@@ -50,7 +50,11 @@ class HandoffReleaser:
 
     def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
         """Release what a prefill has left, if anything, whose client did not wait for it."""
-        handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        try:
+            handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        except ConnectorFailed:
+            self._telemetry.handoff_stranded(prefill.id)  # there may be one
+            return
         if handoff is not None:
             self(PendingHandoff(handoff, prefill, deadline=0.0))
 
@@ -60,6 +64,9 @@ class HandoffReleaser:
 
     async def _release(self, pending: PendingHandoff) -> None:
         body = self._connector.release_body(pending.handoff, pending.model)
+        if body is None:
+            self._telemetry.handoff_stranded(pending.prefill.id)
+            return
         registry, decode = self._registry, InstanceRole.DECODE
         for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
             headers = {"content-type": "application/json"}

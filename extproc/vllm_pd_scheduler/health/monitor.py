@@ -29,6 +29,11 @@ RECOVERY_INTERVAL_S = 1.0
 JITTER = 0.1
 """Each pause is up to this share shorter, so that the loops spread out."""
 
+MODELS_S = 15.0
+MODELS_INTERVALS = 2.5
+"""An instance that serves is asked for its models after ``MODELS_S`` seconds or so many intervals: at every
+third probe. They seldom change, and to ask takes as long as to ask for its health."""
+
 KEPT_S = 30.0
 KEPT_INTERVALS = 5
 """What an instance said of its load and its models is believed for ``KEPT_S`` seconds and so many intervals
@@ -114,7 +119,7 @@ class HealthMonitor:
             self._registry.probed(endpoint, problem, self._clock())
             return
         in_flight, tokens = endpoint.in_flight, endpoint.tokens
-        answers = await self._probe.ask(endpoint)
+        answers = await self._probe.ask(endpoint, models=self._wants_models(endpoint, watched))
         if endpoint not in self._registry:
             return
         page = answers.metrics
@@ -137,7 +142,8 @@ class HealthMonitor:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
 
     async def _run(self, endpoint: Endpoint) -> None:
-        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint)
+        # Those that the start has probed at once are spread over the interval.
+        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
         while True:
             await asyncio.sleep(pause)
             models = endpoint.models
@@ -226,8 +232,16 @@ class HealthMonitor:
             return None
         return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
 
+    def _wants_models(self, endpoint: Endpoint, watched: _Watched) -> bool:
+        """Whether it is time to ask for them, or the instance may be another one than before."""
+        known = endpoint.models is not None and endpoint.healthy is True and not endpoint.streak
+        pause = min(MODELS_S, MODELS_INTERVALS * self._interval)
+        return not known or self._clock() >= watched.models_at + pause
+
     def _take_models(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
         now, models = self._clock(), answers.models
+        if models is None:
+            return
         if not isinstance(models, NoAnswer):
             watched.models_at = now
             self._registry.serves(endpoint, models)

@@ -41,6 +41,8 @@ class Forward:
     refused_by: Endpoint | None = None
     """The P that has refused the request with ``refused_status``; what D says will show who is right."""
     refused_status: int = 0
+    errors: tuple[Endpoint, ...] = ()
+    """Who has answered 500, P and D. If several have, the request may be the reason."""
     prompt: int = 0
     """The prompt's fingerprint (see :mod:`.lost`)."""
     losses: int = 0

@@ -112,8 +112,8 @@ class RequestsInFlight:
         """Count what Envoy tells of an attempt that did not end in a whole answer with status 200.
 
         ============================  =================================================================
-        no connection, reset, 5xx,    a failure of the instance
-        cut
+        no connection, reset, 5xx,    a failure of the instance; a 500 is none if another instance, P or D,
+        cut                           has answered 500 to the request too
         401 or 403 to our own key;    a failure too: it is not what the rest of the fleet is
         401, 403, 404 after P's 200
         429, 503                      neither: the instance is full, and is left alone for a while
@@ -166,6 +166,9 @@ class RequestsInFlight:
             registry.doubtful(endpoint, reason, now)
             if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
                 self.patience.timed_out()
+        elif attempt.status == 500 and forward is not None:
+            registry.errored(endpoint, forward.errors, reason, now)
+            forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
             registry.failed(endpoint, reason, now)
 
