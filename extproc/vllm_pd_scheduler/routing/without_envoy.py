@@ -126,6 +126,8 @@ async def _decode(
     endpoint, status = forward.decode[0], 0
     prefill = forward.prefill.instance if forward.prefill else None
     body = data if forward.body is None else forward.body
+    if forward.splice is not None:
+        body = forward.splice.into(body)
     try:
         async with session.post(
             endpoint.url + path,
