@@ -69,8 +69,7 @@ async def stage(
     fleet: Fleet, tmp_path: Path, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Stage]:
     stack = Stack(tmp_path)
-    listener = f"http://127.0.0.1:{stack.ports.prefill}"
-    where = {"grpc_port": stack.ports.grpc, "admin_port": stack.admin_port, "prefill_listener": listener}
+    where = {"grpc_port": stack.ports.grpc, "admin_port": stack.admin_port}
     process = ExtProcService._process
 
     async def slow_to_learn(service: ExtProcService, _: object, context: Any) -> None:

@@ -99,7 +99,7 @@ class ExtProcService:
         await _give_way(size)
         data = encode(reply)
         if stream.forward is not None:
-            stream.forward.body = None
+            stream.forward.sent()
         await _give_way(len(data))
         await _write(context, data, stream)
         if isinstance(action, Route):
