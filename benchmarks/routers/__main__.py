@@ -1,6 +1,7 @@
 """The command line: ``python -m benchmarks.routers``, in the clone."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ def main() -> int:
         )
         if options.save:
             return FAILED  # the documentation shows it
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        print(f"others use this machine (load {load:.1f}, {cores} cores): trust no figure", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the routers, too
     try:
         found = measure([each for each in WORKLOADS if each.kind in options.only], names, options.runs)

@@ -119,6 +119,7 @@ def _of_streams(seen: Seen, used: float, resident: float) -> Sample:
 
 
 _BIG = ("cpu_ms", "p50_ms")
+_PREFIXES = ("cpu_ms", "requests_per_s")
 _TOKENS = "cpu_ms_per_1000_tokens"
 
 WORKLOADS = (
@@ -134,11 +135,11 @@ WORKLOADS = (
     Workload("prompts-10mb", "prompts", "prompts of 10 MB, 1 client", 1, prompt=10_000_000, metrics=_BIG),
     Workload(
         "prefixes-16", "prefixes", "2 KB prompts with shared prefixes, 16 clients", 16,
-        FOUR_PAIRS, prompt=2_000, conversations=64,
+        FOUR_PAIRS, prompt=2_000, conversations=64, metrics=_PREFIXES,
     ),
     Workload(
         "prefixes-64", "prefixes", "2 KB prompts with shared prefixes, 64 clients", 64,
-        FOUR_PAIRS, prompt=2_000, conversations=64,
+        FOUR_PAIRS, prompt=2_000, conversations=64, metrics=_PREFIXES,
     ),
 )  # fmt: skip
 KINDS = tuple(dict.fromkeys(each.kind for each in WORKLOADS))
