@@ -31,8 +31,10 @@ def main() -> int:
         if options.save:
             return FAILED  # the documentation shows it
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > cores / 2:
-        print(f"others use this machine (load {load:.1f}, {cores} cores): trust no figure", file=sys.stderr)
+    if load > 0.75 * cores:
+        print(
+            f"the machine is busy (load {load:.1f}, {cores} cores): do not trust the figures", file=sys.stderr
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the routers, too
     try:
         found = measure([each for each in WORKLOADS if each.kind in options.only], names, options.runs)

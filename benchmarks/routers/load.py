@@ -6,6 +6,7 @@ It is a closed loop: each client sends its next request when the answer to its l
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ PATIENCE_S = 30.0
 _EVENT = b"data: "
 _DONE = 1
 """Events of a stream that are not tokens: the last one."""
+
+_numbers = itertools.count(1)
+"""Of requests: no two of a process have the same, so that no router has seen a prompt before."""
 
 Body = Callable[[int], Sequence[bytes]]
 """Gives the parts of the body of a request by its number."""
@@ -53,16 +57,15 @@ class Seen:
 class _Run:
     """A run's requests, and its end: when each client has the answer to its last one."""
 
-    def __init__(self, body: Body, first: int, clients: int, until: float, stream: int) -> None:
-        self.body, self.number, self.until = body, first, until
+    def __init__(self, body: Body, clients: int, until: float, stream: int) -> None:
+        self.body, self.until = body, until
         self.stream = stream
         self.seen = Seen()
         self.left = clients
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def next_body(self) -> Sequence[bytes]:
-        self.number += 1
-        return self.body(self.number)
+        return self.body(next(_numbers))
 
     def client_done(self) -> None:
         self.left -= 1
@@ -183,7 +186,6 @@ class Load:
     def __init__(self, port: int, clients: int) -> None:
         self._port = port
         self._clients = [_Client(port) for _ in range(clients)]
-        self._sent = 0
 
     async def __aenter__(self) -> Load:
         await self._open()
@@ -199,7 +201,7 @@ class Load:
         """Send requests for so many seconds; with 0, one a client. A ``stream`` must have so many tokens."""
         await self._open()
         begin = time.perf_counter()
-        run = _Run(body, self._sent, len(self._clients), begin + seconds, stream)
+        run = _Run(body, len(self._clients), begin + seconds, stream)
         for client in self._clients:
             client.start(run)
         try:
@@ -208,7 +210,6 @@ class Load:
         except TimeoutError:
             run.seen.errors["no answer"] += sum(client.abandon() for client in self._clients)
         run.seen.seconds = time.perf_counter() - begin
-        self._sent = run.number
         return run.seen
 
     async def _open(self) -> None:
