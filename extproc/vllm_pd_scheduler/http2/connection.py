@@ -108,8 +108,8 @@ class Connection:
             for kind, flags, stream_id, payload in self._reader.read(data):
                 try:
                     self._receive_frame(kind, flags, stream_id, payload)
-                except StreamViolation as violation:
-                    self._violated(violation)
+                except StreamViolation as stream_violation:
+                    self._violated(stream_violation)
             self._output.require_read()
         except ConnectionViolation as violation:
             self._end(violation)
@@ -134,6 +134,11 @@ class Connection:
         if not self._budget.spend(self._now):
             raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many frames without content")
 
+    def _spend_reset(self) -> None:
+        """Count a stream that has ended before its answer has begun."""
+        if not self._reset_budget.spend(self._now):
+            raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many streams are opened and reset")
+
     def _end(self, violation: ConnectionViolation) -> None:
         self.ended = True
         self._output.hold(False)
@@ -143,7 +148,7 @@ class Connection:
         self.streams.clear()
 
     def _violated(self, violation: StreamViolation) -> None:
-        self._spend()
+        self._spend_reset()
         if violation.stream_id in self.streams:
             self._events.append(StreamReset(violation.stream_id, violation.code, by_peer=False))
         self._output.control(frames.rst_stream_frame(violation.stream_id, violation.code))
@@ -323,8 +328,8 @@ class Connection:
             self._forgotten.discard(stream_id)
             return
         stream = self.streams[stream_id]
-        if not stream.answered and not self._reset_budget.spend(self._now):
-            raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many streams are opened and reset")
+        if not stream.answered:
+            self._spend_reset()
         stream.peer_ended = True
         self._events.append(StreamReset(stream_id, int.from_bytes(payload, "big"), by_peer=True))
         self._close(stream_id)
