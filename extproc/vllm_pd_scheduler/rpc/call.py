@@ -70,6 +70,10 @@ class Host(Protocol):
         """Send what there is, if nobody does at once."""
         ...
 
+    def complain(self, call: Call, error: CallError) -> None:
+        """Learn that a client sends what a call cannot have."""
+        ...
+
     def forget(self, call: Call) -> None:
         """A call is over."""
         ...
@@ -213,7 +217,9 @@ class Call:
                     self._receiver.half_closed()
                 break
         except CallError as error:
-            self._refuse(error)
+            if not self.is_over:
+                self._host.complain(self, error)
+                self._refuse(error)
         except Exception:
             log.exception("a call could not be served")
             self._refuse(CallError(StatusCode.INTERNAL, "the scheduler has failed"))

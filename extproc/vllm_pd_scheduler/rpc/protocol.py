@@ -11,7 +11,7 @@ from ..http2 import Connection
 from ..http2 import events as events_of
 from ..http2.events import Event
 from .call import Call, Method
-from .status import StatusCode, http_error, trailers
+from .status import CallError, StatusCode, http_error, trailers
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ DOUBT_S = 0.1
 
 PREFACE_S = 10.0
 """Seconds in which a client must have begun to speak HTTP/2."""
+
+COMPLAIN_EVERY_S = 10.0
+"""A client that sends what is wrong may do so with each call: that is logged at most so often."""
 
 CLOSE_S = 1.0
 """Seconds in which a client must have read why its connection is closed."""
@@ -59,6 +62,7 @@ class GrpcProtocol(asyncio.Protocol):
         self._began = self._heard = 0.0
         self._asked: float | None = None
         """When the client was asked whether it is there, if it has not said anything since."""
+        self._next_complaint = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._on: dict[type[Event], Callable[[Any], None]] = {
             events_of.RequestReceived: self._request_received,
@@ -66,7 +70,7 @@ class GrpcProtocol(asyncio.Protocol):
             events_of.StreamEnded: self._stream_ended,
             events_of.StreamReset: self._stream_reset,
             events_of.DataWritten: self._data_written,
-            events_of.PingAnswered: lambda _: None,
+            events_of.PingAnswered: self._ping_answered,
             events_of.ConnectionEnded: self._connection_ended,
         }
 
@@ -122,6 +126,14 @@ class GrpcProtocol(asyncio.Protocol):
     def forget(self, call: Call) -> None:
         """Tell a call nothing more."""
         self._calls.pop(call.stream_id, None)
+
+    def complain(self, call: Call, error: CallError) -> None:
+        """Log what a client sends that a call cannot have."""
+        now = self.loop.time()
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAIN_EVERY_S
+            path = call.head.fields[b":path"].decode()
+            log.warning("a call of %s was ended: %s", path, error)
 
     def flush(self) -> None:
         """Send what there is: in one write at the end of what is being read now, else at once."""
@@ -214,6 +226,12 @@ class GrpcProtocol(asyncio.Protocol):
             call.cancel()
 
     # -- keepalive
+
+    def _ping_answered(self, _: events_of.PingAnswered) -> None:
+        if self._alarm is not None and self._asked is not None:
+            self._asked = None
+            self._alarm.cancel()
+            self._alarm = self.loop.call_later(KEEPALIVE_INTERVAL_S, self._look_after)
 
     def _look_after(self) -> None:
         """Ask a client that is silent whether it is there, and close if it does not say so in time."""
