@@ -44,7 +44,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
             await stream.write(data)
 
     async def refuse(self, stream: ServerStream) -> None:
-        raise CallError(StatusCode.PERMISSION_DENIED, "50 % of é\nand more ")
+        raise CallError(StatusCode.PERMISSION_DENIED, "50 % of é\nand more")
 
     async def broken(self, stream: ServerStream) -> None:
         raise RuntimeError("a bug")
@@ -114,9 +114,7 @@ class ClientTest(Case):
         self.assertEqual([data async for data in call], [b"%d" % number for number in range(2000)])
 
     async def test_statuses(self) -> None:
-        self.assertEqual(
-            await self.status(self.call("refuse")), ("PERMISSION_DENIED", "50 % of é\nand more ")
-        )
+        self.assertEqual(await self.status(self.call("refuse")), ("PERMISSION_DENIED", "50 % of é\nand more"))
         self.assertEqual(
             await self.status(self.call("none")), ("UNIMPLEMENTED", "there is no method /test/none")
         )
