@@ -41,6 +41,9 @@ MAX_STREAMS = 10_000
 EARNED_PER_STREAM = 8.0
 """Frames without content that a new stream pays for: a client has reasons for some with each request."""
 
+MOVING = frozenset({DATA, HEADERS, CONTINUATION})
+"""Types of frames that have content, or open a stream. There is a limit on all others."""
+
 PUMP_BYTES = 1 << 20
 """Content that is put in frames at a time. To do so with more, and to send it, would keep others waiting."""
 
@@ -92,7 +95,6 @@ class Connection:
             frames.RST_STREAM: self._receive_reset,
             frames.SETTINGS: self._receive_settings,
             frames.PING: self._receive_ping,
-            frames.GOAWAY: self._receive_goaway,
             frames.WINDOW_UPDATE: self._receive_window_update,
             frames.PUSH_PROMISE: self._receive_push_promise,
         }
@@ -123,10 +125,11 @@ class Connection:
             self.preface_received = True
         elif self._assembly is not None and (kind != CONTINUATION or stream_id != self._assembly.stream_id):
             raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, "a header block is not ended")
-        receiver = self._receivers.get(kind)
-        if receiver is None:
+        if kind not in MOVING:
             self._spend()
-        else:
+            frames.require_size(kind, stream_id, len(payload))
+        receiver = self._receivers.get(kind)
+        if receiver is not None:
             receiver(flags, stream_id, payload)
 
     def _spend(self) -> None:
@@ -260,34 +263,20 @@ class Connection:
 
     # -- what costs the peer nothing
 
-    def _receive_priority(self, _: int, stream_id: int, payload: bytes) -> None:
-        self._spend()
+    def _receive_priority(self, _: int, stream_id: int, __: bytes) -> None:
         if not stream_id:
             raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, "PRIORITY of the connection")
-        if len(payload) != 5:
-            raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "PRIORITY")
 
     def _receive_push_promise(self, *_: object) -> None:
         raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE of a client")
 
-    def _receive_goaway(self, _: int, stream_id: int, payload: bytes) -> None:
-        self._spend()
-        self._of_the_connection("GOAWAY", stream_id)
-        if len(payload) < 8:
-            raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY")
-
-    def _receive_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        self._spend()
-        self._of_the_connection("PING", stream_id)
-        if len(payload) != 8:
-            raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "PING")
+    def _receive_ping(self, flags: int, _: int, payload: bytes) -> None:
         if flags & ACK:
             self._events.append(PingAnswered())
         else:
             self._output.control(frames.ping_frame(payload, ACK))
 
-    def _receive_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        self._of_the_connection("SETTINGS", stream_id)
+    def _receive_settings(self, flags: int, _: int, payload: bytes) -> None:
         if len(payload) % 6 or (flags & ACK and payload):
             raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS")
         if not self._settings_budget.spend(self._now):
@@ -299,14 +288,7 @@ class Connection:
         self._output.control(frames.SETTINGS_ACK)
         self._pump()
 
-    def _of_the_connection(self, name: str, stream_id: int) -> None:
-        if stream_id:
-            raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, f"{name} on a stream")
-
     def _receive_window_update(self, _: int, stream_id: int, payload: bytes) -> None:
-        self._spend()
-        if len(payload) != 4:
-            raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE")
         increment = int.from_bytes(payload, "big") & frames.MAX_WINDOW_BYTES
         if stream_id == 0:
             if not increment:
@@ -321,9 +303,6 @@ class Connection:
         self._pump()
 
     def _receive_reset(self, _: int, stream_id: int, payload: bytes) -> None:
-        self._spend()
-        if len(payload) != 4:
-            raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "RST_STREAM")
         if self._closed(stream_id):
             self._forgotten.discard(stream_id)
             return

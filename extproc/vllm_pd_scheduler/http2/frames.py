@@ -97,6 +97,18 @@ def read_settings(payload: bytes) -> list[tuple[int, int]]:
     return list(_SETTING.iter_unpack(payload))
 
 
+_SIZES = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
+_OF_THE_CONNECTION = {SETTINGS, PING, GOAWAY}
+
+
+def require_size(kind: int, stream_id: int, size: int) -> None:
+    """Raise :exc:`ConnectionViolation` if a frame of this type cannot be so, or not on this stream."""
+    if stream_id and kind in _OF_THE_CONNECTION:
+        raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, f"a frame of type {kind} on a stream")
+    if size != _SIZES.get(kind, size) or (kind == GOAWAY and size < 8):
+        raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, f"a frame of type {kind} with {size} bytes")
+
+
 SETTINGS_ACK = frame_header(0, SETTINGS, ACK, 0)
 
 
