@@ -16,6 +16,7 @@ import h2.events
 from tests.support.rpc import OPTIONS, served
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.rpc import CallError, Method, Server, ServerStream, StatusCode, served_by
+from vllm_pd_scheduler.rpc import call as call_module
 from vllm_pd_scheduler.rpc import protocol as protocol_module
 
 LIMIT = 8 << 20
@@ -243,6 +244,23 @@ class RawTest(Case):
             stream_id = self.open(("grpc-timeout", value), end=True)
             response = await self.until_event(h2.events.ResponseReceived, stream_id)
             self.assertEqual(dict(response.headers)[b"grpc-status"], b"0")
+
+    async def test_messages_that_do_not_end(self) -> None:
+        """Each takes memory: of all that a connection has begun there is not more than the limit."""
+        self.enterContext(mock.patch.object(call_module, "MAX_UNFINISHED_BYTES", 100_000))
+        streams = [self.open() for _ in range(4)]
+        for stream_id in streams:
+            self.h2.send_data(stream_id, b"\0\0\0\x90\0x")  # of 36,864 bytes
+        for stream_id in streams[2:]:
+            response = await self.until_event(h2.events.ResponseReceived, stream_id)
+            self.assertEqual(dict(response.headers)[b"grpc-status"], b"8")
+        (connection,) = self.server._connections
+        self.assertEqual(connection.unfinished, 2 * 36_864)
+        self.h2.reset_stream(streams[0])
+        for size in (16_000, 16_000, 4_863):
+            self.h2.send_data(streams[1], bytes(size))
+        await self.until_event(h2.events.DataReceived, streams[1])
+        self.assertEqual(connection.unfinished, 0)
 
     async def test_an_answer_that_is_not_taken(self) -> None:
         """It waits, also beyond the first windows, until the client takes it or leaves."""

@@ -16,6 +16,15 @@ from .status import HEADERS, CallError, StatusCode, trailers
 
 log = logging.getLogger(__name__)
 
+LARGE_BYTES = 64 << 10
+"""Whether there is room for a larger message its receiver is asked before it comes."""
+
+UNCOUNTED_BYTES = 1 << 20
+"""Of a larger message the receiver keeps account itself."""
+
+MAX_UNFINISHED_BYTES = 256 << 20
+"""Memory for the messages of one connection that have begun and not ended, beside the largest."""
+
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -60,6 +69,8 @@ class Host(Protocol):
 
     connection: Connection
     loop: AbstractEventLoop
+    unfinished: int
+    """Bytes of the connection's messages that have begun and not ended."""
 
     @property
     def is_open(self) -> bool:
@@ -91,6 +102,7 @@ class Call:
         "_reader",
         "_receiver",
         "_timer",
+        "_unfinished",
         "head",
         "is_over",
         "stream_id",
@@ -104,11 +116,12 @@ class Call:
         self._begun = False
         self._asked = False
         self._delivering = True
+        self._unfinished = 0
         self._peer_ended = ended
         timeout = head.fields.get(b"grpc-timeout")
         self._timer: TimerHandle | None = self._limit(timeout) if timeout else None
         self._receiver = method.open(self)
-        self._reader = MessageReader(method.max_bytes, self._receiver.accepts)
+        self._reader = MessageReader(method.max_bytes, self._accepts)
         self._delivering = False
 
     def _limit(self, timeout: bytes) -> TimerHandle | None:
@@ -185,8 +198,22 @@ class Call:
             self._close()
             self._receiver.cancelled()
 
+    def _accepts(self, size: int) -> bool:
+        """Whether there is memory for a message that comes in parts."""
+        if size > LARGE_BYTES and not self._receiver.accepts(size):
+            return False
+        if size <= UNCOUNTED_BYTES:
+            self._host.unfinished += size
+            self._unfinished = size
+        return self._host.unfinished <= MAX_UNFINISHED_BYTES
+
+    def _forget_message(self) -> None:
+        self._host.unfinished -= self._unfinished
+        self._unfinished = 0
+
     def _close(self) -> None:
         self.is_over = True
+        self._forget_message()
         if self._timer is not None:
             self._timer.cancel()
         self._host.forget(self)
@@ -208,6 +235,8 @@ class Call:
                 message = reader.take()
                 if message is not None:
                     self._asked = False
+                    if self._unfinished:
+                        self._forget_message()
                     self._receiver.message(message)
                     continue
                 if self._peer_ended and not self.is_over:

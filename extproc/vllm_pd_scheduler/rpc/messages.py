@@ -8,16 +8,14 @@ from .status import CallError, StatusCode
 
 PREFIX_BYTES = 5
 
-LARGE_BYTES = 64 << 10
-"""Whether there is room for a larger message is asked before it comes."""
-
 
 class MessageReader:
     """Finds the messages in the content of one call.
 
-    ``limit`` is the size of the largest one, in bytes; ``accepts`` is asked about each that is large. What
-    is fed is not read further than to the end of the message that is asked for: ``consumed`` counts what was
-    read, until somebody sets it back, and ``missing`` what the message that is being read still needs.
+    ``limit`` is the size of the largest one, in bytes; ``accepts`` is asked about each that has not come
+    whole, and says whether there is room for it. What is fed is not read further than to the end of the
+    message that is asked for: ``consumed`` counts what was read, until somebody sets it back, and ``missing``
+    what the message that is being read still needs.
     """
 
     __slots__ = ("_accepts", "_at", "_limit", "_message", "_unread", "consumed", "missing")
@@ -85,7 +83,7 @@ class MessageReader:
 
     def _begin(self, size: int, first: bytes) -> None:
         """Read a message as it comes; ``first`` is what there is of it."""
-        if size > LARGE_BYTES and not self._accepts(size):
+        if not self._accepts(size):
             raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"no room for a message of {size} bytes")
         self._message = bytearray(first)
         self.missing = size - len(first)

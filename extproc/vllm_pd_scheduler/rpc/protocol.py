@@ -52,13 +52,14 @@ class GrpcProtocol(asyncio.Protocol):
     ) -> None:
         self.connection = Connection()
         self.loop = asyncio.get_running_loop()
+        self.unfinished = 0
         self._methods = methods
         self._on_begin = on_begin
         self._on_end = on_end
         self._calls: dict[int, Call] = {}
         self._transport: Any = None
-        self._receiving = False
-        self._pumping = False
+        self._flushing = False
+        """Whether what there is to send will be sent in this turn of the loop."""
         self._began = self._heard = 0.0
         self._asked: float | None = None
         """When the client was asked whether it is there, if it has not said anything since."""
@@ -88,12 +89,9 @@ class GrpcProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Read what the client has sent."""
         self._heard = now = self.loop.time()
-        self._receiving = True
-        try:
-            self._tell(self.connection.receive_data(data, now))
-        finally:
-            self._receiving = False
-            self.flush()
+        self._flushing = True  # at the end of this
+        self._tell(self.connection.receive_data(data, now))
+        self._flush()
 
     def eof_received(self) -> None:
         """The client is gone."""
@@ -136,23 +134,22 @@ class GrpcProtocol(asyncio.Protocol):
             log.warning("a call of %s was ended: %s", path, error)
 
     def flush(self) -> None:
-        """Send what there is: in one write at the end of what is being read now, else at once."""
-        if self._receiving:
-            return
+        """Send what there is in this turn of the loop, and what comes to it meanwhile, in one write."""
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
         buffers = self.connection.take_output()
         if buffers and not self._transport.is_closing():
             if sum(map(len, buffers)) <= JOIN_BYTES:
                 self._transport.write(b"".join(buffers))
             else:
                 self._transport.writelines(buffers)
-        if self.connection.can_pump and not self._pumping:
-            self._pumping = True
-            self.loop.call_soon(self._pump)
-
-    def _pump(self) -> None:
-        self._pumping = False
-        self._tell(self.connection.pump())
-        self.flush()
+        if self.connection.can_pump:
+            self._tell(self.connection.pump())
+            self.flush()
 
     # -- for the server
 
@@ -169,6 +166,7 @@ class GrpcProtocol(asyncio.Protocol):
     def close(self) -> None:
         """End the connection, and all calls, when what was written is sent."""
         self._cancel_calls()
+        self._flush()
         self._transport.close()
         self.loop.call_later(CLOSE_S, self._transport.abort)
 
@@ -217,8 +215,6 @@ class GrpcProtocol(asyncio.Protocol):
 
     def _connection_ended(self, event: events_of.ConnectionEnded) -> None:
         log.warning("a client's connection was closed: %s (%s)", event.reason, event.code.name)
-        self._receiving = False
-        self.flush()
         self.close()
 
     def _cancel_calls(self) -> None:
