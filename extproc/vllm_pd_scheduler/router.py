@@ -10,7 +10,7 @@ from .admission.body_memory import BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig
-from .connectors import Connector, NixlConnector
+from .connectors import Connector, ConnectorFence, NixlConnector
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
@@ -53,7 +53,7 @@ class PDRouter:
         self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry()
         StateLog(self.registry, self.telemetry)
-        self.connector = connector or NixlConnector()
+        self.connector = ConnectorFence(connector or NixlConnector())
         self.dispatcher = Dispatcher(self.scheduler)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.admin.test_server import NEW, Admin
+from tests.support.admin import NEW, Admin
 
 CHANGES: list[tuple[str, str, Any]] = [
     ("PUT", "/strategy", {"strategy": "weighted"}),

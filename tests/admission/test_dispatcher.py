@@ -71,14 +71,19 @@ class AtOnceTest(Case):
 
 
 class RaisingTest(Case):
-    def test_a_strategy_that_raises_fails_the_request_and_no_other(self) -> None:
+    def test_requests_wait_and_are_served_though_every_call_of_the_strategy_raises(self) -> None:
         self.start(late_binding=True)
-        first, second, third = self.submit(), self.submit(tokens=10.0), self.submit(tokens=20.0)
-        self.assertWaits(second, third)
-        strategy = self.scheduler.strategy(P)
-        with mock.patch.object(strategy, "rank", side_effect=[ZeroDivisionError, [self.registry.get("p0")]]):
+        strategy = self.scheduler.strategy(P).strategy
+        for name in ("rank", "order", "hopeless"):
+            patcher = mock.patch.object(strategy, name, side_effect=ZeroDivisionError)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        with self.assertLogs("vllm_pd_scheduler", "ERROR"):
+            first, second, third = self.submit(), self.submit(tokens=10.0), self.submit(tokens=20.0)
+            self.assertWaits(second, third)
             self.end(first, 1.0)
-        self.assertIsInstance(second.outcome, ZeroDivisionError)
+            self.assertEqual(self.served(second), "p0")
+            self.end(second, 2.0)
         self.assertEqual(self.served(third), "p0")
         self.assertEqual(len(self.dispatcher.queue), 0)
 

@@ -11,8 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
-from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +54,7 @@ async def client(
         client = Client(session, stack, fleet)
         await ready(client, scheduler_and_envoy[1])
 
-        async def split() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(split)  # Envoy's check of the scheduler has succeeded
+        await client.until_split()  # Envoy's check of the scheduler has succeeded
         yield client
         await _repair(client)
 

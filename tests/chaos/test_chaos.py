@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
@@ -91,11 +91,7 @@ async def test_killed_scheduler(
         scheduler.wait()
         await seen.more(50)
         with spawned(stack.serve({**settings, **fleet.config()})):
-
-            async def split_again() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split_again)
+            await client.until_split()
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
             await seen.more()
     seen.assert_clean()

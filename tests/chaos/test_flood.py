@@ -13,8 +13,8 @@ import aiohttp
 
 from tests.support.overload import Overload, overload
 from tests.support.processes import Answer
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 MIB = 1 << 20
 CLIENTS = 200

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -17,8 +18,8 @@ import psutil
 import pytest
 
 from tests.support.processes import Client, Process, Stack
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
 RATE = float(os.environ.get("SOAK_RATE", "60"))
@@ -35,10 +36,11 @@ def settings() -> dict[str, object]:
 
 async def _disturb(client: Client, chance: random.Random, end: float, done: Counter[str]) -> None:
     """One fault after another, each on one instance and each undone before the next."""
+    ids = {each.id: each.id for each in client.fleet.instances}
     while time.monotonic() < end:
         role = chance.choice(("prefill", "decode"))
         name = f"{role}-{chance.randrange(2)}"
-        what = chance.choice(("kill", "hang", "drain", "fail"))
+        what = chance.choice(("kill", "hang", "drain", "fail", "replace"))
         done[what] += 1
         if what == "kill":
             client.fleet.kill(name)
@@ -49,14 +51,41 @@ async def _disturb(client: Client, chance: random.Random, end: float, done: Coun
             await asyncio.sleep(chance.uniform(0.1, 3.0))
             client.fleet.kill(name, signal.SIGCONT)
         elif what == "drain":
-            await client.admin("POST", f"/instances/{name}/drain")
+            await client.admin("POST", f"/instances/{ids[name]}/drain")
             await asyncio.sleep(chance.uniform(0.1, 1.0))
-            await client.admin("POST", f"/instances/{name}/undrain")
+            await client.admin("POST", f"/instances/{ids[name]}/undrain")
+        elif what == "replace":
+            old, ids[name] = ids[name], f"{name}-{done[what]}"
+            done["cut there"] += await _replace(client, name, old, ids[name])
         else:
             await client.fault(name, status=chance.choice((500, 503)))
             await asyncio.sleep(chance.uniform(0.1, 1.0))
             await client.fault(name)
         await until(lambda: _all_healthy(client))
+
+
+async def _replace(client: Client, name: str, old: str, new: str) -> int:
+    """Take an instance out as an operator does, and add it under another id.
+
+    Return how many streams it has cut: with the instance, its metrics go.
+    """
+    status, answer = await client.admin("POST", f"/instances/{old}/drain?wait=true")
+    assert status == 200, answer
+    cuts = (await _cuts(client)).get(old, 0)
+    status, answer = await client.admin("DELETE", f"/instances/{old}")
+    assert status == 204, answer
+    instance = client.fleet[name]
+    added = {"id": new, "role": instance.role, "host": instance.host, "port": instance.port}
+    status, answer = await client.admin("POST", "/instances", added)
+    assert status == 201, answer
+    return cuts
+
+
+async def _cuts(client: Client) -> dict[str, int]:
+    """Return the streams that were cut, by D."""
+    _, page = await client.admin("GET", "/metrics")
+    found = re.findall(r'_total{decode="([^"]*)",failure="cut"} (\S+)', page)
+    return {name: int(float(count)) for name, count in found}
 
 
 async def _all_healthy(client: Client) -> bool:
@@ -111,8 +140,10 @@ async def test_soak(
     assert set(results) <= {"ok", "cut"}, results
     assert sum(results.values()) == number
     _, page = await client.admin("GET", "/metrics")
-    cuts = [line for line in page.splitlines() if 'failure="cut"' in line and "_total" in line]
-    assert results["cut"] <= sum(float(line.rsplit(" ", 1)[1]) for line in cuts), "each was counted"
+    cuts = sum((await _cuts(client)).values()) + done["cut there"]
+    assert results["cut"] <= cuts, "each was counted"
     assert results["ok"] >= 0.98 * number
+    named = set(re.findall(r'(?:instance|prefill|decode)="([^"]*)"', page))
+    assert named == set(await client.states()), "what is gone has no series"
     assert grown < MAX_GROWTH
     assert "Traceback" not in scheduler_and_envoy[0].output

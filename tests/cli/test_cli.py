@@ -147,7 +147,8 @@ class TestCheck:
         line = ended.stderr.splitlines()[0]
         assert line.startswith(f"{path}: {key}: strategy 'own_{key}:Own' fails for ")
         assert line.endswith(
-            f"AttributeError: 'Endpoint' object has no attribute 'queue_length' ({tmp_path}/own_{key}.py:4)"
+            "AttributeError: 'Endpoint' object has no attribute 'queue_length', "
+            f"at {tmp_path}/own_{key}.py:4 in score"
         )
 
     def test_more_retries_than_envoys(self, written: Any) -> None:
@@ -219,7 +220,7 @@ class TestOptions:
         monkeypatch.setattr("vllm_pd_scheduler.cli.serving.logging_at", logging_at)
         path = written(FLEET)
         for level in ("DEBUG", "INFO", "WARNING"):
-            ended = call("--config", path, "--interval", "0.5", "--log-level", level)
+            ended = call("--config", path, "--interval", "0.5", "--log-level", level.lower())
             assert ended.exit_code == 0, ended.output
             logged, config = served
             assert (logged, config.health_check_interval, config.strategy) == (level, 0.5, "least_load")

@@ -2,6 +2,7 @@
 
 import asyncio
 import unittest
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from envoy.config.core.v3 import health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
-from tests.envoy.test_load_assignment import told
+from tests.support.eds import told
 from tests.support.fleet import D, P
 from tests.support.rpc import served
 from tests.support.waiting import HUNG_S, until
@@ -164,8 +165,15 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.registry.add(PDInstance("p0", P, "10.0.0.2", 8100))
         self.discovery = EndpointDiscovery(self.registry)
+        self.wakes = 0
+        wake = partial(self.wake, self.discovery._wake)
+        self.enterContext(mock.patch.object(self.discovery, "_wake", wake))
         self.channel = await self.enterAsyncContext(served(self.discovery))
         self.call = self.open()
+
+    def wake(self, wake: Callable[[], None]) -> None:
+        wake()
+        self.wakes += 1
 
     def open(self) -> Any:
         return self.channel.stream_stream(f"/{SERVICE}/StreamEndpoints")()
@@ -186,8 +194,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
             return True
         return False
 
-    def join_all(self) -> None:
-        """Have all changes from now on joined until :meth:`told_now`."""
+    async def join_all(self) -> None:
+        """Have all changes from now on joined until ``_push_now``."""
+        await until(lambda: self.wakes > 0)  # one that comes while a stream writes goes out at once
         self.enterContext(mock.patch.object(eds, "JOIN_S", 1e6))
         self.discovery._pushed_at = asyncio.get_running_loop().time()
 
@@ -226,24 +235,24 @@ class ChangesTest(Case):
     async def test_changes_within_the_time_are_told_together(self) -> None:
         await self.ask("decode")
         await self.read()
-        self.join_all()
+        await self.join_all()
         for number in range(5):
             self.registry.add(PDInstance(f"e{number}", D, "10.0.1.1", 1 + number))
             await asyncio.sleep(0)
         self.registry.remove("d0")
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.discovery._push_now()
-        seen = [clusters(await self.read())]
-        while seen[-1] != {"decode": [*(f"e{number}" for number in range(5)), "d0"]}:
-            seen.append(clusters(await self.read()))
-        # One that comes while the stream still writes the answer before goes out at once.
-        self.assertLessEqual(len(seen), 2, "and none in between")
+        self.assertEqual(
+            clusters(await self.read()),
+            {"decode": [*(f"e{number}" for number in range(5)), "d0"]},
+            "and none in between",
+        )
         self.assertTrue(await self.silent())
 
     async def test_one_that_left_and_came_back_within_the_time_is_not_told(self) -> None:
         await self.ask("decode")
         await self.read()
-        self.join_all()
+        await self.join_all()
         self.registry.remove("d0")
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.discovery._push_now()

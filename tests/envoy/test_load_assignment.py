@@ -6,21 +6,11 @@ from functools import partial
 from envoy.config.core.v3 import health_check_pb2 as health
 from envoy.config.endpoint.v3 import endpoint_pb2
 
+from tests.support.eds import told
 from tests.support.fleet import D, P
 from vllm_pd_scheduler.envoy.load_assignment import TLS_NAMESPACE, TYPE_URL, LoadAssignment
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import PDInstance
-
-
-def told(assignment: endpoint_pb2.ClusterLoadAssignment) -> list[tuple[str, str, int, int]]:
-    """Id, address, port and health of each endpoint."""
-    found = []
-    (locality,) = assignment.endpoints
-    for lb in locality.lb_endpoints:
-        socket = lb.endpoint.address.socket_address
-        name = lb.metadata.filter_metadata["vllm_pd"].fields["id"].string_value
-        found.append((name, socket.address, socket.port_value, lb.health_status))
-    return found
 
 
 class Case(unittest.TestCase):

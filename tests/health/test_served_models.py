@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.health.monitor import MODELS_S
 from vllm_pd_scheduler.health.served_models import NotAListOfModels, odd_ones, parse_models
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 
@@ -116,7 +117,7 @@ class OddOnesTest(unittest.TestCase):
 
 
 class TestProbes:
-    async def test_each_probe_asks_with_the_key(self, fleet: Fixture) -> None:
+    async def test_they_are_asked_for_with_the_key(self, fleet: Fixture) -> None:
         server = await fleet.serve(None)
         endpoint = fleet.add("d0", "127.0.0.1", server.port, api_key="sk-1")
         monitor = fleet.monitor()
@@ -125,7 +126,32 @@ class TestProbes:
             server.models = models
             await monitor.check(endpoint)
             assert endpoint.models == frozenset(models)
+            fleet.now += MODELS_S
         assert server.authorization == ["Bearer sk-1"] * 3
+
+    async def test_at_every_third_probe_and_after_15_s(self, fleet: Fixture) -> None:
+        """They seldom change, and each request has its cost."""
+        server = await fleet.serve()
+        server.page = server.page.replace("running 3", "running 0")  # else its engine would stand still
+        for interval, every in ((1.0, 3), (5.0, 3), (10.0, 2), (60.0, 1)):
+            monitor = fleet.monitor(interval)
+            fleet.registry.serves(fleet["d0"], None)
+            asked = []
+            for number in range(9):
+                before = len(server.authorization)
+                await monitor.check(fleet["d0"])
+                asked += [number] if len(server.authorization) > before else []
+                fleet.now += interval
+            assert asked == list(range(0, 9, every)), interval
+
+    async def test_one_that_was_down_may_be_another_one(self, fleet: Fixture) -> None:
+        server = await fleet.serve()
+        monitor = fleet.monitor()
+        await monitor.check(fleet["d0"])
+        fleet.registry.probed(fleet["d0"], "down")
+        server.models = ["other"]
+        await monitor.check(fleet["d0"])
+        assert fleet["d0"].models == {"other"}
 
     async def test_an_instance_that_has_no_list(
         self, fleet: Fixture, caplog: pytest.LogCaptureFixture
@@ -158,11 +184,13 @@ class TestProbes:
         await monitor.check(fleet["d0"])
         assert fleet["d0"].models is None
 
-    async def test_a_restarted_one_has_other_models_at_once(self, fleet: Fixture) -> None:
+    async def test_of_a_restarted_one_they_are_not_known(self, fleet: Fixture) -> None:
         server = await fleet.serve()
         monitor, page = fleet.monitor(), server.page
         for start, models in ((1, ["a"]), (2, ["b"]), (3, None)):
             server.page, server.models = f"{page}process_start_time_seconds {start}\n", models
+            await monitor.check(fleet["d0"])
+            assert fleet["d0"].models is None or start == 1
             await monitor.check(fleet["d0"])
             assert fleet["d0"].models == (None if models is None else frozenset(models))
 
@@ -175,6 +203,7 @@ class TestProbes:
         for models in (["tiny"], ["other"], ["other"], ["other", "more"], ["tiny"], ["tiny"]):
             servers[1].models = models
             await monitor.check_all()
+            fleet.now += MODELS_S
         said = [
             (record.levelname, record.message) for record in caplog.records if "the models" in record.message
         ]

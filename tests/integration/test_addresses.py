@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 WITH_A_RESOLVER = """
@@ -126,7 +126,7 @@ async def test_a_dns_outage_is_no_dead_fleet(
             assert (await client.complete()).status == 200
             return min([await age(client, each.id) for each in fleet.instances]) > 2.5  # five intervals
 
-        await until(old, 30)
+        await until(old)
         assert set((await client.states()).values()) == {"healthy"}
         said = "stays in use"
         assert process.output.count(said) == (3 if outage == {} else 0), "once for each, not for each look-up"
@@ -153,7 +153,7 @@ async def test_a_start_without_dns_serves_as_soon_as_there_is_one(
                 return set((await client.states()).values()) == {"unhealthy"}
             return False
 
-        await until(told, 30)
+        await until(told)
         why = "the name vllm-decode-0 cannot be resolved: Temporary failure in name resolution"
         assert (await client.instance("decode-0"))["reason"] == why
         assert f"decode-0 is unhealthy: {why}" in process.output

@@ -16,8 +16,8 @@ import yaml
 
 from tests.support.overload import PATIENT, Overload, overload
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 ONE_AT_A_TIME = {"max_waiting": 1}
@@ -333,10 +333,7 @@ async def test_priority_can_be_taken_away_from_clients(
         client = Client(session, stack, fleet)
         await ready(client, envoy)
 
-        async def split() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(split)
+        await client.until_split()
         answer = await client.post("/v1/completions", {"prompt": "p"}, {"x-pd-priority": "not a number"})
         assert answer.status == 200
         assert answer.headers["x-pd-prefill"]
@@ -417,10 +414,7 @@ async def test_a_scheduler_that_is_killed_with_requests_in_its_queue(
     ):
         await ready(client, envoy)
 
-        async def split() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(split)
+        await client.until_split()
         with load.held("prefill-0"):
             tasks = [load.ask("first")]
             await load.client.until_in_flight(1)

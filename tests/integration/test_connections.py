@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 MIB = 1 << 20
 COMPLETION = b'{"prompt":"p","max_tokens":2}'

@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PAGE = "https://app.example"

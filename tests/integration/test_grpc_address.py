@@ -19,10 +19,10 @@ from envoy.service.discovery.v3 import discovery_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.eds import SERVICE as EDS
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 
@@ -112,9 +112,9 @@ async def test_a_socket_that_another_scheduler_serves(stack: Stack, fleet: Fleet
         async def there() -> bool:
             return "grpc" in os.listdir(stack.directory)
 
-        await until(there, 30)
+        await until(there)
         with spawned(second) as other:
-            assert await asyncio.to_thread(other.wait, 40) == 1
+            assert await asyncio.to_thread(other.wait) == 1
             assert f"grpc_socket: cannot listen on {path}: another process serves it" in other.output
             assert "Traceback" not in other.output
         assert process.process.poll() is None

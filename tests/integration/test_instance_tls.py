@@ -15,11 +15,11 @@ import yaml
 
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import render_config
 from vllm_pd_scheduler.router import PDRouter
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"
@@ -230,11 +230,7 @@ async def test_an_envoy_of_ones_own(one_sided: Secured, tmp_path: Path, as_docum
             await ready(client, envoy)
             before = await client.seen_by_all()
             if as_documented:
-
-                async def asked() -> bool:
-                    return "x-pd-prefill" in (await client.complete()).headers
-
-                await until(asked)  # the scheduler is known to be healthy a little later than the instances
+                await client.until_split()  # the scheduler is found healthy a little later than the instances
                 await check_text(client)
             else:
 

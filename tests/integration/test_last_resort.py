@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 AT_ONCE = {"ejection_failures": 1, "strategy": "round_robin"}
 FOR_LONG = {**AT_ONCE, "ejection_pause": 300.0}

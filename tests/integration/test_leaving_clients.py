@@ -11,11 +11,11 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.service.app import App
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 PATH = "/v1/completions"
 STREAM = {"prompt": "Where is the cache?", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -53,10 +53,7 @@ async def stage(fleet: Fleet, tmp_path: Path, session: aiohttp.ClientSession) ->
             client = Client(session, stack, fleet)
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
             stage = Stage(app, client)
             await stage.ended()
             yield stage

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -78,7 +78,7 @@ async def test_the_scheduler_starts_and_serves(
                 assert (await client.complete()).status == 200
                 return asked.count("/metrics") >= 6
 
-            await until(probed, 60)
+            await until(probed)
             _, page = await client.admin("GET", "/metrics")
             assert 'pd_scrape_failures_total{instance="decode-0"}' not in page
             assert psutil.Process(process.process.pid).memory_info().rss < 250 << 20

@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import Answer, Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PROMPT = "Whose is the cache? " * 40
@@ -137,7 +137,7 @@ async def test_clients_that_give_up_on_a_hung_d_do_not_make_it_a_good_one(client
             await asyncio.wait_for(complete(client), 0.3)
         return await ejected(client, "decode-2")
 
-    await until(gone, 60)
+    await until(gone)
 
 
 @pytest.mark.parametrize("up", [{"stream_idle_timeout": 0.5}], indirect=True)
@@ -154,6 +154,34 @@ async def test_a_stream_that_falls_silent_is_cut_and_counts(client: Client, toke
         return 'failure="cut"' in page
 
     await until(counted)
+
+
+@pytest.mark.parametrize("up", [{"stream_idle_timeout": 4.0}], indirect=True)
+async def test_an_engine_that_hangs_behind_its_server_gets_no_more_requests(client: Client) -> None:
+    endless = {"stream": True, "max_tokens": 3000, "ignore_eos": True}
+    streams = [asyncio.ensure_future(complete(client, **endless)) for _ in client.fleet.decode]
+
+    async def runs() -> bool:
+        return bool((await client.json(client.fleet["decode-1"].url + "/_sim/stats"))["running"])
+
+    await until(runs)
+    await client.fault("decode-1", stuck=True)
+
+    async def found() -> bool:
+        instance = await client.instance("decode-1")
+        said = str(instance["reason"]).startswith("its engine stands still: ")
+        return said and instance["state"] == "unhealthy"
+
+    await until(found)
+    answers = [await complete(client, stream=True) for _ in client.fleet.decode]
+    assert {answer.status for answer in answers} == {200}
+    await asyncio.gather(*streams, return_exceptions=True)
+    await client.fault("decode-1")
+
+    async def healthy() -> bool:
+        return (await client.states())["decode-1"] == "healthy"
+
+    await until(healthy)
 
 
 @pytest.mark.parametrize("abrupt", [False, True], ids=["engine dies", "process dies"])

@@ -11,8 +11,8 @@ from pathlib import Path
 import aiohttp
 
 from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 SLOW_PREFILL = ["--prefill-min=0.15"]
 
@@ -56,9 +56,6 @@ async def test_envoys(session: aiohttp.ClientSession, tmp_path: Path) -> None:
             client = Client(session, stack, fleet)
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
             async def short() -> bool:
                 """Take what there is, and what the connections to instances, closed after 4 s, leave."""
                 for _ in range(60):
@@ -68,13 +65,13 @@ async def test_envoys(session: aiohttp.ClientSession, tmp_path: Path) -> None:
                 answer = await client.complete()
                 return answer.headers.get("x-pd-reason") == "local_resources"
 
-            await until(split)
+            await client.until_split()
             await until(short)
             assert set((await client.states()).values()) == {"healthy"}
             _, page = await client.admin("GET", "/metrics")
             assert 'pd_local_errors_total{kind="envoy"}' in page
             held.close()
-            await until(split)
+            await client.until_split()
 
 
 async def test_a_prefill_listener_that_is_not_there(session: aiohttp.ClientSession, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Client
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 4
 COMPLETION = ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12})

@@ -28,11 +28,11 @@ from tests.support.processes import (
     spawned,
     unused_ports,
 )
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-STREAM = {"prompt": "p", "max_tokens": 20, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
 """Runs as long as its decode instance is frozen."""
 
 
@@ -204,6 +204,7 @@ async def test_a_hangup_drains(
         with spawned(stack.up(config) if command == "up" else stack.serve(config)) as process:
             client = Client(session, stack, fleet)
             await ready(client, process)
+            await client.until_split()
             async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 with client.frozen("decode-0"):
@@ -288,8 +289,7 @@ async def test_a_dead_scheduler_is_a_non_event(
         with spawned(stack.serve(fleet.config())) as scheduler:
             await ready(client, envoy)
             expected = (await client.complete()).text
-            long = {**STREAM, "max_tokens": 60}
-            async with session.post(stack.url + "/v1/completions", json=long) as response:
+            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
                 await response.content.readline()
                 scheduler.signal(signal.SIGKILL)
                 scheduler.wait()
@@ -347,10 +347,7 @@ async def test_envoy_starts_without_the_scheduler_and_finds_it_later(
         with spawned(stack.serve(fleet.config())):
             await ready(client, envoy)
 
-            async def split() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(split)
+            await client.until_split()
 
 
 async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> None:
@@ -387,14 +384,20 @@ def test_demo_answers_and_ends_everything(stack: Stack) -> None:
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "demo", *arguments]) as process:
         _wait_for_output(process, "Ctrl-C ends everything")
         assert "prefilled by prefill-" in process.output
-        line = next(line for line in process.output.splitlines() if line.strip().startswith("curl"))
-        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
-        assert "data: [DONE]" in answer.stdout
+        lines = [line.strip() for line in process.output.splitlines()]
+        ask, *others = [line for line in lines if line.startswith(("curl", "kill"))]
         children = process.children()
         assert len(children) == 5
+        assert "data: [DONE]" in _shell(ask)
+        assert len([_shell(line) for line in others]) == 5
+        assert "data: [DONE]" in _shell(ask), "though one was killed"
         process.signal(signal.SIGINT)
         assert process.wait() == 0
         assert not any(running(pid) for pid in children)
+
+
+def _shell(line: str) -> str:
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
 
 
 def _wait_for_output(process: Process, text: str) -> None:

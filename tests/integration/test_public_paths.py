@@ -12,8 +12,8 @@ import pytest_asyncio
 
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Answer, Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 COMPLETION = b'{"prompt":"p","max_tokens":2}'
 CHAT = b'{"messages":[{"role":"user","content":"p"}],"max_tokens":2}'

@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STRATEGIES = """\
@@ -115,13 +115,10 @@ async def check(client: Client, process: Process, asleep: Path) -> None:
         await asyncio.sleep(0.5)
     await asyncio.to_thread(asleep.unlink)
 
-    async def split_again() -> bool:
-        return "x-pd-prefill" in (await client.complete()).headers
-
     async def said() -> bool:
         return "the event loop runs again, after " in process.output
 
-    await until(split_again)
+    await client.until_split()
     await client.until_in_flight(0)
     await until(said)
     assert "the event loop stands still for 2 s, in sleep (" in process.output

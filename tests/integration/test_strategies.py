@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 40
 """Some blocks, so that there is a prefix to be remembered."""
@@ -78,6 +78,27 @@ async def test_a_shadow_that_fails_costs_no_request(client: Client, up: Process)
     assert (
         "shadow strategy broken_shadow:Broken failed to pick a prefill instance: RuntimeError: odd" in warning
     )
+
+
+async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: Client, up: Process) -> None:
+    before = up.output.count("ERROR")
+    status, _ = await client.admin("PUT", "/strategy", {"strategy": "broken_shadow:Broken"})
+    assert status == 200
+    found = await served(client, "broken")
+    assert (len(set(found["prefill"])), len(set(found["decode"]))) == (2, 2), (
+        "split, and spread by least_load"
+    )
+    assert (await client.admin("GET", "/readyz"))[0] == 200
+    status, page = await client.admin("GET", "/metrics")
+    for role in ("prefill", "decode"):
+        labels = f'{{role="{role}",strategy="broken_shadow:Broken"}}'
+        assert f"pd_strategy_failures_total{labels} {ROUNDS}.0" in page
+    errors = [line for line in up.output.splitlines() if "ERROR" in line][before:]
+    assert len(errors) == 2, "once a minute for each role"
+    assert "strategy broken_shadow:Broken failed for prefill: RuntimeError: odd, at " in errors[0]
+    assert "broken_shadow.py:8 in rank" in errors[0]
+    status, _ = await client.admin("PUT", "/strategy", {"strategy": "round_robin"})
+    assert status == 200
 
 
 async def test_a_strategy_of_one_role_counts_from_the_next_request_on(client: Client) -> None:

@@ -10,9 +10,8 @@ import yaml
 
 from tests.support.certificates import make_certificates
 from tests.support.processes import Client, Stack, ready, spawned
-from tests.support.waiting import until
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.envoy.process import render_config
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -36,9 +35,5 @@ async def test_mutual_tls(session: aiohttp.ClientSession, fleet: Fleet, tmp_path
     with spawned(command) as envoy, spawned(stack.serve(settings)) as scheduler:
         client = Client(session, stack, fleet)
         await ready(client, envoy)
-
-        async def asked() -> bool:
-            return "x-pd-prefill" in (await client.complete()).headers
-
-        await until(asked)  # ext_proc too; Envoy was up first, and must have found the scheduler healthy
+        await client.until_split()  # ext_proc too; Envoy was up first, and must find the scheduler healthy
         assert "Traceback" not in scheduler.output

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 REQUESTS = 300

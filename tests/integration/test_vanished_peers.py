@@ -15,12 +15,12 @@ import pytest
 
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.proxy import proxy
+from tests.support.sim_fleet import Fleet
 from tests.support.sockets import gives_up_after, peer_of, sockets_of
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.rpc import protocol
 from vllm_pd_scheduler.service.app import App
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 STREAM = {"prompt": "p", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 FOUND_WITHIN_S = 15.0
@@ -70,7 +70,7 @@ async def streaming(client: Client, envoy: Process) -> aiohttp.ClientResponse:
         response.close()  # Envoy had not found the scheduler yet
         return None
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HUNG_S):
         while (response := await routed()) is None:  # noqa: ASYNC110 - the event is in another process
             await asyncio.sleep(0.05)
     await client.until_in_flight(1)
@@ -98,10 +98,7 @@ async def test_an_envoy_that_cannot_be_reached_any_more(
             await response.content.readline()  # the answer goes on
             between.thaw()
 
-            async def routed_again() -> bool:
-                return "x-pd-prefill" in (await client.complete()).headers
-
-            await until(routed_again, 20)
+            await client.until_split()
             response.close()
 
 

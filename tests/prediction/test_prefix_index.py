@@ -102,6 +102,32 @@ class PrefixIndexTest(TestCase):
             holder.store(blocks[:depth])
         self.assertEqual(self.index.match(blocks), {h: depth for h, depth in depths.items() if depth})
 
+    def test_one_that_is_gone_has_nothing_of_its_slots_next_holder(self) -> None:
+        gone = self.index.add()
+        gone.close()
+        self.index.add().store(chain("abc"))
+        match = self.index.match(chain("abc"))
+        self.assertNotIn(gone, match)
+        self.assertEqual(match.among([gone]), {})
+
+    def test_of_many_equal_ones_each_has_its_turn(self) -> None:
+        holders = [self.index.add() for _ in range(6)]
+        for holder in holders:
+            holder.store(chain("ab"))
+        match, everyone = self.index.match(chain("ab")), self.index.mask_of(holders)
+        self.assertEqual(match.longest(2, everyone, 0), holders[:2])
+        self.assertEqual(match.longest(2, everyone, 5), [holders[5], holders[0]])
+        self.assertEqual(match.longest(9, everyone, 2), holders[2:] + holders[:2])
+
+    def test_a_common_prefix_is_no_long_one(self) -> None:
+        holders = [self.index.add() for _ in range(6)]
+        for holder in holders:
+            holder.store(chain("a"))
+        holders[4].store(chain("abc"))
+        match, everyone = self.index.match(chain("abc")), self.index.mask_of(holders)
+        self.assertEqual(match.longest(9, everyone, 0, common=5), [holders[4]])
+        self.assertEqual(len(match.longest(9, everyone, 0, common=6)), 6)
+
     def test_memory_is_bounded(self) -> None:
         draw = random.Random(7).getrandbits
         tracemalloc.start()
@@ -186,8 +212,19 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(blocks=prompts)
     def match(self, blocks: tuple[int, ...]) -> None:
-        expected = {holder: model.depth(blocks) for holder, model in self.models.items()}
-        assert self.index.match(blocks) == {holder: depth for holder, depth in expected.items() if depth}
+        depths = {holder: model.depth(blocks) for holder, model in self.models.items()}
+        expected = {holder: depth for holder, depth in depths.items() if depth}
+        match = self.index.match(blocks)
+        assert match == expected
+        assert len(match) == len(expected)
+        assert list(match.values()) == sorted(expected.values())
+        some = list(self.models)[::2]
+        assert match.among(some) == {holder: expected[holder] for holder in some if holder in expected}
+        for count, turn in ((1, 0), (3, 2), (SLOTS, 5)):
+            longest = match.longest(count, self.index.mask_of(some), turn)
+            found = sorted((expected[holder] for holder in some if holder in expected), reverse=True)
+            assert [expected[holder] for holder in longest] == found[:count]
+            assert len(set(longest)) == len(longest)
 
     @invariant()
     def all_are_as_full_as_their_models(self) -> None:

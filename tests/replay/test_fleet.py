@@ -1,18 +1,23 @@
 """The fleet in virtual time: repeatable, plausible, and it always ends."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.job import TARGET, Conditions, Job
 from vllm_pd_scheduler.replay.result import RequestResult, RunResult, summary
 from vllm_pd_scheduler.replay.search import find_rate
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest, read_trace
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND, Variant, parse_variant, variant_names
+from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.strategies.least_load import LeastLoad
 
 FLEET = FleetSpec(3, 3, seed=5)
 BLOCK = 512
@@ -70,6 +75,22 @@ def test_every_request_ends_once_and_its_times_make_sense(name: str) -> None:
         assert 0 <= result.cached_tokens < result.prompt_tokens
     assert all(0 <= share <= 1 for share in (*found.prefill_busy.values(), *found.decode_busy.values()))
     assert {sample.instance for sample in found.samples} >= {*found.prefill_busy, *found.decode_busy}
+
+
+class Broken(LeastLoad):
+    """Cannot choose a prefill instance."""
+
+    def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
+        if endpoints[0].instance.role is InstanceRole.PREFILL:
+            raise RuntimeError("odd")
+        return super().rank(endpoints, request, count)
+
+
+def test_a_strategy_that_fails_is_told_of_and_replaced() -> None:
+    found = run(f"{__name__}:Broken")
+    assert summary(found, 5.0, 0.05).strategy_failures == len(TRACE.requests)
+    expected = run("least_load")
+    assert (found.results, expected.strategy_failures) == (expected.results, 0)
 
 
 @pytest.mark.parametrize("name", variant_names())

@@ -252,6 +252,23 @@ class SlowFleetTest(Case):
         self.assertTrue(d0.ejected)
         self.assertEqual(forward.first_byte_timeout, 2.0)
 
+    async def test_all_that_wait_at_one_that_hangs_are_tried_elsewhere(self) -> None:
+        """However many they are: the budget for retries is for a fleet that is slow."""
+        in_flight, waiting = self.router.in_flight, []
+        for _ in range(90):
+            waiting.append(await self.route({**BODY, "stream": True}))
+        hung = [forward for forward in waiting if forward.decode[0] is self.router.registry.get("d0")]
+        self.assertGreater(len(hung), 20)
+        for forward in waiting:
+            if forward not in hung:
+                forward.release()
+        for forward in hung:
+            address = str(forward.decode[0].address)
+            in_flight.attempt_failed(FailedAttempt(address, Failure.TIMEOUT, forward.id))
+            self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
+            forward.release()
+        self.assertEqual(in_flight.patience.factor, 1.0, "the others are not slow")
+
 
 class OnPrefillFailureTest(InFlightCase):
     async def reject(self) -> Reject:

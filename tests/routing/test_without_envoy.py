@@ -7,10 +7,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.router import PDRouter
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 TEXT = {"prompt": "你好", "max_tokens": 100}

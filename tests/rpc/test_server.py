@@ -57,7 +57,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     async def check(self, channel: grpc.aio.Channel, service: str = "") -> int:
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=HUNG_S)
         return int(answer.status)
 
 
@@ -196,7 +196,7 @@ class HealthTest(Case):
                 with self.subTest(method, code=code):
                     make = self.channel.unary_unary if method == "Check" else self.channel.unary_stream
                     call = make(f"/grpc.health.v1.Health/{method}")(data)
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(HUNG_S):
                         self.assertIs(await call.code(), code)
 
 
@@ -245,7 +245,7 @@ class AccessLogTest(Case):
             with self.subTest(code=code), self.assertLogs("vllm_pd_scheduler", "WARNING"):
                 call = self.open()
                 await call.write(data)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(HUNG_S):
                     self.assertIs(await call.code(), code)
         self.assertEqual(self.attempts, [])
 

@@ -75,7 +75,7 @@ class SchedulerTest(unittest.TestCase):
         self.scheduler.use(f"{__name__}:Recording")
         d0, _, d2 = self.registry.endpoints(D)
         self.pick(count=2, exclude=[d0])
-        recording = self.scheduler._strategies[D]
+        recording = self.scheduler.strategy(D).strategy
         assert isinstance(recording, Recording)
         self.assertEqual(recording.asked, [([self.registry.get("d1"), d2], REQUEST, 2)])
         self.assertIs(recording.config, self.scheduler.config)

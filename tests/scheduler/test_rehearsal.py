@@ -77,7 +77,43 @@ class RanksNothing(Strategy):
 
 class RanksIds(Strategy):
     def rank(self, endpoints: Any, request: RequestContext, count: int) -> Any:
-        return [endpoint.id for endpoint in endpoints]
+        return [endpoint.id for endpoint in endpoints][:count]
+
+
+class RanksAll(Strategy):
+    def rank(self, endpoints: Any, request: RequestContext, count: int) -> Any:
+        return sorted(endpoints, key=lambda endpoint: endpoint.id)
+
+
+class NotANumber(Strategy):
+    def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
+        return float("nan") if endpoint.id.endswith("2") else 0.0
+
+
+class ANotANumberInATuple(Strategy):
+    def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
+        return 0, float("nan") if endpoint.id.endswith("2") else 0.0
+
+
+class TooFewScores(Strategy):
+    def scores(self, endpoints: Any, request: RequestContext) -> Any:
+        return []
+
+
+class InAcceptsSample(Strategy):
+    def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
+        return 0.0
+
+    def accepts_sample(self, request: RequestContext) -> bool:
+        raise KeyError("sample")
+
+
+class OrdersByName(Strategy):
+    def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
+        return 0.0
+
+    def order(self, request: RequestContext, cost: float) -> Any:
+        return request.model
 
 
 class Sleeps(Strategy):
@@ -98,17 +134,23 @@ def test_what_is_built_in_passes(name: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (InScore, "AttributeError: 'Endpoint' object has no attribute 'no_such_thing' ("),
+        (InScore, "AttributeError: 'Endpoint' object has no attribute 'no_such_thing', at "),
         (InInit, f"strategy '{HERE}:InInit' cannot be made: odd"),
-        (InOrder, "KeyError: 'cost' ("),
+        (InOrder, "KeyError: 'cost', at "),
         (InHopeless, "ZeroDivisionError: "),
         (OnceScraped, "AttributeError: "),
         (WithASession, "AssertionError"),
         (OfDecodeOnly, "KeyError: "),
         (Incomparable, "TypeError: "),
-        (NoMethod, "NotImplementedError: NoMethod defines neither score() nor rank() ("),
-        (RanksNothing, "TypeError: rank() returned [], which is no list"),
-        (RanksIds, "TypeError: rank() returned ['prefill-1', "),
+        (NoMethod, "NotImplementedError: NoMethod defines neither score() nor rank()"),
+        (NotANumber, "ValueError: a score is not a number (NaN)"),
+        (ANotANumberInATuple, "ValueError: a score is not a number (NaN)"),
+        (TooFewScores, "ValueError: 0 scores for 3 endpoints"),
+        (InAcceptsSample, "KeyError: 'sample', at "),
+        (OrdersByName, "ValueError: could not convert string to float"),
+        (RanksNothing, "ValueError: rank() returned nothing"),
+        (RanksAll, "ValueError: rank() returned more than 1"),
+        (RanksIds, "ValueError: rank() returned a str, which it was not offered"),
     ],
 )
 def test_one_that_fails(strategy: type[Strategy], message: str) -> None:
@@ -126,7 +168,8 @@ def test_one_that_fails(strategy: type[Strategy], message: str) -> None:
 
 def test_the_place_is_told() -> None:
     (first, _) = problems(strategy=f"{HERE}:InScore")
-    assert f"({sys.modules[HERE].__file__}:" in first
+    assert f", at {sys.modules[HERE].__file__}:" in first
+    assert first.endswith(" in score")
 
 
 def test_one_that_does_not_return(monkeypatch: pytest.MonkeyPatch) -> None:

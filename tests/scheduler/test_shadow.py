@@ -229,7 +229,7 @@ class ShadowTest(unittest.TestCase):
 
     def picks(self, strategy: str, shadow: str | None) -> list[str]:
         router = fleet(strategy=strategy, shadow_strategy=shadow)
-        router.scheduler.strategy(P).random.seed(1)
+        router.scheduler.strategy(P).strategy.random.seed(1)
         chosen = []
         for number in range(100):
             request = self.request(100.0 * (number % 7 + 1), now=float(number))

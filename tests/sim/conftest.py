@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.sim import Client
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 

@@ -1,7 +1,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.sim import Client
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 
 NAMES = [
     "num_requests_running",

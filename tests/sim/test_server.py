@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 
 from tests.support.sim import CHAT, COMPLETIONS, PROMPT, Client
+from tests.support.sim_fleet import Fleet, SimInstance
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.sim.fleet import Fleet, SimInstance
 from vllm_pd_scheduler.sim.profile import EngineProfile
 from vllm_pd_scheduler.sim.text import tokenize
 

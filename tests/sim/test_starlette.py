@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PAGE = "https://app.example"

@@ -16,7 +16,9 @@ def registry_of(prefill: int = 2, decode: int = 2) -> Registry:
     registry = Registry()
     for role, count in ((P, prefill), (D, decode)):
         for number in range(count):
-            endpoint = registry.add(PDInstance(f"{role[0]}{number}", role, f"10.0.0.{number}", 80))
+            endpoint = registry.add(
+                PDInstance(f"{role[0]}{number}", role, f"10.0.{number >> 8}.{number & 255}", 80)
+            )
             registry.probed(endpoint, None)
     return registry
 

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 
 from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 # An instance that is held up stays healthy: its probes wait as long as it takes.
 PATIENT = {"health_check_interval": 60.0, "health_check_timeout": 60.0, "decode_first_byte_timeout": 60.0}

@@ -20,9 +20,10 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.support.sim_fleet import Fleet
+from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
-from vllm_pd_scheduler.sim.fleet import Fleet
 
 # Tests that make an instance fail must find it in its turn afterwards.
 NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}
@@ -90,14 +91,7 @@ class Process:
 def spawned(command: list[str], **environment: str) -> Iterator[Process]:
     """Run a command; at the end of the block it is ended, by force if need be."""
     with tempfile.TemporaryFile() as log:
-        popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
+        popen = start(command, log, {**os.environ, **environment})
         try:
             yield Process(popen, log)
         finally:
@@ -228,6 +222,14 @@ class Client:
             return await self.in_flight() == count
 
         await until(reached)
+
+    async def until_split(self) -> None:
+        """Wait until a request has a P: Envoy asks the scheduler once it has found it healthy."""
+
+        async def split() -> bool:
+            return "x-pd-prefill" in (await self.complete()).headers
+
+        await until(split)
 
     async def until_freed(self) -> None:
         """Wait until no prefill instance holds blocks for a hand-off, and none by the end of its lease."""

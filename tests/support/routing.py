@@ -3,10 +3,11 @@
 import asyncio
 import json
 import unittest
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.connectors import Connector, NixlConnector
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -62,11 +63,12 @@ class Leg:
 class Case(unittest.IsolatedAsyncioTestCase):
     CONFIG: Mapping[str, Any] = {}
     KEYS: Mapping[str, str] = {}
+    CONNECTOR: Callable[[], Connector] = NixlConnector
 
     def setUp(self) -> None:
         self.leg = Leg()
         config = SchedulerConfig(**{"strategy": "round_robin", **self.CONFIG})
-        self.router = PDRouter(config, prefill_leg=self.leg)
+        self.router = PDRouter(config, prefill_leg=self.leg, connector=self.CONNECTOR())
         for role, name, host in ((P, "p", "10.0.0.1"), (D, "d", "10.0.0.2")):
             for number in range(3):
                 one = f"{name}{number}"

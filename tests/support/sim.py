@@ -5,7 +5,7 @@ from typing import Any
 
 import aiohttp
 
-from vllm_pd_scheduler.sim.fleet import SimInstance
+from tests.support.sim_fleet import SimInstance
 
 PROMPT = "Prefill and decode are apart; the cache travels. " * 12
 SEND = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}

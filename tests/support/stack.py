@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 

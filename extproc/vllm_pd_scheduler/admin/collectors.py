@@ -20,6 +20,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
+from ..telemetry.failures import Failures
 
 
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
@@ -28,6 +29,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_RegistryCollector(router.registry, clock))
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
+    registry.register(_FailureCollector(router.scheduler.failures, router.connector.failures))
     return registry
 
 
@@ -201,3 +203,30 @@ class _ShadowCollector(Collector):
             bounds = [*map(str, GAIN_BUCKETS_S), "+Inf"]
             gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
         yield from (picks, gains)
+
+
+class _FailureCollector(Collector):
+    """What the strategies in use, and the connector, have raised."""
+
+    def __init__(self, strategies: Failures, connector: Failures) -> None:
+        self._strategies = strategies
+        self._connector = connector
+
+    def describe(self) -> list[Metric]:
+        return []  # else a registry would call collect() when the collector is registered
+
+    def collect(self) -> Iterator[Metric]:
+        strategies = CounterMetricFamily(
+            "pd_strategy_failures",
+            "Calls of a strategy that raised an error or returned nonsense, and were answered without it.",
+            labels=["strategy", "role"],
+        )
+        connector = CounterMetricFamily(
+            "pd_connector_failures",
+            "Calls of the connector that raised an error or returned nonsense.",
+            labels=["connector", "call"],
+        )
+        for family, failures in ((strategies, self._strategies), (connector, self._connector)):
+            for labels, count in failures.counts.items():
+                family.add_metric(labels, count)
+            yield family

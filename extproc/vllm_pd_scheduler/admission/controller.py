@@ -9,7 +9,7 @@ from ..fleet.endpoint import Reservation
 from ..request.errors import Reject
 from ..telemetry.metrics import QueueOutcome, Telemetry
 from .dispatcher import Dispatcher
-from .queue import Ticket
+from .queue import Outcome, Ticket
 
 
 class AdmissionController:
@@ -28,17 +28,15 @@ class AdmissionController:
         self._telemetry = telemetry
         self._timer: asyncio.TimerHandle | None = None
 
-    async def admit(self, ticket: Ticket) -> Reservation | Reject | None:
+    async def admit(self, ticket: Ticket) -> Outcome:
         """Wait for an endpoint and return the ticket's outcome.
 
-        Return a reservation, a refusal, or ``None`` if no endpoint can serve. Raise what a strategy raised
-        while it was asked for this request. Cancelling the call removes the request from the queue.
+        Return a reservation, a refusal, or ``None`` if no endpoint can serve. Cancelling the call removes the
+        request from the queue.
         """
         self._dispatcher.submit(ticket, self._clock())
         if not ticket.settled:
             await self._wait(ticket)
-        if isinstance(ticket.outcome, Exception):
-            raise ticket.outcome
         return ticket.outcome
 
     async def _wait(self, ticket: Ticket) -> None:

@@ -132,11 +132,9 @@ class Dispatcher:
         oldest = next(self.queue.by_arrival(), None)
         if oldest is None:
             return None
-        times = [oldest.request.arrived + self._timeout]
-        if now < self._registry.busy_until:
-            times += (e.busy_until for e in self._registry if e.busy_until > now)
+        times = [oldest.request.arrived + self._timeout, self._scheduler.room_at(now)]
         if self._late_binding:
-            for load in (e.prefill for e in self._registry.routable(InstanceRole.PREFILL)):
+            for load in (e.prefill for e in self._scheduler.some(InstanceRole.PREFILL)):
                 # What is queued behind the prefill that runs does not shrink before that one ends. Then there
                 # is an event anyway, so no time is set for a slack that only comes after it.
                 remaining, behind = load.remaining(now), load.queued - load.head_cost
@@ -173,7 +171,7 @@ class Dispatcher:
             if hopeless and self.queue.defer(ticket):
                 deferred = True
                 continue
-            awaited = self._place_safely(ticket, now)
+            awaited = self._place(ticket, now)
             if ticket.settled:
                 return True
             if awaited is not None:
@@ -192,22 +190,13 @@ class Dispatcher:
             decode_only = (ticket for ticket in self.queue if ticket.role is decode)
             yield from list(itertools.islice(decode_only, _MAX_TRIED))
 
-    def _place_safely(self, ticket: Ticket, now: float) -> Endpoint | None:
-        """Place a waiting request as ``_place``; if a strategy raises, that request fails and no other."""
-        try:
-            return self._place(ticket, now)
-        except Exception as error:
-            self.queue.remove(ticket)
-            ticket.settle(error)
-            return None
-
     def _max_cost(self, now: float) -> float:
         """Return the seconds of prefill up to which a waiting request could be bound now.
 
         It saves asking the strategy for requests that would go on waiting in any case. -1 if none could be
         bound; infinite if an instance is free, or if there is no instance to wait for.
         """
-        max_cost, routable = -1.0, self._registry.routable(InstanceRole.PREFILL)
+        max_cost, routable = -1.0, self._scheduler.some(InstanceRole.PREFILL)
         for load in (e.prefill for e in routable):
             remaining = load.remaining(now)
             if remaining <= NEARLY_FREE_S:
@@ -223,8 +212,8 @@ class Dispatcher:
         Else return the endpoint that it waits for: with late binding the strategy's choice, which is still
         busy; ``None`` while all are saturated, since it then waits for any.
         """
-        request, role = ticket.request, ticket.role
-        if not self._scheduler.has_room(InstanceRole.DECODE, now) or not self._scheduler.has_room(role, now):
+        request, role, has_room = ticket.request, ticket.role, self._scheduler.has_room
+        if not has_room(InstanceRole.DECODE, now, request.model) or not has_room(role, now, request.model):
             return None
         outcome: Reservation | None = None
         request.now = now
@@ -243,11 +232,10 @@ class Dispatcher:
 
     def _predicted_work(self, request: RequestContext) -> float:
         """Return the least predicted seconds of prefill, on whichever instance that would be."""
-        routable, blocks = self._registry.routable(InstanceRole.PREFILL), 0
-        if request.blocks:
-            cached = self._registry.prefixes.match(request.blocks)
-            blocks = max((cached.get(e.holder, 0) for e in routable), default=0) if cached else 0
-        new = max(1.0, request.prompt_tokens - blocks * request.block_tokens)
+        routable = self._registry.routable(InstanceRole.PREFILL)
+        request.look_up_in(self._registry.prefixes)
+        best = self._scheduler.most_cached(InstanceRole.PREFILL, request)
+        new = max(1.0, request.prompt_tokens) if best is None else request.uncached(best.holder)
         costs = (e.prefill.cost(new, request.prompt_tokens) for e in routable[:_MAX_COSTED])
         return min(costs, default=0.0)
 

@@ -25,8 +25,8 @@ queue: a tenant that is forgotten starts level with the others when it comes bac
 """
 
 
-Outcome = Reservation | Reject | Exception | None
-"""How a ticket ended: served, refused, a strategy raised this, or no endpoint can serve (``None``)."""
+Outcome = Reservation | Reject | None
+"""How a ticket ended: served, refused, or no endpoint can serve (``None``)."""
 
 
 @dataclass(slots=True, eq=False)

@@ -49,7 +49,9 @@ ShadowOption = Annotated[
     str | None,
     typer.Option("--shadow", help="A second strategy, that is only compared: see GET /shadow of the admin."),
 ]
-LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, to stderr.")]
+LogLevelOption = Annotated[
+    LogLevel, typer.Option("--log-level", case_sensitive=False, help="What is logged, to stderr.")
+]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
 HostOption = Annotated[
     str | None,

@@ -82,7 +82,7 @@ def check(config: ConfigOption) -> None:
     if settings.max_retries > (shipped := num_retries()):
         typer.echo(
             f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "
-            f"is {shipped}: `up` gives Envoy {settings.max_retries}, an Envoy of yours must be told",
+            f"is {shipped}: `up` and `envoy-config --config` set it to the same, in an Envoy of yours you do",
             err=True,
         )
     typer.echo(settings.model_dump_json(indent=2))

@@ -154,8 +154,9 @@ class SchedulerConfig(_Model):
     """Weight of the latency, for the strategy `weighted`."""
 
     health_check_interval: Annotated[float, Field(ge=0.05, le=3600)] = 5.0
-    """Seconds between two health checks of an instance, which also read its load and models. One that is
-    down is checked at least every second. Lower it for fresher loads; each check costs a request."""
+    """Seconds between two health checks of an instance, which also read its load, and its models every third
+    time. One that is down is checked at least every second. Lower it for fresher loads; a check takes half a
+    millisecond of CPU."""
     health_check_timeout: Seconds = 2.0
     """Seconds that `/health`, `/metrics` and `/v1/models` of an instance may take together, and again the
     first look-up of its name. Raise it if busy instances fail checks."""
@@ -202,7 +203,8 @@ class SchedulerConfig(_Model):
 
     max_retries: Annotated[int, Field(ge=0, le=16)] = 3
     """Further P that are tried after a failed prefill, and further D that Envoy tries. `up` tells its Envoy;
-    in an Envoy of yours set `num_retries` (3 in `envoy/envoy.yaml`) to the same."""
+    an Envoy of yours needs the same as `num_retries` (3 in `envoy/envoy.yaml`; `envoy-config --config` prints
+    it)."""
     prefill_timeout: Seconds = 120.0
     """Seconds that one prefill attempt may take; then another P is tried. Raise it for prompts that take
     longer."""

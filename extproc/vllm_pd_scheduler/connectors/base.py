@@ -54,6 +54,9 @@ class Connector(Protocol):
         """
         ...
 
-    def release_body(self, handoff: Handoff, model: str | None) -> bytes:
-        """Return the body of a completion request that makes D refuse the hand-off and P free its blocks."""
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
+        """Return the body of a completion request that makes D refuse the hand-off and P free its blocks.
+
+        ``None`` if there is none: the hand-off is left to its lease.
+        """
         ...

@@ -78,6 +78,19 @@ class Breaker:
         rate = sum(self._results) / len(self._results)
         return self._streak >= self.policy.failures or (full and rate < self.policy.success_rate)
 
+    def forgive(self) -> bool:
+        """Take back a failure that was the request's, not the instance's; return whether the state changed.
+
+        Ejected because of it, the instance may show at once that it works.
+        """
+        self._streak = max(0, self._streak - 1)
+        if False in self._results:
+            self._results.remove(False)
+        if self.state is not BreakerState.OPEN or self._streak >= self.policy.failures:
+            return False
+        self.state = BreakerState.HALF_OPEN
+        return True
+
     def open(self, now: float) -> None:
         """Eject the instance."""
         self._pause = min(MAX_PAUSE_S, self._pause * 2) if self._pause else self.policy.pause

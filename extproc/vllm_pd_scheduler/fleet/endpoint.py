@@ -63,6 +63,8 @@ class Endpoint:
     decode: DecodeLoad = field(default_factory=lambda: DecodeLoad(FleetLoad().decode))
     holder: Holder = field(default_factory=lambda: PrefixIndex().add())
     """The prompt prefixes that are taken for cached there."""
+    watchers: list[set[Endpoint]] = field(default_factory=list, repr=False)
+    """Sets to which it is added when its load has changed, see :meth:`Registry.watch`."""
 
     @property
     def id(self) -> str:
@@ -73,6 +75,11 @@ class Endpoint:
     def url(self) -> str:
         """Base URL by its address, which must be known."""
         return f"{self.instance.scheme}://{self.address}"
+
+    def changed(self) -> None:
+        """Tell those who watch that its load has changed."""
+        for changed in self.watchers:
+            changed.add(self)
 
     @property
     def state(self) -> InstanceState:
@@ -191,6 +198,7 @@ class Reservation:
         endpoint = self.endpoint
         if self.generation != endpoint.generation:
             return False
+        endpoint.changed()
         endpoint.in_flight -= 1
         endpoint.tokens = max(0.0, endpoint.tokens - self.tokens) if endpoint.in_flight else 0.0
         return True

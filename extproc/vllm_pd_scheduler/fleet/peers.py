@@ -7,7 +7,7 @@ instance that hangs or a fleet that is busy. They do when the others of the role
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 WEIGHT = 0.25
@@ -34,8 +34,12 @@ class DoubtfulEnds:
         """Count a request that the instance served."""
         self.share *= 1.0 - WEIGHT
 
-    def odd_among(self, peers: Collection[DoubtfulEnds]) -> bool:
-        """Whether this instance has so many where its peers have few; without peers nobody can tell."""
-        if self.share < ODD or not peers:
+    def odd_among(self, peers: Iterable[DoubtfulEnds]) -> bool:
+        """Whether this instance has so many where its peers have few; without peers nobody can tell.
+
+        The peers are looked at only if it has so many.
+        """
+        if self.share < ODD:
             return False
-        return sum(peer.share for peer in peers) / len(peers) <= NORMAL
+        shares = [peer.share for peer in peers]
+        return bool(shares) and sum(shares) / len(shares) <= NORMAL

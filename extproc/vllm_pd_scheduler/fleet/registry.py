@@ -5,10 +5,10 @@ Synchronous, does no I/O, and takes every time it needs as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..models import InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
@@ -63,6 +63,8 @@ class Registry:
     """Tokens of one block of the prefix index, on average over recent requests."""
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
+    models_version: int = 0
+    """Changes when an instance serves other models than before."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     on_scraped: Callable[[], None] | None = None
@@ -74,6 +76,9 @@ class Registry:
     """Those of which the load model has measured nothing yet."""
     _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
         default_factory=lambda: {role: {} for role in InstanceRole}
+    )
+    _watchers: dict[InstanceRole, list[set[Endpoint]]] = field(
+        default_factory=lambda: {role: [] for role in InstanceRole}
     )
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
@@ -95,6 +100,7 @@ class Registry:
             prefill=PrefillLoad(self.load.prefill),
             decode=DecodeLoad(self.load.decode),
             holder=self.prefixes.add(),
+            watchers=self._watchers[instance.role],
         )
         if canonical_ip(instance.host) is not None:
             self._move(endpoint, join_address(instance.host, instance.port))
@@ -169,6 +175,16 @@ class Registry:
         """Call ``listener`` after each change in membership, address, health or draining."""
         self._listeners.append(listener)
 
+    def watch(self, role: InstanceRole) -> set[Endpoint]:
+        """Return a new set to which each endpoint of a role is added when its load changes.
+
+        That is when a request is reserved or released there, when it is scraped, and when it says that it is
+        full. The caller empties the set, and so need not look at all endpoints to see what has changed.
+        """
+        changed: set[Endpoint] = set()
+        self._watchers[role].append(changed)
+        return changed
+
     def resolved(self, endpoint: Endpoint, ip: str, now: float = 0.0) -> None:
         """Record the IP address behind an instance's DNS name, as it was found at a time."""
         endpoint.resolved_at = now
@@ -208,6 +224,7 @@ class Registry:
         """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
         before, endpoint.metrics = endpoint.metrics, snapshot
         endpoint.scraped_at = snapshot.taken_at
+        endpoint.changed()
         endpoint.in_flight_at_scrape = in_flight_at_scrape
         endpoint.tokens_at_scrape = tokens_at_scrape
         if snapshot.kv_capacity is not None:
@@ -232,10 +249,13 @@ class Registry:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
         endpoint.metrics = None
         endpoint.in_flight_at_scrape, endpoint.tokens_at_scrape = 0, 0.0
+        endpoint.changed()
 
     def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
         """Record which models an instance serves; ``None``: it has not said so for too long."""
-        endpoint.models = models
+        if endpoint.models != models:
+            endpoint.models = models
+            self.models_version += 1
 
     def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
         self.load.learn_output(now.output_tokens, now.finished)
@@ -251,6 +271,7 @@ class Registry:
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
+        endpoint.changed()
         endpoint.in_flight += 1
         reservation = Reservation(endpoint, endpoint.generation)
         if endpoint.breaker.state is BreakerState.HALF_OPEN and not endpoint.on_trial:
@@ -259,7 +280,7 @@ class Registry:
             return reservation
         reservation.at = request.now
         decode = endpoint.instance.role is InstanceRole.DECODE
-        blocks = 0 if decode else request.cached.get(endpoint.holder, 0)  # before it is stored
+        blocks = 0 if decode else request.cached_blocks(endpoint.holder)  # before it is stored
         if request.blocks:
             size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
             self.block_tokens += _RECENT * (size - self.block_tokens)
@@ -321,15 +342,40 @@ class Registry:
         if endpoint.breaker.failed():
             self._eject(endpoint, reason, now)
 
+    def errored(self, endpoint: Endpoint, before: Sequence[Endpoint], reason: str, now: float) -> None:
+        """Record a 500 for a request to which those ``before`` have answered 500 too.
+
+        The first is a failure. With a second it may be the request's fault: then the failure is taken back,
+        and what happened is doubtful for all.
+        """
+        if not before:
+            self.failed(endpoint, reason, now)
+            return
+        if len(before) == 1:
+            if before[0].breaker.forgive():
+                self._changed()
+            self.doubtful(before[0], reason, now)
+        self.doubtful(endpoint, reason, now)
+
     def doubtful(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """Record a request whose end says something of the instance only beside those of its peers.
 
         The instance is ejected if it has many of them and its peers have few. A trial stays undecided.
         """
         endpoint.doubts.doubtful()
-        peers = [e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint]
-        if endpoint.doubts.odd_among(peers):
+        if self._odd(endpoint):
             self._eject(endpoint, f"{reason}, where others of its role serve", now)
+
+    def stands_out(self, endpoint: Endpoint) -> bool:
+        """Whether an instance, and not the fleet, is the reason for what happens there.
+
+        It is unhealthy or ejected, or has many doubtful ends where its peers have few.
+        """
+        return endpoint.state is InstanceState.UNHEALTHY or self._odd(endpoint)
+
+    def _odd(self, endpoint: Endpoint) -> bool:
+        peers = (e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint)
+        return endpoint.doubts.odd_among(peers)
 
     def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
         """Record that an instance is full: neither its failure nor a success.
@@ -342,6 +388,7 @@ class Registry:
         endpoint.busy_answers += 1
         endpoint.busy_until = now + min(pause, MAX_BUSY_PAUSE_S)
         self.busy_until = max(self.busy_until, endpoint.busy_until)
+        endpoint.changed()
 
     def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
         if endpoint.breaker.state is BreakerState.OPEN:

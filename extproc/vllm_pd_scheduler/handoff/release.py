@@ -7,7 +7,7 @@ import logging
 
 import aiohttp
 
-from ..connectors import Connector
+from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..instance_http.bounded_read import read_at_most
@@ -34,7 +34,7 @@ class HandoffReleaser:
         self,
         session: aiohttp.ClientSession,
         registry: Registry,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
     ) -> None:
         self._session = session
@@ -51,7 +51,11 @@ class HandoffReleaser:
 
     def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
         """Release what a prefill has left, if anything, whose client did not wait for it."""
-        handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        try:
+            handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+        except ConnectorFailed:
+            self._telemetry.handoff_stranded(prefill.id)  # there may be one
+            return
         if handoff is not None:
             self(PendingHandoff(handoff, prefill, deadline=0.0))
 
@@ -62,7 +66,8 @@ class HandoffReleaser:
     async def _release(self, pending: PendingHandoff) -> None:
         body = self._connector.release_body(pending.handoff, pending.model)
         registry, decode = self._registry, InstanceRole.DECODE
-        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
+        endpoints = (*registry.routable(decode), *registry.ejected(decode))[:3]
+        for endpoint in endpoints if body is not None else ():
             headers = {"content-type": "application/json"}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"

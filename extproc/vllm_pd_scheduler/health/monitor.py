@@ -13,10 +13,11 @@ import aiohttp
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import canonical_ip, join_address
+from ..models import InstanceRole, canonical_ip, join_address
 from ..telemetry.metrics import Telemetry
 from .names import NameNotResolved, NameResolver
 from .probe import Answers, NoAnswer, NoSuchPath, OurShortage, Probe
+from .progress import STALLED_S, Progress
 from .served_models import odd_ones
 from .vllm_metrics import Scrape, snapshot
 
@@ -28,6 +29,11 @@ RECOVERY_INTERVAL_S = 1.0
 JITTER = 0.1
 """Each pause is up to this share shorter, so that the loops spread out."""
 
+MODELS_S = 15.0
+MODELS_INTERVALS = 2.5
+"""An instance that serves is asked for its models after ``MODELS_S`` seconds or so many intervals: at every
+third probe. They seldom change, and to ask takes as long as to ask for its health."""
+
 KEPT_S = 30.0
 KEPT_INTERVALS = 5
 """What an instance said of its load and its models is believed for ``KEPT_S`` seconds and so many intervals
@@ -38,7 +44,8 @@ class HealthMonitor:
     """Probes every instance in a registry, asks it for its load and its models, and tells the registry.
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
-    and again that of a DNS name's first look-up.
+    and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
+    on a D without a step of its engine.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class HealthMonitor:
         interval: float,
         timeout: float,
         clock: Callable[[], float],
+        stalled_after: float = STALLED_S,
         names: NameResolver | None = None,
     ) -> None:
         self._registry = registry
@@ -58,6 +66,7 @@ class HealthMonitor:
         self._interval = interval
         self._timeout = timeout
         self._clock = clock
+        self._stalled_after = stalled_after
         self._names = names or NameResolver()
         self._watched: dict[Endpoint, _Watched] = {}
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
@@ -77,6 +86,7 @@ class HealthMonitor:
             interval=config.health_check_interval,
             timeout=config.health_check_timeout,
             clock=time.monotonic,
+            stalled_after=min(STALLED_S, config.stream_idle_timeout / 2),  # before its streams are cut
         )
 
     async def start(self) -> None:
@@ -109,7 +119,7 @@ class HealthMonitor:
             self._registry.probed(endpoint, problem, self._clock())
             return
         in_flight, tokens = endpoint.in_flight, endpoint.tokens
-        answers = await self._probe.ask(endpoint)
+        answers = await self._probe.ask(endpoint, models=self._wants_models(endpoint, watched))
         if endpoint not in self._registry:
             return
         page = answers.metrics
@@ -132,7 +142,8 @@ class HealthMonitor:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
 
     async def _run(self, endpoint: Endpoint) -> None:
-        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint)
+        # Those that the start has probed at once are spread over the interval.
+        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
         while True:
             await asyncio.sleep(pause)
             models = endpoint.models
@@ -206,10 +217,31 @@ class HealthMonitor:
             )
             return
         watched.say(endpoint, "shortage", None)
-        self._registry.probed(endpoint, str(problem) if problem else None, self._clock())
+        now, reason = self._clock(), str(problem) if problem else None
+        if isinstance(answers.metrics, Scrape):
+            still = watched.progress.seen(answers.metrics, now)
+            reason = reason or self._stalled(endpoint, still)
+        self._registry.probed(endpoint, reason, now)
+
+    def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
+        """Return what is wrong with an instance that answers, if requests run there and nothing moves.
+
+        Only of D: all of its requests wait then, for as long as a stream may be silent. P has a time limit.
+        """
+        if endpoint.instance.role is InstanceRole.PREFILL or seconds < self._stalled_after:
+            return None
+        return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
+
+    def _wants_models(self, endpoint: Endpoint, watched: _Watched) -> bool:
+        """Whether it is time to ask for them, or the instance may be another one than before."""
+        known = endpoint.models is not None and endpoint.healthy is True and not endpoint.streak
+        pause = min(MODELS_S, MODELS_INTERVALS * self._interval)
+        return not known or self._clock() >= watched.models_at + pause
 
     def _take_models(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
         now, models = self._clock(), answers.models
+        if models is None:
+            return
         if not isinstance(models, NoAnswer):
             watched.models_at = now
             self._registry.serves(endpoint, models)
@@ -262,6 +294,7 @@ class _Watched:
         self.unresolved: str | None = None
         """Why its name could not be resolved the last time."""
         self.scrape: Scrape | None = None
+        self.progress = Progress()
         self.models_at = now
         self.said: dict[str, str] = {}
         """Complaints that stand, by what they are about: each is logged once."""

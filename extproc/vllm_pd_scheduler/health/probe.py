@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
+from yarl import URL
 
 from ..fleet.endpoint import Endpoint
 from ..instance_http.bounded_read import AnswerEncoded, read_at_most
@@ -27,6 +28,8 @@ _MAX_HEALTH_BYTES = 1 << 16
 _BIG_PAGE_BYTES = 256 << 10
 """From here on a page is parsed in a thread: so much takes a millisecond."""
 _SLICES = 4
+_NO_TIMEOUT = aiohttp.ClientTimeout()
+"""For a request: the probe has its own."""
 _MAX_REASON = 300
 """Characters of what a library says of an answer, which can quote it."""
 
@@ -50,7 +53,8 @@ class Answers:
     health: NoAnswer | None
     """``None``: it is well."""
     metrics: Scrape | NoAnswer
-    models: frozenset[str] | NoAnswer
+    models: frozenset[str] | NoAnswer | None
+    """``None``: it was not asked."""
 
 
 class Probe:
@@ -60,16 +64,16 @@ class Probe:
         self._session = session
         self._timeout = timeout
 
-    async def ask(self, endpoint: Endpoint) -> Answers:
+    async def ask(self, endpoint: Endpoint, *, models: bool = True) -> Answers:
         """Ask all at once, but the models after the health, on the same connection. Raises nothing."""
         health = asyncio.ensure_future(self._health(endpoint))
         metrics = asyncio.ensure_future(self._read(endpoint, "/metrics", MAX_METRICS_BYTES, parse_metrics))
-        models = asyncio.ensure_future(self._models(endpoint, health))
-        await _wait_for(self._timeout, health, metrics, models)
+        names = asyncio.ensure_future(self._models(endpoint, health)) if models else None
+        await _wait_for(self._timeout, health, metrics, *([] if names is None else [names]))
         return Answers(
             self._problem(health, endpoint, "/health"),
             self._problem(metrics, endpoint, "/metrics") or metrics.result(),
-            self._problem(models, endpoint, "/v1/models") or models.result(),
+            None if names is None else self._problem(names, endpoint, "/v1/models") or names.result(),
         )
 
     async def _health(self, endpoint: Endpoint) -> None:
@@ -98,10 +102,12 @@ class Probe:
         instance = endpoint.instance
         key = instance.api_key if path.startswith("/v1/") else None
         return self._session.get(
-            endpoint.url + path,
+            URL(endpoint.url + path, encoded=True),
             headers=None if key is None else {"authorization": f"Bearer {key}"},
             server_hostname=instance.tls_name,
             allow_redirects=False,
+            read_bufsize=_BIG_PAGE_BYTES,
+            timeout=_NO_TIMEOUT,
         )
 
     def _problem(self, asked: asyncio.Future[T], endpoint: Endpoint, path: str) -> NoAnswer | None:

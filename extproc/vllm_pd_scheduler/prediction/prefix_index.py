@@ -4,7 +4,8 @@ A prompt is a chain of blocks. A block's number is a hash of the prompt from its
 block, so it stands for a whole prefix. An instance that holds a block also holds all blocks before it in the
 chain, since prompts are used from their first block on and evicted from their last. So along a chain holders
 only drop out, and :meth:`PrefixIndex.match` finds the places where they do by binary search: it reads few
-blocks of a long prompt.
+blocks of a long prompt. What it returns keeps sets of holders and looks at one holder only when it is asked
+for that one, so that its cost does not grow with the fleet.
 
 The index keeps the set of holders of each block, as the bits of an int, and the blocks of each holder by last
 use. That takes 150 to 220 bytes for each block of each holder, since dicts grow in steps: 1.7 GiB for 1,000
@@ -13,8 +14,9 @@ holders of 10,000 blocks.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
 
 DEFAULT_CAPACITY = 10_000
@@ -29,6 +31,8 @@ _TABLE_COUNT = 256
 it grows."""
 _FEW_BITS = 12
 """Holders of a mask that are looked up one by one; with more, going over all bits at once is faster."""
+_NO_SLOT = 1 << 60
+"""Slot of a closed holder, beyond the bits of any mask."""
 _BOOLEANS = bytes.maketrans(b"01", b"\0\1")
 
 
@@ -55,19 +59,25 @@ class PrefixIndex:
         del self._free[-1:]
         return holder
 
-    def match(self, blocks: Sequence[int]) -> dict[Holder, int]:
-        """Return how many leading blocks each holder has, for those that have any.
+    def match(self, blocks: Sequence[int]) -> PrefixMatch:
+        """Return how many leading blocks each holder has.
 
-        ``blocks`` is the chain of a prompt, from its first block on. The holder of the longest prefix comes
-        last.
+        ``blocks`` is the chain of a prompt, from its first block on.
         """
-        depths: dict[Holder, int] = {}
+        levels: list[tuple[int, int]] = []
         depth, mask = 0, self._mask(blocks[0]) if blocks else 0
         while mask:
             depth, after = self._next_change(blocks, depth, mask)
-            depths.update(dict.fromkeys(self._holders_in(mask ^ after), depth))
+            levels.append((depth, mask))
             mask = after
-        return depths
+        return PrefixMatch(self, levels[::-1])
+
+    def mask_of(self, holders: Iterable[Holder]) -> int:
+        """Return a set of holders in the form that :meth:`PrefixMatch.longest` takes."""
+        mask = 0
+        for holder in holders:
+            mask |= holder._bit
+        return mask
 
     def __len__(self) -> int:
         """Return the number of blocks of all holders together."""
@@ -105,9 +115,9 @@ class PrefixIndex:
             return compress(self._holders, bin(mask)[:1:-1].encode().translate(_BOOLEANS))
         holders = []
         while mask:
-            holder = self._holders[mask.bit_length() - 1]
-            holders.append(holder)
-            mask ^= holder._bit
+            slot = mask.bit_length() - 1
+            holders.append(self._holders[slot])
+            mask ^= 1 << slot
         return holders
 
     # Successive blocks mostly have the same mask. In _mark and _unmark they then share one int object, which
@@ -135,6 +145,64 @@ class PrefixIndex:
                 table[block] = after
             else:
                 del table[block]
+
+
+class PrefixMatch(Mapping["Holder", int]):
+    """How many leading blocks of one prompt each holder has, for those that have any.
+
+    It is what the index knew when it was asked. The holder of the longest prefix comes last.
+    """
+
+    __slots__ = ("_index", "_levels")
+
+    def __init__(self, index: PrefixIndex, levels: Sequence[tuple[int, int]]) -> None:
+        self._index = index
+        self._levels = levels
+        """(depth, mask): the holders that have at least so many blocks. The longest prefix comes first."""
+
+    def __getitem__(self, holder: Holder) -> int:
+        bit = holder._bit
+        for depth, mask in self._levels:
+            if mask & bit:
+                return depth
+        raise KeyError(holder)
+
+    def __iter__(self) -> Iterator[Holder]:
+        masks = [mask for _, mask in self._levels]
+        for mask, longer in zip(masks[::-1], [*masks[-2::-1], 0], strict=False):
+            yield from self._index._holders_in(mask ^ longer)
+
+    def __len__(self) -> int:
+        return self._levels[-1][1].bit_count() if self._levels else 0
+
+    def among(self, holders: Iterable[Holder]) -> dict[Holder, int]:
+        """Return the same for some holders only."""
+        depths: dict[Holder, int] = {}
+        for depth, mask in reversed(self._levels):
+            holders = [holder for holder in holders if mask >> holder._slot & 1]  # unlike _bit it is short
+            depths.update(dict.fromkeys(holders, depth))
+        return depths
+
+    def longest(self, count: int, within: int, turn: int = 0, common: float = math.inf) -> list[Holder]:
+        """Return up to ``count`` holders of the longest prefixes, longest first.
+
+        ``within`` is the set of holders to choose from, see :meth:`PrefixIndex.mask_of`. If more than
+        ``count`` are equal, it returns those from slot ``turn`` on, in a ring. A prefix that more than
+        ``common`` holders have does not count.
+        """
+        chosen: list[Holder] = []
+        longer = 0
+        for _, mask in self._levels:
+            mask &= within
+            if mask.bit_count() > common:
+                break
+            exact, longer = mask ^ longer, mask
+            for part in (exact >> turn << turn, exact & ((1 << turn) - 1)):
+                while part and len(chosen) < count:
+                    bit = part & -part
+                    chosen.append(self._index._holders[bit.bit_length() - 1])
+                    part ^= bit
+        return chosen
 
 
 class Holder:
@@ -186,6 +254,7 @@ class Holder:
             self.clear()
             self._closed, self.capacity = True, 0
             self._index._free.append(self._slot)
+            self._bit, self._slot = 0, _NO_SLOT  # the slot is another holder's from now on
 
     def __len__(self) -> int:
         """Return the number of blocks."""

@@ -179,6 +179,7 @@ class _Run:
             self._busy(InstanceRole.DECODE),
             self._samples,
             time.perf_counter() - started,
+            self._scheduler.failures.counts.total(),
         )
 
     def _busy(self, role: InstanceRole) -> dict[str, float]:

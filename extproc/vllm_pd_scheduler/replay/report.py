@@ -163,6 +163,8 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
         if outcome.summary.rejected:
             reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(outcome.summary.rejected.items()))
             yield f"{label}: rejected: {reasons}"
+        if failures := outcome.summary.strategy_failures:
+            yield f"{label}: the strategy failed in {failures} calls, for which least_load took its place"
         if search and search.rate is None:
             lowest = min(rate for rate, _ in search.tried)
             yield (

@@ -64,6 +64,8 @@ class RunResult:
     samples: list[LoadSample] = field(default_factory=list)
     seconds: float = 0.0
     """Wall time of the run."""
+    strategy_failures: int = 0
+    """Calls of the strategy that failed, and were answered without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class Summary:
     """Seconds from the first arrival to the last answer's end."""
     seconds: float
     """Wall time of the run."""
+    strategy_failures: int
+    """Calls of the strategy that failed, and were answered without it."""
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -150,6 +154,7 @@ def summary(run: RunResult, ttft_slo: float, tpot_slo: float) -> Summary:
         decode_busy=_mean(run.decode_busy.values()),
         makespan=max(ends) - min(each.arrival for each in results) if ends else 0.0,
         seconds=run.seconds,
+        strategy_failures=run.strategy_failures,
     )
 
 

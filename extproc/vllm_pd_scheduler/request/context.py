@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from ..prediction.prefix_index import Holder, PrefixIndex
+from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
+
+_NO_MATCH = PrefixIndex().match(())
+
+
+class HasHolder(Protocol):
+    """What :attr:`RequestContext.cached` tells of: an endpoint, which the room ``fleet`` defines."""
+
+    @property
+    def holder(self) -> Holder:
+        """Its cached prefixes."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -46,28 +58,45 @@ class RequestContext:
     now: float = 0.0
     """Time of this pick, monotonic seconds."""
     _index: PrefixIndex | None = field(default=None, init=False, repr=False)
+    _offered: Sequence[HasHolder] | None = field(default=None, init=False, repr=False)
+    _match: PrefixMatch | None = field(default=None, init=False, repr=False)
     _cached: Mapping[Holder, int] | None = field(default=None, init=False, repr=False)
 
     @property
     def cached(self) -> Mapping[Holder, int]:
-        """Leading blocks that are taken for cached, by ``Endpoint.holder``.
+        """Leading blocks that are taken for cached, by ``Endpoint.holder``, of the endpoints to choose from.
 
-        Looked up when first read after a pick began: with 1,000 holders that takes 70 µs, which a pick that
-        does not read it need not pay.
+        Looked up when first read after a pick began: a pick that does not read it need not pay for that.
         """
         if self._cached is None:
-            self._cached = self._index.match(self.blocks) if self._index is not None else {}
+            offered = self._offered
+            self._cached = self.match if offered is None else self.match.among(e.holder for e in offered)
         return self._cached
 
     @cached.setter
     def cached(self, found: Mapping[Holder, int]) -> None:
         self._cached = found
 
+    @property
+    def match(self) -> PrefixMatch:
+        """Leading blocks that are taken for cached, of all endpoints of both roles."""
+        if self._match is None:
+            self._match = self._index.match(self.blocks) if self._index is not None else _NO_MATCH
+        return self._match
+
     def look_up_in(self, index: PrefixIndex) -> None:
         """Forget what was cached, and look it up in ``index`` when it is read."""
-        self._index, self._cached = index, None
+        self._index, self._match, self._cached, self._offered = index, None, None, None
+
+    def offer(self, endpoints: Sequence[HasHolder]) -> None:
+        """Let :attr:`cached` tell of these endpoints."""
+        self._offered, self._cached = endpoints, None
+
+    def cached_blocks(self, holder: Holder) -> int:
+        """Return the leading blocks that are taken for cached at one holder, whichever it is."""
+        found = None if self._cached is None else self._cached.get(holder)
+        return self.match.get(holder, 0) if found is None else found
 
     def uncached(self, holder: Holder, trust: float = 1.0) -> float:
         """Tokens of the prompt to compute where ``holder`` is; ``trust``: share of the cached that count."""
-        cached = self.cached.get(holder, 0) * self.block_tokens
-        return max(1.0, self.prompt_tokens - trust * cached)
+        return max(1.0, self.prompt_tokens - trust * self.cached_blocks(holder) * self.block_tokens)

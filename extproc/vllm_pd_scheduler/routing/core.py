@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import Connector
+from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -41,7 +41,7 @@ class RoutingCore:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
         clock: Callable[[], float],
         later: Later,
@@ -99,8 +99,8 @@ class RoutingCore:
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
-        if not self.registry.routable(InstanceRole.DECODE):
-            return self._no_decode()
+        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+            return self._no_decode(context)
         changed = body.raw if body.stripped else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         if not self.connector.can_split(body):
@@ -130,15 +130,19 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses = why.losses
+            forward.losses, forward.errors = why.losses, why.errors
         return forward
 
     def _with_handoff(
         self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
-        spliced, at = self.connector.decode_body(body, prefilled.handoff)
-        if len(spliced) > self.config.max_body_bytes:  # Envoy would answer 413 in D's place
+        try:
+            spliced, at = self.connector.decode_body(body, prefilled.handoff)
+            usable = len(spliced) <= self.config.max_body_bytes  # else Envoy would answer 413 in D's place
+        except ConnectorFailed:
+            usable = False
+        if not usable:
             self.in_flight.free(prefilled)
             changed = body.raw if body.stripped else None
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
@@ -166,10 +170,11 @@ class RoutingCore:
         outcome = await self._admission.admit(ticket)
         if isinstance(outcome, Reject):
             return outcome
+        own = None
         if outcome is not None:  # it has kept the place until now
             outcome.release()
-            preferred = preferred or outcome.endpoint
-        return self._to_decode(context, body, served, limit, preferred)
+            own = outcome.endpoint
+        return self._to_decode(context, body, served, limit, preferred or own, own)
 
     def _to_decode(
         self,
@@ -178,19 +183,27 @@ class RoutingCore:
         served: Served,
         limit: float | None,
         preferred: Endpoint | None = None,
+        own: Endpoint | None = None,
     ) -> Forward | Reject:
+        """Send a request to ``preferred``, if that has room, else to the strategy's choice.
+
+        ``own`` is what the strategy chose for it, if it was asked already.
+        """
         context.now = self._clock()
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
-        if not picked:
-            return self._no_decode()
         now = context.now
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
-            others = (e for e in picked if e is not preferred)
-            picked = [preferred, *others][:count]
-        decode = self._in_turn(picked, count)
-        self._scheduler.compare_shadow(InstanceRole.DECODE, context, decode[0])
+            picked = [preferred, *(e for e in picked if e is not preferred)]
+        else:
+            own = picked[0] if picked else None
+        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
+        if not picked:
+            return self._no_decode(context)
+        decode = self._in_turn(context, picked[:count], count)
+        if decode[0] is own:  # not what another rule has chosen
+            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
@@ -199,17 +212,18 @@ class RoutingCore:
         forward.stream = context.stream
         return forward
 
-    def _in_turn(self, picked: list[Endpoint], count: int) -> list[Endpoint]:
+    def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         if len(found) < count:
-            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked)
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked, context.model)
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 
-    def _no_decode(self) -> Reject:
+    def _no_decode(self, context: RequestContext) -> Reject:
         endpoints = self.registry.endpoints(InstanceRole.DECODE)
+        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")

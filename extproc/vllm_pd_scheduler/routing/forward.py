@@ -10,7 +10,7 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..request import headers as names
-from .attempts import KEY_REFUSED, OF_THE_INSTANCE, Failure
+from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +41,16 @@ class Forward:
     refused_by: Endpoint | None = None
     """The P that has refused the request with ``refused_status``; what D says will show who is right."""
     refused_status: int = 0
+    errors: tuple[Endpoint, ...] = ()
+    """Who has answered 500, P and D. If several have, the request may be the reason."""
     prompt: int = 0
     """The prompt's fingerprint (see :mod:`.lost`)."""
     losses: int = 0
     """Connections that it has lost after it was delivered, on P or D."""
     failed_attempts: int = 0
     """Attempts at D that have been reported as failed."""
-    last_failure: Failure | None = None
+    held_up: bool = False
+    """Whether its newest attempt has timed out at a D that does no worse than the others."""
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""

@@ -112,8 +112,8 @@ class RequestsInFlight:
         """Count what Envoy tells of an attempt that did not end in a whole answer with status 200.
 
         ============================  =================================================================
-        no connection, reset, 5xx,    a failure of the instance
-        cut
+        no connection, reset, 5xx,    a failure of the instance; a 500 is none if another instance, P or D,
+        cut                           has answered 500 to the request too
         401 or 403 to our own key;    a failure too: it is not what the rest of the fleet is
         401, 403, 404 after P's 200
         429, 503                      neither: the instance is full, and is left alone for a while
@@ -131,7 +131,9 @@ class RequestsInFlight:
         if forward is None:
             return
         forward.failed_attempts += 1
-        forward.last_failure = attempt.failure
+        forward.held_up = attempt.failure is Failure.TIMEOUT and not (
+            endpoint is not None and self._registry.stands_out(endpoint)
+        )
         instance = endpoint.id if endpoint is not None else attempt.address
         if attempt.failure is Failure.RESET:
             forward.losses += 1
@@ -161,9 +163,12 @@ class RequestsInFlight:
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
                 registry.doubtful(endpoint, reason, now)
         elif failure in (Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT):
-            if failure is Failure.TIMEOUT:
-                self.patience.timed_out()
             registry.doubtful(endpoint, reason, now)
+            if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
+                self.patience.timed_out()
+        elif attempt.status == 500 and forward is not None:
+            registry.errored(endpoint, forward.errors, reason, now)
+            forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
             registry.failed(endpoint, reason, now)
 
@@ -187,16 +192,15 @@ class RequestsInFlight:
     def may_try_again(self, request: str, made: int) -> Retry | None:
         """Return whether Envoy may try one more D after ``made`` attempts; ``None`` if that is not known yet.
 
-        What was never delivered may be tried on all. What two instances have lost is tried on no third, and
-        what has timed out only as far as the fleet is not slow as a whole.
+        What was never delivered may be tried on all. What two instances have lost is tried on no third. What
+        has timed out may be tried again if its D hangs; if D is as slow as the others, only a share of them.
         """
         forward = self._running.get(request)
         if forward is None or forward.losses >= MAX_LOSSES:
             return Retry.LOST
         if forward.failed_attempts < made:
             return None
-        slow = forward.last_failure is Failure.TIMEOUT and not self.patience.may_retry()
-        return Retry.SLOW if slow else Retry.ALLOWED
+        return Retry.SLOW if forward.held_up and not self.patience.may_retry() else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import Connector, Handoff
+from ..connectors import ConnectorFailed, ConnectorFence, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
@@ -29,8 +29,9 @@ from .time_limits import handoff_deadline
 class WithoutHandoff:
     """Decode is to prefill the request itself.
 
-    ``failed`` says whether that is because P failed, which only a share of the requests may have; else P has
-    refused the request (``refused_by``, with an HTTP ``status``), or has nothing to hand over.
+    ``failed`` says whether that is because P failed, which only a share of the requests may have. Else P has
+    refused the request (``refused_by``, with an HTTP ``status``) or has nothing to hand over, or it is the
+    connector that failed.
     """
 
     failed: bool = True
@@ -38,6 +39,8 @@ class WithoutHandoff:
     status: int = 0
     losses: int = 0
     """Connections that the request has lost at P after it was delivered."""
+    errors: tuple[Endpoint, ...] = ()
+    """P that have answered 500."""
 
 
 Outcome = PendingHandoff | WithoutHandoff | Reject
@@ -55,7 +58,7 @@ class PrefillStage:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: Connector,
+        connector: ConnectorFence,
         telemetry: Telemetry,
         local: ShareLimit,
         lost: LostPrompts,
@@ -73,18 +76,13 @@ class PrefillStage:
         self._clock = clock
 
     async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
-        """Return the hand-off, that decode should prefill, or the answer in place of both.
-
-        Raises what a strategy raises.
-        """
+        """Return the hand-off, that decode should prefill, or the answer in place of both."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = _Tried()
-        leg_body = b""
         reservation = await self._admission.admit(self._ticket(context))
         while isinstance(reservation, Reservation):
-            leg_body = leg_body or self._connector.prefill_body(body)
-            outcome = await self._attempt(self.leg, reservation, context, headers, leg_body, tried)
+            outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
             reservation = await self._another(context, tried)
@@ -94,7 +92,7 @@ class PrefillStage:
             return tried.refusal
         if self._config.on_prefill_failure == "fail":
             return no_prefill()
-        return WithoutHandoff(losses=tried.losses)
+        return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
     def _ticket(self, context: RequestContext) -> Ticket:
         return Ticket(context, InstanceRole.PREFILL, context.body_bytes)
@@ -117,7 +115,7 @@ class PrefillStage:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     @property
@@ -130,17 +128,20 @@ class PrefillStage:
         reservation: Reservation,
         context: RequestContext,
         headers: Mapping[str, str],
-        body: bytes,
+        body: JsonBody,
         tried: _Tried,
     ) -> Outcome | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
         try:
+            tried.body = tried.body or self._connector.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, body)
+                answer = await leg(endpoint, context.path, headers, tried.body)
             if answer.status == 200:
                 return self._handed_over(reservation, context, answer, tried)
+        except ConnectorFailed:  # which says nothing of the instance
+            return WithoutHandoff(failed=False)
         except LocalShortage as error:
             self._telemetry.local_error(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
@@ -161,7 +162,11 @@ class PrefillStage:
         self, reservation: Reservation, context: RequestContext, answer: PrefillAnswer, tried: _Tried
     ) -> Outcome | None:
         endpoint = reservation.endpoint
-        handoff = self._connector.handoff(answer.body)
+        try:
+            handoff = self._connector.handoff(answer.body)
+        except ConnectorFailed:
+            self._telemetry.handoff_stranded(endpoint.id)  # there may be one
+            raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
@@ -185,9 +190,10 @@ class PrefillStage:
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
-            self._failed(endpoint, f"status_{answer.status}", tried)
             if answer.status == 500:
-                self._lost.suspect(fingerprint, endpoint.id, self._clock())
+                self._errored(endpoint, fingerprint, tried)
+            else:
+                self._failed(endpoint, f"status_{answer.status}", tried)
             return self._lose(endpoint, fingerprint, tried) if b"EngineCore" in answer.body else None
         tried.only_full = False
         if not self._decode_may_not_prefill:
@@ -203,6 +209,15 @@ class PrefillStage:
         tried.losses += 1
         self._lost.lost(fingerprint, endpoint.id, self._clock())
         return lost_twice() if tried.losses >= MAX_LOSSES else None
+
+    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
+        """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
+        tried.only_full = False
+        now = self._clock()
+        self._telemetry.prefill_failed(endpoint.id, "status_500")
+        self._lost.suspect(fingerprint, endpoint.id, now)
+        self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
+        tried.errors += (endpoint,)
 
     def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
         tried.only_full = False
@@ -227,10 +242,14 @@ class _Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
     def __init__(self) -> None:
+        self.body = b""
+        """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = 0
         self.refusal: Reject | None = None
+        self.errors: tuple[Endpoint, ...] = ()
+        """Those that have answered 500."""
 
 
 def lost_twice(retry_after: int = int(PAUSE_S)) -> Reject:

@@ -27,7 +27,8 @@ class Disaggregation:
         remote = wait on P + (1 + WORK_WEIGHT) * prefill on P + KV transfer
 
     - *prefill on D*, *prefill on P*: time to compute the tokens of the prompt that are not cached there.
-    - *requests on D*: at least the mean over all D, since a D that is idle now gets others meanwhile.
+    - *requests on D*: at least the mean over all D (over a sample of a large fleet), since a D that is idle
+      now gets others meanwhile.
     - *wait on P*: time until P is done with the prefills queued there.
     - *WORK_WEIGHT*: see :mod:`vllm_pd_scheduler.strategies.predicted_latency`.
 
@@ -55,12 +56,12 @@ class Disaggregation:
         if not prefill:
             return None
         decodes = self._scheduler.preview(InstanceRole.DECODE, request)
-        routable = self._registry.routable(InstanceRole.DECODE)
+        routable = self._scheduler.some(InstanceRole.DECODE, request.model)
         mean = sum(e.requests for e in routable) / max(1, len(routable))
         # The strategy looks for the D that decodes fastest; one with more of the prompt cached can be
         # cheaper.
-        caches = [e for e in routable if e.holder in request.cached]
-        decodes += [max(caches, key=lambda e: request.cached[e.holder])] if caches else []
+        most_cached = self._scheduler.most_cached(InstanceRole.DECODE, request)
+        decodes += [most_cached] if most_cached is not None else []
         best = min(decodes, key=lambda e: self._local_cost(e, request, mean), default=None)
         if best is None or self._local_cost(best, request, mean) > self._remote_cost(prefill[0], request):
             return None

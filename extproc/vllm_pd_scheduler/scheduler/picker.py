@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from random import Random
 
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
@@ -11,17 +13,23 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
+from ..strategies.least_load import LeastLoad
+from ..telemetry.failures import Failures
+from .availability import Availability
+from .candidates import LARGE_FLEET, Candidates, Offer
+from .fence import StrategyFence
+from .pools import Pools
 from .shadow import Shadow
 
 _MAX_LAST_RESORTS = 16
-"""Routable endpoints that are offered as a last resort: sorting all of a large fleet takes a millisecond."""
+"""Endpoints of each kind that are a last resort: to sort all of a large fleet takes a millisecond."""
 
 
 class Scheduler:
     """Picks endpoints of a registry for requests.
 
-    Each role has a strategy of its own, which can be changed while requests run. ``seed`` makes strategies
-    that choose at random repeatable.
+    Each role has a strategy of its own, which can be changed while requests run. A strategy that fails is
+    replaced by ``least_load`` for that pick (see :mod:`.fence`). ``seed`` makes choices at random repeatable.
     """
 
     def __init__(self, config: SchedulerConfig, registry: Registry, seed: int | None = None) -> None:
@@ -31,11 +39,22 @@ class Scheduler:
         """Name of the strategy in use, by role."""
         self.shadow: Shadow | None = None
         """A second strategy, which is compared with the one in use and never followed."""
+        self.failures = Failures("strategy %s failed for %s", "least_load serves its requests")
+        """Failures of the strategies in use, by name and role."""
         self._seed = seed
-        self._strategies: dict[InstanceRole, Strategy] = {}
+        self._strategies: dict[InstanceRole, StrategyFence] = {}
+        self._least_load = {role: LeastLoad(config) for role in InstanceRole}
+        limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
+        random = Random(seed)
+        self._availability = {
+            role: Availability(registry, role, self.saturated, limited) for role in InstanceRole
+        }
+        self._pools = {
+            role: Pools(registry, role, availability, random)
+            for role, availability in self._availability.items()
+        }
         self.use_each({role: config.strategy_of(role) for role in InstanceRole})
         self.use_shadow(config.shadow_strategy)
-        self._limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     @property
     def strategy_name(self) -> str:
@@ -91,12 +110,14 @@ class Scheduler:
         self._set(strategy(self.config), role, name)
 
     def _set(self, strategy: Strategy, role: InstanceRole, name: str) -> None:
+        self.failures.expect(name, role.value)
+        fence = StrategyFence(strategy, partial(self.failures.add, name, role.value, strategy))
         if self._seed is not None:
-            strategy.random.seed(self._seed)
-        self._strategies[role], self.names[role] = strategy, name
+            fence.seed(self._seed)
+        self._strategies[role], self.names[role] = fence, name
 
-    def strategy(self, role: InstanceRole) -> Strategy:
-        """Return the strategy in use for a role."""
+    def strategy(self, role: InstanceRole) -> StrategyFence:
+        """Return the strategy in use for a role, in its fence."""
         return self._strategies[role]
 
     def saturated(self, endpoint: Endpoint, now: float) -> bool:
@@ -112,18 +133,32 @@ class Scheduler:
             or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
         )
 
-    def has_room(self, role: InstanceRole, now: float) -> bool:
+    def has_room(self, role: InstanceRole, now: float, model: str | None = None) -> bool:
         """Whether a request need not wait for a role: one endpoint is not saturated, or none can serve.
 
         In the second case there is nothing to wait for, and the request is refused by whoever picks.
         """
-        if not self._may_be_saturated(now):
-            return True
-        candidates = self._candidates(role, ())
-        return not candidates or not all(self.saturated(e, now) for e in candidates)
+        return self._pools[role].of(model).has_room(now)
 
-    def _may_be_saturated(self, now: float) -> bool:
-        return self._limited or now < self.registry.busy_until
+    def room_at(self, now: float) -> float:
+        """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
+        return min(availability.room_at(now) for availability in self._availability.values())
+
+    def can_serve(self, role: InstanceRole, model: str | None) -> bool:
+        """Whether an endpoint of a role could serve a model now, be it as a last resort."""
+        return bool(self._pools[role].of(model).endpoints or self.last_resorts(role, (), model))
+
+    def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
+        """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
+        return self._pools[endpoint.instance.role].may_serve(endpoint, model)
+
+    def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role, for a model; of many, a sample."""
+        return self._pools[role].of(model).some()
+
+    def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
+        """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
+        return self._pools[role].of(request.model).most_cached(request)
 
     def pick(
         self,
@@ -135,24 +170,39 @@ class Scheduler:
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
-        The strategy ranks those that are healthy and neither draining nor in ``exclude``. Saturated ones, and
-        ones whose trial request runs, are offered to it only if there are no others.
+        The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
+        are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
+        request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
+        accepts that.
         """
-        candidates = self._unsaturated(role, exclude, request.now)
-        if not candidates:
-            return []
         request.look_up_in(self.registry.prefixes)
-        return self._strategies[role].rank(candidates, request, count)
+        strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
+        offer = _offer(candidates, strategy, request, exclude)
+        if not offer.endpoints:
+            return []
+        request.offer(offer.endpoints)
+        ranked = strategy.rank(offer, request, count)
+        if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
+            endpoints = candidates.all(request.now, exclude)
+            ranked = strategy.rank(Offer(endpoints, endpoints), request, count)
+        if ranked is None:
+            endpoints = candidates.offer_sample(request, exclude, prefixes=False).endpoints
+            ranked = self._least_load[role].rank(endpoints, request, count)
+        return ranked
 
-    def last_resorts(self, role: InstanceRole, exclude: Collection[Endpoint]) -> list[Endpoint]:
+    def last_resorts(
+        self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
+    ) -> list[Endpoint]:
         """Return endpoints to try when all in ``exclude``, which ``pick`` returned, have failed a request.
 
         First come those that ``pick`` leaves out while there are better ones (saturated or on trial), then
         those that it never returns (ejected). They may fail too, but without them the request surely does.
+        None is known to lack the model.
         """
-        routable = (e for e in self.registry.routable(role) if e not in exclude)
-        ejected = (e for e in self.registry.ejected(role) if e not in exclude)
-        others = [*itertools.islice(routable, _MAX_LAST_RESORTS), *ejected]
+        pools = self._pools[role]
+        routable = (e for e in pools.of(model).endpoints if e not in exclude)
+        ejected = (e for e in self.registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
+        others = [e for kind in (routable, ejected) for e in itertools.islice(kind, _MAX_LAST_RESORTS)]
         return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
     def compare_shadow(
@@ -167,31 +217,26 @@ class Scheduler:
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            self.shadow.compare(role, self._unsaturated(role, exclude, request.now), request, picked)
+            candidates = self._pools[role].of(request.model)
+            offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
+            self.shadow.compare(role, offer, request, picked)
 
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
-        strategy = self._strategies[role]
-        with strategy.same_turn():
+        with self._strategies[role].same_turn(), self._least_load[role].same_turn():
             return self.pick(role, request, count=count)
 
-    def _unsaturated(
-        self, role: InstanceRole, exclude: Collection[Endpoint], now: float
-    ) -> Sequence[Endpoint]:
-        candidates = self._candidates(role, exclude)
-        if self._may_be_saturated(now):
-            candidates = tuple(e for e in candidates if not self.saturated(e, now)) or candidates
-        return candidates
 
-    def _candidates(self, role: InstanceRole, exclude: Collection[Endpoint]) -> Sequence[Endpoint]:
-        candidates: Sequence[Endpoint] = self.registry.routable(role)
-        if exclude:
-            candidates = tuple(e for e in candidates if e not in exclude)
-        if self.registry.trials:
-            # An ejected endpoint comes back by one trial request. A second one at the same time would tell
-            # nothing more and could be lost too, so it is sent only if there is no other endpoint.
-            candidates = tuple(e for e in candidates if not e.on_trial) or candidates
-        return candidates
+def _offer(
+    candidates: Candidates,
+    strategy: StrategyFence,
+    request: RequestContext,
+    exclude: Collection[Endpoint],
+) -> Offer:
+    """Return what a strategy is to rank."""
+    if len(candidates.endpoints) > LARGE_FLEET and strategy.accepts_sample(request):
+        return candidates.offer_sample(request, exclude, prefixes=strategy.reads_prefixes)
+    return candidates.offer_all(request.now, exclude)
 
 
 def _waiting(endpoint: Endpoint) -> float:

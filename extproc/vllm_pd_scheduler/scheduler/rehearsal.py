@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Iterator
 
 from ..config import SchedulerConfig
-from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, MetricsSnapshot, PDInstance
 from ..request.context import RequestContext
-from ..strategies import Strategy, UnknownStrategy, make_strategy
+from ..strategies import UnknownStrategy, make_strategy
+from ..telemetry.failures import described
+from .candidates import Offer
+from .fence import StrategyFence
 
 LIMIT_S = 10.0
 """How long all of it may take. A pick takes microseconds; all requests wait for one that does not return."""
@@ -29,11 +30,14 @@ def rehearse(config: SchedulerConfig) -> list[str]:
         for key, name, role in _named(config):
             current = f"{key}: strategy {name!r}"
             try:
-                _try(make_strategy(name, config), role)
+                strategy = make_strategy(name, config)
             except UnknownStrategy as error:
                 problems.append(f"{key}: {error}")
+                continue
+            try:
+                _try(StrategyFence(strategy, _raised), role)
             except Exception as error:  # someone else's code
-                problems.append(f"{current} fails for {role}: {_last_line(error)}")
+                problems.append(f"{current} fails for {role}: {described(error, strategy)}")
 
     thread = threading.Thread(target=run, daemon=True)  # not waited for if it never returns
     thread.start()
@@ -51,19 +55,27 @@ def _named(config: SchedulerConfig) -> Iterator[tuple[str, str, InstanceRole]]:
             yield "shadow_strategy", config.shadow_strategy, role
 
 
-def _try(strategy: Strategy, role: InstanceRole) -> None:
-    """Ask a strategy all that it can be asked, before and after the instances were scraped."""
+def _raised(error: Exception) -> None:
+    raise error
+
+
+def _try(strategy: StrategyFence, role: InstanceRole) -> None:
+    """Ask a strategy all that it can be asked, before and after the instances were scraped.
+
+    Raise what would be fenced off while it is in use.
+    """
     registry = Registry()
     endpoints = [
         registry.add(PDInstance(f"{role}-{number}", role, f"192.0.2.{number}", 8000))
         for number in range(1, _ENDPOINTS + 1)
     ]
+    _ = strategy.reads_prefixes
     for scrape in range(3):
         request = _request(float(scrape), registry)
-        for count in range(1, _ENDPOINTS + 1):
+        strategy.accepts_sample(request)
+        for offered, count in (*((endpoints, n) for n in range(1, _ENDPOINTS + 1)), (endpoints[:1], 1)):
             with strategy.same_turn():
-                _check(strategy.rank(endpoints, request, count), endpoints)
-        strategy.rank(endpoints[:1], request, 1)
+                strategy.rank(Offer(tuple(offered), offered), request, count)
         strategy.order(request, 0.5)
         strategy.hopeless(request, 0.5)
         for number, endpoint in enumerate(endpoints):
@@ -88,13 +100,3 @@ def _request(now: float, registry: Registry) -> RequestContext:
     )
     request.look_up_in(registry.prefixes)
     return request
-
-
-def _check(ranked: object, endpoints: list[Endpoint]) -> None:
-    if not isinstance(ranked, list) or not ranked or any(each not in endpoints for each in ranked):
-        raise TypeError(f"rank() returned {ranked!r}, which is no list of the endpoints that it was given")
-
-
-def _last_line(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{traceback.format_exception_only(error)[-1].strip()} ({frame.filename}:{frame.lineno})"

@@ -11,8 +11,9 @@ import logging
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..config import SchedulerConfig
@@ -20,6 +21,9 @@ from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
 from ..request.context import RequestContext
 from ..strategies import make_strategy
+from ..telemetry.failures import described
+from .candidates import Offer
+from .fence import StrategyFence
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +98,10 @@ class Shadow:
         self.name = name
         self.tallies = {role: Tally() for role in InstanceRole}
         self.differences: deque[Difference] = deque(maxlen=MAX_DIFFERENCES)
-        self._strategies = {role: make_strategy(name, config) for role in InstanceRole}
+        self._strategies = {
+            role: StrategyFence(make_strategy(name, config), partial(self._failed, role))
+            for role in InstanceRole
+        }
         self._clock = clock
         self._seconds_spent = 0.0
         self._next_warning_at = float("-inf")
@@ -104,33 +111,41 @@ class Shadow:
         """Whether prompts must be hashed for the strategy."""
         return any(strategy.reads_prefixes for strategy in self._strategies.values())
 
+    def strategy(self, role: InstanceRole) -> StrategyFence:
+        """Return the strategy for a role, in its fence."""
+        return self._strategies[role]
+
     def compare(
-        self, role: InstanceRole, candidates: Sequence[Endpoint], request: RequestContext, live: Endpoint
-    ) -> None:
-        """Rank the candidates that the live strategy ranked, and count whether the choices differ.
-
-        Never raises: what the strategy raises is counted and logged.
-        """
-        start = self._clock()
-        try:
-            self._compare(role, candidates, request, live, start)
-        except Exception as error:  # someone else's code, and nothing depends on it
-            self._failed(role, error, start)
-        self._seconds_spent += self._clock() - start
-
-    def _compare(
         self,
         role: InstanceRole,
-        candidates: Sequence[Endpoint],
+        offer: Offer,
         request: RequestContext,
         live: Endpoint,
+    ) -> None:
+        """Rank what is offered, and count whether the choice differs from the live strategy's.
+
+        What the strategy raises is counted and logged.
+        """
+        start = self._clock()
+        live_seconds = predicted_seconds(live, request)
+        # A copy: whatever a strategy writes into it does not reach the live request.
+        own = copy.copy(request)
+        own.offer(offer.endpoints)
+        ranked = self._strategies[role].rank(offer, own, 1)
+        if ranked:
+            self._count(role, live, ranked[0], live_seconds, request, start)
+        self._seconds_spent += self._clock() - start
+
+    def _count(
+        self,
+        role: InstanceRole,
+        live: Endpoint,
+        choice: Endpoint,
+        live_seconds: float,
+        request: RequestContext,
         now: float,
     ) -> None:
-        live_seconds = shadow_seconds = predicted_seconds(live, request)
-        # A copy: whatever a strategy writes into it does not reach the live request.
-        choice = self._strategies[role].rank(candidates, copy.copy(request), 1)[0]
-        if choice not in candidates:
-            raise ValueError("it chose what was not offered")
+        shadow_seconds = live_seconds
         tally = self.tallies[role]
         if choice is live:
             tally.agreed += 1
@@ -142,19 +157,19 @@ class Shadow:
         tally.live_seconds += live_seconds
         tally.shadow_seconds += shadow_seconds
 
-    def _failed(self, role: InstanceRole, error: Exception, now: float) -> None:
+    def _failed(self, role: InstanceRole, error: Exception) -> None:
         self.tallies[role].failed += 1
+        now = self._clock()
         if now < self._next_warning_at:
             return
         self._next_warning_at = now + WARNING_INTERVAL_S
         failures = sum(tally.failed for tally in self.tallies.values())
         log.warning(
-            "shadow strategy %s failed to pick a %s instance: %s: %s (%d failures so far; requests are not "
+            "shadow strategy %s failed to pick a %s instance: %s (%d failures so far; requests are not "
             "affected, and this is said once a minute)",
             self.name,
             role,
-            type(error).__name__,
-            error,
+            described(error, self._strategies[role].strategy),
             failures,
             exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
         )

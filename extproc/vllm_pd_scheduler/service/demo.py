@@ -40,12 +40,37 @@ class Demo(Fleet):
             console.print(f"  admin           {admin}/instances")
             console.print(f"  metrics         {admin}/metrics")
             console.print(f"  Envoy's admin   http://127.0.0.1:{ports.admin}")
-            console.print("\n[bold]Try it:[/bold]\n")
-            body = shlex.quote(json.dumps(_BODY))
-            console.print(f"  curl -Ni {url} -H 'content-type: application/json' -d {body}", markup=False)
+            console.print()
+            for each in self.instances:
+                address = join_address(each.host, each.port)
+                console.print(f"  {each.id:<14}  {address:<21}  process {each.process.pid}")
+            self._show_what_to_try(console, url, f"{admin}/instances")
             console.print("\nCtrl-C ends everything.")
 
         return started
+
+    def _show_what_to_try(self, console: Console, url: str, instances: str) -> None:
+        body = shlex.quote(json.dumps(_BODY))
+        hung, killed = self.prefill[0], self.decode[0]
+        tries = {
+            "Ask again; the headers say who served it:": [
+                f"curl -Ni {url} -H 'content-type: application/json' -d {body}"
+            ],
+            "See what the scheduler knows of each instance:": [f"curl -s {instances} | python3 -m json.tool"],
+            "Take one out of service, and back. What runs there ends first:": [
+                f"curl -X POST {instances}/{killed.id}/drain",
+                f"curl -X POST {instances}/{killed.id}/undrain",
+            ],
+            "Freeze a P, kill a D, and ask again. The others answer:": [
+                f"kill -STOP {hung.process.pid}; kill -9 {killed.process.pid}",
+                f"kill -CONT {hung.process.pid}",
+            ],
+        }
+        console.print("\n[bold]Try it[/bold], in another terminal:")
+        for what, commands in tries.items():
+            console.print(f"\n  {what}")
+            for command in commands:
+                console.print(f"    {command}", markup=False)
 
 
 async def _show_answer(console: Console, url: str) -> None:
@@ -79,7 +104,8 @@ def run_sim(prefill: int, decode: int, base_port: int) -> int:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))
             console.print("Ctrl-C ends them.")
-            signal.pause()
+            while True:
+                time.sleep(1.0)  # signal.pause() would not see a signal that came just before it
     except KeyboardInterrupt:
         return 0
     except (FleetError, ValueError) as error:

@@ -354,6 +354,7 @@ class Api:
     async def _set_fault(self, request: web.Request) -> web.Response:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
+            self._worker.stick(self._fault.stuck)
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")

@@ -27,6 +27,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     - ``half``: close the connection when half of the answer is written.
     - ``health``: status that ``/health`` answers.
     - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
+    - ``stuck``: the engine makes no step. Only the server still answers.
     - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
     """
 
@@ -35,6 +36,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     reset: bool = False
     half: bool = False
     mute: int | None = None
+    stuck: bool = False
     poison: str | None = None
     abrupt: bool = False
     health: int | None = None

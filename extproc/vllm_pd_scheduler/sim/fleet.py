@@ -204,14 +204,13 @@ class Fleet:
         module = "vllm_pd_scheduler.sim.server"
         command = [sys.executable, "-m", module, f"--role={role}", f"--host={self._host}", f"--port={port}"]
         command += ["--reuse-port", f"--die-with-parent={os.getpid()}", *self._arguments[role]]
+        return self._spawner.submit(self._start, command, log).result()
+
+    def _start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         # In a session of its own it gets no Ctrl-C from the terminal: the parent decides when it ends.
-        options: dict[str, Any] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": log,
-            "stderr": log,
-            "start_new_session": True,
-        }
-        return self._spawner.submit(lambda: subprocess.Popen[bytes](command, **options)).result()
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
     def _wait(self, instances: list[SimInstance]) -> None:
         deadline = time.monotonic() + self._timeout

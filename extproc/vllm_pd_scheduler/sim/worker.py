@@ -89,6 +89,10 @@ class Worker:
         self._digests: dict[str, str] = {}
         """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
         self._wake = asyncio.Event()
+        self._steps = asyncio.Event()
+        """Whether the engine makes steps."""
+        self._steps.set()
+        self._aborted: list[Job] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- called by the HTTP server ---------------------------------------------------------------------
@@ -96,6 +100,7 @@ class Worker:
     async def run(self) -> None:
         """Step the engine until it dies or the task is cancelled."""
         while not self.dead:
+            await self._steps.wait()
             self._wake.clear()
             now = time.monotonic()
             step = self.engine.step(now)
@@ -152,6 +157,16 @@ class Worker:
             self._forget(call.request_id, "released")
             self._wake.set()
 
+    def stick(self, stuck: bool) -> None:
+        """Let the engine do nothing more, not even drop what clients abort, or let it go on."""
+        if stuck:
+            self._steps.clear()
+            return
+        self._steps.set()
+        aborted, self._aborted = self._aborted, []
+        for job in aborted:
+            self._drop(job)
+
     def observe(self) -> None:
         """End the leases that are over: call it before the engine's state is read."""
         self._record_expired(self.engine.expire(time.monotonic()))
@@ -186,6 +201,9 @@ class Worker:
 
     def _drop(self, job: Job) -> None:
         """Remove a job. If it has not ended, abort it and release the hand-off that it would have fetched."""
+        if not self._steps.is_set():
+            self._aborted.append(job)
+            return
         request_id = job.request.request_id
         if self._jobs.pop(request_id, None) is None:
             return

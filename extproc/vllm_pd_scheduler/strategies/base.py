@@ -6,6 +6,8 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import ne
 from random import Random
 from typing import Any, ClassVar, Protocol
 
@@ -84,8 +86,20 @@ class Strategy:
         finally:
             self._turn = turn
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Whether :meth:`rank` may be offered some endpoints of a large fleet, drawn at random.
+
+        Return ``True`` where the best of a sample is good enough: then the cost of a pick does not grow with
+        the fleet. If the strategy reads ``request.cached``, endpoints with the longest cached prefixes are in
+        the sample too. See :mod:`vllm_pd_scheduler.scheduler.candidates` for the sizes.
+        """
+        return False
+
     def score(self, endpoint: Endpoint, request: RequestContext) -> Any:
-        """Return how bad ``endpoint`` would be for ``request``, as any comparable value: the least wins."""
+        """Return how bad ``endpoint`` would be for ``request``, as any comparable value: the least wins.
+
+        A NaN, which compares with nothing, counts as a failure of the strategy.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines neither score() nor rank()")
 
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[Any]:
@@ -120,6 +134,7 @@ class Strategy:
         """
         self._turn += 1
         scores, size = self.scores(endpoints, request), len(endpoints)
+        _check(scores, size)
         turn = self._turn % size
         if count == 1:  # min() and index() are loops in C
             best = min(scores)
@@ -132,6 +147,18 @@ class Strategy:
             return [endpoints[(at + turn) % size] for at in _indices_of_least(turned, count)]
         order = heapq.nsmallest(count, (*range(turn, size), *range(turn)), key=scores.__getitem__)
         return [endpoints[i] for i in order]
+
+
+def _check(scores: Sequence[Any], size: int) -> None:
+    """Raise :exc:`ValueError` unless there are ``size`` scores that can be compared.
+
+    A NaN is neither less nor more than any number: it would be the least, or hide it, by its place alone.
+    """
+    if len(scores) != size:
+        raise ValueError(f"{len(scores)} scores for {size} endpoints")
+    numbers = list(chain.from_iterable(scores)) if isinstance(scores[0], tuple) else scores
+    if any(map(ne, numbers, numbers)):
+        raise ValueError("a score is not a number (NaN)")
 
 
 def _indices_of_least(scores: list[float], count: int) -> Iterator[int]:

@@ -18,6 +18,10 @@ class LeastLoad(Strategy):
       has a queue.
     """
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Return ``True``: a low load is enough, it need not be the lowest."""
+        return True
+
     def score(self, endpoint: Endpoint, request: RequestContext) -> tuple[float, float]:
         """Return (waiting, waiting + running)."""
         return endpoint.waiting, endpoint.requests

@@ -53,6 +53,10 @@ class PredictedLatency(Strategy):
 
     reads_prefixes = True
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Return ``True``: a low predicted time is enough, it need not be the lowest."""
+        return True
+
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Rank as all strategies do, but take the best prefill scores for equal within ``TOLERANCE``."""
         if count > 1 or endpoints[0].instance.role is InstanceRole.DECODE:

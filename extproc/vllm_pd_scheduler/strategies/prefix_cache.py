@@ -39,6 +39,10 @@ class PrefixCache(Strategy):
 
     reads_prefixes = True
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Return ``True``: a low load is enough, it need not be the lowest."""
+        return True
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         """Return the score of each."""
         loads, depth_of = request_counts(endpoints), request.cached.get

@@ -16,4 +16,5 @@ class RoundRobin(Strategy):
         """Return ``count`` endpoints from the one whose turn it is on, in a ring."""
         start = self._turn % len(endpoints)
         self._turn += 1
-        return [*endpoints[start:], *endpoints[:start]][:count]
+        first = endpoints[start : start + count]
+        return [*first, *endpoints[: min(start, count - len(first))]]

@@ -21,6 +21,10 @@ class Weighted(Strategy):
     endpoint that reports none gets the mean of the others, so that it is neither preferred nor avoided.
     """
 
+    def accepts_sample(self, request: RequestContext) -> bool:
+        """Return ``True``: a low score is enough, it need not be the lowest."""
+        return True
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         """Return the score of each."""
         config, loads = self.config, request_counts(endpoints)

@@ -222,7 +222,7 @@ class RealCallTest(Case):
                     await call.write(message)
                     await call.read()
                 await call.write(messages[-1])
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(HUNG_S):
                     self.assertIs(await call.code(), code)
                 await self.no_streams()
                 self.assertEqual(self.router.body_memory.used, 0)

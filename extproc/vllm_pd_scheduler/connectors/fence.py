@@ -1,0 +1,108 @@
+"""Keeps what a connector raises, or returns by mistake, from those who ask it.
+
+A connector may be code of the operator's. A request for which it fails is served whole by a D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from ..request.body import JsonBody
+from ..telemetry.failures import Failures
+from .base import Connector, Handoff
+
+T = TypeVar("T")
+
+_CALLS = ("can_split", "prefill_body", "handoff", "ended", "decode_body", "release_body")
+
+
+class ConnectorFailed(Exception):
+    """A connector failed where nothing can stand for its answer. ``args[0]`` is the name of the call.
+
+    It was counted and logged.
+    """
+
+
+class ConnectorFence:
+    """A connector whose calls raise nothing but :exc:`ConnectorFailed`, where they say so.
+
+    What is no :exc:`Exception` (:exc:`KeyboardInterrupt`, a cancelled task) passes.
+    """
+
+    def __init__(self, connector: Connector) -> None:
+        self.failures = Failures(
+            "connector %s failed in %s()", "A decode instance serves such requests alone"
+        )
+        """By the connector's class and the call."""
+        self._connector: Any = connector
+        self._name = type(connector).__name__
+        for call in _CALLS:
+            self.failures.expect(self._name, call)
+
+    def can_split(self, body: JsonBody) -> bool:
+        """See :meth:`Connector.can_split`; ``False`` if it fails."""
+        with suppress(ConnectorFailed):
+            return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
+        return False
+
+    def prefill_body(self, body: JsonBody) -> bytes:
+        """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("prefill_body", lambda: _checked_body(self._connector.prefill_body(body)))
+
+    def handoff(self, answer: bytes) -> Handoff | None:
+        """See :meth:`Connector.handoff`; raise :exc:`ConnectorFailed` if it fails.
+
+        That is not ``None``, which says that P has failed.
+        """
+        return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer)))
+
+    def ended(self, answer: bytes) -> bool:
+        """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("ended", lambda: bool(self._connector.ended(answer)))
+
+    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
+        """See :meth:`Connector.decode_body`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("decode_body", lambda: _checked_splice(self._connector.decode_body(body, handoff)))
+
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
+        """See :meth:`Connector.release_body`; ``None`` if it fails: the hand-off is left to its lease."""
+        with suppress(ConnectorFailed):
+            return self._ask("release_body", lambda: _checked_release(self._connector, handoff, model))
+        return None
+
+    def _ask(self, call: str, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except Exception as error:  # someone else's code, which may raise anything
+            self.failures.add(self._name, call, self._connector, error)
+            raise ConnectorFailed(call) from None
+
+
+def _checked_body(body: Any) -> bytes:
+    if not isinstance(body, bytes) or not body:
+        raise TypeError(f"it returned {type(body).__name__} in place of bytes that are not empty")
+    return body
+
+
+def _checked_release(connector: Any, handoff: Handoff, model: str | None) -> bytes | None:
+    body = connector.release_body(handoff, model)
+    return None if body is None else _checked_body(body)
+
+
+def _checked_handoff(handoff: Any) -> Handoff | None:
+    if handoff is None:
+        return None
+    if not isinstance(handoff, Handoff):
+        raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
+    _checked_body(handoff.params)
+    return handoff
+
+
+def _checked_splice(made: Any) -> tuple[bytes, int]:
+    body, at = made
+    _checked_body(body)
+    if not isinstance(at, int) or not 0 < at < len(body):
+        raise ValueError("it returned an offset that is not within the body")
+    return body, at

@@ -1,0 +1,66 @@
+"""Counts and logs what code that is not ours raises: strategies and connectors of the operator's."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 60.0
+"""Least time between two log lines with the same labels: such code may fail with each request."""
+_MAX_MESSAGE = 200
+"""Characters of an exception that are logged."""
+_OURS = __name__.partition(".")[0]
+
+
+class Failures:
+    """The failures of one kind of code, by two labels of their metric.
+
+    ``what`` says in the log what has failed, with a ``%s`` for each label, and ``instead`` what happens in
+    its place. ``clock`` returns monotonic seconds.
+    """
+
+    def __init__(self, what: str, instead: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._what = what
+        self._instead = instead
+        self._clock = clock
+        self._next_line_at: dict[tuple[str, str], float] = {}
+
+    def expect(self, first: str, second: str) -> None:
+        """Let the count with these labels exist from now on, so that ``rate()`` has a first value."""
+        self.counts[first, second] += 0
+
+    def add(self, first: str, second: str, code: object, error: Exception) -> None:
+        """Count what ``code`` has raised. Log it, at most once a minute for each pair of labels."""
+        labels = first, second
+        self.counts[labels] += 1
+        now = self._clock()
+        if now < self._next_line_at.get(labels, now):
+            return
+        self._next_line_at[labels] = now + LOG_INTERVAL_S
+        log.error(
+            "%s: %s. %s (%d failures so far, logged at most once a minute).",
+            self._what % labels,
+            described(error, code),
+            self._instead,
+            self.counts[labels],
+            exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
+        )
+
+
+def described(error: Exception, code: object) -> str:
+    """Return an exception in one line, with the last place in the module of ``code`` that it came through."""
+    # Not str(error), which is code of others too.
+    text = " ".join("".join(traceback.format_exception_only(error)).split())[:_MAX_MESSAGE]
+    own = {cls.__module__ for cls in type(code).__mro__ if cls.__module__.partition(".")[0] != _OURS}
+    places = [
+        f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") in own
+    ]
+    return f"{text}, at {places[-1]}" if places else text

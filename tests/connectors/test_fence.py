@@ -1,0 +1,115 @@
+"""Whatever a connector does, a request can still be served by decode alone."""
+
+import unittest
+from typing import Any
+from unittest import mock
+
+from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector
+from vllm_pd_scheduler.request.body import JsonBody
+
+BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
+HANDOFF = Handoff(b"{}", 1, 0)
+CALLS: dict[str, tuple[Any, ...]] = {
+    "can_split": (BODY,),
+    "prefill_body": (BODY,),
+    "handoff": (b"{}",),
+    "ended": (b"{}",),
+    "decode_body": (BODY, HANDOFF),
+    "release_body": (HANDOFF, "m"),
+}
+DEFAULTS = {"can_split": False, "release_body": None}
+"""What stands for an answer; the other calls raise ``ConnectorFailed``."""
+
+
+class Custom:
+    """Returns what ``answer`` is, or raises it, in place of every call."""
+
+    answer: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CALLS:
+            raise AttributeError(name)
+        return self._answer
+
+    def _answer(self, *_: Any) -> Any:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class ConnectorFenceTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.custom: Any = Custom()
+        self.fence = ConnectorFence(self.custom)
+
+    def ask(self, call: str) -> Any:
+        return getattr(self.fence, call)(*CALLS[call])
+
+    def assertFails(self, call: str) -> None:
+        before = self.fence.failures.counts["Custom", call]
+        if call in DEFAULTS:
+            self.assertIs(self.ask(call), DEFAULTS[call])
+        else:
+            with self.assertRaises(ConnectorFailed) as raised:
+                self.ask(call)
+            self.assertEqual(raised.exception.args, (call,))
+        self.assertEqual(self.fence.failures.counts["Custom", call], before + 1)
+
+    def test_whatever_is_raised(self) -> None:
+        with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR") as logged:
+            for call in CALLS:
+                for self.custom.answer in (ValueError("odd"), RecursionError(), StopIteration()):
+                    with self.subTest(call, answer=self.custom.answer):
+                        self.assertFails(call)
+        self.assertEqual(len(logged.output), len(CALLS), "a line a minute for each call")
+        self.assertIn("connector Custom failed in can_split(): ValueError: odd, at ", logged.output[0])
+
+    def test_what_is_no_answer(self) -> None:
+        bodies: list[Any] = ["text", b"", 5]
+        answers = {
+            "prefill_body": [None, *bodies],
+            "release_body": bodies,
+            "handoff": [b"{}", {}, Handoff(b"")],
+            "decode_body": [None, b"body", (b"body", -1), (b"body", 4), ("body", 1), (b"body", None)],
+        }
+        with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
+            for call, wrong in answers.items():
+                for self.custom.answer in wrong:
+                    with self.subTest(call, answer=self.custom.answer):
+                        self.assertFails(call)
+
+    def test_one_of_an_older_protocol(self) -> None:
+        """It lacks a call."""
+        with (
+            mock.patch.dict(CALLS) as calls,
+            self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"),
+        ):
+            arguments = calls.pop("ended")
+            with self.assertRaises(ConnectorFailed):
+                self.fence.ended(*arguments)
+
+    def test_what_is_no_exception_passes(self) -> None:
+        for self.custom.answer in (KeyboardInterrupt(), SystemExit(1)):
+            for call in CALLS:
+                with self.subTest(call), self.assertRaises(type(self.custom.answer)):
+                    self.ask(call)
+        self.assertEqual(self.fence.failures.counts.total(), 0)
+
+    def test_a_hand_off_may_have_no_release(self) -> None:
+        self.assertIsNone(self.ask("release_body"))
+        self.assertEqual(self.fence.failures.counts.total(), 0)
+
+    def test_one_that_works_is_only_asked(self) -> None:
+        nixl = NixlConnector()
+        fence = ConnectorFence(nixl)
+        handoff = Handoff(b'{"a":1}', 5, 2)
+        self.assertTrue(fence.can_split(BODY))
+        self.assertEqual(fence.prefill_body(BODY), nixl.prefill_body(BODY))
+        self.assertEqual(fence.decode_body(BODY, handoff), nixl.decode_body(BODY, handoff))
+        self.assertEqual(fence.release_body(handoff, "m"), nixl.release_body(handoff, "m"))
+        self.assertIsNone(fence.handoff(b"{}"))
+        self.assertEqual(set(fence.failures.counts.values()), {0}, "each series exists from the start")
+
+
+if __name__ == "__main__":
+    unittest.main()
