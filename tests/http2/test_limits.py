@@ -8,9 +8,12 @@ from tests.support.http2 import BLOCK, REQUEST, begun, data, frame, headers, out
 from vllm_pd_scheduler.http2 import connection as connection_module
 from vllm_pd_scheduler.http2 import frames as f
 from vllm_pd_scheduler.http2.header_block import (
+    EMPTY_TABLE,
     MAX_BLOCK_BYTES,
+    MAX_BLOCKS,
     MAX_CONTINUATIONS,
     MAX_LIST_BYTES,
+    HeaderBlocks,
     write_block,
 )
 from vllm_pd_scheduler.http2.output import MAX_HELD_FRAMES
@@ -100,6 +103,19 @@ def test_fields(block: bytes, expected: str) -> None:
     sent = headers(1, block[:16_000], 0) + frame(f.CONTINUATION, f.END_HEADERS, 1, block[16_000:])
     assert len(block) < MAX_BLOCK_BYTES
     assert outcome(connection.receive_data(sent, 0.0), connection) == expected
+
+
+def test_header_blocks_that_are_remembered() -> None:
+    """As many as there may be, and the largest are not."""
+    blocks = HeaderBlocks()
+    blocks.table_is_gone()
+    blocks.read(EMPTY_TABLE + BLOCK)
+    for number in range(5 * MAX_BLOCKS):
+        block = BLOCK + write_block([(b"x-id", b"%d" % number)])
+        assert blocks.read(block) is blocks.read(block)
+        assert len(blocks._known) <= MAX_BLOCKS
+    large = BLOCK + write_block([(b"x-id", b"v" * 2000)])
+    assert blocks.read(large) is not blocks.read(large)
 
 
 def test_streams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 import unittest
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,8 +15,10 @@ import h2.config
 import h2.connection
 import h2.events
 
+from tests.support.certificates import make_certificates
 from tests.support.rpc import OPTIONS, served
 from tests.support.waiting import HUNG_S, until
+from vllm_pd_scheduler.config.tls import TlsConfig
 from vllm_pd_scheduler.rpc import CallError, Method, Server, ServerStream, StatusCode, served_by
 from vllm_pd_scheduler.rpc import call as call_module
 from vllm_pd_scheduler.rpc import protocol as protocol_module
@@ -311,6 +315,19 @@ class RawTest(Case):
         async with asyncio.timeout(HUNG_S):
             await stopping
             self.assertIn(b"grpc-status", await self.reader.read())
+
+
+class TlsTest(Case):
+    async def test_messages(self) -> None:
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        made = make_certificates(directory)
+        server = Server(self.methods())
+        self.addAsyncCleanup(server.stop)
+        port = await server.listen("127.0.0.1", 0, TlsConfig(**made.server).context())
+        credentials = grpc.ssl_channel_credentials(Path(made.ca).read_bytes())
+        async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=OPTIONS) as channel:
+            for size in (0, 1, 100_000, LIMIT):
+                self.assertEqual(await channel.unary_unary("/test/echo")(bytes(size)), bytes(size))
 
 
 class BlockedLoopTest(Case):

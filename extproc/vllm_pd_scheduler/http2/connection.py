@@ -63,7 +63,7 @@ class Connection:
         """Whether the peer has begun as it must, SETTINGS included."""
         self._budget = Budget(10_000, 1_000)
         self._settings_budget = Budget(100, 10)
-        self._reset_budget = Budget(2_000, 200)
+        self._reset_budget = Budget(MAX_STREAMS, 1_000)  # all can be left at once
         self._reader = FrameReader()
         self._blocks = HeaderBlocks()
         self._assembly: Assembly | None = None
@@ -392,7 +392,7 @@ class Connection:
     @property
     def can_pump(self) -> bool:
         """Whether :meth:`pump` would send something."""
-        return self._output.can_pump
+        return not self.ended and self._output.can_pump
 
     def take_output(self) -> list[bytes | memoryview]:
         """Return the bytes to send, and forget them."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ..http2 import Connection
 from ..http2 import events as events_of
 from ..http2.events import Event
 from .call import Call, Method
 from .status import CallError, StatusCode, http_error, trailers
-
-log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S = 5.0
 """Seconds of silence after which a client is asked whether it is still there."""
@@ -28,9 +25,6 @@ DOUBT_S = 0.1
 PREFACE_S = 10.0
 """Seconds in which a client must have begun to speak HTTP/2."""
 
-COMPLAIN_EVERY_S = 10.0
-"""A client that sends what is wrong may do so with each call: that is logged at most so often."""
-
 CLOSE_S = 1.0
 """Seconds in which a client must have read why its connection is closed."""
 
@@ -41,21 +35,31 @@ JOIN_BYTES = 64 << 10
 """What is sent together and is smaller is copied together."""
 
 
-class GrpcProtocol(asyncio.Protocol):
-    """Serves the calls of one connection; ``methods`` are by path, ``on_begin`` and ``on_end`` tell of it."""
+class Owner(Protocol):
+    """The server that a connection belongs to."""
 
-    def __init__(
-        self,
-        methods: Mapping[bytes, Method],
-        on_begin: Callable[[GrpcProtocol], None],
-        on_end: Callable[[GrpcProtocol], None],
-    ) -> None:
+    def began(self, connection: GrpcProtocol) -> None:
+        """Learn that a connection is there."""
+        ...
+
+    def ended(self, connection: GrpcProtocol) -> None:
+        """Learn that it is no more."""
+        ...
+
+    def complain(self, what: str) -> None:
+        """Learn of a client that sends what is wrong."""
+        ...
+
+
+class GrpcProtocol(asyncio.Protocol):
+    """Serves the calls of one connection; ``methods`` are by path."""
+
+    def __init__(self, methods: Mapping[bytes, Method], owner: Owner) -> None:
         self.connection = Connection()
         self.loop = asyncio.get_running_loop()
         self.unfinished = 0
         self._methods = methods
-        self._on_begin = on_begin
-        self._on_end = on_end
+        self._owner = owner
         self._calls: dict[int, Call] = {}
         self._transport: Any = None
         self._flushing = False
@@ -63,7 +67,6 @@ class GrpcProtocol(asyncio.Protocol):
         self._began = self._heard = 0.0
         self._asked: float | None = None
         """When the client was asked whether it is there, if it has not said anything since."""
-        self._next_complaint = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._on: dict[type[Event], Callable[[Any], None]] = {
             events_of.RequestReceived: self._request_received,
@@ -84,7 +87,7 @@ class GrpcProtocol(asyncio.Protocol):
         self._began = self._heard = self.loop.time()
         self._alarm = self.loop.call_later(min(PREFACE_S, KEEPALIVE_INTERVAL_S), self._look_after)
         self.flush()
-        self._on_begin(self)
+        self._owner.began(self)
 
     def data_received(self, data: bytes) -> None:
         """Read what the client has sent."""
@@ -103,7 +106,7 @@ class GrpcProtocol(asyncio.Protocol):
             self._alarm.cancel()
         self.connection.ended = True
         self._cancel_calls()
-        self._on_end(self)
+        self._owner.ended(self)
 
     def pause_writing(self) -> None:
         """The client reads slowly."""
@@ -126,12 +129,8 @@ class GrpcProtocol(asyncio.Protocol):
         self._calls.pop(call.stream_id, None)
 
     def complain(self, call: Call, error: CallError) -> None:
-        """Log what a client sends that a call cannot have."""
-        now = self.loop.time()
-        if now >= self._next_complaint:
-            self._next_complaint = now + COMPLAIN_EVERY_S
-            path = call.head.fields[b":path"].decode()
-            log.warning("a call of %s was ended: %s", path, error)
+        """Learn that a client sends what a call cannot have."""
+        self._owner.complain(f"a call of {call.head.fields[b':path'].decode()} was ended: {error}")
 
     def flush(self) -> None:
         """Send what there is in this turn of the loop, and what comes to it meanwhile, in one write."""
@@ -214,7 +213,7 @@ class GrpcProtocol(asyncio.Protocol):
             call.content_written()
 
     def _connection_ended(self, event: events_of.ConnectionEnded) -> None:
-        log.warning("a client's connection was closed: %s (%s)", event.reason, event.code.name)
+        self._owner.complain(f"a client's connection was closed: {event.reason} ({event.code.name})")
         self.close()
 
     def _cancel_calls(self) -> None:

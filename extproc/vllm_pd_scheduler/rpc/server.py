@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Mapping
 
@@ -11,6 +12,11 @@ from .listener import ListenError, bind_port, bind_socket, remove_socket
 from .protocol import GrpcProtocol
 
 __all__ = ["ListenError", "Server"]
+
+log = logging.getLogger(__name__)
+
+COMPLAIN_EVERY_S = 10.0
+"""A client that sends what is wrong may do so with each call: that is logged at most so often."""
 
 BACKLOG = 512
 TLS_HANDSHAKE_S = 10.0
@@ -25,6 +31,7 @@ class Server:
         self._connections: set[GrpcProtocol] = set()
         self._closed = asyncio.Event()
         self._stopping = False
+        self._next_complaint = 0.0
         self._socket: tuple[str, int] | None = None
         """Path and inode number."""
 
@@ -60,17 +67,26 @@ class Server:
         self._listeners.append(await loop.create_unix_server(self._protocol, sock=listening, backlog=BACKLOG))
 
     def _protocol(self) -> GrpcProtocol:
-        return GrpcProtocol(self._methods, self._began, self._ended)
+        return GrpcProtocol(self._methods, self)
 
-    def _began(self, protocol: GrpcProtocol) -> None:
-        self._connections.add(protocol)
+    def began(self, connection: GrpcProtocol) -> None:
+        """Count a connection."""
+        self._connections.add(connection)
         if self._stopping:
-            protocol.close()
+            connection.close()
 
-    def _ended(self, protocol: GrpcProtocol) -> None:
-        self._connections.discard(protocol)
+    def ended(self, connection: GrpcProtocol) -> None:
+        """Count it no more."""
+        self._connections.discard(connection)
         if not self._connections:
             self._closed.set()
+
+    def complain(self, what: str) -> None:
+        """Log what a client does wrong."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAIN_EVERY_S
+            log.warning("%s", what)
 
     async def stop(self, grace: float = 0.0) -> None:
         """Take no more calls, let those that run end for ``grace`` seconds, and end all connections."""
