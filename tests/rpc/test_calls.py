@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
 import time
 import unittest
@@ -19,7 +20,7 @@ from tests.support.certificates import make_certificates
 from tests.support.rpc import OPTIONS, served
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config.tls import TlsConfig
-from vllm_pd_scheduler.rpc import CallError, Method, Server, ServerStream, StatusCode, served_by
+from vllm_pd_scheduler.rpc import Call, CallError, Method, Server, ServerStream, StatusCode, served_by
 from vllm_pd_scheduler.rpc import call as call_module
 from vllm_pd_scheduler.rpc import protocol as protocol_module
 
@@ -172,6 +173,21 @@ class ClientTest(Case):
         await writing
         self.assertEqual((await self.status(call))[0], "OK")
 
+    async def test_a_call_that_has_ended_is_gone(self) -> None:
+        """Nothing of it waits for the garbage collector."""
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for name in ("echo", "refuse", "none"):
+            for _ in range(5):
+                call = self.call(name)
+                if name == "echo":
+                    await call.write(b"x")
+                    await call.read()
+                    await call.done_writing()
+                await call.code()
+        self.assertEqual([each for each in gc.get_objects() if isinstance(each, Call)], [])
+
     async def test_the_metadata(self) -> None:
         asked: list[str | None] = []
 
@@ -318,13 +334,15 @@ class RawTest(Case):
 
 
 class TlsTest(Case):
+    def setUp(self) -> None:
+        self.made = make_certificates(Path(self.enterContext(tempfile.TemporaryDirectory())))
+        self.ca = Path(self.made.ca).read_bytes()
+
     async def test_messages(self) -> None:
-        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        made = make_certificates(directory)
         server = Server(self.methods())
         self.addAsyncCleanup(server.stop)
-        port = await server.listen("127.0.0.1", 0, TlsConfig(**made.server).context())
-        credentials = grpc.ssl_channel_credentials(Path(made.ca).read_bytes())
+        port = await server.listen("127.0.0.1", 0, TlsConfig(**self.made.server).context())
+        credentials = grpc.ssl_channel_credentials(self.ca)
         async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=OPTIONS) as channel:
             for size in (0, 1, 100_000, LIMIT):
                 self.assertEqual(await channel.unary_unary("/test/echo")(bytes(size)), bytes(size))

@@ -121,7 +121,7 @@ class Call:
         timeout = head.fields.get(b"grpc-timeout")
         self._timer: TimerHandle | None = self._limit(timeout) if timeout else None
         self._receiver = method.open(self)
-        self._reader = MessageReader(method.max_bytes, self._accepts)
+        self._reader = MessageReader(method.max_bytes)
         self._delivering = False
 
     def _limit(self, timeout: bytes) -> TimerHandle | None:
@@ -195,17 +195,18 @@ class Call:
     def cancel(self) -> None:
         """The client has left, or the connection is lost."""
         if not self.is_over:
+            receiver = self._receiver
             self._close()
-            self._receiver.cancelled()
+            receiver.cancelled()
 
-    def _accepts(self, size: int) -> bool:
-        """Whether there is memory for a message that comes in parts."""
-        if size > LARGE_BYTES and not self._receiver.accepts(size):
-            return False
-        if size <= UNCOUNTED_BYTES:
+    def _expect(self, size: int) -> None:
+        """Make room for a message that comes in parts; raises :exc:`CallError` if there is none."""
+        room = size <= LARGE_BYTES or self._receiver.accepts(size)
+        if size <= UNCOUNTED_BYTES and not self.is_over:
             self._host.unfinished += size
             self._unfinished = size
-        return self._host.unfinished <= MAX_UNFINISHED_BYTES
+        if not room or self._host.unfinished > MAX_UNFINISHED_BYTES:
+            raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"no room for a message of {size} bytes")
 
     def _forget_message(self) -> None:
         self._host.unfinished -= self._unfinished
@@ -213,6 +214,7 @@ class Call:
 
     def _close(self) -> None:
         self.is_over = True
+        del self._receiver  # which knows this call: the two would be left to the garbage collector
         self._forget_message()
         if self._timer is not None:
             self._timer.cancel()
@@ -221,8 +223,9 @@ class Call:
     def _refuse(self, error: CallError) -> None:
         """End the call in the receiver's place."""
         if not self.is_over:
+            receiver = self._receiver
             self.finish(error.code, str(error))
-            self._receiver.cancelled()
+            receiver.cancelled()
 
     def _deliver(self) -> None:
         """Give the receiver what it has asked for: it may ask for more meanwhile."""
@@ -239,7 +242,10 @@ class Call:
                         self._forget_message()
                     self._receiver.message(message)
                     continue
-                if self._peer_ended and not self.is_over:
+                if reader.begun:
+                    begun, reader.begun = reader.begun, 0
+                    self._expect(begun)
+                if self._peer_ended:
                     if not reader.is_empty:
                         raise CallError(StatusCode.INTERNAL, "the last message is not whole")
                     self._asked = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from .status import CallError, StatusCode
 
 PREFIX_BYTES = 5
@@ -12,21 +10,21 @@ PREFIX_BYTES = 5
 class MessageReader:
     """Finds the messages in the content of one call.
 
-    ``limit`` is the size of the largest one, in bytes; ``accepts`` is asked about each that has not come
-    whole, and says whether there is room for it. What is fed is not read further than to the end of the
-    message that is asked for: ``consumed`` counts what was read, until somebody sets it back, and ``missing``
-    what the message that is being read still needs.
+    ``limit`` is the size of the largest one, in bytes. What is fed is not read further than to the end of the
+    message that is asked for. ``consumed`` counts what was read, until somebody sets it back. Of a message
+    that has not come whole, ``begun`` is the size, until somebody sets it back, and ``missing`` what it still
+    needs.
     """
 
-    __slots__ = ("_accepts", "_at", "_limit", "_message", "_unread", "consumed", "missing")
+    __slots__ = ("_at", "_limit", "_message", "_unread", "begun", "consumed", "missing")
 
-    def __init__(self, limit: int, accepts: Callable[[int], bool]) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._accepts = accepts
         self._unread = b""
         self._at = 0
         """Where the first message in ``_unread`` begins."""
         self._message: bytearray | None = None
+        self.begun = 0
         self.missing = 0
         self.consumed = 0
 
@@ -50,7 +48,7 @@ class MessageReader:
     def take(self) -> bytes | bytearray | None:
         """Return the next message; ``None`` if it has not come.
 
-        Raises :exc:`CallError` if it is compressed, too large, or not accepted.
+        Raises :exc:`CallError` if it is compressed or too large.
         """
         if self._message is not None:
             if self.missing:
@@ -83,8 +81,7 @@ class MessageReader:
 
     def _begin(self, size: int, first: bytes) -> None:
         """Read a message as it comes; ``first`` is what there is of it."""
-        if not self._accepts(size):
-            raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"no room for a message of {size} bytes")
+        self.begun = size
         self._message = bytearray(first)
         self.missing = size - len(first)
         self.consumed += PREFIX_BYTES + len(first)

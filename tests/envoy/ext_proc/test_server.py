@@ -1,6 +1,7 @@
 """The ext_proc service: what becomes of a hand-off when a call ends, and what ends one."""
 
 import asyncio
+import gc
 import json
 import unittest
 from typing import Any
@@ -15,9 +16,10 @@ from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.ext_proc import exchange as exchange_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
+from vllm_pd_scheduler.envoy.ext_proc.stream import Stream
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
-from vllm_pd_scheduler.rpc import StatusCode
+from vllm_pd_scheduler.rpc import Call, StatusCode
 
 LOG = "vllm_pd_scheduler.envoy.ext_proc.exchange"
 
@@ -226,6 +228,22 @@ class RealCallTest(Case):
                     self.assertIs(await call.code(), code)
                 await self.no_streams()
                 self.assertEqual(self.router.body_memory.used, 0)
+
+    async def test_a_call_that_has_ended_is_gone(self) -> None:
+        """Nothing of it waits for the garbage collector."""
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for _ in range(3):
+            call = self.open()
+            await call.write(headers_message())
+            await call.read()
+            await call.write(body_message())
+            await call.read()
+            await call.done_writing()
+            self.assertIs(await call.code(), grpc.StatusCode.OK)
+        kinds = (Call, exchange_module.Exchange, Stream)
+        self.assertEqual([each for each in gc.get_objects() if isinstance(each, kinds)], [])
 
     async def test_a_large_body_is_read(self) -> None:
         call = self.open()
