@@ -114,7 +114,7 @@ GROUPS = (
     ),
     Group(
         "Listeners and state",
-        "Where the scheduler listens, where it finds Envoy, and what it keeps.",
+        "Where the scheduler listens, which way prefills take, and what it keeps.",
         (
             "grpc_host",
             "grpc_port",

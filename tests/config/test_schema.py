@@ -206,7 +206,7 @@ class MistakesTest(ConfigCase):
             ),
             (fleet(admin_port=9002), r"^admin_port: 127\.0\.0\.1:9002 is where grpc_port listens already$"),
             (
-                fleet(grpc_host="0.0.0.0", grpc_port=10001),
+                fleet(grpc_host="0.0.0.0", grpc_port=10001, prefill_listener="http://127.0.0.1:10001"),
                 r"^prefill_listener: 127\.0\.0\.1:10001 is where grpc_port listens already$",
             ),
             (
@@ -218,7 +218,7 @@ class MistakesTest(ConfigCase):
                 r"^decode_instances\[0\]: localhost:9003 is no instance, but our own admin_port$",
             ),
             (
-                decode(host="127.0.0.1", port=10001),
+                decode(host="127.0.0.1", port=10001) | {"prefill_listener": "http://127.0.0.1:10001"},
                 r"^decode_instances\[0\]: 127\.0\.0\.1:10001 is no instance, but our own prefill_listener$",
             ),
             (

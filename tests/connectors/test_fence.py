@@ -4,7 +4,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector
+from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector, Splice
 from vllm_pd_scheduler.request.body import JsonBody
 
 BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
@@ -14,7 +14,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "prefill_body": (BODY,),
     "handoff": (b"{}",),
     "ended": (b"{}",),
-    "decode_body": (BODY, HANDOFF),
+    "splice": (BODY, HANDOFF),
     "release_body": (HANDOFF, "m"),
 }
 DEFAULTS = {"can_split": False, "release_body": None}
@@ -70,7 +70,13 @@ class ConnectorFenceTest(unittest.TestCase):
             "prefill_body": [None, *bodies],
             "release_body": bodies,
             "handoff": [b"{}", {}, Handoff(b"")],
-            "decode_body": [None, b"body", (b"body", -1), (b"body", 4), ("body", 1), (b"body", None)],
+            "splice": [
+                None,
+                b"body",
+                *(Splice(at, b"}") for at in (-1, 0, 99, None)),
+                Splice(1, "}"),
+                Splice(1, b"\xff"),
+            ],  # type: ignore[arg-type]
         }
         with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
             for call, wrong in answers.items():
@@ -105,7 +111,7 @@ class ConnectorFenceTest(unittest.TestCase):
         handoff = Handoff(b'{"a":1}', 5, 2)
         self.assertTrue(fence.can_split(BODY))
         self.assertEqual(fence.prefill_body(BODY), nixl.prefill_body(BODY))
-        self.assertEqual(fence.decode_body(BODY, handoff), nixl.decode_body(BODY, handoff))
+        self.assertEqual(fence.splice(BODY, handoff), nixl.splice(BODY, handoff))
         self.assertEqual(fence.release_body(handoff, "m"), nixl.release_body(handoff, "m"))
         self.assertIsNone(fence.handoff(b"{}"))
         self.assertEqual(set(fence.failures.counts.values()), {0}, "each series exists from the start")

@@ -36,6 +36,12 @@ ANSWER: dict[str, Any] = {
     "usage": {"prompt_tokens": 283, "total_tokens": 284, "completion_tokens": 1},
     "kv_transfer_params": PARAMS,
 }
+
+
+def spliced(request: JsonBody, handoff: Handoff) -> bytes:
+    return NixlConnector().splice(request, handoff).into(request.raw)
+
+
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "你好"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "你好"}
 
@@ -157,7 +163,7 @@ class HandoffTest(unittest.TestCase):
         assert found is not None
         self.assertEqual(found.prompt_tokens, 283)
         self.assertIn(found.params, raw)
-        sent = json.loads(nixl.decode_body(body(TEXT | {"max_tokens": 9, "stream": True}), found)[0])
+        sent = json.loads(spliced(body(TEXT | {"max_tokens": 9, "stream": True}), found))
         self.assertEqual(sent, TEXT | {"max_tokens": 9, "stream": True, "kv_transfer_params": PARAMS})
 
     def test_keys_of_a_later_release_pass(self) -> None:
@@ -236,7 +242,7 @@ class HandoffTest(unittest.TestCase):
             return
         for count in (found.prompt_tokens, found.cached_tokens):
             self.assertTrue(count is None or 0 <= count <= MAX_TOKENS)
-        sent = json.loads(nixl.decode_body(body(TEXT), found)[0])["kv_transfer_params"]
+        sent = json.loads(spliced(body(TEXT), found))["kv_transfer_params"]
         self.assertIs(sent["do_remote_prefill"], True)
         self.assertTrue(sent["remote_host"] and sent["remote_engine_id"] and sent["remote_block_ids"])
 

@@ -68,7 +68,7 @@ def test_envoy_and_scheduler_agree_on_ports(config: SchedulerConfig) -> None:
         for listener in envoy["static_resources"]["listeners"]
     }
     assert listeners["ingress"]["port_value"] == PORTS.ingress
-    assert config.prefill_listener == "http://{address}:{port_value}".format(**listeners["prefill"])
+    assert config.prefill_listener is None
     assert config.grpc_port == PORTS.grpc
 
 

@@ -97,6 +97,9 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
     async def test_envoy_takes_it_with_other_ports(self) -> None:
         await self.accepted(render_config(self.ports))
 
+    async def test_envoy_takes_it_without_a_prefill_listener(self) -> None:
+        await self.accepted(render_config(replace(self.ports, prefill=None)))
+
     async def test_envoy_takes_it_with_ipv6(self) -> None:
         config = render_config(replace(self.ports, address="::"))
         address = listener(config, "ingress")["address"]["socket_address"]
@@ -145,7 +148,13 @@ class PortsTest(unittest.TestCase):
         config = SchedulerConfig()
         ports = EnvoyPorts()
         self.assertEqual(config.grpc_port, ports.grpc)
-        self.assertEqual(config.prefill_listener, f"http://127.0.0.1:{ports.prefill}")
+        self.assertIsNone(config.prefill_listener)
+
+    def test_without_a_port_there_is_no_prefill_listener(self) -> None:
+        ports = EnvoyPorts(prefill=None)
+        names = [each["name"] for each in render_config(ports)["static_resources"]["listeners"]]
+        self.assertEqual(names, ["ingress"])
+        self.assertEqual([option for option, *_ in ports.listeners()], ["--port", "--envoy-admin-port"])
 
     def test_each_port_goes_to_its_place(self) -> None:
         config = render_config(EnvoyPorts(1001, 1002, 1003, 1004, "10.0.0.1"))

@@ -2,13 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
 
+from tests.support.raw_server import Peer, raw_server
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.handoff import prefill_leg
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
-from vllm_pd_scheduler.handoff.prefill_leg import MAX_ANSWER_BYTES, HttpPrefill, largest_answer, open_session
+from vllm_pd_scheduler.handoff.prefill_leg import MAX_ANSWER_BYTES, HttpPrefill, largest_answer
+from vllm_pd_scheduler.instance_http.pool import ConnectionPool
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 
 JSON = b"application/json"
@@ -59,8 +63,8 @@ async def instance() -> AsyncIterator[Instance]:
 async def prefill(instance: Instance, body: bytes = b"{}", host: str = "127.0.0.1") -> PrefillAnswer:
     endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, host, instance.port))
     endpoint.address = f"127.0.0.1:{instance.port}"
-    async with open_session() as session:
-        return await HttpPrefill(session, None, 10.0)(endpoint, "/v1/completions", {}, body)
+    async with ConnectionPool() as pool:
+        return await HttpPrefill(pool, None, 10.0)(endpoint, "/v1/completions", {}, body)
 
 
 class TestSize:
@@ -134,3 +138,93 @@ async def test_without_a_listener_it_goes_to_the_address_that_is_known(instance:
     """Not to a name, which nobody may be able to resolve just now."""
     instance.says(b"{}")
     assert (await prefill(instance, host="no-such-name.invalid")).status == 200
+
+
+class TestRequest:
+    """What P gets of a client's headers."""
+
+    async def sent(
+        self, headers: dict[str, str], listener: bool = False, key: str | None = None
+    ) -> list[bytes]:
+        async with raw_server() as server, ConnectionPool() as pool:
+            endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1, key), server.to[0])
+            url = f"http://{server.to[0]}" if listener else None
+            prefill = asyncio.ensure_future(
+                HttpPrefill(pool, url, 10.0)(endpoint, "/v1/completions", headers, b"{}")
+            )
+            peer = await server.accept()
+            request = await peer.request()
+            await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            assert (await prefill).body == b"{}"
+        return request.removesuffix(b"\r\n\r\n{}").split(b"\r\n")[2:]
+
+    async def test_only_those_that_mean_something_there(self) -> None:
+        given = {
+            ":path": "/v1/completions",
+            "x-request-id": "1",
+            "cookie": "a",
+            "x-pd-id": "1",
+            "origin": "o",
+        }
+        assert await self.sent(given) == [
+            b"x-request-id: 1",
+            b"origin: o",
+            b"content-type: application/json",
+            b"content-length: 2",
+        ]
+
+    @pytest.mark.parametrize("value", ["a\r\nx: b", "a\nb", "a\rb", "a\0b", "\u00fc", "a\x7f"], ids=repr)
+    async def test_none_that_could_become_another(self, value: str) -> None:
+        headers = await self.sent({"x-request-id": value, "content-type": value, "tracestate": "a\tb"})
+        assert headers == [b"tracestate: a\tb", b"content-type: application/json", b"content-length: 2"]
+
+    async def test_the_instances_own_key(self) -> None:
+        assert b"authorization: Bearer k" in await self.sent({"authorization": "Bearer client"}, key="k")
+
+    async def test_through_the_listener_a_header_names_the_instance(self) -> None:
+        headers = await self.sent({}, listener=True)
+        (named,) = [line for line in headers if line.startswith(b"x-gateway-destination-endpoint: ")]
+        assert named.partition(b": ")[2].startswith(b"127.0.0.1:")
+        assert not any(b"x-gateway" in line for line in await self.sent({}))
+
+
+class TestLeaving:
+    """A client that leaves: its prefill may go on for a moment, since only the answer says what to free."""
+
+    @asynccontextmanager
+    async def left(self, wanted: bool) -> AsyncIterator[tuple[Peer, HttpPrefill, list[PrefillAnswer]]]:
+        unwanted: list[PrefillAnswer] = []
+        async with raw_server() as server, ConnectionPool() as pool:
+            endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
+            take = None if wanted else lambda _, answer: unwanted.append(answer)
+            leg = HttpPrefill(pool, None, 10.0, take)
+            prefill = asyncio.ensure_future(leg(endpoint, "/v1/completions", {}, b"{}"))
+            peer = await server.accept()
+            await peer.request()
+            prefill.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await prefill
+            yield peer, leg, unwanted
+
+    async def test_an_answer_that_comes_soon_is_given_to_who_frees_it(self) -> None:
+        async with self.left(wanted=False) as (peer, leg, unwanted):
+            await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            await leg.close()
+            assert [answer.body for answer in unwanted] == [b"{}"]
+
+    async def test_after_that_p_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(prefill_leg, "LINGER_S", 0.05)
+        async with self.left(wanted=False) as (peer, leg, unwanted):
+            assert await peer.ended()
+            await leg.close()
+            assert unwanted == []
+
+    async def test_a_p_that_breaks_meanwhile(self) -> None:
+        async with self.left(wanted=False) as (peer, leg, unwanted):
+            peer.reset()
+            await leg.close()
+            assert unwanted == []
+
+    async def test_without_anybody_who_frees_it_p_is_told_at_once(self) -> None:
+        async with self.left(wanted=True) as (peer, _, _):
+            assert await peer.ended()

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest_asyncio
 
-from vllm_pd_scheduler.handoff.prefill_leg import open_session
+from vllm_pd_scheduler.instance_http.session import open_session
 
 from .instances import Fixture
 

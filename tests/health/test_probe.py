@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.waiting import until
-from vllm_pd_scheduler.handoff.prefill_leg import open_session
+from vllm_pd_scheduler.instance_http.session import open_session
 from vllm_pd_scheduler.instance_http.shortage import is_our_shortage
 from vllm_pd_scheduler.models import InstanceRole, InstanceState
 

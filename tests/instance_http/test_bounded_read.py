@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from vllm_pd_scheduler.handoff.prefill_leg import open_session
 from vllm_pd_scheduler.instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_most
+from vllm_pd_scheduler.instance_http.session import open_session
 
 Read = Callable[..., "asyncio.Future[bytes]"]
 

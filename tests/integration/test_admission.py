@@ -273,7 +273,6 @@ FORGED = {
     "x-pd-id": "forged",
     "X-PD-Prefill": "forged",
     "x-pd-decode": "forged",
-    "x-pd-handoff-at": "1",
     "x-pd-reason": "forged",
     "x-gateway-destination-endpoint": "127.0.0.1:1",
 }
@@ -290,15 +289,12 @@ async def check_headers(client: Client, path: str, ours: set[str]) -> None:
         headers = {name.lower(): value for name, value in leg["headers"].items()}
         assert {name for name in headers if name.startswith(("x-pd-", "x-gateway"))} <= ours
         assert "forged" not in headers.values()
-        assert headers.get("x-pd-handoff-at") != "1"
     assert "forged" not in answer.headers.values()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 async def test_asking_headers_end_at_the_scheduler_and_forged_ones_before(client: Client, path: str) -> None:
-    await check_headers(
-        client, path, {"x-pd-id", "x-pd-prefill", "x-pd-handoff-at", "x-gateway-destination-endpoint"}
-    )
+    await check_headers(client, path, {"x-pd-id", "x-pd-prefill", "x-gateway-destination-endpoint"})
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])

@@ -98,14 +98,16 @@ async def check_text(client: Client) -> None:
         assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
 
 
+@pytest.mark.parametrize("way", ["straight", "listener"])
 @pytest.mark.parametrize("certificates", ["one_sided", "mutual"])
 async def test_every_way_to_an_instance(
-    request: pytest.FixtureRequest, tmp_path: Path, certificates: str
+    request: pytest.FixtureRequest, tmp_path: Path, certificates: str, way: str
 ) -> None:
     secured: Secured = request.getfixturevalue(certificates)
     stack = Stack(tmp_path)
     tls = {"ca": secured.made.ca, "server_name": NAME, **secured.made.client}
-    with spawned(stack.up(secured.config(instance_tls=tls))) as up:
+    more = stack.listener if way == "listener" else {}
+    with spawned(stack.up(secured.config(instance_tls=tls, **more))) as up:
         async with secured.client(stack) as client:
             await ready(client, up)
             assert set((await client.states()).values()) == {"healthy"}
@@ -225,7 +227,7 @@ async def test_an_envoy_of_ones_own(one_sided: Secured, tmp_path: Path, as_docum
             for match in cluster.get("transport_socket_matches", []):
                 match["transport_socket"].update(yaml.safe_load(documented))
     (tmp_path / "envoy.yaml").write_text(yaml.safe_dump(config))
-    with spawned(stack.serve(one_sided.config())) as scheduler, spawned(command) as envoy:
+    with spawned(stack.serve(one_sided.config(**stack.listener))) as scheduler, spawned(command) as envoy:
         async with one_sided.client(stack) as client:
             await ready(client, envoy)
             before = await client.seen_by_all()

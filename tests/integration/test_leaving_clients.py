@@ -46,8 +46,7 @@ def fleet() -> Iterator[Fleet]:
 @pytest_asyncio.fixture
 async def stage(fleet: Fleet, tmp_path: Path, session: aiohttp.ClientSession) -> AsyncIterator[Stage]:
     stack = Stack(tmp_path)
-    listener = f"http://127.0.0.1:{stack.ports.prefill}"
-    where = {"grpc_port": stack.ports.grpc, "admin_port": stack.admin_port, "prefill_listener": listener}
+    where = {"grpc_port": stack.ports.grpc, "admin_port": stack.admin_port}
     async with App(parse_config({**fleet.config(), **where})) as app:
         with spawned(stack.envoy()) as envoy:
             client = Client(session, stack, fleet)

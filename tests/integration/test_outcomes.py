@@ -98,6 +98,17 @@ async def test_a_body_that_does_not_fit_with_its_hand_off(client: Client) -> Non
     room = 64 * 2**20 - len(PROMPT) - 200
     answer = await complete(client, padding="x" * room)
     assert answer.status == 200
+    assert "x-pd-prefill" not in answer.headers
+    await until_freed(client)
+
+
+async def test_a_body_that_just_fits_with_its_hand_off(client: Client) -> None:
+    room = 64 * 2**20 - len(PROMPT) - 2000
+    answers = [await complete(client, padding="x" * (room if large else 1)) for large in (False, True, True)]
+    assert len({answer.text for answer in answers}) == 1
+    assert all("x-pd-prefill" in answer.headers for answer in answers)
+    fetched = [(await client.request_of(answer))["hand_off"] for answer in answers]
+    assert fetched == ["receive"] * 3
     await until_freed(client)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from tests.support.processes import Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
@@ -21,13 +22,16 @@ def limited(command: list[str], files: int) -> list[str]:
     return ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
 
 
-async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["straight", "listener"])
+async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path, way: str) -> None:
     stack = Stack(tmp_path)
     with Fleet(2, 1, arguments=SLOW_PREFILL) as fleet:
         config = {**fleet.config(), "strategy": "round_robin", "health_check_interval": 0.1}
+        config |= stack.listener if way == "listener" else {}
         with spawned(stack.envoy()) as envoy, spawned(limited(stack.serve(config), 60)) as scheduler:
             client = Client(session, stack, fleet)
             await ready(client, envoy)
+            await client.until_split()
             await client.states()  # the connection to the admin interface stays open, as a scraper's does
             answers = await asyncio.gather(*(client.complete() for _ in range(100)))
             statuses = Counter(answer.status for answer in answers)
@@ -50,7 +54,7 @@ async def test_envoys(session: aiohttp.ClientSession, tmp_path: Path) -> None:
     """It answers in the prefill instance's place, and says by what words whose fault it was."""
     stack = Stack(tmp_path)
     with Fleet(1, 1) as fleet, contextlib.ExitStack() as held:
-        config = {**fleet.config(), "health_check_interval": 3600}
+        config = {**fleet.config(), "health_check_interval": 3600, **stack.listener}
         command = limited([*stack.envoy(), "--concurrency", "1"], 80)
         with spawned(command) as envoy, spawned(stack.serve(config)):
             client = Client(session, stack, fleet)

@@ -141,7 +141,8 @@ async def test_a_port_in_use_is_a_clear_error(stack: Stack, fleet: Fleet, which:
         "grpc": of_envoy.grpc,
         "admin": stack.admin_port,
     }[which]
-    command = [*stack.up(fleet.config()), *([f"--grpc-port={port}"] if which == "grpc" else [])]
+    settings = {**fleet.config(), **stack.listener}
+    command = [*stack.up(settings), *([f"--grpc-port={port}"] if which == "grpc" else [])]
     with socket.create_server(("127.0.0.1", port)), spawned(command) as process:
         assert await asyncio.to_thread(process.wait) == 1
         assert str(port) in process.output
@@ -169,7 +170,7 @@ async def test_a_port_of_another_envoy_is_not_shared(
             return True
 
         await until(listens)
-        with spawned(other.up(fleet.config())) as process:
+        with spawned(other.up({**fleet.config(), **other.listener})) as process:
             assert await asyncio.to_thread(process.wait) == 1
             option = {"ingress": "--port", "prefill": "--prefill-port", "admin": "--envoy-admin-port"}[which]
             assert f"vllm-pd-scheduler: {option}: Envoy cannot listen on " in process.output
@@ -378,7 +379,7 @@ def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
 
 def test_demo_answers_and_ends_everything(stack: Stack) -> None:
     ports = stack.ports
-    options = {"port": ports.ingress, "prefill-port": ports.prefill}
+    options = {"port": ports.ingress}
     options |= {"admin-port": stack.admin_port, "envoy-admin-port": ports.admin}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "demo", *arguments]) as process:

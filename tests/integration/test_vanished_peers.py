@@ -52,8 +52,7 @@ def test_an_envoy_is_found_in_time() -> None:
 @asynccontextmanager
 async def scheduler(stack: Stack, fleet: Fleet, **where: object) -> AsyncIterator[App]:
     """A scheduler in this process."""
-    listener = f"http://127.0.0.1:{stack.ports.prefill}"
-    config = {**fleet.config(), "admin_port": stack.admin_port, "prefill_listener": listener, **where}
+    config = {**fleet.config(), "admin_port": stack.admin_port, **where}
     async with App(parse_config(config)) as app:
         yield app
 
@@ -122,11 +121,13 @@ async def test_an_envoy_that_is_stopped_on_a_socket(
             response.close()
 
 
+@pytest.mark.parametrize("way", ["straight", "listener"])
 async def test_every_connection_to_an_instance_or_a_client_looks_after_its_peer(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, way: str
 ) -> None:
     """Envoy and the scheduler have pings for each other; for all others there is TCP's keepalive."""
-    with spawned(stack.serve(fleet.config())) as process, spawned(stack.envoy()) as envoy:
+    config = fleet.config() | (stack.listener if way == "listener" else {})
+    with spawned(stack.serve(config)) as process, spawned(stack.envoy()) as envoy:
         response = await streaming(Client(session, stack, fleet), envoy)
         instances = {each.port for each in fleet.instances}
         listeners = {stack.ports.ingress, stack.ports.prefill}

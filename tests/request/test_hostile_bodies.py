@@ -31,7 +31,7 @@ def serve(body: bytes) -> Steps[None]:
     context = yield from reader.read("/v1/completions", {}, parsed, 0.0, prefixes=True)
     nixl.can_split(parsed)
     nixl.prefill_body(parsed)
-    nixl.decode_body(parsed, HANDOFF)
+    nixl.splice(parsed, HANDOFF)
     assert len(context.blocks) <= MAX_BYTES // 1024
 
 

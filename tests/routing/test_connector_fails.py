@@ -1,17 +1,16 @@
 """A connector that fails: decode serves the request whole, and nothing stays reserved, pinned or blamed."""
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.routing import BODY, PARAMS, Case, answer
+from tests.support.routing import BODY, PARAMS, Case, answer, decode_body
 from vllm_pd_scheduler.connectors import NixlConnector
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.handoff.release import HandoffReleaser
 
-ON_THE_WAY = ("can_split", "prefill_body", "handoff", "ended", "decode_body")
+ON_THE_WAY = ("can_split", "prefill_body", "handoff", "ended", "splice")
 """The calls that are made before a request goes to decode."""
 
 
@@ -70,7 +69,7 @@ class ConnectorFailsTest(Case):
                         self.assertIs(endpoint.breaker.state, BreakerState.CLOSED)
 
     async def test_what_p_has_made_is_freed_or_counted(self) -> None:
-        await self.serve("decode_body")
+        await self.serve("splice")
         self.assertEqual(len(self.freed), 12)
         self.assertEqual(sum(e.pending_handoffs for e in self.router.registry), 0)
         self.setUp()
@@ -85,12 +84,12 @@ class ConnectorFailsTest(Case):
                 (await self.route()).release()
                 self.odd.clear()
                 forward = await self.route()
-                self.assertEqual(json.loads(forward.body), {**BODY, "kv_transfer_params": PARAMS})
+                self.assertEqual(decode_body(forward), {**BODY, "kv_transfer_params": PARAMS})
                 forward.release()
                 self.assertIdle()
 
     async def test_a_hand_off_without_a_body_to_free_it(self) -> None:
-        await self.serve("decode_body")
+        await self.serve("splice")
         self.odd.add("release_body")
         releaser = self.releaser()
         releaser(self.freed[0])

@@ -80,7 +80,7 @@ TYPES = [
 ]
 NAMES = """
     x-request-id traceparent tracestate authorization accept user-agent cookie x-a te content-encoding
-    accept-encoding x-pd-id x-pd-handoff-at x-pd-prefill range x-gateway-destination-endpoint
+    accept-encoding x-pd-id x-pd-prefill range x-gateway-destination-endpoint
     x-envoy-attempt-count x-envoy-max-retries x-forwarded-for via grpc-timeout upgrade connection
     x-http-method-override trailer if-none-match forwarded
 """.split()

@@ -130,6 +130,11 @@ class Stack:
         return f"http://127.0.0.1:{self.admin_port}"
 
     @property
+    def listener(self) -> dict[str, str]:
+        """The setting that sends prefills through Envoy."""
+        return {"prefill_listener": f"http://127.0.0.1:{self.ports.prefill}"}
+
+    @property
     def envoy_admin(self) -> str:
         return f"http://127.0.0.1:{self.ports.admin}"
 
@@ -155,8 +160,7 @@ class Stack:
 
     def serve(self, config: dict[str, Any]) -> list[str]:
         """Return the command for the scheduler alone."""
-        listener = f"http://127.0.0.1:{self.ports.prefill}"
-        ports = {"grpc_port": self.ports.grpc, "admin_port": self.admin_port, "prefill_listener": listener}
+        ports = {"grpc_port": self.ports.grpc, "admin_port": self.admin_port}
         path = self.write_config({**config, **ports})
         return [sys.executable, "-m", "vllm_pd_scheduler", "--config", str(path)]
 

@@ -13,6 +13,7 @@ from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.routing.forward import Forward
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 PARAMS = {
@@ -60,6 +61,12 @@ class Leg:
         return [name for name, *_ in self.sent]
 
 
+def decode_body(forward: Forward, body: Mapping[str, Any] = BODY) -> Any:
+    """What the first D gets for a client's body."""
+    raw = json.dumps(body).encode() if forward.body is None else forward.body
+    return json.loads(raw if forward.splice is None else forward.splice.into(raw))
+
+
 class Case(unittest.IsolatedAsyncioTestCase):
     CONFIG: Mapping[str, Any] = {}
     KEYS: Mapping[str, str] = {}
@@ -101,7 +108,8 @@ class Case(unittest.IsolatedAsyncioTestCase):
     def assertSplit(self, forward: Any, prefill: str) -> None:
         self.assertNotIsInstance(forward, Reject)
         self.assertEqual(forward.prefill.id, prefill)
-        self.assertEqual(json.loads(forward.body), {**BODY, "kv_transfer_params": PARAMS})
+        self.assertIsNone(forward.body, "Envoy has it")
+        self.assertEqual(decode_body(forward), {**BODY, "kv_transfer_params": PARAMS})
         self.assertEqual(forward.headers()["x-pd-prefill"], prefill)
 
     def assertLocal(self, forward: Any) -> None:

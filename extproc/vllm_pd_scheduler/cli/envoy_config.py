@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts, config_path, render_config
+from ..envoy.process import PREFILL_PORT, EnvoyPorts, config_path, render_config
 from .options import (
     DEFAULT_PORTS,
     EnvoyAdminPortOption,
@@ -28,7 +28,7 @@ def envoy_config(
     ] = None,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
+    prefill_port: PrefillPortOption = PREFILL_PORT,
     grpc_port: GrpcPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
 ) -> None:

@@ -63,7 +63,12 @@ HostOption = Annotated[
         callback=_ip_address,
     ),
 ]
-PrefillPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's loopback prefill listener.")]
+PrefillPortOption = Annotated[
+    int,
+    typer.Option(
+        min=1, max=65535, help="Envoy's loopback prefill listener; `up` needs prefill_listener too."
+    ),
+]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
 AdminPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="The scheduler's admin HTTP.")]
 EnvoyAdminPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's own admin.")]
@@ -81,10 +86,12 @@ def read_config(path: Path) -> SchedulerConfig:
 
 
 def with_ports(
-    config: SchedulerConfig, prefill_port: int, grpc_port: int | None, admin_port: int | None
+    config: SchedulerConfig, grpc_port: int | None, admin_port: int | None, prefill_port: int | None = None
 ) -> SchedulerConfig:
     """Return a copy of the configuration, for an Envoy that we run, with the ports that are given."""
-    update: dict[str, Any] = {"prefill_listener": f"http://{join_address('127.0.0.1', prefill_port)}"}
+    update: dict[str, Any] = {}
+    if prefill_port is not None:
+        update["prefill_listener"] = f"http://{join_address('127.0.0.1', prefill_port)}"
     if grpc_port is not None:
         update["grpc_port"] = grpc_port
     if admin_port is not None:

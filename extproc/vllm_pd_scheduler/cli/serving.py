@@ -8,7 +8,7 @@ import math
 import typer
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts, num_retries
+from ..envoy.process import PREFILL_PORT, EnvoyPorts, num_retries
 from ..scheduler.rehearsal import rehearse
 from ..service import run as service
 from ..strategies import UnknownStrategy, load_strategy
@@ -53,7 +53,7 @@ def up(
     config: ConfigOption,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
+    prefill_port: PrefillPortOption = PREFILL_PORT,
     grpc_port: GrpcPortOption = None,
     admin_port: AdminPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
@@ -61,8 +61,10 @@ def up(
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
-    settings = with_ports(_with_shadow(read_config(config), shadow), prefill_port, grpc_port, admin_port)
-    ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, host)
+    settings = _with_shadow(read_config(config), shadow)
+    used = prefill_port if settings.prefill_listener is not None else None
+    settings = with_ports(settings, grpc_port, admin_port, used)
+    ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
 
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)

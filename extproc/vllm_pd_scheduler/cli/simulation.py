@@ -19,7 +19,6 @@ from .options import (
     LogLevelOption,
     PortOption,
     PrefillCountOption,
-    PrefillPortOption,
     envoy_log_level,
     fail,
     logging_at,
@@ -43,7 +42,6 @@ def demo(
     prefill: PrefillCountOption = 2,
     decode: DecodeCountOption = 2,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = DEFAULT_PORTS.prefill,
     grpc_port: GrpcPortOption = None,
     admin_port: AdminPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
@@ -56,8 +54,8 @@ def demo(
     with logging_at(log_level) as streams:
         try:
             with Demo(prefill, decode) as running:
-                settings = with_ports(parse_config(running.config()), prefill_port, grpc_port, admin_port)
-                ports = EnvoyPorts(port, prefill_port, envoy_admin_port, settings.grpc_port, "127.0.0.1")
+                settings = with_ports(parse_config(running.config()), grpc_port, admin_port)
+                ports = EnvoyPorts(port, None, envoy_admin_port, settings.grpc_port, "127.0.0.1")
                 started = running.show(settings, ports)
                 level = envoy_log_level(log_level)
                 run(service.up(settings, ports, level, started, streams, access_log=False))

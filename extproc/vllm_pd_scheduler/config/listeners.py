@@ -14,11 +14,11 @@ Listener = tuple[str, str, int]
 
 
 def listeners_of(config: SchedulerConfig) -> list[Listener]:
-    """Return where the scheduler listens, and Envoy's prefill listener if that is on this machine."""
+    """Return where the scheduler listens, and Envoy's prefill listener if one on this machine is used."""
     listeners = [("admin_port", config.admin_host, config.admin_port)]
     if config.grpc_socket is None:
         listeners.insert(0, ("grpc_port", config.grpc_host, config.grpc_port))
-    prefill = urlsplit(config.prefill_listener)
+    prefill = urlsplit(config.prefill_listener or "")
     if prefill.hostname is not None and is_loopback(prefill.hostname):
         listeners.append(("prefill_listener", prefill.hostname, prefill.port or 80))
     return listeners

@@ -247,9 +247,11 @@ class SchedulerConfig(_Model):
     """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
     and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
     list: `envoy-config --config` prints its configuration with it."""
-    prefill_listener: str = "http://127.0.0.1:10001"
-    """Envoy's prefill listener, as `http://HOST:PORT`. Change it with the listener's port in
-    `envoy/envoy.yaml`."""
+    prefill_listener: str | None = None
+    """Envoy's prefill listener, as `http://HOST:PORT`: `http://127.0.0.1:10001` for the one in
+    `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
+    without it the scheduler sends it to P itself, for less CPU. `up` starts the listener if this is set, on
+    `--prefill-port`."""
     grpc_host: str = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Port = 9002
@@ -294,7 +296,9 @@ class SchedulerConfig(_Model):
 
     @field_validator("prefill_listener")
     @classmethod
-    def _is_a_listener(cls, url: str) -> str:
+    def _is_a_listener(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
         found = _LISTENER.fullmatch(url)
         if not found or not _is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
             raise ValueError("must be http://HOST:PORT, without a path")

@@ -24,8 +24,25 @@ class Handoff:
     """How many of them P had in its prefix cache; ``None`` if it does not say."""
 
 
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """How D's request differs from the client's: from offset ``at`` of the body on, it is ``text``.
+
+    The body itself need not be sent to Envoy, which has it. Another D, which gets no hand-off, gets the
+    client's.
+    """
+
+    at: int
+    text: bytes
+    """UTF-8."""
+
+    def into(self, body: bytes) -> bytes:
+        """Return D's body."""
+        return body[: self.at] + self.text
+
+
 class Connector(Protocol):
-    """Makes the bodies of the two legs, prefill and decode, from the client's body. Does no I/O."""
+    """Makes the requests of the two legs, prefill and decode, from the client's body. Does no I/O."""
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
@@ -46,12 +63,8 @@ class Connector(Protocol):
         """
         ...
 
-    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
-        """Return the body of the request to D, and the offset at which the hand-off begins in it.
-
-        The hand-off must be the last field: what comes before the offset, closed by a ``}``, must be the
-        request without it. Envoy cuts there when it sends the request to another D.
-        """
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
+        """Return how the hand-off goes into the client's body (``body.raw``), for D."""
         ...
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:

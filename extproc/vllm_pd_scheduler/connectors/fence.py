@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import Connector, Handoff
+from .base import Connector, Handoff, Splice
 
 T = TypeVar("T")
 
-_CALLS = ("can_split", "prefill_body", "handoff", "ended", "decode_body", "release_body")
+_CALLS = ("can_split", "prefill_body", "handoff", "ended", "splice", "release_body")
 
 
 class ConnectorFailed(Exception):
@@ -62,9 +62,9 @@ class ConnectorFence:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("ended", lambda: bool(self._connector.ended(answer)))
 
-    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
-        """See :meth:`Connector.decode_body`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("decode_body", lambda: _checked_splice(self._connector.decode_body(body, handoff)))
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
+        """See :meth:`Connector.splice`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("splice", lambda: _checked_splice(self._connector.splice(body, handoff), body))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
         """See :meth:`Connector.release_body`; ``None`` if it fails: the hand-off is left to its lease."""
@@ -100,9 +100,10 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
     return handoff
 
 
-def _checked_splice(made: Any) -> tuple[bytes, int]:
-    body, at = made
-    _checked_body(body)
-    if not isinstance(at, int) or not 0 < at < len(body):
+def _checked_splice(splice: Any, body: JsonBody) -> Splice:
+    if not isinstance(splice, Splice):
+        raise TypeError(f"it returned {type(splice).__name__} in place of a Splice")
+    if not isinstance(splice.at, int) or not 0 < splice.at <= len(body.raw):
         raise ValueError("it returned an offset that is not within the body")
-    return body, at
+    _checked_body(splice.text).decode()
+    return splice

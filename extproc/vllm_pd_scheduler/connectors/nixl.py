@@ -14,7 +14,7 @@ import msgspec
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
-from .base import Handoff
+from .base import Handoff, Splice
 
 _PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
@@ -144,9 +144,9 @@ class NixlConnector:
             return False
         return any(choice.finish_reason == "stop" for choice in choices)
 
-    def decode_body(self, body: JsonBody, handoff: Handoff) -> tuple[bytes, int]:
-        """Return the client's body with the hand-off spliced in as its last field."""
-        return body.with_field(HANDOFF_KEY, handoff.params)
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
+        """Make the hand-off the body's last field."""
+        return Splice(*body.one_more(HANDOFF_KEY, handoff.params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request for more tokens than any context has.

@@ -37,6 +37,10 @@ WEBSOCKET_PATH = "/v1/realtime"
 """The path of ``envoy.yaml``'s route for WebSockets."""
 
 
+PREFILL_PORT = 10001
+"""The port of ``envoy.yaml``'s prefill listener."""
+
+
 class EnvoyError(Exception):
     """Envoy is not installed or does not start; the message says what to do."""
 
@@ -46,11 +50,11 @@ class EnvoyPorts:
     """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
 
     The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
-    of a Unix socket, replaces ``grpc``.
+    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener.
     """
 
     ingress: int = 10000
-    prefill: int = 10001
+    prefill: int | None = PREFILL_PORT
     admin: int = 9901
     grpc: int = 9002
     address: str | None = None
@@ -58,11 +62,13 @@ class EnvoyPorts:
 
     def listeners(self) -> list[tuple[str, str, int]]:
         """Return the option, host and port of each of Envoy's listeners."""
-        return [
+        listeners = [
             ("--port", self.address or "0.0.0.0", self.ingress),
-            ("--prefill-port", "127.0.0.1", self.prefill),
             ("--envoy-admin-port", "127.0.0.1", self.admin),
         ]
+        if self.prefill is not None:
+            listeners.insert(1, ("--prefill-port", "127.0.0.1", self.prefill))
+        return listeners
 
     def require_free(self) -> None:
         """Raise :exc:`EnvoyError` if a process listens at one of Envoy's ports.
@@ -108,7 +114,10 @@ def render_config(
             policy["num_retries"] = max_retries
     _make_public(_ingress_routes(config), public_paths)
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
-    for listener in config["static_resources"]["listeners"]:
+    listeners = config["static_resources"]["listeners"]
+    if ports.prefill is None:
+        listeners[:] = [each for each in listeners if each["name"] != "prefill"]
+    for listener in listeners:
         address = listener["address"]["socket_address"]
         address["port_value"] = {"ingress": ports.ingress, "prefill": ports.prefill}[listener["name"]]
         if listener["name"] == "ingress" and ports.address is not None:

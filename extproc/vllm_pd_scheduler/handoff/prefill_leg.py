@@ -1,4 +1,4 @@
-"""The prefill leg over HTTP: through Envoy's loopback prefill listener, or straight to the instance."""
+"""The prefill leg over HTTP: straight to the instance, or through Envoy's prefill listener."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
-import aiohttp
-
-from ..config.tls import InstanceTlsConfig
 from ..fleet.endpoint import Endpoint
-from ..instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_most
+from ..instance_http.errors import AnswerRefused, NotConnected, RequestFailed, TimedOut
+from ..instance_http.exchange import Answer, Destination
+from ..instance_http.pool import ConnectionPool
 from ..instance_http.shortage import is_our_shortage
+from ..models import join_address
 from ..request import headers as names
-from ..system.keepalive import keepalive_socket
 from .interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillNotSent
 
 LINGER_S = 1.0
@@ -27,6 +27,11 @@ MAX_ANSWER_BYTES = 16 << 20
 _LEAST_ANSWER_BYTES = 1 << 20
 _ANSWER_PER_BODY_BYTE = 8
 """With ``return_token_ids`` P writes each token of the prompt as a number, and one can be a single byte."""
+LISTENER_IDLE_S = 60.0
+"""How long a connection to Envoy may be idle, which would keep it for an hour. One that is open is there when
+Envoy has no file descriptor left for a new one."""
+_SENDABLE = re.compile(r"[\t -~]*")
+"""A header of the client's that can go to P."""
 _PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
 """A header of P's that can go to the client."""
 _ENVOYS_SHORTAGE = re.compile(
@@ -36,24 +41,24 @@ _ENVOYS_SHORTAGE = re.compile(
 
 
 class HttpPrefill:
-    """A :class:`~vllm_pd_scheduler.handoff.interfaces.PrefillLeg` by aiohttp.
+    """A :class:`~vllm_pd_scheduler.handoff.interfaces.PrefillLeg` over HTTP/1.1.
 
-    ``listener`` is the base URL of Envoy's prefill listener, which sends the request to the endpoint
-    that a header names; ``None`` means straight to the instance. When the call is cancelled, ``unwanted``
-    gets the answer if it comes within ``LINGER_S``. After that, or at once without ``unwanted``, the
-    connection is closed, which makes vLLM abort the request.
+    It goes straight to the instance, or to ``listener``, the base URL of Envoy's prefill listener, which
+    sends it on to the endpoint that a header names. When the call is cancelled, ``unwanted`` gets the answer
+    if it comes within ``LINGER_S``. After that, or at once without ``unwanted``, the connection is closed,
+    which makes vLLM abort the request.
     """
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        pool: ConnectionPool,
         listener: str | None,
         timeout: float,
         unwanted: Callable[[Endpoint, PrefillAnswer], None] | None = None,
     ) -> None:
-        self._session = session
-        self._listener = listener
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._pool = pool
+        self._listener = None if listener is None else _destination(listener)
+        self._timeout = timeout
         self._unwanted = unwanted
         self._lingering: set[asyncio.Task[None]] = set()
 
@@ -61,11 +66,11 @@ class HttpPrefill:
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
+        sent = self._send(endpoint, path, headers, body)
         if self._unwanted is None:
-            return await self._send(endpoint, path, headers, body)
-        sent = asyncio.ensure_future(self._send(endpoint, path, headers, body))
+            return await self._read(sent)
         try:
-            return await asyncio.shield(sent)
+            return await self._read(asyncio.shield(sent))
         except asyncio.CancelledError:
             task = asyncio.ensure_future(self._linger(endpoint, sent, self._unwanted))
             self._lingering.add(task)
@@ -79,68 +84,75 @@ class HttpPrefill:
     async def _linger(
         self,
         endpoint: Endpoint,
-        sent: asyncio.Future[PrefillAnswer],
+        sent: asyncio.Future[Answer],
         unwanted: Callable[[Endpoint, PrefillAnswer], None],
     ) -> None:
         with contextlib.suppress(TimeoutError, PrefillFailed):
-            unwanted(endpoint, await asyncio.wait_for(sent, LINGER_S))
+            unwanted(endpoint, await asyncio.wait_for(self._read(sent), LINGER_S))
 
-    async def _send(
+    def _send(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
-    ) -> PrefillAnswer:
+    ) -> asyncio.Future[Answer]:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
-        # What is not ASCII means nothing here, and would come to P as other bytes, three times as many.
-        kept = {name: value for name, value in given if value.isascii()}
+        # What is not ASCII means nothing here, and P would read it as other characters.
+        kept = {name: value for name, value in given if _SENDABLE.fullmatch(value)}
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")
+        address = str(endpoint.address)
         if self._listener is None:
-            base, name = endpoint.url, endpoint.instance.tls_name
+            to: Destination = (address, endpoint.instance.tls_name)
         else:  # TLS to the instance is Envoy's
-            base, name = self._listener, None
-            kept[names.DESTINATION] = str(endpoint.address)
+            to = (self._listener, None)
+            kept[names.DESTINATION] = address
+        return self._pool.post(to, path, kept, body, limit=largest_answer(body), timeout=self._timeout)
+
+    async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:
-            async with self._session.post(
-                base + path,
-                data=body,
-                headers=kept,
-                timeout=self._timeout,
-                allow_redirects=False,
-                server_hostname=name,
-            ) as response:
-                answer = await read_at_most(response, largest_answer(body))
-                _check_connection(response.headers.get(names.CONNECTION, ""), answer)
-                retry_after = response.headers.get("retry-after", "")
-                wait = float(retry_after) if retry_after.isdecimal() else None
-                told = {} if response.status == 200 else _for_client(response.headers)
-                return PrefillAnswer(response.status, _content_type(response), answer, wait, told)
-        except TimeoutError:
+            answer = await sent
+        except TimedOut:
             raise PrefillFailed("timeout") from None
-        except (AnswerTooLarge, AnswerEncoded):
+        except AnswerRefused:
             raise PrefillFailed("unreadable") from None
-        except (aiohttp.ClientError, OSError, MemoryError) as error:
+        except RequestFailed as error:
             raise self._failure(error) from None
+        if self._listener is not None:
+            _check_connection(answer)
+        retry_after = answer.header("retry-after")
+        wait = float(retry_after) if retry_after.isdecimal() else None
+        told = {} if answer.status == 200 else _for_client(answer)
+        return PrefillAnswer(answer.status, _content_type(answer), answer.body, wait, told)
 
-    def _failure(self, error: Exception) -> PrefillFailed:
+    def _failure(self, error: RequestFailed) -> PrefillFailed:
         """Return what became of a request that has no answer."""
-        number = error.errno if isinstance(error, OSError) else None
-        if is_our_shortage(error) or (self._listener is not None and number == errno.EADDRNOTAVAIL):
+        cause, straight = error.cause, self._listener is None
+        number = cause.errno if isinstance(cause, OSError) else None
+        if cause is not None and is_our_shortage(cause):
             return LocalShortage(errno.errorcode.get(number or errno.ENOMEM, "ENOMEM"))
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return PrefillFailed("connect") if self._listener is None else PrefillNotSent("listener")
+        if number == errno.EADDRNOTAVAIL and isinstance(error, NotConnected):
+            # No port is left here for connections to that address; for those to another P there may be.
+            return PrefillNotSent("EADDRNOTAVAIL") if straight else LocalShortage("EADDRNOTAVAIL")
+        if isinstance(error, NotConnected):
+            return PrefillFailed("connect") if straight else PrefillNotSent("listener")
         # Straight to P it is P's connection. Envoy's own does not break when P's does.
-        return PrefillFailed("reset", lost=self._listener is None)
+        return PrefillFailed("reset", lost=straight)
 
 
-def _check_connection(flags: str, answer: bytes) -> None:
+def _check_connection(answer: Answer) -> None:
     """Raise :exc:`PrefillFailed` if Envoy's flags say that an answer is its own, since P gave none."""
-    found = set(flags.split(","))
-    if "UF" in found and _ENVOYS_SHORTAGE.search(answer):
+    found = set(answer.header(names.CONNECTION).split(","))
+    if "UF" in found and _ENVOYS_SHORTAGE.search(answer.body):
         raise LocalShortage("envoy")
     if found & {"UF", "UH", "NC", "NR"}:
         raise PrefillFailed("connect")
     if found & {"UC", "UR", "UPE"}:
         raise PrefillFailed("reset", lost=True)
+
+
+def _destination(listener: str) -> str:
+    """Return ``host:port`` of a URL."""
+    parts = urlsplit(listener)
+    return join_address(parts.hostname or "", parts.port or 80)
 
 
 def largest_answer(body: bytes) -> int:
@@ -151,30 +163,13 @@ def largest_answer(body: bytes) -> int:
     return min(MAX_ANSWER_BYTES, _LEAST_ANSWER_BYTES + _ANSWER_PER_BODY_BYTE * len(body))
 
 
-def _content_type(response: aiohttp.ClientResponse) -> str:
+def _content_type(answer: Answer) -> str:
     """Return the type of an answer, if it is one that can be passed on."""
-    found = response.headers.get("content-type", "")
+    found = answer.header("content-type")
     return found if _PASSABLE.fullmatch(found) else "application/json"
 
 
-def _for_client(headers: Mapping[str, str]) -> dict[str, str]:
+def _for_client(answer: Answer) -> dict[str, str]:
     """Return what a client needs of an error's headers, where it is text that can be passed on."""
-    given = ((name, headers.get(name, "")) for name in names.KEPT_FROM_PREFILL)
+    given = ((name, answer.header(name)) for name in names.KEPT_FROM_PREFILL)
     return {name: value for name, value in given if _PASSABLE.fullmatch(value)}
-
-
-def open_session(tls: InstanceTlsConfig | None = None) -> aiohttp.ClientSession:
-    """Return a client session for instances: no connection limit, no cookies, no headers of its own.
-
-    ``tls`` is what it wants of those with TLS, by default a certificate that the system trusts. Raises
-    :exc:`ValueError` if a file of it cannot be read.
-    """
-    verified = tls.context() if tls is not None else True
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=60, ssl=verified, socket_factory=keepalive_socket
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=("user-agent", "accept-encoding", "accept"),
-        auto_decompress=False,
-    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import aiohttp
-
 from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..instance_http.bounded_read import read_at_most
+from ..instance_http.errors import RequestFailed
+from ..instance_http.pool import ConnectionPool
 from ..models import InstanceRole
 from ..telemetry.metrics import Telemetry
 from .interfaces import PrefillAnswer
@@ -32,12 +31,12 @@ class HandoffReleaser:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        pool: ConnectionPool,
         registry: Registry,
         connector: ConnectorFence,
         telemetry: Telemetry,
     ) -> None:
-        self._session = session
+        self._pool = pool
         self._registry = registry
         self._connector = connector
         self._telemetry = telemetry
@@ -65,25 +64,22 @@ class HandoffReleaser:
 
     async def _release(self, pending: PendingHandoff) -> None:
         body = self._connector.release_body(pending.handoff, pending.model)
+        if body is None:
+            self._telemetry.handoff_stranded(pending.prefill.id)
+            return
         registry, decode = self._registry, InstanceRole.DECODE
-        endpoints = (*registry.routable(decode), *registry.ejected(decode))[:3]
-        for endpoint in endpoints if body is not None else ():
+        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
             headers = {"content-type": "application/json"}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+            to = (str(endpoint.address), endpoint.instance.tls_name)
             try:
-                async with self._session.post(
-                    endpoint.url + PATH,
-                    server_hostname=endpoint.instance.tls_name,
-                    data=body,
-                    headers=headers,
-                    timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-                    allow_redirects=False,
-                ) as response:
-                    await read_at_most(response, MAX_ANSWER_BYTES)
-                    if response.status == 400:
-                        self._telemetry.handoff_released(pending.prefill.id)
-                        return
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                answer = await self._pool.post(
+                    to, PATH, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
+                )
+                if answer.status == 400:
+                    self._telemetry.handoff_released(pending.prefill.id)
+                    return
+            except RequestFailed as error:
                 log.debug("release of a hand-off of %s: %s", pending.prefill.id, error)
         self._telemetry.handoff_stranded(pending.prefill.id)

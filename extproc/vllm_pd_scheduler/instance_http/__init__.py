@@ -1,1 +1,1 @@
-"""What all who speak HTTP with instances have in common."""
+"""HTTP with instances: a lean client for requests, and what it shares with aiohttp's for health checks."""

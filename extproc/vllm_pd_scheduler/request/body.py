@@ -171,17 +171,16 @@ class JsonBody:
         prompt = self.value("prompt")
         return None if prompt is None else finish(_only_prompt(prompt))
 
-    def with_field(self, key: str, value: bytes) -> tuple[bytes, int]:
-        """Return the body with one more field as its last, and the offset at which that field starts.
+    def one_more(self, key: str, value: bytes) -> tuple[int, bytes]:
+        """Return what makes one more field the body's last: an offset, and what replaces all from there on.
 
-        Nothing else changes: the bytes before the offset and a ``}`` are the body as it was. ``value`` is
-        JSON text.
+        ``value`` is JSON text.
         """
         raw, walked = self.raw, self.walked
         end = raw.rindex(b"}") if walked is None else walked.end
         empty = raw[:end].rstrip().endswith(b"{") if walked is None else walked.start == end
         comma = b"" if empty else b","
-        return b"".join((memoryview(raw)[:end], comma, _encode(key), b":", value, b"}")), end
+        return end, b"".join((comma, _encode(key), b":", value, b"}"))
 
     def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
         """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.

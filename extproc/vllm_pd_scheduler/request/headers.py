@@ -29,9 +29,6 @@ CONNECTION: Final = "x-pd-connection"
 PREFILL: Final = "x-pd-prefill"
 """Id of the instance that prefilled, on the request to decode and on the answer."""
 
-HANDOFF_AT: Final = "x-pd-handoff-at"
-"""Offset in the body at which the hand-off starts, in bytes: a second attempt is sent without it."""
-
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
 

@@ -137,22 +137,23 @@ class RoutingCore:
         self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
+        changed = body.raw if body.stripped else None
         try:
-            spliced, at = self.connector.decode_body(body, prefilled.handoff)
-            usable = len(spliced) <= self.config.max_body_bytes  # else Envoy would answer 413 in D's place
+            splice = self.connector.splice(body, prefilled.handoff)
+            # Else Envoy would answer 413 in D's place.
+            usable = splice.at + len(splice.text) <= self.config.max_body_bytes
         except ConnectorFailed:
             usable = False
         if not usable:
             self.in_flight.free(prefilled)
-            changed = body.raw if body.stripped else None
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
             return self._to_decode(context, changed, Served.LOCAL, limit)
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
-        forward = self._to_decode(context, spliced, Served.SPLIT, limit)
+        forward = self._to_decode(context, changed, Served.SPLIT, limit)
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
-            forward.handoff_at, forward.pending = at, prefilled
+            forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
             prefilled.prefill.pending_handoffs += 1
         return forward

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
@@ -17,8 +18,8 @@ from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 class Forward:
     """Where a request goes: to the first of ``decode``, or a further one if that fails.
 
-    ``body`` is ``None`` when the client's passes unchanged; ``handoff_at`` is the offset in it at which the
-    hand-off starts, if there is one. ``release`` must be called when the answer has ended, however it ended.
+    ``body`` replaces the client's; ``None`` if that stays as it is. ``splice`` is how the hand-off goes into
+    it, on the first attempt. ``release`` must be called when the answer has ended, however it ended.
     """
 
     RETRIED: ClassVar[frozenset[int]] = frozenset({429, 500, 502, 503, 504})
@@ -28,7 +29,7 @@ class Forward:
     decode: list[Endpoint]
     reservation: Reservation
     body: bytes | None = None
-    handoff_at: int | None = None
+    splice: Splice | None = None
     pending: PendingHandoff | None = None
     freed: bool = False
     """Whether the hand-off has been given back to P."""
@@ -83,10 +84,6 @@ class Forward:
         }
         if self.pending is not None:
             found[names.PREFILL] = self.pending.prefill.id
-        if self.body is not None:
-            found["content-length"] = str(len(self.body))
-        if self.handoff_at is not None:
-            found[names.HANDOFF_AT] = str(self.handoff_at)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.stream:
@@ -108,6 +105,10 @@ class Forward:
             self.reservation = registry.reserve(following[0])
             self.reservation.tokens = current.tokens
             following[0].tokens += current.tokens
+
+    def sent(self) -> None:
+        """Let go of what may be large, since Envoy has it."""
+        self.body = self.splice = None
 
     def release(self) -> None:
         """Give back the reservation. Doing it twice is the same as once."""

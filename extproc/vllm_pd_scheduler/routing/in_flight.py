@@ -224,7 +224,7 @@ class RequestsInFlight:
 
     def _released(self, forward: Forward) -> None:
         self._running.pop(forward.id, None)
-        forward.body = None
+        forward.sent()
         now = self._clock()
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))

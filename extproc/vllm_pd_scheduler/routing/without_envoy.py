@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ import aiohttp
 import msgspec
 
 from ..fleet.endpoint import Endpoint
-from ..handoff.prefill_leg import HttpPrefill, open_session
+from ..handoff.prefill_leg import HttpPrefill
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
 from ..instance_http.bounded_read import read_at_most
+from ..instance_http.pool import ConnectionPool
+from ..instance_http.session import open_session
 from ..models import InstanceState, PDInstance
 from ..request.errors import Reject
 from .attempts import NOT_ANSWERED, FailedAttempt, Failure, failure_of_status
@@ -54,10 +57,15 @@ def serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
 
 
 async def _check_all(core: RoutingCore) -> dict[str, bool]:
-    async with open_session(core.config.instance_tls) as session:
+    async with open_session(_trusted(core)) as session:
         await _check(core, session)
     # A streak means that the probe just made contradicts the state that the thresholds still keep.
     return {e.id: e.routable and not e.streak for e in core.registry}
+
+
+def _trusted(core: RoutingCore) -> ssl.SSLContext | None:
+    tls = core.config.instance_tls
+    return None if tls is None else tls.context()
 
 
 async def _check(core: RoutingCore, session: aiohttp.ClientSession) -> None:
@@ -71,12 +79,13 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         return RouteResult(False, status=400, error=f"the request cannot be written as JSON: {error}")
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     headers = {":method": "POST", ":path": path, "content-type": "application/json"}
-    async with open_session(core.config.instance_tls) as session:
+    trusted = _trusted(core)
+    async with open_session(trusted) as session, ConnectionPool(trusted) as pool:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
         leg, release = core.prefill.leg, core.in_flight.release_handoff
-        releaser = HandoffReleaser(session, core.registry, core.connector, core.telemetry)
-        core.prefill.leg = HttpPrefill(session, None, core.config.prefill_timeout)
+        releaser = HandoffReleaser(pool, core.registry, core.connector, core.telemetry)
+        core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.in_flight.release_handoff = releaser
         try:
             return await _attempts(core, session, headers, data)
@@ -117,6 +126,8 @@ async def _decode(
     endpoint, status = forward.decode[0], 0
     prefill = forward.prefill.instance if forward.prefill else None
     body = data if forward.body is None else forward.body
+    if forward.splice is not None:
+        body = forward.splice.into(body)
     try:
         async with session.post(
             endpoint.url + path,

@@ -15,9 +15,11 @@ from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
-from ..handoff.prefill_leg import HttpPrefill, open_session
+from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
+from ..instance_http.pool import ConnectionPool
+from ..instance_http.session import open_session
 from ..models import join_address
 from ..router import PDRouter
 from ..rpc import ListenError, Server
@@ -74,12 +76,17 @@ class App:
         return_large_blocks()
         raise_open_files_limit()
         self.changes.restore()
-        session = await self._stack.enter_async_context(open_session(config.instance_tls))
-        releaser = HandoffReleaser(session, router.registry, router.connector, router.telemetry)
+        trusted = config.instance_tls.context() if config.instance_tls else None
+        session = await self._stack.enter_async_context(open_session(trusted))
+        pool = await self._stack.enter_async_context(ConnectionPool(trusted))
+        releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
+        leg_pool = pool
+        if config.prefill_listener is not None:
+            leg_pool = await self._stack.enter_async_context(ConnectionPool(idle_s=LISTENER_IDLE_S))
         router.prefill_leg = leg = HttpPrefill(
-            session, config.prefill_listener, config.prefill_timeout, releaser.unwanted
+            leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)

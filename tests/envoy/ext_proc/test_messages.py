@@ -156,21 +156,35 @@ class EncodeTest(unittest.TestCase):
                 getattr(expected, phase.name.lower()).SetInParent()
                 self.assertEqual(response, expected, "and changes nothing")
 
-    def test_forward_with_a_new_body(self) -> None:
+    def test_forward_with_a_hand_off(self) -> None:
         headers = {**fleet.COMPLETION, "x-pd-decode": "mine", "x-other": "kept"}
-        forward = fleet.forward(self.router, headers, '{"prompt": "é"}'.encode())
+        raw = '{"prompt": "é"}'.encode()
+        forward = fleet.forward(self.router, headers, raw)
         response = self.encode(Answer(Phase.REQUEST_BODY, forward))
         self.assertEqual(response.WhichOneof("response"), "request_body")
         common = response.request_body.response
-        self.assertEqual(common.body_mutation.body, forward.body)
-        self.assertEqual(json.loads(common.body_mutation.body)["kv_transfer_params"], fleet.PARAMS)
+        self.assertFalse(common.HasField("body_mutation"), "Envoy has the body")
+        handoff = response.dynamic_metadata["vllm_pd"]
+        spliced = raw[: int(handoff["at"])] + handoff["text"].encode()
+        self.assertEqual(json.loads(spliced), {"prompt": "é", "kv_transfer_params": fleet.PARAMS})
         sent = headers_of(common.header_mutation)
         self.assertEqual(sent, forward.headers())
         self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
         self.assertEqual(sent["x-pd-prefill"], "p0")
-        self.assertEqual(sent["content-length"], str(len(common.body_mutation.body)))
+        self.assertNotIn("content-length", sent, "Envoy's filter sets it, for each attempt")
         self.assertEqual(list(common.header_mutation.remove_headers), ["x-pd-decode"])
         self.assertEqual(common.status, pb.CommonResponse.CONTINUE)
+
+    def test_forward_with_a_hand_off_and_a_body_that_was_cut(self) -> None:
+        raw = b'{"prompt": "a", "kv_transfer_params": {}}'
+        forward = fleet.forward(self.router, fleet.COMPLETION, raw)
+        response = self.encode(Answer(Phase.REQUEST_BODY, forward))
+        common, handoff = response.request_body.response, response.dynamic_metadata["vllm_pd"]
+        body = common.body_mutation.body
+        self.assertEqual(json.loads(body), {"prompt": "a"})
+        self.assertEqual(headers_of(common.header_mutation)["content-length"], str(len(body)))
+        spliced = body[: int(handoff["at"])] + handoff["text"].encode()
+        self.assertEqual(json.loads(spliced), {"prompt": "a", "kv_transfer_params": fleet.PARAMS})
 
     def test_bodies_of_every_size(self) -> None:
         forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
@@ -179,13 +193,15 @@ class EncodeTest(unittest.TestCase):
             for phase in (Phase.REQUEST_BODY, Phase.REQUEST_HEADERS):
                 common = getattr(self.encode(Answer(phase, forward)), phase.name.lower()).response
                 self.assertEqual(common.body_mutation.body, forward.body)
-                self.assertEqual(headers_of(common.header_mutation), forward.headers())
+                expected = {**forward.headers(), "content-length": str(size)}
+                self.assertEqual(headers_of(common.header_mutation), expected)
 
     def test_forward_with_the_clients_body(self) -> None:
         forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
         self.assertIsNone(forward.body)
         common = self.encode(Answer(Phase.REQUEST_BODY, forward)).request_body.response
         self.assertFalse(common.HasField("body_mutation"))
+        self.assertEqual(forward.splice, None)
         sent = headers_of(common.header_mutation)
         self.assertEqual(sent["x-gateway-destination-endpoint"], "10.0.0.1:80,10.0.0.1:81")
         self.assertNotIn("content-length", sent)

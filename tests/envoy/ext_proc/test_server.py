@@ -251,7 +251,7 @@ class RealCallTest(Case):
         await call.read()
         await call.write(body_message(json.dumps({"prompt": "p" * (3 << 20)}).encode()))
         answer = pb.ProcessingResponse.FromString(await call.read())
-        self.assertGreater(len(answer.request_body.response.body_mutation.body), 3 << 20)
+        self.assertGreater(answer.dynamic_metadata["vllm_pd"]["at"], 3 << 20)
         call.cancel()
 
     async def test_a_wrong_mode_is_not_logged_with_each_request(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from tests.support import ext_proc as fleet
+from vllm_pd_scheduler.connectors import Splice
 from vllm_pd_scheduler.envoy.ext_proc.stream import (
     Answer,
     Continue,
@@ -231,9 +232,9 @@ class BodySizeTest(Case):
     def test_a_body_is_let_go_of_when_it_was_sent(self) -> None:
         stream = self.in_state(State.ROUTED)
         assert stream.forward is not None
-        stream.forward.body = b"large"
+        stream.forward.body, stream.forward.splice = b"large", Splice(1, b"large")
         stream.sent()
-        self.assertIsNone(stream.forward.body)
+        self.assertEqual((stream.forward.body, stream.forward.splice), (None, None))
 
 
 if __name__ == "__main__":

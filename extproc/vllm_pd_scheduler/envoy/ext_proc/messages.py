@@ -23,6 +23,9 @@ SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 DETAILS_PREFIX = "pd_"
 """Marks our replies in Envoy's response code details: envoy.yaml leaves the bodies of these as they are."""
 
+METADATA = "vllm_pd"
+"""The namespace of what Envoy's filter for cluster decode is told, without a header that D would see."""
+
 LARGE_BYTES = 1 << 16
 """A larger message is not copied into protobuf's memory as a whole, and then its body from there."""
 
@@ -116,9 +119,16 @@ def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
     response = pb.ProcessingResponse()
     common = (response.request_body if phase is Phase.REQUEST_BODY else response.request_headers).response
     mutation = common.header_mutation
-    _set(mutation.set_headers, forward.headers())
+    headers = forward.headers()
+    if forward.body is not None:
+        headers["content-length"] = str(len(forward.body))
+    _set(mutation.set_headers, headers)
     mutation.remove_headers.extend(forward.remove_headers)
     common.clear_route_cache = forward.stream  # streams have a route of their own
+    if forward.splice is not None:
+        handoff = response.dynamic_metadata.fields[METADATA].struct_value.fields
+        handoff["at"].number_value = forward.splice.at
+        handoff["text"].string_value = forward.splice.text
     data: bytes = response.SerializeToString()
     if forward.body is None:
         return (data,)

@@ -147,7 +147,7 @@ class Stream:
         """Record that Envoy may have the outcome, and let go of its body."""
         if self.state is State.ROUTED and self.forward is not None:
             self.state = State.FORWARDED
-            self.forward.body = None
+            self.forward.sent()
 
     @property
     def unsent(self) -> Forward | None:
