@@ -245,6 +245,18 @@ class RealCallTest(Case):
         kinds = (Call, exchange_module.Exchange, Stream)
         self.assertEqual([each for each in gc.get_objects() if isinstance(each, kinds)], [])
 
+    async def test_a_bug_ends_a_call_of_any_size(self) -> None:
+        for size in (1, 2 << 20):
+            call = self.open()
+            await call.write(headers_message())
+            await call.read()
+            broken = mock.patch.object(exchange_module, "decode", side_effect=RuntimeError("a bug"))
+            with broken, self.assertLogs("vllm_pd_scheduler", "ERROR"):
+                await call.write(body_message(b" " * size))
+                self.assertIs(await call.code(), grpc.StatusCode.INTERNAL)
+            await self.no_streams()
+            self.assert_nothing_left()
+
     async def test_a_large_body_is_read(self) -> None:
         call = self.open()
         await call.write(headers_message())

@@ -134,10 +134,7 @@ class Exchange:
         except StreamError as error:
             self._refuse(error)
         except Exception as error:
-            # A bug, or a strategy of the operator's own that raised: Envoy lets the request pass to D.
-            log.exception("a request could not be routed")
-            self._call.finish(StatusCode.INTERNAL, type(error).__name__)
-            self._end()
+            self._failed(error)
         finally:
             self._running = False
             if self._ended:
@@ -151,6 +148,14 @@ class Exchange:
             self._receive(decode(data))
         except (StreamError, CallError) as error:
             self._refuse(error)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """End the call for a bug, or a strategy of the operator's own: Envoy lets the request pass to D."""
+        log.exception("a request could not be routed")
+        self._call.finish(StatusCode.INTERNAL, type(error).__name__)
+        self._end()
 
     def _end(self) -> None:
         """Give back what the request had reserved, when nothing works on it any more."""
