@@ -28,6 +28,7 @@ from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.rpc import Server
 from vllm_pd_scheduler.system.allocator import return_large_blocks
 
 MIB = int(os.environ.get("BODY_MIB", "64"))
@@ -78,10 +79,8 @@ async def serve(shape: str, path: str) -> None:
     for role in InstanceRole:
         router.registry.probed(router.registry.add(PDInstance(role, role, "127.0.0.1", 1)), None)
     service = ExtProcService(router)
-    server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((service.handler(),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    server = Server(service.methods())
+    port = await server.listen("127.0.0.1", 0)
     before, late, busy = kib("VmRSS"), 0.0, 0.0
 
     async def tick() -> None:
@@ -100,7 +99,7 @@ async def serve(shape: str, path: str) -> None:
     answer, _ = await client.communicate()
     took = time.perf_counter() - start
     ticking.cancel()
-    await server.stop(None)
+    await server.stop()
     print(
         json.dumps(
             {

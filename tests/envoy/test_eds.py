@@ -14,6 +14,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 
 from tests.support.eds import told
 from tests.support.fleet import D, P
+from tests.support.rpc import served
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import eds
 from vllm_pd_scheduler.envoy.eds import SERVICE, SERVING, EndpointDiscovery, Subscription, Told
@@ -163,21 +164,12 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.registry = Registry()
         self.registry.add(PDInstance("d0", D, "10.0.0.1", 8200))
         self.registry.add(PDInstance("p0", P, "10.0.0.2", 8100))
-        self.server = grpc.aio.server()
         self.discovery = EndpointDiscovery(self.registry)
         self.wakes = 0
         wake = partial(self.wake, self.discovery._wake)
         self.enterContext(mock.patch.object(self.discovery, "_wake", wake))
-        self.server.add_generic_rpc_handlers((self.discovery.handler(),))
-        port = self.server.add_insecure_port("127.0.0.1:0")
-        await self.server.start()
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        self.channel = await self.enterAsyncContext(served(self.discovery))
         self.call = self.open()
-
-    async def asyncTearDown(self) -> None:
-        self.call.cancel()
-        await self.channel.close()
-        await self.server.stop(None)
 
     def wake(self, wake: Callable[[], None]) -> None:
         wake()
@@ -329,7 +321,7 @@ class StreamsTest(Case):
             (b"\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
             (b"\0" * (MAX_MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
         ):
-            with self.subTest(code), self.assertLogs("vllm_pd_scheduler.envoy.eds", "WARNING"):
+            with self.subTest(code), self.assertLogs("vllm_pd_scheduler", "WARNING"):
                 call = self.open()
                 await self.ask("decode", call=call)
                 await self.read(call)

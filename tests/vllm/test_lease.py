@@ -47,9 +47,10 @@ async def instance(stack: Stack, name: str) -> dict[str, Any]:
 
 async def use(stack: Stack, name: str, drained: str) -> None:
     """Have one of two P prefill, and not the other."""
-    for each, action in ((name, "undrain"), (drained, "drain")):
-        answer = await post(stack.admin, f"/instances/{each}/{action}", {})
-        assert answer.status < 300, answer
+    async with aiohttp.ClientSession() as session:
+        for each, action in ((name, "undrain"), (drained, "drain")):
+            async with session.post(f"{stack.admin}/instances/{each}/{action}") as answer:
+                assert answer.status < 300, await answer.text()
 
 
 async def held(stack: Stack, body: dict[str, Any]) -> asyncio.Task[Answer]:

@@ -21,21 +21,21 @@ class BodyAllocation:
     It starts with none. Whoever makes one calls ``release`` when the body is no longer in memory.
     """
 
-    __slots__ = ("_memory", "_size")
+    __slots__ = ("_memory", "size")
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
-        self._size = 0
+        self.size = 0
 
     def resize(self, size: int) -> bool:
         """Set the allocation to ``size`` bytes and return whether there was room.
 
         Without room (for this body alone, or for the sum of all) nothing changes.
         """
-        used = self._memory.used + size - self._size
+        used = self._memory.used + size - self.size
         if size > self._memory.largest or used > self._memory.limit:
             return False
-        self._memory.used, self._size = used, size
+        self._memory.used, self.size = used, size
         return True
 
     def release(self) -> None:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-# Must be set before gRPC is imported. To start Envoy, this process forks. By default gRPC prepares for use in
-# the child, where it is not used, and prints a warning about that.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-# Must be set before gRPC is imported. Without this experiment, gRPC's poller thread reads from sockets itself
-# and does not hand that to another thread: 9 to 15 % less CPU per request (grpcio 1.85, 16 and 1 clients,
-# alternating runs). A gRPC that does not know the experiment prints one line and ignores it.
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 from .envoy_config import envoy_config
 from .options import IntervalOption, LogLevel, LogLevelOption, ShadowOption

@@ -107,7 +107,7 @@ def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
             level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
         logging.captureWarnings(True)
-        logging.getLogger("grpc").setLevel(logging.WARNING)  # its DEBUG logs a line for each message
+        logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
         yield streams
 
 

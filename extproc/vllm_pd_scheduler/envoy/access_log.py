@@ -10,14 +10,14 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
 from envoy.service.accesslog.v3 import als_pb2
 
 from ..models import join_address
 from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure, failure_of_status
-from .limits import BadMessage, parse
+from ..rpc import Method, ServerStream, StatusCode, served_by
+from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +36,19 @@ class AttemptLog:
     def __init__(self, listener: Callable[[FailedAttempt], None]) -> None:
         self._listener = listener
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to register with a ``grpc.aio`` server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {"StreamAccessLogs": grpc.stream_unary_rpc_method_handler(self._stream)}
-        )
+    def methods(self) -> dict[str, Method]:
+        """Return what a server needs to serve this, by path."""
+        return {f"/{SERVICE}/StreamAccessLogs": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
-    async def _stream(self, messages: Any, context: Any) -> bytes:
+    async def _stream(self, stream: ServerStream) -> None:
         try:
-            async for data in messages:
+            while (data := await stream.read()) is not None:
                 for attempt in read_attempts(data):
                     self._listener(attempt)
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
-            await error.end(context)
-        return bytes(als_pb2.StreamAccessLogsResponse().SerializeToString())
+            raise
+        await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
 
 def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
@@ -63,7 +61,7 @@ def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
     entries = parse(als_pb2.StreamAccessLogsMessage, data).http_logs.log_entry
     if len(entries) > MAX_ENTRIES:
         reason = f"a StreamAccessLogsMessage of {len(entries)} entries: at most {MAX_ENTRIES} are read"
-        raise BadMessage(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        raise BadMessage(StatusCode.RESOURCE_EXHAUSTED, reason)
     for entry in entries:
         downstream = entry.common_properties.access_log_type == AccessLogType.DownstreamEnd
         failure = _failure_of_request(entry) if downstream else _failure_of_attempt(entry)

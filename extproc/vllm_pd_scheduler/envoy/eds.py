@@ -6,16 +6,15 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
-import grpc
 from envoy.service.discovery.v3 import discovery_pb2
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
-from .limits import BadMessage, parse
+from ..rpc import Method, ServerStream, served_by
+from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 from .load_assignment import TYPE_URL, LoadAssignment
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class EndpointDiscovery:
             role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
         }
         self._assignments[SERVING] = LoadAssignment(SERVING, partial(_one_if_served, registry))
-        self._told: WeakValueDictionary[str, Told] = WeakValueDictionary()
+        self._told: WeakKeyDictionary[object, Told] = WeakKeyDictionary()
         """By connection. Envoy has a stream for each cluster, and after a start they come when they like."""
         self._stale = True
         self._news: set[asyncio.Event] = set()
@@ -113,11 +112,9 @@ class EndpointDiscovery:
         self._pushed_at = 0.0
         registry.subscribe(self._on_change)
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to register with a ``grpc.aio`` server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {"StreamEndpoints": grpc.stream_stream_rpc_method_handler(self._stream)}
-        )
+    def methods(self) -> dict[str, Method]:
+        """Return what a server needs to serve this, by path."""
+        return {f"/{SERVICE}/StreamEndpoints": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
     def _on_change(self) -> None:
         self._stale = True
@@ -141,35 +138,33 @@ class EndpointDiscovery:
                 assignment.refresh()
         return subscription.response()
 
-    async def _stream(self, _: object, context: Any) -> None:
-        told = self._told.setdefault(context.peer(), Told())
+    async def _stream(self, stream: ServerStream) -> None:
+        told = self._told.setdefault(stream.connection, Told())
         subscription, news = Subscription(self._assignments, told), asyncio.Event()
         problem: BadMessage | None = None
         self._news.add(news)
         try:
             async with asyncio.TaskGroup() as tasks:
-                writing = tasks.create_task(self._write(context, subscription, news))
-                await self._read(context, subscription, news)
+                writing = tasks.create_task(self._write(stream, subscription, news))
+                await self._read(stream, subscription, news)
                 writing.cancel()
         except* BadMessage as errors:
             problem = errors.exceptions[0]  # type: ignore[assignment]  # one task reads
-        except* grpc.aio.InternalError:
-            pass  # Envoy is gone: nothing can be written any more
         finally:
             self._news.discard(news)
         if problem is not None:
             log.warning("an EDS stream was ended: %s", problem)
-            await problem.end(context)
+            raise problem
 
-    async def _read(self, context: Any, subscription: Subscription, news: asyncio.Event) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
+    async def _read(self, stream: ServerStream, subscription: Subscription, news: asyncio.Event) -> None:
+        while (data := await stream.read()) is not None:
             subscription.asked(parse(discovery_pb2.DiscoveryRequest, data))
             news.set()
 
-    async def _write(self, context: Any, subscription: Subscription, news: asyncio.Event) -> None:
+    async def _write(self, stream: ServerStream, subscription: Subscription, news: asyncio.Event) -> None:
         """Send what is new. A stream that is read slowly gets the newest state, not each one in between."""
         while await news.wait():
             news.clear()
             if (response := self._response(subscription)) is not None:
-                await context.write(response)
+                await stream.write(response)
                 self._wake()  # a stream may have waited for this one

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health, health_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from .limits import MAX_HEALTH_BYTES, BadMessage, parse
+from ..rpc import CallError, Method, ServerStream, StatusCode, served_by
+from .limits import MAX_HEALTH_BYTES, parse
 
-SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+SERVICE = "grpc.health.v1.Health"
+
+_SERVING, _SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x03"
+"""``HealthCheckResponse``: its field 1 is the status."""
+
+
+def _request_type() -> type[Any]:
+    """Return the class of ``HealthCheckRequest``, which has one field; in a pool of its own."""
+    file = descriptor_pb2.FileDescriptorProto(name="health.proto", package="grpc.health.v1", syntax="proto3")
+    field = file.message_type.add(name="HealthCheckRequest").field.add(name="service", number=1)
+    field.type, field.label = field.TYPE_STRING, field.LABEL_OPTIONAL
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("grpc.health.v1.HealthCheckRequest"))
+
+
+_Request = _request_type()
 
 
 class HealthService:
-    """Answers that the scheduler serves, as long as its event loop does."""
+    """Answers that the scheduler serves, as long as its event loop does. It knows no services apart."""
 
-    def __init__(self) -> None:
-        self._servicer = health.aio.HealthServicer()
+    def methods(self) -> dict[str, Method]:
+        """Return what a server needs to serve this, by path."""
+        return {
+            f"/{SERVICE}/Check": served_by(self._check, MAX_HEALTH_BYTES),
+            f"/{SERVICE}/Watch": served_by(self._watch, MAX_HEALTH_BYTES),
+        }
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to register with a ``grpc.aio`` server."""
-        encode = health_pb2.HealthCheckResponse.SerializeToString
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=encode),
-                "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=encode),
-            },
-        )
+    async def _check(self, stream: ServerStream) -> None:
+        if parse(_Request, await stream.read()).service:
+            raise CallError(StatusCode.NOT_FOUND, "only the server as a whole has a health: ask for ''")
+        await stream.write(_SERVING)
 
-    async def _check(self, data: bytes, context: Any) -> health_pb2.HealthCheckResponse:
-        return await self._servicer.Check(await _read(data, context), context)
-
-    async def _watch(self, data: bytes, context: Any) -> None:
-        await self._servicer.Watch(await _read(data, context), context)
-
-
-async def _read(data: bytes, context: Any) -> health_pb2.HealthCheckRequest:
-    try:
-        return parse(health_pb2.HealthCheckRequest, data, MAX_HEALTH_BYTES)
-    except BadMessage as error:
-        await error.end(context)
+    async def _watch(self, stream: ServerStream) -> None:
+        """Tell how it is, and nothing more: while this runs, it does not change."""
+        known = not parse(_Request, await stream.read()).service
+        await stream.write(_SERVING if known else _SERVICE_UNKNOWN)
+        await asyncio.get_running_loop().create_future()

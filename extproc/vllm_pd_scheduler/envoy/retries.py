@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
-
-import grpc
 
 from ..request import headers as names
 from ..routing.attempts import Retry
+from ..rpc import CallError, Method, ServerStream, StatusCode, served_by
+from .limits import MAX_MESSAGE_BYTES
 
 SERVICE = "vllm_pd_scheduler.Retries"
 
@@ -24,8 +23,8 @@ REPORTS_S = 0.1
 _POLL_S = 0.005
 
 _REFUSALS = {
-    Retry.LOST: (grpc.StatusCode.PERMISSION_DENIED, "two instances have lost the request"),
-    Retry.SLOW: (grpc.StatusCode.RESOURCE_EXHAUSTED, "the fleet is slow"),
+    Retry.LOST: (StatusCode.PERMISSION_DENIED, "two instances have lost the request"),
+    Retry.SLOW: (StatusCode.RESOURCE_EXHAUSTED, "the fleet is slow"),
 }
 
 
@@ -39,15 +38,12 @@ class RetryCheck:
     def __init__(self, allowed: Callable[[str, int], Retry | None]) -> None:
         self._allowed = allowed
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to register with a ``grpc.aio`` server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {"Allowed": grpc.unary_unary_rpc_method_handler(self._check)}
-        )
+    def methods(self) -> dict[str, Method]:
+        """Return what a server needs to serve this, by path."""
+        return {f"/{SERVICE}/Allowed": served_by(self._check, MAX_MESSAGE_BYTES)}
 
-    async def _check(self, _: bytes, context: Any) -> bytes:
-        asked = dict(context.invocation_metadata())
-        request, attempt = asked.get(names.ID, ""), asked.get(names.ATTEMPT, "")
+    async def _check(self, stream: ServerStream) -> None:
+        request, attempt = stream.metadata(names.ID) or "", stream.metadata(names.ATTEMPT) or ""
         made = int(attempt[:9]) - 1 if attempt.isdecimal() else 0
         answer = self._allowed(request, made)
         for _poll in range(round(REPORTS_S / _POLL_S)):
@@ -57,5 +53,5 @@ class RetryCheck:
             answer = self._allowed(request, made)
         answer = answer or self._allowed(request, 0)
         if answer in _REFUSALS:
-            await context.abort(*_REFUSALS[answer])
-        return b""
+            raise CallError(*_REFUSALS[answer])
+        await stream.write(b"")

@@ -7,15 +7,12 @@ import gc
 import logging
 from contextlib import AsyncExitStack
 
-import grpc
-
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
-from ..config import SchedulerConfig, TlsConfig, is_loopback
+from ..config import SchedulerConfig, is_loopback
 from ..envoy.access_log import AttemptLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
-from ..envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
@@ -25,6 +22,7 @@ from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
 from ..models import join_address
 from ..router import PDRouter
+from ..rpc import ListenError, Server
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
@@ -122,13 +120,13 @@ class App:
         retries = RetryCheck(self.router.in_flight.may_try_again)
         discovery = EndpointDiscovery(self.router.registry)
         services = (self.ext_proc, discovery, attempts, retries, HealthService())
-        server = create_server([service.handler() for service in services], config.max_body_bytes)
+        server = Server({path: method for each in services for path, method in each.methods().items()})
         try:
             if config.grpc_socket is not None:
-                listen_on_socket(server, config.grpc_socket)
+                await server.listen_on_socket(config.grpc_socket)
             else:
-                credentials = _credentials(config.grpc_tls) if config.grpc_tls else None
-                listen(server, config.grpc_host, config.grpc_port, credentials)
+                tls = config.grpc_tls.context() if config.grpc_tls else None
+                await server.listen(config.grpc_host, config.grpc_port, tls)
         except ListenError as error:
             key = "grpc_port" if config.grpc_socket is None else "grpc_socket"
             raise StartupError(f"{key}: {error}") from None
@@ -139,11 +137,8 @@ class App:
                 config.grpc_host,
                 config.grpc_port,
             )
-        await server.start()
-        self._stack.push_async_callback(server.stop, None)
-        watchdog = LoopWatchdog(
-            config.grpc_socket or config.grpc_port, self.router.telemetry.event_loop_stalled
-        )
+        self._stack.push_async_callback(server.stop)
+        watchdog = LoopWatchdog(self.router.telemetry.event_loop_stalled)
         watchdog.start()
         self._stack.callback(watchdog.stop)
 
@@ -164,10 +159,3 @@ class App:
         finally:
             refuse.cancel()
         return True
-
-
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """Return what a gRPC server needs for TLS. Raise :exc:`ValueError` that names a file it cannot use."""
-    tls.context()  # checks the files, with better messages than gRPC's
-    cert, key, client_ca = tls.read()
-    return grpc.ssl_server_credentials([(key, cert)], client_ca, require_client_auth=client_ca is not None)

@@ -1,4 +1,4 @@
-"""Notices from outside of the event loop that it stands still, and cuts Envoy loose."""
+"""Notices from outside of the event loop that it stands still, and says where."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-
-from ..system.connections import close_accepted
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +21,11 @@ _TICK_S = 0.25
 class LoopWatchdog:
     """A thread that watches the running event loop, from ``start`` to ``stop``.
 
-    gRPC answers Envoy's pings by threads of its own, so Envoy waits for a loop that stands still, an hour if
-    need be. While it does, this thread closes all connections to ``address`` (a TCP port, or the path of a
-    Unix socket), again and again: Envoy lets the requests pass without us, and finds us unhealthy.
-    ``stalled`` is called once each time, by the thread.
+    A loop that stands still answers none of Envoy's pings, so Envoy lets the requests pass without us, also
+    those in flight. ``stalled`` is called once each time, by the thread.
     """
 
-    def __init__(self, address: int | str, stalled: Callable[[], None]) -> None:
-        self._address = address
+    def __init__(self, stalled: Callable[[], None]) -> None:
         self._stalled = stalled
         self._beats = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -74,16 +69,6 @@ class LoopWatchdog:
                     self._place(),
                 )
             late += passed
-            if late > LIMIT_S:
-                self._cut()
-
-    def _cut(self) -> None:
-        try:
-            closed = close_accepted(self._address)
-        except OSError as error:
-            log.error("Envoy's connections cannot be closed: %s", error)
-        else:
-            log.debug("%d connections of Envoy's were closed", closed)
 
     def _place(self) -> str:
         """Where the loop's thread is now."""

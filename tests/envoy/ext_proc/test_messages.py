@@ -4,7 +4,6 @@ import json
 import sys
 import unittest
 
-import grpc
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
@@ -13,6 +12,7 @@ from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX, LARGE_BYTE
 from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Continue, Message, Phase, StreamError
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES, BadMessage
 from vllm_pd_scheduler.request.errors import Reject, reject
+from vllm_pd_scheduler.rpc import StatusCode
 
 OVERWRITE = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -108,7 +108,7 @@ class DecodeTest(unittest.TestCase):
                 self.assertRaisesRegex(BadMessage, "^not a ProcessingRequest$") as caught,
             ):
                 decode(data)
-            self.assertIs(caught.exception.code, grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIs(caught.exception.code, StatusCode.INVALID_ARGUMENT)
         with self.assertRaisesRegex(StreamError, "unknown kind None"):
             decode(b"")
 
@@ -137,7 +137,7 @@ class LargeTest(unittest.TestCase):
         ):
             with self.assertRaises(BadMessage) as caught:
                 decode(message)
-            self.assertIs(caught.exception.code, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self.assertIs(caught.exception.code, StatusCode.RESOURCE_EXHAUSTED)
 
 
 class EncodeTest(unittest.TestCase):
@@ -145,7 +145,7 @@ class EncodeTest(unittest.TestCase):
         self.router = fleet.build()
 
     def encode(self, reply: Continue | Answer) -> pb.ProcessingResponse:
-        return pb.ProcessingResponse.FromString(encode(reply))
+        return pb.ProcessingResponse.FromString(b"".join(encode(reply)))
 
     def test_continue_is_of_the_kind_of_its_message(self) -> None:
         for phase in Phase:

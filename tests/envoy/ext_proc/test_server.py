@@ -1,9 +1,9 @@
-"""The gRPC shell: what becomes of a hand-off when the call ends around the answer, and what ends a call."""
+"""The ext_proc service: what becomes of a hand-off when a call ends, and what ends one."""
 
 import asyncio
+import gc
 import json
 import unittest
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,15 +11,17 @@ import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.support import ext_proc as fleet
+from tests.support.rpc import served
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.envoy.ext_proc import server as server_module
+from vllm_pd_scheduler.envoy.ext_proc import exchange as exchange_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
-from vllm_pd_scheduler.envoy.grpc_server import create_server
+from vllm_pd_scheduler.envoy.ext_proc.stream import Stream
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
+from vllm_pd_scheduler.rpc import Call, StatusCode
 
-LOG = "vllm_pd_scheduler.envoy.ext_proc.server"
+LOG = "vllm_pd_scheduler.envoy.ext_proc.exchange"
 
 
 def headers_message(**more: str) -> bytes:
@@ -36,34 +38,27 @@ def body_message(body: bytes = json.dumps({"prompt": "p"}).encode()) -> bytes:
     return bytes(request.SerializeToString())
 
 
-class Context:
-    """A call whose client sends a request, and whose second write goes as the test says."""
+class FakeCall:
+    """A call whose client sends a request, and whose answers are known to be out when the test says."""
 
-    def __init__(self, answer_goes: Callable[[], Any] | None = None) -> None:
+    def __init__(self) -> None:
+        self.exchange: Any = None
         self.messages = [headers_message(), body_message()]
         self.written: list[pb.ProcessingResponse] = []
-        self.writing = asyncio.Event()
-        self.answer_goes = answer_goes
-        self.aborted: grpc.StatusCode | None = None
+        self.goes_at_once = True
+        self.status: StatusCode | None = None
 
-    async def read(self) -> Any:
-        if self.messages:
-            return self.messages.pop(0)
-        await asyncio.Event().wait()
+    def next(self) -> None:
+        if self.exchange is not None and self.messages:
+            self.exchange.message(self.messages.pop(0))
 
-    async def write(self, data: bytes) -> None:
-        self.written.append(pb.ProcessingResponse.FromString(data))
-        if len(self.written) == 2:
-            self.writing.set()
-            if self.answer_goes is not None:
-                await self.answer_goes()
+    def write(self, *parts: bytes) -> None:
+        self.written.append(pb.ProcessingResponse.FromString(b"".join(parts)))
+        if self.goes_at_once or len(self.written) < 2:
+            self.exchange.written()
 
-    async def abort(self, code: grpc.StatusCode, _: str) -> None:
-        self.aborted = code
-        raise grpc.aio.AbortError
-
-    def cancelled(self) -> bool:
-        return False
+    def finish(self, code: StatusCode = StatusCode.OK, _: str = "") -> None:
+        self.status = code
 
 
 class Case(unittest.IsolatedAsyncioTestCase):
@@ -73,14 +68,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.router.in_flight.release_handoff = self.freed.append
         self.service = ExtProcService(self.router)
 
-    def start(self, context: Any) -> asyncio.Task[None]:
-        return asyncio.ensure_future(self.service._process(None, context))
-
-    async def ended(self, call: asyncio.Task[None]) -> None:
-        """Wait for a call's end; nothing of it may be left."""
-        async with asyncio.timeout(HUNG_S):
-            with self.assertRaises((asyncio.CancelledError, grpc.aio.AbortError)):
-                await call
+    def assert_nothing_left(self) -> None:
         self.assertEqual(fleet.in_flight(self.router), 0)
         self.assertEqual(self.service.open_streams, 0)
         self.assertEqual(self.router.body_memory.used, 0)
@@ -90,113 +78,130 @@ class Case(unittest.IsolatedAsyncioTestCase):
 class HandoffTest(Case):
     """Only what certainly was not sent is freed: a D may be using the rest."""
 
+    def start(self, goes_at_once: bool = True) -> FakeCall:
+        call = FakeCall()
+        call.goes_at_once = goes_at_once
+        call.exchange = self.service._open(call)  # type: ignore[arg-type]
+        call.next()
+        return call
+
+    async def answered(self, call: FakeCall) -> None:
+        await until(lambda: len(call.written) == 2)
+
     async def test_one_that_envoy_got_is_not_freed(self) -> None:
-        context = Context()
-        call = self.start(context)
-        await context.writing.wait()
-        await asyncio.sleep(0)
+        call = self.start()
+        await self.answered(call)
         self.assertEqual(fleet.in_flight(self.router), 1)
-        call.cancel()
-        await self.ended(call)
+        self.assertEqual(self.router.body_memory.used, 0)
+        call.exchange.cancelled()
+        self.assert_nothing_left()
         self.assertEqual(self.freed, [])
 
-    async def test_one_whose_write_went_out_as_the_client_left_is_not_freed(self) -> None:
-        went = asyncio.Event()
-        context = Context(went.wait)
-        call = self.start(context)
-        await context.writing.wait()
-        call.cancel()
-        await asyncio.sleep(0)
-        self.assertFalse(call.done(), "it is not known yet")
-        self.assertEqual(self.freed, [])
-        went.set()
-        await self.ended(call)
+    async def test_one_that_went_out_late_is_not_freed(self) -> None:
+        """Envoy's windows had held it back."""
+        call = self.start(goes_at_once=False)
+        await self.answered(call)
+        self.assertGreater(self.router.body_memory.used, 0)
+        call.exchange.written()
+        self.assertEqual(self.router.body_memory.used, 0)
+        call.exchange.cancelled()
+        self.assert_nothing_left()
         self.assertEqual(self.freed, [])
 
-    async def test_one_whose_write_was_done_before_the_cancellation_came(self) -> None:
-        """The loop was busy: it learns of both at once."""
-        context = Context()
-        call = self.start(context)
-        await context.writing.wait()
-        call.cancel()
-        await self.ended(call)
-        self.assertEqual(self.freed, [])
+    async def test_one_that_did_not_go_out_is_freed(self) -> None:
+        call = self.start(goes_at_once=False)
+        await self.answered(call)
+        call.exchange.cancelled()
+        self.assert_nothing_left()
+        self.assertEqual(len(self.freed), 1)
 
-    async def test_one_whose_write_failed_is_freed(self) -> None:
-        for cancelled in (True, False):
-            with self.subTest(cancelled=cancelled), self.assertNoLogs(LOG):
-                failed = asyncio.get_running_loop().create_future()
-                context = Context(lambda failed=failed: failed)  # type: ignore[misc]
-                call = self.start(context)
-                await context.writing.wait()
-                if cancelled:
-                    call.cancel()
-                    await asyncio.sleep(0)
-                failed.set_exception(grpc.aio.InternalError("Failed to execute_batch"))
-                await self.ended(call)
-                self.assertEqual(len(self.freed), 1)
-                self.freed.clear()
+    async def test_a_request_that_is_left_while_it_is_routed(self) -> None:
+        for turns in range(20):
+            call = self.start()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.exchange.cancelled()
+            await until(lambda: self.service.open_streams == 0)
+            self.assert_nothing_left()
+            if len(call.written) == 2:
+                break
+        else:
+            self.fail("none was routed")
+        self.assertEqual(self.freed, [])
 
     async def test_one_whose_answer_could_not_be_written_is_freed(self) -> None:
-        context = Context()
-        broken = mock.patch.object(server_module, "encode", side_effect=[b"", RuntimeError("a bug")])
+        broken = mock.patch.object(exchange_module, "encode", side_effect=[(b"",), RuntimeError("a bug")])
         with broken, self.assertLogs(LOG, "ERROR"):
-            await self.ended(self.start(context))
-        self.assertIs(context.aborted, grpc.StatusCode.INTERNAL)
+            call = self.start()
+            await until(lambda: call.status is not None)
+            await until(lambda: self.service.open_streams == 0)
+        self.assertIs(call.status, StatusCode.INTERNAL)
         self.assertEqual(len(self.freed), 1)
+        self.assert_nothing_left()
 
     async def test_an_error_has_none_to_free(self) -> None:
         for endpoint in list(self.router.registry):
             self.router.drain_instance(endpoint.id)
-        context = Context()
-        async with asyncio.timeout(HUNG_S):
-            await self.service._process(None, context)
-        self.assertEqual(context.written[1].WhichOneof("response"), "immediate_response")
+        call = self.start()
+        await self.answered(call)
+        self.assertEqual(call.written[1].WhichOneof("response"), "immediate_response")
+        await until(lambda: self.service.open_streams == 0)
+        self.assertIs(call.status, StatusCode.OK)
         self.assertEqual(self.freed, [])
+        self.assert_nothing_left()
+
+    async def test_the_end_of_an_answer(self) -> None:
+        call = self.start()
+        await self.answered(call)
+        call.exchange.half_closed()
+        self.assertIs(call.status, StatusCode.OK)
+        self.assert_nothing_left()
 
 
 class RealCallTest(Case):
     """Over gRPC itself."""
 
     async def asyncSetUp(self) -> None:
-        self.server = create_server([self.service.handler()], max_body_bytes=4 << 20)
-        port = self.server.add_insecure_port("127.0.0.1:0")
-        await self.server.start()
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
-
-    async def asyncTearDown(self) -> None:
-        await self.channel.close()
-        await self.server.stop(None)
+        self.router.config = self.router.config.model_copy(update={"max_body_bytes": 4 << 20})
+        self.channel = await self.enterAsyncContext(served(self.service))
 
     def open(self) -> Any:
         return self.channel.stream_stream(f"/{SERVICE}/Process")()
 
     async def no_streams(self) -> None:
-        async def none() -> bool:
-            return self.service.open_streams == 0
+        await until(lambda: self.service.open_streams == 0)
 
-        await until(none)
-
-    async def test_a_client_that_leaves_while_the_loop_is_busy_is_no_error(self) -> None:
-        """The write is tried on a call that has ended, and what it was about is freed."""
+    async def test_a_client_that_leaves_while_it_is_routed_is_no_error(self) -> None:
         call = self.open()
         await call.write(headers_message())
         await call.read()
         routed, route = asyncio.Event(), self.router.route
 
         async def slow(*args: Any) -> Any:
-            outcome = await route(*args)
             routed.set()
-            await asyncio.sleep(0)
-            return outcome
+            await asyncio.sleep(HUNG_S)
+            return await route(*args)
 
-        with mock.patch.object(self.router, "route", slow), self.assertNoLogs(LOG):
+        with mock.patch.object(self.router, "route", slow), self.assertNoLogs("vllm_pd_scheduler"):
             await call.write(body_message())
             await routed.wait()
             call.cancel()
             await self.no_streams()
-        self.assertEqual(fleet.in_flight(self.router), 0)
+        self.assert_nothing_left()
+
+    async def test_a_large_body_without_room_is_refused_before_it_comes(self) -> None:
+        """Its length comes first, and Envoy has not announced it."""
+        self.router.body_memory.limit = 1 << 20
+        call = self.open()
+        await call.write(headers_message())
+        await call.read()
+        with mock.patch.object(exchange_module, "decode", side_effect=AssertionError("it was read")):
+            await call.write(body_message(b" " * (3 << 20)))
+            answer = pb.ProcessingResponse.FromString(await call.read())
+        self.assertEqual(answer.immediate_response.status.code, 429)
+        self.assertIs(await call.code(), grpc.StatusCode.OK)
+        await self.no_streams()
+        self.assert_nothing_left()
 
     async def test_what_ends_a_call(self) -> None:
         large = pb.ProcessingRequest()
@@ -224,6 +229,34 @@ class RealCallTest(Case):
                 await self.no_streams()
                 self.assertEqual(self.router.body_memory.used, 0)
 
+    async def test_a_call_that_has_ended_is_gone(self) -> None:
+        """Nothing of it waits for the garbage collector."""
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for _ in range(3):
+            call = self.open()
+            await call.write(headers_message())
+            await call.read()
+            await call.write(body_message())
+            await call.read()
+            await call.done_writing()
+            self.assertIs(await call.code(), grpc.StatusCode.OK)
+        kinds = (Call, exchange_module.Exchange, Stream)
+        self.assertEqual([each for each in gc.get_objects() if isinstance(each, kinds)], [])
+
+    async def test_a_bug_ends_a_call_of_any_size(self) -> None:
+        for size in (1, 2 << 20):
+            call = self.open()
+            await call.write(headers_message())
+            await call.read()
+            broken = mock.patch.object(exchange_module, "decode", side_effect=RuntimeError("a bug"))
+            with broken, self.assertLogs("vllm_pd_scheduler", "ERROR"):
+                await call.write(body_message(b" " * size))
+                self.assertIs(await call.code(), grpc.StatusCode.INTERNAL)
+            await self.no_streams()
+            self.assert_nothing_left()
+
     async def test_a_large_body_is_read(self) -> None:
         call = self.open()
         await call.write(headers_message())
@@ -234,7 +267,7 @@ class RealCallTest(Case):
         call.cancel()
 
     async def test_a_wrong_mode_is_not_logged_with_each_request(self) -> None:
-        with self.assertLogs(LOG, "WARNING") as logs:
+        with self.assertLogs("vllm_pd_scheduler.envoy.ext_proc.server", "WARNING") as logs:
             for _ in range(5):
                 call = self.open()
                 await call.write(body_message())

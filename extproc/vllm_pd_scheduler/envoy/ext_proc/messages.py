@@ -47,7 +47,7 @@ _BODY = {
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes | bytearray) -> Message:
     """Read a ``ProcessingRequest``.
 
     Raises :exc:`~..limits.BadMessage` if it is none or has more than ``MAX_MESSAGE_BYTES`` beside a body,
@@ -57,7 +57,7 @@ def decode(data: bytes) -> Message:
         check_size("ProcessingRequest without its body", len(data) - body_size(data), MAX_MESSAGE_BYTES)
     if len(data) > LARGE_BYTES and (message := _large_body(data)) is not None:
         return message
-    request = parse(pb.ProcessingRequest, data, len(data))
+    request = parse(pb.ProcessingRequest, bytes(data))
     kind = request.WhichOneof("request")
     if kind == "request_headers":
         headers = {
@@ -89,7 +89,7 @@ def _body_follows(request: Any) -> bool:
     return not request.request_headers.end_of_stream and not unasked
 
 
-def _large_body(data: bytes) -> Message | None:
+def _large_body(data: bytes | bytearray) -> Message | None:
     """Read a message with a body, and copy that once; ``None`` if it is another one."""
     outer = find(data, pb.ProcessingRequest.REQUEST_BODY_FIELD_NUMBER, 0, len(data))
     inner = outer and find(data, pb.HttpBody.BODY_FIELD_NUMBER, outer.start, outer.end)
@@ -102,19 +102,20 @@ def _large_body(data: bytes) -> Message | None:
         return None
     if rest.body or others.WhichOneof("request"):
         return None
-    return Message(Phase.REQUEST_BODY, rest.end_of_stream, body=data[inner.start : inner.end])
+    body = bytes(memoryview(data)[inner.start : inner.end])
+    return Message(Phase.REQUEST_BODY, rest.end_of_stream, body=body)
 
 
-def encode(action: Reply) -> bytes:
-    """Write the ``ProcessingResponse`` for an action."""
+def encode(action: Reply) -> tuple[bytes, ...]:
+    """Write the ``ProcessingResponse`` for an action, in parts: a body is not copied."""
     if isinstance(action, Continue):
-        return _CONTINUE[action.phase]
+        return (_CONTINUE[action.phase],)
     if isinstance(action.outcome, Reject):
-        return _immediate(action.outcome)
+        return (_immediate(action.outcome),)
     return _forward(action.phase, action.outcome)
 
 
-def _forward(phase: Phase, forward: Forward) -> bytes:
+def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
     response = pb.ProcessingResponse()
     common = (response.request_body if phase is Phase.REQUEST_BODY else response.request_headers).response
     mutation = common.header_mutation
@@ -130,9 +131,9 @@ def _forward(phase: Phase, forward: Forward) -> bytes:
         handoff["text"].string_value = forward.splice.text
     data: bytes = response.SerializeToString()
     if forward.body is None:
-        return data
+        return (data,)
     # Not as a field of the message: the body would be copied three times more.
-    return b"".join((data, prefix(_BODY[phase], len(forward.body)), forward.body))
+    return (data, prefix(_BODY[phase], len(forward.body)), forward.body)
 
 
 def _immediate(answer: Reject) -> bytes:

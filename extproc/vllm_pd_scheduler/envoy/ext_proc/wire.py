@@ -20,12 +20,12 @@ class Field(NamedTuple):
     start: int
     end: int
 
-    def without(self, data: bytes, start: int, end: int) -> bytes:
+    def without(self, data: bytes | bytearray, start: int, end: int) -> bytes:
         """Return the message from ``start`` to ``end`` without this field."""
-        return data[start : self.tag] + data[self.end : end]
+        return bytes(data[start : self.tag] + data[self.end : end])
 
 
-def find(data: bytes, number: int, start: int, end: int) -> Field | None:
+def find(data: bytes | bytearray, number: int, start: int, end: int) -> Field | None:
     """Return a length-delimited field of the message from ``start`` to ``end``; ``None`` if it has none."""
     at = start
     for _ in range(_MOST_FIELDS):
@@ -42,7 +42,7 @@ def find(data: bytes, number: int, start: int, end: int) -> Field | None:
     return None
 
 
-def body_size(data: bytes) -> int:
+def body_size(data: bytes | bytearray) -> int:
     """Return how many bytes of a ``ProcessingRequest`` are a body.
 
     A body costs no more than its bytes to parse; as many bytes of headers cost a hundred times as much.
@@ -78,7 +78,7 @@ def _varint(value: int) -> bytes:
     return bytes(written)
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
     """Return the number at an offset, and where it ends; 0 at the end of ``data``."""
     value = shift = 0
     for byte in data[at : at + 10]:

@@ -1,12 +1,12 @@
 """The gRPC server: where it listens, who may connect, and what one message may cost."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import stat
 import tempfile
 import unittest
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,15 +17,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.processes import unused_ports
 from tests.support.proxy import proxy
+from tests.support.rpc import OPTIONS
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.envoy import access_log, grpc_server
+from vllm_pd_scheduler.envoy import access_log
 from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AttemptLog
-from vllm_pd_scheduler.envoy.grpc_server import ListenError, create_server, listen, listen_on_socket
 from vllm_pd_scheduler.envoy.health import HealthService
 from vllm_pd_scheduler.envoy.limits import MAX_HEALTH_BYTES, MAX_MESSAGE_BYTES
+from vllm_pd_scheduler.http2.frames import PREFACE
 from vllm_pd_scheduler.request import headers as names
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+from vllm_pd_scheduler.rpc import ListenError, Server, protocol
 
+ANY = health_pb2.HealthCheckRequest()
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -34,23 +37,23 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.path = str(self.directory / "grpc")
         self.attempts: list[FailedAttempt] = []
-        self.server = self.create()
+        services = (HealthService(), AttemptLog(self.attempts.append))
+        self.server = Server({path: each for service in services for path, each in service.methods().items()})
 
     async def asyncTearDown(self) -> None:
-        await self.server.stop(None)
+        await self.server.stop()
 
-    def create(self) -> grpc.aio.Server:
-        services = (HealthService(), AttemptLog(self.attempts.append))
-        return create_server([service.handler() for service in services], max_body_bytes=4 << 20)
-
-    async def serve(self, where: Callable[..., None], *address: Any) -> grpc.aio.Channel:
-        """Start the server, and return a channel to it."""
-        where(self.server, *address)
-        await self.server.start()
-        target = f"unix:{address[0]}" if where is listen_on_socket else "{}:{}".format(*address)
-        channel = grpc.aio.insecure_channel(target, options=[("grpc.max_send_message_length", -1)])
+    def channel_to(self, target: str) -> grpc.aio.Channel:
+        channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self.addAsyncCleanup(channel.close)
         return channel
+
+    async def at_socket(self) -> grpc.aio.Channel:
+        await self.server.listen_on_socket(self.path)
+        return self.channel_to(f"unix:{self.path}")
+
+    async def at_port(self) -> grpc.aio.Channel:
+        return self.channel_to(f"127.0.0.1:{await self.server.listen('127.0.0.1', 0)}")
 
     async def check(self, channel: grpc.aio.Channel, service: str = "") -> int:
         request = health_pb2.HealthCheckRequest(service=service)
@@ -61,30 +64,30 @@ class Case(unittest.IsolatedAsyncioTestCase):
 class SocketTest(Case):
     async def test_only_this_user_can_open_it(self) -> None:
         self.addCleanup(os.umask, os.umask(0))
-        channel = await self.serve(listen_on_socket, self.path)
+        channel = await self.at_socket()
         self.assertEqual(stat.S_IMODE(os.lstat(self.path).st_mode), 0o600)
         self.assertEqual(os.umask(0), 0, "the process's own umask is as it was")
         self.assertEqual(await self.check(channel), SERVING)
-        await self.server.stop(None)
-
-        async def gone() -> bool:
-            return not os.listdir(self.directory)
-
-        await until(gone)
+        await self.server.stop()
+        self.assertEqual(os.listdir(self.directory), [])
 
     async def test_there_is_no_moment_in_which_others_can(self) -> None:
         """Not made with other permissions and changed after."""
-        with mock.patch("os.chmod") as chmod, mock.patch.object(self.server, "add_insecure_port") as add:
-            modes = []
-            add.side_effect = lambda _: modes.append(os.umask(0o177))
-            listen_on_socket(self.server, self.path)
-        self.assertEqual((modes, chmod.call_count), ([0o177], 0))
+        bind, modes = socket.socket.bind, []
+
+        def watched(made: socket.socket, address: Any) -> None:
+            bind(made, address)
+            modes.append(stat.S_IMODE(os.lstat(address).st_mode))
+
+        with mock.patch("os.chmod") as chmod, mock.patch.object(socket.socket, "bind", watched):
+            await self.at_socket()
+        self.assertEqual((modes, chmod.call_count), ([0o600], 0))
 
     async def test_what_a_killed_process_left_is_replaced(self) -> None:
         with socket.socket(socket.AF_UNIX) as left:
             left.bind(self.path)
             left.listen()
-        self.assertEqual(await self.check(await self.serve(listen_on_socket, self.path)), SERVING)
+        self.assertEqual(await self.check(await self.at_socket()), SERVING)
 
     async def test_what_another_serves_is_not_replaced(self) -> None:
         with socket.socket(socket.AF_UNIX) as other:
@@ -93,14 +96,14 @@ class SocketTest(Case):
             with self.assertRaisesRegex(
                 ListenError, f"^cannot listen on {self.path}: another process serves"
             ):
-                listen_on_socket(self.server, self.path)
+                await self.at_socket()
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(self.path)
 
     async def test_what_is_no_socket_is_not_replaced(self) -> None:
         os.mkdir(self.path)
         with self.assertRaisesRegex(ListenError, "there is something else"):
-            listen_on_socket(self.server, self.path)
+            await self.at_socket()
         self.assertTrue(stat.S_ISDIR(os.lstat(self.path).st_mode))
 
     async def test_where_none_can_be(self) -> None:
@@ -109,12 +112,12 @@ class SocketTest(Case):
             (f"{self.directory}/{'x' * 107}", "at most 107 bytes"),
         ):
             with self.subTest(reason), self.assertRaisesRegex(ListenError, reason):
-                listen_on_socket(self.server, path)
+                await self.server.listen_on_socket(path)
 
 
 class PortTest(Case):
     async def test_a_port(self) -> None:
-        channel = await self.serve(listen, "127.0.0.1", unused_ports(1)[0])
+        channel = await self.at_port()
         self.assertEqual(await self.check(channel), SERVING)
 
     async def test_one_that_cannot_be_had_is_told_with_the_reason(self) -> None:
@@ -126,52 +129,58 @@ class PortTest(Case):
                 ("nowhere.invalid", f"^cannot listen on nowhere.invalid:{port}: "),
             ):
                 with self.subTest(host), self.assertRaisesRegex(ListenError, reason):
-                    listen(self.server, host, port)
+                    await self.server.listen(host, port)
 
 
 class KeepaliveTest(Case):
     async def test_a_client_that_vanished_is_found(self) -> None:
         """The end of its call is seen as if it had left."""
-        port, between = unused_ports(2)
+        between = unused_ports(1)[0]
         quick = {"KEEPALIVE_INTERVAL_S": 0.3, "KEEPALIVE_TIMEOUT_S": 0.3}
-        with mock.patch.multiple(grpc_server, **quick):
-            self.server = self.create()
-        await self.serve(listen, "127.0.0.1", port)
-        async with (
-            proxy(between, port) as wire,
-            grpc.aio.insecure_channel(f"127.0.0.1:{between}") as channel,
-        ):
-            call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        self.enterContext(mock.patch.multiple(protocol, **quick))
+        port = await self.server.listen("127.0.0.1", 0)
+        async with proxy(between, port) as wire:
+            call = health_pb2_grpc.HealthStub(self.channel_to(f"127.0.0.1:{between}")).Watch(ANY)
             self.assertEqual((await call.read()).status, SERVING)
-            calls = _calls()
+            self.assertEqual(calls(), 1)
             wire.freeze()
-
-            async def ended() -> bool:
-                return _calls() == calls - 1
-
-            await until(ended)
+            await until(lambda: calls() == 0)
+            self.assertFalse(self.server._connections)
 
     async def test_one_that_is_silent_is_not(self) -> None:
         """It answers pings, though nothing else is said."""
-        with mock.patch.multiple(grpc_server, KEEPALIVE_INTERVAL_S=0.05, KEEPALIVE_TIMEOUT_S=5.0):
-            self.server = self.create()
-        channel = await self.serve(listen, "127.0.0.1", unused_ports(1)[0])
-        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        self.enterContext(
+            mock.patch.multiple(protocol, KEEPALIVE_INTERVAL_S=0.05, KEEPALIVE_TIMEOUT_S=HUNG_S)
+        )
+        call = health_pb2_grpc.HealthStub(await self.at_port()).Watch(ANY)
         await call.read()
-        calls = _calls()
-        await asyncio.sleep(0.5)
-        self.assertEqual(_calls(), calls)
+        (connection,) = self.server._connections
+        with mock.patch.object(connection.connection, "ping", side_effect=connection.connection.ping) as ping:
+            await until(lambda: ping.call_count > 4)
+        self.assertEqual(calls(), 1)
         self.assertFalse(call.done())
 
+    async def test_one_that_says_nothing_at_all(self) -> None:
+        """It has connected, and does not speak HTTP/2."""
+        self.enterContext(mock.patch.multiple(protocol, PREFACE_S=0.1))
+        port = await self.server.listen("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PREFACE[:10])
+        async with asyncio.timeout(HUNG_S):
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1000):
+                    pass
+        writer.close()
 
-def _calls() -> int:
-    return sum(task.get_name().startswith("HandleExceptions") for task in asyncio.all_tasks())
+
+def calls() -> int:
+    return sum("_Coroutine._run" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 class HealthTest(Case):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
-        self.channel = await self.serve(listen_on_socket, self.path)
+        self.channel = await self.at_socket()
 
     async def test_another_service_is_not_found(self) -> None:
         with self.assertRaises(grpc.aio.AioRpcError) as caught:
@@ -194,7 +203,7 @@ class HealthTest(Case):
 class AccessLogTest(Case):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
-        self.channel = await self.serve(listen_on_socket, self.path)
+        self.channel = await self.at_socket()
 
     def message(self, count: int, status: int = 500) -> bytes:
         message = als_pb2.StreamAccessLogsMessage()
@@ -233,7 +242,7 @@ class AccessLogTest(Case):
             (b"\0" * (MAX_MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
             (self.message(MAX_ENTRIES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
         ):
-            with self.subTest(code=code), self.assertLogs("vllm_pd_scheduler.envoy.access_log", "WARNING"):
+            with self.subTest(code=code), self.assertLogs("vllm_pd_scheduler", "WARNING"):
                 call = self.open()
                 await call.write(data)
                 async with asyncio.timeout(HUNG_S):
