@@ -43,7 +43,7 @@ LABELS = {
     "prefixes-64": "64 clients",
 }
 
-_BEGIN, _END = "<!-- figures: make bench-save writes them -->\n", "<!-- end of the figures -->\n"
+_BEGIN, _END = "<!-- figures: make bench-save writes them -->\n\n", "\n<!-- end of the figures -->\n"
 
 
 def page(text: str, found: Figures) -> str:
