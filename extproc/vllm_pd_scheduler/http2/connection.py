@@ -63,7 +63,8 @@ class Connection:
         """Whether the peer has begun as it must, SETTINGS included."""
         self._budget = Budget(10_000, 1_000)
         self._settings_budget = Budget(100, 10)
-        self._reset_budget = Budget(MAX_STREAMS, 1_000)  # all can be left at once
+        # All clients can leave at once, and then as many as could be served at most.
+        self._reset_budget = Budget(MAX_STREAMS, 5_000)
         self._reader = FrameReader()
         self._blocks = HeaderBlocks()
         self._assembly: Assembly | None = None
