@@ -82,6 +82,13 @@ class Pair:
     decode: Instance
 
 
+async def steer(stack: Stack, name: str, action: str) -> None:
+    """Have the scheduler do something with an instance: drain, undrain."""
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{stack.admin}/instances/{name}/{action}") as answer:
+            assert answer.status < 300, await answer.text()
+
+
 async def post(url: str, path: str, body: dict[str, Any] | bytes) -> Answer:
     """Send a request; its body may be JSON text."""
     data = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body}).encode()

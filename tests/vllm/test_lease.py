@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Answer, Stack, spawned
-from tests.support.real_vllm import Instance, Pair, aggregated, completion, post, ready
+from tests.support.real_vllm import Instance, Pair, aggregated, completion, post, ready, steer
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.vllm
@@ -47,10 +47,8 @@ async def instance(stack: Stack, name: str) -> dict[str, Any]:
 
 async def use(stack: Stack, name: str, drained: str) -> None:
     """Have one of two P prefill, and not the other."""
-    async with aiohttp.ClientSession() as session:
-        for each, action in ((name, "undrain"), (drained, "drain")):
-            async with session.post(f"{stack.admin}/instances/{each}/{action}") as answer:
-                assert answer.status < 300, await answer.text()
+    await steer(stack, name, "undrain")
+    await steer(stack, drained, "drain")
 
 
 async def held(stack: Stack, body: dict[str, Any]) -> asyncio.Task[Answer]:
@@ -152,7 +150,7 @@ async def test_a_prefill_instance_that_dies_after_its_answer(stack: Stack, short
 
 async def test_a_prefill_instance_that_is_gone(stack: Stack) -> None:
     """It refuses connections and nobody has noticed: the other P prefills, and without that D itself."""
-    await post(stack.admin, "/instances/other-p/undrain", {})
+    await steer(stack, "other-p", "undrain")
     for drained in (False, True):
         if drained:
             await use(stack, "p", drained="other-p")

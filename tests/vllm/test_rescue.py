@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Stack, spawned
-from tests.support.real_vllm import Pair, aggregated, completion, post, ready
+from tests.support.real_vllm import Pair, aggregated, completion, post, ready, steer
 
 pytestmark = pytest.mark.vllm
 
@@ -113,15 +113,10 @@ async def test_no_prefill_instance_but_those_that_break(pair: Pair, tmp_path: Pa
         broken = [exits.enter_context(_serving(handler)) for handler in (_Broken, _Failing)]
         stack = exits.enter_context(_up(tmp_path, pair, broken, []))
         await ready(stack)
-        await _drain(stack, "p")
+        await steer(stack, "p", "drain")
         for stream in (False, True):
             body = completion(f"none-{stream}", stream=stream)
             expected = await aggregated(body)
             answer = await post(stack.url, "/v1/completions", body)
             assert answer.text == expected
             assert "x-pd-prefill" not in answer.headers
-
-
-async def _drain(stack: Stack, name: str) -> None:
-    answer = await post(stack.admin, f"/instances/{name}/drain", {})
-    assert answer.status == 202
