@@ -84,9 +84,11 @@ class Pair:
 
 async def steer(stack: Stack, name: str, action: str) -> None:
     """Have the scheduler do something with an instance: drain, undrain."""
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{stack.admin}/instances/{name}/{action}") as answer:
-            assert answer.status < 300, await answer.text()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{stack.admin}/instances/{name}/{action}") as answer,
+    ):
+        assert answer.status < 300, await answer.text()
 
 
 async def post(url: str, path: str, body: dict[str, Any] | bytes) -> Answer:
