@@ -12,7 +12,7 @@ up: $(VENV)/.ready
 # The long files are not the last: the order is that of their names, not of their number of tests. pytest has
 # run the unittest cases too: what is left to show is that unittest finds them all and runs each kind of them.
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -m "not vllm" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not vllm" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m unittest -q -k 'tests.admission.*' -k 'tests.fleet.*'
 
 test-vllm: $(VENV)/.dev

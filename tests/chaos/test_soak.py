@@ -21,7 +21,7 @@ from tests.support.processes import Client, Process, Stack
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "7"))
 RATE = float(os.environ.get("SOAK_RATE", "60"))
 MAX_GROWTH = 64 << 20
 """What the scheduler's RSS may grow by after the first part of the run, in bytes."""

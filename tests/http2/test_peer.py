@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.http2 import REQUEST
-from vllm_pd_scheduler.http2 import Connection
+from vllm_pd_scheduler.http2 import Connection, credit
 from vllm_pd_scheduler.http2 import events as ours
 from vllm_pd_scheduler.http2.header_block import write_block
 
@@ -127,8 +127,10 @@ def test_large_ones_in_small_windows(sizes: list[int], window: int, padding: int
     assert not pair.server.streams
 
 
-def test_more_than_all_windows(pair: Pair) -> None:
-    content = bytes(range(256)) * (20 << 12)
+def test_more_than_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credit, "CONNECTION_WINDOW_BYTES", 1 << 20)
+    pair = Pair()
+    content = bytes(range(256)) * (5 << 10)
     stream_id = pair.request(content)
     pair.exchange()
     assert pair.answer(stream_id) == content

@@ -17,7 +17,7 @@ from vllm_pd_scheduler.request.json_text import STEP_BYTES, Steps, T, finish
 from vllm_pd_scheduler.request.prompt import MAX_BYTES
 from vllm_pd_scheduler.request.reader import RequestReader
 
-SIZE = 1 << 20
+SIZE = 1 << 19
 SMALL = (1000, AT_ONCE_BYTES)
 HANDOFF = Handoff(b'{"do_remote_prefill":true}')
 
