@@ -12,6 +12,10 @@ from vllm_pd_scheduler.service.run import up
 from vllm_pd_scheduler.system.output import StandardStreams
 
 
+def free_ports() -> EnvoyPorts:
+    return EnvoyPorts(*unused_ports(4), "127.0.0.1")
+
+
 async def started() -> None:
     raise AssertionError("it cannot have started")
 
@@ -21,14 +25,14 @@ class UpTest(unittest.IsolatedAsyncioTestCase):
         for fault in (FileNotFoundError(2, "No usable temporary directory found"), PermissionError(13, "no")):
             place = mock.patch.object(tempfile, "gettempdir", side_effect=fault)
             with place, self.assertRaisesRegex(StartupError, "^grpc_socket: .*TMPDIR.*--grpc-port$"):
-                await up(SchedulerConfig(), EnvoyPorts(), "warning", started, StandardStreams())
+                await up(SchedulerConfig(), free_ports(), "warning", started, StandardStreams())
 
     async def test_a_path_that_is_too_long_for_a_socket(self) -> None:
         with tempfile.TemporaryDirectory(prefix="x" * 100) as long:
             place = mock.patch.object(tempfile, "tempdir", long)
             with place, self.assertRaisesRegex(StartupError, "^grpc_socket: .* at most 107 bytes$"):
                 config = SchedulerConfig(admin_port=unused_ports(1)[0])
-                await up(config, EnvoyPorts(), "warning", started, StandardStreams())
+                await up(config, free_ports(), "warning", started, StandardStreams())
 
 
 if __name__ == "__main__":
