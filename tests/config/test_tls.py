@@ -111,7 +111,7 @@ class ConfigTest(Case):
 
         config = parse_config(self.config(grpc_tls=self.made.server))
         with self.assertRaisesRegex(StartupError, "grpc_tls: .* use serve"):
-            await up(config, EnvoyPorts(), "error", started, StandardStreams())
+            await up(config, EnvoyPorts(*unused_ports(4), "127.0.0.1"), "error", started, StandardStreams())
 
 
 class InstanceTlsTest(Case):
