@@ -51,19 +51,18 @@ class Demo(Fleet):
 
     def _show_what_to_try(self, console: Console, url: str, instances: str) -> None:
         body = shlex.quote(json.dumps(_BODY))
-        hung, killed = self.prefill[0], self.decode[0]
+        prefill, decode = self.prefill[0], self.decode[0]
         tries = {
             "Ask again; the headers say who served it:": [
                 f"curl -Ni {url} -H 'content-type: application/json' -d {body}"
             ],
             "See what the scheduler knows of each instance:": [f"curl -s {instances} | python3 -m json.tool"],
             "Take one out of service, and back. What runs there ends first:": [
-                f"curl -X POST {instances}/{killed.id}/drain",
-                f"curl -X POST {instances}/{killed.id}/undrain",
+                f"curl -X POST {instances}/{decode.id}/drain",
+                f"curl -X POST {instances}/{decode.id}/undrain",
             ],
-            "Freeze a P, kill a D, and ask again. The others answer:": [
-                f"kill -STOP {hung.process.pid}; kill -9 {killed.process.pid}",
-                f"kill -CONT {hung.process.pid}",
+            "Kill a P and a D, and ask again. The others answer:": [
+                f"kill -9 {prefill.process.pid} {decode.process.pid}"
             ],
         }
         console.print("\n[bold]Try it[/bold], in another terminal:")
@@ -103,7 +102,7 @@ def run_sim(prefill: int, decode: int, base_port: int) -> int:
     try:
         with Fleet(prefill, decode, base_port=base_port) as fleet:
             console.print_json(json.dumps(fleet.config()))
-            console.print("Ctrl-C ends them.")
+            Console(stderr=True).print("Ctrl-C ends them.")
             while True:
                 time.sleep(1.0)  # signal.pause() would not see a signal that came just before it
     except KeyboardInterrupt:

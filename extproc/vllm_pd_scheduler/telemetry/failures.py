@@ -44,7 +44,7 @@ class Failures:
             return
         self._next_line_at[labels] = now + LOG_INTERVAL_S
         log.error(
-            "%s: %s. %s (%d failures so far, logged at most once a minute).",
+            "%s: %s. %s (%d so far, logged at most once a minute).",
             self._what % labels,
             described(error, code),
             self._instead,
