@@ -1,5 +1,6 @@
 """Whatever a connector does, a request can still be served by decode alone."""
 
+import math
 import unittest
 from typing import Any
 from unittest import mock
@@ -66,10 +67,11 @@ class ConnectorFenceTest(unittest.TestCase):
 
     def test_what_is_no_answer(self) -> None:
         bodies: list[Any] = ["text", b"", 5]
+        tokens: list[Any] = [("5",), (-1,), (10**400,), (5, math.nan), (5, math.inf), (5, "0")]
         answers = {
             "prefill_body": [None, *bodies],
             "release_body": bodies,
-            "handoff": [b"{}", {}, Handoff(b"")],
+            "handoff": [b"{}", {}, Handoff(b""), *(Handoff(b"{}", *each) for each in tokens)],
             "splice": [
                 None,
                 b"body",

@@ -230,6 +230,15 @@ class LoadTest(unittest.TestCase):
         two.release()
         self.assertEqual(self.endpoint.in_flight, 0)
 
+    def test_what_fails_is_not_counted(self) -> None:
+        """A strategy of the operator's can have made a request unfit."""
+        prefill = self.registry.add(instance("p0", P, port=8300))
+        request = prompt(registry=self.registry)
+        request.now = None  # type: ignore[assignment]
+        with self.assertRaises(TypeError):
+            self.registry.reserve(prefill, request)
+        self.assertEqual((prefill.in_flight, prefill.tokens, len(prefill.holder)), (0, 0.0, 0))
+
     def test_without_a_scrape_only_ours_count(self) -> None:
         self.registry.reserve(self.endpoint)
         self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (1.0, 1.0))

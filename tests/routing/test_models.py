@@ -35,6 +35,25 @@ class ModelsTest(Case):
             forward.release()
         self.assertEqual(served, {"p0", "p1", "p2", "d0", "d1", "d2"})
 
+    async def test_a_request_that_names_none_is_not_split_where_models_differ(self) -> None:
+        """It would be one model's for P, and perhaps another one's for D."""
+        unnamed = [
+            {**BODY, "model": ""},
+            {**BODY, "model": None},
+            {k: v for k, v in BODY.items() if k != "model"},
+        ]
+        for name in ("p2", "d1"):
+            self.serves(name, "other")
+            for body in unnamed:
+                forward = await self.route(body)
+                self.assertIsNone(forward.prefill)
+                forward.release()
+            self.serves(name, "m")
+            for body in unnamed:
+                forward = await self.route(body)
+                self.assertIsNotNone(forward.prefill)
+                forward.release()
+
     async def test_a_p_that_fails_is_not_replaced_by_one_without_the_model(self) -> None:
         self.serves("p0", "m", "lora")
         self.serves("p2", "m", "lora")

@@ -15,6 +15,9 @@ from .base import Connector, Handoff, Splice
 
 T = TypeVar("T")
 
+MAX_TOKENS = 100_000_000
+"""Of a prompt."""
+
 _CALLS = ("can_split", "prefill_body", "handoff", "ended", "splice", "release_body")
 
 
@@ -97,6 +100,9 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
     if not isinstance(handoff, Handoff):
         raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
     _checked_body(handoff.params)
+    for tokens in (handoff.prompt_tokens, handoff.cached_tokens):
+        if tokens is not None and not (isinstance(tokens, int) and 0 <= tokens <= MAX_TOKENS):
+            raise ValueError("it returned a number of tokens that makes no sense")
     return handoff
 
 

@@ -271,32 +271,36 @@ class Registry:
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
+        reservation = Reservation(endpoint, endpoint.generation)
+        if request is not None:
+            self._weigh(reservation, request)  # what fails, fails before anything is counted
         endpoint.changed()
         endpoint.in_flight += 1
-        reservation = Reservation(endpoint, endpoint.generation)
+        endpoint.tokens += reservation.tokens
         if endpoint.breaker.state is BreakerState.HALF_OPEN and not endpoint.on_trial:
             endpoint.trial = reservation
-        if request is None:
-            return reservation
+        if request is not None:
+            if request.blocks:
+                endpoint.holder.store(request.blocks)
+            if endpoint.instance.role is InstanceRole.PREFILL:
+                endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
+        return reservation
+
+    def _weigh(self, reservation: Reservation, request: RequestContext) -> None:
+        """Note the work that a request brings, and that what is cached of its prompt saves."""
+        endpoint = reservation.endpoint
         reservation.at = request.now
-        decode = endpoint.instance.role is InstanceRole.DECODE
-        blocks = 0 if decode else request.cached_blocks(endpoint.holder)  # before it is stored
         if request.blocks:
             size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
             self.block_tokens += _RECENT * (size - self.block_tokens)
-            endpoint.holder.store(request.blocks)
-        if decode:
+        if endpoint.instance.role is InstanceRole.DECODE:
             reservation.tokens = request.prompt_tokens + request.output_tokens
-        else:
-            load = endpoint.prefill
-            reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
-            new = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
-            reservation.tokens = new
-            reservation.wait = load.remaining(request.now)
-            reservation.cost = load.cost(new, request.prompt_tokens)
-            load.enqueue(reservation, reservation.cost, request.now)
-        endpoint.tokens += reservation.tokens
-        return reservation
+            return
+        load, blocks = endpoint.prefill, request.cached_blocks(endpoint.holder)
+        reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
+        reservation.tokens = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
+        reservation.wait = load.remaining(request.now)
+        reservation.cost = load.cost(reservation.tokens, request.prompt_tokens)
 
     def prefilled(
         self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from ..connectors import ConnectorFailed, ConnectorFence
@@ -18,6 +19,8 @@ from .pending import PendingHandoff
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
+SECOND_TRY_S = 5.0
+"""Seconds after which a release that no D has taken is tried once more."""
 MAX_ANSWER_BYTES = 1 << 20
 """Of the refusal that is asked for."""
 PATH = "/v1/completions"
@@ -41,6 +44,7 @@ class HandoffReleaser:
         self._connector = connector
         self._telemetry = telemetry
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     def __call__(self, pending: PendingHandoff) -> None:
         """Release a hand-off in the background."""
@@ -59,14 +63,28 @@ class HandoffReleaser:
             self(PendingHandoff(handoff, prefill, deadline=0.0))
 
     async def close(self) -> None:
-        """Wait for the releases that are under way."""
+        """Wait for the releases that are under way; those that wait for their second try have it now."""
+        self._closing.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _release(self, pending: PendingHandoff) -> None:
+        """Free a hand-off, at the second try if need be: those that nobody uses come of D that fail."""
         body = self._connector.release_body(pending.handoff, pending.model)
         if body is None:
             self._telemetry.handoff_stranded(pending.prefill.id)
             return
+        released = await self._refused(pending, body)
+        if not released and not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), SECOND_TRY_S)
+            released = await self._refused(pending, body)
+        if released:
+            self._telemetry.handoff_released(pending.prefill.id)
+        else:
+            self._telemetry.handoff_stranded(pending.prefill.id)
+
+    async def _refused(self, pending: PendingHandoff, body: bytes) -> bool:
+        """Send the request to one D after another; return whether one has refused it, as it must."""
         registry, decode = self._registry, InstanceRole.DECODE
         for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
             headers = {"content-type": "application/json"}
@@ -78,8 +96,7 @@ class HandoffReleaser:
                     to, PATH, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
                 )
                 if answer.status == 400:
-                    self._telemetry.handoff_released(pending.prefill.id)
-                    return
+                    return True
             except RequestFailed as error:
                 log.debug("release of a hand-off of %s: %s", pending.prefill.id, error)
-        self._telemetry.handoff_stranded(pending.prefill.id)
+        return False

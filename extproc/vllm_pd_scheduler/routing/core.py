@@ -103,7 +103,9 @@ class RoutingCore:
             return self._no_decode(context)
         changed = body.raw if body.stripped else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
-        if not self.connector.can_split(body):
+        # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
+        named = context.model or self._scheduler.one_model()
+        if not (named and self.connector.can_split(body)):
             return await self._whole(context, changed, Served.WHOLE, limit)
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
@@ -119,7 +121,11 @@ class RoutingCore:
             # The event loop was held up. P's blocks may be another prompt's by now.
             self.telemetry.handoff_late(prefilled.prefill.id)
             return self._to_decode(context, changed, Served.LOCAL, limit)
-        return self._with_handoff(context, body, prefilled, left)
+        try:
+            return self._with_handoff(context, body, prefilled, left)
+        except Exception:
+            self.in_flight.free(prefilled)
+            raise
 
     def _without_handoff(
         self, context: RequestContext, body: bytes | None, limit: float | None, why: WithoutHandoff

@@ -53,6 +53,9 @@ class Scheduler:
             role: Pools(registry, role, availability, random)
             for role, availability in self._availability.items()
         }
+        self._one_model = True
+        self._models_known: tuple[object, ...] = (-1, None, None)
+        """The fleet for which that was found."""
         self.use_each({role: config.strategy_of(role) for role in InstanceRole})
         self.use_shadow(config.shadow_strategy)
 
@@ -151,6 +154,18 @@ class Scheduler:
     def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
         """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
         return self._pools[endpoint.instance.role].may_serve(endpoint, model)
+
+    def one_model(self) -> bool:
+        """Whether all instances that say which models they serve, P and D, serve the same.
+
+        If not, a request that names none may mean one model to P and another one to D.
+        """
+        registry = self.registry
+        known = (registry.models_version, *(registry.routable(role) for role in InstanceRole))
+        if any(a is not b for a, b in zip(known, self._models_known, strict=True)):
+            self._models_known = known
+            self._one_model = len({e.models for e in registry if e.models}) <= 1
+        return self._one_model
 
     def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
         """Return the routable endpoints of a role, for a model; of many, a sample."""

@@ -15,7 +15,7 @@ from tests.support.rpc import served
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.ext_proc import exchange as exchange_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
-from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
+from vllm_pd_scheduler.envoy.ext_proc.server import ENVOY_CONFIG, ExtProcService
 from vllm_pd_scheduler.envoy.ext_proc.stream import Stream
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
@@ -47,6 +47,9 @@ class FakeCall:
         self.written: list[pb.ProcessingResponse] = []
         self.goes_at_once = True
         self.status: StatusCode | None = None
+
+    def metadata(self, _: str) -> str:
+        return ENVOY_CONFIG
 
     def next(self) -> None:
         if self.exchange is not None and self.messages:
@@ -161,12 +164,15 @@ class HandoffTest(Case):
 class RealCallTest(Case):
     """Over gRPC itself."""
 
+    envoy_config = ENVOY_CONFIG
+
     async def asyncSetUp(self) -> None:
         self.router.config = self.router.config.model_copy(update={"max_body_bytes": 4 << 20})
         self.channel = await self.enterAsyncContext(served(self.service))
 
     def open(self) -> Any:
-        return self.channel.stream_stream(f"/{SERVICE}/Process")()
+        metadata = (("pd-envoy-config", self.envoy_config),)
+        return self.channel.stream_stream(f"/{SERVICE}/Process")(metadata=metadata)
 
     async def no_streams(self) -> None:
         await until(lambda: self.service.open_streams == 0)
@@ -274,6 +280,17 @@ class RealCallTest(Case):
                 await call.code()
         self.assertEqual(len(logs.records), 1)
         self.assertIn("REQUEST_BODY cannot come in state AWAIT_HEADERS", logs.output[0])
+
+    async def test_an_envoy_with_another_configuration_is_told_of_once(self) -> None:
+        self.envoy_config = "1"
+        with self.assertLogs("vllm_pd_scheduler.envoy.ext_proc.server", "WARNING") as logs:
+            for _ in range(5):
+                call = self.open()
+                await call.write(headers_message())
+                await call.read()
+                call.cancel()
+        self.assertEqual(len(logs.records), 1)
+        self.assertIn("envoy/envoy.yaml", logs.output[0])
 
 
 if __name__ == "__main__":

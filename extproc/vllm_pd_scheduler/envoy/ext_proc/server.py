@@ -13,6 +13,10 @@ from .messages import SERVICE
 
 log = logging.getLogger(__name__)
 
+ENVOY_CONFIG = "2"
+"""The version of ``envoy/envoy.yaml`` that this scheduler needs, which Envoy tells with each call. It changes
+with what the two must agree on: 2 is hand-offs as dynamic metadata."""
+
 COMPLAIN_EVERY_S = 10.0
 """An Envoy with a wrong mode sends what is wrong with each request: that is logged at most so often."""
 
@@ -38,6 +42,11 @@ class ExtProcService:
         await self._idle.wait()
 
     def _open(self, call: Call) -> Exchange:
+        if call.metadata("pd-envoy-config") != ENVOY_CONFIG:
+            self._warn(
+                "Envoy's configuration does not fit this scheduler, and hand-offs may not reach D: "
+                "see what has changed in envoy/envoy.yaml"
+            )
         self.open_streams += 1
         self._idle.clear()
         return Exchange(call, self)
@@ -50,7 +59,10 @@ class ExtProcService:
 
     def complain(self, error: Exception) -> None:
         """Log what an Envoy sends that it should not."""
+        self._warn(f"an ext_proc stream was ended, and Envoy lets its request pass: {error}")
+
+    def _warn(self, words: str) -> None:
         now = asyncio.get_running_loop().time()
         if now >= self._next_complaint:
             self._next_complaint = now + COMPLAIN_EVERY_S
-            log.warning("an ext_proc stream was ended, and Envoy lets its request pass: %s", error)
+            log.warning("%s", words)
