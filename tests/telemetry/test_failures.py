@@ -43,7 +43,7 @@ class FailuresTest(unittest.TestCase):
         self.assertEqual(self.failures.counts, {("mine", "prefill"): 5, ("mine", "decode"): 1})
         self.assertEqual(len(logged.output), 3, "each pair of labels has its own minute")
         self.assertIn(
-            "strategy mine failed for prefill: ValueError: odd. Another serves (4 failures so far",
+            "strategy mine failed for prefill: ValueError: odd. Another serves (4 so far",
             logged.output[1],
         )
 
