@@ -68,7 +68,7 @@ async def test_the_scheduler_starts_and_serves(
 ) -> None:
     stack = Stack(tmp_path)
     async with talker(begin, more) as (port, asked):
-        config = fleet.config() | {"max_retries": 3}
+        config = fleet.config() | {"max_retries": 3, "health_check_interval": 0.2}
         config["decode_instances"].append({"id": "talker", "host": "127.0.0.1", "port": port})
         with spawned(stack.up(config)) as process:
             client = Client(session, stack, fleet)

@@ -80,6 +80,7 @@ async def test_a_disk_that_hangs(session: aiohttp.ClientSession, fleet: Fleet, t
         while not drain.done():
             assert "x-pd-prefill" in (await client.complete()).headers
             until_refused += 1
+            await asyncio.sleep(0.1)
         status, answer = await drain
         assert (status, "the disk has not answered" in answer["error"]) == (507, True)
         assert until_refused > 10

@@ -18,4 +18,4 @@ async def until(condition: Callable[[], Awaitable[object] | object], seconds: fl
             found = condition()
             if await found if inspect.isawaitable(found) else found:
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
