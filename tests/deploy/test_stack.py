@@ -52,7 +52,7 @@ def image(client: docker.DockerClient) -> str:
         fileobj=context,
         custom_context=True,
         dockerfile="deploy/docker/Dockerfile",
-        buildargs={"BASE_IMAGE": base, "PIP_OPTIONS": "--no-index"},
+        buildargs={"BASE_IMAGE": base, "PIP_OPTIONS": "--no-index --no-compile"},
         network_mode="none",
         tag=IMAGE,
         rm=True,
