@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
-from vllm_pd_scheduler.connectors.nixl import MAX_TOKENS
+from vllm_pd_scheduler.connectors.base import MAX_TOKENS
 from vllm_pd_scheduler.request.body import JsonBody
 
 # As vLLM 0.32 answered a prefill request, key for key.

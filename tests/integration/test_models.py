@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import aiohttp
 import pytest
-import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
-from vllm_pd_scheduler.sim.fleet import Fleet
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
+from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 OTHER = "other-model"
@@ -31,16 +29,6 @@ def up(fleet: Fleet, others: Fleet, stack: Stack) -> Iterator[Process]:
         instances[role] += [{**each, "id": f"other-{each['id']}"} for each in entries]
     with spawned(stack.up({"strategy": "round_robin", **NO_EJECTION, **instances})) as process:
         yield process
-
-
-@pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    client = Client(session, stack, fleet)
-    await ready(client, up)
-    yield client
-    await client.until_in_flight(0)
 
 
 async def served(client: Client, **body: Any) -> tuple[set[int], set[str]]:

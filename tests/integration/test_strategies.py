@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 
 PROMPT = "Prefill reads the whole prompt, decode writes token after token. " * 40
@@ -44,13 +43,8 @@ def _with(directory: Path) -> str:
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client, up: Process) -> AsyncIterator[Client]:
     yield client
-    await client.until_in_flight(0)
     assert "Traceback" not in up.output
 
 

@@ -101,15 +101,19 @@ _DECODE_GAUGES: _Gauges = (
 )
 
 
-class _RegistryCollector(Collector):
+class _AtScrape(Collector):
+    """Collects when it is scraped, and not before."""
+
+    def describe(self) -> list[Metric]:
+        return []  # else a registry would call collect() when the collector is registered
+
+
+class _RegistryCollector(_AtScrape):
     """The instances, and what the load model has learned of them."""
 
     def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
         self._registry = registry
         self._clock = clock
-
-    def describe(self) -> list[Metric]:
-        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         yield from self._states()
@@ -148,15 +152,12 @@ class _RegistryCollector(Collector):
             yield family
 
 
-class _QueueCollector(Collector):
+class _QueueCollector(_AtScrape):
     """The queue, and the memory of request bodies."""
 
     def __init__(self, queue: RequestQueue, body_bytes: Callable[[], int]) -> None:
         self._queue = queue
         self._body_bytes = body_bytes
-
-    def describe(self) -> list[Metric]:
-        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
@@ -172,14 +173,11 @@ class _QueueCollector(Collector):
         )
 
 
-class _ShadowCollector(Collector):
+class _ShadowCollector(_AtScrape):
     """The comparison with the shadow strategy; no metrics while there is none."""
 
     def __init__(self, shadow: Callable[[], Shadow | None]) -> None:
         self._shadow = shadow
-
-    def describe(self) -> list[Metric]:
-        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         shadow = self._shadow()
@@ -205,15 +203,12 @@ class _ShadowCollector(Collector):
         yield from (picks, gains)
 
 
-class _FailureCollector(Collector):
+class _FailureCollector(_AtScrape):
     """What the strategies in use, and the connector, have raised."""
 
     def __init__(self, strategies: Failures, connector: Failures) -> None:
         self._strategies = strategies
         self._connector = connector
-
-    def describe(self) -> list[Metric]:
-        return []  # else a registry would call collect() when the collector is registered
 
     def collect(self) -> Iterator[Metric]:
         strategies = CounterMetricFamily(

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from ..request.body import JsonBody
 
+MAX_TOKENS = 100_000_000
+"""Of a prompt: ten times the longest context that any model has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Handoff:

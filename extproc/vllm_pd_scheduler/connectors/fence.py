@@ -11,12 +11,9 @@ from typing import Any, TypeVar
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import Connector, Handoff, Splice
+from .base import MAX_TOKENS, Connector, Handoff, Splice
 
 T = TypeVar("T")
-
-MAX_TOKENS = 100_000_000
-"""Of a prompt."""
 
 _CALLS = ("can_split", "prefill_body", "handoff", "ended", "splice", "release_body")
 

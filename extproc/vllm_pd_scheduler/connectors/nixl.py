@@ -14,7 +14,7 @@ import msgspec
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
-from .base import Handoff, Splice
+from .base import MAX_TOKENS, Handoff, Splice
 
 _PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
@@ -28,8 +28,6 @@ vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without
 """
 
 
-MAX_TOKENS = 100_000_000
-"""Of a prompt: ten times the longest context that any model has."""
 _MAX_PARAMS_DEPTH = 32
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
