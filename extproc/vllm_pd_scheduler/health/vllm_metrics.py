@@ -61,8 +61,10 @@ _WANTED = {
 _NAMES = {name.encode(): name for name in _WANTED}
 _PLAIN = [name for name in _WANTED if not name.startswith("vllm:")]
 _VLLM = [name.removeprefix("vllm:") for name in _WANTED if name.startswith("vllm:")]
-_LABEL = r'[ \t]*+[A-Za-z_]\w*+[ \t]*+=[ \t]*+"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"[ \t]*+'
-_LABELS = rf"(?:\{{((?:{_LABEL},)*+(?:{_LABEL})?)[ \t]*+\}}[ \t]*+)?"
+# No possessive groups: Python 3.11.4 and before go on at a wrong place when one fails. Each label and escape
+# can match in one way only, so the time is in proportion to the line without them.
+_LABEL = r'[ \t]*+[A-Za-z_]\w*+[ \t]*+=[ \t]*+"[^"\\\n]*+(?:\\.[^"\\\n]*+)*"[ \t]*+'
+_LABELS = rf"(?:\{{((?:{_LABEL},)*(?:{_LABEL})?)[ \t]*+\}}[ \t]*+)?"
 _INFINITY = "[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
 _NUMBER = rf"[+-]?(?:(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d++)?|[nN][aA][nN]|{_INFINITY})"
 _LINE = re.compile(
