@@ -54,6 +54,9 @@ TTFT_SLO: Final = "x-pd-ttft-slo-ms"
 TPOT_SLO: Final = "x-pd-tpot-slo-ms"
 """A client's: milliseconds for each further token that it asks for."""
 
+REQUEST_ID: Final = "x-request-id"
+"""Id of a request for people: the client's, or Envoy's if it has none. Log lines and answers have it."""
+
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO)
 """Headers by which a client asks for something. The instance does not get them."""
 
@@ -61,7 +64,7 @@ STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
 FORWARDED_TO_PREFILL: Final = (
-    "x-request-id",
+    REQUEST_ID,
     "traceparent",
     "tracestate",
     "authorization",
