@@ -228,3 +228,28 @@ class TestLeaving:
     async def test_without_anybody_who_frees_it_p_is_told_at_once(self) -> None:
         async with self.left(wanted=True) as (peer, _, _):
             assert await peer.ended()
+
+
+class TestHung:
+    """An instance that hangs: what waits there was delivered, and is given up."""
+
+    @pytest.mark.parametrize("listener", [False, True], ids=["straight", "listener"])
+    async def test_what_waits_there_ends_and_nothing_else(self, listener: bool) -> None:
+        async with raw_server() as server, ConnectionPool() as pool:
+            leg = HttpPrefill(pool, f"http://{server.to[0]}" if listener else None, 3600.0)
+            hung, other = (
+                Endpoint(PDInstance(name, InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
+                for name in ("p0", "p1")
+            )
+            legs = [asyncio.ensure_future(leg(each, "/", {}, b"{}")) for each in (hung, other)]
+            peers = [await server.accept() for _ in legs]
+            for peer in peers:
+                await peer.request()
+            leg.give_up(hung)
+            with pytest.raises(PrefillFailed, match="hung") as failed:
+                await legs[0]
+            assert failed.value.lost
+            assert await peers[0].ended()
+            await peers[1].say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            assert (await legs[1]).body == b"{}"
+            leg.give_up(other)  # nothing is left there

@@ -27,6 +27,7 @@ class PrefillFailsTest(Case):
             (PrefillFailed("connect"), "connect"),
             (PrefillFailed("timeout"), "timeout"),
             (PrefillFailed("reset"), "reset"),
+            (PrefillFailed("hung", lost=True), "hung"),
         ]
         for failure, reason in cases:
             with self.subTest(reason):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from ..fleet.endpoint import Endpoint
-from ..instance_http.errors import AnswerRefused, NotConnected, RequestFailed, TimedOut
+from ..instance_http.errors import AnswerRefused, GivenUp, NotConnected, RequestFailed, TimedOut
 from ..instance_http.exchange import Answer, Destination
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.shortage import is_our_shortage
@@ -61,12 +61,15 @@ class HttpPrefill:
         self._timeout = timeout
         self._unwanted = unwanted
         self._lingering: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
 
     async def __call__(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
         sent = self._send(endpoint, path, headers, body)
+        self._under_way[sent] = endpoint
+        sent.add_done_callback(self._under_way.pop)
         if self._unwanted is None:
             return await self._read(sent)
         try:
@@ -76,6 +79,12 @@ class HttpPrefill:
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
+
+    def give_up(self, endpoint: Endpoint) -> None:
+        """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
+        for sent, where in tuple(self._under_way.items()):
+            if where is endpoint and not sent.done():
+                sent.set_exception(GivenUp(f"{endpoint.id} hangs"))
 
     async def close(self) -> None:
         """Wait for the prefills that linger."""
@@ -112,6 +121,8 @@ class HttpPrefill:
             answer = await sent
         except TimedOut:
             raise PrefillFailed("timeout") from None
+        except GivenUp:
+            raise PrefillFailed("hung", lost=True) from None
         except AnswerRefused:
             raise PrefillFailed("unreadable") from None
         except RequestFailed as error:
