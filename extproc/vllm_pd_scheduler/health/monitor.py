@@ -46,7 +46,7 @@ class HealthMonitor:
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
     and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
-    on a D without a step of its engine. ``hung`` is called for a P that is unhealthy and does not answer at all
+    on a D without a step of its engine. ``hung`` is called for a P that is unhealthy and answers nothing
     (see :class:`~.silence.Silence`): what was sent there will not be answered either.
     """
 

@@ -19,8 +19,8 @@ class Silence:
     """Asks instances that are unhealthy, since they leave probes unanswered, once more: for ``/health``.
 
     A probe is given up when its time is over, so it cannot tell late from never. This question stays open for
-    ``seconds``. If it is not answered, and no probe is meanwhile, ``hung`` is called. Whatever comes, an error
-    too, is an answer: the server works, or its connections end by themselves.
+    ``seconds``. If it is not answered, and no probe is meanwhile, ``hung`` is called. Whatever comes is an
+    answer, an error too: the server works, or its connections end by themselves.
     """
 
     def __init__(self, probe: Probe, seconds: float, hung: Callable[[Endpoint], None]) -> None:
@@ -60,7 +60,7 @@ class Silence:
         if silent:
             self._found.add(endpoint)
             log.warning(
-                "%s hangs: it takes connections and has answered nothing for %g s; what waits there is given up",
+                "%s hangs: it has answered nothing for %g s; what waits there is given up",
                 endpoint.id,
                 self._seconds,
             )
