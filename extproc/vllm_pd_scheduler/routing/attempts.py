@@ -72,6 +72,8 @@ class FailedAttempt:
     """The HTTP status of the answer, if one began."""
     retry_after: float | None = None
     """Seconds for which a full instance asks to be left alone, if it does."""
+    request_id: str = ""
+    """The request's ``X-Request-Id``: the client's or Envoy's, known also where Envoy has no id of ours."""
 
 
 class Retry(Enum):
