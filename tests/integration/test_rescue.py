@@ -53,9 +53,23 @@ async def test_large_bodies_and_many_at_once(client: Client) -> None:
     assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
 
 
-async def test_when_every_decode_instance_fails_the_client_gets_an_error(client: Client) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_the_second_500_is_the_clients_as_its_instance_wrote_it(client: Client, stream: bool) -> None:
     for instance in client.fleet.decode:
         await client.fault(instance.id, status=500)
+    answer = await client.complete(stream=stream)
+    for instance in client.fleet.decode:
+        seen = [set(each["headers"].values()) for each in await client.seen(instance.id)]
+        assert sum(answer.headers["x-request-id"] in values for values in seen) == 1
+    own = client.fleet[answer.headers["x-pd-decode"]].url + "/v1/completions"
+    async with client.session.post(own, json={"prompt": "p"}) as response:
+        assert (answer.status, answer.json) == (500, await response.json())
+    assert "x-envoy-ratelimited" not in answer.headers
+
+
+async def test_when_two_decode_instances_lose_a_request_the_client_gets_an_error(client: Client) -> None:
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, reset=True)
     answer = await client.complete()
     assert answer.status == 503
     assert "Two instances" in answer.error["message"]

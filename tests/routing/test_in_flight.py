@@ -8,7 +8,7 @@ from tests.support.in_flight import InFlightCase
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, InstanceState
-from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
 from vllm_pd_scheduler.routing.forward import Forward
 from vllm_pd_scheduler.routing.never_sent import KEPT_S, MAX_ID, MAX_KEPT, NeverSent
 from vllm_pd_scheduler.routing.time_limits import LEASE_SHARE
@@ -22,12 +22,31 @@ class FailedAttemptTest(InFlightCase):
         ids = [endpoint.id for endpoint in forward.decode]
         self.assertEqual(self.in_flight(), {ids[0]: 1})
         for number in range(3):
-            self.told(forward, Failure.RESET, number)
+            self.told(forward, Failure.CONNECT, number)
             self.assertEqual(self.in_flight(), {ids[number + 1]: 1})
-        self.told(forward, Failure.RESET, 3)
+        self.told(forward, Failure.CONNECT, 3)
         self.assertEqual(self.in_flight(), {ids[3]: 1}, "there is no further one")
         forward.release()
         self.assertEqual(self.in_flight(), {})
+
+    async def test_one_that_is_not_tried_again_is_no_success_of_the_next(self) -> None:
+        for failure in (Failure.RESET, Failure.STATUS):
+            forward = await self.forward(prompt=failure)
+            for number in range(2):
+                self.told(forward, failure, number)
+            forward.release()
+            with mock.patch.object(Registry, "succeeded") as succeeded:
+                self.wait(1.0)
+            succeeded.assert_not_called()
+
+    async def test_nor_is_one_that_has_timed_out_and_may_not_be_tried_elsewhere(self) -> None:
+        retry = None
+        while retry is not Retry.SLOW:
+            forward = await self.forward()
+            self.told(forward, Failure.TIMEOUT)
+            retry = self.router.in_flight.may_try_again(forward.id, 1)
+            forward.release()
+        self.assertIsNone(forward.answering)
 
     async def test_whose_hand_off_is_freed(self) -> None:
         """After a time-out the hung D may still fetch it; after a cut it was fetched."""

@@ -80,6 +80,8 @@ class Retry(Enum):
     """Whether a request may be sent to one more D."""
 
     ALLOWED = auto()
+    LAST = auto()
+    """Yes; but if that loses it, or answers 500, it is sent to no further one."""
     LOST = auto()
     """No: two instances have lost it."""
     SLOW = auto()

@@ -178,8 +178,8 @@ class RequestsInFlight:
 
     def _follow(self, forward: Forward, attempt: FailedAttempt) -> None:
         """Note who has the request now, if anybody."""
-        cut = attempt.failure is Failure.CUT
-        if not cut and (attempt.failure in NOT_ANSWERED or attempt.status in forward.retried):
+        goes_on = attempt.failure in NOT_ANSWERED or attempt.status in forward.retried
+        if goes_on and attempt.failure is not Failure.CUT and forward.losses < MAX_LOSSES:
             forward.moved(self._registry, attempt.address)
             return
         if attempt.failure is Failure.REFUSED and forward.refused_by is not None:
@@ -204,7 +204,10 @@ class RequestsInFlight:
             return Retry.LOST
         if forward.failed_attempts < made:
             return None
-        return Retry.SLOW if forward.held_up and not self.patience.may_retry() else Retry.ALLOWED
+        if forward.held_up and not self.patience.may_retry():
+            forward.answering = None
+            return Retry.SLOW
+        return Retry.LAST if forward.losses == MAX_LOSSES - 1 else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""
