@@ -253,3 +253,42 @@ class TestHung:
             await peers[1].say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
             assert (await legs[1]).body == b"{}"
             leg.give_up(other)  # nothing is left there
+
+
+class TestAnswersTwice:
+    """A P that gives the answer to the request before: its hand-off is of another prompt."""
+
+    async def second(self, first: str, second: str, answered: str) -> PrefillAnswer:
+        """Send two requests with these ids on one connection; return the answer to the second."""
+        async with raw_server() as server, ConnectionPool() as pool:
+            leg = HttpPrefill(pool, None, 10.0)
+            p0 = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
+            peer = None
+            for sent, told in ((first, first), (second, answered)):
+                prefill = asyncio.ensure_future(leg(p0, "/", {"x-request-id": sent}, b"{}"))
+                peer = peer or await server.accept()
+                await peer.request()
+                body = b'{"id":"chatcmpl-%s"}' % told.encode()
+                await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+                answer = await prefill
+            return answer
+
+    async def test_it_is_not_taken(self) -> None:
+        with pytest.raises(PrefillFailed, match="reset") as failed:
+            await self.second("a" * 36, "b" * 36, "a" * 36)
+        assert failed.value.lost
+
+    @pytest.mark.parametrize(
+        ("first", "second", "answered"),
+        [
+            ("a" * 36, "b" * 36, "b" * 36),
+            ("a" * 36, "a" * 36, "a" * 36),
+            ("a" * 36, "b" * 36, "an id of its own"),
+            ("a" * 16, "a" * 16 + '"', "a" * 16 + '\\"'),
+            ("a" * 16, "a" * 300, "a" * 300),
+            ("1", "2", "1"),
+        ],
+        ids=["its own", "the same", "no echo", "escaped", "long", "short"],
+    )
+    async def test_no_client_can_make_others_look_so(self, first: str, second: str, answered: str) -> None:
+        assert (await self.second(first, second, answered)).status == 200

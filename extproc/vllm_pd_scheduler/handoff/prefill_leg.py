@@ -32,6 +32,8 @@ LISTENER_IDLE_S = 60.0
 Envoy has no file descriptor left for a new one."""
 _SENDABLE = re.compile(r"[\t -~]*")
 """A header of the client's that can go to P."""
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{16,100}")
+"""An ``X-Request-Id`` that vLLM repeats as it is: after ``cmpl-`` or ``chatcmpl-`` it is its answer's ``id``."""
 _PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
 """A header of P's that can go to the client."""
 _ENVOYS_SHORTAGE = re.compile(
@@ -114,7 +116,10 @@ class HttpPrefill:
         else:  # TLS to the instance is Envoy's
             to = (self._listener, None)
             kept[names.DESTINATION] = address
-        return self._pool.post(to, path, kept, body, limit=largest_answer(body), timeout=self._timeout)
+        own = kept.get(names.REQUEST_ID, "")
+        name = b"cmpl-" + own.encode() if _NAME.fullmatch(own) else b""
+        limit = largest_answer(body)
+        return self._pool.post(to, path, kept, body, limit=limit, timeout=self._timeout, name=name)
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:
