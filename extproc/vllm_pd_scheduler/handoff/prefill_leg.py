@@ -33,7 +33,7 @@ Envoy has no file descriptor left for a new one."""
 _SENDABLE = re.compile(r"[\t -~]*")
 """A header of the client's that can go to P."""
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{16,100}")
-"""An ``X-Request-Id`` that vLLM repeats as it is: after ``cmpl-`` or ``chatcmpl-`` it is its answer's ``id``."""
+"""An ``X-Request-Id`` that vLLM repeats as it is, after ``cmpl-`` or ``chatcmpl-`` in its answer's ``id``."""
 _PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
 """A header of P's that can go to the client."""
 _ENVOYS_SHORTAGE = re.compile(

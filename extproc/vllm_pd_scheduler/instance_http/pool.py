@@ -62,8 +62,8 @@ class ConnectionPool:
         """Send a POST; return its answer to come, whose body may have ``limit`` bytes.
 
         The future raises :exc:`~vllm_pd_scheduler.instance_http.errors.RequestFailed`, after ``timeout``
-        seconds at the latest. To cancel it ends the request's connection. ``name`` is what the answer has near
-        its beginning, if the instance repeats that: one with the name of the request before is not taken.
+        seconds at the latest. To cancel it ends the request's connection. ``name`` is what the answer has
+        near its beginning, if the instance repeats that: one that has the request before's is not taken.
         Raises :exc:`ValueError` for headers that cannot be sent.
         """
         exchange = Exchange(to, post_head(path, to[0], headers, len(body)), body, limit, timeout, name)
