@@ -57,7 +57,7 @@ async def test_what_waits_at_a_p_that_hangs_is_answered_by_another(client: Clien
         assert [answer.status for answer in answers] == [200] * 6
         assert {answer.headers["x-pd-prefill"] for answer in answers} == {"prefill-1"}
         _, page = await client.admin("GET", "/metrics")
-        assert 'pd_prefill_failures_total{prefill="prefill-0",reason="hung"} 3.0' in page
+        assert 'pd_scheduler_prefill_failures_total{prefill="prefill-0",reason="hung"} 3.0' in page
         assert (await client.instance("prefill-0"))["in_flight"] == 0
 
     async def serves() -> bool:

@@ -195,7 +195,7 @@ class HandoffTest(InFlightCase):
             forward = await self.forward()
         self.assertEqual((forward.pending, forward.body), (None, None))
         late = self.router.telemetry.prometheus.get_sample_value(
-            "pd_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}
+            "pd_scheduler_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}
         )
         self.assertEqual(late, 1.0)
 
@@ -209,7 +209,7 @@ class NeverSentTest(InFlightCase):
 
     def stranded(self) -> float:
         labels = {"prefill": "p0", "outcome": "stranded"}
-        found = self.router.telemetry.prometheus.get_sample_value("pd_handoffs_unused_total", labels)
+        found = self.router.telemetry.prometheus.get_sample_value("pd_scheduler_handoffs_unused_total", labels)
         return found or 0.0
 
     async def ended(self, request_id: str = "r") -> Forward:
