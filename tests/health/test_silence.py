@@ -87,12 +87,16 @@ class TestSilence:
         stage.silence.removed(stage.p0)
         await stage.ended(silent=True)
         assert stage.hung == [stage.p0]
+        assert not any((stage.silence._found, stage.silence._asking, stage.silence._of_removed))
 
     async def test_the_end_ends_the_questions(self, stage: Stage) -> None:
-        stage.silence.unanswered(stage.p0)
-        await until(lambda: stage.questions.open)
+        other = Endpoint(PDInstance("p1", P, "10.0.0.2", 8000))
+        for endpoint in (stage.p0, other):
+            stage.silence.unanswered(endpoint)
+        await until(lambda: len(stage.questions.open) == 2)
+        stage.silence.removed(other)
         await stage.silence.stop()
-        assert stage.questions.open[0].cancelled()
+        assert all(question.cancelled() for question in stage.questions.open)
         assert stage.hung == []
 
 

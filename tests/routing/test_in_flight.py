@@ -208,9 +208,9 @@ class NeverSentTest(InFlightCase):
         self.router.in_flight.attempt_failed(attempt)
 
     def stranded(self) -> float:
+        value = self.router.telemetry.prometheus.get_sample_value
         labels = {"prefill": "p0", "outcome": "stranded"}
-        found = self.router.telemetry.prometheus.get_sample_value("pd_scheduler_handoffs_unused_total", labels)
-        return found or 0.0
+        return value("pd_scheduler_handoffs_unused_total", labels) or 0.0
 
     async def ended(self, request_id: str = "r") -> Forward:
         forward = await self.forward(request_id)

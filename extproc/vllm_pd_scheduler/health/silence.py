@@ -28,6 +28,7 @@ class Silence:
         self._seconds = seconds
         self._hung = hung
         self._asking: dict[Endpoint, asyncio.Task[None]] = {}
+        self._of_removed: set[asyncio.Task[None]] = set()
         self._found: set[Endpoint] = set()
         """Those that hang: they need not be asked again."""
 
@@ -46,19 +47,24 @@ class Silence:
     def removed(self, endpoint: Endpoint) -> None:
         """Forget an instance. A question that is open stays: requests may wait there."""
         self._found.discard(endpoint)
+        question = self._asking.pop(endpoint, None)
+        if question is not None:
+            self._of_removed.add(question)
+            question.add_done_callback(self._of_removed.discard)
 
     async def stop(self) -> None:
         """End all questions."""
-        questions, self._asking = tuple(self._asking.values()), {}
+        questions, self._asking = (*self._asking.values(), *self._of_removed), {}
         for question in questions:
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
 
     async def _ask(self, endpoint: Endpoint) -> None:
         silent = await self._probe.gets_no_answer(endpoint, self._seconds)
-        del self._asking[endpoint]
+        watched = self._asking.pop(endpoint, None) is not None
         if silent:
-            self._found.add(endpoint)
+            if watched:
+                self._found.add(endpoint)
             log.warning(
                 "%s hangs: it has answered nothing for %g s; what waits there is given up",
                 endpoint.id,
