@@ -18,6 +18,9 @@ The name is that of the Gateway API inference extension."""
 ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
 
+REQUEST_ID: Final = "x-request-id"
+"""The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
+
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""
 
@@ -53,9 +56,6 @@ TTFT_SLO: Final = "x-pd-ttft-slo-ms"
 
 TPOT_SLO: Final = "x-pd-tpot-slo-ms"
 """A client's: milliseconds for each further token that it asks for."""
-
-REQUEST_ID: Final = "x-request-id"
-"""Id of a request for people: the client's, or Envoy's if it has none. Log lines and answers have it."""
 
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO)
 """Headers by which a client asks for something. The instance does not get them."""
