@@ -12,6 +12,7 @@ from aiohttp import web
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
 from .changes import AdminChanges, LastRoutable, NotKept
+from .decisions_api import DecisionsApi
 from .index_api import IndexApi
 from .instances_api import InstancesApi
 from .origin import foreign_host, foreign_origin
@@ -58,6 +59,7 @@ class AdminServer:
             ProbesApi(router, is_ready),
             ProcessApi(router, is_ready),
             StrategyApi(router, changes),
+            DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
