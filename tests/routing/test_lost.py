@@ -3,7 +3,8 @@
 import unittest
 
 from vllm_pd_scheduler.request.body import JsonBody
-from vllm_pd_scheduler.routing.lost import MAX_BYTES, PAUSE_S, LostPrompts, fingerprint
+from vllm_pd_scheduler.request.fingerprint import MAX_BYTES, fingerprint
+from vllm_pd_scheduler.routing.lost import PAUSE_S, LostPrompts
 
 
 class FingerprintTest(unittest.TestCase):

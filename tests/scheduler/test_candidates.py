@@ -164,7 +164,8 @@ class LargeFleetTest(unittest.TestCase):
         asked = self.scheduler.strategy(P).strategy
         assert isinstance(asked, Asked)
         found = []
-        for request.now in (1.0, 1.0, 2.0):
+        for now in (1.0, 1.0, 2.0):
+            request.at(now)
             self.scheduler.pick(P, request)
             found.append(asked.offered)
         self.assertEqual(found[0], found[1])

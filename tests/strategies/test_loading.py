@@ -6,6 +6,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+from tests.support.given import give
 from tests.support.strategies import REQUEST, build, ids
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.request.context import RequestContext
@@ -80,7 +81,7 @@ class OwnStrategyTest(OnPath):
         self.assertTrue(strategy.reads_prefixes)
         _, endpoints = build({"kv_usage": 0.5}, {"kv_usage": 0.2}, {"kv_usage": 0.9})
         request = RequestContext("/")
-        request.cached = {endpoints[2].holder: 4}
+        give(request, _cached={endpoints[2].holder: 4})
         self.assertEqual(ids(strategy.rank(endpoints, request, 3)), ["d2", "d1", "d0"])
 
     def test_by_entry_point(self) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from ..request.body import JsonBody
-
 MAX_LOSSES = 2
 """Connections that a request may lose after it was delivered, on P and D together: one more attempt after
 the first."""
@@ -23,20 +21,8 @@ MAX_PAUSE_S = 900.0
 MAX_PROMPTS = 1024
 """Prompts that are remembered, the ones lost last."""
 
-MAX_BYTES = 1 << 20
-"""Larger prompts have no fingerprint: to hash one of 64 MiB would hold the event loop up for 50 ms."""
-
-
 DYING_S = 10.0
 """Between the 500 of an engine that dies and the moment when a probe finds it gone, at most."""
-
-
-def fingerprint(body: JsonBody) -> int:
-    """Return a number by which the same prompt is known again in this process; 0 if it is too large."""
-    prompt = body.value("messages") or body.value("prompt")
-    if prompt is None or prompt.size > MAX_BYTES:
-        return 0
-    return hash(prompt.text[prompt.start : prompt.end]) or 1
 
 
 @dataclass(slots=True)

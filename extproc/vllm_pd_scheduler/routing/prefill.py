@@ -102,7 +102,7 @@ class PrefillStage:
 
         The request waits in the queue a second time only if all that were tried were full.
         """
-        context.now = self._clock()
+        context.at(self._clock())
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
@@ -235,7 +235,7 @@ class PrefillStage:
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
         self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
         self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
-        context.prompt_tokens = tokens
+        context.counted(tokens)
 
 
 class _Tried:

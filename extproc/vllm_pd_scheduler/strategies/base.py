@@ -66,7 +66,7 @@ class Strategy:
 
     A strategy of your own overrides :meth:`score`, or :meth:`rank` if it does not compare scores. Name it in
     the configuration by dotted path, ``"my_package.my_module:MyStrategy"``, or by an entry point in the
-    group ``vllm_pd_scheduler.strategies``. It reads requests and endpoints and writes to neither.
+    group ``vllm_pd_scheduler.strategies``. It reads requests and endpoints: to set an attribute is an error.
     """
 
     reads_prefixes: ClassVar[bool] = False
