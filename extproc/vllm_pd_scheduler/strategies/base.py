@@ -130,6 +130,7 @@ class Strategy:
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Return the ``count`` best of ``endpoints``, which is never empty, best first.
 
+        A strategy of your own may return fewer, but one at least: ``least_load`` ranks the rest.
         Endpoints with equal scores take turns, so that an idle fleet is used evenly.
         """
         self._turn += 1
