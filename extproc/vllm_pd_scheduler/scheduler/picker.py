@@ -199,7 +199,7 @@ class Scheduler:
         ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
             endpoints = candidates.all(request.now, exclude)
-            offer = Offer(endpoints, endpoints)
+            offer = Offer(endpoints)
             ranked = strategy.rank(offer, request, count)
         ranked = ranked or []
         if len(ranked) < count and (rest := _rest(candidates, offer, request, ranked)):
