@@ -20,6 +20,7 @@ from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
 from .attempts import KEY_REFUSED, Failure, failure_of_status
+from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
@@ -74,6 +75,7 @@ class PrefillStage:
         self._local = local
         self._lost = lost
         self._clock = clock
+        self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
     async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
         """Return the hand-off, that decode should prefill, or the answer in place of both."""
@@ -143,10 +145,10 @@ class PrefillStage:
         except ConnectorFailed:  # which says nothing of the instance
             return WithoutHandoff(failed=False)
         except LocalShortage as error:
-            self._telemetry.local_error(str(error))
+            self._local_errors.add(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
         except PrefillNotSent as error:
-            self._telemetry.local_error(str(error))
+            self._local_errors.add(str(error))
             tried.only_full = False
             return None
         except PrefillFailed as error:
