@@ -134,7 +134,7 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses, forward.errors = why.losses, why.errors
+            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
         return forward
 
     def _with_handoff(
@@ -214,7 +214,7 @@ class RoutingCore:
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream = context.stream
+        forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class PrefillStage:
         """Return the hand-off, that decode should prefill, or the answer in place of both."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
-        tried = _Tried()
+        tried = _Tried(self._lost.spent(context.fingerprint))
         reservation = await self._admission.admit(self._ticket(context))
         while isinstance(reservation, Reservation):
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
@@ -209,8 +210,11 @@ class PrefillStage:
     def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
         """Count a request that was delivered and lost; return the answer if it must not be tried again."""
         tried.losses += 1
-        self._lost.lost(fingerprint, endpoint.id, self._clock())
-        return lost_twice() if tried.losses >= MAX_LOSSES else None
+        now = self._clock()
+        self._lost.lost(fingerprint, endpoint.id, now)
+        if tried.losses < MAX_LOSSES:
+            return None
+        return lost_twice(math.ceil(self._lost.refused_for(fingerprint, now)) or int(PAUSE_S))
 
     def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
@@ -243,18 +247,18 @@ class PrefillStage:
 class _Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses: int) -> None:
         self.body = b""
         """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
-        self.losses = 0
+        self.losses = losses
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""
 
 
-def lost_twice(retry_after: int = int(PAUSE_S)) -> Reject:
+def lost_twice(retry_after: int) -> Reject:
     """Return the answer to a request that two instances have lost, or whose prompt others have."""
     message = (
         "Two instances ended while they had this request or one with its prompt, and none has answered it: "
