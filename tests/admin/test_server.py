@@ -71,10 +71,12 @@ class TestInstances:
         assert (body["state"], body["reason"]) == ("unhealthy", "ejected: decode: reset")
         _, page = await admin.ask("GET", "/metrics")
         states = [
-            line for line in str(page).splitlines() if line.startswith('pd_instance_state{instance="d0"')
+            line
+            for line in str(page).splitlines()
+            if line.startswith('pd_scheduler_instance_state{instance="d0"')
         ]
         assert [line for line in states if line.endswith(" 1.0")] == [
-            'pd_instance_state{instance="d0",role="decode",state="ejected"} 1.0'
+            'pd_scheduler_instance_state{instance="d0",role="decode",state="ejected"} 1.0'
         ]
 
     async def test_all_or_those_of_a_role(self, admin: Admin) -> None:
@@ -279,9 +281,9 @@ class TestShadow:
         assert (difference["role"], difference["live"], difference["shadow"]) == ("decode", "d0", "d1")
         _, page = await admin.ask("GET", "/metrics")
         labels = 'outcome="differed",role="decode",strategy="predicted_latency"'
-        assert f"pd_shadow_picks_total{{{labels}}} 1.0" in page
+        assert f"pd_scheduler_shadow_picks_total{{{labels}}} 1.0" in page
         await admin.ask("DELETE", "/shadow")
-        assert "pd_shadow" not in (await admin.ask("GET", "/metrics"))[1]
+        assert "pd_scheduler_shadow" not in (await admin.ask("GET", "/metrics"))[1]
 
 
 class TestProbes:
@@ -297,7 +299,7 @@ class TestProbes:
     async def test_metrics(self, admin: Admin) -> None:
         status, page = await admin.ask("GET", "/metrics")
         assert status == 200
-        assert 'pd_instance_state{instance="d0",role="decode",state="starting"} 1.0' in page
+        assert 'pd_scheduler_instance_state{instance="d0",role="decode",state="starting"} 1.0' in page
 
 
 class TestToken:

@@ -39,7 +39,9 @@ async def test_killed_instance(client: Client, role: str, stream: bool) -> None:
         client.fleet.restart(victim)
         await _serving_again(client, f"x-pd-{role}", victim)
     if stream and role == "decode":
-        cut = await _metric(client, f'pd_decode_attempt_failures_total{{decode="{victim}",failure="cut"}}')
+        cut = await _metric(
+            client, f'pd_scheduler_decode_attempt_failures_total{{decode="{victim}",failure="cut"}}'
+        )
         assert set(seen.errors) <= {"ClientPayloadError"}, "cut, never ended as if complete"
         assert sum(seen.errors.values()) == cut
         assert not seen.wrong
@@ -52,8 +54,8 @@ async def test_hung_instance(client: Client, role: str) -> None:
     """SIGSTOP: those who wait there get an answer from another one when the limit (1 s here) is over."""
     victim = f"{role}-1"
     timeouts = {
-        "prefill": f'pd_prefill_failures_total{{prefill="{victim}",reason="timeout"}}',
-        "decode": f'pd_decode_attempt_failures_total{{decode="{victim}",failure="timeout"}}',
+        "prefill": f'pd_scheduler_prefill_failures_total{{prefill="{victim}",reason="timeout"}}',
+        "decode": f'pd_scheduler_decode_attempt_failures_total{{decode="{victim}",failure="timeout"}}',
     }[role]
     async with load(client, stream=True) as seen:
         await seen.more()
@@ -117,7 +119,7 @@ async def test_a_stream_that_is_cut_is_an_error_and_counted(client: Client, stac
         client.fleet.kill(name)
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
-    line = f'pd_decode_attempt_failures_total{{decode="{name}",failure="cut"}}'
+    line = f'pd_scheduler_decode_attempt_failures_total{{decode="{name}",failure="cut"}}'
 
     async def counted() -> bool:
         return await _metric(client, line) == 1
@@ -140,7 +142,7 @@ async def test_a_hand_off_that_nobody_fetches_is_freed(client: Client, fault: ob
     await client.until_freed()
 
     async def counted() -> bool:
-        return await _metric(client, "pd_handoffs_unused_total{") == 1
+        return await _metric(client, "pd_scheduler_handoffs_unused_total{") == 1
 
     await until(counted)
 

@@ -48,7 +48,7 @@ async def flood(load: Overload) -> list[Answer]:
             return sum(task.done() for task in tasks) >= CLIENTS - LIMIT // BODY
 
         await until(refused)
-        held = (await load.metrics())["pd_held_bytes"]
+        held = (await load.metrics())["pd_scheduler_held_bytes"]
         assert LIMIT - BODY * 1.1 < held <= LIMIT
     return await asyncio.gather(*tasks)
 
@@ -70,7 +70,7 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
                 assert memory(pid, "VmHWM") < before + 3 * LIMIT + CLIENTS * PER_REQUEST
                 await load.client.until_in_flight(0)
                 after.append(memory(pid))
-            assert (await load.metrics())["pd_held_bytes"] == 0
+            assert (await load.metrics())["pd_scheduler_held_bytes"] == 0
             assert max(after) < before + LIMIT + CLIENTS * PER_REQUEST
 
 
@@ -93,7 +93,7 @@ async def test_chunked_bodies_are_counted_too(tmp_path: Path) -> None:
             slow = asyncio.ensure_future(load.client.session.post(url, data=never_ends()))
             await begun.wait()
             assert (await load.ask("not held up by the slow one")).status == 200
-            assert (await load.metrics())["pd_held_bytes"] == 0
+            assert (await load.metrics())["pd_scheduler_held_bytes"] == 0
             async with load.client.session.post(url, data=too_large()) as response:
                 assert (response.status, response.headers["x-pd-reason"]) == (413, "too_large")
             slow.cancel()
@@ -120,5 +120,5 @@ async def test_bodies_are_not_kept_while_their_answers_run(tmp_path: Path) -> No
                     sent = load.client.session.post(url, json=body)
                     assert (await answers.enter_async_context(sent)).status == 200
                 assert await load.client.in_flight() == requests
-                assert (await load.metrics())["pd_held_bytes"] == 0
+                assert (await load.metrics())["pd_scheduler_held_bytes"] == 0
                 assert memory(pid) < before + requests * BODY

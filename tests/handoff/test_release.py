@@ -38,7 +38,9 @@ class ReleaseTest(InFlightCase):
 
     def counted(self, outcome: str) -> float:
         labels = {"prefill": "p0", "outcome": outcome}
-        found = self.router.telemetry.prometheus.get_sample_value("pd_handoffs_unused_total", labels)
+        found = self.router.telemetry.prometheus.get_sample_value(
+            "pd_scheduler_handoffs_unused_total", labels
+        )
         return found or 0.0
 
     async def release(self, *statuses: int) -> list[int]:

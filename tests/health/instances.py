@@ -142,7 +142,9 @@ class Fixture:
         return self.registry.get(name)
 
     def failed_scrapes(self, name: str) -> float:
-        value = self.telemetry.prometheus.get_sample_value("pd_scrape_failures_total", {"instance": name})
+        value = self.telemetry.prometheus.get_sample_value(
+            "pd_scheduler_scrape_failures_total", {"instance": name}
+        )
         return value or 0.0
 
 

@@ -249,7 +249,7 @@ def test_the_age_is_a_metric() -> None:
     registry.resolved(registry.get("p0"), "10.0.0.1", now=40.0)
     found = collectors(router, clock=lambda: 100.0)
     ages = [
-        found.get_sample_value("pd_address_age_seconds", {"instance": name, "role": "prefill"})
+        found.get_sample_value("pd_scheduler_address_age_seconds", {"instance": name, "role": "prefill"})
         for name in ("p0", "p1", "p2")
     ]
     assert ages == [60.0, None, None]

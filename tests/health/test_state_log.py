@@ -106,7 +106,7 @@ class StateLogTest(unittest.TestCase):
         found = {}
         for state in (*InstanceState, "ejected", "trial"):
             labels = {"instance": name, "role": "decode", "state": str(state)}
-            value = page.get_sample_value("pd_instance_state_changes_total", labels)
+            value = page.get_sample_value("pd_scheduler_instance_state_changes_total", labels)
             if value:
                 found[str(state)] = int(value)
         return found

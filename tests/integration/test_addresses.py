@@ -107,7 +107,7 @@ async def age(client: Client, instance_id: str) -> float:
 
 async def failed(client: Client, instance_id: str, times: int) -> None:
     """Wait until so many resets were told of an instance."""
-    series = f'pd_decode_attempt_failures_total{{decode="{instance_id}",failure="reset"}} {times}.0'
+    series = f'pd_scheduler_decode_attempt_failures_total{{decode="{instance_id}",failure="reset"}} {times}.0'
 
     async def told() -> bool:
         return series in (await client.admin("GET", "/metrics"))[1]

@@ -72,8 +72,8 @@ async def test_those_that_wait_are_served_when_an_instance_is_free(stacks: Open,
         assert [answer.text for answer in answers] == expected
         assert {answer.headers["x-pd-prefill"] for answer in answers} == {"prefill-0"}
         metrics = await load.metrics()
-        assert metrics['pd_queue_wait_seconds_count{outcome="served"}'] == 19
-        assert metrics["pd_held_bytes"] == 0
+        assert metrics['pd_scheduler_queue_wait_seconds_count{outcome="served"}'] == 19
+        assert metrics["pd_scheduler_held_bytes"] == 0
 
 
 async def test_a_full_queue(stacks: Open) -> None:
@@ -89,7 +89,7 @@ async def test_a_full_queue(stacks: Open) -> None:
             assert refused.error["type"] == "TooManyRequestsError"
             assert "queue is full" in refused.error["message"]
         assert [(await task).status for task in (first, second)] == [200, 200]
-        rejected = 'pd_requests_rejected_total{reason="queue_full",status="429"}'
+        rejected = 'pd_scheduler_requests_rejected_total{reason="queue_full",status="429"}'
         assert (await load.metrics())[rejected] == 1
 
 
@@ -104,8 +104,8 @@ async def test_one_that_waits_too_long(stacks: Open) -> None:
             assert "waited too long" in refused.error["message"]
         assert (await first).status == 200
         metrics = await load.metrics()
-        assert metrics['pd_queue_wait_seconds_count{outcome="refused"}'] == 1
-        assert metrics['pd_queue_wait_seconds_sum{outcome="refused"}'] >= 0.4, "not at once"
+        assert metrics['pd_scheduler_queue_wait_seconds_count{outcome="refused"}'] == 1
+        assert metrics['pd_scheduler_queue_wait_seconds_sum{outcome="refused"}'] >= 0.4, "not at once"
 
 
 async def test_a_client_that_leaves_frees_its_place(stacks: Open) -> None:
@@ -122,7 +122,7 @@ async def test_a_client_that_leaves_frees_its_place(stacks: Open) -> None:
         assert [(await task).status for task in (first, last)] == [200, 200]
         for instance in load.fleet.instances:
             assert "gone" not in await load.prompts_at(instance.id)
-        assert (await load.metrics())['pd_queue_wait_seconds_count{outcome="gone"}'] == 1
+        assert (await load.metrics())['pd_scheduler_queue_wait_seconds_count{outcome="gone"}'] == 1
 
 
 async def test_a_decode_fleet_that_is_full_holds_back_the_prefill(fleet: Fleet, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ async def test_a_higher_priority_is_served_first(stacks: Open) -> None:
                 [("low", {"x-pd-priority": "-1"}), ("usual", {}), ("high", {"x-pd-priority": "5"})]
             )
             metrics = await load.metrics()
-            assert {p: metrics[f'pd_queue_requests{{priority="{p}"}}'] for p in (-1, 0, 5)} == {
+            assert {p: metrics[f'pd_scheduler_queue_requests{{priority="{p}"}}'] for p in (-1, 0, 5)} == {
                 -1: 1,
                 0: 1,
                 5: 1,

@@ -124,10 +124,12 @@ async def test_a_strategy_that_does_not_exist_changes_nothing(client: Client) ->
 async def test_metrics_tell_what_happened(client: Client) -> None:
     answer = await client.complete()
     _, page = await client.admin("GET", "/metrics")
-    assert f'pd_requests_total{{decode="{answer.headers["x-pd-decode"]}",served="split"}}' in page
-    assert f'pd_prefill_duration_seconds_count{{prefill="{answer.headers["x-pd-prefill"]}"}}' in page
-    assert 'pd_instance_state{instance="decode-0",role="decode",state="healthy"} 1.0' in page
-    assert 'pd_routable_instances{role="prefill"} 2.0' in page
+    assert f'pd_scheduler_requests_total{{decode="{answer.headers["x-pd-decode"]}",served="split"}}' in page
+    assert (
+        f'pd_scheduler_prefill_duration_seconds_count{{prefill="{answer.headers["x-pd-prefill"]}"}}' in page
+    )
+    assert 'pd_scheduler_instance_state{instance="decode-0",role="decode",state="healthy"} 1.0' in page
+    assert 'pd_scheduler_routable_instances{role="prefill"} 2.0' in page
 
 
 async def test_a_burst_between_two_scrapes_spreads(client: Client) -> None:

@@ -120,7 +120,9 @@ async def test_every_way_to_an_instance(
 
             async def released() -> bool:
                 _, page = await client.admin("GET", "/metrics")
-                return bool(re.search(r'pd_handoffs_unused_total\{outcome="released".*\} [1-9]', page))
+                return bool(
+                    re.search(r'pd_scheduler_handoffs_unused_total\{outcome="released".*\} [1-9]', page)
+                )
 
             await until(released)
             await client.fault("decode-0")

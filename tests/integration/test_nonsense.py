@@ -80,6 +80,6 @@ async def test_the_scheduler_starts_and_serves(
 
             await until(probed)
             _, page = await client.admin("GET", "/metrics")
-            assert 'pd_scrape_failures_total{instance="decode-0"}' not in page
+            assert 'pd_scheduler_scrape_failures_total{instance="decode-0"}' not in page
             assert psutil.Process(process.process.pid).memory_info().rss < 250 << 20
             assert "Traceback" not in process.output, process.output

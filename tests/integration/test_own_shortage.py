@@ -43,8 +43,8 @@ async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path, wa
                     assert answer.error["message"] == "The scheduler's machine is short of resources."
             assert set((await client.states()).values()) == {"healthy"}
             _, page = await client.admin("GET", "/metrics")
-            assert f'pd_local_errors_total{{kind="EMFILE"}} {float(statuses[503])}' in page
-            assert "pd_prefill_failures_total{" not in page
+            assert f'pd_scheduler_local_errors_total{{kind="EMFILE"}} {float(statuses[503])}' in page
+            assert "pd_scheduler_prefill_failures_total{" not in page
             assert scheduler.output.count("sent, which is no instance's fault: EMFILE on this") == 1
             for _ in range(4):
                 assert "x-pd-prefill" in (await client.complete()).headers
@@ -74,7 +74,7 @@ async def test_envoys(session: aiohttp.ClientSession, tmp_path: Path) -> None:
             await until(short)
             assert set((await client.states()).values()) == {"healthy"}
             _, page = await client.admin("GET", "/metrics")
-            assert 'pd_local_errors_total{kind="envoy"}' in page
+            assert 'pd_scheduler_local_errors_total{kind="envoy"}' in page
             held.close()
             await client.until_split()
 
@@ -101,7 +101,7 @@ async def test_a_prefill_listener_that_is_not_there(session: aiohttp.ClientSessi
                 assert (answer.status, "x-pd-prefill" in answer.headers) == (200, False)
             assert set((await client.states()).values()) == {"healthy"}
             _, page = await client.admin("GET", "/metrics")
-            assert 'pd_local_errors_total{kind="listener"}' in page
-            assert "pd_prefill_failures_total{" not in page
+            assert 'pd_scheduler_local_errors_total{kind="listener"}' in page
+            assert "pd_scheduler_prefill_failures_total{" not in page
             line = "nobody listens at prefill_listener http://127.0.0.1:1: decode instances prefill"
             assert scheduler.output.count(line) == 1

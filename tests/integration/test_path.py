@@ -190,7 +190,7 @@ async def test_a_client_that_leaves_during_prefill_cancels_it(client: Client, fl
     request.cancel()
     await client.until_in_flight(0)
     answers = await client.admin("GET", "/metrics")
-    assert 'pd_requests_rejected_total{reason="prefill' not in answers[1]
+    assert 'pd_scheduler_requests_rejected_total{reason="prefill' not in answers[1]
 
 
 async def test_what_a_prefill_leaves_whose_client_has_left_is_freed(client: Client, fleet: Fleet) -> None:

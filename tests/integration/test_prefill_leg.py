@@ -67,7 +67,7 @@ async def client(
 async def failures(client: Client) -> dict[str, float]:
     """Prefills that failed, by reason."""
     _, page = await client.admin("GET", "/metrics")
-    lines = [line for line in page.splitlines() if line.startswith("pd_prefill_failures_total{")]
+    lines = [line for line in page.splitlines() if line.startswith("pd_scheduler_prefill_failures_total{")]
     return {line.split('reason="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
 
 

@@ -274,7 +274,7 @@ async def test_a_p_whose_key_is_wrong_is_passed_over(session: aiohttp.ClientSess
             await ready(client, process)
             answers = [await client.complete() for _ in range(6)]
             assert {(a.status, a.headers.get("x-pd-prefill")) for a in answers} == {(200, "prefill-1")}
-            failures = 'pd_prefill_failures_total{prefill="prefill-0",reason="status_401"}'
+            failures = 'pd_scheduler_prefill_failures_total{prefill="prefill-0",reason="status_401"}'
             _, page = await client.admin("GET", "/metrics")
             assert failures in page
 

@@ -124,5 +124,5 @@ async def check(client: Client, process: Process, asleep: Path) -> None:
     await until(said)
     assert "the event loop stands still for 2 s, in sleep (" in process.output
     _, page = await client.admin("GET", "/metrics")
-    assert "pd_event_loop_stalls_total 1.0" in page
+    assert "pd_scheduler_event_loop_stalls_total 1.0" in page
     assert "Traceback" not in process.output

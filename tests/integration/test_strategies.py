@@ -86,7 +86,7 @@ async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: C
     status, page = await client.admin("GET", "/metrics")
     for role in ("prefill", "decode"):
         labels = f'{{role="{role}",strategy="broken_shadow:Broken"}}'
-        assert f"pd_strategy_failures_total{labels} {ROUNDS}.0" in page
+        assert f"pd_scheduler_strategy_failures_total{labels} {ROUNDS}.0" in page
     errors = [line for line in up.output.splitlines() if "ERROR" in line][before:]
     assert len(errors) == 2, "once a minute for each role"
     assert "strategy broken_shadow:Broken failed for prefill: RuntimeError: odd, at " in errors[0]

@@ -92,7 +92,7 @@ async def test_what_was_dropped_is_counted_and_said(
                 _, page = await client.admin("GET", "/metrics")
             except aiohttp.ClientConnectionError:
                 return False
-            return "pd_log_lines_dropped_total 0.0" not in page
+            return "pd_scheduler_log_lines_dropped_total 0.0" not in page
 
         await until(dropped)
         said = b"lines of standard error were dropped while nobody read it"

@@ -42,7 +42,7 @@ class ConnectorFailsTest(Case):
         return self.router.connector.failures.counts["Odd", call]
 
     def stranded(self) -> float:
-        return self.count("pd_handoffs_unused_total", prefill="p0", outcome="stranded")
+        return self.count("pd_scheduler_handoffs_unused_total", prefill="p0", outcome="stranded")
 
     async def serve(self, call: str) -> None:
         """Send requests, more than would eject an instance that failed them."""

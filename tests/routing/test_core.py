@@ -25,7 +25,7 @@ class SplitTest(Case):
         self.assertEqual((name, path, sent["x-request-id"]), ("p0", "/v1/completions", "id-1"))
         self.assertEqual((body["prompt"], body["max_tokens"], body["stream"]), ("你好", 1, False))
         self.assertIs(body["kv_transfer_params"]["do_remote_decode"], True)
-        self.assertEqual(self.count("pd_requests_total", decode="d0", served="split"), 1.0)
+        self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="split"), 1.0)
         forward.release()
 
     async def test_reservations_from_pick_to_release(self) -> None:
@@ -141,7 +141,7 @@ class WholeTest(Case):
                 forward = await self.route({**BODY, **more})
                 self.assertLocal(forward)
                 self.assertEqual(self.leg.sent, [])
-                self.assertEqual(self.count("pd_requests_total", decode="d0", served="whole"), 1.0)
+                self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="whole"), 1.0)
 
     async def test_other_paths_and_methods_pass_as_they_are(self) -> None:
         for path, method in (
@@ -156,7 +156,7 @@ class WholeTest(Case):
                 forward = await self.route(path=path, method=method)
                 self.assertLocal(forward)
                 self.assertEqual(self.leg.sent, [])
-                self.assertEqual(self.count("pd_requests_total", decode="d0", served="passed"), 1.0)
+                self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="passed"), 1.0)
 
     async def test_a_path_that_is_not_public(self) -> None:
         for path in (
@@ -284,7 +284,8 @@ class AloneTest(Case):
             forward.release()
         self.assertEqual(self.leg.sent, [])
         self.assertEqual(
-            sum(self.count("pd_requests_total", decode=f"d{i}", served="alone") for i in range(3)), 6
+            sum(self.count("pd_scheduler_requests_total", decode=f"d{i}", served="alone") for i in range(3)),
+            6,
         )
         self.assertEqual({name: names.count(name) for name in names}, {"d0": 2, "d1": 2, "d2": 2})
         self.assertIdle()

@@ -173,6 +173,6 @@ class HandoffTest(InFlightCase):
             forward = await self.forward()
         self.assertEqual((forward.pending, forward.body), (None, None))
         late = self.router.telemetry.prometheus.get_sample_value(
-            "pd_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}
+            "pd_scheduler_handoffs_unused_total", {"prefill": "p0", "outcome": "late"}
         )
         self.assertEqual(late, 1.0)

@@ -37,7 +37,9 @@ class PrefillFailsTest(Case):
                 self.assertEqual(len(self.leg.tried), 2)
                 self.assertNotEqual(self.leg.tried[1], "p0")
                 self.assertSplit(forward, self.leg.tried[1])
-                self.assertEqual(self.count("pd_prefill_failures_total", prefill="p0", reason=reason), 1.0)
+                self.assertEqual(
+                    self.count("pd_scheduler_prefill_failures_total", prefill="p0", reason=reason), 1.0
+                )
                 forward.release()
                 self.assertIdle()
 
@@ -46,7 +48,7 @@ class PrefillFailsTest(Case):
         forward = await self.route()
         self.assertLocal(forward)
         self.assertEqual(len(set(self.leg.tried)), 2)
-        self.assertEqual(self.count("pd_requests_total", decode="d0", served="local"), 1.0)
+        self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="local"), 1.0)
         forward.release()
         self.assertIdle()
 
@@ -68,7 +70,9 @@ class PrefillFailsTest(Case):
                 forward = await self.route()
                 self.assertSplit(forward, self.leg.tried[1])
                 reason = f"status_{status}"
-                self.assertEqual(self.count("pd_prefill_failures_total", prefill="p0", reason=reason), 1.0)
+                self.assertEqual(
+                    self.count("pd_scheduler_prefill_failures_total", prefill="p0", reason=reason), 1.0
+                )
                 forward.release()
 
     async def test_an_answer_without_a_hand_off_lets_decode_prefill(self) -> None:
@@ -83,7 +87,9 @@ class PrefillFailsTest(Case):
                 forward = await self.route()
                 self.assertSplit(forward, self.leg.tried[1])
                 reason = "no_handoff"
-                self.assertEqual(self.count("pd_prefill_failures_total", prefill="p0", reason=reason), 1.0)
+                self.assertEqual(
+                    self.count("pd_scheduler_prefill_failures_total", prefill="p0", reason=reason), 1.0
+                )
                 forward.release()
                 self.assertIdle()
 

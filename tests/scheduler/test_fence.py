@@ -240,9 +240,11 @@ class FenceTest(unittest.TestCase):
         def page() -> str:
             return generate_latest(collectors(router, lambda: 0.0)).decode()
 
-        series = f'pd_strategy_failures_total{{role="prefill",strategy="{NAME}"}}'
+        series = f'pd_scheduler_strategy_failures_total{{role="prefill",strategy="{NAME}"}}'
         self.assertIn(f"{series} 0.0", page(), "from the start, so that rate() has a first value")
-        self.assertIn('pd_connector_failures_total{call="can_split",connector="NixlConnector"} 0.0', page())
+        self.assertIn(
+            'pd_scheduler_connector_failures_total{call="can_split",connector="NixlConnector"} 0.0', page()
+        )
         self.be("rank", ValueError())
         with self.assertLogs(LOG, "ERROR"):
             router.scheduler.pick(P, prompt())

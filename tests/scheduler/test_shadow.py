@@ -89,7 +89,7 @@ class ShadowTest(unittest.TestCase):
         router = fleet()
         self.assertIsNone(router.scheduler.shadow)
         self.assertFalse(router.scheduler.reads_prefixes)
-        self.assertNotIn(b"pd_shadow", generate_latest(collectors(router, time.monotonic)))
+        self.assertNotIn(b"pd_scheduler_shadow", generate_latest(collectors(router, time.monotonic)))
 
     def test_prompts_are_hashed_for_it(self) -> None:
         self.assertTrue(self.router.scheduler.reads_prefixes)
@@ -274,13 +274,13 @@ class ShadowTest(unittest.TestCase):
         }
         picks = {
             (sample.labels["role"], sample.labels["outcome"]): sample.value
-            for sample in families["pd_shadow_picks"].samples
+            for sample in families["pd_scheduler_shadow_picks"].samples
         }
         self.assertEqual(picks[("prefill", "differed")], 1.0)
         self.assertEqual(picks[("decode", "agreed")] + picks[("decode", "differed")], 2.0)
         buckets = {
             sample.labels["le"]: sample.value
-            for sample in families["pd_shadow_gain_seconds"].samples
+            for sample in families["pd_scheduler_shadow_gain_seconds"].samples
             if sample.labels["role"] == "prefill"
         }
         gain = shadow.differences[0].live_seconds - shadow.differences[0].shadow_seconds

@@ -36,7 +36,9 @@ class Overload:
     async def waiting(self) -> int:
         """Return how many requests wait in the scheduler."""
         found = await self.metrics()
-        return int(sum(value for name, value in found.items() if name.startswith("pd_queue_requests")))
+        return int(
+            sum(value for name, value in found.items() if name.startswith("pd_scheduler_queue_requests"))
+        )
 
     async def until_waiting(self, count: int) -> None:
         """Wait until so many requests wait."""

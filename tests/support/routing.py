@@ -130,7 +130,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.assertIsInstance(outcome, Reject)
         self.assertEqual((outcome.status, outcome.reason), (status, reason))
         self.assertEqual(outcome.headers["content-type"], "application/json")
-        self.assertEqual(self.count("pd_requests_rejected_total", status=str(status), reason=reason), 1.0)
+        self.assertEqual(
+            self.count("pd_scheduler_requests_rejected_total", status=str(status), reason=reason), 1.0
+        )
         self.assertIdle()
         error: dict[str, Any] = json.loads(outcome.body)["error"]
         return error

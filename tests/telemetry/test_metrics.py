@@ -25,11 +25,13 @@ class TelemetryTest(unittest.TestCase):
         self.telemetry.forwarded("d0", Served.SPLIT)
         self.telemetry.forwarded("d0", Served.SPLIT)
         self.telemetry.forwarded("d0", Served.LOCAL)
-        self.assertEqual(self.read("pd_requests_total"), {("d0", "split"): 2.0, ("d0", "local"): 1.0})
+        self.assertEqual(
+            self.read("pd_scheduler_requests_total"), {("d0", "split"): 2.0, ("d0", "local"): 1.0}
+        )
 
     def test_rejections(self) -> None:
         self.telemetry.rejected(503, "no_decode")
-        self.assertEqual(self.read("pd_requests_rejected_total"), {("no_decode", "503"): 1.0})
+        self.assertEqual(self.read("pd_scheduler_requests_rejected_total"), {("no_decode", "503"): 1.0})
 
     def test_prefill(self) -> None:
         with self.telemetry.time_prefill("p0"):
@@ -37,21 +39,21 @@ class TelemetryTest(unittest.TestCase):
         with self.assertRaises(ValueError), self.telemetry.time_prefill("p0"):
             raise ValueError
         self.telemetry.prefill_failed("p0", "timeout")
-        self.assertEqual(self.read("pd_prefill_duration_seconds_sum"), {("p0",): 0.75})
-        self.assertEqual(self.read("pd_prefill_duration_seconds_count"), {("p0",): 1.0})
-        self.assertEqual(self.read("pd_prefill_failures_total"), {("p0", "timeout"): 1.0})
+        self.assertEqual(self.read("pd_scheduler_prefill_duration_seconds_sum"), {("p0",): 0.75})
+        self.assertEqual(self.read("pd_scheduler_prefill_duration_seconds_count"), {("p0",): 1.0})
+        self.assertEqual(self.read("pd_scheduler_prefill_failures_total"), {("p0", "timeout"): 1.0})
 
     def test_scrapes(self) -> None:
         self.telemetry.scrape_failed("d0")
-        self.assertEqual(self.read("pd_scrape_failures_total"), {("d0",): 1.0})
+        self.assertEqual(self.read("pd_scheduler_scrape_failures_total"), {("d0",): 1.0})
 
     def test_the_time_in_the_queue(self) -> None:
-        counts = "pd_queue_wait_seconds_count"
+        counts = "pd_scheduler_queue_wait_seconds_count"
         self.assertEqual(self.read(counts), {(one.value,): 0.0 for one in QueueOutcome})
         self.telemetry.waited(QueueOutcome.SERVED, 0.5)
         self.telemetry.waited(QueueOutcome.GONE, 2.0)
         self.assertEqual(self.read(counts), {("served",): 1.0, ("refused",): 0.0, ("gone",): 1.0})
-        self.assertEqual(self.read("pd_queue_wait_seconds_sum")["gone",], 2.0)
+        self.assertEqual(self.read("pd_scheduler_queue_wait_seconds_sum")["gone",], 2.0)
 
     def test_removed_instances_leave_no_series(self) -> None:
         for name in ("d0", "d1"):
@@ -61,7 +63,7 @@ class TelemetryTest(unittest.TestCase):
             self.telemetry.prefill_predicted(name, 1.0)
         self.telemetry.keep_only({"d1"})
         self.assertNotIn("d0", self.telemetry.expose().decode())
-        self.assertEqual(self.read("pd_requests_total"), {("d1", "split"): 1.0})
+        self.assertEqual(self.read("pd_scheduler_requests_total"), {("d1", "split"): 1.0})
 
     def test_two_routers_do_not_share_counters(self) -> None:
         other = Telemetry()

@@ -49,55 +49,71 @@ _Gauges = tuple[tuple[str, str, _Getter], ...]
 """Name, help text and value of each gauge."""
 
 _GAUGES: _Gauges = (
-    ("pd_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
+    ("pd_scheduler_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
     (
-        "pd_waiting",
+        "pd_scheduler_waiting",
         "Requests queued on an instance: scraped, plus sent since.",
         lambda e, _: e.waiting if e.metrics else None,
     ),
     (
-        "pd_kv_cache_usage",
+        "pd_scheduler_kv_cache_usage",
         "KV-cache use, 0 to 1, as scraped.",
         lambda e, _: e.kv_usage if e.metrics else None,
     ),
     (
-        "pd_metrics_age_seconds",
+        "pd_scheduler_metrics_age_seconds",
         "Age of the last scrape that succeeded.",
         lambda e, now: now - e.scraped_at if e.scraped_at is not None else None,
     ),
     (
-        "pd_address_age_seconds",
+        "pd_scheduler_address_age_seconds",
         "Time since the DNS name of an instance was last resolved.",
         lambda e, now: now - e.resolved_at if e.resolved_at is not None else None,
     ),
     (
-        "pd_tokens_in_flight",
+        "pd_scheduler_tokens_in_flight",
         "Tokens of our requests on an instance: to compute for prefill, prompt and answer for decode.",
         lambda e, _: e.tokens,
     ),
-    ("pd_kv_capacity_tokens", "Tokens that its KV cache holds, as scraped.", lambda e, _: e.kv_capacity),
-    ("pd_prefix_blocks", "Prompt blocks that are taken for cached there.", lambda e, _: len(e.holder)),
+    (
+        "pd_scheduler_kv_capacity_tokens",
+        "Tokens that its KV cache holds, as scraped.",
+        lambda e, _: e.kv_capacity,
+    ),
+    (
+        "pd_scheduler_prefix_blocks",
+        "Prompt blocks that are taken for cached there.",
+        lambda e, _: len(e.holder),
+    ),
 )
 _PREFILL_GAUGES: _Gauges = (
-    ("pd_prefill_rate", "Learned: prompt tokens a second, without attention's share.", _prefill_rate),
     (
-        "pd_prefill_overhead_seconds",
+        "pd_scheduler_prefill_rate",
+        "Learned: prompt tokens a second, without attention's share.",
+        _prefill_rate,
+    ),
+    (
+        "pd_scheduler_prefill_overhead_seconds",
         "Learned: time of a prefill of no tokens.",
         lambda e, _: e.prefill.overhead,
     ),
     (
-        "pd_prefill_left_seconds",
+        "pd_scheduler_prefill_left_seconds",
         "Predicted time until the prefills that we have sent there are done.",
         lambda e, now: e.prefill.remaining(now),
     ),
     (
-        "pd_prefix_trust",
+        "pd_scheduler_prefix_trust",
         "Learned: share of the tokens taken for cached there that were.",
         lambda e, _: e.prefill.trust,
     ),
 )
 _DECODE_GAUGES: _Gauges = (
-    ("pd_decode_step_seconds", "Predicted time of a decode step with what runs there now.", _decode_step),
+    (
+        "pd_scheduler_decode_step_seconds",
+        "Predicted time of a decode step with what runs there now.",
+        _decode_step,
+    ),
 )
 
 
@@ -121,7 +137,7 @@ class _RegistryCollector(_AtScrape):
         yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
         yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))
         ratios = GaugeMetricFamily(
-            "pd_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
+            "pd_scheduler_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
         )
         for model, ratio in self._registry.load.bytes_per_token_by_model().items():
             ratios.add_metric([model], ratio)
@@ -129,7 +145,7 @@ class _RegistryCollector(_AtScrape):
 
     def _states(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(
-            "pd_instance_state",
+            "pd_scheduler_instance_state",
             "1 for the state that an instance is in.",
             labels=["instance", "role", "state"],
         )
@@ -137,7 +153,9 @@ class _RegistryCollector(_AtScrape):
             shown = endpoint.shown_state
             for one in (*InstanceState, EJECTED):
                 state.add_metric([endpoint.id, endpoint.instance.role.value, one], float(shown == one))
-        ready = GaugeMetricFamily("pd_routable_instances", "Instances that can serve.", labels=["role"])
+        ready = GaugeMetricFamily(
+            "pd_scheduler_routable_instances", "Instances that can serve.", labels=["role"]
+        )
         for role in InstanceRole:
             ready.add_metric([role.value], len(self._registry.routable(role)))
         yield from (state, ready)
@@ -161,15 +179,17 @@ class _QueueCollector(_AtScrape):
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
-            "pd_queue_requests", "Requests that wait in the scheduler.", labels=["priority"]
+            "pd_scheduler_queue_requests", "Requests that wait in the scheduler.", labels=["priority"]
         )
         counts = Counter(ticket.request.priority for ticket in self._queue.by_arrival())
         for priority, count in ({0: 0} | counts).items():
             waiting.add_metric([str(priority)], count)
         yield waiting
-        yield GaugeMetricFamily("pd_queue_bytes", "Bytes of their bodies.", self._queue.bytes)
+        yield GaugeMetricFamily("pd_scheduler_queue_bytes", "Bytes of their bodies.", self._queue.bytes)
         yield GaugeMetricFamily(
-            "pd_held_bytes", "Bytes of request bodies between arrival and decode.", self._body_bytes()
+            "pd_scheduler_held_bytes",
+            "Bytes of request bodies between arrival and decode.",
+            self._body_bytes(),
         )
 
 
@@ -185,12 +205,12 @@ class _ShadowCollector(_AtScrape):
             return
         labels = ["strategy", "role"]
         picks = CounterMetricFamily(
-            "pd_shadow_picks",
+            "pd_scheduler_shadow_picks",
             "Picks that the shadow strategy was asked for too, by what came of it.",
             labels=[*labels, "outcome"],
         )
         gains = HistogramMetricFamily(
-            "pd_shadow_gain_seconds",
+            "pd_scheduler_shadow_gain_seconds",
             "Predicted seconds by which the shadow's choice, where it differed, would have been better.",
             labels=labels,
         )
@@ -212,12 +232,12 @@ class _FailureCollector(_AtScrape):
 
     def collect(self) -> Iterator[Metric]:
         strategies = CounterMetricFamily(
-            "pd_strategy_failures",
+            "pd_scheduler_strategy_failures",
             "Calls of a strategy that raised an error or returned nonsense, and were answered without it.",
             labels=["strategy", "role"],
         )
         connector = CounterMetricFamily(
-            "pd_connector_failures",
+            "pd_scheduler_connector_failures",
             "Calls of the connector that raised an error or returned nonsense.",
             labels=["connector", "call"],
         )

@@ -18,7 +18,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 
 
 class Served(StrEnum):
-    """How a request was served: the label ``served`` of ``pd_requests_total``."""
+    """How a request was served: the label ``served`` of ``pd_scheduler_requests_total``."""
 
     SPLIT = "split"
     """Prefill on P, decode on D."""
@@ -33,7 +33,7 @@ class Served(StrEnum):
 
 
 class QueueOutcome(StrEnum):
-    """How a request left the scheduler's queue: the label ``outcome`` of ``pd_queue_wait_seconds``."""
+    """How a request left the queue: the label ``outcome`` of ``pd_scheduler_queue_wait_seconds``."""
 
     SERVED = "served"
     """It got an endpoint, or learned that none can serve."""
@@ -52,19 +52,19 @@ class Telemetry:
         self.prometheus = CollectorRegistry()
         self._clock = clock
         self._requests = Counter(
-            "pd_requests",
+            "pd_scheduler_requests",
             "Requests sent to a decode instance, by how they were served.",
             ["decode", "served"],
             registry=self.prometheus,
         )
         self._rejected = Counter(
-            "pd_requests_rejected",
+            "pd_scheduler_requests_rejected",
             "Requests answered with an error in place of an instance's answer.",
             ["status", "reason"],
             registry=self.prometheus,
         )
         self._queue_seconds = Histogram(
-            "pd_queue_wait_seconds",
+            "pd_scheduler_queue_wait_seconds",
             "Time in the scheduler's queue of requests that had to wait, by how they left it.",
             ["outcome"],
             buckets=_SECONDS,
@@ -73,14 +73,14 @@ class Telemetry:
         for outcome in QueueOutcome:  # all series exist from the start, so that rate() has a first value
             self._queue_seconds.labels(outcome)
         self._prefill_seconds = Histogram(
-            "pd_prefill_duration_seconds",
+            "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
             ["prefill"],
             buckets=_SECONDS,
             registry=self.prometheus,
         )
         self._predicted = Histogram(
-            "pd_prefill_predicted_ratio",
+            "pd_scheduler_prefill_predicted_ratio",
             "Predicted over measured time of a prefill, queueing included: 1 is right.",
             ["prefill"],
             # Fine around 1, which is right, and up to ten times too much or too little.
@@ -88,48 +88,48 @@ class Telemetry:
             registry=self.prometheus,
         )
         self._prefill_failures = Counter(
-            "pd_prefill_failures",
+            "pd_scheduler_prefill_failures",
             "Prefill attempts that gave no hand-off.",
             ["prefill", "reason"],
             registry=self.prometheus,
         )
         self._attempts = Counter(
-            "pd_decode_attempt_failures",
+            "pd_scheduler_decode_attempt_failures",
             "Attempts at a decode instance that failed; 'cut' is a stream that a client lost.",
             ["decode", "failure"],
             registry=self.prometheus,
         )
         self._handoffs = Counter(
-            "pd_handoffs_unused",
+            "pd_scheduler_handoffs_unused",
             "Hand-offs that no decode used: freed on P at once, left to the lease, or too late to be used.",
             ["prefill", "outcome"],
             registry=self.prometheus,
         )
         self._scrape_failures = Counter(
-            "pd_scrape_failures",
+            "pd_scheduler_scrape_failures",
             "Scrapes of an instance's /metrics that failed.",
             ["instance"],
             registry=self.prometheus,
         )
         self._local_errors = Counter(
-            "pd_local_errors",
+            "pd_scheduler_local_errors",
             "Requests to instances that could not be sent for a reason of this machine's own.",
             ["kind"],
             registry=self.prometheus,
         )
         self._log_lines_dropped = Counter(
-            "pd_log_lines_dropped",
+            "pd_scheduler_log_lines_dropped",
             "Lines of output that were dropped, since nobody read what the process prints.",
             registry=self.prometheus,
         )
         self._event_loop_stalls = Counter(
-            "pd_event_loop_stalls",
+            "pd_scheduler_event_loop_stalls",
             "Times that the event loop stood still, and requests went on without the scheduler.",
             registry=self.prometheus,
         )
 
         self._state_changes = Counter(
-            "pd_instance_state_changes",
+            "pd_scheduler_instance_state_changes",
             "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
             ["instance", "role", "state"],
             registry=self.prometheus,
