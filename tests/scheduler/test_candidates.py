@@ -17,7 +17,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.scheduler import Scheduler, availability, candidates
+from vllm_pd_scheduler.scheduler import Scheduler, availability, candidates, remaining
 from vllm_pd_scheduler.scheduler.candidates import LARGE_FLEET, LONGEST, SAMPLE
 from vllm_pd_scheduler.strategies import Strategy
 
@@ -70,15 +70,17 @@ class RuleTest(unittest.TestCase):
         limits=st.sampled_from([{}, {"max_waiting": 2}, {"max_in_flight_tokens": 2500, "max_kv_usage": 0.5}]),
         large=st.sampled_from([2, LARGE_FLEET]),
         kept=st.sampled_from([1, 3, 64]),
+        few=st.sampled_from([0, 32]),
         steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.booleans()), max_size=60),
     )
     @settings(derandomize=True, deadline=None, max_examples=100)
     def test_it_is_kept_whatever_happens(
-        self, limits: dict[str, Any], large: int, kept: int, steps: list[tuple[int, int, bool]]
+        self, limits: dict[str, Any], large: int, kept: int, few: int, steps: list[tuple[int, int, bool]]
     ) -> None:
         with (
             mock.patch.object(candidates, "LARGE_FLEET", large),
             mock.patch.object(availability, "KEPT_MOVES", kept),
+            mock.patch.object(remaining, "_FEW", few),
         ):
             self.run_steps(scheduler_of(6, 1, strategy=f"{__name__}:Asked", **limits), steps)
 

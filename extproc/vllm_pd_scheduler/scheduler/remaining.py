@@ -7,6 +7,9 @@ from collections.abc import Container, Iterable, Sequence
 
 from ..fleet.endpoint import Endpoint
 
+_FEW = 32
+"""Endpoints up to which nothing here is faster than to go over all of them."""
+
 
 class Members(tuple[Endpoint, ...]):
     """Those of ``pool`` that are not in ``out``. To ask for one is quick, though no set is made of them."""
@@ -15,8 +18,12 @@ class Members(tuple[Endpoint, ...]):
     out: Container[object]
 
     @classmethod
-    def of(cls, endpoints: Iterable[Endpoint], pool: Container[object], out: Container[object]) -> Members:
+    def of(
+        cls, endpoints: Sequence[Endpoint], pool: Container[object], out: Container[object]
+    ) -> tuple[Endpoint, ...]:
         """Return ``endpoints``, which are just these, as long as neither ``pool`` nor ``out`` changes."""
+        if len(endpoints) <= _FEW:
+            return tuple(endpoints)
         made = cls(endpoints)
         made.pool, made.out = pool, out
         return made
@@ -37,7 +44,7 @@ class Remaining:
         """All of them, left out or not."""
         self._list = list(endpoints)
         self._out: Container[object] = ()
-        self._members: Members | None = None
+        self._members: tuple[Endpoint, ...] | None = None
         """What ``_list`` has, if it was asked for since that has changed."""
 
     def leave_out(self, out: Container[object], moved: Iterable[Endpoint] | None) -> None:
@@ -46,7 +53,7 @@ class Remaining:
         Only those in ``moved`` may have come into it or left it since the call before; ``None``: any may.
         """
         self._members, self._out = None, out
-        if moved is None:
+        if moved is None or len(self.all) <= _FEW:
             self._list = [e for e in self.all if e not in out]
             return
         place_of = self._places.__getitem__
@@ -59,7 +66,7 @@ class Remaining:
                 elif there:
                     del self._list[at]
 
-    def get(self) -> Members:
+    def get(self) -> tuple[Endpoint, ...]:
         """Return those that remain. They are to be used at once."""
         if self._members is None:
             # A tuple, since strategies get it: one that sorted a list in place would spoil it for all.
