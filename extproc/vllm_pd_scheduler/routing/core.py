@@ -215,6 +215,7 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
+        forward.request_id = context.headers.get(names.REQUEST_ID, "")
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
