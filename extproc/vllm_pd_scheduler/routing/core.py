@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -20,13 +21,15 @@ from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
-from ..telemetry import Served, Telemetry
+from ..telemetry import Served, Telemetry, log_lines
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
+
+log = logging.getLogger(__name__)
 
 
 class RoutingCore:
@@ -68,6 +71,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         try:
@@ -87,6 +91,8 @@ class RoutingCore:
             outcome = reject(400, str(error), "bad_header")
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome.status, outcome.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%.200s: %s", path, outcome)
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
@@ -215,7 +221,8 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
-        forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        forward.request_id = context.request_id
+        forward.served = served
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
