@@ -20,7 +20,7 @@ from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure, failure_of_status
 from ..routing.result import Result
 from ..rpc import Method, ServerStream, StatusCode, served_by
-from ..telemetry import Ending
+from ..telemetry import Ending, log_lines
 from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 
 log = logging.getLogger(__name__)
@@ -60,16 +60,26 @@ class AccessLog:
             while (data := await stream.read()) is not None:
                 message = read_message(data)
                 results = results or message.identifier.log_name == RESULTS  # the first message has it
-                for entry in message.http_logs.log_entry:
-                    if results:
-                        if (result := read_result(entry)) is not None:
-                            self._ended(result)
-                    elif (attempt := read_attempt(entry)) is not None:
-                        self._failed(attempt)
+                if results:
+                    self._read_results(message)
+                else:
+                    self._read_attempts(message)
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise
         await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
+
+    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+        for entry in message.http_logs.log_entry:
+            if (attempt := read_attempt(entry)) is not None:
+                log_lines.request_id.set(attempt.request_id)
+                self._failed(attempt)
+        log_lines.request_id.set("")
+
+    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+        for entry in message.http_logs.log_entry:
+            if (result := read_result(entry)) is not None:
+                self._ended(result)
 
 
 def read_message(data: bytes) -> als_pb2.StreamAccessLogsMessage:

@@ -21,7 +21,7 @@ from ..records.decisions import Decisions
 from ..records.explained import in_a_line
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
-from ..request.context import RequestContext, request_id
+from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
@@ -30,7 +30,6 @@ from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .lost import fingerprint
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
@@ -80,9 +79,9 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
-        log_lines.request_id.set(request_id(headers))
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
-        decision = Decision(self._clock(), request_id(headers), path[:MAX_TEXT])
+        decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
         outcome: Forward | Reject
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
@@ -116,7 +115,7 @@ class RoutingCore:
     def refused(self, headers: Mapping[str, str], answer: Reject) -> None:
         """Note a request that was refused before it was routed."""
         path = headers.get(":path", "/").partition("?")[0]
-        decision = Decision(self._clock(), request_id(headers), path[:MAX_TEXT])
+        decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
         self._decisions.add(decision)
         self._note_refusal(answer, decision)
 
@@ -131,7 +130,6 @@ class RoutingCore:
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
         context = await self._turns.take(reading)
-        context.fingerprint, context.stream = fingerprint(body), body.get("stream") is True
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
@@ -179,7 +177,7 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit, decision)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses, forward.errors = why.losses, why.errors
+            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
         return forward
 
     def _with_handoff(
@@ -209,7 +207,7 @@ class RoutingCore:
         else:
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
-            prefilled.prefill.pending_handoffs += 1
+            prefilled.prefill.keep_handoff()
         return forward
 
     async def _whole(
@@ -232,7 +230,7 @@ class RoutingCore:
         own = None
         if outcome is not None:  # it has kept the place until now
             outcome.release()
-            own = outcome.endpoint
+            own, decision.decode = outcome.endpoint, ticket.choice
         return self._to_decode(context, body, served, limit, decision, preferred or own, own)
 
     def _to_decode(
@@ -249,16 +247,18 @@ class RoutingCore:
 
         ``own`` is what the strategy chose for it, if it was asked already.
         """
-        context.now = self._clock()
+        context.at(self._clock())
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
-        decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
+        choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
             picked = [preferred, *(e for e in picked if e is not preferred)]
+            if preferred is not own:  # else that was another pick
+                decision.decode = choice
         else:
-            own = picked[0] if picked else None
+            own, decision.decode = picked[0] if picked else None, choice
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
             return self._no_decode(context)
@@ -266,29 +266,34 @@ class RoutingCore:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
+        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed, decision)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream, forward.served = context.stream, served
-        forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
+        forward.request_id = context.request_id
+        forward.served = served
         decision.id, decision.served, decision.decode_to = forward.id, served, decode
         decision.prompt_tokens = context.prompt_tokens
-        decision.predicted_ttft = self._predicted_ttft(context, decision, decode[0])
+        decision.predicted_ttft = predicted_ttft
         return forward
 
-    def _predicted_ttft(self, context: RequestContext, decision: Decision, decode: Endpoint) -> float | None:
-        """Return the predicted seconds from a request's arrival to its first token, of what is known now."""
-        load = self.registry.load
-        if decision.served is Served.SPLIT:
+    def _predicted_ttft(
+        self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
+    ) -> float | None:
+        """Return predicted seconds from the arrival to the first token: for P, those of when it was chosen."""
+        load, prompt = self.registry.load, context.prompt_tokens
+        if served is Served.SPLIT:
             prefill = decision.prefill_attempts[-1]
-            took = prefill.at - decision.arrived + (prefill.predicted or 0.0)
-            return took + load.transfer + decode.decode_step
-        if not context.prompt_tokens:
+            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + load.transfer
+        elif prompt:
+            new = context.uncached(decode.holder)
+            cost = load.prefill.predict((1.0, new, prefill_pairs(new, prompt)))
+            before = context.now - decision.arrived + cost
+        else:
             return None
-        new = context.uncached(decode.holder)
-        cost = load.prefill.predict((1.0, new, prefill_pairs(new, context.prompt_tokens)))
-        return context.now - decision.arrived + cost + decode.decode_step
+        return before + decode.decode.step(decode.requests + 1, decode.kv_tokens + prompt)
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""

@@ -23,6 +23,9 @@ from .pools import Pools
 from .ranking import Ranking
 from .shadow import Shadow
 
+LEAST_LOAD = "least_load"
+"""Name of the strategy that ranks where another one has failed."""
+
 _MAX_LAST_RESORTS = 16
 """Endpoints of each kind that are a last resort: to sort all of a large fleet takes a millisecond."""
 
@@ -203,7 +206,7 @@ class Scheduler:
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
         are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
         request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
-        accepts that.
+        accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if self._took is None:
             return self._pick(role, request, count, exclude)
@@ -222,15 +225,17 @@ class Scheduler:
         if not offer.endpoints:
             return []
         request.offer(offer.endpoints)
-        ranked, name, endpoints = strategy.rank(offer, request, count), self.names[role], offer.endpoints
+        ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
-            endpoints = candidates.all(request.now, exclude)
-            ranked = strategy.rank(Offer(endpoints, endpoints), request, count)
-        if ranked is None:
-            endpoints = candidates.offer_sample(request, exclude, prefixes=False).endpoints
-            strategy, name = self._in_place[role], "least_load"
-            ranked = strategy.strategy.rank(endpoints, request, count)
-        self._last = Ranking(strategy, name, candidates, endpoints, exclude, ranked)
+            offer = Offer(candidates.all(request.now, exclude))
+            ranked = strategy.rank(offer, request, count)
+        by, name, offered, ranked = strategy, self.names[role], offer.endpoints, ranked or []
+        if len(ranked) < count and (rest := _rest(candidates, offer, request, ranked)):
+            if not ranked:
+                by, name, offered = self._in_place[role], LEAST_LOAD, tuple(rest)
+            ranked += self._in_place[role].strategy.rank(rest, request, count - len(ranked))
+        if ranked:
+            self._last = Ranking(by, name, candidates, offered, exclude, ranked)
         return ranked
 
     def explain(self, role: InstanceRole, request: RequestContext) -> Choice | None:
@@ -293,6 +298,18 @@ def _offer(
 
 def _never(error: Exception) -> None:
     raise error
+
+
+def _rest(
+    candidates: Candidates, offer: Offer, request: RequestContext, ranked: list[Endpoint]
+) -> Sequence[Endpoint]:
+    """Return what a strategy was offered and did not rank; of many, a sample."""
+    if len(offer.endpoints) > LARGE_FLEET:
+        taken = [*offer.exclude, *ranked]
+        return [
+            e for e in candidates.offer_sample(request, taken, prefixes=False).endpoints if e not in taken
+        ]
+    return [e for e in offer.endpoints if e not in ranked and e not in offer.exclude]
 
 
 def _waiting(endpoint: Endpoint) -> float:
