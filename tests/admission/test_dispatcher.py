@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fleet import D, P, prompt, scheduler_of
+from tests.support.given import give
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_OVERHEADS, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 from vllm_pd_scheduler.request.errors import Reject
+from vllm_pd_scheduler.telemetry import log_lines
 
 
 class Case(unittest.TestCase):
@@ -22,7 +24,7 @@ class Case(unittest.TestCase):
         self.scheduler = scheduler_of(prefill, decode, **config)
         self.registry = self.scheduler.registry
         for endpoint in self.registry.endpoints(P):
-            endpoint.prefill.overhead = overhead
+            give(endpoint.prefill, overhead=overhead)
         self.dispatcher = Dispatcher(self.scheduler)
         self.settled: list[Ticket] = []
 
@@ -86,6 +88,26 @@ class RaisingTest(Case):
             self.end(second, 2.0)
         self.assertEqual(self.served(third), "p0")
         self.assertEqual(len(self.dispatcher.queue), 0)
+
+
+class LogTest(Case):
+    def test_lines_about_one_that_waited_have_its_id_and_not_that_of_the_one_before(self) -> None:
+        self.start(late_binding=True)
+        first = self.submit(headers={"x-request-id": "first"})
+        second = self.submit(headers={"x-request-id": "second"})
+        seen = []
+        pick = self.scheduler.pick
+
+        def picked(*arguments: Any) -> Any:
+            seen.append(log_lines.request_id.get())
+            return pick(*arguments)
+
+        token = log_lines.request_id.set("first")
+        with mock.patch.object(self.scheduler, "pick", picked):
+            self.end(first, 1.0)
+        self.assertEqual(self.served(second), "p0")
+        self.assertEqual((seen, log_lines.request_id.get()), (["second"], "first"))
+        log_lines.request_id.reset(token)
 
 
 class LateBindingTest(Case):

@@ -16,6 +16,7 @@ from ..prediction.load_model import PrefillLoad
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
+from ..telemetry import log_lines
 from .queue import RequestQueue, Ticket
 
 NEARLY_FREE_S = 0.01
@@ -88,7 +89,7 @@ class Dispatcher:
                 return
         ticket.cost = self._predicted_work(request)
         strategy = self._scheduler.strategy(InstanceRole.PREFILL)
-        request.now = now
+        request.at(now)
         if request.priority < 0 and strategy.hopeless(request, ticket.cost):
             ticket.settle(self._refusal(ticket, "slo_missed", "No instance can meet its SLO now"))
             return
@@ -120,8 +121,12 @@ class Dispatcher:
         for ticket in list(self._overdue(now)):
             self.queue.remove(ticket)
             ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
-        while self._dispatch_one(now):
-            pass
+        before = log_lines.request_id.set("")
+        try:
+            while self._dispatch_one(now):
+                pass
+        finally:
+            log_lines.request_id.reset(before)
 
     def next_wake(self, now: float) -> float | None:
         """Return when to call ``dispatch`` if nothing happens before; ``None`` while nothing waits.
@@ -166,7 +171,8 @@ class Dispatcher:
             if ticket.role is InstanceRole.PREFILL and ticket.cost > max_cost:
                 continue
             request = ticket.request
-            request.now = now
+            log_lines.request_id.set(request.request_id)
+            request.at(now)
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.queue.defer(ticket):
                 deferred = True
@@ -216,7 +222,7 @@ class Dispatcher:
         if not has_room(InstanceRole.DECODE, now, request.model) or not has_room(role, now, request.model):
             return None
         outcome: Reservation | None = None
-        request.now = now
+        request.at(now)
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._late_binding and role is InstanceRole.PREFILL

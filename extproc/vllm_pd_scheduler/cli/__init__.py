@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .envoy_config import envoy_config
-from .options import IntervalOption, LogLevel, LogLevelOption, ShadowOption
+from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .replay import replay
 from .serving import check, serve, up
 from .simulation import demo, sim
@@ -29,6 +29,7 @@ def default(
     interval: IntervalOption = None,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run ``serve`` if no command is named."""
     if context.invoked_subcommand is not None:
@@ -39,7 +40,7 @@ def default(
         typer.echo(context.get_help())
         typer.echo("\nvllm-pd-scheduler: a command, or --config FILE to serve, is needed", err=True)
         raise typer.Exit(2)
-    serve(config, interval, shadow, log_level)
+    serve(config, interval, shadow, log_level, log_format)
 
 
 for command in (serve, up, check, envoy_config, sim, demo, replay):

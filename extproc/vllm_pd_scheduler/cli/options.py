@@ -9,16 +9,19 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 import uvloop
 
 from ..config import ConfigError, SchedulerConfig, load_config
-from ..envoy.process import EnvoyError, EnvoyPorts
+from ..envoy.configuration import EnvoyPorts
+from ..envoy.process import EnvoyError
 from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
 from ..system.output import StandardStreams
+from ..telemetry import log_lines
 
 
 class LogLevel(StrEnum):
@@ -28,6 +31,13 @@ class LogLevel(StrEnum):
     INFO = "INFO"
     WARNING = "WARNING"
     ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """How a line of the log looks."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 DEFAULT_PORTS = EnvoyPorts()
@@ -52,6 +62,10 @@ ShadowOption = Annotated[
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", case_sensitive=False, help="What is logged, to stderr.")
 ]
+LogFormatOption = Annotated[
+    LogFormat | None,
+    typer.Option("--log-format", case_sensitive=False, help="How a line looks; in place of log_format."),
+]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
 HostOption = Annotated[
     str | None,
@@ -64,9 +78,12 @@ HostOption = Annotated[
     ),
 ]
 PrefillPortOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, max=65535, help="Envoy's loopback prefill listener; `up` needs prefill_listener too."
+        min=1,
+        max=65535,
+        show_default="that of prefill_listener",
+        help="Envoy's loopback prefill listener, if the configuration sets prefill_listener.",
     ),
 ]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
@@ -85,6 +102,16 @@ def read_config(path: Path) -> SchedulerConfig:
         raise typer.Exit(2) from None
 
 
+def prefill_port_of(config: SchedulerConfig, given: int | None) -> int | None:
+    """Return the port of Envoy's prefill listener: what is given on the command line, else the setting's.
+
+    ``None`` if the configuration sets no ``prefill_listener``: then Envoy needs none.
+    """
+    if config.prefill_listener is None:
+        return None
+    return given or urlsplit(config.prefill_listener).port or 80
+
+
 def with_ports(
     config: SchedulerConfig, grpc_port: int | None, admin_port: int | None, prefill_port: int | None = None
 ) -> SchedulerConfig:
@@ -99,13 +126,18 @@ def with_ports(
     return config.model_copy(update=update)
 
 
+def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> SchedulerConfig:
+    """Return a copy of the configuration with this format of the log, if one is given."""
+    return config if kind is None else config.model_copy(update={"log_format": kind.value})
+
+
 @contextmanager
-def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
+def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
     """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
     with StandardStreams() as streams:
-        logging.basicConfig(
-            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        lines = logging.StreamHandler(sys.stderr)
+        lines.setFormatter(log_lines.formatter(kind))
+        logging.basicConfig(level=level, handlers=[lines])
         logging.captureWarnings(True)
         logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
         yield streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -20,14 +21,15 @@ from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
-from ..telemetry import Served, Telemetry
+from ..telemetry import Served, Telemetry, log_lines
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .lost import fingerprint
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
+
+log = logging.getLogger(__name__)
 
 
 class RoutingCore:
@@ -69,6 +71,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         try:
@@ -88,6 +91,8 @@ class RoutingCore:
             outcome = reject(400, str(error), "bad_header")
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome.status, outcome.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%.200s: %s", path, outcome)
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
@@ -95,7 +100,6 @@ class RoutingCore:
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
         context = await self._turns.take(reading)
-        context.fingerprint, context.stream = fingerprint(body), body.get("stream") is True
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -136,7 +140,7 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses, forward.errors = why.losses, why.errors
+            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
         return forward
 
     def _with_handoff(
@@ -161,7 +165,7 @@ class RoutingCore:
         else:
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
-            prefilled.prefill.pending_handoffs += 1
+            prefilled.prefill.keep_handoff()
         return forward
 
     async def _whole(
@@ -196,7 +200,7 @@ class RoutingCore:
 
         ``own`` is what the strategy chose for it, if it was asked already.
         """
-        context.now = self._clock()
+        context.at(self._clock())
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
@@ -216,7 +220,9 @@ class RoutingCore:
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream = context.stream
+        forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
+        forward.request_id = context.request_id
+        forward.served = served
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

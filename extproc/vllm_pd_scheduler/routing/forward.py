@@ -11,6 +11,7 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..request import headers as names
+from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 
 
@@ -34,6 +35,8 @@ class Forward:
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
+    served: Served = Served.SPLIT
+    """How it is served."""
     stream: bool = False
     """Whether the answer is a stream of events."""
     remove_headers: list[str] = field(default_factory=list)
@@ -45,19 +48,29 @@ class Forward:
     errors: tuple[Endpoint, ...] = ()
     """Who has answered 500, P and D. If several have, the request may be the reason."""
     prompt: int = 0
-    """The prompt's fingerprint (see :mod:`.lost`)."""
+    """The prompt's fingerprint (see :mod:`..request.fingerprint`)."""
     losses: int = 0
     """Connections that it has lost after it was delivered, on P or D."""
     failed_attempts: int = 0
     """Attempts at D that have been reported as failed."""
     held_up: bool = False
     """Whether its newest attempt has timed out at a D that does no worse than the others."""
+    request_id: str = ""
+    """Its ``X-Request-Id``."""
+    ended_by_envoy: bool = False
+    """Whether Envoy has ended the call itself: not the loss of a connection, after which D may go on."""
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
 
     def __post_init__(self) -> None:
         self.answering = self.decode[0]
+
+    def __str__(self) -> str:
+        """Say in a line for the log who serves it."""
+        prefill = f"P {self.prefill.id}, " if self.prefill else ""
+        decode = ", then ".join(endpoint.id for endpoint in self.decode)
+        return f"{self.served}, {prefill}D {decode}; x-pd-id {self.id}"
 
     @property
     def prefill(self) -> Endpoint | None:
@@ -101,10 +114,7 @@ class Forward:
         following = self.decode[failed + 1 :]
         self.answering = following[0] if following else None
         if current.active and following:
-            current.release()
-            self.reservation = registry.reserve(following[0])
-            self.reservation.tokens = current.tokens
-            following[0].tokens += current.tokens
+            self.reservation = registry.move(current, following[0])
 
     def sent(self) -> None:
         """Let go of what may be large, since Envoy has it."""

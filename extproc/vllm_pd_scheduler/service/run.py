@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..config.listeners import clashes, listeners_of
-from ..envoy.process import EnvoyPorts, EnvoyProcess, render_config
+from ..envoy.configuration import EnvoyPorts, render_config
+from ..envoy.process import EnvoyProcess, require_free
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
@@ -90,7 +91,7 @@ async def up(
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
-    ports.require_free()
+    require_free(ports)
     with contextlib.ExitStack() as stack:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
             try:
@@ -118,7 +119,14 @@ async def _up(
     rendered = render_config(
         ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
     )
-    process = EnvoyProcess(ports, rendered, log_level=log_level, access_log=access_log, streams=streams)
+    process = EnvoyProcess(
+        ports,
+        rendered,
+        log_level=log_level,
+        json_log=config.log_format == "json",
+        access_log=access_log,
+        streams=streams,
+    )
     async with App(config, streams) as app, process as envoy:
         await started()
         signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
