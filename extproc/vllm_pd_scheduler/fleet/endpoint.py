@@ -33,6 +33,8 @@ class Endpoint:
     in_flight: int = 0
     """Requests that we sent there and that have not ended."""
     draining: bool = False
+    drain_told: bool = False
+    """Whether the registry's listeners know that it is drained."""
     healthy: bool | None = None
     """``None`` before the first probe."""
     reason: str = "not probed yet"

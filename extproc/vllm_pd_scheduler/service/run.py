@@ -65,7 +65,7 @@ async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
     signals = Signals()
     async with App(config, streams) as app:
         await signals.wait()
-        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        app.say_draining()
         await signals.run_drain(app.drain())
     return 0
 
@@ -129,7 +129,7 @@ async def _up(
             signal_came.cancel()
             log.error("Envoy ended with status %d: ending too", envoy.exited.result())
             return 1
-        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        app.say_draining()
         await envoy.drain()
         await signals.run_drain(app.drain())
     return 0
