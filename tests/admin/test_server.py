@@ -117,7 +117,7 @@ class TestInstances:
         ("change", "message"),
         [
             ({"role": "both"}, "role: must be 'prefill' or 'decode'"),
-            ({"role": None}, "role: must be a valid string"),
+            ({"role": None}, "role: must be 'prefill' or 'decode'"),
             ({"port": 0}, "port: must be greater than or equal to 1"),
             ({"port": "80"}, "port: must be a valid integer"),
             ({"host": "http://h"}, "host: must be an IP address or a DNS name, without scheme or port"),

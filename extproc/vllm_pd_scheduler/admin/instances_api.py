@@ -1,0 +1,214 @@
+"""The instances of the fleet: ``/instances``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from aiohttp import web
+
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import DuplicateInstance
+from ..models import InstanceRole, InstanceState
+from ..router import PDRouter
+from .changes import AdminChanges
+from .route import Flag, Query, Refused, Route, Shown, json_answer
+from .saved_changes import SavedInstance
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+"""Seconds between two looks whether a drain is over, for a call that waits for it.
+
+A choice: not felt by the person or script that waits, and too seldom to cost anything.
+"""
+
+
+class InstancesQuery(Query):
+    """Which instances to show."""
+
+    role: InstanceRole | None = None
+
+
+class DrainQuery(Query):
+    """How to drain."""
+
+    wait: Flag = False
+    """Whether to answer only when nothing is left on the instance, or after ``drain_timeout``."""
+
+
+class InstanceAnswer(Shown):
+    """An instance, with its state and load."""
+
+    id: str
+    role: InstanceRole
+    host: str
+    port: int
+    address: str | None
+    """``ip:port``; null until its DNS name was resolved."""
+    address_age: float | None
+    """Seconds since its DNS name was last resolved."""
+    state: InstanceState
+    reason: str | None
+    """Why it is not healthy."""
+    in_flight: int
+    """Requests of this scheduler there."""
+    pending_handoffs: int
+    """Hand-offs that a P holds for requests whose answer has not ended."""
+    drained: bool
+    """Whether it is draining and has nothing left to do."""
+    waiting: float
+    """Requests queued there."""
+    requests: float
+    """Requests running or queued there, those of others too."""
+    kv_cache_usage: float | None
+    """Share of its KV cache in use."""
+    latency: float | None
+    """Mean seconds to the first token (P) or per token (D)."""
+    models: list[str] | None
+    """Names of the models that it serves; null: not known."""
+
+
+class InstancesAnswer(Shown):
+    """The instances, in the order in which they were added."""
+
+    instances: list[InstanceAnswer]
+
+
+class Remaining(Shown):
+    """What an instance that drains has left."""
+
+    in_flight: int
+    pending_handoffs: int
+
+
+class DrainAnswer(InstanceAnswer):
+    """An instance that drains."""
+
+    remaining: Remaining | None = None
+    """There only if it was waited for and something is left."""
+
+
+def describe(endpoint: Endpoint, now: float) -> dict[str, Any]:
+    """Return the fields of :class:`InstanceAnswer`; ``now`` is monotonic seconds."""
+    instance, metrics = endpoint.instance, endpoint.metrics
+    return {
+        "id": instance.instance_id,
+        "role": instance.role,
+        "host": instance.host,
+        "port": instance.port,
+        "address": endpoint.address,
+        "address_age": None if endpoint.resolved_at is None else now - endpoint.resolved_at,
+        "state": endpoint.state,
+        "reason": endpoint.reason or None,
+        "in_flight": endpoint.in_flight,
+        "pending_handoffs": endpoint.pending_handoffs,
+        "drained": endpoint.drained,
+        "waiting": endpoint.waiting,
+        "requests": endpoint.requests,
+        "kv_cache_usage": metrics.kv_usage if metrics else None,
+        "latency": metrics.latency if metrics else None,
+        "models": None if endpoint.models is None else sorted(endpoint.models),
+    }
+
+
+class InstancesApi:
+    """Shows and changes the instances. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+
+    def __init__(self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool]) -> None:
+        self._router = router
+        self._changes = changes
+        self._is_ready = is_ready
+
+    def routes(self) -> Iterator[Route]:
+        """Return the routes."""
+        one = "/instances/{id}"
+        yield Route(
+            "GET", "/instances", "The instances, or those of a role", self._list, {200: InstancesAnswer}
+        )
+        yield Route(
+            "POST", "/instances", "Add an instance", self._add, {201: InstanceAnswer}, refusals=(409, 507)
+        )
+        yield Route("GET", one, "One instance", self._get, {200: InstanceAnswer}, refusals=(404,))
+        yield Route("DELETE", one, "Remove an instance", self._remove, {204: None}, refusals=(404, 507))
+        yield Route(
+            "POST",
+            f"{one}/drain",
+            "Send an instance no new requests",
+            self._drain,
+            {200: DrainAnswer, 202: InstanceAnswer},
+            refusals=(404, 507),
+        )
+        yield Route(
+            "POST",
+            f"{one}/undrain",
+            "Send an instance requests again",
+            self._undrain,
+            {200: InstanceAnswer},
+            refusals=(404, 507),
+        )
+
+    async def _list(self, _: web.Request, query: InstancesQuery) -> web.Response:
+        now = time.monotonic()
+        shown = [_shown(endpoint, now) for endpoint in self._router.registry.endpoints(query.role)]
+        return json_answer(InstancesAnswer(instances=shown))
+
+    async def _add(self, _: web.Request, body: SavedInstance) -> web.Response:
+        if body.api_key is not None and body.api_key not in self._router.config.api_keys():
+            # Else whoever may call this could have any file or variable of the scheduler sent to their host.
+            raise Refused(400, "api_key: must be one that the configuration names")
+        try:
+            await self._changes.add(body)
+        except DuplicateInstance as error:
+            raise Refused(409, str(error)) from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        log.info("%s added", body.id)
+        return json_answer(_shown(self._router.registry.get(body.id)), 201)
+
+    async def _get(self, request: web.Request) -> web.Response:
+        return json_answer(_shown(self._endpoint(request)))
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.remove(endpoint.id)
+        log.info("%s removed", endpoint.id)
+        return web.Response(status=204)
+
+    async def _drain(self, request: web.Request, query: DrainQuery) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.drain(endpoint.id)
+        if not query.wait:
+            return json_answer(_shown(endpoint), 202)
+        await self._wait_for_drain(endpoint)
+        if endpoint.drained:
+            return json_answer(_shown(endpoint))
+        remaining = Remaining(in_flight=endpoint.in_flight, pending_handoffs=endpoint.pending_handoffs)
+        return json_answer(DrainAnswer(**describe(endpoint, time.monotonic()), remaining=remaining))
+
+    async def _wait_for_drain(self, endpoint: Endpoint) -> None:
+        """Wait until an endpoint is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
+
+        When the scheduler ends, the streams that it counts by end too, though the requests run on. To wait
+        further would report them as finished.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._router.config.drain_timeout):
+                while endpoint.draining and not endpoint.drained and self._is_ready():  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.drain(endpoint.id, drains=False)
+        return json_answer(_shown(endpoint))
+
+    def _endpoint(self, request: web.Request) -> Endpoint:
+        return self._router.registry.get(request.match_info["id"])
+
+
+def _shown(endpoint: Endpoint, now: float | None = None) -> InstanceAnswer:
+    return InstanceAnswer(**describe(endpoint, time.monotonic() if now is None else now))
