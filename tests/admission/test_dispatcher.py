@@ -248,7 +248,7 @@ class AdmissionTest(Case):
             self.submit(now)
         self.submit(80.0, priority=1)  # it takes the place of another
         texts = [event.text for event in events.after(0)]
-        self.assertEqual(texts, ["the queue is full: 1 requests wait, of 0 bytes; others get a 429"])
+        self.assertEqual(texts, ["the queue is full (1 requests, 0 bytes): others get a 429"])
         self.dispatcher.queue.max_requests = 2
         self.submit(81.0)
         self.submit(200.0, priority=1)

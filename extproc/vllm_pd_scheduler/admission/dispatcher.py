@@ -121,7 +121,7 @@ class Dispatcher:
         queue = self.queue
         self._events.add(
             EventKind.QUEUE_FULL,
-            f"the queue is full: {len(queue)} requests wait, of {queue.bytes} bytes; others get a 429",
+            f"the queue is full ({len(queue)} requests, {queue.bytes} bytes): others get a 429",
             by=By.REQUEST,
             level=logging.WARNING,
         )

@@ -67,7 +67,8 @@ class Events:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._newest = 0
+        self.newest = 0
+        """The number of the last one; 0 before the first."""
         self._kept: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._listeners: list[Callable[[], None]] = []
 
@@ -76,8 +77,8 @@ class Events:
     ) -> None:
         """Log and remember an event, and tell the listeners. The log names an operator who caused it."""
         log.log(level, "%s (by %s)" if by.startswith(By.ADMIN) else "%s%.0s", text, by)
-        self._newest += 1
-        self._kept.append(Event(self._newest, self._clock(), kind, level, subject, text, by))
+        self.newest += 1
+        self._kept.append(Event(self.newest, self._clock(), kind, level, subject, text, by))
         for listener in tuple(self._listeners):
             listener()
 
@@ -86,9 +87,9 @@ class Events:
 
         A number that there has not been yet is one from before a restart: all are after that.
         """
-        if number > self._newest:
+        if number > self.newest:
             number = 0
-        forgotten = self._newest - len(self._kept)
+        forgotten = self.newest - len(self._kept)
         return list(islice(self._kept, max(0, number - forgotten), None))
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
