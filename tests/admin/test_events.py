@@ -44,6 +44,7 @@ async def shown(admin: Admin, query: str = "") -> list[Any]:
 
 class TestJson:
     async def test_every_change_by_an_operator(self, admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+        admin.healthy("d0")
         caplog.set_level(logging.INFO, "vllm_pd_scheduler")
         before = admin.router.events.newest
         await admin.ask("POST", "/instances", NEW)
@@ -71,6 +72,15 @@ class TestJson:
         assert [(e["kind"], e["subject"], e["text"], e["by"]) for e in reversed(found)] == events
         logged = [record.getMessage().removesuffix(f" (by {ME})") for record in caplog.records]
         assert logged == [text for _, _, text, _ in events]
+
+    async def test_the_log_level(self, admin: Admin) -> None:
+        before = logging.getLogger().level
+        try:
+            await admin.ask("PUT", "/log-level", {"level": "DEBUG"})
+        finally:
+            logging.getLogger().setLevel(before)
+        newest = (await shown(admin, "?limit=1"))[0]
+        assert (newest["kind"], newest["text"], newest["by"]) == ("log_level", "log level is DEBUG", ME)
 
     async def test_what_is_refused_is_no_event(self, admin: Admin) -> None:
         before = admin.router.events.newest

@@ -99,7 +99,7 @@ class TestInstances:
         assert (status, body["id"], body["state"]) == (201, "d1", "starting")
         assert body["reason"] == "not probed yet"
         admin.healthy("d1")
-        status, body = await admin.ask("POST", "/instances/d1/drain")
+        status, body = await admin.ask("POST", "/instances/d1/drain?force=true")
         assert (status, body["state"]) == (202, "draining")
         assert admin.router.registry.routable(InstanceRole.DECODE) == ()
         assert await admin.ask("DELETE", "/instances/d1") == (204, "")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance
 from ..models import By, InstanceRole, join_address
 from ..records.events import EventKind
@@ -39,6 +40,16 @@ class NotKept(Exception):
     """A change cannot be kept, so nothing was changed; the message says why."""
 
 
+class LastRoutable(Exception):
+    """Without an instance nobody could serve in its role, so it stays; the message says what to do."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(
+            f"{endpoint.id} is the last {endpoint.instance.role} instance that can serve: "
+            "add force=true to take it away all the same"
+        )
+
+
 class AdminChanges:
     """Changes a router, one change after another.
 
@@ -52,6 +63,10 @@ class AdminChanges:
         self._unusable = ""
         self._added: dict[str, SavedInstance] = {}
         self._one_at_a_time = asyncio.Lock()
+
+    def source(self, instance_id: str) -> str:
+        """Return where an instance comes from: ``admin`` if it was added here, else ``config``."""
+        return "admin" if instance_id in self._added else "config"
 
     def restore(self) -> None:
         """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
@@ -140,27 +155,46 @@ class AdminChanges:
 
         await self._make(prepare)
 
-    async def remove(self, instance_id: str, by: str = By.ADMIN) -> None:
-        """Unregister; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+    async def remove(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
+        """Unregister an instance; the last one of its role that can serve only with ``force``.
+
+        Raises :exc:`LastRoutable` or :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`.
+        """
 
         def prepare(steered: Steered) -> Make:
-            self._router.registry.get(instance_id)
+            self._can_go(instance_id, force)
             del steered.draining[instance_id]
             steered.added.pop(instance_id, None)
             return partial(self._router.unregister_instance, instance_id, by)
 
         await self._make(prepare)
 
-    async def drain(self, instance_id: str, *, drains: bool = True, by: str = By.ADMIN) -> None:
-        """Drain an instance, or end that; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        router = self._router
+    async def drain(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
+        """Drain an instance; raises as ``remove``."""
 
         def prepare(steered: Steered) -> Make:
-            router.registry.get(instance_id)
-            steered.draining[instance_id] = drains
-            return partial(router.drain_instance if drains else router.undrain_instance, instance_id, by)
+            self._can_go(instance_id, force)
+            steered.draining[instance_id] = True
+            return partial(self._router.drain_instance, instance_id, by)
 
         await self._make(prepare)
+
+    async def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """End a drain; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+
+        def prepare(steered: Steered) -> Make:
+            self._router.registry.get(instance_id)
+            steered.draining[instance_id] = False
+            return partial(self._router.undrain_instance, instance_id, by)
+
+        await self._make(prepare)
+
+    def _can_go(self, instance_id: str, force: bool) -> None:
+        """Raise if an instance is not there or, without ``force``, is the last that can serve in its role."""
+        registry = self._router.registry
+        endpoint = registry.get(instance_id)
+        if not force and registry.routable(endpoint.instance.role) == (endpoint,):
+            raise LastRoutable(endpoint)
 
     async def _make(self, prepare: Prepare) -> None:
         change = _Change(prepare)

@@ -38,10 +38,6 @@ def _prefill_rate(endpoint: Endpoint, _: float) -> float | None:
     return 1 / per_token if per_token > 0 else None
 
 
-def _decode_step(endpoint: Endpoint, _: float) -> float:
-    return endpoint.decode.step(endpoint.requests, endpoint.kv_tokens)
-
-
 _Getter = Callable[[Endpoint, float], float | None]
 """Returns a value of an endpoint at a time (monotonic seconds), or ``None`` if there is none yet."""
 
@@ -112,7 +108,7 @@ _DECODE_GAUGES: _Gauges = (
     (
         "pd_scheduler_decode_step_seconds",
         "Predicted time of a decode step with what runs there now.",
-        _decode_step,
+        lambda e, _: e.decode_step,
     ),
 )
 

@@ -36,6 +36,24 @@ class DrainQuery(Query):
 
     wait: Flag = False
     """Whether to answer only when nothing is left on the instance, or after ``drain_timeout``."""
+    force: Flag = False
+    """Whether to drain even the last instance of its role that can serve."""
+
+
+class RemoveQuery(Query):
+    """How to remove."""
+
+    force: Flag = False
+    """Whether to remove even the last instance of its role that can serve."""
+
+
+class Predicted(Shown):
+    """What the load model predicts: of a P the first, of a D the second."""
+
+    prefill_left_s: float | None = None
+    """Seconds until the prefills that we have sent there are done."""
+    decode_step_s: float | None = None
+    """Seconds of a decode step with what runs there now."""
 
 
 class InstanceAnswer(Shown):
@@ -50,6 +68,10 @@ class InstanceAnswer(Shown):
     address_age: float | None
     """Seconds since its DNS name was last resolved."""
     state: InstanceState
+    shown_state: str
+    """``state``, or ``ejected`` or ``trial``: its requests failed, or the next one will show."""
+    source: str
+    """Where it comes from: ``config`` or ``admin``."""
     reason: str | None
     """Why it is not healthy."""
     in_flight: int
@@ -62,10 +84,21 @@ class InstanceAnswer(Shown):
     """Requests queued there."""
     requests: float
     """Requests running or queued there, those of others too."""
+    running: float | None
+    """Requests in its batch, as scraped."""
+    tokens_in_flight: float
+    """Tokens of our requests: on P those to compute, on D prompt and expected answer."""
+    kv_capacity_tokens: float | None
+    """Tokens that its KV cache holds."""
     kv_cache_usage: float | None
     """Share of its KV cache in use."""
     latency: float | None
     """Mean seconds to the first token (P) or per token (D)."""
+    predicted: Predicted
+    failures: int
+    """Requests that failed in a row."""
+    metrics_age_s: float | None
+    """Seconds since the last scrape that succeeded."""
     models: list[str] | None
     """Names of the models that it serves; null: not known."""
 
@@ -90,9 +123,13 @@ class DrainAnswer(InstanceAnswer):
     """There only if it was waited for and something is left."""
 
 
-def describe(endpoint: Endpoint, now: float) -> dict[str, Any]:
+def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
     """Return the fields of :class:`InstanceAnswer`; ``now`` is monotonic seconds."""
     instance, metrics = endpoint.instance, endpoint.metrics
+    if instance.role is InstanceRole.PREFILL:
+        predicted = Predicted(prefill_left_s=endpoint.prefill.remaining(now))
+    else:
+        predicted = Predicted(decode_step_s=endpoint.decode_step)
     return {
         "id": instance.instance_id,
         "role": instance.role,
@@ -101,14 +138,22 @@ def describe(endpoint: Endpoint, now: float) -> dict[str, Any]:
         "address": endpoint.address,
         "address_age": None if endpoint.resolved_at is None else now - endpoint.resolved_at,
         "state": endpoint.state,
+        "shown_state": endpoint.told_state,
+        "source": source,
         "reason": endpoint.reason or None,
         "in_flight": endpoint.in_flight,
         "pending_handoffs": endpoint.pending_handoffs,
         "drained": endpoint.drained,
         "waiting": endpoint.waiting,
         "requests": endpoint.requests,
+        "running": metrics.running if metrics else None,
+        "tokens_in_flight": endpoint.tokens,
+        "kv_capacity_tokens": endpoint.kv_capacity,
         "kv_cache_usage": metrics.kv_usage if metrics else None,
         "latency": metrics.latency if metrics else None,
+        "predicted": predicted,
+        "failures": endpoint.breaker.failures,
+        "metrics_age_s": None if endpoint.scraped_at is None else now - endpoint.scraped_at,
         "models": None if endpoint.models is None else sorted(endpoint.models),
     }
 
@@ -131,14 +176,14 @@ class InstancesApi:
             "POST", "/instances", "Add an instance", self._add, {201: InstanceAnswer}, refusals=(409, 507)
         )
         yield Route("GET", one, "One instance", self._get, {200: InstanceAnswer}, refusals=(404,))
-        yield Route("DELETE", one, "Remove an instance", self._remove, {204: None}, refusals=(404, 507))
+        yield Route("DELETE", one, "Remove an instance", self._remove, {204: None}, refusals=(404, 409, 507))
         yield Route(
             "POST",
             f"{one}/drain",
             "Send an instance no new requests",
             self._drain,
             {200: DrainAnswer, 202: InstanceAnswer},
-            refusals=(404, 507),
+            refusals=(404, 409, 507),
         )
         yield Route(
             "POST",
@@ -151,7 +196,8 @@ class InstancesApi:
 
     async def _list(self, _: web.Request, query: InstancesQuery) -> web.Response:
         now = time.monotonic()
-        shown = [_shown(endpoint, now) for endpoint in self._router.registry.endpoints(query.role)]
+        found = self._router.registry.endpoints(query.role)
+        shown = [InstanceAnswer(**self._fields(endpoint, now)) for endpoint in found]
         return json_answer(InstancesAnswer(instances=shown))
 
     async def _add(self, request: web.Request, body: SavedInstance) -> web.Response:
@@ -164,26 +210,26 @@ class InstancesApi:
             raise Refused(409, str(error)) from None
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        return json_answer(_shown(self._router.registry.get(body.id)), 201)
+        return json_answer(self._shown(self._router.registry.get(body.id)), 201)
 
     async def _get(self, request: web.Request) -> web.Response:
-        return json_answer(_shown(self._endpoint(request)))
+        return json_answer(self._shown(self._endpoint(request)))
 
-    async def _remove(self, request: web.Request) -> web.Response:
+    async def _remove(self, request: web.Request, query: RemoveQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.remove(endpoint.id, by=asked_by(request))
+        await self._changes.remove(endpoint.id, force=query.force, by=asked_by(request))
         return web.Response(status=204)
 
     async def _drain(self, request: web.Request, query: DrainQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.drain(endpoint.id, by=asked_by(request))
+        await self._changes.drain(endpoint.id, force=query.force, by=asked_by(request))
         if not query.wait:
-            return json_answer(_shown(endpoint), 202)
+            return json_answer(self._shown(endpoint), 202)
         await self._wait_for_drain(endpoint)
         if endpoint.drained:
-            return json_answer(_shown(endpoint))
+            return json_answer(self._shown(endpoint))
         remaining = Remaining(in_flight=endpoint.in_flight, pending_handoffs=endpoint.pending_handoffs)
-        return json_answer(DrainAnswer(**describe(endpoint, time.monotonic()), remaining=remaining))
+        return json_answer(DrainAnswer(**self._fields(endpoint, time.monotonic()), remaining=remaining))
 
     async def _wait_for_drain(self, endpoint: Endpoint) -> None:
         """Wait until an endpoint is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
@@ -198,12 +244,14 @@ class InstancesApi:
 
     async def _undrain(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.drain(endpoint.id, drains=False, by=asked_by(request))
-        return json_answer(_shown(endpoint))
+        await self._changes.undrain(endpoint.id, by=asked_by(request))
+        return json_answer(self._shown(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
         return self._router.registry.get(request.match_info["id"])
 
+    def _shown(self, endpoint: Endpoint) -> InstanceAnswer:
+        return InstanceAnswer(**self._fields(endpoint, time.monotonic()))
 
-def _shown(endpoint: Endpoint, now: float | None = None) -> InstanceAnswer:
-    return InstanceAnswer(**describe(endpoint, time.monotonic() if now is None else now))
+    def _fields(self, endpoint: Endpoint, now: float) -> dict[str, Any]:
+        return describe(endpoint, self._changes.source(endpoint.id), now)

@@ -10,12 +10,14 @@ from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
-from .changes import AdminChanges, NotKept
+from .changes import AdminChanges, LastRoutable, NotKept
 from .event_stream import Streams
 from .events_api import EventsApi
+from .index_api import IndexApi
 from .instances_api import InstancesApi
 from .origin import foreign_host, foreign_origin
 from .probes_api import ProbesApi
+from .process_api import ProcessApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
 
@@ -52,7 +54,9 @@ class AdminServer:
         changes = changes or AdminChanges(router)
         self._streams = Streams()
         groups: list[Api] = [
+            IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
+            ProcessApi(router, is_ready),
             StrategyApi(router, changes),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
@@ -111,6 +115,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return error_answer(*error.args)
     except UnknownInstance as error:
         return error_answer(404, str(error))
+    except LastRoutable as error:
+        return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")
     except web.HTTPException as error:

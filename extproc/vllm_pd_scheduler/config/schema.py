@@ -12,8 +12,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializationInfo,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -38,6 +40,9 @@ _LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5})
 
 _SECRET_BYTES = 1 << 16
 """The most that a file with a secret may have."""
+
+MASK = "***"
+"""What is shown in place of a secret."""
 
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _HEADER = r"^[a-z0-9-]{1,100}$"
@@ -70,6 +75,11 @@ class SecretSource(_Model):
     """Name of an environment variable that holds the secret."""
     file: str | None = None
     """Path of a file that holds the secret, on one line. The scheduler reads it at start."""
+
+    @field_serializer("env")
+    def _mask(self, name: str | None, info: SerializationInfo) -> str | None:
+        """Hide what should be a variable's name: some write the secret itself there."""
+        return MASK if name is not None and (info.context or {}).get("masked") else name
 
     @model_validator(mode="after")
     def _one_of_both(self) -> SecretSource:
@@ -360,6 +370,10 @@ class SchedulerConfig(_Model):
                 "checked for DNS names; give it here or in instance_tls"
             )
         return name
+
+    def masked(self) -> dict[str, Any]:
+        """Return it as JSON for whoever may read it but shall learn no secret."""
+        return self.model_dump(mode="json", context={"masked": True})
 
     def api_keys(self) -> list[SecretSource]:
         """Every source of an API key that is named, for all instances or for one."""

@@ -53,6 +53,11 @@ class Breaker:
     _pause: float = 0.0
     _results: deque[bool] = field(default_factory=deque)
 
+    @property
+    def failures(self) -> int:
+        """Requests that failed in a row."""
+        return self._streak
+
     def succeeded(self) -> bool:
         """Record a request that went well; return whether the state changed.
 

@@ -14,6 +14,9 @@ from .peers import DoubtfulEnds
 EJECTED = "ejected"
 """Shown in place of "unhealthy" for an instance that is alive, and out only because requests to it failed."""
 
+TRIAL = "trial"
+"""Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
+
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
@@ -98,6 +101,19 @@ class Endpoint:
     def shown_state(self) -> str:
         """State for metrics and logs, which also tell who is ``ejected``."""
         return EJECTED if self.ejected else self.state.value
+
+    @property
+    def told_state(self) -> str:
+        """State for people, who are also told of a ``trial``."""
+        shown = self.shown_state
+        if shown == InstanceState.HEALTHY and self.breaker.state is BreakerState.HALF_OPEN:
+            return TRIAL
+        return shown
+
+    @property
+    def decode_step(self) -> float:
+        """Predicted seconds of a decode step with what runs there now."""
+        return self.decode.step(self.requests, self.kv_tokens)
 
     @property
     def routable(self) -> bool:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from ..fleet.breaker import BreakerState
-from ..fleet.endpoint import EJECTED, Endpoint
+from ..fleet.endpoint import EJECTED, TRIAL, Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceState, join_address
 from ..records.events import EventKind, Events
 from ..telemetry.metrics import Telemetry
-
-TRIAL = "trial"
-"""Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
 
 _BAD = frozenset({InstanceState.UNHEALTHY.value, EJECTED})
 
@@ -87,7 +83,4 @@ def _place(endpoint: Endpoint) -> str:
 
 
 def _seen(endpoint: Endpoint) -> _Seen:
-    state = endpoint.shown_state
-    if state == InstanceState.HEALTHY and endpoint.breaker.state is BreakerState.HALF_OPEN:
-        state = TRIAL
-    return _Seen(state, endpoint.address, endpoint.generation, endpoint.drained)
+    return _Seen(endpoint.told_state, endpoint.address, endpoint.generation, endpoint.drained)

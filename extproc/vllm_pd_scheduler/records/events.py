@@ -30,6 +30,7 @@ class EventKind(StrEnum):
     STRATEGY = "strategy"
     SHADOW = "shadow"
     QUEUE_FULL = "queue_full"
+    LOG_LEVEL = "log_level"
 
 
 @dataclass(frozen=True, slots=True)
