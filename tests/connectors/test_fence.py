@@ -1,12 +1,15 @@
 """Whatever a connector does, a request can still be served by decode alone."""
 
+import json
 import math
 import unittest
 from typing import Any
 from unittest import mock
 
 from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector, Splice
+from vllm_pd_scheduler.connectors.fence import CHECKED_BYTES
 from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.request.errors import BodyError
 
 BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
 HANDOFF = Handoff(b"{}", 1, 0)
@@ -18,6 +21,21 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "splice": (BODY, HANDOFF),
     "release_body": (HANDOFF, "m"),
 }
+END = len(BODY.raw) - 1
+NO_OBJECTS = [b"{", b"[]", b"5", b'{"a":1,}', b'{"a":1}x', b'{"a":"}', b"not json", b'{"a" 1}']
+NO_TAILS = [
+    b",",
+    b",}",
+    b"x}",
+    b'"a":1}',
+    b',"a":1',
+    b',"a":1}}',
+    b',"a":1,}',
+    b',"a":nope}',
+    b",a:1}",
+    b"]}",
+]
+"""What makes no object of ``BODY`` when it takes the place of its last brace."""
 DEFAULTS = {"can_split": False, "release_body": None}
 """What stands for an answer; the other calls raise ``ConnectorFailed``."""
 
@@ -69,8 +87,8 @@ class ConnectorFenceTest(unittest.TestCase):
         bodies: list[Any] = ["text", b"", 5]
         tokens: list[Any] = [("5",), (-1,), (10**400,), (5, math.nan), (5, math.inf), (5, "0")]
         answers = {
-            "prefill_body": [None, *bodies],
-            "release_body": bodies,
+            "prefill_body": [None, *bodies, *NO_OBJECTS],
+            "release_body": [*bodies, *NO_OBJECTS],
             "handoff": [b"{}", {}, Handoff(b""), *(Handoff(b"{}", *each) for each in tokens)],
             "splice": [
                 None,
@@ -78,6 +96,8 @@ class ConnectorFenceTest(unittest.TestCase):
                 *(Splice(at, b"}") for at in (-1, 0, 99, None)),
                 Splice(1, "}"),
                 Splice(1, b"\xff"),
+                *(Splice(END, text) for text in NO_TAILS),
+                Splice(END - 1, b',"a":1}'),  # within the text before
             ],  # type: ignore[arg-type]
         }
         with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
@@ -121,3 +141,48 @@ class ConnectorFenceTest(unittest.TestCase):
 
 if __name__ == "__main__":
     unittest.main()
+
+    def test_where_a_splice_may_go(self) -> None:
+        for raw, at, text in (
+            (b"{}", 1, b'"a":1}'),
+            (b" { } ", 2, b'"a":1}'),
+            (b'{"x":1}', 6, b',"a":1}'),
+            (b'{"x":1} \n', 6, b' , "a" : {"b":[1]} }\n'),
+            (b'{"x":1,"y":2}', 6, b',"a":1}'),  # in place of a field
+            (b'{"x":"' + b"y" * 40_000 + b'"}', 40_007, b',"a":1}'),  # a body that was read in steps
+            (b'{"x":"' + b"y" * 40_000 + b'"}', 40_007, b',"a":[' + b"1," * CHECKED_BYTES + b"1]}"),
+        ):
+            with self.subTest(raw[:20], at=at):
+                body = JsonBody.parse(raw)
+                self.custom.answer = Splice(at, text)
+                self.assertIs(self.fence.splice(body, HANDOFF), self.custom.answer)
+                json.loads(self.custom.answer.into(raw))
+        self.custom.answer = Splice(40_007, b"x}")
+        with (
+            self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"),
+            self.assertRaises(ConnectorFailed),
+        ):
+            self.fence.splice(body, HANDOFF)
+
+    def test_what_a_client_may_write_is_no_failure(self) -> None:
+        """Python's ``json``, and so vLLM, reads more than JSON."""
+        nixl = NixlConnector()
+        fence = ConnectorFence(nixl)
+        for raw in (
+            b'{"x":NaN,"prompt":"p"}',
+            b'{"x":-Infinity}',
+            b'\xef\xbb\xbf{"prompt":"p"}',
+            b'{"prompt":"\\ud800"}',
+            b'{"\\ud800":1}',
+            b'{"a":1,"a":2}',
+            b'{"x":"\t"}',
+            b'{"x":' + b"[" * 100 + b"]" * 100 + b"}",
+            b'{"x":1' + b"0" * 400 + b"}",
+        ):
+            with self.subTest(raw):
+                try:
+                    body = JsonBody.parse(raw)
+                except BodyError:
+                    continue
+                self.assertEqual(fence.prefill_body(body), nixl.prefill_body(body))
+                self.assertEqual(fence.splice(body, HANDOFF), nixl.splice(body, HANDOFF))

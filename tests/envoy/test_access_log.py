@@ -3,6 +3,7 @@
 import unittest
 from typing import Any
 
+from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
 from envoy.service.accesslog.v3 import als_pb2
 
 from vllm_pd_scheduler.envoy.access_log import read_attempts
@@ -52,3 +53,13 @@ class ReadAttemptsTest(unittest.TestCase):
         self.assertEqual(self.read(status=503, port=0), [])
         with self.assertRaises(BadMessage):
             list(read_attempts(b"\xff\xff"))
+
+    def test_a_client_that_left_before_envoy_had_our_answer(self) -> None:
+        """Only its ``X-Request-Id`` is known."""
+        message = als_pb2.StreamAccessLogsMessage()
+        entry = message.http_logs.log_entry.add()
+        entry.common_properties.access_log_type = AccessLogType.DownstreamEnd
+        entry.common_properties.response_flags.downstream_connection_termination = True
+        entry.request.request_id = "r"
+        (attempt,) = read_attempts(message.SerializeToString())
+        self.assertEqual(attempt, FailedAttempt("", Failure.UNSENT, None, request_id="r"))

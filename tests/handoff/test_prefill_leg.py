@@ -228,3 +228,67 @@ class TestLeaving:
     async def test_without_anybody_who_frees_it_p_is_told_at_once(self) -> None:
         async with self.left(wanted=True) as (peer, _, _):
             assert await peer.ended()
+
+
+class TestHung:
+    """An instance that hangs: what waits there was delivered, and is given up."""
+
+    @pytest.mark.parametrize("listener", [False, True], ids=["straight", "listener"])
+    async def test_what_waits_there_ends_and_nothing_else(self, listener: bool) -> None:
+        async with raw_server() as server, ConnectionPool() as pool:
+            leg = HttpPrefill(pool, f"http://{server.to[0]}" if listener else None, 3600.0)
+            hung, other = (
+                Endpoint(PDInstance(name, InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
+                for name in ("p0", "p1")
+            )
+            legs = [asyncio.ensure_future(leg(each, "/", {}, b"{}")) for each in (hung, other)]
+            peers = [await server.accept() for _ in legs]
+            for peer in peers:
+                await peer.request()
+            leg.give_up(hung)
+            with pytest.raises(PrefillFailed, match="hung") as failed:
+                await legs[0]
+            assert failed.value.lost
+            assert await peers[0].ended()
+            await peers[1].say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            assert (await legs[1]).body == b"{}"
+            leg.give_up(other)  # nothing is left there
+
+
+class TestAnswersTwice:
+    """A P that gives the answer to the request before: its hand-off is of another prompt."""
+
+    async def second(self, first: str, second: str, answered: str) -> PrefillAnswer:
+        """Send two requests with these ids on one connection; return the answer to the second."""
+        async with raw_server() as server, ConnectionPool() as pool:
+            leg = HttpPrefill(pool, None, 10.0)
+            p0 = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
+            peer = None
+            for sent, told in ((first, first), (second, answered)):
+                prefill = asyncio.ensure_future(leg(p0, "/", {"x-request-id": sent}, b"{}"))
+                peer = peer or await server.accept()
+                await peer.request()
+                body = b'{"id":"chatcmpl-%s"}' % told.encode()
+                await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+                answer = await prefill
+            return answer
+
+    async def test_it_is_not_taken(self) -> None:
+        with pytest.raises(PrefillFailed, match="reset") as failed:
+            await self.second("a" * 36, "b" * 36, "a" * 36)
+        assert failed.value.lost
+
+    @pytest.mark.parametrize(
+        ("first", "second", "answered"),
+        [
+            ("a" * 36, "b" * 36, "b" * 36),
+            ("a" * 36, "a" * 36, "a" * 36),
+            ("a" * 36, "b" * 36, "an id of its own"),
+            ("a" * 16, "a" * 16 + '"', "a" * 16 + '\\"'),
+            ("a" * 16, "a" * 300, "a" * 300),
+            ("1", "2", "1"),
+        ],
+        ids=["its own", "the same", "no echo", "escaped", "long", "short"],
+    )
+    async def test_no_client_can_make_others_look_so(self, first: str, second: str, answered: str) -> None:
+        assert (await self.second(first, second, answered)).status == 200

@@ -36,6 +36,8 @@ class Server:
         """Probes that wait for ``go``."""
         self.go = asyncio.Event()
         self.go.set()
+        self.muted = False
+        """Whether ``/metrics`` waits for ``go`` too."""
         self.on_scrape: Callable[[], None] = lambda: None
 
     async def health(self, _: web.Request) -> web.Response:
@@ -47,8 +49,15 @@ class Server:
             self.held -= 1
         return web.Response(status=self.status)
 
+    def mute(self) -> None:
+        """Answer nothing until ``go``."""
+        self.muted = True
+        self.go.clear()
+
     async def metrics(self, _: web.Request) -> web.Response:
         self.scrapes += 1
+        if self.muted:
+            await self.go.wait()
         self.on_scrape()
         return web.Response(status=self.page_status, text=self.page)
 
@@ -74,7 +83,11 @@ class Fixture:
         self.raw_servers: list[asyncio.Server] = []
 
     def monitor(
-        self, interval: float = 0.01, timeout: float = 5.0, names: NameResolver | None = None
+        self,
+        interval: float = 0.01,
+        timeout: float = 5.0,
+        names: NameResolver | None = None,
+        hung: Callable[[Endpoint], None] = lambda _: None,
     ) -> HealthMonitor:
         self.monitors.append(
             HealthMonitor(
@@ -85,6 +98,7 @@ class Fixture:
                 timeout=timeout,
                 clock=lambda: self.now,
                 names=names,
+                hung=hung,
             )
         )
         return self.monitors[-1]
@@ -111,8 +125,15 @@ class Fixture:
             self.add(name, host, server.port)
         return server
 
-    def add(self, name: str, host: str, port: int, api_key: str | None = None) -> Endpoint:
-        return self.registry.add(PDInstance(name, InstanceRole.DECODE, host, port, api_key))
+    def add(
+        self,
+        name: str,
+        host: str,
+        port: int,
+        api_key: str | None = None,
+        role: InstanceRole = InstanceRole.DECODE,
+    ) -> Endpoint:
+        return self.registry.add(PDInstance(name, role, host, port, api_key))
 
     async def serve_raw(
         self, name: str, answers: dict[str, bytes], endless: bytes = b"", slow: dict[str, bytes] | None = None

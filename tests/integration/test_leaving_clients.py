@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from tests.support.processes import Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
+from vllm_pd_scheduler.envoy.ext_proc.exchange import Exchange
+from vllm_pd_scheduler.envoy.ext_proc.stream import Answer, Reply
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.service.app import App
 
@@ -88,3 +92,30 @@ async def test_one_that_decode_has_not_begun_with_is_freed_once_when_envoy_tells
 
     await until(freed)
     assert len(stage.freed) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_one_that_leaves_as_the_answer_is_written(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Envoy finds that it has left before it reads the answer: it tells of a request without our id."""
+    answer, clients = Exchange._answer, list[socket.socket]()
+
+    def leave(exchange: Exchange, reply: Reply) -> None:
+        if when == "before" and isinstance(reply, Answer):
+            clients.pop().close()
+        answer(exchange, reply)
+        if when == "after" and isinstance(reply, Answer):
+            clients.pop().close()
+
+    monkeypatch.setattr(Exchange, "_answer", leave)
+    count = 20
+    body = json.dumps(STREAM).encode()
+    head = b"POST %s HTTP/1.1\r\nhost: vllm\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    for _ in range(count):
+        clients.append(socket.create_connection(("127.0.0.1", stage.client.stack.ports.ingress)))
+        clients[-1].sendall(head % (PATH.encode(), len(body)) + body)
+        await until(lambda: not clients)
+        await stage.ended()
+    await until(lambda: len(stage.freed) >= count)
+    assert len({id(pending) for pending in stage.freed}) == len(stage.freed) == count

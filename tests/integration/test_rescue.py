@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.support.processes import Client
+from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S
 
 PROMPT = "A hand-off is used once; a second use gives a wrong text. " * 8
@@ -53,9 +56,42 @@ async def test_large_bodies_and_many_at_once(client: Client) -> None:
     assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
 
 
-async def test_when_every_decode_instance_fails_the_client_gets_an_error(client: Client) -> None:
+async def assert_second_500(client: Client, stream: bool) -> None:
+    """Both D answer 500: each is tried once, and the client gets what the second has said."""
     for instance in client.fleet.decode:
         await client.fault(instance.id, status=500)
+    answer = await client.complete(stream=stream)
+    for instance in client.fleet.decode:
+        seen = [set(each["headers"].values()) for each in await client.seen(instance.id)]
+        assert sum(answer.headers["x-request-id"] in values for values in seen) == 1
+    own = client.fleet[answer.headers["x-pd-decode"]].url + "/v1/completions"
+    async with client.session.post(own, json={"prompt": "p"}) as response:
+        assert (answer.status, answer.json) == (500, await response.json())
+    assert "x-envoy-ratelimited" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_the_second_500_is_the_clients_as_its_instance_wrote_it(client: Client, stream: bool) -> None:
+    await assert_second_500(client, stream)
+
+
+async def test_so_it_is_without_the_scheduler(
+    session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path
+) -> None:
+    client = Client(session, Stack(tmp_path), fleet)
+    with spawned(client.stack.serve(fleet.config())) as scheduler, spawned(client.stack.envoy()) as envoy:
+        await ready(client, envoy)
+        await client.until_known()
+        scheduler.process.kill()
+        await asyncio.to_thread(scheduler.wait)
+        await assert_second_500(client, stream=False)
+    for instance in fleet.decode:
+        await client.fault(instance.id)
+
+
+async def test_when_two_decode_instances_lose_a_request_the_client_gets_an_error(client: Client) -> None:
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, reset=True)
     answer = await client.complete()
     assert answer.status == 503
     assert "Two instances" in answer.error["message"]

@@ -3,7 +3,7 @@
 import unittest
 
 from vllm_pd_scheduler.request.body import JsonBody
-from vllm_pd_scheduler.routing.lost import MAX_BYTES, PAUSE_S, LostPrompts, fingerprint
+from vllm_pd_scheduler.routing.lost import ENDS_BYTES, PAUSE_S, LostPrompts, fingerprint
 
 
 class FingerprintTest(unittest.TestCase):
@@ -14,7 +14,14 @@ class FingerprintTest(unittest.TestCase):
         self.assertEqual(self.of('{"prompt":"a","max_tokens":1}'), self.of('{"max_tokens":2,"prompt":"a"}'))
         self.assertNotEqual(self.of('{"prompt":"a"}'), self.of('{"prompt":"b"}'))
         self.assertEqual(self.of("{}"), 0)
-        self.assertEqual(self.of('{"prompt":"' + "x" * MAX_BYTES + '"}'), 0)
+
+    def test_of_a_long_one_both_ends_and_the_length_count(self) -> None:
+        def long(first: str, last: str, size: int = 4 * ENDS_BYTES) -> int:
+            return self.of('{"prompt":"' + first + "x" * size + last + '"}')
+
+        self.assertEqual(long("a", "b"), long("a", "b"))
+        self.assertNotEqual(long("a", "b"), 0)
+        self.assertEqual(len({long("a", "b"), long("c", "b"), long("a", "c"), long("a", "b", 200_000)}), 4)
 
 
 class LostPromptsTest(unittest.TestCase):

@@ -27,6 +27,7 @@ class PrefillFailsTest(Case):
             (PrefillFailed("connect"), "connect"),
             (PrefillFailed("timeout"), "timeout"),
             (PrefillFailed("reset"), "reset"),
+            (PrefillFailed("hung", lost=True), "hung"),
         ]
         for failure, reason in cases:
             with self.subTest(reason):
@@ -223,7 +224,7 @@ class LossTest(Case):
         in_flight.attempt_failed(FailedAttempt(str(first.address), Failure.CONNECT, forward.id))
         self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
         in_flight.attempt_failed(FailedAttempt(str(second.address), Failure.RESET, forward.id, False))
-        self.assertIs(in_flight.may_try_again(forward.id, 2), Retry.ALLOWED, "one is lost")
+        self.assertIs(in_flight.may_try_again(forward.id, 2), Retry.LAST, "one is lost")
         in_flight.attempt_failed(FailedAttempt(str(first.address), Failure.RESET, forward.id, False))
         self.assertIs(in_flight.may_try_again(forward.id, 3), Retry.LOST)
         self.assertIs(in_flight.may_try_again("unknown", 1), Retry.LOST)

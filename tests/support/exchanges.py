@@ -23,9 +23,10 @@ def post(
     body: bytes = b"{}",
     limit: int = 100,
     timeout: float = HUNG_S,
+    name: bytes = b"",
     **headers: str,
 ) -> asyncio.Future[Answer]:
-    return pool.post(to, PATH, headers, body, limit=limit, timeout=timeout)
+    return pool.post(to, PATH, headers, body, limit=limit, timeout=timeout, name=name)
 
 
 async def one(pool: ConnectionPool, server: RawServer, answer: bytes = ANSWER) -> Peer:

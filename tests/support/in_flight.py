@@ -49,9 +49,10 @@ class InFlightCase(unittest.IsolatedAsyncioTestCase):
             first[1]()
         self.now = end
 
-    async def forward(self, **body: Any) -> Forward:
+    async def forward(self, request_id: str = "", **body: Any) -> Forward:
         raw = json.dumps({**BODY, **body}).encode()
-        outcome = await self.router.route({":method": "POST", ":path": "/v1/completions"}, raw)
+        headers = {":method": "POST", ":path": "/v1/completions", "x-request-id": request_id}
+        outcome = await self.router.route(headers, raw)
         assert isinstance(outcome, Forward), outcome
         return outcome
 

@@ -64,7 +64,7 @@ async def test_one_that_leaves_before_decode_has_read_the_request(
 
 
 async def test_one_that_leaves_at_any_moment(stack: Stack, pair: Pair) -> None:
-    """Few find the moment in which nobody can tell: the scheduler has answered, and Envoy not read it."""
+    """Few find a moment that leaves it to the lease: P ends just as it is told to stop."""
     await ready(stack)
     await pair.prefill.freed(LEASE_S + 5)  # of what other tests left
     for milliseconds in range(0, 200, 4):

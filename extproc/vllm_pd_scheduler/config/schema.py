@@ -169,7 +169,8 @@ class SchedulerConfig(_Model):
     millisecond of CPU."""
     health_check_timeout: Seconds = 2.0
     """Seconds that `/health`, `/metrics` and `/v1/models` of an instance may take together, and again the
-    first look-up of its name. Raise it if busy instances fail checks."""
+    first look-up of its name. Raise it if busy instances fail checks. A P that is unhealthy and answers
+    nothing for five times as long hangs: prefills that wait there are given up."""
     unhealthy_threshold: Probes = 2
     """Health checks that must fail in a row before an instance gets no more requests."""
     healthy_threshold: Probes = 1

@@ -9,12 +9,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import msgspec
+
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
 from .base import MAX_TOKENS, Connector, Handoff, Splice
 
 T = TypeVar("T")
 
+CHECKED_BYTES = 4096
+"""Up to so many, what goes to an instance is checked to be JSON: that takes 4 µs at most. Longer texts of the
+same connector come about as the short ones do."""
+
+
+class _Object(msgspec.Struct):
+    """Any JSON object: all fields are skipped."""
+
+
+_check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = ("can_split", "prefill_body", "handoff", "ended", "splice", "release_body")
 
 
@@ -49,7 +61,7 @@ class ConnectorFence:
 
     def prefill_body(self, body: JsonBody) -> bytes:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("prefill_body", lambda: _checked_body(self._connector.prefill_body(body)))
+        return self._ask("prefill_body", lambda: _checked_prefill(self._connector.prefill_body(body), body))
 
     def handoff(self, answer: bytes) -> Handoff | None:
         """See :meth:`Connector.handoff`; raise :exc:`ConnectorFailed` if it fails.
@@ -86,9 +98,20 @@ def _checked_body(body: Any) -> bytes:
     return body
 
 
+def _checked_prefill(made: Any, body: JsonBody) -> bytes:
+    checked = _checked_body(made)
+    if len(checked) <= CHECKED_BYTES and body.walked is None:  # else the client's may have a NaN, say
+        _check_object(checked)
+    return checked
+
+
 def _checked_release(connector: Any, handoff: Handoff, model: str | None) -> bytes | None:
     body = connector.release_body(handoff, model)
-    return None if body is None else _checked_body(body)
+    if body is None:
+        return None
+    checked = _checked_body(body)
+    _check_object(checked)  # D would refuse what is no JSON too, and P free nothing
+    return checked
 
 
 def _checked_handoff(handoff: Any) -> Handoff | None:
@@ -109,4 +132,18 @@ def _checked_splice(splice: Any, body: JsonBody) -> Splice:
     if not isinstance(splice.at, int) or not 0 < splice.at <= len(body.raw):
         raise ValueError("it returned an offset that is not within the body")
     _checked_body(splice.text).decode()
+    if len(splice.text) <= CHECKED_BYTES:
+        _check_tail(splice, body)
     return splice
+
+
+def _check_tail(splice: Splice, body: JsonBody) -> None:
+    """Raise :exc:`msgspec.DecodeError` if the body would be no JSON object with a splice.
+
+    Its beginning is one, so a shorter one stands for it, if nothing but the last brace is replaced.
+    """
+    end, empty = body.end()
+    if splice.at == end:
+        _check_object((b"{" if empty else b'{"":0') + splice.text)
+    elif len(body.raw) <= CHECKED_BYTES and body.walked is None:
+        _check_object(splice.into(body.raw))

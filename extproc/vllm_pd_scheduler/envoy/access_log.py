@@ -75,6 +75,7 @@ def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
             headers.get(names.ATTEMPT, "1") == "1",
             entry.response.response_code.value,
             _seconds(entry.response.response_headers.get("retry-after", "")),
+            entry.request.request_id,
         )
 
 

@@ -22,6 +22,9 @@ REPORTS_S = 0.1
 
 _POLL_S = 0.005
 
+_LAST = b"\x08\x01"
+"""``true`` as the first field of a message."""
+
 _REFUSALS = {
     Retry.LOST: (StatusCode.PERMISSION_DENIED, "two instances have lost the request"),
     Retry.SLOW: (StatusCode.RESOURCE_EXHAUSTED, "the fleet is slow"),
@@ -29,7 +32,9 @@ _REFUSALS = {
 
 
 class RetryCheck:
-    """Serves ``vllm_pd_scheduler.Retries/Allowed``: an empty message if allowed, else a gRPC error.
+    """Serves ``vllm_pd_scheduler.Retries/Allowed``: a message if allowed, else a gRPC error.
+
+    The message is empty unless this is the last attempt if it ends in a 500, which then goes to the client.
 
     ``allowed`` is asked with a request's id and the number of attempts that were made; ``None`` means that
     not all of them have been reported yet. A report that does not come in time is not waited for.
@@ -54,4 +59,4 @@ class RetryCheck:
         answer = answer or self._allowed(request, 0)
         if answer in _REFUSALS:
             raise CallError(*_REFUSALS[answer])
-        await stream.write(b"")
+        await stream.write(_LAST if answer is Retry.LAST else b"")

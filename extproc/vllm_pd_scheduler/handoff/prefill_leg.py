@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from ..fleet.endpoint import Endpoint
-from ..instance_http.errors import AnswerRefused, NotConnected, RequestFailed, TimedOut
+from ..instance_http.errors import AnswerRefused, GivenUp, NotConnected, RequestFailed, TimedOut
 from ..instance_http.exchange import Answer, Destination
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.shortage import is_our_shortage
@@ -32,6 +32,8 @@ LISTENER_IDLE_S = 60.0
 Envoy has no file descriptor left for a new one."""
 _SENDABLE = re.compile(r"[\t -~]*")
 """A header of the client's that can go to P."""
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{16,100}")
+"""An ``X-Request-Id`` that vLLM repeats as it is, after ``cmpl-`` or ``chatcmpl-`` in its answer's ``id``."""
 _PASSABLE = re.compile(r"[!-~][ -~]{0,199}")
 """A header of P's that can go to the client."""
 _ENVOYS_SHORTAGE = re.compile(
@@ -61,12 +63,15 @@ class HttpPrefill:
         self._timeout = timeout
         self._unwanted = unwanted
         self._lingering: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
 
     async def __call__(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
         sent = self._send(endpoint, path, headers, body)
+        self._under_way[sent] = endpoint
+        sent.add_done_callback(self._under_way.pop)
         if self._unwanted is None:
             return await self._read(sent)
         try:
@@ -76,6 +81,12 @@ class HttpPrefill:
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
+
+    def give_up(self, endpoint: Endpoint) -> None:
+        """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
+        for sent, where in tuple(self._under_way.items()):
+            if where is endpoint and not sent.done():
+                sent.set_exception(GivenUp(f"{endpoint.id} hangs"))
 
     async def close(self) -> None:
         """Wait for the prefills that linger."""
@@ -105,13 +116,18 @@ class HttpPrefill:
         else:  # TLS to the instance is Envoy's
             to = (self._listener, None)
             kept[names.DESTINATION] = address
-        return self._pool.post(to, path, kept, body, limit=largest_answer(body), timeout=self._timeout)
+        own = kept.get(names.REQUEST_ID, "")
+        name = b"cmpl-" + own.encode() if _NAME.fullmatch(own) else b""
+        limit = largest_answer(body)
+        return self._pool.post(to, path, kept, body, limit=limit, timeout=self._timeout, name=name)
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:
             answer = await sent
         except TimedOut:
             raise PrefillFailed("timeout") from None
+        except GivenUp:
+            raise PrefillFailed("hung", lost=True) from None
         except AnswerRefused:
             raise PrefillFailed("unreadable") from None
         except RequestFailed as error:

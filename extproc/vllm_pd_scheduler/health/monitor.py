@@ -19,6 +19,7 @@ from .names import NameNotResolved, NameResolver
 from .probe import Answers, NoAnswer, NoSuchPath, OurShortage, Probe
 from .progress import STALLED_S, Progress
 from .served_models import odd_ones
+from .silence import HUNG_TIMEOUTS, Silence
 from .vllm_metrics import Scrape, snapshot
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class HealthMonitor:
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
     and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
-    on a D without a step of its engine.
+    on a D without a step of its engine. ``hung`` is called for a P that is unhealthy and answers nothing
+    (see :class:`~.silence.Silence`): what was sent there will not be answered either.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class HealthMonitor:
         clock: Callable[[], float],
         stalled_after: float = STALLED_S,
         names: NameResolver | None = None,
+        hung: Callable[[Endpoint], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._telemetry = telemetry
@@ -68,6 +71,7 @@ class HealthMonitor:
         self._clock = clock
         self._stalled_after = stalled_after
         self._names = names or NameResolver()
+        self._silence = Silence(self._probe, HUNG_TIMEOUTS * timeout, hung)
         self._watched: dict[Endpoint, _Watched] = {}
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
         self._odd: dict[Endpoint, str] = {}
@@ -76,7 +80,12 @@ class HealthMonitor:
 
     @classmethod
     def configured(
-        cls, config: SchedulerConfig, registry: Registry, telemetry: Telemetry, session: aiohttp.ClientSession
+        cls,
+        config: SchedulerConfig,
+        registry: Registry,
+        telemetry: Telemetry,
+        session: aiohttp.ClientSession,
+        hung: Callable[[Endpoint], None] = lambda _: None,
     ) -> HealthMonitor:
         """Return a monitor with the configured interval and timeout, on the process's monotonic clock."""
         return cls(
@@ -87,6 +96,7 @@ class HealthMonitor:
             timeout=config.health_check_timeout,
             clock=time.monotonic,
             stalled_after=min(STALLED_S, config.stream_idle_timeout / 2),  # before its streams are cut
+            hung=hung,
         )
 
     async def start(self) -> None:
@@ -105,6 +115,7 @@ class HealthMonitor:
         for look_up in look_ups:
             look_up.cancel()
         await asyncio.gather(*loops.values(), *look_ups, return_exceptions=True)
+        await self._silence.stop()
 
     async def check_all(self) -> None:
         """Probe every instance once. Raises nothing."""
@@ -124,6 +135,7 @@ class HealthMonitor:
             return
         page = answers.metrics
         self._take_health(endpoint, watched, answers)
+        self._take_silence(endpoint, answers)
         if isinstance(page, Scrape) and self._registry.started(endpoint, page.started_at):
             in_flight, tokens = 0, 0.0
         self._take_models(endpoint, watched, answers)
@@ -137,6 +149,7 @@ class HealthMonitor:
             self._loops.pop(endpoint).cancel()
         for endpoint in [e for e in self._watched if e not in self._registry]:
             del self._watched[endpoint]
+            self._silence.removed(endpoint)
         for endpoint in self._registry:
             if endpoint not in self._loops and not self._stopped:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
@@ -222,6 +235,13 @@ class HealthMonitor:
             still = watched.progress.seen(answers.metrics, now)
             reason = reason or self._stalled(endpoint, still)
         self._registry.probed(endpoint, reason, now)
+
+    def _take_silence(self, endpoint: Endpoint, answers: Answers) -> None:
+        """Find a P that hangs. What waits at a D is Envoy's, which has time limits alone."""
+        if not answers.silent:
+            self._silence.answered(endpoint)
+        elif endpoint.healthy is False and endpoint.instance.role is InstanceRole.PREFILL:
+            self._silence.unanswered(endpoint)
 
     def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
         """Return what is wrong with an instance that answers, if requests run there and nothing moves.

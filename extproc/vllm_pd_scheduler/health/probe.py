@@ -42,6 +42,10 @@ class OurShortage(NoAnswer):
     """It could not be asked, for want of something on this machine."""
 
 
+class Unanswered(NoAnswer):
+    """It said nothing in time."""
+
+
 class NoSuchPath(NoAnswer):
     """It answers 404: it is not made to say this."""
 
@@ -55,6 +59,11 @@ class Answers:
     metrics: Scrape | NoAnswer
     models: frozenset[str] | NoAnswer | None
     """``None``: it was not asked."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing at all came in time."""
+        return isinstance(self.health, Unanswered) and isinstance(self.metrics, Unanswered)
 
 
 class Probe:
@@ -75,6 +84,12 @@ class Probe:
             self._problem(metrics, endpoint, "/metrics") or metrics.result(),
             None if names is None else self._problem(names, endpoint, "/v1/models") or names.result(),
         )
+
+    async def gets_no_answer(self, endpoint: Endpoint, seconds: float) -> bool:
+        """Ask for the health alone; return whether nothing has come within ``seconds``."""
+        health = asyncio.ensure_future(self._health(endpoint))
+        await _wait_for(seconds, health)
+        return health.cancelled()
 
     async def _health(self, endpoint: Endpoint) -> None:
         async with self._get(endpoint, "/health") as response:
@@ -112,7 +127,7 @@ class Probe:
 
     def _problem(self, asked: asyncio.Future[T], endpoint: Endpoint, path: str) -> NoAnswer | None:
         if asked.cancelled():
-            return NoAnswer(f"{path} did not answer within {self._timeout:g} s")
+            return Unanswered(f"{path} did not answer within {self._timeout:g} s")
         error = asked.exception()
         if error is None or isinstance(error, NoAnswer):
             return error

@@ -8,7 +8,7 @@ import time
 from typing import Protocol, cast
 
 from ..system.keepalive import keep_alive
-from ..system.unacknowledged import unacknowledged
+from ..system.unacknowledged import unacknowledged, unread
 from .answer_reader import AnswerReader
 from .errors import ConnectionLost, NotConnected, RequestFailed
 from .exchange import Answer, Destination, Exchange
@@ -17,6 +17,9 @@ _IDLE_SHARE = 0.8
 """Of what the server itself says in ``Keep-Alive: timeout=N``, a connection may be idle for so much."""
 _IDLE_AT_MOST_S = 60.0
 _SAID_IDLE = re.compile(rb"(?:^|[,\s])timeout=([0-9]{1,9})(?:$|[,\s])")
+
+_NAMED_BYTES = 256
+"""Where in its answer an instance repeats what a request is called: vLLM begins it with that."""
 
 _COPIED_BYTES = 1 << 16
 """Up to so many a body is copied behind its head, so that both are one write."""
@@ -48,7 +51,7 @@ class Connection(asyncio.Protocol):
 
     ``start`` sends one; its exchange gets the answer or the error. Then the connection is its owner's again,
     or it ends. Whatever is not clear ends it: bytes that nobody asked for, an answer that came before the
-    request had gone out whole, one that is not HTTP.
+    request had gone out whole, or is that of the request before, one that is not HTTP.
     """
 
     def __init__(self, owner: Owner, to: Destination) -> None:
@@ -61,12 +64,20 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._closing = False
         self._used = False
+        self._before = b""
+        """What the request before was called."""
         self._exchange: Exchange | None = None
         self._reader: AnswerReader | None = None
 
     def usable(self, now: float) -> bool:
-        """Whether an idle connection can take a request: it is open, and will not be closed just now."""
-        return now < self.idle_until and not self._closing and not self._transport.is_closing()
+        """Whether an idle connection can take a request.
+
+        It is open, will not be closed just now, and nothing has come that nobody asked for. That may not have
+        been read yet, and would be taken for the answer.
+        """
+        if now >= self.idle_until or self._closing or self._transport.is_closing():
+            return False
+        return not unread(self._transport.get_extra_info("socket").fileno())
 
     def start(self, exchange: Exchange) -> None:
         """Send a request. There must be none whose answer is still to come."""
@@ -143,7 +154,12 @@ class Connection(asyncio.Protocol):
         answer = reader.answer()
         exchange = self._release()
         assert exchange is not None
+        if _is_of(self._before, exchange.name, answer.body[:_NAMED_BYTES]):
+            self.abort()
+            exchange.fail(ConnectionLost("it answered the request before twice"))
+            return
         self._used = True
+        self._before = exchange.name
         # An answer to what has not gone out whole is the last one here.
         if reader.reusable and not self._closing and not self._transport.get_write_buffer_size():
             self.idle_until = time.monotonic() + _idle_time(answer, self._owner.idle_s)
@@ -172,6 +188,14 @@ class Connection(asyncio.Protocol):
             return False
         socket = self._transport.get_extra_info("socket")
         return unacknowledged(socket.fileno()) >= len(exchange.head) + len(exchange.body)
+
+
+def _is_of(before: bytes, name: bytes, answer: bytes) -> bool:
+    """Whether an answer names the request before it and not its own.
+
+    Where an instance does not repeat the names of requests, nothing can be told.
+    """
+    return bool(before) and before in answer and name not in answer
 
 
 def _idle_time(answer: Answer, default: float) -> float:

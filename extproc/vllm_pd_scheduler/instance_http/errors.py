@@ -30,5 +30,9 @@ class AnswerRefused(RequestFailed):
     """The answer is larger than it may be, or compressed, which nobody asked for."""
 
 
+class GivenUp(RequestFailed):
+    """Its instance was found to hang."""
+
+
 class TimedOut(RequestFailed, TimeoutError):
     """The answer was not whole in time."""

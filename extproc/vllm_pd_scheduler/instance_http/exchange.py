@@ -33,15 +33,19 @@ class Exchange:
     the time is over.
     """
 
-    __slots__ = ("_timer", "answer", "body", "head", "limit", "repeated", "stop", "to")
+    __slots__ = ("_timer", "answer", "body", "head", "limit", "name", "repeated", "stop", "to")
 
-    def __init__(self, to: Destination, head: bytes, body: bytes, limit: int, timeout: float) -> None:
+    def __init__(
+        self, to: Destination, head: bytes, body: bytes, limit: int, timeout: float, name: bytes = b""
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.to = to
         self.head = head
         self.body = body
         self.limit = limit
         """Bytes that the body of the answer may have."""
+        self.name = name
+        """What the instance may repeat in its answer."""
         self.repeated = False
         """Whether it was sent before, on a connection that was being closed."""
         self.stop: Callable[[], object] | None = None

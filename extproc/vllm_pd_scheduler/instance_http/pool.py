@@ -57,14 +57,16 @@ class ConnectionPool:
         *,
         limit: int,
         timeout: float,
+        name: bytes = b"",
     ) -> asyncio.Future[Answer]:
         """Send a POST; return its answer to come, whose body may have ``limit`` bytes.
 
         The future raises :exc:`~vllm_pd_scheduler.instance_http.errors.RequestFailed`, after ``timeout``
-        seconds at the latest. To cancel it ends the request's connection. Raises :exc:`ValueError` for
-        headers that cannot be sent.
+        seconds at the latest. To cancel it ends the request's connection. ``name`` is what the answer has
+        near its beginning, if the instance repeats that: one that has the request before's is not taken.
+        Raises :exc:`ValueError` for headers that cannot be sent.
         """
-        exchange = Exchange(to, post_head(path, to[0], headers, len(body)), body, limit, timeout)
+        exchange = Exchange(to, post_head(path, to[0], headers, len(body)), body, limit, timeout, name)
         connection = self._take(to)
         if connection is not None:
             connection.start(exchange)

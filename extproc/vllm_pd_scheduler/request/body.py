@@ -176,11 +176,17 @@ class JsonBody:
 
         ``value`` is JSON text.
         """
-        raw, walked = self.raw, self.walked
-        end = raw.rindex(b"}") if walked is None else walked.end
-        empty = raw[:end].rstrip().endswith(b"{") if walked is None else walked.start == end
+        end, empty = self.end()
         comma = b"" if empty else b","
         return end, b"".join((comma, _encode(key), b":", value, b"}"))
+
+    def end(self) -> tuple[int, bool]:
+        """Return where the object's last brace is, and whether there is no field before it."""
+        raw, walked = self.raw, self.walked
+        if walked is not None:
+            return walked.end, walked.start == walked.end
+        end = raw.rindex(b"}")
+        return end, raw[:end].rstrip().endswith(b"{")
 
     def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
         """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.

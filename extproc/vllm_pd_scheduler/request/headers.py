@@ -18,6 +18,9 @@ The name is that of the Gateway API inference extension."""
 ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
 
+REQUEST_ID: Final = "x-request-id"
+"""The client's id of a request, or one that Envoy has made."""
+
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""
 
@@ -61,7 +64,7 @@ STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
 FORWARDED_TO_PREFILL: Final = (
-    "x-request-id",
+    REQUEST_ID,
     "traceparent",
     "tracestate",
     "authorization",

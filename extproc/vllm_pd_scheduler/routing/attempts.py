@@ -72,12 +72,16 @@ class FailedAttempt:
     """The HTTP status of the answer, if one began."""
     retry_after: float | None = None
     """Seconds for which a full instance asks to be left alone, if it does."""
+    request_id: str = ""
+    """The request's ``X-Request-Id``: the client's or Envoy's, known also where Envoy has no id of ours."""
 
 
 class Retry(Enum):
     """Whether a request may be sent to one more D."""
 
     ALLOWED = auto()
+    LAST = auto()
+    """Yes; but if that loses it, or answers 500, it is sent to no further one."""
     LOST = auto()
     """No: two instances have lost it."""
     SLOW = auto()

@@ -217,6 +217,7 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream = context.stream
+        forward.request_id = context.headers.get(names.REQUEST_ID, "")
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

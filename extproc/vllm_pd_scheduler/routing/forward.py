@@ -52,6 +52,10 @@ class Forward:
     """Attempts at D that have been reported as failed."""
     held_up: bool = False
     """Whether its newest attempt has timed out at a D that does no worse than the others."""
+    request_id: str = ""
+    """Its ``X-Request-Id``."""
+    ended_by_envoy: bool = False
+    """Whether Envoy has ended the call itself: not the loss of a connection, after which D may go on."""
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""

@@ -28,6 +28,7 @@ from .attempts import (
 )
 from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
+from .never_sent import NeverSent
 from .patience import Patience
 
 SETTLE_S = 0.25
@@ -83,6 +84,7 @@ class RequestsInFlight:
         self._later = later
         self._running: dict[str, Forward] = {}
         self._ended: dict[str, Forward] = {}
+        self._left = NeverSent()
         self._unsettled: deque[tuple[float, Forward]] = deque()
         self._remembered: deque[tuple[float, Forward]] = deque()
         self._remembered_bytes = 0
@@ -129,6 +131,8 @@ class RequestsInFlight:
             self._telemetry.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
         if forward is None:
+            if attempt.failure is Failure.UNSENT:
+                self._left.add(attempt.request_id, self._clock())
             return
         forward.failed_attempts += 1
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
@@ -174,8 +178,8 @@ class RequestsInFlight:
 
     def _follow(self, forward: Forward, attempt: FailedAttempt) -> None:
         """Note who has the request now, if anybody."""
-        cut = attempt.failure is Failure.CUT
-        if not cut and (attempt.failure in NOT_ANSWERED or attempt.status in forward.retried):
+        goes_on = attempt.failure in NOT_ANSWERED or attempt.status in forward.retried
+        if goes_on and attempt.failure is not Failure.CUT and forward.losses < MAX_LOSSES:
             forward.moved(self._registry, attempt.address)
             return
         if attempt.failure is Failure.REFUSED and forward.refused_by is not None:
@@ -200,7 +204,10 @@ class RequestsInFlight:
             return Retry.LOST
         if forward.failed_attempts < made:
             return None
-        return Retry.SLOW if forward.held_up and not self.patience.may_retry() else Retry.ALLOWED
+        if forward.held_up and not self.patience.may_retry():
+            forward.answering = None
+            return Retry.SLOW
+        return Retry.LAST if forward.losses == MAX_LOSSES - 1 else Retry.ALLOWED
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""
@@ -243,10 +250,7 @@ class RequestsInFlight:
         while self._remembered and (
             self._remembered[0][0] <= now - REMEMBERED_S or self._remembered_bytes > MAX_REMEMBERED_BYTES
         ):
-            _, forward = self._remembered.popleft()
-            self._ended.pop(forward.id, None)
-            if forward.pending is not None:
-                self._remembered_bytes -= len(forward.pending.handoff.params)
+            self._forget(self._remembered.popleft()[1])
         if (self._unsettled or self._remembered) and not self._waking:
             self._waking = True
             self._later(SETTLE_S if self._unsettled else REMEMBERED_S, self._wake)
@@ -255,7 +259,30 @@ class RequestsInFlight:
         self._waking = False
         self.settle()
 
+    def _forget(self, forward: Forward) -> None:
+        self._ended.pop(forward.id, None)
+        if forward.pending is None:
+            return
+        self._remembered_bytes -= len(forward.pending.handoff.params)
+        if self._never_sent(forward):
+            self._take_back(forward)
+
+    def _never_sent(self, forward: Forward) -> bool:
+        """Whether its client left before Envoy had our answer, so that no D has been asked."""
+        return not forward.failed_attempts and self._left.has(forward.request_id, self._clock())
+
+    def _take_back(self, forward: Forward) -> None:
+        """Free the hand-off of a request that was never sent; leave it to the lease if that is not sure."""
+        if forward.ended_by_envoy:
+            self._free(forward)
+        elif forward.pending is not None and not forward.freed:
+            forward.freed = True
+            self._telemetry.handoff_stranded(forward.pending.prefill.id)
+
     def _settle(self, forward: Forward) -> None:
+        if self._never_sent(forward):
+            forward.answering = None
+            self._take_back(forward)
         if forward.answering is None:
             return
         self._registry.succeeded(forward.answering)

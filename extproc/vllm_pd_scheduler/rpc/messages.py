@@ -37,7 +37,8 @@ class MessageReader:
         """Add content."""
         if self._message is not None and self.missing:
             part = data if len(data) <= self.missing else data[: self.missing]
-            self._message += part
+            at = len(self._message) - self.missing
+            self._message[at : at + len(part)] = part
             self.missing -= len(part)
             self.consumed += len(part)
             data = data[len(part) :]
@@ -82,7 +83,8 @@ class MessageReader:
     def _begin(self, size: int, first: bytes) -> None:
         """Read a message as it comes; ``first`` is what there is of it."""
         self.begun = size
-        self._message = bytearray(first)
+        self._message = bytearray(size)  # one that grows would be moved again and again
+        self._message[: len(first)] = first
         self.missing = size - len(first)
         self.consumed += PREFIX_BYTES + len(first)
         self._unread, self._at = b"", 0

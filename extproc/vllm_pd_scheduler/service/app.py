@@ -90,7 +90,7 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
-        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session)
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, leg.give_up)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
         await self._start_admin()

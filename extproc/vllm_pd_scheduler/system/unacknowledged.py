@@ -1,4 +1,4 @@
-"""What TCP knows of bytes that were sent."""
+"""What TCP knows of bytes that were sent, or have come."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ def unacknowledged(descriptor: int) -> int:
 
     0 where the operating system does not say.
     """
-    if sys.platform != "linux":
-        return 0
+    return _queued(descriptor, termios.TIOCOUTQ) if sys.platform == "linux" else 0
+
+
+def unread(descriptor: int) -> int:
+    """Return how many bytes have come on a connection that nobody has read; 0 if it has ended."""
+    return _queued(descriptor, termios.FIONREAD)
+
+
+def _queued(descriptor: int, which: int) -> int:
     try:
-        answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0\0\0\0")
+        answer = fcntl.ioctl(descriptor, which, b"\0\0\0\0")
     except OSError:
         return 0
     return int(struct.unpack("i", answer)[0])

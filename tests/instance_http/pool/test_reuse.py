@@ -12,11 +12,17 @@ from tests.support.raw_server import Peer, RawServer, raw_server
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.instance_http import pool as pool_module
 from vllm_pd_scheduler.instance_http.connection import _idle_time
-from vllm_pd_scheduler.instance_http.errors import RequestFailed
+from vllm_pd_scheduler.instance_http.errors import ConnectionLost, RequestFailed
 from vllm_pd_scheduler.instance_http.exchange import Answer
 from vllm_pd_scheduler.instance_http.pool import IDLE_S, MAX_IDLE, ConnectionPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
+
+
+def _named(name: str) -> bytes:
+    """An answer like vLLM's, which repeats what the request is called."""
+    body = b'{"id":"%s"}' % name.encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
 
 
 class TestReuse:
@@ -64,6 +70,19 @@ class TestReuse:
         await peer.say(ANSWER)
         assert await peer.ended()
         await one(pool, server)
+
+    async def test_not_when_more_has_come_that_the_loop_has_not_read(
+        self, pool: ConnectionPool, server: RawServer
+    ) -> None:
+        """It would be taken for the answer to the next request."""
+        peer = await one(pool, server)
+        peer.connection.send(ANSWER.replace(b"ok", b"no"))
+        sent = post(pool, server.to)
+        other = await server.accept()
+        await other.request()
+        await other.say(ANSWER)
+        assert (await sent).body == b"ok"
+        assert await peer.ended()
 
     async def test_not_when_the_answer_came_before_the_request_had_gone_out(
         self, pool: ConnectionPool, server: RawServer
@@ -125,6 +144,47 @@ class TestReuse:
         await asyncio.gather(*sent)
         await until(lambda: len(pool._open) == 2)
         assert len(pool._idle[server.to]) == 2
+
+    async def test_one_that_gives_the_answer_before_once_more(
+        self, pool: ConnectionPool, server: RawServer
+    ) -> None:
+        """A hand-off of another prompt would be a wrong text."""
+        first, second = "a" * 36, "b" * 36
+        sent = post(pool, server.to, name=first.encode())
+        peer = await server.accept()
+        await peer.request()
+        await peer.say(_named(first))
+        await sent
+        sent = post(pool, server.to, name=second.encode())
+        await peer.request()
+        await peer.say(_named(first))
+        with pytest.raises(ConnectionLost, match="twice"):
+            await sent
+        assert await peer.ended()
+
+    @pytest.mark.parametrize(
+        ("first", "second", "answered"),
+        [
+            ("a" * 36, "b" * 36, "b" * 36),
+            ("a" * 36, "a" * 36, "a" * 36),
+            ("a" * 36, "b" * 36, "c" * 36),  # it has names of its own
+            ("a" * 36, "b" * 36 + "a" * 36, "b" * 36 + "a" * 36),
+            ("", "b" * 36, "c"),
+            ("a" * 36, "", "a" * 36),
+        ],
+    )
+    async def test_others_are_taken(
+        self, pool: ConnectionPool, server: RawServer, first: str, second: str, answered: str
+    ) -> None:
+        sent = post(pool, server.to, name=first.encode())
+        peer = await server.accept()
+        await peer.request()
+        await peer.say(_named(first))
+        await sent
+        sent = post(pool, server.to, name=second.encode())
+        await peer.request()
+        await peer.say(_named(answered))
+        assert answered.encode() in (await sent).body
 
     async def test_no_connection_has_two_requests_at_once(
         self, pool: ConnectionPool, server: RawServer

@@ -77,7 +77,9 @@ class Exchange:
             self._refuse(error)
 
     def half_closed(self) -> None:
-        """Envoy has no more to tell: the response has ended."""
+        """Envoy has no more to tell: the response has ended, or its client has left."""
+        if self._stream.forward is not None:
+            self._stream.forward.ended_by_envoy = True
         self._call.finish()
         self._end()
 
@@ -85,8 +87,8 @@ class Exchange:
         """Envoy has the answer, or will have it.
 
         That the call is cancelled later says nothing of that: Envoy may have sent the request on, with a
-        hand-off that its D is using. What becomes of it only the access log tells; without a word from there
-        it is left to P's lease.
+        hand-off that its D is using. What becomes of it only the access log tells: also of a client that left
+        before Envoy has read the answer. Without a word from there it is left to P's lease.
         """
         stream = self._stream
         if stream.state is State.ROUTED:
