@@ -127,6 +127,12 @@ GROUPS = (
         {"grpc_port": 9102, "admin_port": 9103, "state_file": "scheduler_state.json"},
     ),
     Group(
+        "Logs",
+        "What the scheduler writes to stderr; [`--log-level`](cli.md#options) says how much.",
+        ("log_format",),
+        {"log_format": "json"},
+    ),
+    Group(
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",

@@ -347,6 +347,15 @@ class TestShell:
             assert response.headers["allow"] == "GET,HEAD,PUT"
             assert await response.json() == {"error": "PATCH /strategy: Method Not Allowed"}
 
+    async def test_a_fault_of_our_own(self, admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+        with mock.patch(
+            "vllm_pd_scheduler.admin.strategy_api.strategy_names", side_effect=RuntimeError("odd")
+        ):
+            status, body = await admin.ask("GET", "/strategy")
+        assert (status, body) == (500, {"error": "the scheduler has failed: its log says where"})
+        assert "GET /strategy failed" in caplog.text
+        assert "odd" in caplog.text
+
     async def test_a_body_without_end(self, admin: Admin) -> None:
         status, body = await admin.ask("POST", "/instances", b" " * (2 << 20))
         assert (status, list(body)) == (413, ["error"])

@@ -15,6 +15,7 @@ from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.request.errors import Reject
+from vllm_pd_scheduler.telemetry import log_lines
 
 
 class Case(unittest.TestCase):
@@ -87,6 +88,26 @@ class RaisingTest(Case):
             self.end(second, 2.0)
         self.assertEqual(self.served(third), "p0")
         self.assertEqual(len(self.dispatcher.queue), 0)
+
+
+class LogTest(Case):
+    def test_lines_about_one_that_waited_have_its_id_and_not_that_of_the_one_before(self) -> None:
+        self.start(late_binding=True)
+        first = self.submit(headers={"x-request-id": "first"})
+        second = self.submit(headers={"x-request-id": "second"})
+        seen = []
+        pick = self.scheduler.pick
+
+        def picked(*arguments: Any) -> Any:
+            seen.append(log_lines.request_id.get())
+            return pick(*arguments)
+
+        token = log_lines.request_id.set("first")
+        with mock.patch.object(self.scheduler, "pick", picked):
+            self.end(first, 1.0)
+        self.assertEqual(self.served(second), "p0")
+        self.assertEqual((seen, log_lines.request_id.get()), (["second"], "first"))
+        log_lines.request_id.reset(token)
 
 
 class LateBindingTest(Case):

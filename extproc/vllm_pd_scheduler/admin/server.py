@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import ssl
 from collections.abc import Awaitable, Callable
 
@@ -20,6 +21,8 @@ from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -122,3 +125,6 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         return error_answer(error.status, f"{request.method} {request.path}: {error.reason}", headers)
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_answer(500, "the scheduler has failed: its log says where")

@@ -18,6 +18,7 @@ from ..records.events import EventKind, Events
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
+from ..telemetry import log_lines
 from .queue import RequestQueue, Ticket
 
 NEARLY_FREE_S = 0.01
@@ -143,8 +144,12 @@ class Dispatcher:
         for ticket in list(self._overdue(now)):
             self.queue.remove(ticket)
             ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
-        while self._dispatch_one(now):
-            pass
+        before = log_lines.request_id.set("")
+        try:
+            while self._dispatch_one(now):
+                pass
+        finally:
+            log_lines.request_id.reset(before)
 
     def next_wake(self, now: float) -> float | None:
         """Return when to call ``dispatch`` if nothing happens before; ``None`` while nothing waits.
@@ -189,6 +194,7 @@ class Dispatcher:
             if ticket.role is InstanceRole.PREFILL and ticket.cost > max_cost:
                 continue
             request = ticket.request
+            log_lines.request_id.set(request.request_id)
             request.now = now
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.queue.defer(ticket):

@@ -11,7 +11,7 @@ from .. import __version__
 from .envoy_config import envoy_config
 from .history import decisions, events, explain
 from .operating import add, drain, remove, status, strategy, undrain
-from .options import IntervalOption, LogLevel, LogLevelOption, ShadowOption
+from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .replay import replay
 from .serving import check, serve, up
 from .simulation import demo, sim
@@ -38,6 +38,7 @@ def default(
     interval: IntervalOption = None,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
     _: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
@@ -51,7 +52,7 @@ def default(
         typer.echo(context.get_help())
         typer.echo("\nvllm-pd-scheduler: a command, or --config FILE to serve, is needed", err=True)
         raise typer.Exit(2)
-    serve(config, interval, shadow, log_level)
+    serve(config, interval, shadow, log_level, log_format)
 
 
 _PANELS = {

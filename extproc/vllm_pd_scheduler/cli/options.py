@@ -19,6 +19,7 @@ from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
 from ..system.output import StandardStreams
+from ..telemetry import log_lines
 
 
 class LogLevel(StrEnum):
@@ -28,6 +29,13 @@ class LogLevel(StrEnum):
     INFO = "INFO"
     WARNING = "WARNING"
     ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """How a line of the log looks."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 DEFAULT_PORTS = EnvoyPorts()
@@ -51,6 +59,10 @@ ShadowOption = Annotated[
 ]
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", case_sensitive=False, help="What is logged, to stderr.")
+]
+LogFormatOption = Annotated[
+    LogFormat | None,
+    typer.Option("--log-format", case_sensitive=False, help="How a line looks; in place of log_format."),
 ]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
 HostOption = Annotated[
@@ -99,13 +111,18 @@ def with_ports(
     return config.model_copy(update=update)
 
 
+def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> SchedulerConfig:
+    """Return a copy of the configuration with this format of the log, if one is given."""
+    return config if kind is None else config.model_copy(update={"log_format": kind.value})
+
+
 @contextmanager
-def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
+def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
     """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
     with StandardStreams() as streams:
-        logging.basicConfig(
-            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        lines = logging.StreamHandler(sys.stderr)
+        lines.setFormatter(log_lines.formatter(kind))
+        logging.basicConfig(level=level, handlers=[lines])
         logging.captureWarnings(True)
         logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
         yield streams

@@ -20,6 +20,7 @@ from .options import (
     GrpcPortOption,
     HostOption,
     IntervalOption,
+    LogFormatOption,
     LogLevel,
     LogLevelOption,
     PortOption,
@@ -29,6 +30,7 @@ from .options import (
     logging_at,
     read_config,
     run,
+    with_log_format,
     with_ports,
 )
 
@@ -38,14 +40,15 @@ def serve(
     interval: IntervalOption = None,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
-    settings = _with_shadow(read_config(config), shadow)
+    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     if interval is not None:
         if not math.isfinite(interval):
             raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
         settings = settings.model_copy(update={"health_check_interval": interval})
-    with logging_at(log_level) as streams:
+    with logging_at(log_level, settings.log_format) as streams:
         run(service.serve(settings, streams))
 
 
@@ -59,9 +62,10 @@ def up(
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
-    settings = _with_shadow(read_config(config), shadow)
+    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     used = prefill_port if settings.prefill_listener is not None else None
     settings = with_ports(settings, grpc_port, admin_port, used)
     ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
@@ -69,7 +73,7 @@ def up(
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)
 
-    with logging_at(log_level) as streams:
+    with logging_at(log_level, settings.log_format) as streams:
         run(service.up(settings, ports, envoy_log_level(log_level), started, streams))
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
+from ..telemetry.log_lines import LogFormat
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -282,6 +283,8 @@ class SchedulerConfig(_Model):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: TlsConfig | None = None
     """TLS for the admin interface."""
+    log_format: LogFormat = "text"
+    """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
     state_file: Annotated[str, Field(pattern=_PATH)] | None = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""

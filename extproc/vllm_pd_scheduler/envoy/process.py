@@ -204,12 +204,17 @@ def find_envoy() -> str:
     return found
 
 
+_JSON_LOG = '{"time": "%Y-%m-%dT%T.%e%z", "level": "%l", "logger": "envoy.%n", "message": "%j"}'
+"""Envoy's ``--log-format`` for lines as :class:`~vllm_pd_scheduler.telemetry.log_lines.JsonLines` has them."""
+
+
 class EnvoyProcess:
     """An Envoy process, which ends with this process at the latest.
 
     ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is ready. ``exited`` is done when
     it has ended, for whatever reason. ``config`` is what ``render_config`` returns for these ports. With
-    ``streams`` its output goes through them: Envoy never waits for a reader.
+    ``streams`` its output goes through them: Envoy never waits for a reader. ``json_log`` makes each line of
+    its log, but not of its access log, an object.
     """
 
     def __init__(
@@ -218,12 +223,14 @@ class EnvoyProcess:
         config: dict[str, Any] | None = None,
         *,
         log_level: str = "warning",
+        json_log: bool = False,
         access_log: bool = True,
         streams: StandardStreams | None = None,
     ) -> None:
         self.ports = ports
         self._config = config or render_config(ports)
         self._log_level = log_level
+        self._json_log = json_log
         self._access_log = access_log
         self._streams = streams
         self._process: asyncio.subprocess.Process | None = None
@@ -240,6 +247,8 @@ class EnvoyProcess:
         with contextlib.ExitStack() as envoys_files:  # Envoy keeps them open, this process does not
             config = envoys_files.enter_context(_in_memory(self._config))
             arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
+            if self._json_log:
+                arguments += ["--log-format", _JSON_LOG]
             arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
+from .headers import REQUEST_ID
+
+_MAX_ID = 128
+"""Characters of a client's request id that are told."""
 
 _NO_MATCH = PrefixIndex().match(())
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """Return a request's id for people; empty if it has none."""
+    return headers.get(REQUEST_ID, "")[:_MAX_ID]
 
 
 class HasHolder(Protocol):
@@ -61,6 +70,11 @@ class RequestContext:
     _offered: Sequence[HasHolder] | None = field(default=None, init=False, repr=False)
     _match: PrefixMatch | None = field(default=None, init=False, repr=False)
     _cached: Mapping[Holder, int] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def request_id(self) -> str:
+        """Its id for people."""
+        return request_id(self.headers)
 
     @property
     def cached(self) -> Mapping[Holder, int]:

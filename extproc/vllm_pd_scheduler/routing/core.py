@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -14,13 +15,13 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
-from ..request.context import RequestContext
+from ..request.context import RequestContext, request_id
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
-from ..telemetry import Served, Telemetry
+from ..telemetry import Served, Telemetry, log_lines
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .lost import fingerprint
@@ -28,6 +29,8 @@ from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
+
+log = logging.getLogger(__name__)
 
 
 class RoutingCore:
@@ -69,6 +72,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
+        log_lines.request_id.set(request_id(headers))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         try:
@@ -88,6 +92,8 @@ class RoutingCore:
             outcome = reject(400, str(error), "bad_header")
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome.status, outcome.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%.200s: %s", path, outcome)
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
@@ -216,7 +222,7 @@ class RoutingCore:
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream = context.stream
+        forward.stream, forward.served = context.stream, served
         forward.request_id = context.headers.get(names.REQUEST_ID, "")
         return forward
 

@@ -138,7 +138,8 @@ class App:
                 config.grpc_port,
             )
         self._stack.push_async_callback(server.stop)
-        watchdog = LoopWatchdog(self.router.telemetry.event_loop_stalled)
+        telemetry = self.router.telemetry
+        watchdog = LoopWatchdog(telemetry.event_loop_stalled, telemetry.event_loop_late)
         watchdog.start()
         self._stack.callback(watchdog.stop)
 

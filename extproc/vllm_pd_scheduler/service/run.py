@@ -118,7 +118,14 @@ async def _up(
     rendered = render_config(
         ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
     )
-    process = EnvoyProcess(ports, rendered, log_level=log_level, access_log=access_log, streams=streams)
+    process = EnvoyProcess(
+        ports,
+        rendered,
+        log_level=log_level,
+        json_log=config.log_format == "json",
+        access_log=access_log,
+        streams=streams,
+    )
     async with App(config, streams) as app, process as envoy:
         await started()
         signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())

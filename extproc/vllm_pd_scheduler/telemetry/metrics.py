@@ -122,6 +122,13 @@ class Telemetry:
             "Lines of output that were dropped, since nobody read what the process prints.",
             registry=self.prometheus,
         )
+        self._event_loop_lag = Histogram(
+            "pd_scheduler_event_loop_lag_seconds",
+            "How late the event loop came to a timer: what each request waits for it, several times over.",
+            # From what a short callback takes up to a stall.
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2),
+            registry=self.prometheus,
+        )
         self._event_loop_stalls = Counter(
             "pd_scheduler_event_loop_stalls",
             "Times that the event loop stood still, and requests went on without the scheduler.",
@@ -211,6 +218,10 @@ class Telemetry:
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""
         self._log_lines_dropped.inc(lines)
+
+    def event_loop_late(self, seconds: float) -> None:
+        """Record how late the event loop came to a timer."""
+        self._event_loop_lag.observe(seconds)
 
     def event_loop_stalled(self) -> None:
         """Count that the event loop stood still for so long that requests went on without it."""
