@@ -123,14 +123,18 @@ def explain(
 
 def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     kind = "a stream" if each["stream"] else "not streamed"
-    yield plain(f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, {each['model']}", "bold")
+    yield plain(
+        f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, model {each['model']}", "bold"
+    )
     tokens = f"{each['prompt_tokens']} prompt tokens, {kind}"
     yield plain(f"  {tokens}; served {each['served']}; waited {seconds(each['waited_s'])} for an instance")
-    reason = f", {each['reason']}" if each["reason"] else ""
-    ended = f"  status {plain(each['status'])}{reason}; {plain(each['outcome'])}"
-    yield plain(f"{ended}, after {seconds(each['duration_s'])}")
-    predicted = seconds(each["predicted_ttft_s"])
-    yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
+    ended = [f"status {each['status']}"] if each["status"] else []
+    ended += [plain(text).plain for text in (each["reason"], each["outcome"]) if text]
+    ended += [f"after {seconds(each['duration_s'])}"] if each["duration_s"] is not None else []
+    yield plain(f"  {', '.join(ended) or 'not ended'}")
+    if each["ttft_s"] is not None or each["predicted_ttft_s"] is not None:
+        predicted = seconds(each["predicted_ttft_s"])
+        yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
     for role in InstanceRole:
         if (leg := each.get(role)) is not None:
             yield ""
