@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from vllm_pd_scheduler.envoy.ports import EnvoyError
+from vllm_pd_scheduler.envoy.process import EnvoyError
 
 from . import figures, report
 from .routers import OURS, PEER, ROUTERS, StartError, peer_command

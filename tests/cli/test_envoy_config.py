@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
-from vllm_pd_scheduler.envoy.ports import EnvoyPorts
-from vllm_pd_scheduler.envoy.process import config_path, render_config
+from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, render_config
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "p0.example", "port": 1}],

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..config.schema import SecretSource
 from .client import AdminClient, Failure
 
 DEFAULT_URL = "http://127.0.0.1:9003"
@@ -75,8 +76,6 @@ def _client(url: str, token_file: Path | None, ca_file: Path | None) -> AdminCli
 def _token(file: Path | None) -> str | None:
     if file is None and not os.environ.get(TOKEN_VARIABLE):
         return None
-    from ..config.schema import SecretSource  # see options.py
-
     source = SecretSource(env=TOKEN_VARIABLE) if file is None else SecretSource(file=str(file))
     try:
         return source.read()

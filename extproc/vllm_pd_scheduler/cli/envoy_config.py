@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
-from ..envoy.ports import PREFILL_PORT, EnvoyPorts
+from ..config import SchedulerConfig
+from ..envoy.process import PREFILL_PORT, EnvoyPorts, config_path, render_config
 from .options import (
     DEFAULT_PORTS,
     EnvoyAdminPortOption,
@@ -34,11 +36,6 @@ def envoy_config(
 
     With nothing to change it is the file that ships, with its comments.
     """
-    import yaml
-
-    from ..config import SchedulerConfig
-    from ..envoy.process import config_path, render_config
-
     settings = read_config(config) if config is not None else SchedulerConfig()
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
     rendered = render_config(
@@ -52,19 +49,18 @@ def envoy_config(
     if rendered == yaml.safe_load(shipped):
         typer.echo(shipped, nl=False)
     else:
-        typer.echo(_as_yaml(rendered), nl=False)
+        typer.echo(yaml.dump(rendered, Dumper=_Dumper, sort_keys=False, width=110), nl=False)
 
 
-def _as_yaml(config: dict[str, Any]) -> str:
-    """Return YAML that has each thing where it is used, and scripts as they are read."""
-    import yaml
+class _Dumper(yaml.SafeDumper):
+    """Writes each thing where it is used, and scripts as they are read."""
 
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
-    def text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-    Dumper.add_representer(str, text)
-    return yaml.dump(config, Dumper=Dumper, sort_keys=False, width=110)
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,8 +1,4 @@
-"""What several commands share: options, reading the configuration, logging, running and failing.
-
-The rooms below are imported inside functions, here and in all files of commands: they take most of a second
-to load, and who asks for ``status`` or completes a word in a shell needs none of them.
-"""
+"""What several commands share: options, reading the configuration, logging, running and failing."""
 
 from __future__ import annotations
 
@@ -12,17 +8,18 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import uvloop
 
-from ..envoy.ports import EnvoyError, EnvoyPorts
+from ..config import ConfigError, SchedulerConfig, load_config
+from ..envoy.process import EnvoyError, EnvoyPorts
 from ..models import is_ip, join_address
-
-if TYPE_CHECKING:
-    from ..config import SchedulerConfig
-    from ..system.output import StandardStreams
-    from ..telemetry import log_lines
+from ..service.app import StartupError
+from ..strategies import UnknownStrategy
+from ..system.output import StandardStreams
+from ..telemetry import log_lines
 
 
 class LogLevel(StrEnum):
@@ -93,8 +90,6 @@ DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode inst
 
 def read_config(path: Path) -> SchedulerConfig:
     """Return the configuration in a file; print everything wrong with it and exit with 2 if it has errors."""
-    from ..config import ConfigError, load_config
-
     try:
         return load_config(path)
     except ConfigError as error:
@@ -124,9 +119,6 @@ def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> Schedule
 @contextmanager
 def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
     """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
-    from ..system.output import StandardStreams
-    from ..telemetry import log_lines
-
     with StandardStreams() as streams:
         lines = logging.StreamHandler(sys.stderr)
         lines.setFormatter(log_lines.formatter(kind))
@@ -146,11 +138,6 @@ def envoy_log_level(level: LogLevel) -> str:
 
 def run(main: Coroutine[Any, Any, int]) -> None:
     """Run a service to its end on uvloop. Exit with its status if that is not 0, or 1 if it cannot start."""
-    import uvloop
-
-    from ..service.app import StartupError
-    from ..strategies import UnknownStrategy
-
     try:
         status = uvloop.run(main)
     except (StartupError, EnvoyError, UnknownStrategy) as error:

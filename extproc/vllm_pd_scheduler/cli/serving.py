@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 import typer
 
-from ..envoy.ports import PREFILL_PORT, EnvoyPorts
+from ..config import SchedulerConfig
+from ..envoy.process import PREFILL_PORT, EnvoyPorts, num_retries
+from ..scheduler.rehearsal import rehearse
+from ..service import run as service
+from ..strategies import UnknownStrategy, load_strategy
 from .options import (
     DEFAULT_PORTS,
     AdminPortOption,
@@ -31,9 +34,6 @@ from .options import (
     with_ports,
 )
 
-if TYPE_CHECKING:
-    from ..config import SchedulerConfig
-
 
 def serve(
     config: ConfigOption,
@@ -43,8 +43,6 @@ def serve(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
-    from ..service import run as service
-
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     if interval is not None:
         if not math.isfinite(interval):
@@ -67,8 +65,6 @@ def up(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
-    from ..service import run as service
-
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     used = prefill_port if settings.prefill_listener is not None else None
     settings = with_ports(settings, grpc_port, admin_port, used)
@@ -83,9 +79,6 @@ def up(
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
-    from ..envoy.process import num_retries
-    from ..scheduler.rehearsal import rehearse
-
     settings = read_config(config)
     problems = rehearse(settings)
     for problem in problems:
@@ -102,8 +95,6 @@ def check(config: ConfigOption) -> None:
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
-    from ..strategies import UnknownStrategy, load_strategy
-
     if name is None:
         return config
     try:

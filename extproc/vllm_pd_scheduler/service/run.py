@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..config.listeners import clashes, listeners_of
-from ..envoy.ports import EnvoyPorts
-from ..envoy.process import EnvoyProcess, render_config
+from ..envoy.process import EnvoyPorts, EnvoyProcess, render_config
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
