@@ -205,7 +205,7 @@ def find_envoy() -> str:
 
 
 _JSON_LOG = '{"time": "%Y-%m-%dT%T.%e%z", "level": "%l", "logger": "envoy.%n", "message": "%j"}'
-"""Envoy's ``--log-format`` for lines as :class:`~vllm_pd_scheduler.telemetry.log_lines.JsonLines` has them."""
+"""Envoy's ``--log-format`` for lines like those of :class:`.telemetry.log_lines.JsonLines`."""
 
 
 class EnvoyProcess:

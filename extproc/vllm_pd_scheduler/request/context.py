@@ -9,15 +9,7 @@ from typing import Protocol
 from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
 from .headers import REQUEST_ID
 
-_MAX_ID = 128
-"""Characters of a client's request id that are told."""
-
 _NO_MATCH = PrefixIndex().match(())
-
-
-def request_id(headers: Mapping[str, str]) -> str:
-    """Return a request's id for people; empty if it has none."""
-    return headers.get(REQUEST_ID, "")[:_MAX_ID]
 
 
 class HasHolder(Protocol):
@@ -73,8 +65,8 @@ class RequestContext:
 
     @property
     def request_id(self) -> str:
-        """Its id for people."""
-        return request_id(self.headers)
+        """Its id for people; empty if it has none."""
+        return self.headers.get(REQUEST_ID, "")
 
     @property
     def cached(self) -> Mapping[Holder, int]:

@@ -15,7 +15,7 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
-from ..request.context import RequestContext, request_id
+from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
@@ -72,7 +72,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
-        log_lines.request_id.set(request_id(headers))
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         try:
@@ -223,7 +223,7 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.served = context.stream, served
-        forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        forward.request_id = context.request_id
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
