@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from ..config import SchedulerConfig
-from ..envoy.process import PREFILL_PORT, EnvoyPorts, config_path, render_config
+from ..envoy.configuration import PREFILL_PORT, EnvoyPorts, config_path, render_config
 from .options import (
     DEFAULT_PORTS,
     EnvoyAdminPortOption,
@@ -17,6 +17,7 @@ from .options import (
     HostOption,
     PortOption,
     PrefillPortOption,
+    prefill_port_of,
     read_config,
 )
 
@@ -24,11 +25,14 @@ from .options import (
 def envoy_config(
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="The scheduler's JSON configuration: public paths, TLS, gRPC address."),
+        typer.Option(
+            "--config",
+            help="The scheduler's JSON configuration, which says much of Envoy's: see docs/cli.md.",
+        ),
     ] = None,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = PREFILL_PORT,
+    prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
 ) -> None:
@@ -36,10 +40,14 @@ def envoy_config(
 
     With nothing to change it is the file that ships, with its comments.
     """
-    settings = read_config(config) if config is not None else SchedulerConfig()
+    if config is not None:
+        settings = read_config(config)
+        prefill = prefill_port_of(settings, prefill_port)
+    else:
+        settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
     rendered = render_config(
-        EnvoyPorts(port, prefill_port, envoy_admin_port, *grpc),
+        EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
         settings.instance_tls,
         settings.stream_idle_timeout,
         settings.max_retries,

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 import uvloop
 
 from ..config import ConfigError, SchedulerConfig, load_config
-from ..envoy.process import EnvoyError, EnvoyPorts
+from ..envoy.configuration import EnvoyPorts
+from ..envoy.process import EnvoyError
 from ..models import is_ip, join_address
 from ..service.app import StartupError
 from ..strategies import UnknownStrategy
@@ -76,9 +78,12 @@ HostOption = Annotated[
     ),
 ]
 PrefillPortOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, max=65535, help="Envoy's loopback prefill listener; `up` needs prefill_listener too."
+        min=1,
+        max=65535,
+        show_default="that of prefill_listener",
+        help="Envoy's loopback prefill listener, if the configuration sets prefill_listener.",
     ),
 ]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
@@ -95,6 +100,16 @@ def read_config(path: Path) -> SchedulerConfig:
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+def prefill_port_of(config: SchedulerConfig, given: int | None) -> int | None:
+    """Return the port of Envoy's prefill listener: what is given on the command line, else the setting's.
+
+    ``None`` if the configuration sets no ``prefill_listener``: then Envoy needs none.
+    """
+    if config.prefill_listener is None:
+        return None
+    return given or urlsplit(config.prefill_listener).port or 80
 
 
 def with_ports(

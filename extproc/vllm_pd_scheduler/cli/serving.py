@@ -8,7 +8,7 @@ import math
 import typer
 
 from ..config import SchedulerConfig
-from ..envoy.process import PREFILL_PORT, EnvoyPorts, num_retries
+from ..envoy.configuration import EnvoyPorts, num_retries
 from ..scheduler.rehearsal import rehearse
 from ..service import run as service
 from ..strategies import UnknownStrategy, load_strategy
@@ -28,6 +28,7 @@ from .options import (
     ShadowOption,
     envoy_log_level,
     logging_at,
+    prefill_port_of,
     read_config,
     run,
     with_log_format,
@@ -56,7 +57,7 @@ def up(
     config: ConfigOption,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = PREFILL_PORT,
+    prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     admin_port: AdminPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
@@ -66,7 +67,7 @@ def up(
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
-    used = prefill_port if settings.prefill_listener is not None else None
+    used = prefill_port_of(settings, prefill_port)
     settings = with_ports(settings, grpc_port, admin_port, used)
     ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..config import parse_config
-from ..envoy.process import EnvoyPorts
+from ..envoy.configuration import EnvoyPorts
 from ..service import run as service
 from .options import (
     DEFAULT_PORTS,
