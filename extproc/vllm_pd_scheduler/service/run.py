@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..config.listeners import clashes, listeners_of
-from ..envoy.configuration import EnvoyPorts, render_config
+from ..envoy.configuration import render_config
+from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
