@@ -44,11 +44,13 @@ SPLIT: dict[str, Any] = {
     "decode": {
         "strategy": "least_load",
         "picked": "decode-1",
-        "candidates": [{"id": "decode-0", "score": 1}, {"id": "decode-1", "score": 2}],
+        "by": "last_resort",
+        "of": 40,
+        "candidates": [{"id": "decode-0", "score": [1, 0.25]}, {"id": "decode-1", "score": 2}],
         "left_out": {},
         "attempts": [
             {"instance": "decode-0", "outcome": "connect"},
-            {"instance": "decode-1", "outcome": "ok"},
+            {"instance": "decode-1", "outcome": None},
         ],
     },
     "predicted_ttft_s": 0.15,
@@ -160,10 +162,12 @@ def test_explain(admin: AdminThread) -> None:
         f"prefill-1 1.5 1.38 {NONE}",
         "left out, unhealthy: prefill-2, prefill-3",
         "tried prefill-0: ok",
-        "decode: least_load picked decode-1",
-        "decode-0 1",
+        "decode: last_resort (strategy: least_load) picked decode-1",
+        "decode-0 1, 0.25",
+        "of 40 candidates these are the best",
         "→ decode-1 2",
         "tried decode-0: connect",
+        "tried decode-1: not ended",
     ):
         assert line in lines
     assert json.loads(call(admin, "explain", "c0ffee-42", "--json").stdout) == {"decisions": [SPLIT]}
