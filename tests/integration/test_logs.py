@@ -61,3 +61,16 @@ async def test_each_line_is_an_object_and_each_request_has_one_at_debug(
         assert line["message"].startswith("/v1/completions: split, P prefill-0, D decode-0; x-pd-id ")
         assert set(line) == {"time", "level", "logger", "message", "request_id"}
         assert PROMPT not in process.output
+
+
+async def test_envoys_lines_are_objects_too(
+    session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path
+) -> None:
+    stack = Stack(tmp_path)
+    config = {**fleet.config(), "log_format": "json"}
+    with spawned([*stack.up(config), "--log-level=DEBUG"]) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        await client.until_split()
+        loggers = {line["logger"].partition(".")[0] for line in objects(process)}
+        assert {"envoy", "vllm_pd_scheduler"} <= loggers
