@@ -22,7 +22,7 @@ from tests.support.compose_file import (
     read_services,
 )
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
-from vllm_pd_scheduler.envoy.configuration import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 PORTS = EnvoyPorts()

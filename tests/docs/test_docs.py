@@ -198,7 +198,8 @@ class CommandsTest(unittest.TestCase):
     def setUp(self) -> None:
         group: Any = typer.main.get_command(app)
         self.options = {
-            name: {option for each in command.params for option in each.opts} - {"--help"}
+            name: {option for each in command.params for option in each.opts if option.startswith("-")}
+            - {"--help"}
             for name, command in group.commands.items()
         }
 

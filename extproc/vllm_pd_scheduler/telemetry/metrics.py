@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Buckets of prefill legs and waits: from a cached prompt up to ``prefill_timeout``'s default."""
@@ -226,7 +226,3 @@ class Telemetry:
     def event_loop_stalled(self) -> None:
         """Count that the event loop stood still for so long that requests went on without it."""
         self._event_loop_stalls.inc()
-
-    def expose(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
-        return generate_latest(self.prometheus)
