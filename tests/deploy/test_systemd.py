@@ -125,6 +125,18 @@ def test_a_process_that_ends_is_started_again(unit: dict[str, list[str]]) -> Non
     assert int(unit["LimitNOFILE"][0]) >= 200_000
 
 
+@pytest.mark.parametrize("unit", [SCHEDULER, ENVOY], ids=UNITS)
+def test_a_system_call_that_is_not_allowed_ends_nothing(unit: dict[str, list[str]]) -> None:
+    assert unit["SystemCallFilter"] == ["@system-service", "~@privileged"]
+    assert unit["SystemCallErrorNumber"] == ["EPERM"]
+
+
+def test_envoy_may_make_code_as_it_runs() -> None:
+    """LuaJIT does."""
+    assert SCHEDULER["MemoryDenyWriteExecute"] == ["yes"]
+    assert "MemoryDenyWriteExecute" not in ENVOY
+
+
 @pytest.fixture
 def installed(tmp_path: Path) -> list[str]:
     """The units, with programs that are here."""
