@@ -16,7 +16,7 @@ from tests.support.processes import Client, spawned, unused_ports
 from tests.support.stack import client, fleet, session, stack, up
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.process import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 __all__ = ["client", "fleet", "session", "stack", "up"]
 

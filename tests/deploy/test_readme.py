@@ -14,7 +14,9 @@ from tests.support.compose_file import ROOT
 from tests.support.processes import Stack, spawned, unused_ports
 from tests.support.stack import session, stack
 from tests.support.waiting import until
-from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
 
 __all__ = ["session", "stack"]
@@ -84,12 +86,12 @@ async def test_it_has_statistics_and_nothing_else(
             return await status("GET", "/stats/prometheus?usedonly") == 200
 
         await until(listens)
-        for method, path in (
+        for method, asked in (
             ("POST", "/quitquitquit"),
             ("GET", "/config_dump"),
             ("POST", "/stats/prometheus"),
         ):
-            assert await status(method, path) == 404
+            assert await status(method, asked) == 404
 
 
 def test_tls_of_clients(config: dict[str, Any], tmp_path: Path) -> None:

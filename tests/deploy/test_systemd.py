@@ -15,7 +15,8 @@ import typer.main
 from tests.support.compose_file import ROOT
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
-from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.process import find_envoy
 
 DIRECTORY = ROOT / "deploy" / "systemd"
 UNITS = ("vllm-pd-scheduler.service", "vllm-pd-envoy.service")

@@ -120,9 +120,9 @@ def fixed_parts(node: ast.expr) -> list[str]:
         case ast.Constant(str(text)):
             return [text] if " " in text else []  # a single word is a name
         case ast.JoinedStr(values):
-            return "".join(each.value if isinstance(each, ast.Constant) else "\0" for each in values).split(
-                "\0"
-            )
+            return "".join(
+                str(each.value) if isinstance(each, ast.Constant) else "\0" for each in values
+            ).split("\0")
     return []
 
 

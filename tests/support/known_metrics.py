@@ -67,7 +67,7 @@ def real_metrics(router: PDRouter) -> dict[str, tuple[str, list[str]]]:
         for family in collector.collect():
             labels = getattr(collector, "_labelnames", None)
             if labels is None:
-                labels = [key for key in family.samples[0].labels if key != "le"]
+                labels = family._labelnames  # type: ignore[attr-defined]  # of those that a collector of ours makes
             name = family.name + "_total" * (family.type == "counter")
             found[name] = (family.type, list(labels))
     return found
