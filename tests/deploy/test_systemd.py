@@ -92,7 +92,7 @@ def test_envoy_is_drained_before_it_is_stopped() -> None:
     assert second.endswith(f"{admin}/drain_listeners?graceful")
     script = shlex.split(wait)[2].replace("$$", "$")
     assert f"{admin}/stats?filter=^http.ingress.downstream_rq_active" in script
-    done = subprocess.run(["sh", "-n", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(["/bin/sh", "-n", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "vllm-pd-scheduler.service" in ENVOY["After"][0]  # so it is stopped before
 
