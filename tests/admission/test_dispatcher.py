@@ -14,6 +14,7 @@ from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_O
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
+from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.telemetry import log_lines
 
@@ -260,6 +261,21 @@ class AdmissionTest(Case):
         self.assertWaits(low)
         self.submit()
         self.assertRefused(low, "queue_displaced")
+
+    def test_a_burst_of_refusals_is_one_event(self) -> None:
+        self.start(max_waiting=1, queue_size=1)
+        events = Events(lambda: 0.0)
+        self.dispatcher = Dispatcher(self.scheduler, events)
+        for now in (0.0, 0.0, 0.0, 1.0, 30.0):
+            self.submit(now)
+        self.submit(80.0, priority=1)  # it takes the place of another
+        texts = [event.text for event in events.after(0)]
+        self.assertEqual(texts, ["the queue is full (1 requests, 0 bytes): others get a 429"])
+        self.dispatcher.queue.max_requests = 2
+        self.submit(81.0)
+        self.submit(200.0, priority=1)
+        self.submit(200.0)
+        self.assertEqual(len(events.after(0)), 2)
 
     def test_without_a_queue_who_cannot_be_served_is_refused(self) -> None:
         self.start(max_waiting=1, queue_size=0)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.configuration import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.service import run as service
 
 EXAMPLE = Path(__file__).parents[2] / "scheduler_config.example.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,10 +15,8 @@ from ..fleet.registry import DuplicateInstance
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
 from .changes import AdminChanges
-from .route import Flag, Query, Refused, Route, Shown, json_answer
+from .route import Flag, Query, Refused, Route, Shown, asked_by, json_answer
 from .saved_changes import SavedInstance
-
-log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
 """Seconds between two looks whether a drain is over, for a call that waits for it.
@@ -203,17 +200,16 @@ class InstancesApi:
         shown = [InstanceAnswer(**self._fields(endpoint, now)) for endpoint in found]
         return json_answer(InstancesAnswer(instances=shown))
 
-    async def _add(self, _: web.Request, body: SavedInstance) -> web.Response:
+    async def _add(self, request: web.Request, body: SavedInstance) -> web.Response:
         if body.api_key is not None and body.api_key not in self._router.config.api_keys():
             # Else whoever may call this could have any file or variable of the scheduler sent to their host.
             raise Refused(400, "api_key: must be one that the configuration names")
         try:
-            await self._changes.add(body)
+            await self._changes.add(body, by=asked_by(request))
         except DuplicateInstance as error:
             raise Refused(409, str(error)) from None
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        log.info("%s added", body.id)
         return json_answer(self._shown(self._router.registry.get(body.id)), 201)
 
     async def _get(self, request: web.Request) -> web.Response:
@@ -221,13 +217,12 @@ class InstancesApi:
 
     async def _remove(self, request: web.Request, query: RemoveQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.remove(endpoint.id, force=query.force)
-        log.info("%s removed", endpoint.id)
+        await self._changes.remove(endpoint.id, force=query.force, by=asked_by(request))
         return web.Response(status=204)
 
     async def _drain(self, request: web.Request, query: DrainQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.drain(endpoint.id, force=query.force)
+        await self._changes.drain(endpoint.id, force=query.force, by=asked_by(request))
         if not query.wait:
             return json_answer(self._shown(endpoint), 202)
         await self._wait_for_drain(endpoint)
@@ -249,7 +244,7 @@ class InstancesApi:
 
     async def _undrain(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.undrain(endpoint.id)
+        await self._changes.undrain(endpoint.id, by=asked_by(request))
         return json_answer(self._shown(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:

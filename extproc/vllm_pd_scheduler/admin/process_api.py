@@ -14,11 +14,10 @@ from aiohttp import web
 from .. import __version__
 from ..config import SchedulerConfig
 from ..models import InstanceRole
+from ..records.events import EventKind
 from ..request.headers import ENVOY_CONFIG_VERSION
 from ..router import PDRouter
-from .route import Body, Route, Shown, json_answer
-
-log = logging.getLogger(__name__)
+from .route import Body, Route, Shown, asked_by, json_answer
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -162,5 +161,6 @@ class ProcessApi:
 
     async def _set_log_level(self, request: web.Request, body: LogLevelBody) -> web.Response:
         logging.getLogger().setLevel(body.level)
-        log.info("log level is %s", body.level)
+        text = f"log level is {body.level}"
+        self._router.events.add(EventKind.LOG_LEVEL, text, by=asked_by(request))
         return await self._log_level(request)

@@ -13,6 +13,7 @@ from aiohttp import web
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from ..config import describe_error
+from ..models import By
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -132,6 +133,11 @@ def json_answer(shown: Shown, status: int = 200) -> web.Response:
 def error_answer(status: int, reason: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return an answer that refuses a request."""
     return web.json_response({"error": reason}, status=status, headers=headers)
+
+
+def asked_by(request: web.Request) -> str:
+    """Return who asks, as events name them."""
+    return By.ADMIN if request.remote is None else f"{By.ADMIN} {request.remote}"
 
 
 def _read_query(request: web.Request, model: type[Query]) -> Query:

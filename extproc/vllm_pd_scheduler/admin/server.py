@@ -13,6 +13,8 @@ from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
 from .changes import AdminChanges, LastRoutable, NotKept
 from .decisions_api import DecisionsApi
+from .event_stream import Streams
+from .events_api import EventsApi
 from .index_api import IndexApi
 from .instances_api import InstancesApi
 from .origin import foreign_host, foreign_origin
@@ -28,8 +30,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SHUTDOWN_S = 1.0
 """Seconds that running calls get to end when the server stops.
 
-Only those that wait for a drain run longer than a moment, and they notice the shutdown within
-:data:`.instances_api.DRAIN_POLL_S`.
+Only streams, which end at once, and those that wait for a drain run longer than a moment; the latter notice
+the shutdown within :data:`.instances_api.DRAIN_POLL_S`.
 """
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -54,6 +56,7 @@ class AdminServer:
         token: str | None = None,
     ) -> None:
         changes = changes or AdminChanges(router)
+        self._streams = Streams()
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
@@ -61,6 +64,7 @@ class AdminServer:
             StrategyApi(router, changes),
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
+            EventsApi(router.events, self._streams),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
         self._open = frozenset(route.path for route in self.routes if route.open)
@@ -74,6 +78,7 @@ class AdminServer:
         for route in self.routes:
             for method in (route.method, "HEAD") if route.reads_only else (route.method,):
                 app.router.add_route(method, route.path, route.checked())
+        app.on_shutdown.append(self._streams.end)
         return app
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:

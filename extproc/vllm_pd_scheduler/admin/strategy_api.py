@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -11,9 +10,7 @@ from ..models import InstanceRole
 from ..router import PDRouter
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
 from .changes import AdminChanges
-from .route import Body, Refused, Route, Shown, json_answer
-
-log = logging.getLogger(__name__)
+from .route import Body, Refused, Route, Shown, asked_by, json_answer
 
 
 class StrategyBody(Body):
@@ -115,10 +112,9 @@ class StrategyApi:
         for key, name in body.model_dump(exclude_unset=True).items():
             self._check(key, name)
         try:
-            await self._changes.use(names)
+            await self._changes.use(names, by=asked_by(request))
         except UnknownStrategy as error:
             raise Refused(400, str(error)) from None
-        log.info("strategy is %s", self._router.scheduler.strategy_name)
         return await self._show(request)
 
     async def _show_shadow(self, _: web.Request) -> web.Response:
@@ -129,15 +125,13 @@ class StrategyApi:
     async def _use_shadow(self, request: web.Request, body: ShadowBody) -> web.Response:
         self._check("strategy", body.strategy)
         try:
-            await self._changes.use_shadow(body.strategy)
+            await self._changes.use_shadow(body.strategy, by=asked_by(request))
         except UnknownStrategy as error:
             raise Refused(400, str(error)) from None
-        log.info("shadow strategy is %s", body.strategy)
         return await self._show_shadow(request)
 
-    async def _remove_shadow(self, _: web.Request) -> web.Response:
-        await self._changes.use_shadow(None)
-        log.info("there is no shadow strategy")
+    async def _remove_shadow(self, request: web.Request) -> web.Response:
+        await self._changes.use_shadow(None, by=asked_by(request))
         return web.Response(status=204)
 
     def _check(self, key: str, name: str) -> None:

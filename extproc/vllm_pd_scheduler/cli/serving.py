@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..config import SchedulerConfig
-from ..envoy.configuration import EnvoyPorts, num_retries
-from ..scheduler.rehearsal import rehearse
-from ..service import run as service
-from ..strategies import UnknownStrategy, load_strategy
+from ..envoy.ports import EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     AdminPortOption,
@@ -35,6 +32,9 @@ from .options import (
     with_ports,
 )
 
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+
 
 def serve(
     config: ConfigOption,
@@ -44,6 +44,8 @@ def serve(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
+    from ..service import run as service
+
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     if interval is not None:
         if not math.isfinite(interval):
@@ -66,6 +68,8 @@ def up(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
+    from ..service import run as service
+
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     used = prefill_port_of(settings, prefill_port)
     settings = with_ports(settings, grpc_port, admin_port, used)
@@ -80,6 +84,9 @@ def up(
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    from ..envoy.configuration import num_retries
+    from ..scheduler.rehearsal import rehearse
+
     settings = read_config(config)
     problems = rehearse(settings)
     for problem in problems:
@@ -96,6 +103,8 @@ def check(config: ConfigOption) -> None:
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
+    from ..strategies import UnknownStrategy, load_strategy
+
     if name is None:
         return config
     try:

@@ -20,7 +20,8 @@ from ..models import join_address
 from ..system import parent_death
 from ..system.extras import install_command
 from ..system.output import Outlet, StandardStreams, pour
-from .configuration import EnvoyPorts, render_config
+from .configuration import render_config
+from .ports import EnvoyPorts
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0

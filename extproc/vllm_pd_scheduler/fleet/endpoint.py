@@ -49,6 +49,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     in_flight: int = 0
     """Requests that we sent there and that have not ended."""
     draining: bool = False
+    drain_told: bool = False
+    """Whether the registry's listeners know that it is drained."""
     healthy: bool | None = None
     """``None`` before the first probe."""
     reason: str = "not probed yet"
@@ -203,6 +205,14 @@ class Endpoint(Struct, frozen=True, eq=False):
         if self.draining is draining:
             return False
         _set(self, "draining", draining)
+        _set(self, "drain_told", self.drained)
+        return True
+
+    def drain_ended(self) -> bool:
+        """Whether it is drained, and was not yet when it began to drain or this was last asked."""
+        if self.drain_told or not self.drained:
+            return False
+        _set(self, "drain_told", True)
         return True
 
     def probed(self, problem: str | None, threshold: int) -> bool:

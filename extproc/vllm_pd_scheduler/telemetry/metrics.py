@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from .histogram import LeanHistogram, Series
 
@@ -328,7 +328,3 @@ class Telemetry:
     def event_loop_stalled(self) -> None:
         """Count that the event loop stood still for so long that requests went on without it."""
         self._event_loop_stalls.inc()
-
-    def expose(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
-        return generate_latest(self.prometheus)
