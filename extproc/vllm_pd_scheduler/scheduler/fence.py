@@ -123,7 +123,7 @@ def _packed(scores: Any, number: int) -> array[float]:
     if type(scores) is not list or len(scores) != number:
         return NO_SCORES
     try:
-        packed = array("d", chain.from_iterable(scores) if type(scores[0]) is tuple else scores)
+        packed = array("d", [*chain.from_iterable(scores)] if type(scores[0]) is tuple else scores)
     except (TypeError, OverflowError):
         return NO_SCORES
     return NO_SCORES if len(packed) % number else packed
