@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -21,6 +22,7 @@ from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Served, Telemetry
+from ..tracing import current
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
@@ -28,11 +30,15 @@ from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from ..tracing.request_tracer import RequestTracer
+
 
 class RoutingCore:
     """Decides where requests go. The only I/O is that of the prefill leg (``prefill.leg``).
 
-    ``in_flight`` keeps what was sent to decode until its answer has ended.
+    ``in_flight`` keeps what was sent to decode until its answer has ended. ``tracer`` begins the trace of
+    each request, if tracing is on.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class RoutingCore:
         clock: Callable[[], float],
         later: Later,
     ) -> None:
+        self.tracer: RequestTracer | None = None
         self.config = config
         self.registry = scheduler.registry
         self.connector = connector
@@ -70,6 +77,7 @@ class RoutingCore:
         """
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
+        trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
@@ -85,8 +93,14 @@ class RoutingCore:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
             outcome = reject(400, str(error), "bad_header")
+        except BaseException as error:
+            if trace is not None:
+                trace.broken_off(error, self._clock())
+            raise
         if isinstance(outcome, Reject):
             self.telemetry.rejected(outcome.status, outcome.reason)
+            if trace is not None:
+                trace.rejected(outcome.status, outcome.reason, self._clock())
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
@@ -94,6 +108,8 @@ class RoutingCore:
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
         context = await self._turns.take(reading)
+        if (trace := current.get()) is not None:
+            trace.read(context.model, context.prompt_tokens)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -210,12 +226,19 @@ class RoutingCore:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
+        trace = current.get()
+        if trace is not None:
+            strategy = self._scheduler.names[InstanceRole.DECODE]
+            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        if trace is not None:
+            forward.trace = trace
+            trace.decode_sent(forward.id, served, decode[0].id, decode[0].url + context.path, self._clock())
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

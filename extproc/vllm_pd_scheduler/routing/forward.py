@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
@@ -12,6 +12,9 @@ from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..request import headers as names
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+
+if TYPE_CHECKING:
+    from ..tracing.request_trace import RequestTrace
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +59,8 @@ class Forward:
     """Its ``X-Request-Id``."""
     ended_by_envoy: bool = False
     """Whether Envoy has ended the call itself: not the loss of a connection, after which D may go on."""
+    trace: RequestTrace | None = None
+    """Its spans, if it is traced."""
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
@@ -96,6 +101,8 @@ class Forward:
             found[names.RETRIABLE_STATUS_CODES] = ",".join(map(str, sorted(refusals)))
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
+        if self.trace is not None:
+            found[names.TRACEPARENT] = self.trace.traceparent
         return found
 
     def moved(self, registry: Registry, address: str) -> None:

@@ -145,6 +145,8 @@ class RequestsInFlight:
         elif attempt.status == 500:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
+        if forward.trace is not None:
+            forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
@@ -233,6 +235,8 @@ class RequestsInFlight:
         self._running.pop(forward.id, None)
         forward.sent()
         now = self._clock()
+        if forward.trace is not None:
+            forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.pending is not None:
@@ -261,11 +265,21 @@ class RequestsInFlight:
 
     def _forget(self, forward: Forward) -> None:
         self._ended.pop(forward.id, None)
+        self._close_trace(forward)
         if forward.pending is None:
             return
         self._remembered_bytes -= len(forward.pending.handoff.params)
         if self._never_sent(forward):
             self._take_back(forward)
+
+    def close_traces(self) -> None:
+        """End the spans of all requests, since the process ends."""
+        for forward in (*self._running.values(), *self._ended.values()):
+            self._close_trace(forward)
+
+    def _close_trace(self, forward: Forward) -> None:
+        if forward.trace is not None:
+            forward.trace.close(forward.answering.id if forward.answering else None, self._clock())
 
     def _never_sent(self, forward: Forward) -> bool:
         """Whether its client left before Envoy had our answer, so that no D has been asked."""

@@ -20,6 +20,7 @@ from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
+from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
@@ -85,6 +86,7 @@ class PrefillStage:
         tried = _Tried(self._lost.spent(context.fingerprint))
         reservation = await self._admission.admit(self._ticket(context))
         while isinstance(reservation, Reservation):
+            self._trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -96,6 +98,12 @@ class PrefillStage:
         if self._config.on_prefill_failure == "fail":
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
+
+    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        if (trace := current.get()) is not None:
+            role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
+            strategy, picked = self._scheduler.names[role], reservation.endpoint.id
+            trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
     def _ticket(self, context: RequestContext) -> Ticket:
         return Ticket(context, InstanceRole.PREFILL, context.body_bytes)
@@ -178,6 +186,8 @@ class PrefillStage:
         if self._connector.ended(answer.body):
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
+        if (trace := current.get()) is not None:
+            trace.prefill_useless("no_handoff")
         self._failed(
             endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
         )
