@@ -55,7 +55,10 @@ class SpanExport:
     async def close(self) -> None:
         """Send the spans that are left, for at most ``SHUTDOWN_S``."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(in_daemon_thread(self._provider.shutdown), SHUTDOWN_S)
+            await asyncio.wait_for(in_daemon_thread(self._shut_down), SHUTDOWN_S)
+
+    def _shut_down(self) -> None:
+        self._provider.shutdown()
         self._log.detach()
 
 
