@@ -72,7 +72,7 @@ class SplitTest(TracedCase):
                 "http.response.status_code": 200,
                 "gen_ai.operation.name": "text_completion",
                 "gen_ai.request.model": "m",
-                "gen_ai.usage.input_tokens": found["gen_ai.usage.input_tokens"],
+                "gen_ai.usage.input_tokens": 5,
                 "request_id": "r-1",
                 "id": forward.id,
                 "served": "split",

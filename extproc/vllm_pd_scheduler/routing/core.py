@@ -108,8 +108,8 @@ class RoutingCore:
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
         context = await self._turns.take(reading)
-        if (trace := current.get()) is not None:
-            trace.read(context.model, context.prompt_tokens)
+        if context.model is not None and (trace := current.get()) is not None:
+            trace.asks_for(context.model)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -238,7 +238,8 @@ class RoutingCore:
         forward.request_id = context.headers.get(names.REQUEST_ID, "")
         if trace is not None:
             forward.trace = trace
-            trace.decode_sent(forward.id, served, decode[0].id, decode[0].url + context.path, self._clock())
+            url, tokens = decode[0].url + context.path, context.prompt_tokens
+            trace.decode_sent(forward.id, served, tokens, decode[0].id, url, self._clock())
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

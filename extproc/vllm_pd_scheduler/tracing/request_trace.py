@@ -58,11 +58,9 @@ class RequestTrace:
 
     # -- before decode
 
-    def read(self, model: str | None, prompt_tokens: float) -> None:
-        """Note what its body says: a name of a model, and about how many tokens its prompt has."""
-        if model is not None:
-            self._request.set_attribute(names.MODEL, names.text(model))
-        self._request.set_attribute(names.INPUT_TOKENS, round(prompt_tokens))
+    def asks_for(self, model: str) -> None:
+        """Note the name of the model in its body."""
+        self._request.set_attribute(names.MODEL, names.text(model))
 
     def waited(self, role: str, outcome: str, since: float, now: float) -> None:
         """Record that it waited in the queue; ``outcome`` as in ``pd_scheduler_queue_wait_seconds``."""
@@ -130,11 +128,15 @@ class RequestTrace:
 
     # -- decode
 
-    def decode_sent(self, id_: str, served: str, instance: str, url: str, now: float) -> None:
+    def decode_sent(
+        self, id_: str, served: str, prompt_tokens: float, instance: str, url: str, now: float
+    ) -> None:
         """Begin the decode leg: ``instance`` gets the request first, and others if it fails."""
         self._end_prefill()
         self._request.set_attribute(names.ID, id_)
         self._request.set_attribute(names.SERVED, served)
+        if prompt_tokens:
+            self._request.set_attribute(names.INPUT_TOKENS, round(prompt_tokens))
         self._decode = self._client_span("decode", instance, url, 0, now)
         self._attempt_since = now
 
