@@ -128,6 +128,12 @@ GROUPS = (
         {"grpc_port": 9102, "admin_port": 9103, "state_file": "scheduler_state.json"},
     ),
     Group(
+        "Logs",
+        "What the scheduler writes to stderr; [`--log-level`](cli.md#options) says how much.",
+        ("log_format",),
+        {"log_format": "json"},
+    ),
+    Group(
         "Traces",
         "Spans of each request by OpenTelemetry: [Tracing](tracing.md) says which.",
         ("tracing",),

@@ -30,6 +30,21 @@ class InstanceState(StrEnum):
     """Finishes the requests that it has and gets no new ones, as an operator asked."""
 
 
+class By(StrEnum):
+    """Who causes a change, as logs and events name them."""
+
+    START = "start"
+    """The program itself: what it was configured with, or what a script does with the library."""
+    PROBE = "probe"
+    """A health check, and what an instance answered to it."""
+    REQUEST = "request"
+    """What became of clients' requests."""
+    SIGNAL = "signal"
+    """A signal to the process."""
+    ADMIN = "admin"
+    """An operator at the admin interface; the client's address follows, where it is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class PDInstance:
     """One vLLM server of the fleet."""

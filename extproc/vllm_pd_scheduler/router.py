@@ -15,7 +15,8 @@ from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
 from .health import StateLog
-from .models import InstanceRole, PDInstance
+from .models import By, InstanceRole, PDInstance
+from .records.events import Events
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
 from .routing.forward import Forward
@@ -46,6 +47,7 @@ class PDRouter:
         prefill_leg: PrefillLeg | None = None,
         connector: Connector | None = None,
         telemetry: Telemetry | None = None,
+        events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
         later: Later = in_this_loop,
     ) -> None:
@@ -55,9 +57,10 @@ class PDRouter:
             self.registry.add(instance)
         self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry()
-        StateLog(self.registry, self.telemetry)
+        self.events = events or Events(time.time)
+        StateLog(self.registry, self.telemetry, self.events)
         self.connector = ConnectorFence(connector or NixlConnector())
-        self.dispatcher = Dispatcher(self.scheduler)
+        self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = admission.wake
@@ -105,24 +108,24 @@ class PDRouter:
 
     # -- instances
 
-    def register_instance(self, instance: PDInstance) -> None:
+    def register_instance(self, instance: PDInstance, by: str = By.START) -> None:
         """Add an instance; it takes requests once a health check found it serving.
 
         Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`.
         """
-        self.registry.add(instance)
+        self.registry.add(instance, by)
 
-    def unregister_instance(self, instance_id: str) -> None:
+    def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
         """Forget an instance; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.remove(instance_id)
+        self.registry.remove(instance_id, by)
 
-    def drain_instance(self, instance_id: str) -> None:
+    def drain_instance(self, instance_id: str, by: str = By.START) -> None:
         """Send an instance nothing new; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.drain(instance_id)
+        self.registry.drain(instance_id, by)
 
-    def undrain_instance(self, instance_id: str) -> None:
+    def undrain_instance(self, instance_id: str, by: str = By.START) -> None:
         """Undo a drain; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.undrain(instance_id)
+        self.registry.undrain(instance_id, by)
 
     def get_instances(self, role: InstanceRole | None = None) -> list[PDInstance]:
         """Return the registered instances, or those of one role."""

@@ -40,7 +40,7 @@ EACH: dict[str, Make] = {
     "add": lambda kept: kept.add(NEW),
     "remove": lambda kept: kept.remove("d0"),
     "drain": lambda kept: kept.drain("d0"),
-    "undrain": lambda kept: kept.drain("p0", drains=False),
+    "undrain": lambda kept: kept.undrain("p0"),
 }
 
 

@@ -1,11 +1,13 @@
 """Gauges of the metrics page, read from the fleet, the queue and the shadow as they are then."""
 
+import platform
 import unittest
 
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.given import give
+from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
@@ -35,6 +37,17 @@ class CollectorsTest(unittest.TestCase):
             for sample in family.samples
             if sample.name == name
         }
+
+    def test_what_runs(self) -> None:
+        self.assertEqual(
+            self.read("pd_scheduler_build_info"), {(platform.python_version(), __version__): 1.0}
+        )
+        self.router.scheduler.prepare({InstanceRole.DECODE: "weighted"})()
+        self.assertEqual(
+            self.read("pd_scheduler_strategy_info"),
+            {("prefill", "least_load"): 1.0, ("decode", "weighted"): 1.0},
+        )
+        self.assertGreater(self.read("process_resident_memory_bytes")[()], 0)
 
     def test_gauges_are_the_registry_as_it_is_now(self) -> None:
         states = ("starting", "healthy", "unhealthy", "draining", "ejected")

@@ -89,7 +89,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         """Start a call that waits, and return when the instance is draining."""
         draining = asyncio.Event()
         self.registry.subscribe(draining.set)
-        call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true"))
+        call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true&force=true"))
         await asyncio.wait_for(draining.wait(), HUNG_S)
         return call
 
@@ -134,7 +134,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
                 endpoint = self.registry.get("p0")
                 self.registry.reserve(endpoint)
                 give(endpoint, pending_handoffs=2)
-                status, found = await self.ask("POST", "/instances/p0/drain?wait=true")
+                status, found = await self.ask("POST", "/instances/p0/drain?wait=true&force=true")
                 self.assertEqual((status, found["drained"]), (200, False))
                 self.assertEqual(found["remaining"], {"in_flight": 1, "pending_handoffs": 2})
 
@@ -167,6 +167,34 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         self.assertFalse(call.done())
         reservation.release()
         self.assertTrue((await asyncio.wait_for(call, HUNG_S))[1]["drained"])
+
+    async def test_the_last_that_can_serve_stays(self) -> None:
+        """A slip would take the whole service down, and a script that drains one after another too."""
+        await self.serve()
+        last = "is the last {} instance that can serve: add force=true to take it away all the same"
+        for path in ("/instances/p0/drain", "/instances/p0/drain?wait=true&force=false"):
+            status, found = await self.ask("POST", path)
+            self.assertEqual((status, found), (409, {"error": f"p0 {last.format('prefill')}"}))
+        self.assertEqual((await self.ask("DELETE", "/instances/p0"))[0], 409)
+        self.assertTrue(self.registry.get("p0").routable)
+        both = await asyncio.gather(*(self.ask("POST", f"/instances/{name}/drain") for name in ("d0", "d1")))
+        self.assertEqual(sorted(status for status, _ in both), [202, 409])
+        (left,) = self.registry.routable(D)
+        for method, path in (("POST", f"/instances/{left.id}/drain"), ("DELETE", f"/instances/{left.id}")):
+            self.assertEqual(
+                (await self.ask(method, path))[1], {"error": f"{left.id} {last.format('decode')}"}
+            )
+        self.assertEqual((await self.ask("POST", f"/instances/{left.id}/drain?force=true"))[0], 202)
+        self.assertEqual(self.registry.routable(D), ())
+        self.assertEqual((await self.client.delete("/instances/p0?force=true")).status, 204)
+
+    async def test_one_that_serves_nobody_goes_without_force(self) -> None:
+        await self.serve()
+        for _ in range(2):
+            self.registry.probed(self.registry.get("p0"), "connection refused")
+        self.assertEqual((await self.ask("POST", "/instances/p0/drain"))[0], 202)
+        self.assertEqual((await self.ask("POST", "/instances/p0/drain"))[0], 202)
+        self.assertEqual((await self.client.delete("/instances/p0")).status, 204)
 
     async def test_bad_calls(self) -> None:
         await self.serve()

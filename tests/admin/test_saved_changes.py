@@ -198,7 +198,7 @@ def change(kept: AdminChanges, kind: str, value: Any) -> None:
         "use_each": lambda: kept.use(value),
         "shadow": lambda: kept.use_shadow(value),
         "drain": lambda: kept.drain(value),
-        "undrain": lambda: kept.drain(value, drains=False),
+        "undrain": lambda: kept.undrain(value),
         "add": lambda: kept.add(value),
         "remove": lambda: kept.remove(value),
     }

@@ -99,7 +99,7 @@ class TestInstances:
         assert (status, body["id"], body["state"]) == (201, "d1", "starting")
         assert body["reason"] == "not probed yet"
         admin.healthy("d1")
-        status, body = await admin.ask("POST", "/instances/d1/drain")
+        status, body = await admin.ask("POST", "/instances/d1/drain?force=true")
         assert (status, body["state"]) == (202, "draining")
         assert admin.router.registry.routable(InstanceRole.DECODE) == ()
         assert await admin.ask("DELETE", "/instances/d1") == (204, "")
@@ -117,7 +117,7 @@ class TestInstances:
         ("change", "message"),
         [
             ({"role": "both"}, "role: must be 'prefill' or 'decode'"),
-            ({"role": None}, "role: must be a valid string"),
+            ({"role": None}, "role: must be 'prefill' or 'decode'"),
             ({"port": 0}, "port: must be greater than or equal to 1"),
             ({"port": "80"}, "port: must be a valid integer"),
             ({"host": "http://h"}, "host: must be an IP address or a DNS name, without scheme or port"),
@@ -346,6 +346,15 @@ class TestShell:
             assert response.status == 405
             assert response.headers["allow"] == "GET,HEAD,PUT"
             assert await response.json() == {"error": "PATCH /strategy: Method Not Allowed"}
+
+    async def test_a_fault_of_our_own(self, admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+        with mock.patch(
+            "vllm_pd_scheduler.admin.strategy_api.strategy_names", side_effect=RuntimeError("odd")
+        ):
+            status, body = await admin.ask("GET", "/strategy")
+        assert (status, body) == (500, {"error": "the scheduler has failed: its log says where"})
+        assert "GET /strategy failed" in caplog.text
+        assert "odd" in caplog.text
 
     async def test_a_body_without_end(self, admin: Admin) -> None:
         status, body = await admin.ask("POST", "/instances", b" " * (2 << 20))

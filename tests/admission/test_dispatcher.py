@@ -14,7 +14,9 @@ from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_O
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
+from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.request.errors import Reject
+from vllm_pd_scheduler.telemetry import log_lines
 
 
 class Case(unittest.TestCase):
@@ -87,6 +89,26 @@ class RaisingTest(Case):
             self.end(second, 2.0)
         self.assertEqual(self.served(third), "p0")
         self.assertEqual(len(self.dispatcher.queue), 0)
+
+
+class LogTest(Case):
+    def test_lines_about_one_that_waited_have_its_id_and_not_that_of_the_one_before(self) -> None:
+        self.start(late_binding=True)
+        first = self.submit(headers={"x-request-id": "first"})
+        second = self.submit(headers={"x-request-id": "second"})
+        seen = []
+        pick = self.scheduler.pick
+
+        def picked(*arguments: Any) -> Any:
+            seen.append(log_lines.request_id.get())
+            return pick(*arguments)
+
+        token = log_lines.request_id.set("first")
+        with mock.patch.object(self.scheduler, "pick", picked):
+            self.end(first, 1.0)
+        self.assertEqual(self.served(second), "p0")
+        self.assertEqual((seen, log_lines.request_id.get()), (["second"], "first"))
+        log_lines.request_id.reset(token)
 
 
 class LateBindingTest(Case):
@@ -239,6 +261,21 @@ class AdmissionTest(Case):
         self.assertWaits(low)
         self.submit()
         self.assertRefused(low, "queue_displaced")
+
+    def test_a_burst_of_refusals_is_one_event(self) -> None:
+        self.start(max_waiting=1, queue_size=1)
+        events = Events(lambda: 0.0)
+        self.dispatcher = Dispatcher(self.scheduler, events)
+        for now in (0.0, 0.0, 0.0, 1.0, 30.0):
+            self.submit(now)
+        self.submit(80.0, priority=1)  # it takes the place of another
+        texts = [event.text for event in events.after(0)]
+        self.assertEqual(texts, ["the queue is full (1 requests, 0 bytes): others get a 429"])
+        self.dispatcher.queue.max_requests = 2
+        self.submit(81.0)
+        self.submit(200.0, priority=1)
+        self.submit(200.0)
+        self.assertEqual(len(events.after(0)), 2)
 
     def test_without_a_queue_who_cannot_be_served_is_refused(self) -> None:
         self.start(max_waiting=1, queue_size=0)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.configuration import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.service import run as service
 
 EXAMPLE = Path(__file__).parents[2] / "scheduler_config.example.json"
@@ -242,14 +242,16 @@ class TestOptions:
     def test_as_the_mission_has_it(self, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """``--config FILE --interval S --log-level LEVEL`` serves."""
         served: list[Any] = []
+        formats: list[str] = []
 
         async def serve(config: Any, streams: Any) -> int:
             served.append(config)
             return 0
 
         @contextmanager
-        def logging_at(level: Any) -> Iterator[None]:
+        def logging_at(level: Any, kind: str) -> Iterator[None]:
             served.append(level)
+            formats.append(kind)
             yield
 
         monkeypatch.setattr("vllm_pd_scheduler.service.run.serve", serve)
@@ -261,6 +263,13 @@ class TestOptions:
             logged, config = served
             assert (logged, config.health_check_interval, config.strategy) == (level, 0.5, "least_load")
             served.clear()
+        assert call("--config", path, "--log-format", "json").exit_code == 0
+        as_json = written({**FLEET, "log_format": "json"})
+        for arguments in (["--config", as_json], ["serve", "--config", as_json, "--log-format", "text"]):
+            assert call(*arguments).exit_code == 0
+        assert formats == ["text", "text", "text", "json", "json", "text"]
+        served.clear()
+        path = written(FLEET)
         assert call("--config", path).exit_code == 0
         assert (served[1].health_check_interval, served[1].shadow_strategy) == (5.0, None)
         for arguments in (["--config", path], ["serve", "--config", path]):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
-from vllm_pd_scheduler.envoy.configuration import EnvoyPorts, config_path, render_config
+from vllm_pd_scheduler.envoy.configuration import config_path, render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "p0.example", "port": 1}],

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable
 
 import aiohttp
@@ -13,6 +14,7 @@ from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import HealthMonitor, StateLog
 from vllm_pd_scheduler.health.names import NameResolver
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.telemetry import Telemetry
 
 
@@ -72,7 +74,7 @@ class Fixture:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self.registry = Registry(HealthPolicy(unhealthy_threshold=2, healthy_threshold=1))
         self.telemetry = Telemetry()
-        self.state_log = StateLog(self.registry, self.telemetry)
+        self.state_log = StateLog(self.registry, self.telemetry, Events(time.time))
         self.session = session
         self.now = 10.0
         self.servers: list[Server] = []

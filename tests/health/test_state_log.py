@@ -8,7 +8,8 @@ from vllm_pd_scheduler.fleet.breaker import BreakerPolicy
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import StateLog
-from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
+from vllm_pd_scheduler.models import By, InstanceRole, InstanceState, PDInstance
+from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.telemetry import Telemetry
 
 D = InstanceRole.DECODE
@@ -18,7 +19,8 @@ class StateLogTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry(HealthPolicy(breaker=BreakerPolicy(failures=1)))
         self.telemetry = Telemetry()
-        StateLog(self.registry, self.telemetry)
+        self.events = Events(lambda: 0.0)
+        StateLog(self.registry, self.telemetry, self.events)
         self.d1, self.d2, self.d3 = (self.add(f"d{n}", f"10.0.0.{n}") for n in range(1, 4))
 
     def add(self, name: str, host: str) -> Endpoint:
@@ -72,8 +74,16 @@ class StateLogTest(unittest.TestCase):
         self.assertEqual(lines, ["WARNING d2 is on trial: ejected: decode: status"])
 
     def test_a_drain_and_its_end(self) -> None:
-        self.assertEqual(self.told(self.registry.drain, "d1"), ["INFO d1 is draining"])
+        draining, drained = "INFO d1 is draining", "INFO d1 is drained: nothing that was sent there is left"
+        self.assertEqual(self.told(self.registry.drain, "d1"), [draining, drained])
         self.assertEqual(self.told(self.registry.drain, "d1"), [])
+        self.assertEqual(self.told(self.registry.undrain, "d1"), ["INFO d1 is healthy"])
+        running = self.registry.reserve(self.d1)
+        self.assertEqual(self.told(self.registry.drain, "d1"), [draining])
+        self.assertEqual(self.told(self.registry.probed, self.d1, None), [])
+        running.release()
+        self.assertEqual(self.told(self.registry.probed, self.d1, None), [drained])
+        self.assertEqual(self.told(self.registry.probed, self.d1, None), [])
         self.assertEqual(self.told(self.registry.undrain, "d1"), ["INFO d1 is healthy"])
         new = self.registry.add(PDInstance("new", D, "10.0.0.9", 80))
         self.registry.drain(new.id)
@@ -97,9 +107,40 @@ class StateLogTest(unittest.TestCase):
         )
 
     def test_those_that_come_and_go(self) -> None:
-        """The admin interface tells of these; nothing of them is remembered."""
-        self.assertEqual(self.told(self.registry.remove, "d1"), [])
-        self.assertEqual(self.told(self.registry.add, PDInstance("d1", D, "10.0.0.1", 80)), [])
+        self.assertEqual(self.told(self.registry.remove, "d1"), ["INFO d1 was removed"])
+        self.assertEqual(
+            self.told(self.registry.add, PDInstance("d1", D, "10.0.0.1", 80)),
+            ["INFO d1 was added: decode, 10.0.0.1:80"],
+        )
+
+    def test_who_caused_each(self) -> None:
+        admin = f"{By.ADMIN} 192.0.2.1"
+        lines = self.told(self.registry.drain, "d3", admin)
+        self.assertEqual(lines[0], "INFO d3 is draining (by admin 192.0.2.1)")
+        self.registry.undrain("d3", admin)
+        self.registry.failed(self.d2, "decode: reset", 0.0)
+        self.registry.probed(self.d2, None, 1.0)
+        self.registry.succeeded(self.d2)
+        self.registry.started(self.d2, 1.0)
+        self.registry.started(self.d2, 2.0)
+        self.registry.remove("d2", admin)
+        told = [(event.by, event.subject, event.text) for event in self.events.after(0)]
+        self.assertEqual(
+            told[:2], [("start", "d1", "d1 was added: decode, 10.0.0.1:80"), ("probe", "d1", "d1 is healthy")]
+        )
+        self.assertEqual(
+            told[6:],
+            [
+                (admin, "d3", "d3 is draining"),
+                (admin, "d3", "d3 is drained: nothing that was sent there is left"),
+                (admin, "d3", "d3 is healthy"),
+                ("request", "d2", "d2 is ejected: decode: reset"),
+                ("probe", "d2", "d2 is on trial: ejected: decode: reset"),
+                ("request", "d2", "d2 is healthy"),
+                ("probe", "d2", "d2 was restarted"),
+                (admin, "d2", "d2 was removed"),
+            ],
+        )
 
     def counted(self, name: str) -> dict[str, int]:
         page = self.telemetry.prometheus

@@ -23,7 +23,8 @@ import yaml
 from tests.support.sim_fleet import Fleet
 from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.envoy.configuration import EnvoyPorts, render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
 
 # Tests that make an instance fail must find it in its turn afterwards.

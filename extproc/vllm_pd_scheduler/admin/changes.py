@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance
-from ..models import InstanceRole, join_address
+from ..models import By, InstanceRole, join_address
+from ..records.events import EventKind
 from ..router import PDRouter
 from ..system.daemon_thread import in_daemon_thread
 from .saved_changes import (
@@ -29,12 +31,23 @@ log = logging.getLogger(__name__)
 KEEP_S = 10.0
 """How long a change may take to be on the disk, in seconds; it is refused then."""
 
-Prepare = Callable[[Steered], Callable[[], object]]
+Make = Callable[[], object]
+Prepare = Callable[[Steered], Make]
 """Makes a change to what is kept, and returns what makes it in the router; raises what speaks against it."""
 
 
 class NotKept(Exception):
     """A change cannot be kept, so nothing was changed; the message says why."""
+
+
+class LastRoutable(Exception):
+    """Without an instance nobody could serve in its role, so it stays; the message says what to do."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(
+            f"{endpoint.id} is the last {endpoint.instance.role} instance that can serve: "
+            "add force=true to take it away all the same"
+        )
 
 
 class AdminChanges:
@@ -50,6 +63,10 @@ class AdminChanges:
         self._unusable = ""
         self._added: dict[str, SavedInstance] = {}
         self._one_at_a_time = asyncio.Lock()
+
+    def source(self, instance_id: str) -> str:
+        """Return where an instance comes from: ``admin`` if it was added here, else ``config``."""
+        return "admin" if instance_id in self._added else "config"
 
     def restore(self) -> None:
         """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
@@ -79,32 +96,52 @@ class AdminChanges:
         else:
             log.warning("state_file %s: %s; it is %s now, and all is as configured", path, reason, aside)
 
-    async def use(self, names: Mapping[InstanceRole, str]) -> None:
+    async def use(self, names: Mapping[InstanceRole, str], by: str = By.ADMIN) -> None:
         """Change the strategies of roles; raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy`."""
+        scheduler = self._router.scheduler
 
-        def prepare(steered: Steered) -> Callable[[], object]:
+        def prepare(steered: Steered) -> Make:
             steered.strategies |= names
-            return self._router.scheduler.prepare(names)
+            put = scheduler.prepare(names)
+
+            def make() -> None:
+                before = scheduler.strategy_name
+                put()
+                self._tell(EventKind.STRATEGY, "strategy", before, scheduler.strategy_name, by)
+
+            return make
 
         await self._make(prepare)
 
-    async def use_shadow(self, name: str | None) -> None:
+    async def use_shadow(self, name: str | None, by: str = By.ADMIN) -> None:
         """Begin anew with a shadow strategy, or have none; raises as ``use``."""
+        scheduler = self._router.scheduler
 
-        def prepare(steered: Steered) -> Callable[[], object]:
+        def prepare(steered: Steered) -> Make:
             steered.shadow = name
-            return self._router.scheduler.prepare_shadow(name)
+            put = scheduler.prepare_shadow(name)
+
+            def make() -> None:
+                before = None if scheduler.shadow is None else scheduler.shadow.name
+                put()
+                self._tell(EventKind.SHADOW, "shadow strategy", before, name, by)
+
+            return make
 
         await self._make(prepare)
 
-    async def add(self, item: SavedInstance) -> None:
+    def _tell(self, kind: EventKind, what: str, before: str | None, now: str | None, by: str) -> None:
+        instead = "" if before in (now, None) else f", no longer {before}"
+        self._router.events.add(kind, f"{what} is {now or 'none'}{instead}", by=by)
+
+    async def add(self, item: SavedInstance, by: str = By.ADMIN) -> None:
         """Register an instance in the router.
 
         Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or another :exc:`ValueError` that
         names the key that cannot be used: its API key cannot be read, say.
         """
 
-        def prepare(steered: Steered) -> Callable[[], object]:
+        def prepare(steered: Steered) -> Make:
             instance = self._router.config.instance(item.role, item)
             self._router.registry.refuse_double(instance)
             for other in self._router.get_instances():
@@ -114,31 +151,50 @@ class AdminChanges:
                         f"{address} is already the {other.role} instance {other.instance_id!r}"
                     )
             steered.added[item.id], steered.draining[item.id] = item, False
-            return partial(self._router.register_instance, instance)
+            return partial(self._router.register_instance, instance, by)
 
         await self._make(prepare)
 
-    async def remove(self, instance_id: str) -> None:
-        """Unregister; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+    async def remove(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
+        """Unregister an instance; the last one of its role that can serve only with ``force``.
 
-        def prepare(steered: Steered) -> Callable[[], object]:
-            self._router.registry.get(instance_id)
+        Raises :exc:`LastRoutable` or :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`.
+        """
+
+        def prepare(steered: Steered) -> Make:
+            self._can_go(instance_id, force)
             del steered.draining[instance_id]
             steered.added.pop(instance_id, None)
-            return partial(self._router.unregister_instance, instance_id)
+            return partial(self._router.unregister_instance, instance_id, by)
 
         await self._make(prepare)
 
-    async def drain(self, instance_id: str, *, drains: bool = True) -> None:
-        """Drain an instance, or end that; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        router = self._router
+    async def drain(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
+        """Drain an instance; raises as ``remove``."""
 
-        def prepare(steered: Steered) -> Callable[[], object]:
-            router.registry.get(instance_id)
-            steered.draining[instance_id] = drains
-            return partial(router.drain_instance if drains else router.undrain_instance, instance_id)
+        def prepare(steered: Steered) -> Make:
+            self._can_go(instance_id, force)
+            steered.draining[instance_id] = True
+            return partial(self._router.drain_instance, instance_id, by)
 
         await self._make(prepare)
+
+    async def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """End a drain; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
+
+        def prepare(steered: Steered) -> Make:
+            self._router.registry.get(instance_id)
+            steered.draining[instance_id] = False
+            return partial(self._router.undrain_instance, instance_id, by)
+
+        await self._make(prepare)
+
+    def _can_go(self, instance_id: str, force: bool) -> None:
+        """Raise if an instance is not there or, without ``force``, is the last that can serve in its role."""
+        registry = self._router.registry
+        endpoint = registry.get(instance_id)
+        if not force and registry.routable(endpoint.instance.role) == (endpoint,):
+            raise LastRoutable(endpoint)
 
     async def _make(self, prepare: Prepare) -> None:
         change = _Change(prepare)

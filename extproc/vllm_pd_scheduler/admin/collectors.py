@@ -6,19 +6,22 @@ describes each one.
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .. import __version__
 from ..admission.queue import RequestQueue
 from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
 from ..router import PDRouter
+from ..scheduler import Scheduler
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
 from ..telemetry.failures import Failures
 
@@ -26,6 +29,8 @@ from ..telemetry.failures import Failures
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
     """Return a Prometheus registry that reads a router when it is scraped; ``clock``: monotonic seconds."""
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(_InfoCollector(router.scheduler))
     registry.register(_RegistryCollector(router.registry, clock))
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
@@ -36,10 +41,6 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
 def _prefill_rate(endpoint: Endpoint, _: float) -> float | None:
     per_token = endpoint.prefill.per_token
     return 1 / per_token if per_token > 0 else None
-
-
-def _decode_step(endpoint: Endpoint, _: float) -> float:
-    return endpoint.decode.step(endpoint.requests, endpoint.kv_tokens)
 
 
 _Getter = Callable[[Endpoint, float], float | None]
@@ -112,7 +113,7 @@ _DECODE_GAUGES: _Gauges = (
     (
         "pd_scheduler_decode_step_seconds",
         "Predicted time of a decode step with what runs there now.",
-        _decode_step,
+        lambda e, _: e.decode_step,
     ),
 )
 
@@ -122,6 +123,27 @@ class _AtScrape(Collector):
 
     def describe(self) -> list[Metric]:
         return []  # else a registry would call collect() when the collector is registered
+
+
+class _InfoCollector(_AtScrape):
+    """What runs: the version, and the strategies in use. Each is a series of value 1, for joins."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily(
+            "pd_scheduler_build_info", "1; the labels say which version runs.", labels=["version", "python"]
+        )
+        build.add_metric([__version__, platform.python_version()], 1)
+        strategy = GaugeMetricFamily(
+            "pd_scheduler_strategy_info",
+            "1; the labels say which strategy is in use for a role.",
+            labels=["role", "strategy"],
+        )
+        for role, name in self._scheduler.names.items():
+            strategy.add_metric([role.value, name], 1)
+        yield from (build, strategy)
 
 
 class _RegistryCollector(_AtScrape):

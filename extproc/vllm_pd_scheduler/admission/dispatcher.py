@@ -7,15 +7,18 @@ request ended, an instance was scraped) and at the time that :meth:`Dispatcher.n
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 
 from ..fleet.endpoint import Endpoint, Reservation
-from ..models import InstanceRole
+from ..models import By, InstanceRole
 from ..prediction.load_model import PrefillLoad
+from ..records.events import EventKind, Events
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
+from ..telemetry import log_lines
 from .queue import RequestQueue, Ticket
 
 NEARLY_FREE_S = 0.01
@@ -54,6 +57,9 @@ _MAX_COSTED = 16
 fleet, where the least of 16 is close to the least of all."""
 _MAX_RETRY_AFTER_S = 60
 """Largest ``Retry-After``: predictions of a longer wait are not worth much, and the fleet may have grown."""
+_BURST_S = 60.0
+"""Seconds without a refusal after which a queue that is full is an event again: a choice. An overload of an
+hour is one event, and its metrics tell the rest."""
 
 
 class Dispatcher:
@@ -69,13 +75,16 @@ class Dispatcher:
       instance's own queue cannot.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, events: Events | None = None) -> None:
         config = scheduler.config
         self.queue = RequestQueue(config.queue_size, config.queue_bytes)
         self._scheduler = scheduler
         self._registry = scheduler.registry
         self._late_binding = config.late_binding
         self._timeout = config.queue_timeout
+        self._events = events
+        self._full_at = -math.inf
+        """When a request was last refused since the queue is full."""
         self._closed = False
 
     def submit(self, ticket: Ticket, now: float) -> None:
@@ -96,12 +105,27 @@ class Dispatcher:
             ticket.settle(_draining())
             return
         displaced = self.queue.push(ticket, strategy.order(request, ticket.cost))
+        if displaced is None or displaced:
+            self._tell_full(now)
         if displaced is None:
             ticket.settle(self._refusal(ticket, "queue_full", "All instances are busy and the queue is full"))
             return
         for other in displaced:
             other.settle(self._refusal(other, "queue_displaced", "Requests of a higher priority came"))
         self.dispatch(now)
+
+    def _tell_full(self, now: float) -> None:
+        """Make an event of the first refusal for a full queue after ``_BURST_S`` without one."""
+        last, self._full_at = self._full_at, now
+        if self._events is None or now - last < _BURST_S:
+            return
+        queue = self.queue
+        self._events.add(
+            EventKind.QUEUE_FULL,
+            f"the queue is full ({len(queue)} requests, {queue.bytes} bytes): others get a 429",
+            by=By.REQUEST,
+            level=logging.WARNING,
+        )
 
     def close(self) -> None:
         """Refuse all waiting requests, and from now on every request that would have to wait."""
@@ -120,8 +144,12 @@ class Dispatcher:
         for ticket in list(self._overdue(now)):
             self.queue.remove(ticket)
             ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
-        while self._dispatch_one(now):
-            pass
+        before = log_lines.request_id.set("")
+        try:
+            while self._dispatch_one(now):
+                pass
+        finally:
+            log_lines.request_id.reset(before)
 
     def next_wake(self, now: float) -> float | None:
         """Return when to call ``dispatch`` if nothing happens before; ``None`` while nothing waits.
@@ -166,6 +194,7 @@ class Dispatcher:
             if ticket.role is InstanceRole.PREFILL and ticket.cost > max_cost:
                 continue
             request = ticket.request
+            log_lines.request_id.set(request.request_id)
             request.at(now)
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.queue.defer(ticket):

@@ -7,19 +7,28 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .envoy_config import envoy_config
-from .options import IntervalOption, LogLevel, LogLevelOption, ShadowOption
+from .history import decisions, events, explain
+from .operating import add, drain, remove, status, strategy, undrain
+from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .replay import replay
 from .serving import check, serve, up
 from .simulation import demo, sim
+from .top import top
 
 app = typer.Typer(
     help="Routes requests to a vLLM fleet whose prefill and decode run on separate instances.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-pd-scheduler {__version__}")
+        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
@@ -29,6 +38,10 @@ def default(
     interval: IntervalOption = None,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Run ``serve`` if no command is named."""
     if context.invoked_subcommand is not None:
@@ -39,11 +52,17 @@ def default(
         typer.echo(context.get_help())
         typer.echo("\nvllm-pd-scheduler: a command, or --config FILE to serve, is needed", err=True)
         raise typer.Exit(2)
-    serve(config, interval, shadow, log_level)
+    serve(config, interval, shadow, log_level, log_format)
 
 
-for command in (serve, up, check, envoy_config, sim, demo, replay):
-    app.command()(command)
+_PANELS = {
+    "Run": (serve, up, check, envoy_config),
+    "Operate": (status, top, strategy, drain, undrain, add, remove, decisions, explain, events),
+    "Try out": (demo, sim, replay),
+}
+for panel, commands in _PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def main() -> None:

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from ..config import SchedulerConfig
-from ..envoy.configuration import PREFILL_PORT, EnvoyPorts, config_path, render_config
+from ..envoy.ports import PREFILL_PORT, EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     EnvoyAdminPortOption,
@@ -40,6 +38,11 @@ def envoy_config(
 
     With nothing to change it is the file that ships, with its comments.
     """
+    import yaml
+
+    from ..config import SchedulerConfig
+    from ..envoy.configuration import config_path, render_config
+
     if config is not None:
         settings = read_config(config)
         prefill = prefill_port_of(settings, prefill_port)
@@ -57,18 +60,19 @@ def envoy_config(
     if rendered == yaml.safe_load(shipped):
         typer.echo(shipped, nl=False)
     else:
-        typer.echo(yaml.dump(rendered, Dumper=_Dumper, sort_keys=False, width=110), nl=False)
+        typer.echo(_as_yaml(rendered), nl=False)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes each thing where it is used, and scripts as they are read."""
+def _as_yaml(config: dict[str, Any]) -> str:
+    """Return YAML that has each thing where it is used, and scripts as they are read."""
+    import yaml
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
+    def script(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
+    Dumper.add_representer(str, script)
+    return yaml.dump(config, Dumper=Dumper, sort_keys=False, width=110)

@@ -1,4 +1,8 @@
-"""What several commands share: options, reading the configuration, logging, running and failing."""
+"""What several commands share: options, reading the configuration, logging, running and failing.
+
+The rooms below are imported inside functions, here and in all files of commands: they take most of a second
+to load, and who asks for ``status`` or completes a word in a shell needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,18 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 import typer
-import uvloop
 
-from ..config import ConfigError, SchedulerConfig, load_config
-from ..envoy.configuration import EnvoyPorts
-from ..envoy.process import EnvoyError
+from ..envoy.ports import EnvoyPorts
 from ..models import is_ip, join_address
-from ..service.app import StartupError
-from ..strategies import UnknownStrategy
-from ..system.output import StandardStreams
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+    from ..system.output import StandardStreams
+    from ..telemetry import log_lines
 
 
 class LogLevel(StrEnum):
@@ -30,6 +33,13 @@ class LogLevel(StrEnum):
     INFO = "INFO"
     WARNING = "WARNING"
     ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """How a line of the log looks."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 DEFAULT_PORTS = EnvoyPorts()
@@ -53,6 +63,10 @@ ShadowOption = Annotated[
 ]
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", case_sensitive=False, help="What is logged, to stderr.")
+]
+LogFormatOption = Annotated[
+    LogFormat | None,
+    typer.Option("--log-format", case_sensitive=False, help="How a line looks; in place of log_format."),
 ]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Envoy's ingress: clients.")]
 HostOption = Annotated[
@@ -83,6 +97,8 @@ DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode inst
 
 def read_config(path: Path) -> SchedulerConfig:
     """Return the configuration in a file; print everything wrong with it and exit with 2 if it has errors."""
+    from ..config import ConfigError, load_config
+
     try:
         return load_config(path)
     except ConfigError as error:
@@ -114,13 +130,21 @@ def with_ports(
     return config.model_copy(update=update)
 
 
+def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> SchedulerConfig:
+    """Return a copy of the configuration with this format of the log, if one is given."""
+    return config if kind is None else config.model_copy(update={"log_format": kind.value})
+
+
 @contextmanager
-def logging_at(level: LogLevel) -> Iterator[StandardStreams]:
+def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
     """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
+    from ..system.output import StandardStreams
+    from ..telemetry import log_lines
+
     with StandardStreams() as streams:
-        logging.basicConfig(
-            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        lines = logging.StreamHandler(sys.stderr)
+        lines.setFormatter(log_lines.formatter(kind))
+        logging.basicConfig(level=level, handlers=[lines])
         logging.captureWarnings(True)
         logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
         yield streams
@@ -136,6 +160,12 @@ def envoy_log_level(level: LogLevel) -> str:
 
 def run(main: Coroutine[Any, Any, int]) -> None:
     """Run a service to its end on uvloop. Exit with its status if that is not 0, or 1 if it cannot start."""
+    import uvloop
+
+    from ..envoy.process import EnvoyError
+    from ..service.app import StartupError
+    from ..strategies import UnknownStrategy
+
     try:
         status = uvloop.run(main)
     except (StartupError, EnvoyError, UnknownStrategy) as error:

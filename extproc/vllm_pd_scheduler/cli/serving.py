@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..config import SchedulerConfig
-from ..envoy.configuration import EnvoyPorts, num_retries
-from ..scheduler.rehearsal import rehearse
-from ..service import run as service
-from ..strategies import UnknownStrategy, load_strategy
+from ..envoy.ports import EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     AdminPortOption,
@@ -20,6 +17,7 @@ from .options import (
     GrpcPortOption,
     HostOption,
     IntervalOption,
+    LogFormatOption,
     LogLevel,
     LogLevelOption,
     PortOption,
@@ -30,8 +28,12 @@ from .options import (
     prefill_port_of,
     read_config,
     run,
+    with_log_format,
     with_ports,
 )
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
 
 
 def serve(
@@ -39,14 +41,17 @@ def serve(
     interval: IntervalOption = None,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
-    settings = _with_shadow(read_config(config), shadow)
+    from ..service import run as service
+
+    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     if interval is not None:
         if not math.isfinite(interval):
             raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
         settings = settings.model_copy(update={"health_check_interval": interval})
-    with logging_at(log_level) as streams:
+    with logging_at(log_level, settings.log_format) as streams:
         run(service.serve(settings, streams))
 
 
@@ -60,9 +65,12 @@ def up(
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
     shadow: ShadowOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
-    settings = _with_shadow(read_config(config), shadow)
+    from ..service import run as service
+
+    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     used = prefill_port_of(settings, prefill_port)
     settings = with_ports(settings, grpc_port, admin_port, used)
     ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
@@ -70,12 +78,15 @@ def up(
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)
 
-    with logging_at(log_level) as streams:
+    with logging_at(log_level, settings.log_format) as streams:
         run(service.up(settings, ports, envoy_log_level(log_level), started, streams))
 
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    from ..envoy.configuration import num_retries
+    from ..scheduler.rehearsal import rehearse
+
     settings = read_config(config)
     problems = rehearse(settings)
     for problem in problems:
@@ -92,6 +103,8 @@ def check(config: ConfigOption) -> None:
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
+    from ..strategies import UnknownStrategy, load_strategy
+
     if name is None:
         return config
     try:

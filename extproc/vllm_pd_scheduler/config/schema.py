@@ -12,14 +12,17 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializationInfo,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
 from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
+from ..telemetry.log_lines import LogFormat
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
 from .tracing import TracingConfig
 
@@ -39,6 +42,9 @@ _LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5})
 
 _SECRET_BYTES = 1 << 16
 """The most that a file with a secret may have."""
+
+MASK = "***"
+"""What is shown in place of a secret."""
 
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _HEADER = r"^[a-z0-9-]{1,100}$"
@@ -71,6 +77,11 @@ class SecretSource(_Model):
     """Name of an environment variable that holds the secret."""
     file: str | None = None
     """Path of a file that holds the secret, on one line. The scheduler reads it at start."""
+
+    @field_serializer("env")
+    def _mask(self, name: str | None, info: SerializationInfo) -> str | None:
+        """Hide what should be a variable's name: some write the secret itself there."""
+        return MASK if name is not None and (info.context or {}).get("masked") else name
 
     @model_validator(mode="after")
     def _one_of_both(self) -> SecretSource:
@@ -273,6 +284,8 @@ class SchedulerConfig(_Model):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: TlsConfig | None = None
     """TLS for the admin interface."""
+    log_format: LogFormat = "text"
+    """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
     state_file: Annotated[str, Field(pattern=_PATH)] | None = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
@@ -365,6 +378,10 @@ class SchedulerConfig(_Model):
                 "checked for DNS names; give it here or in instance_tls"
             )
         return name
+
+    def masked(self) -> dict[str, Any]:
+        """Return it as JSON for whoever may read it but shall learn no secret."""
+        return self.model_dump(mode="json", context={"masked": True})
 
     def api_keys(self) -> list[SecretSource]:
         """Every source of an API key that is named, for all instances or for one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,10 @@ import yaml
 
 from ..config.tls import InstanceTlsConfig
 from ..request.path import PUBLIC_PATHS, PublicPaths, path_regex
+from .ports import EnvoyPorts
 
 WEBSOCKET_PATH = "/v1/realtime"
 """The path of ``envoy.yaml``'s route for WebSockets."""
-
-PREFILL_PORT = 10001
-"""The port of ``envoy.yaml``'s prefill listener."""
-
-
-@dataclass(frozen=True, slots=True)
-class EnvoyPorts:
-    """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
-
-    The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
-    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener.
-    """
-
-    ingress: int = 10000
-    prefill: int | None = PREFILL_PORT
-    admin: int = 9901
-    grpc: int = 9002
-    address: str | None = None
-    grpc_socket: str | None = None
-
-    def listeners(self) -> list[tuple[str, str, int]]:
-        """Return the option, host and port of each of Envoy's listeners."""
-        listeners = [
-            ("--port", self.address or "0.0.0.0", self.ingress),
-            ("--envoy-admin-port", "127.0.0.1", self.admin),
-        ]
-        if self.prefill is not None:
-            listeners.insert(1, ("--prefill-port", "127.0.0.1", self.prefill))
-        return listeners
 
 
 def config_path() -> Path:

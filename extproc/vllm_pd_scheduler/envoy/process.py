@@ -20,7 +20,8 @@ from ..models import join_address
 from ..system import parent_death
 from ..system.extras import install_command
 from ..system.output import Outlet, StandardStreams, pour
-from .configuration import EnvoyPorts, render_config
+from .configuration import render_config
+from .ports import EnvoyPorts
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
@@ -65,12 +66,17 @@ def find_envoy() -> str:
     return found
 
 
+_JSON_LOG = '{"time": "%Y-%m-%dT%T.%e%z", "level": "%l", "logger": "envoy.%n", "message": "%j"}'
+"""Envoy's ``--log-format`` for lines like those of :class:`.telemetry.log_lines.JsonLines`."""
+
+
 class EnvoyProcess:
     """An Envoy process, which ends with this process at the latest.
 
     ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is ready. ``exited`` is done when
     it has ended, for whatever reason. ``config`` is what ``render_config`` returns for these ports. With
-    ``streams`` its output goes through them: Envoy never waits for a reader.
+    ``streams`` its output goes through them: Envoy never waits for a reader. ``json_log`` makes each line of
+    its log, but not of its access log, an object.
     """
 
     def __init__(
@@ -79,12 +85,14 @@ class EnvoyProcess:
         config: dict[str, Any] | None = None,
         *,
         log_level: str = "warning",
+        json_log: bool = False,
         access_log: bool = True,
         streams: StandardStreams | None = None,
     ) -> None:
         self.ports = ports
         self._config = config or render_config(ports)
         self._log_level = log_level
+        self._json_log = json_log
         self._access_log = access_log
         self._streams = streams
         self._process: asyncio.subprocess.Process | None = None
@@ -101,6 +109,8 @@ class EnvoyProcess:
         with contextlib.ExitStack() as envoys_files:  # Envoy keeps them open, this process does not
             config = envoys_files.enter_context(_in_memory(self._config))
             arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
+            if self._json_log:
+                arguments += ["--log-format", _JSON_LOG]
             arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),

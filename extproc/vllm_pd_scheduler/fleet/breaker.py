@@ -62,6 +62,11 @@ class Breaker:
         """When the next state may follow OPEN, in the caller's time."""
         return self._not_before
 
+    @property
+    def failures(self) -> int:
+        """Requests that failed in a row."""
+        return self._streak
+
     def succeeded(self) -> bool:
         """Record a request that went well; return whether the state changed.
 

@@ -18,6 +18,9 @@ from .peers import DoubtfulEnds
 EJECTED = "ejected"
 """Shown in place of "unhealthy" for an instance that is alive, and out only because requests to it failed."""
 
+TRIAL = "trial"
+"""Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
+
 
 BUSY_PAUSE_S = 0.5
 """Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
@@ -46,6 +49,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     in_flight: int = 0
     """Requests that we sent there and that have not ended."""
     draining: bool = False
+    drain_told: bool = False
+    """Whether the registry's listeners know that it is drained."""
     healthy: bool | None = None
     """``None`` before the first probe."""
     reason: str = "not probed yet"
@@ -107,6 +112,19 @@ class Endpoint(Struct, frozen=True, eq=False):
     def shown_state(self) -> str:
         """State for metrics and logs, which also tell who is ``ejected``."""
         return EJECTED if self.ejected else self.state.value
+
+    @property
+    def told_state(self) -> str:
+        """State for people, who are also told of a ``trial``."""
+        shown = self.shown_state
+        if shown == InstanceState.HEALTHY and self.breaker.state is BreakerState.HALF_OPEN:
+            return TRIAL
+        return shown
+
+    @property
+    def decode_step(self) -> float:
+        """Predicted seconds of a decode step with what runs there now."""
+        return self.decode.step(self.requests, self.kv_tokens)
 
     @property
     def routable(self) -> bool:
@@ -187,6 +205,14 @@ class Endpoint(Struct, frozen=True, eq=False):
         if self.draining is draining:
             return False
         _set(self, "draining", draining)
+        _set(self, "drain_told", self.drained)
+        return True
+
+    def drain_ended(self) -> bool:
+        """Whether it is drained, and was not yet when it began to drain or this was last asked."""
+        if self.drain_told or not self.drained:
+            return False
+        _set(self, "drain_told", True)
         return True
 
     def probed(self, problem: str | None, threshold: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import By, InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
@@ -54,6 +54,8 @@ class Registry:
     """Changes when an instance serves other models than before."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
+    changed_by: str = By.START
+    """Who caused the change of which the listeners are told."""
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Registry:
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
 
-    def add(self, instance: PDInstance) -> Endpoint:
+    def add(self, instance: PDInstance, by: str = By.START) -> Endpoint:
         """Register an instance; it takes requests once a probe found it healthy.
 
         Raises :exc:`DuplicateInstance` if the id, or the address within the role, is taken.
@@ -92,7 +94,7 @@ class Registry:
             self._move(endpoint, join_address(instance.host, instance.port))
         self._endpoints[instance.instance_id] = endpoint
         self.learning.joined(endpoint)
-        self._changed()
+        self._changed(by)
         return endpoint
 
     def refuse_double(self, instance: PDInstance) -> None:
@@ -106,28 +108,28 @@ class Registry:
                     f"instance {other.id!r}"
                 )
 
-    def remove(self, instance_id: str) -> Endpoint:
+    def remove(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
         endpoint = self.get(instance_id)
         del self._endpoints[instance_id]
         self.learning.left(endpoint)
         endpoint.drain(True)
         endpoint.holder.close()
-        self._changed()
+        self._changed(by)
         return endpoint
 
-    def drain(self, instance_id: str) -> Endpoint:
+    def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Send nothing new to an instance."""
         endpoint = self.get(instance_id)
         if endpoint.drain(True):
-            self._changed()
+            self._changed(by)
         return endpoint
 
-    def undrain(self, instance_id: str) -> Endpoint:
+    def undrain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Let an instance take requests again, as soon as its health allows."""
         endpoint = self.get(instance_id)
         if endpoint.drain(False):
-            self._changed()
+            self._changed(by)
         return endpoint
 
     def get(self, instance_id: str) -> Endpoint:
@@ -156,7 +158,10 @@ class Registry:
         return self._ejected[role]
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` after each change in membership, address, health or draining."""
+        """Call ``listener`` after each change in membership, address, health or draining.
+
+        The end of a drain is told at the next probe.
+        """
         self._listeners.append(listener)
 
     def watch(self, role: InstanceRole) -> set[Endpoint]:
@@ -175,7 +180,7 @@ class Registry:
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             self._move(endpoint, address)
-            self._changed()
+            self._changed(By.PROBE)
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
         """Record a health probe: ``None`` is success, else the reason for people.
@@ -184,10 +189,12 @@ class Registry:
         ejected instance a trial, once its pause is over.
         """
         policy, ok = self.policy, problem is None
+        if endpoint.drain_ended():
+            self._changed(By.REQUEST)
         revived = ok and endpoint.breaker.probed(now)
         threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
         if endpoint.probed(problem, threshold) or revived:
-            self._changed()
+            self._changed(By.PROBE)
 
     def scraped(
         self,
@@ -256,7 +263,7 @@ class Registry:
         """Record a request that an instance served."""
         endpoint.served()
         if endpoint.breaker.succeeded():
-            self._changed()
+            self._changed(By.REQUEST)
 
     def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """Record a request that an instance failed; it may be ejected for that.
@@ -278,7 +285,7 @@ class Registry:
             return
         if len(before) == 1:
             if before[0].breaker.forgive():
-                self._changed()
+                self._changed(By.REQUEST)
             self.doubtful(before[0], reason, now)
         self.doubtful(endpoint, reason, now)
 
@@ -318,7 +325,7 @@ class Registry:
         out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
         if out + 1 <= self.policy.max_ejected_share * len(peers):
             endpoint.eject(reason, now)
-            self._changed()
+            self._changed(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
         """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
@@ -331,10 +338,11 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
-        self._changed()
+        self._changed(By.PROBE)
         return True
 
-    def _changed(self) -> None:
+    def _changed(self, by: str) -> None:
+        self.changed_by = by
         for role in InstanceRole:
             endpoints = self.endpoints(role)
             if not any(e.routable for e in endpoints):

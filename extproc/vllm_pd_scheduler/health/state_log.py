@@ -5,16 +5,11 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from ..fleet.breaker import BreakerState
-from ..fleet.endpoint import EJECTED, Endpoint
+from ..fleet.endpoint import EJECTED, TRIAL, Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceState
+from ..models import InstanceState, join_address
+from ..records.events import EventKind, Events
 from ..telemetry.metrics import Telemetry
-
-log = logging.getLogger(__name__)
-
-TRIAL = "trial"
-"""Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
 
 _BAD = frozenset({InstanceState.UNHEALTHY.value, EJECTED})
 
@@ -25,47 +20,67 @@ class _Seen(NamedTuple):
     state: str
     address: str | None
     generation: int
+    drained: bool
 
 
 class StateLog:
-    """Logs and counts the changes in a registry from now on: one line each, at the default level."""
+    """Counts the changes in a registry from now on, and makes an event of each."""
 
-    def __init__(self, registry: Registry, telemetry: Telemetry) -> None:
+    def __init__(self, registry: Registry, telemetry: Telemetry, events: Events) -> None:
         self._registry = registry
         self._telemetry = telemetry
-        self._seen: dict[Endpoint, _Seen] = {}
-        self._look()
+        self._events = events
+        self._seen = {endpoint: _seen(endpoint) for endpoint in registry}
         registry.subscribe(self._look)
 
     def _look(self) -> None:
         before = self._seen
         self._seen = {endpoint: _seen(endpoint) for endpoint in self._registry}
+        for endpoint in before.keys() - self._seen.keys():
+            self._add(endpoint, "was removed")
         for endpoint, now in self._seen.items():
             last = before.get(endpoint)
-            if last is not None and last != now:
+            if last is None:
+                self._add(endpoint, f"was added: {_place(endpoint)}")
+            elif last != now:
                 self._tell(endpoint, last, now)
 
     def _tell(self, endpoint: Endpoint, last: _Seen, now: _Seen) -> None:
         if last.generation != now.generation:
-            log.warning("%s was restarted", endpoint.id)
+            self._add(endpoint, "was restarted", logging.WARNING)
         if last.address is None and now.address is not None:
-            log.info("%s is at %s", endpoint.id, now.address)
+            self._add(endpoint, f"is at {now.address}")
         elif last.address != now.address:
-            log.info("%s is at %s, no longer at %s", endpoint.id, now.address, last.address)
-        if last.state == now.state:
-            return
-        self._telemetry.state_changed(endpoint.id, endpoint.instance.role, now.state)
-        trial = now.state == TRIAL
+            self._add(endpoint, f"is at {now.address}, no longer at {last.address}")
+        if last.state != now.state:
+            self._tell_state(endpoint, last.state, now.state)
+        if now.drained and not last.drained:
+            self._add(endpoint, "is drained: nothing that was sent there is left")
+
+    def _tell_state(self, endpoint: Endpoint, last: str, now: str) -> None:
+        self._telemetry.state_changed(endpoint.id, endpoint.instance.role, now)
+        trial = now == TRIAL
         # An ejection that a trial follows at once, since no other can serve, is told by this one line.
-        bad = now.state in _BAD or (trial and last.state != EJECTED)
-        text = f"{endpoint.id} is {'on trial' if trial else now.state}"
+        bad = now in _BAD or (trial and last != EJECTED)
+        text = f"is {'on trial' if trial else now}"
         if (bad or trial) and endpoint.reason:
-            text += f": {endpoint.reason.removeprefix(f'{now.state}: ')}"
-        log.log(logging.WARNING if bad else logging.INFO, "%s", text)
+            text += f": {endpoint.reason.removeprefix(f'{now}: ')}"
+        self._add(endpoint, text, logging.WARNING if bad else logging.INFO)
+
+    def _add(self, endpoint: Endpoint, what: str, level: int = logging.INFO) -> None:
+        self._events.add(
+            EventKind.STATE,
+            f"{endpoint.id} {what}",
+            by=self._registry.changed_by,
+            subject=endpoint.id,
+            level=level,
+        )
+
+
+def _place(endpoint: Endpoint) -> str:
+    instance = endpoint.instance
+    return f"{instance.role}, {join_address(instance.host, instance.port)}"
 
 
 def _seen(endpoint: Endpoint) -> _Seen:
-    state = endpoint.shown_state
-    if state == InstanceState.HEALTHY and endpoint.breaker.state is BreakerState.HALF_OPEN:
-        state = TRIAL
-    return _Seen(state, endpoint.address, endpoint.generation)
+    return _Seen(endpoint.told_state, endpoint.address, endpoint.generation, endpoint.drained)

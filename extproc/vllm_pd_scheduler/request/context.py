@@ -9,6 +9,7 @@ from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
+from .headers import REQUEST_ID
 
 _NO_MATCH = PrefixIndex().match(())
 
@@ -64,6 +65,11 @@ class RequestContext(Struct, frozen=True, eq=False):
     _offered: Sequence[HasHolder] | None = None
     _match: PrefixMatch | None = None
     _cached: Mapping[Holder, int] | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Its id for people; empty if it has none."""
+        return self.headers.get(REQUEST_ID, "")
 
     @property
     def cached(self) -> Mapping[Holder, int]:

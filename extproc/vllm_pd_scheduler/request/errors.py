@@ -35,6 +35,10 @@ class Reject:
     reason: str = ""
     """A short name, for metrics and Envoy's access log."""
 
+    def __str__(self) -> str:
+        """Say it in a line for the log."""
+        return f"refused with {self.status}, {self.reason}"
+
 
 def reject(status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S) -> Reject:
     """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help."""

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+ENVOY_CONFIG: Final = "pd-envoy-config"
+"""Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
+
+ENVOY_CONFIG_VERSION: Final = "2"
+"""The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
+dynamic metadata."""
+
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
 The name is that of the Gateway API inference extension."""
@@ -12,7 +19,7 @@ ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
 
 REQUEST_ID: Final = "x-request-id"
-"""The client's id of a request, or one that Envoy has made."""
+"""The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
-from ..telemetry import Served, Telemetry
+from ..telemetry import Served, Telemetry, log_lines
 from ..tracing import current
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
@@ -32,6 +33,8 @@ from .turns import Turns
 
 if TYPE_CHECKING:
     from ..tracing.request_tracer import RequestTracer
+
+log = logging.getLogger(__name__)
 
 
 class RoutingCore:
@@ -75,6 +78,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
@@ -101,6 +105,8 @@ class RoutingCore:
             self.telemetry.rejected(outcome.status, outcome.reason)
             if trace is not None:
                 trace.rejected(outcome.status, outcome.reason, self._clock())
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%.200s: %s", path, outcome)
         return outcome
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
@@ -235,7 +241,8 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
-        forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        forward.request_id = context.request_id
+        forward.served = served
         if trace is not None:
             forward.trace = trace
             url, tokens = decode[0].url + context.path, context.prompt_tokens

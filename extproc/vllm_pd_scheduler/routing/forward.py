@@ -11,6 +11,7 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..request import headers as names
+from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Forward:
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
+    served: Served = Served.SPLIT
+    """How it is served."""
     stream: bool = False
     """Whether the answer is a stream of events."""
     remove_headers: list[str] = field(default_factory=list)
@@ -67,6 +70,12 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.answering = self.decode[0]
+
+    def __str__(self) -> str:
+        """Say in a line for the log who serves it."""
+        prefill = f"P {self.prefill.id}, " if self.prefill else ""
+        decode = ", then ".join(endpoint.id for endpoint in self.decode)
+        return f"{self.served}, {prefill}D {decode}; x-pd-id {self.id}"
 
     @property
     def prefill(self) -> Endpoint | None:

@@ -24,7 +24,8 @@ from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
-from ..models import join_address
+from ..models import By, join_address
+from ..records.events import EventKind
 from ..router import PDRouter
 from ..rpc import ListenError, Server
 from ..system.allocator import return_large_blocks
@@ -105,11 +106,10 @@ class App:
         await self._start_grpc()
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
-        log.info(
-            "serving ext_proc and EDS on %s, admin on %s",
-            config.grpc_socket or join_address(config.grpc_host, config.grpc_port),
-            join_address(config.admin_host, config.admin_port),
-        )
+        grpc = config.grpc_socket or join_address(config.grpc_host, config.grpc_port)
+        admin = join_address(config.admin_host, config.admin_port)
+        text = f"serving ext_proc and EDS on {grpc}, admin on {admin}"
+        router.events.add(EventKind.STARTED, text, by=By.START)
 
     def _start_tracing(self, config: TracingConfig) -> None:
         try:
@@ -164,9 +164,15 @@ class App:
                 config.grpc_port,
             )
         self._stack.push_async_callback(server.stop)
-        watchdog = LoopWatchdog(self.router.telemetry.event_loop_stalled)
+        telemetry = self.router.telemetry
+        watchdog = LoopWatchdog(telemetry.event_loop_stalled, telemetry.event_loop_late)
         watchdog.start()
         self._stack.callback(watchdog.stop)
+
+    def say_draining(self) -> None:
+        """Make an event of a drain that begins, as a signal has asked."""
+        text = f"draining: {self.ext_proc.open_streams} requests in flight"
+        self.router.events.add(EventKind.DRAINING, text, by=By.SIGNAL)
 
     async def drain(self) -> bool:
         """Report not ready and wait until every answer has ended.

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..config.listeners import clashes, listeners_of
-from ..envoy.configuration import EnvoyPorts, render_config
+from ..envoy.configuration import render_config
+from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
@@ -66,7 +67,7 @@ async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
     signals = Signals()
     async with App(config, streams) as app:
         await signals.wait()
-        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        app.say_draining()
         await signals.run_drain(app.drain())
     return 0
 
@@ -119,7 +120,14 @@ async def _up(
     rendered = render_config(
         ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
     )
-    process = EnvoyProcess(ports, rendered, log_level=log_level, access_log=access_log, streams=streams)
+    process = EnvoyProcess(
+        ports,
+        rendered,
+        log_level=log_level,
+        json_log=config.log_format == "json",
+        access_log=access_log,
+        streams=streams,
+    )
     async with App(config, streams) as app, process as envoy:
         await started()
         signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
@@ -130,7 +138,7 @@ async def _up(
             signal_came.cancel()
             log.error("Envoy ended with status %d: ending too", envoy.exited.result())
             return 1
-        log.info("draining: %d requests in flight", app.ext_proc.open_streams)
+        app.say_draining()
         await envoy.drain()
         await signals.run_drain(app.drain())
     return 0

@@ -22,11 +22,14 @@ class LoopWatchdog:
     """A thread that watches the running event loop, from ``start`` to ``stop``.
 
     A loop that stands still answers none of Envoy's pings, so Envoy lets the requests pass without us, also
-    those in flight. ``stalled`` is called once each time, by the thread.
+    those in flight. ``stalled`` is called once each time, by the thread. ``late`` is told some times a
+    second, by the loop, how many seconds late it is.
     """
 
-    def __init__(self, stalled: Callable[[], None]) -> None:
+    def __init__(self, stalled: Callable[[], None], late: Callable[[float], None]) -> None:
         self._stalled = stalled
+        self._late = late
+        self._due = 0.0
         self._beats = 0
         self._timer: asyncio.TimerHandle | None = None
         self._watched = threading.get_ident()
@@ -36,7 +39,7 @@ class LoopWatchdog:
     def start(self) -> None:
         """Watch the loop that runs here."""
         self._watched = threading.get_ident()
-        self._beat()
+        self._next_beat()
         self._thread.start()
 
     def stop(self) -> None:
@@ -48,7 +51,13 @@ class LoopWatchdog:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._timer = asyncio.get_running_loop().call_later(_TICK_S / 2, self._beat)
+        self._late(max(0.0, asyncio.get_running_loop().time() - self._due))
+        self._next_beat()
+
+    def _next_beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + _TICK_S / 2
+        self._timer = loop.call_at(self._due, self._beat)
 
     def _watch(self) -> None:
         beats, late, last = self._beats, 0.0, time.monotonic()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Buckets of prefill legs and waits: from a cached prompt up to ``prefill_timeout``'s default."""
@@ -122,6 +122,13 @@ class Telemetry:
             "Lines of output that were dropped, since nobody read what the process prints.",
             registry=self.prometheus,
         )
+        self._event_loop_lag = Histogram(
+            "pd_scheduler_event_loop_lag_seconds",
+            "How late the event loop came to a timer: what each request waits for it, several times over.",
+            # From what a short callback takes up to a stall.
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2),
+            registry=self.prometheus,
+        )
         self._event_loop_stalls = Counter(
             "pd_scheduler_event_loop_stalls",
             "Times that the event loop stood still, and requests went on without the scheduler.",
@@ -212,10 +219,10 @@ class Telemetry:
         """Count lines of output that were dropped."""
         self._log_lines_dropped.inc(lines)
 
+    def event_loop_late(self, seconds: float) -> None:
+        """Record how late the event loop came to a timer."""
+        self._event_loop_lag.observe(seconds)
+
     def event_loop_stalled(self) -> None:
         """Count that the event loop stood still for so long that requests went on without it."""
         self._event_loop_stalls.inc()
-
-    def expose(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
-        return generate_latest(self.prometheus)

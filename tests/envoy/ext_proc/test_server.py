@@ -15,10 +15,11 @@ from tests.support.rpc import served
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.ext_proc import exchange as exchange_module
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
-from vllm_pd_scheduler.envoy.ext_proc.server import ENVOY_CONFIG, ExtProcService
+from vllm_pd_scheduler.envoy.ext_proc.server import ExtProcService
 from vllm_pd_scheduler.envoy.ext_proc.stream import Stream
 from vllm_pd_scheduler.envoy.limits import MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
+from vllm_pd_scheduler.request.headers import ENVOY_CONFIG_VERSION
 from vllm_pd_scheduler.rpc import Call, StatusCode
 
 LOG = "vllm_pd_scheduler.envoy.ext_proc.exchange"
@@ -49,7 +50,7 @@ class FakeCall:
         self.status: StatusCode | None = None
 
     def metadata(self, _: str) -> str:
-        return ENVOY_CONFIG
+        return ENVOY_CONFIG_VERSION
 
     def next(self) -> None:
         if self.exchange is not None and self.messages:
@@ -164,7 +165,7 @@ class HandoffTest(Case):
 class RealCallTest(Case):
     """Over gRPC itself."""
 
-    envoy_config = ENVOY_CONFIG
+    envoy_config = ENVOY_CONFIG_VERSION
 
     async def asyncSetUp(self) -> None:
         self.router.config = self.router.config.model_copy(update={"max_body_bytes": 4 << 20})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from ...request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
 from ...router import PDRouter
 from ...rpc import Call, Method
 from ..limits import MAX_MESSAGE_BYTES
@@ -12,10 +13,6 @@ from .exchange import Exchange
 from .messages import SERVICE
 
 log = logging.getLogger(__name__)
-
-ENVOY_CONFIG = "2"
-"""The version of ``envoy/envoy.yaml`` that this scheduler needs, which Envoy tells with each call. It changes
-with what the two must agree on: 2 is hand-offs as dynamic metadata."""
 
 COMPLAIN_EVERY_S = 10.0
 """An Envoy with a wrong mode sends what is wrong with each request: that is logged at most so often."""
@@ -42,7 +39,7 @@ class ExtProcService:
         await self._idle.wait()
 
     def _open(self, call: Call) -> Exchange:
-        if call.metadata("pd-envoy-config") != ENVOY_CONFIG:
+        if call.metadata(ENVOY_CONFIG) != ENVOY_CONFIG_VERSION:
             self._warn(
                 "Envoy's configuration does not fit this scheduler, and hand-offs may not reach D: "
                 "see what has changed in envoy/envoy.yaml"

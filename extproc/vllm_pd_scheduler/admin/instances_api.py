@@ -1,0 +1,257 @@
+"""The instances of the fleet: ``/instances``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from aiohttp import web
+
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import DuplicateInstance
+from ..models import InstanceRole, InstanceState
+from ..router import PDRouter
+from .changes import AdminChanges
+from .route import Flag, Query, Refused, Route, Shown, asked_by, json_answer
+from .saved_changes import SavedInstance
+
+DRAIN_POLL_S = 0.05
+"""Seconds between two looks whether a drain is over, for a call that waits for it.
+
+A choice: not felt by the person or script that waits, and too seldom to cost anything.
+"""
+
+
+class InstancesQuery(Query):
+    """Which instances to show."""
+
+    role: InstanceRole | None = None
+
+
+class DrainQuery(Query):
+    """How to drain."""
+
+    wait: Flag = False
+    """Whether to answer only when nothing is left on the instance, or after ``drain_timeout``."""
+    force: Flag = False
+    """Whether to drain even the last instance of its role that can serve."""
+
+
+class RemoveQuery(Query):
+    """How to remove."""
+
+    force: Flag = False
+    """Whether to remove even the last instance of its role that can serve."""
+
+
+class Predicted(Shown):
+    """What the load model predicts: of a P the first, of a D the second."""
+
+    prefill_left_s: float | None = None
+    """Seconds until the prefills that we have sent there are done."""
+    decode_step_s: float | None = None
+    """Seconds of a decode step with what runs there now."""
+
+
+class InstanceAnswer(Shown):
+    """An instance, with its state and load."""
+
+    id: str
+    role: InstanceRole
+    host: str
+    port: int
+    address: str | None
+    """``ip:port``; null until its DNS name was resolved."""
+    address_age: float | None
+    """Seconds since its DNS name was last resolved."""
+    state: InstanceState
+    shown_state: str
+    """``state``, or ``ejected`` or ``trial``: its requests failed, or the next one will show."""
+    source: str
+    """Where it comes from: ``config`` or ``admin``."""
+    reason: str | None
+    """Why it is not healthy."""
+    in_flight: int
+    """Requests of this scheduler there."""
+    pending_handoffs: int
+    """Hand-offs that a P holds for requests whose answer has not ended."""
+    drained: bool
+    """Whether it is draining and has nothing left to do."""
+    waiting: float
+    """Requests queued there."""
+    requests: float
+    """Requests running or queued there, those of others too."""
+    running: float | None
+    """Requests in its batch, as scraped."""
+    tokens_in_flight: float
+    """Tokens of our requests: on P those to compute, on D prompt and expected answer."""
+    kv_capacity_tokens: float | None
+    """Tokens that its KV cache holds."""
+    kv_cache_usage: float | None
+    """Share of its KV cache in use."""
+    latency: float | None
+    """Mean seconds to the first token (P) or per token (D)."""
+    predicted: Predicted
+    failures: int
+    """Requests that failed in a row."""
+    metrics_age_s: float | None
+    """Seconds since the last scrape that succeeded."""
+    models: list[str] | None
+    """Names of the models that it serves; null: not known."""
+
+
+class InstancesAnswer(Shown):
+    """The instances, in the order in which they were added."""
+
+    instances: list[InstanceAnswer]
+
+
+class Remaining(Shown):
+    """What an instance that drains has left."""
+
+    in_flight: int
+    pending_handoffs: int
+
+
+class DrainAnswer(InstanceAnswer):
+    """An instance that drains."""
+
+    remaining: Remaining | None = None
+    """There only if it was waited for and something is left."""
+
+
+def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
+    """Return the fields of :class:`InstanceAnswer`; ``now`` is monotonic seconds."""
+    instance, metrics = endpoint.instance, endpoint.metrics
+    if instance.role is InstanceRole.PREFILL:
+        predicted = Predicted(prefill_left_s=endpoint.prefill.remaining(now))
+    else:
+        predicted = Predicted(decode_step_s=endpoint.decode_step)
+    return {
+        "id": instance.instance_id,
+        "role": instance.role,
+        "host": instance.host,
+        "port": instance.port,
+        "address": endpoint.address,
+        "address_age": None if endpoint.resolved_at is None else now - endpoint.resolved_at,
+        "state": endpoint.state,
+        "shown_state": endpoint.told_state,
+        "source": source,
+        "reason": endpoint.reason or None,
+        "in_flight": endpoint.in_flight,
+        "pending_handoffs": endpoint.pending_handoffs,
+        "drained": endpoint.drained,
+        "waiting": endpoint.waiting,
+        "requests": endpoint.requests,
+        "running": metrics.running if metrics else None,
+        "tokens_in_flight": endpoint.tokens,
+        "kv_capacity_tokens": endpoint.kv_capacity,
+        "kv_cache_usage": metrics.kv_usage if metrics else None,
+        "latency": metrics.latency if metrics else None,
+        "predicted": predicted,
+        "failures": endpoint.breaker.failures,
+        "metrics_age_s": None if endpoint.scraped_at is None else now - endpoint.scraped_at,
+        "models": None if endpoint.models is None else sorted(endpoint.models),
+    }
+
+
+class InstancesApi:
+    """Shows and changes the instances. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+
+    def __init__(self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool]) -> None:
+        self._router = router
+        self._changes = changes
+        self._is_ready = is_ready
+
+    def routes(self) -> Iterator[Route]:
+        """Return the routes."""
+        one = "/instances/{id}"
+        yield Route(
+            "GET", "/instances", "The instances, or those of a role", self._list, {200: InstancesAnswer}
+        )
+        yield Route(
+            "POST", "/instances", "Add an instance", self._add, {201: InstanceAnswer}, refusals=(409, 507)
+        )
+        yield Route("GET", one, "One instance", self._get, {200: InstanceAnswer}, refusals=(404,))
+        yield Route("DELETE", one, "Remove an instance", self._remove, {204: None}, refusals=(404, 409, 507))
+        yield Route(
+            "POST",
+            f"{one}/drain",
+            "Send an instance no new requests",
+            self._drain,
+            {200: DrainAnswer, 202: InstanceAnswer},
+            refusals=(404, 409, 507),
+        )
+        yield Route(
+            "POST",
+            f"{one}/undrain",
+            "Send an instance requests again",
+            self._undrain,
+            {200: InstanceAnswer},
+            refusals=(404, 507),
+        )
+
+    async def _list(self, _: web.Request, query: InstancesQuery) -> web.Response:
+        now = time.monotonic()
+        found = self._router.registry.endpoints(query.role)
+        shown = [InstanceAnswer(**self._fields(endpoint, now)) for endpoint in found]
+        return json_answer(InstancesAnswer(instances=shown))
+
+    async def _add(self, request: web.Request, body: SavedInstance) -> web.Response:
+        if body.api_key is not None and body.api_key not in self._router.config.api_keys():
+            # Else whoever may call this could have any file or variable of the scheduler sent to their host.
+            raise Refused(400, "api_key: must be one that the configuration names")
+        try:
+            await self._changes.add(body, by=asked_by(request))
+        except DuplicateInstance as error:
+            raise Refused(409, str(error)) from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        return json_answer(self._shown(self._router.registry.get(body.id)), 201)
+
+    async def _get(self, request: web.Request) -> web.Response:
+        return json_answer(self._shown(self._endpoint(request)))
+
+    async def _remove(self, request: web.Request, query: RemoveQuery) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.remove(endpoint.id, force=query.force, by=asked_by(request))
+        return web.Response(status=204)
+
+    async def _drain(self, request: web.Request, query: DrainQuery) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.drain(endpoint.id, force=query.force, by=asked_by(request))
+        if not query.wait:
+            return json_answer(self._shown(endpoint), 202)
+        await self._wait_for_drain(endpoint)
+        if endpoint.drained:
+            return json_answer(self._shown(endpoint))
+        remaining = Remaining(in_flight=endpoint.in_flight, pending_handoffs=endpoint.pending_handoffs)
+        return json_answer(DrainAnswer(**self._fields(endpoint, time.monotonic()), remaining=remaining))
+
+    async def _wait_for_drain(self, endpoint: Endpoint) -> None:
+        """Wait until an endpoint is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
+
+        When the scheduler ends, the streams that it counts by end too, though the requests run on. To wait
+        further would report them as finished.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._router.config.drain_timeout):
+                while endpoint.draining and not endpoint.drained and self._is_ready():  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        endpoint = self._endpoint(request)
+        await self._changes.undrain(endpoint.id, by=asked_by(request))
+        return json_answer(self._shown(endpoint))
+
+    def _endpoint(self, request: web.Request) -> Endpoint:
+        return self._router.registry.get(request.match_info["id"])
+
+    def _shown(self, endpoint: Endpoint) -> InstanceAnswer:
+        return InstanceAnswer(**self._fields(endpoint, time.monotonic()))
+
+    def _fields(self, endpoint: Endpoint, now: float) -> dict[str, Any]:
+        return describe(endpoint, self._changes.source(endpoint.id), now)

@@ -1,0 +1,61 @@
+"""What Kubernetes and Prometheus ask for: ``/healthz``, ``/readyz`` and ``/metrics``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from aiohttp import web
+
+from ..models import InstanceRole
+from ..router import PDRouter
+from .collectors import collectors
+from .metrics_page import metrics_page
+from .route import Refused, Route, Shown, json_answer
+
+
+class ProbeAnswer(Shown):
+    """That all is well."""
+
+    status: str
+
+
+class ProbesApi:
+    """Answers probes and scrapes. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+        self._router = router
+        self._is_ready = is_ready
+        self._collectors = collectors(router, time.monotonic)
+
+    def routes(self) -> Iterator[Route]:
+        """Return the routes.
+
+        The probes are open, since Kubernetes' have no token, and tell nothing of the fleet.
+        """
+        healthy = {200: ProbeAnswer}
+        yield Route("GET", "/healthz", "Whether the process runs", self._healthz, healthy, open=True)
+        yield Route(
+            "GET",
+            "/readyz",
+            "Whether the scheduler can serve: it is not draining, and a D can serve",
+            self._readyz,
+            healthy,
+            refusals=(503,),
+            open=True,
+        )
+        yield Route("GET", "/metrics", "Prometheus metrics", self._metrics, {200: "text/plain"})
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return json_answer(ProbeAnswer(status="ok"))
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        if not self._is_ready():
+            raise Refused(503, "draining")
+        if not self._router.registry.routable(InstanceRole.DECODE):
+            raise Refused(503, "no decode instance can serve")
+        return json_answer(ProbeAnswer(status="ready"))
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        body = await metrics_page((self._router.telemetry.prometheus, self._collectors))
+        return web.Response(body=body, content_type="text/plain", charset="utf-8")

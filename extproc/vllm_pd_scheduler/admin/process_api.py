@@ -1,0 +1,166 @@
+"""The scheduler as a process: ``/version``, ``/status``, ``/config`` and ``/log-level``."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Literal
+
+from aiohttp import web
+
+from .. import __version__
+from ..config import SchedulerConfig
+from ..models import InstanceRole
+from ..records.events import EventKind
+from ..request.headers import ENVOY_CONFIG_VERSION
+from ..router import PDRouter
+from .route import Body, Route, Shown, asked_by, json_answer
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+class VersionAnswer(Shown):
+    """Which scheduler this is."""
+
+    version: str
+    python: str
+    envoy_config: str
+    """Version of ``envoy/envoy.yaml`` that this scheduler works with."""
+    started_at: datetime
+    uptime_s: float
+
+
+class StrategiesInUse(Shown):
+    """The strategy of each role."""
+
+    prefill: str
+    decode: str
+
+
+class QueueStatus(Shown):
+    """What waits in the scheduler."""
+
+    requests: int
+    bytes: int
+
+
+class RoleStatus(Shown):
+    """The instances of a role, by number."""
+
+    total: int
+    routable: int
+    """Those that can take a request."""
+
+
+class RolesStatus(Shown):
+    """The instances, by number."""
+
+    prefill: RoleStatus
+    decode: RoleStatus
+
+
+class StatusAnswer(Shown):
+    """How the scheduler is."""
+
+    version: str
+    started_at: datetime
+    uptime_s: float
+    ready: bool
+    """Whether it can serve: it is not draining, and a D can serve."""
+    strategy: StrategiesInUse
+    shadow: str | None
+    queue: QueueStatus
+    held_bytes: int
+    """Bytes of all bodies between arrival and decode."""
+    roles: RolesStatus
+
+
+class LogLevelBody(Body):
+    """From which level on to log."""
+
+    level: LogLevel
+
+
+class LogLevelAnswer(Shown):
+    """From which level on is logged."""
+
+    level: str
+
+
+class ProcessApi:
+    """Shows the process and what it runs with, and changes what it logs.
+
+    ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    """
+
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+        self._router = router
+        self._is_ready = is_ready
+        self._started_at = datetime.now(UTC)
+        self._started = time.monotonic()
+
+    def routes(self) -> Iterator[Route]:
+        """Return the routes."""
+        level = {200: LogLevelAnswer}
+        yield Route(
+            "GET", "/version", "The version, and how long it runs", self._version, {200: VersionAnswer}
+        )
+        yield Route("GET", "/status", "The scheduler at a glance", self._status, {200: StatusAnswer})
+        yield Route(
+            "GET", "/config", "The configuration, without secrets", self._config, {200: SchedulerConfig}
+        )
+        yield Route("GET", "/log-level", "What is logged", self._log_level, level)
+        yield Route("PUT", "/log-level", "Change what is logged", self._set_log_level, level)
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return json_answer(
+            VersionAnswer(
+                version=__version__,
+                python=platform.python_version(),
+                envoy_config=ENVOY_CONFIG_VERSION,
+                started_at=self._started_at,
+                uptime_s=self._uptime_s(),
+            )
+        )
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return json_answer(self.status())
+
+    def status(self) -> StatusAnswer:
+        """Return how the scheduler is now."""
+        scheduler, queue = self._router.scheduler, self._router.dispatcher.queue
+        serves = bool(self._router.registry.routable(InstanceRole.DECODE))
+        prefill, decode = map(self._role, InstanceRole)
+        return StatusAnswer(
+            version=__version__,
+            started_at=self._started_at,
+            uptime_s=self._uptime_s(),
+            ready=self._is_ready() and serves,
+            strategy=StrategiesInUse(**{role.value: name for role, name in scheduler.names.items()}),
+            shadow=scheduler.shadow.name if scheduler.shadow else None,
+            queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
+            held_bytes=self._router.body_memory.used,
+            roles=RolesStatus(prefill=prefill, decode=decode),
+        )
+
+    def _role(self, role: InstanceRole) -> RoleStatus:
+        registry = self._router.registry
+        return RoleStatus(total=len(registry.endpoints(role)), routable=len(registry.routable(role)))
+
+    def _uptime_s(self) -> float:
+        return round(time.monotonic() - self._started, 3)
+
+    async def _config(self, _: web.Request) -> web.Response:
+        return web.json_response(self._router.config.masked())
+
+    async def _log_level(self, _: web.Request) -> web.Response:
+        return json_answer(LogLevelAnswer(level=logging.getLevelName(logging.getLogger().level)))
+
+    async def _set_log_level(self, request: web.Request, body: LogLevelBody) -> web.Response:
+        logging.getLogger().setLevel(body.level)
+        text = f"log level is {body.level}"
+        self._router.events.add(EventKind.LOG_LEVEL, text, by=asked_by(request))
+        return await self._log_level(request)

@@ -1,0 +1,182 @@
+"""The commands that show a fleet and steer it: ``status``, ``strategy``, ``drain``, ``add`` and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ..models import InstanceRole, join_address
+from .client import REFUSED, TIMEOUT_S, AdminClient, Failure, instance_path
+from .connection import (
+    DEFAULT_URL,
+    CaFileOption,
+    ForceOption,
+    IdArgument,
+    JsonOption,
+    TokenFileOption,
+    UrlOption,
+    connected,
+)
+from .tables import instances, overview, show
+
+_MOST_ROWS = 40
+"""Instances that ``status`` shows; of a larger fleet only those that do not serve as they should."""
+
+
+def status(
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show each instance, also of a large fleet.")
+    ] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Show how the scheduler and its instances are."""
+    with connected(url, token_file, ca_file) as client:
+        text = client.get("/status")
+        if as_json:
+            typer.echo(text)
+            return
+        show(*overview(client.parsed(text)))
+        found = client.parsed(client.get("/instances"))["instances"]
+        shown = found
+        if len(found) > _MOST_ROWS and not show_all:
+            shown = [each for each in found if each.get("shown_state", each["state"]) != "healthy"]
+        show("", instances(shown))
+        if len(shown) < len(found):
+            show("", f"{len(found) - len(shown)} healthy instances are not shown: --all shows them")
+
+
+def strategy(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Use this one from now on.")] = None,
+    role: Annotated[InstanceRole | None, typer.Option("--role", help="Change it for one role.")] = None,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Show the strategies in use, or change them for the requests to come."""
+    if role is not None and name is None:
+        raise typer.BadParameter("give the strategy's NAME too", param_hint="--role")
+    with connected(url, token_file, ca_file) as client:
+        if name is None:
+            text = client.get("/strategy")
+        else:
+            key = "strategy" if role is None else f"{role}_strategy"
+            text = client.ask("PUT", "/strategy", body={key: name})
+        if as_json:
+            typer.echo(text)
+            return
+        found = client.parsed(text)
+        for each in InstanceRole:
+            show(f"{each:<10} {found[f'{each}_strategy']}")
+        if name is None:
+            show(f"there are   {', '.join(found['available'])}")
+
+
+def drain(
+    instance: IdArgument,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="End when nothing is left there; 1 if something is after drain_timeout."),
+    ] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Send an instance no new requests; those that run there go on."""
+    with connected(url, token_file, ca_file) as client:
+        query = {"wait": "true" if wait else None, "force": "true" if force else None}
+        path = instance_path(instance, "/drain")
+        text = _forced(client, "POST", path, query, timeout=None if wait else TIMEOUT_S)
+        found = client.parsed(text)
+        if as_json:
+            typer.echo(text)
+        elif found["drained"]:
+            show(f"{instance} is drained")
+        else:
+            show(f"{instance} is {found['state']}: {_left(found)}")
+        if wait and not found["drained"]:
+            raise typer.Exit(REFUSED)
+
+
+def _left(found: Mapping[str, Any]) -> str:
+    handoffs = f", {found['pending_handoffs']} hand-offs" if found["pending_handoffs"] else ""
+    return f"{found['in_flight']} requests{handoffs} are left there"
+
+
+def undrain(
+    instance: IdArgument,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Send an instance requests again."""
+    with connected(url, token_file, ca_file) as client:
+        _show_one(client, client.ask("POST", instance_path(instance, "/undrain")), as_json)
+
+
+def add(
+    instance: Annotated[str, typer.Argument(metavar="ID", help="A name of your choice.")],
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where its vLLM serves.")],
+    role: Annotated[InstanceRole, typer.Option("--role", help="What the fleet uses it for.")],
+    server_name: Annotated[
+        str | None, typer.Option("--server-name", help="DNS name in its certificate, with instance_tls.")
+    ] = None,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Add an instance. It gets requests when a health check has succeeded."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()):
+        raise typer.BadParameter(f"{address!r} is not HOST:PORT", param_hint="HOST:PORT")
+    body = {"id": instance, "role": role, "host": host, "port": int(port)}
+    if server_name is not None:
+        body["server_name"] = server_name
+    with connected(url, token_file, ca_file) as client:
+        _show_one(client, client.ask("POST", "/instances", body=body), as_json)
+
+
+def remove(
+    instance: IdArgument,
+    force: ForceOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Forget an instance; requests that run there go on. Drain it first to see them end."""
+    with connected(url, token_file, ca_file) as client:
+        _forced(client, "DELETE", instance_path(instance), {"force": "true" if force else None})
+        show(f"{instance} was removed")
+
+
+def _forced(
+    client: AdminClient,
+    method: str,
+    path: str,
+    query: Mapping[str, object],
+    timeout: float | None = TIMEOUT_S,
+) -> bytes:
+    """Ask for what the scheduler refuses of a role's last instance, and say how it does it all the same."""
+    try:
+        return client.ask(method, path, query, timeout=timeout)
+    except Failure as failure:
+        raise Failure(str(failure).replace("force=true", "--force"), failure.status) from None
+
+
+def _show_one(client: AdminClient, text: bytes, as_json: bool) -> None:
+    if as_json:
+        typer.echo(text)
+        return
+    found = client.parsed(text)
+    reason = f": {found['reason']}" if found["reason"] else ""
+    address = join_address(found["host"], found["port"])
+    show(f"{found['id']} ({found['role']}, {address}) is {found['state']}{reason}")

@@ -1,0 +1,99 @@
+"""What has happened to the fleet and the scheduler: each event is a log line, and is remembered a while."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import islice
+from typing import Any
+
+from ..models import By
+
+log = logging.getLogger(__name__)
+
+MAX_EVENTS = 1000
+"""How many are remembered: a choice. Days of a calm fleet, and a few hundred kilobytes."""
+
+
+class EventKind(StrEnum):
+    """What an event is about."""
+
+    STARTED = "started"
+    DRAINING = "draining"
+    """The scheduler ends, and lets running requests end first."""
+    STATE = "state"
+    """An instance came, went, or is in another state than before."""
+    STRATEGY = "strategy"
+    SHADOW = "shadow"
+    QUEUE_FULL = "queue_full"
+    LOG_LEVEL = "log_level"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that has happened."""
+
+    number: int
+    """1 for the first since the scheduler was started."""
+    time: float
+    """Unix seconds."""
+    kind: EventKind
+    level: int
+    """The level of its log line."""
+    subject: str | None
+    """The id of the instance that it is about; ``None`` if it is about none."""
+    text: str
+    by: str
+    """Who caused it: see :class:`~vllm_pd_scheduler.models.By`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the event as the admin interface shows it."""
+        return {
+            "number": self.number,
+            "time": datetime.fromtimestamp(self.time, UTC).isoformat(timespec="milliseconds"),
+            "kind": self.kind,
+            "level": logging.getLevelName(self.level),
+            "subject": self.subject,
+            "text": self.text,
+            "by": self.by,
+        }
+
+
+class Events:
+    """The newest events of one scheduler, at most ``MAX_EVENTS``. ``clock`` returns Unix seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.newest = 0
+        """The number of the last one; 0 before the first."""
+        self._kept: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._listeners: list[Callable[[], None]] = []
+
+    def add(
+        self, kind: EventKind, text: str, *, by: str, subject: str | None = None, level: int = logging.INFO
+    ) -> None:
+        """Log and remember an event, and tell the listeners. The log names an operator who caused it."""
+        log.log(level, "%s (by %s)" if by.startswith(By.ADMIN) else "%s%.0s", text, by)
+        self.newest += 1
+        self._kept.append(Event(self.newest, self._clock(), kind, level, subject, text, by))
+        for listener in tuple(self._listeners):
+            listener()
+
+    def after(self, number: int) -> list[Event]:
+        """Return the events after the one with a number, the oldest first.
+
+        A number that there has not been yet is one from before a restart: all are after that.
+        """
+        if number > self.newest:
+            number = 0
+        forgotten = self.newest - len(self._kept)
+        return list(islice(self._kept, max(0, number - forgotten), None))
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call ``listener`` after each event; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
