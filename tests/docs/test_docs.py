@@ -198,7 +198,9 @@ class MetricsTest(unittest.TestCase):
     def test_no_other_is_named_anywhere(self) -> None:
         real = self.real()
         for document, text in TEXTS.items():
-            self.assertLessEqual(set(re.findall(r"\bpd_[a-z_]+[a-z]\b(?!\.[a-z])", text)), set(real), document)
+            self.assertLessEqual(
+                set(re.findall(r"\bpd_[a-z_]+[a-z]\b(?!\.[a-z])", text)), set(real), document
+            )
 
     def test_every_reason_has_a_row(self) -> None:
         files = (ROOT / "extproc/vllm_pd_scheduler").rglob("*.py")

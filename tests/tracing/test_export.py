@@ -1,6 +1,7 @@
 """How spans leave the process, and what happens when they cannot."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from tests.support.otlp import collecting
 from tests.support.processes import unused_ports
 from tests.support.tracing import UNSAMPLED
 from tests.support.waiting import until
+from vllm_pd_scheduler.config import SchedulerConfig, TracingConfig
+from vllm_pd_scheduler.service.app import App, StartupError
 from vllm_pd_scheduler.tracing import export
 from vllm_pd_scheduler.tracing.export import SpanExport
 
@@ -36,6 +39,11 @@ def trace(exporting: SpanExport, times: int = 1) -> None:
         begun = exporting.tracer.begin(HEADERS, 1.0)
         assert begun is not None
         begun.rejected(400, "bad_body", 2.0)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What reaches the log: pytest also hears OpenTelemetry's own loggers, which do not."""
+    return [each.getMessage() for each in caplog.records if not each.name.startswith("opentelemetry")]
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +123,37 @@ async def test_a_queue_that_is_full_is_logged_once(
     trace(exporting, 5000)
     stuck.go_on.set()
     await exporting.close()
-    (line,) = caplog.messages
+    (line,) = logged(caplog)
     assert "Queue full" in line
+
+
+async def test_a_key_for_the_collector_is_never_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "secret-without-a-name")
+    await SpanExport("http://127.0.0.1:9/v1/traces").close()
+    (line,) = logged(caplog)
+    assert "OTEL_EXPORTER_OTLP_HEADERS cannot be read" in line
+
+
+async def test_what_an_exporter_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            raise OSError("no such certificate")
+
+    exporting = SpanExport("", exporter=Broken())
+    trace(exporting)
+    await exporting.close()
+    (line,) = logged(caplog)
+    assert "OSError: no such certificate" in line
+
+
+async def test_a_variable_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "5")
+    config = SchedulerConfig(tracing=TracingConfig(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(StartupError, match="tracing: max_export_batch_size"):
+        async with App(config):
+            pass
 
 
 async def test_a_collector_that_is_away_is_logged(
@@ -126,6 +163,8 @@ async def test_a_collector_that_is_away_is_logged(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     exporting = SpanExport(f"http://127.0.0.1:{unused_ports(1)[0]}/v1/traces")
     trace(exporting)
-    await until(lambda: caplog.messages)
+    await until(lambda: logged(caplog))
     await exporting.close()
-    assert all(record.name == export.__name__ for record in caplog.records)
+    (line,) = logged(caplog)
+    assert "Connection refused" in line
+    assert not logging.getLogger("opentelemetry").propagate

@@ -114,11 +114,11 @@ class App:
     def _start_tracing(self, config: TracingConfig) -> None:
         try:
             config.check()
+            from ..tracing.export import SpanExport  # its packages are an extra
+
+            export = SpanExport(config.url(), config.sample_ratio, config.service_name)
         except ValueError as error:
             raise StartupError(f"tracing: {error}") from None
-        from ..tracing.export import SpanExport  # its packages are an extra
-
-        export = SpanExport(config.url(), config.sample_ratio, config.service_name)
         self.router.tracer = export.tracer
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)

@@ -24,6 +24,12 @@ SHUTDOWN_S = 2.0
 """How long the last spans may take at the end of the process. Those of a collector that is away are lost."""
 
 _NAME = "vllm-pd-scheduler"
+_MAX_TEXT = 500
+_READS_HEADERS = "opentelemetry.util.re"
+"""Who logs ``OTEL_EXPORTER_OTLP_HEADERS`` as it is if it cannot be read, keys and all."""
+_BAD_HEADERS = (
+    "OTEL_EXPORTER_OTLP_HEADERS cannot be read: it must be NAME=VALUE, URL-encoded, comma-separated"
+)
 _UNNAMED = "unknown_service"
 """How OpenTelemetry names a service of which the environment says nothing."""
 
@@ -31,9 +37,10 @@ _UNNAMED = "unknown_service"
 class SpanExport:
     """Sends what ``tracer`` records to the OTLP collector at ``url``, by HTTP, until :meth:`close`.
 
-    A thread sends the spans in batches. They wait in a queue of limited length: when a collector is away,
-    the oldest are dropped, and that is logged at most once a minute. What is ``None`` here the environment
-    says (``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME``), or OpenTelemetry's default.
+    A thread sends the spans in batches. They wait in a queue of limited length: when a collector is away, the
+    oldest are dropped, and that is logged at most once a minute. What is ``None`` here the environment says
+    (``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME``), or OpenTelemetry's default. Raises :exc:`ValueError` if
+    the environment has what cannot be used.
     """
 
     def __init__(
@@ -43,8 +50,7 @@ class SpanExport:
         service_name: str | None = None,
         exporter: SpanExporter | None = None,
     ) -> None:
-        self._log = _SdkLog()
-        self._log.attach()
+        _SdkLog().attach()
         sampler: Sampler | None = None
         if sample_ratio is not None:
             sampler = ParentBased(TraceIdRatioBased(sample_ratio))
@@ -55,11 +61,7 @@ class SpanExport:
     async def close(self) -> None:
         """Send the spans that are left, for at most ``SHUTDOWN_S``."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(in_daemon_thread(self._shut_down), SHUTDOWN_S)
-
-    def _shut_down(self) -> None:
-        self._provider.shutdown()
-        self._log.detach()
+            await asyncio.wait_for(in_daemon_thread(self._provider.shutdown), SHUTDOWN_S)
 
 
 class _SdkLog(logging.Handler):
@@ -71,23 +73,21 @@ class _SdkLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._pace = Pace(time.monotonic)
-        self._root = logging.getLogger("opentelemetry")
 
     def attach(self) -> None:
-        """Take all that it logs."""
-        self._root.addHandler(self)
-        self._root.propagate = False
-
-    def detach(self) -> None:
-        """Leave it as it was."""
-        self._root.removeHandler(self)
-        self._root.propagate = True
+        """Take all that it logs from now on, in place of one that did before."""
+        root = logging.getLogger("opentelemetry")
+        root.handlers[:] = [each for each in root.handlers if not isinstance(each, _SdkLog)]
+        root.addHandler(self)
+        root.propagate = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record of another thread's, or of this one."""
         if self._pace.due((record.name, record.msg)):
-            text = record.getMessage()[:500]
-            log.warning("OpenTelemetry: %s (logged at most once a minute)", text)
+            text = _BAD_HEADERS if record.name == _READS_HEADERS else record.getMessage()
+            if record.exc_info and (error := record.exc_info[1]) is not None:
+                text = f"{text} {type(error).__name__}: {error}"
+            log.warning("OpenTelemetry: %s (logged at most once a minute)", text[:_MAX_TEXT])
 
 
 def _resource(service_name: str | None) -> Resource:
