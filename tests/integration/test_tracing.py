@@ -106,9 +106,10 @@ async def test_without_the_section_nothing_is_sent(
     with spawned(stack.up(settings(fleet)), **environment) as process:
         client = Client(session, stack, fleet)
         await ready(client, process)
-        answer = await client.post("/v1/completions", BODY, {"traceparent": SAMPLED, "tracestate": "a=b"})
+        sent = {"traceparent": SAMPLED, "tracestate": "a=b", "baggage": "k=v"}
+        answer = await client.post("/v1/completions", BODY, sent)
         for name in (answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]):
-            assert await headers_at(client, name) == {"traceparent": SAMPLED, "tracestate": "a=b"}
+            assert await headers_at(client, name) == sent
     assert not collector.raw
 
 

@@ -1,6 +1,8 @@
 """Which spans a request has, and what stands in them."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,6 +169,7 @@ class RetriedTest(TracedCase):
         self.assertFalse(failed(decode))
         found = attributes(decode)
         self.assertEqual((found["instance"], found["http.request.resend_count"]), ("d2", 2))
+        self.assertEqual(found["url.full"], "http://10.0.0.2:8002/v1/completions")
         self.assertEqual(attributes(self.recorder.request)["outcome"], "ok")
 
     async def test_what_is_told_after_the_end_of_the_answer_counts(self) -> None:
@@ -249,6 +252,7 @@ class OtherWaysTest(TracedCase):
         self.assertEqual(attributes(self.recorder.request)["outcome"], "left")
         self.assertFalse(failed(self.recorder.request))
         self.assertFalse(failed(self.recorder.one("decode")))
+        self.assertEqual(self.recorder.all("decode attempt"), [])
 
     async def test_a_client_that_leaves_before_envoy_has_the_answer(self) -> None:
         forward = await self.route()
@@ -340,6 +344,11 @@ class UnsampledTest(TracedCase):
 
 
 class OffTest(Case):
+    def test_nothing_of_opentelemetry_is_imported(self) -> None:
+        code = "import sys, vllm_pd_scheduler.service.app; print([m for m in sys.modules if 'opentele' in m])"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        self.assertEqual(found.stdout.strip(), "[]")
+
     async def test_without_tracing_the_clients_headers_go_on_as_they_are(self) -> None:
         forward = await self.route(traceparent=SAMPLED, tracestate="a=b", baggage="k=v")
         headers = self.leg.sent[0][2]

@@ -24,7 +24,7 @@ class TracedLeg:
         trace = current.get()
         if trace is None:
             return await self._leg(endpoint, path, headers, body)
-        parent = trace.prefill_sent(endpoint.id, endpoint.url + path, self._clock())
+        parent = trace.prefill_sent(endpoint.id, endpoint.url, self._clock())
         try:
             answer = await self._leg(endpoint, path, {**headers, names.TRACEPARENT: parent}, body)
         except PrefillFailed as error:

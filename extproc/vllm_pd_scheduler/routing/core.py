@@ -245,8 +245,8 @@ class RoutingCore:
         forward.served = served
         if trace is not None:
             forward.trace = trace
-            url, tokens = decode[0].url + context.path, context.prompt_tokens
-            trace.decode_sent(forward.id, served, tokens, decode[0].id, url, self._clock())
+            tokens, first = context.prompt_tokens, decode[0]
+            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

@@ -278,8 +278,12 @@ class RequestsInFlight:
             self._close_trace(forward)
 
     def _close_trace(self, forward: Forward) -> None:
-        if forward.trace is not None:
-            forward.trace.close(forward.answering.id if forward.answering else None, self._clock())
+        if forward.trace is None:
+            return
+        if (answering := forward.answering) is None:
+            forward.trace.close(self._clock())
+        else:
+            forward.trace.close(self._clock(), answering.id, answering.url)
 
     def _never_sent(self, forward: Forward) -> bool:
         """Whether its client left before Envoy had our answer, so that no D has been asked."""

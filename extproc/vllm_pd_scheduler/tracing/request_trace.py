@@ -16,9 +16,10 @@ _Value = str | int | float
 class RequestTrace:
     """Records what happens to a request as spans.
 
-    All times that it is given are seconds of one monotonic clock; ``offset`` added to them, in nanoseconds,
-    is the time since 1970. Of a request that is not sampled nothing is recorded, but the instances are told
-    so by its ``traceparent``. :meth:`close` ends what has not ended; nothing is recorded after it.
+    ``method`` and ``path`` are the request's; a ``url`` is that of an instance, without a path. All times
+    that it is given are seconds of one monotonic clock; ``offset`` added to them, in nanoseconds, is the time
+    since 1970. Of a request that is not sampled nothing is recorded, but the instances are told so by its
+    ``traceparent``. :meth:`close` ends what has not ended; nothing is recorded after it.
     """
 
     __slots__ = (
@@ -28,8 +29,10 @@ class RequestTrace:
         "_ended_at",
         "_failed_attempts",
         "_failure",
+        "_method",
         "_offset",
         "_outcome",
+        "_path",
         "_prefill",
         "_prefill_attempts",
         "_prefill_ended_at",
@@ -40,9 +43,13 @@ class RequestTrace:
         "_waited_until",
     )
 
-    def __init__(self, tracer: Tracer, request: Span, now: float, offset: int) -> None:
+    def __init__(
+        self, tracer: Tracer, request: Span, method: str, path: str, now: float, offset: int
+    ) -> None:
         self._tracer = tracer
         self._request = request
+        self._method = method
+        self._path = path
         self._context = set_span_in_context(request, Context())
         self._offset = offset
         self._started_at = self._waited_until = self._attempt_since = now
@@ -148,7 +155,7 @@ class RequestTrace:
     def decode_failed(self, instance: str, failure: str, status: int, now: float) -> None:
         """Record an attempt at a D that failed (``failure``: the label of that metric)."""
         self._failure, self._status = failure, status
-        if self._decode is None or not self._decode.is_recording():
+        if self._decode is None or not self._decode.is_recording() or failure in _NO_FAILED_ATTEMPT:
             return
         found: dict[str, _Value] = {names.INSTANCE: instance}
         if status:
@@ -178,20 +185,20 @@ class RequestTrace:
                 span.set_attribute(names.TTFT, ttft)
             self._request.add_event("first token", timestamp=at)
 
-    def close(self, instance: str | None, now: float) -> None:
+    def close(self, now: float, instance: str = "", url: str = "") -> None:
         """End all spans; ``instance`` is the D that has answered, if one has."""
         if not self._request.is_recording():
             return
         outcome = self._outcome or ("ok" if instance else _outcome(self._failure, self._status))
-        status = self._status if self._outcome or instance is None else 200
+        status = 200 if instance and not self._outcome else self._status
         ended = now if self._ended_at is None else self._ended_at
         self._request.set_attribute(names.OUTCOME, outcome)
         for span in filter(None, (self._request, self._decode)):
             if status:
                 span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, status)
         if self._decode is not None:
-            if instance is not None:
-                self._decode.set_attribute(names.INSTANCE, instance)
+            if instance:
+                self._decode.set_attributes(self._server(instance, url))
             if self._failed_attempts:
                 self._decode.set_attribute(names.HTTP_REQUEST_RESEND_COUNT, self._failed_attempts)
             if outcome not in ("ok", "left"):
@@ -214,17 +221,20 @@ class RequestTrace:
         self._prefill = self._prefill_ended_at = None
 
     def _client_span(self, name: str, instance: str, url: str, attempts_before: int, now: float) -> Span:
-        parts = urlsplit(url)
-        found: dict[str, _Value] = {
-            names.HTTP_REQUEST_METHOD: "POST",
-            names.INSTANCE: instance,
-            names.URL_FULL: url,
-            names.SERVER_ADDRESS: parts.hostname or "",
-            names.SERVER_PORT: parts.port or 80,
-        }
+        found = self._server(instance, url)
+        found[names.HTTP_REQUEST_METHOD] = self._method
         if attempts_before:
             found[names.HTTP_REQUEST_RESEND_COUNT] = attempts_before
         return self._span(name, found, now, SpanKind.CLIENT)
+
+    def _server(self, instance: str, url: str) -> dict[str, _Value]:
+        parts = urlsplit(url)
+        return {
+            names.INSTANCE: instance,
+            names.URL_FULL: url + self._path,
+            names.SERVER_ADDRESS: parts.hostname or "",
+            names.SERVER_PORT: parts.port or 80,
+        }
 
     def _span(
         self, name: str, found: Mapping[str, _Value], since: float, kind: SpanKind = SpanKind.INTERNAL
@@ -235,6 +245,12 @@ class RequestTrace:
 
     def _at(self, seconds: float) -> int:
         return self._offset + int(seconds * 1e9)
+
+
+_LEFT = ("left", "abandoned")
+"""Failures that are the client's doing."""
+_NO_FAILED_ATTEMPT = (*_LEFT, "unsent")
+"""What Envoy tells of a request, not of an instance that has failed it."""
 
 
 def _traceparent(span: Span) -> str:
@@ -249,7 +265,7 @@ def _fail(span: Span, reason: str) -> None:
 
 def _outcome(failure: str, status: int) -> str:
     """Return how a request ended that no D has answered: as in ``pd_scheduler_responses_total``."""
-    if failure in ("", "left", "abandoned") or (failure == "unsent" and status < 400):
+    if failure in ("", *_LEFT) or (failure == "unsent" and status < 400):
         return "left"
     if failure == "cut":
         return "cut"

@@ -34,9 +34,10 @@ class RequestTracer:
         """
         context = _W3C.extract(headers, Context()) if "traceparent" in headers else Context()
         method = headers.get(":method", "")
-        path = headers.get(":path", "/").partition("?")[0]
+        method = method if method in _METHODS else "_OTHER"
+        path = names.text(headers.get(":path", "/").partition("?")[0])
         operation = _OPERATIONS.get(path)
-        name = method if method in _METHODS else "HTTP"
+        name = "HTTP" if method == "_OTHER" else method
         wall = self._wall()
         offset = wall - int(now * 1e9)
         span = self._tracer.start_span(
@@ -47,15 +48,15 @@ class RequestTracer:
         )
         trace = None
         if span.is_recording():
-            span.set_attribute(names.HTTP_REQUEST_METHOD, method if method in _METHODS else "_OTHER")
-            span.set_attribute(names.URL_PATH, names.text(path))
+            span.set_attribute(names.HTTP_REQUEST_METHOD, method)
+            span.set_attribute(names.URL_PATH, path)
             if operation is not None:
                 span.set_attribute(names.HTTP_ROUTE, path)
                 span.set_attribute(names.OPERATION, operation)
             if request_id := headers.get("x-request-id"):
                 span.set_attribute(names.REQUEST_ID, names.text(request_id))
-            trace = RequestTrace(self._tracer, span, now, offset)
+            trace = RequestTrace(self._tracer, span, method, path, now, offset)
         elif span.get_span_context().is_valid and not get_current_span(context).get_span_context().is_valid:
-            trace = RequestTrace(self._tracer, span, now, offset)
+            trace = RequestTrace(self._tracer, span, method, path, now, offset)
         current.set(trace)
         return trace
