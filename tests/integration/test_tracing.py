@@ -71,6 +71,7 @@ async def test_a_trace_goes_through_p_and_d(
         assert spans["decode"].attributes["pd_scheduler.instance"] == decode
         assert request.attributes["pd_scheduler.request_id"] == answer.headers["x-request-id"]
         assert request.attributes["pd_scheduler.outcome"] == "ok"
+        assert request.attributes["gen_ai.latency.time_to_first_token"] > 0
 
         # Both D fail: Envoy tries one after the other, on the same leg.
         collector.spans.clear()

@@ -15,6 +15,8 @@ from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 from vllm_pd_scheduler.routing.forward import Forward
 from vllm_pd_scheduler.routing.in_flight import REMEMBERED_S
+from vllm_pd_scheduler.routing.result import Result
+from vllm_pd_scheduler.telemetry import Ending
 from vllm_pd_scheduler.tracing.attributes import text
 
 SPLIT = ["POST /v1/completions", "decode", "pick decode", "pick prefill", "prefill"]
@@ -282,8 +284,9 @@ class OtherWaysTest(TracedCase):
     async def test_what_envoy_tells_of_the_end(self) -> None:
         forward = await self.route()
         forward.release()
-        assert forward.trace is not None
-        forward.trace.result("ok", 201, 0.25)
+        self.router.in_flight.told(
+            Result(forward.id, Ending.OK, 201, 1.0, 0.25, 0.2, str(forward.decode[0].address))
+        )
         self.end(forward)
         for span in (self.recorder.request, self.recorder.one("decode")):
             found = attributes(span)
@@ -292,6 +295,14 @@ class OtherWaysTest(TracedCase):
         (event,) = self.recorder.request.events
         self.assertEqual(event.name, "first token")
         self.assertAlmostEqual(event.timestamp - self.recorder.request.start_time, 0.25e9, delta=1000)
+
+    async def test_an_answer_that_was_cut_as_envoy_tells(self) -> None:
+        forward = await self.route()
+        self.router.in_flight.told(Result(forward.id, Ending.CUT, 200, 1.0, 0.25, 0.2, ""))
+        self.end(forward)
+        for span in (self.recorder.request, self.recorder.one("decode")):
+            self.assertTrue(failed(span))
+            self.assertEqual(attributes(span)["error.type"], "cut")
 
 
 class QueueTest(TracedCase):

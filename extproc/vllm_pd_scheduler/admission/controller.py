@@ -60,8 +60,9 @@ class AdmissionController:
 
     def _count_wait(self, ticket: Ticket, outcome: QueueOutcome, since: float) -> None:
         now = self._clock()
+        ticket.waited = now - since
         if self._telemetry is not None:
-            self._telemetry.waited(outcome, now - since)
+            self._telemetry.waited(outcome, ticket.waited)
         if (trace := current.get()) is not None:
             trace.waited(ticket.role, outcome, since, now)
 

@@ -178,6 +178,8 @@ class RequestTrace:
 
     def result(self, outcome: str, status: int, ttft: float | None) -> None:
         """Note how the request ended, as Envoy tells it, and the seconds to the first byte of the answer."""
+        if not self._request.is_recording():
+            return
         self._outcome, self._status = outcome, status
         if ttft is not None:
             at = self._at(self._started_at + ttft)
@@ -192,6 +194,7 @@ class RequestTrace:
         outcome = self._outcome or ("ok" if instance else _outcome(self._failure, self._status))
         status = 200 if instance and not self._outcome else self._status
         ended = now if self._ended_at is None else self._ended_at
+        reason = self._failure or (str(status) if status >= 400 else outcome)
         self._request.set_attribute(names.OUTCOME, outcome)
         for span in filter(None, (self._request, self._decode)):
             if status:
@@ -202,9 +205,9 @@ class RequestTrace:
             if self._failed_attempts:
                 self._decode.set_attribute(names.HTTP_REQUEST_RESEND_COUNT, self._failed_attempts)
             if outcome not in ("ok", "left"):
-                _fail(self._decode, self._failure or str(status))
+                _fail(self._decode, reason)
         if outcome in ("error", "cut"):  # a client's own mistake is no error of a server's span
-            _fail(self._request, self._failure or str(status))
+            _fail(self._request, reason)
         self._end(ended)
 
     # -- spans

@@ -1,0 +1,58 @@
+"""How a strategy has ranked endpoints for one request, to be shown with the request's decision."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import InstanceRole
+from ..records.decision import Choice
+from ..request.context import RequestContext
+from .candidates import LARGE_FLEET, Candidates
+from .fence import StrategyFence
+
+
+@dataclass(slots=True, eq=False)
+class Ranking:
+    """What ``strategy``, called ``name``, has made of ``offered``: it is true until the next pick."""
+
+    strategy: StrategyFence
+    name: str
+    candidates: Candidates
+    offered: tuple[Endpoint, ...]
+    exclude: Collection[Endpoint]
+    ranked: list[Endpoint]
+
+    def choice(self, registry: Registry, role: InstanceRole, request: RequestContext) -> Choice:
+        """Return it as it can be remembered: nothing here grows with the fleet but references."""
+        candidates, offered = self.candidates, self.offered
+        number = len(offered)
+        scores, best, terms = self.strategy.explained(offered, self.ranked, request)
+        if number > LARGE_FLEET:
+            scores, offered = _of(best, offered, scores), best
+        return Choice(
+            self.name,
+            best,
+            terms,
+            offered,
+            scores,
+            number,
+            registry.out_of_service(role),
+            registry.routable(role),
+            candidates.endpoints,
+            tuple(candidates.on_trial),
+            tuple(self.exclude),
+            not candidates.many,
+        )
+
+
+def _of(best: Sequence[Endpoint], offered: Sequence[Endpoint], scores: array[float]) -> array[float]:
+    """Return the scores of a few."""
+    width = len(scores) // len(offered)
+    found = array("d")
+    for at in map(offered.index, best):
+        found += scores[at * width : (at + 1) * width]
+    return found
