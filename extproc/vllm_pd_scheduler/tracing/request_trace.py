@@ -78,18 +78,16 @@ class RequestTrace:
         self,
         role: str,
         strategy: str,
-        instance: str | None,
+        instance: str,
         since: float,
         now: float,
         predicted: float | None = None,
     ) -> None:
-        """Record a pick, ``instance`` or none, with the seconds that its prefill is predicted to take.
+        """Record a pick, with the seconds to the end of the prefill as they are predicted.
 
         A request that has waited is picked for at the end of its wait.
         """
-        found: dict[str, _Value] = {names.ROLE: role, names.STRATEGY: strategy}
-        if instance is not None:
-            found[names.INSTANCE] = instance
+        found: dict[str, _Value] = {names.ROLE: role, names.STRATEGY: strategy, names.INSTANCE: instance}
         if predicted is not None:
             found[names.PREDICTED] = predicted
         self._span(f"pick {role}", found, max(since, self._waited_until)).end(self._at(now))
