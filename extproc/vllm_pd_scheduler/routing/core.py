@@ -110,7 +110,7 @@ class RoutingCore:
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 decision.ending = Ending.LEFT
-                self._decisions.add(decision)
+            self._decisions.add(decision)
             if trace is not None:
                 trace.broken_off(error, self._clock())
             raise
