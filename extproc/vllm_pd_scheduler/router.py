@@ -18,6 +18,7 @@ from .health import StateLog
 from .models import By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
+from .records.recording import Recording
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
 from .routing.forward import Forward
@@ -68,6 +69,7 @@ class PDRouter:
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time)
+        self.recording = Recording(clock, time.time, lambda: self.registry.load.output_tokens)
         self._core = RoutingCore(
             config,
             self.scheduler,
@@ -75,6 +77,7 @@ class PDRouter:
             self.connector,
             self.telemetry,
             self.decisions,
+            self.recording,
             clock,
             later,
         )

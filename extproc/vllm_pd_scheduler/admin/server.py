@@ -22,6 +22,7 @@ from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
+from .trace_api import TraceApi
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class AdminServer:
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
+            TraceApi(router.recording, self._streams),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
         self._open = frozenset(route.path for route in self.routes if route.open)

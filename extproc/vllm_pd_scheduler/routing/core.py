@@ -20,6 +20,7 @@ from ..prediction.load_model import prefill_pairs
 from ..records.decision import MAX_TEXT, Decision
 from ..records.decisions import Decisions
 from ..records.explained import in_a_line
+from ..records.recording import Recording
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
@@ -58,6 +59,7 @@ class RoutingCore:
         connector: ConnectorFence,
         telemetry: Telemetry,
         decisions: Decisions,
+        recording: Recording,
         clock: Callable[[], float],
         later: Later,
     ) -> None:
@@ -67,6 +69,7 @@ class RoutingCore:
         self.connector = connector
         self.telemetry = telemetry
         self._decisions = decisions
+        self._recording = recording
         self._scheduler = scheduler
         self._admission = admission
         self._clock = clock
@@ -75,7 +78,7 @@ class RoutingCore:
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
-        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake, later)
+        self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -139,9 +142,8 @@ class RoutingCore:
     async def _split(
         self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
     ) -> Forward | Reject:
-        reading = self._reader.read(
-            path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
-        )
+        reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
+        reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
@@ -293,6 +295,8 @@ class RoutingCore:
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.request_id
         forward.served = served
+        if served is not Served.PASSED:
+            forward.recorded = self._recording.begin(context)
         decision.id, decision.served, decision.decode_to = forward.id, served, decode
         decision.prompt_tokens = context.prompt_tokens
         decision.predicted_ttft = predicted_ttft

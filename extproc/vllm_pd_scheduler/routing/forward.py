@@ -11,6 +11,7 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
+from ..records.recording import Recorded
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
@@ -67,6 +68,8 @@ class Forward:
     """Its ``X-Request-Id``."""
     ended_by_envoy: bool = False
     """Whether Envoy has ended the call itself: not the loss of a connection, after which D may go on."""
+    recorded: Recorded | None = None
+    """What is kept of it for a trace of the traffic, if somebody reads one."""
     trace: RequestTrace | None = None
     """Its spans, if it is traced."""
     on_release: Callable[[Forward], None] | None = None

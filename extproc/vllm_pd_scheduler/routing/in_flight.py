@@ -16,6 +16,7 @@ from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import Decision
+from ..records.recording import Recording
 from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
@@ -72,6 +73,7 @@ class RequestsInFlight:
         self,
         registry: Registry,
         telemetry: Telemetry,
+        recording: Recording,
         clock: Callable[[], float],
         changed: Callable[[], None],
         later: Later = in_this_loop,
@@ -81,6 +83,7 @@ class RequestsInFlight:
         self.patience = Patience()
         self._registry = registry
         self._telemetry = telemetry
+        self._recording = recording
         self._clock = clock
         self._changed = changed
         self._later = later
@@ -170,6 +173,8 @@ class RequestsInFlight:
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if not 200 <= result.status < 300:
             ttft = None  # an error's first byte is no token
+        elif forward.recorded is not None:
+            self._recording.answered(forward.recorded, result.answer_bytes)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
