@@ -7,8 +7,10 @@ the fleet at any moment (gauges) is in ``admin/collectors.py``.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -42,6 +44,16 @@ class QueueOutcome(StrEnum):
     """Its client left while it waited."""
 
 
+@dataclass(slots=True)
+class Totals:
+    """Sums over all instances since the start: read in a moment, however many instances there are."""
+
+    requests: int = 0
+    """Requests sent to a decode instance or answered with an error."""
+    errors: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Answers that clients take for errors, by reason; ``cut`` is a stream that a client lost."""
+
+
 class Telemetry:
     """Counters and histograms of the request path, in a Prometheus registry of their own.
 
@@ -50,6 +62,7 @@ class Telemetry:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.prometheus = CollectorRegistry()
+        self.totals = Totals()
         self._clock = clock
         self._requests = Counter(
             "pd_scheduler_requests",
@@ -163,10 +176,13 @@ class Telemetry:
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that was sent to a decode instance."""
         self._requests.labels(decode, served).inc()
+        self.totals.requests += 1
 
     def rejected(self, status: int, reason: str) -> None:
         """Count a request that the scheduler itself answered with an error."""
         self._rejected.labels(str(status), reason).inc()
+        self.totals.requests += 1
+        self.totals.errors[reason] += 1
 
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""
@@ -190,6 +206,8 @@ class Telemetry:
     def attempt_failed(self, instance: str, failure: str) -> None:
         """Count an attempt at a decode instance that failed; ``failure`` as in ``docs/metrics.md``."""
         self._attempts.labels(instance, failure).inc()
+        if failure == "cut":
+            self.totals.errors[failure] += 1
 
     def handoff_released(self, prefill: str) -> None:
         """Count an unused hand-off whose blocks were freed on P."""

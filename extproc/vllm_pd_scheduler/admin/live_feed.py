@@ -1,0 +1,129 @@
+"""What those who watch the fleet are sent: computed once a second for all, and only while somebody does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..records.events import Events
+from ..records.series import Point
+from .event_stream import encode
+
+TICK_S = 1.0
+"""Seconds between two looks: a choice. People see what they have done at once, and it costs hardly any CPU."""
+
+KEPT_TICKS = 16
+"""Seconds that a reader may be behind and still be told the changes alone. The streams cut it off before."""
+
+Row = Mapping[str, Any]
+"""An instance, as far as it is the same until something happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The fleet at a moment."""
+
+    status: bytes
+    """JSON of ``GET /status``."""
+    rows: Mapping[str, Row]
+    """The instances by id, in their order."""
+    ages: Sequence[float | None]
+    """Seconds since the last scrape of each. They are never the same, so they are no part of the rows."""
+    point: Point | None
+    """The newest one."""
+
+
+class LiveFeed:
+    """Looks at the fleet for all who watch.
+
+    A reader gets a ``snapshot`` first, and then each second ``changes``: of each instance the fields that are
+    others than a second before. When instances came or went, all get a snapshot again.
+    """
+
+    def __init__(self, look: Callable[[], Look], events: Events) -> None:
+        self._look_at_fleet = look
+        self._events = events
+        self._listeners: list[Callable[[], None]] = []
+        self._ticking: asyncio.Task[None] | None = None
+        self._look = Look(b"{}", {}, (), None)
+        self._ticks: deque[bytes] = deque(maxlen=KEPT_TICKS)
+        self._number = 0
+        self._event = 0
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call ``listener`` after each look; return what ends that. Without listeners nobody looks."""
+        if not self._listeners:
+            self._look, self._event = self._look_at_fleet(), self._events.newest
+            self._ticks.clear()
+            self._ticking = asyncio.create_task(self._tick())
+        self._listeners.append(listener)
+        return lambda: self._unsubscribe(listener)
+
+    def _unsubscribe(self, listener: Callable[[], None]) -> None:
+        self._listeners.remove(listener)
+        if not self._listeners and self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+
+    def reader(self) -> Callable[[], bytes]:
+        """Return what returns that which is new since its last call, for one reader."""
+        sent: int | None = None
+
+        def read() -> bytes:
+            nonlocal sent
+            behind = None if sent is None else self._number - sent
+            sent = self._number
+            if behind is None or behind > len(self._ticks):
+                return self._snapshot(self._look)
+            return b"".join(list(self._ticks)[len(self._ticks) - behind :])
+
+        return read
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            before, self._look = self._look, self._look_at_fleet()
+            self._number += 1
+            self._ticks.append(b"".join((self._changed(before, self._look), *self._happened())))
+            for listener in tuple(self._listeners):
+                listener()
+
+    def _changed(self, before: Look, now: Look) -> bytes:
+        if list(before.rows) != list(now.rows):
+            return self._snapshot(now)
+        rows = [
+            {"id": key, **fresh} for key, row in now.rows.items() if (fresh := _fresh(before.rows[key], row))
+        ]
+        found: dict[str, Any] = {"status": msgspec.Raw(now.status), "instances": rows, "metrics_age_s": now.ages}
+        if now.point is not before.point:
+            found["point"] = now.point
+        return _encode("changes", found)
+
+    def _snapshot(self, look: Look) -> bytes:
+        return _encode(
+            "snapshot",
+            {
+                "status": msgspec.Raw(look.status),
+                "instances": list(look.rows.values()),
+                "metrics_age_s": look.ages,
+                "point": look.point,
+            },
+        )
+
+    def _happened(self) -> Iterator[bytes]:
+        if events := self._events.after(self._event):
+            self._event = events[-1].number
+            yield _encode("events", [event.as_json() for event in events])
+
+
+def _fresh(before: Row, now: Row) -> Row:
+    return {key: value for key, value in now.items() if before[key] != value}
+
+
+def _encode(name: str, data: object) -> bytes:
+    return encode(msgspec.json.encode(data).decode(), event=name)
