@@ -31,7 +31,7 @@ def test_change(benchmark: Any, count: int) -> None:
     endpoint = registry.get("decode-1")
 
     def change() -> int:
-        endpoint.draining = not endpoint.draining
+        endpoint.drain(not endpoint.draining)
         for assignment in assignments.values():
             assignment.refresh()
         return sum(subscription.response() is not None for subscription in subscriptions)

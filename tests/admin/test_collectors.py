@@ -1,10 +1,13 @@
 """Gauges of the metrics page, read from the fleet, the queue and the shadow as they are then."""
 
+import platform
 import unittest
 
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.given import give
+from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
@@ -34,6 +37,17 @@ class CollectorsTest(unittest.TestCase):
             for sample in family.samples
             if sample.name == name
         }
+
+    def test_what_runs(self) -> None:
+        self.assertEqual(
+            self.read("pd_scheduler_build_info"), {(platform.python_version(), __version__): 1.0}
+        )
+        self.router.scheduler.prepare({InstanceRole.DECODE: "weighted"})()
+        self.assertEqual(
+            self.read("pd_scheduler_strategy_info"),
+            {("prefill", "least_load"): 1.0, ("decode", "weighted"): 1.0},
+        )
+        self.assertGreater(self.read("process_resident_memory_bytes")[()], 0)
 
     def test_gauges_are_the_registry_as_it_is_now(self) -> None:
         states = ("starting", "healthy", "unhealthy", "draining", "ejected")
@@ -68,9 +82,8 @@ class CollectorsTest(unittest.TestCase):
             self.read("pd_scheduler_kv_capacity_tokens"), {}, "not known before the first scrape"
         )
         self.registry.scraped(self.p0, MetricsSnapshot(90.0, kv_capacity=4096.0), 0)
-        self.p0.prefill.per_token, self.p0.prefill.overhead, self.p0.prefill.trust = 1 / 8000, 0.5, 0.75
-        self.p0.prefill.per_pair = 0.0
-        self.d0.decode.base, self.d0.decode.per_seq, self.d0.decode.per_kv_token = 0.25, 0.5, 0.0
+        give(self.p0.prefill, per_token=1 / 8000, overhead=0.5, trust=0.75, per_pair=0.0)
+        give(self.d0.decode, base=0.25, per_seq=0.5, per_kv_token=0.0)
         request = RequestContext("/", now=99.0, prompt_tokens=4000.0, output_tokens=100.0, blocks=(1, 2, 3))
         self.registry.reserve(self.p0, request)
         self.registry.reserve(self.d0, request)
@@ -88,7 +101,7 @@ class CollectorsTest(unittest.TestCase):
         self.assertEqual(self.read("pd_scheduler_prefix_blocks"), {p0: 3.0, d0: 3.0})
 
     def test_a_prefill_that_costs_nothing_by_the_token_has_no_rate(self) -> None:
-        self.p0.prefill.per_token = 0.0
+        give(self.p0.prefill, per_token=0.0)
         self.assertEqual(self.read("pd_scheduler_prefill_rate"), {})
 
     def test_bytes_per_token(self) -> None:

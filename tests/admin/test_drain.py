@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp.test_utils import TestClient, TestServer
 
+from tests.support.given import give
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.config import SchedulerConfig
@@ -66,7 +67,7 @@ class UndrainTest(unittest.TestCase):
         self.assertFalse(endpoint.drained)
         reservation.release()
         self.assertTrue(endpoint.drained)
-        endpoint.pending_handoffs = 1
+        give(endpoint, pending_handoffs=1)
         self.assertFalse(endpoint.drained)
 
 
@@ -116,13 +117,13 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_a_prefill_instance_waits_for_its_hand_offs(self) -> None:
         await self.serve()
         endpoint = self.registry.get("p0")
-        endpoint.pending_handoffs = 1
+        give(endpoint, pending_handoffs=1)
         call = await self.start_drain(endpoint)
         _, found = await self.ask("GET", "/instances?role=prefill")
         shown = found["instances"][0]
         self.assertEqual((shown["pending_handoffs"], shown["drained"]), (1, False))
         self.assertFalse(call.done())
-        endpoint.pending_handoffs = 0
+        give(endpoint, pending_handoffs=0)
         status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"], found["pending_handoffs"]), (200, True, 0))
 
@@ -132,7 +133,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
                 await self.serve(drain_timeout)
                 endpoint = self.registry.get("p0")
                 self.registry.reserve(endpoint)
-                endpoint.pending_handoffs = 2
+                give(endpoint, pending_handoffs=2)
                 status, found = await self.ask("POST", "/instances/p0/drain?wait=true&force=true")
                 self.assertEqual((status, found["drained"]), (200, False))
                 self.assertEqual(found["remaining"], {"in_flight": 1, "pending_handoffs": 2})

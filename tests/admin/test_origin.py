@@ -13,13 +13,15 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("PUT", "/strategy", {"strategy": "weighted"}),
     ("PUT", "/shadow", {"strategy": "weighted"}),
     ("DELETE", "/shadow", None),
+    ("PUT", "/log-level", {"level": "WARNING"}),
     ("POST", "/instances", NEW),
     ("POST", "/instances/d0/drain", None),
     ("POST", "/instances/d0/drain?wait=true", None),
     ("POST", "/instances/d0/undrain", None),
     ("DELETE", "/instances/d0", None),
 ]
-READS = ["/strategy", "/shadow", "/instances", "/instances/d0", "/metrics"]
+READS = ["/", "/openapi.json", "/version", "/status", "/config", "/log-level", "/strategy", "/shadow"]
+READS += ["/instances", "/instances/d0", "/metrics"]
 
 
 @pytest_asyncio.fixture

@@ -5,6 +5,7 @@ import unittest
 from typing import Any
 
 from tests.support.fleet import P, prompt, scheduler_of
+from tests.support.given import give
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admission.controller import AdmissionController
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, Dispatcher
@@ -78,7 +79,7 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
 
     async def test_a_timer_lets_in_what_waits_for_the_time_only(self) -> None:
         self.start(late_binding=True, strategy="predicted_latency")
-        self.p0.prefill.overhead = 0.0  # nothing is gained by sharing a step
+        give(self.p0.prefill, overhead=0.0)  # nothing is gained by sharing a step
         request = prompt(5000.0, now=self.clock())
         self.registry.reserve(self.p0, request)
         self.assertGreater(self.p0.prefill.remaining(self.clock()), NEARLY_FREE_S)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fleet import D, P, prompt, scheduler_of
+from tests.support.given import give
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_OVERHEADS, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
@@ -24,7 +25,7 @@ class Case(unittest.TestCase):
         self.scheduler = scheduler_of(prefill, decode, **config)
         self.registry = self.scheduler.registry
         for endpoint in self.registry.endpoints(P):
-            endpoint.prefill.overhead = overhead
+            give(endpoint.prefill, overhead=overhead)
         self.dispatcher = Dispatcher(self.scheduler)
         self.settled: list[Ticket] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.given import give
 from vllm_pd_scheduler.admission.queue import RequestQueue, Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole
@@ -70,7 +71,7 @@ class OrderTest(unittest.TestCase):
         while long in waiting:
             now += 0.01
             newcomer = ticket(cost=short)
-            newcomer.request.arrived = now
+            give(newcomer.request, arrived=now)
             waiting.push(newcomer, strategy.order(newcomer.request, short))
             serve(waiting)
             self.assertLessEqual(now, (cost - short) / AGEING + 0.02)
@@ -175,9 +176,12 @@ class RoomTest(unittest.TestCase):
             waiting = queue_of(count)
             for number in range(count):
                 context = RequestContext(
-                    "/v1/completions", tenant=f"tenant-{number}", session=f"s{number}", arrived=number * 1.5
+                    "/v1/completions",
+                    tenant=f"tenant-{number}",
+                    session=f"s{number}",
+                    arrived=number * 1.5,
+                    blocks=tuple((number * blocks + block) << 24 for block in range(blocks)),
                 )
-                context.blocks = tuple((number * blocks + block) << 24 for block in range(blocks))
                 waiting.push(Ticket(context, P, 0, number * 0.5), number * 0.25)
             each = (tracemalloc.get_traced_memory()[0] - before) / count
         finally:

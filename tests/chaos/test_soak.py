@@ -51,7 +51,7 @@ async def _disturb(client: Client, chance: random.Random, end: float, done: Coun
             await asyncio.sleep(chance.uniform(0.1, 3.0))
             client.fleet.kill(name, signal.SIGCONT)
         elif what == "drain":
-            await client.admin("POST", f"/instances/{ids[name]}/drain")
+            await client.admin("POST", f"/instances/{ids[name]}/drain?force=true")
             await asyncio.sleep(chance.uniform(0.1, 1.0))
             await client.admin("POST", f"/instances/{ids[name]}/undrain")
         elif what == "replace":
@@ -69,10 +69,10 @@ async def _replace(client: Client, name: str, old: str, new: str) -> int:
 
     Return how many streams it has cut: with the instance, its metrics go.
     """
-    status, answer = await client.admin("POST", f"/instances/{old}/drain?wait=true")
+    status, answer = await client.admin("POST", f"/instances/{old}/drain?wait=true&force=true")
     assert status == 200, answer
     cuts = (await _cuts(client)).get(old, 0)
-    status, answer = await client.admin("DELETE", f"/instances/{old}")
+    status, answer = await client.admin("DELETE", f"/instances/{old}?force=true")
     assert status == 204, answer
     instance = client.fleet[name]
     added = {"id": new, "role": instance.role, "host": instance.host, "port": instance.port}

@@ -15,6 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
+from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.service import run as service
 
 EXAMPLE = Path(__file__).parents[2] / "scheduler_config.example.json"
 FLEET = {
@@ -99,8 +102,41 @@ class TestProcess:
             port = taken.getsockname()[1]
             ended = run("--config", written({**FLEET, "admin_port": port, "health_check_timeout": 0.05}))
         assert ended.returncode == 1
-        assert f"vllm-pd-scheduler: admin_port: cannot listen on 127.0.0.1:{port}: " in ended.stderr
+        said = f"admin_port: cannot listen on 127.0.0.1:{port}: Address already in use. `ss -ltnp "
+        assert f"vllm-pd-scheduler: {said}" in ended.stderr
+        assert "or choose another admin_port" in ended.stderr
+        assert ended.stderr.count(f"127.0.0.1:{port}") == 1
         assert "Traceback" not in ended.stderr
+
+    def test_an_address_of_another_machine(self, written: Any) -> None:
+        path = written({**FLEET, "grpc_host": "192.0.2.1", "grpc_port": 1, "health_check_timeout": 0.05})
+        ended = run("--config", path)
+        assert ended.returncode == 1
+        assert "grpc_port: cannot listen on 192.0.2.1:1: Cannot assign requested address: " in ended.stderr
+        assert "choose another grpc_host" in ended.stderr
+
+
+class TestUp:
+    def test_envoy_has_the_prefill_listener_of_the_configuration(
+        self, written: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[str | None, int | None]] = []
+
+        async def up(config: SchedulerConfig, ports: EnvoyPorts, *_: Any) -> int:
+            seen.append((config.prefill_listener, ports.prefill))
+            return 0
+
+        monkeypatch.setattr(service, "up", up)
+        for setting, options, expected in (
+            (None, (), (None, None)),
+            (None, ("--prefill-port=7",), (None, None)),
+            ("http://127.0.0.1:10555", (), ("http://127.0.0.1:10555", 10555)),
+            ("http://localhost", (), ("http://127.0.0.1:80", 80)),
+            ("http://127.0.0.1:10555", ("--prefill-port=7",), ("http://127.0.0.1:7", 7)),
+        ):
+            path = written({**FLEET, "prefill_listener": setting})
+            assert call("up", "--config", path, *options).exit_code == 0
+            assert seen.pop() == expected
 
 
 class TestCheck:

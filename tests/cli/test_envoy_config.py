@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
-from vllm_pd_scheduler.envoy.process import EnvoyPorts, config_path, render_config
+from vllm_pd_scheduler.envoy.configuration import config_path, render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "p0.example", "port": 1}],
@@ -45,13 +46,23 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
         "stream_idle_timeout": 7.5,
     }
     path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
-    expected = render_config(EnvoyPorts(grpc=9102), InstanceTlsConfig(), 7.5, 3, settings["public_paths"])
+    expected = render_config(
+        EnvoyPorts(grpc=9102, prefill=None), InstanceTlsConfig(), 7.5, 3, settings["public_paths"]
+    )
     assert yaml.safe_load(printed(f"--config={path}")) == expected
+    listening = {**FLEET, "prefill_listener": "http://127.0.0.1:10555"}
+    path.write_text(json.dumps(listening), encoding="utf-8")
+    for options, used in ((), 10555), (("--prefill-port=7",), 7):
+        assert yaml.safe_load(printed(f"--config={path}", *options)) == render_config(
+            EnvoyPorts(prefill=used)
+        )
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(
-        EnvoyPorts(grpc_socket="/run/pd.sock")
+        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None)
     )
-    assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(EnvoyPorts())
+    assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(
+        EnvoyPorts(prefill=None)
+    )
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     ended = CliRunner().invoke(app, ["envoy-config", f"--config={tmp_path / 'bad.json'}"])
     assert ended.exit_code == 2

@@ -356,6 +356,14 @@ class TestShell:
     def test_version(self) -> None:
         assert done("", "--version") == f"vllm-pd-scheduler {__version__}\n"
 
+    def test_what_is_slow_to_load_is_not_loaded(self) -> None:
+        """Each completion of a word in a shell is a start of the program."""
+        code = "import sys, vllm_pd_scheduler.cli; print(*sys.modules)"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HUNG_S)
+        loaded = set(ended.stdout.split())
+        assert "vllm_pd_scheduler.cli" in loaded
+        assert not loaded & {"aiohttp", "pydantic", "uvloop", "yaml", "google.protobuf", "prometheus_client"}
+
     def test_help_is_in_groups(self) -> None:
         shown = done("", "--help")
         places = [

@@ -20,7 +20,7 @@ from tests.support.processes import unused_ports
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import ConfigError, parse_config, tls
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
-from vllm_pd_scheduler.envoy.process import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.service.app import App, StartupError
 from vllm_pd_scheduler.service.run import up
 from vllm_pd_scheduler.system.output import StandardStreams

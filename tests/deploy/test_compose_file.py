@@ -13,7 +13,7 @@ from docker.utils import exclude_paths
 
 from tests.support.compose_file import COMPOSE, ROOT, VLLM_COMPOSE, Service, mounts, read_services
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
-from vllm_pd_scheduler.envoy.process import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 PORTS = EnvoyPorts()

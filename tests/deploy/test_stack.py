@@ -17,7 +17,7 @@ from docker.utils import exclude_paths
 
 from tests.support.compose_file import COMPOSE, ROOT, create_arguments, read_services
 from tests.support.container_engine import Unavailable, base_image, engine, wheels
-from vllm_pd_scheduler.envoy.process import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 IMAGE = "vllm-pd-scheduler-test"
 BASE_IMAGE = f"{IMAGE}-base"

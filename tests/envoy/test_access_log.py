@@ -6,10 +6,39 @@ from typing import Any
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
 from envoy.service.accesslog.v3 import als_pb2
 
-from vllm_pd_scheduler.envoy.access_log import read_attempts
+from vllm_pd_scheduler.envoy.access_log import AttemptLog, read_attempts
 from vllm_pd_scheduler.envoy.limits import BadMessage
 from vllm_pd_scheduler.request import headers as names
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+from vllm_pd_scheduler.telemetry import log_lines
+
+
+class Stream:
+    """Envoy's side of a stream: messages, and then its end."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = [*messages, None]
+
+    async def read(self) -> bytes | None:
+        return self._messages.pop(0)
+
+    async def write(self, _: bytes) -> None:
+        pass
+
+
+class AttemptLogTest(unittest.IsolatedAsyncioTestCase):
+    async def test_what_is_logged_of_an_attempt_has_its_requests_id(self) -> None:
+        message = als_pb2.StreamAccessLogsMessage()
+        for name in ("r1", "r2"):
+            entry = message.http_logs.log_entry.add()
+            entry.common_properties.access_log_type = AccessLogType.DownstreamEnd
+            entry.request.request_id = name
+        seen = []
+        attempts = AttemptLog(lambda attempt: seen.append((attempt.request_id, log_lines.request_id.get())))
+        stream: Any = Stream(message.SerializeToString())
+        await attempts._stream(stream)
+        self.assertEqual(seen, [("r1", "r1"), ("r2", "r2")])
+        self.assertEqual(log_lines.request_id.get(), "")
 
 
 class ReadAttemptsTest(unittest.TestCase):

@@ -21,16 +21,12 @@ from tests.support.certificates import make_certificates
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
+from vllm_pd_scheduler.envoy.configuration import WEBSOCKET_PATH, config_path, render_config
 from vllm_pd_scheduler.envoy.eds import SERVING
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
 from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
-from vllm_pd_scheduler.envoy.process import (
-    WEBSOCKET_PATH,
-    EnvoyPorts,
-    config_path,
-    find_envoy,
-    render_config,
-)
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.request.path import PUBLIC_PATHS, SPLIT_PATHS, path_regex

@@ -14,7 +14,9 @@ import pytest
 from tests.support.processes import running, unused_ports
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy import process as module
-from vllm_pd_scheduler.envoy.process import EnvoyError, EnvoyPorts, EnvoyProcess, render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.process import EnvoyError, EnvoyProcess
 from vllm_pd_scheduler.system.output import StandardStreams
 
 ENDS = """\

@@ -2,6 +2,7 @@
 
 import unittest
 
+from tests.support.given import give
 from tests.support.registry import BLOCKS, D, P, instance, loaded, prompt
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import MetricsSnapshot
@@ -30,7 +31,7 @@ class WorkTest(unittest.TestCase):
         self.registry.reserve(self.p0, prompt(registry=self.registry))
         again = self.registry.reserve(self.p0, prompt(registry=self.registry))
         self.assertEqual((again.cached, again.tokens), (1000.0, 1.0))
-        self.p0.prefill.trust = 0.25
+        give(self.p0.prefill, trust=0.25)
         third = self.registry.reserve(self.p0, prompt(registry=self.registry))
         self.assertEqual((third.cached, third.tokens), (1000.0, 750.0))
 
@@ -72,9 +73,9 @@ class WorkTest(unittest.TestCase):
 
     def test_a_prefill_that_costs_nothing_leaves_nothing(self) -> None:
         load = self.p0.prefill
-        load.overhead = load.per_token = load.per_pair = 0.0
+        give(load, overhead=0.0, per_token=0.0, per_pair=0.0)
         free = self.registry.reserve(self.p0, prompt())
-        load.overhead = 1.0
+        give(load, overhead=1.0)
         other = self.registry.reserve(self.p0, prompt())
         free.release(0.0)
         self.assertEqual(load.remaining(0.5), 0.5, "the other is under way")
@@ -113,7 +114,7 @@ class WorkTest(unittest.TestCase):
 
     def test_the_index_holds_what_the_instance_has_room_for(self) -> None:
         request = prompt(registry=self.registry)
-        self.registry.block_tokens = request.block_tokens
+        self.registry.learning.block_tokens = request.block_tokens
         self.registry.reserve(self.p0, request)
         self.registry.scraped(self.p0, MetricsSnapshot(0.0, kv_capacity=4 * request.block_tokens), 1)
         self.assertEqual(len(self.p0.holder), 4)
@@ -124,7 +125,7 @@ class WorkTest(unittest.TestCase):
         before = self.p0.holder.capacity
         for block_tokens in (1e-3, 1024.0):
             odd = prompt(registry=self.registry)
-            odd.block_tokens = block_tokens
+            give(odd, block_tokens=block_tokens)
             self.registry.reserve(self.d0, odd)
             self.registry.scraped(self.p0, usual, 0)
             self.assertTrue(before / 2 < self.p0.holder.capacity < before * 2)

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from tests.support.given import give
 from tests.support.registry import BLOCKS, D, P, instance, loaded, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
@@ -231,10 +232,9 @@ class LoadTest(unittest.TestCase):
         self.assertEqual(self.endpoint.in_flight, 0)
 
     def test_what_fails_is_not_counted(self) -> None:
-        """A strategy of the operator's can have made a request unfit."""
         prefill = self.registry.add(instance("p0", P, port=8300))
         request = prompt(registry=self.registry)
-        request.now = None  # type: ignore[assignment]
+        give(request, now=None)
         with self.assertRaises(TypeError):
             self.registry.reserve(prefill, request)
         self.assertEqual((prefill.in_flight, prefill.tokens, len(prefill.holder)), (0, 0.0, 0))

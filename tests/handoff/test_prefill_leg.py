@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
+from tests.support.given import give
 from tests.support.raw_server import Peer, raw_server
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff import prefill_leg
@@ -62,7 +63,7 @@ async def instance() -> AsyncIterator[Instance]:
 
 async def prefill(instance: Instance, body: bytes = b"{}", host: str = "127.0.0.1") -> PrefillAnswer:
     endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, host, instance.port))
-    endpoint.address = f"127.0.0.1:{instance.port}"
+    give(endpoint, address=f"127.0.0.1:{instance.port}")
     async with ConnectionPool() as pool:
         return await HttpPrefill(pool, None, 10.0)(endpoint, "/v1/completions", {}, body)
 

@@ -18,7 +18,7 @@ from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
-from vllm_pd_scheduler.envoy.process import render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.sim.profile import EngineProfile
 

@@ -45,6 +45,7 @@ async def test_the_schedulers(session: aiohttp.ClientSession, tmp_path: Path, wa
             _, page = await client.admin("GET", "/metrics")
             assert f'pd_scheduler_local_errors_total{{kind="EMFILE"}} {float(statuses[503])}' in page
             assert "pd_scheduler_prefill_failures_total{" not in page
+            assert scheduler.output.count("sent, which is no instance's fault: EMFILE on this") == 1
             for _ in range(4):
                 assert "x-pd-prefill" in (await client.complete()).headers
             assert "Traceback" not in scheduler.output
@@ -92,7 +93,7 @@ async def test_a_prefill_listener_that_is_not_there(session: aiohttp.ClientSessi
             }
         )
         command[-1] = str(wrong)
-        with spawned(command):
+        with spawned(command) as scheduler:
             client = Client(session, stack, fleet)
             await ready(client, envoy)
             for _ in range(10):
@@ -102,3 +103,5 @@ async def test_a_prefill_listener_that_is_not_there(session: aiohttp.ClientSessi
             _, page = await client.admin("GET", "/metrics")
             assert 'pd_scheduler_local_errors_total{kind="listener"}' in page
             assert "pd_scheduler_prefill_failures_total{" not in page
+            line = "nobody listens at prefill_listener http://127.0.0.1:1: decode instances prefill"
+            assert scheduler.output.count(line) == 1

@@ -17,7 +17,7 @@ import yaml
 from tests.support.processes import Answer, Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S
-from vllm_pd_scheduler.envoy.process import render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.request.json_text import MAX_DEPTH
 
 # -- limits

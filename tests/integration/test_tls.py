@@ -11,7 +11,7 @@ import yaml
 from tests.support.certificates import make_certificates
 from tests.support.processes import Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from vllm_pd_scheduler.envoy.process import render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
 
 GUIDE = Path(__file__).parents[2] / "docs" / "security.md"
 

@@ -111,7 +111,8 @@ def test_without_matplotlib_only_plot_is_refused(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ended = call(*fleet(trace_file), "--plot", tmp_path / "out.png")
     assert ended.exit_code == 2
-    assert "pip install 'vllm-pd-scheduler[replay]'" in ended.stderr
+    assert "matplotlib is not installed" in ended.stderr
+    assert "-m pip install" in ended.stderr
     assert call(*fleet(trace_file)).exit_code == 0
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 from unittest import mock
 
+from tests.support.given import give
 from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, answer
 from vllm_pd_scheduler.fleet.breaker import BreakerState
@@ -82,14 +83,13 @@ class DecodeTest(LastResortCase):
         self.router = self.start(max_in_flight_tokens=10_000)
         self.eject("d0")
         self.on_trial("d1")
-        self.get("d2").tokens = 20_000.0
+        give(self.get("d2"), tokens=20_000.0)
         self.assertEqual(await self.decode(), ["d3", "d2", "d1", "d0"])
 
     async def test_of_equals_the_one_with_less_to_do(self) -> None:
         self.router = self.start(max_in_flight_tokens=10_000)
         for name, running in (("d0", 9.0), ("d1", 2.0), ("d2", 5.0)):
-            self.get(name).metrics = MetricsSnapshot(0.0, running=running)
-            self.get(name).tokens = 20_000.0
+            give(self.get(name), metrics=MetricsSnapshot(0.0, running=running), tokens=20_000.0)
         self.assertEqual(await self.decode(), ["d3", "d1", "d2", "d0"])
 
     async def test_only_with_the_key_of_the_first(self) -> None:

@@ -3,7 +3,8 @@
 import unittest
 
 from vllm_pd_scheduler.request.body import JsonBody
-from vllm_pd_scheduler.routing.lost import ENDS_BYTES, PAUSE_S, LostPrompts, fingerprint
+from vllm_pd_scheduler.request.fingerprint import ENDS_BYTES, fingerprint
+from vllm_pd_scheduler.routing.lost import PAUSE_S, LostPrompts
 
 
 class FingerprintTest(unittest.TestCase):
@@ -41,10 +42,28 @@ class LostPromptsTest(unittest.TestCase):
         self.assertFalse(self.refused(0.0, 8))
 
     def test_each_further_loss_doubles_the_pause(self) -> None:
-        for instance in ("p0", "d0", "d1"):
+        now = 0.0
+        self.lost.lost(7, "p0", now)
+        for pause, instance in ((PAUSE_S, "d0"), (2 * PAUSE_S, "d1"), (4 * PAUSE_S, "p0")):
+            self.lost.lost(7, instance, now)
+            self.assertTrue(self.refused(now + pause - 1))
+            now += pause
+            self.assertFalse(self.refused(now))
+
+    def test_those_that_were_on_their_way_are_one_loss(self) -> None:
+        """Else a prompt that many clients send at once would be refused for minutes."""
+        for instance in ("p0", "p0", "p0", "d0", "d0", "d0", "d1"):
             self.lost.lost(7, instance, 0.0)
-        self.assertTrue(self.refused(2 * PAUSE_S - 1))
-        self.assertFalse(self.refused(2 * PAUSE_S))
+        self.assertTrue(self.refused(PAUSE_S - 1))
+        self.assertFalse(self.refused(PAUSE_S))
+
+    def test_after_a_refusal_it_may_be_lost_once(self) -> None:
+        self.lost.lost(7, "p0", 0.0)
+        self.assertEqual(self.lost.spent(7), 0)
+        self.lost.lost(7, "d0", 0.0)
+        self.assertEqual((self.lost.spent(7), self.lost.spent(8)), (1, 0))
+        self.lost.answered(7)
+        self.assertEqual(self.lost.spent(7), 0)
 
     def test_an_answer_clears_it(self) -> None:
         self.lost.lost(7, "p0", 0.0)

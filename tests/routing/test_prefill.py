@@ -12,6 +12,7 @@ from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
+from vllm_pd_scheduler.routing.lost import PAUSE_S
 
 
 class PrefillFailsTest(Case):
@@ -202,6 +203,33 @@ class LossTest(Case):
         self.assertEqual(len(self.leg.tried), 2, "its prompt is refused for a while")
         other = await self.route({**BODY, "prompt": "another one"})
         self.assertIsNotNone(other.prefill)
+
+    async def test_a_prompt_that_was_refused_may_have_one_instance(self) -> None:
+        self.fail_all(PrefillFailed("reset", lost=True))
+        await self.route()
+        for pause in (PAUSE_S, 2 * PAUSE_S):
+            before, self.ahead = len(self.leg.tried), self.ahead + pause
+            answer = await self.route()
+            self.assertEqual((answer.status, answer.reason), (503, "lost"))
+            self.assertEqual(answer.headers["retry-after"], f"{2 * pause:g}")
+            self.assertEqual(len(self.leg.tried), before + 1)
+        self.ahead += 4 * PAUSE_S
+        self.leg.answers = {}
+        forward = await self.route()
+        in_flight, (d, *_) = self.router.in_flight, forward.decode
+        in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+        self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.LOST, "at decode too")
+
+    async def test_nor_may_a_d_that_serves_it_alone(self) -> None:
+        self.fail_all(PrefillFailed("reset", lost=True))
+        await self.route()
+        self.ahead += PAUSE_S
+        self.fail_all(PrefillFailed("connect"))
+        forward = await self.route()
+        self.assertLocal(forward)
+        in_flight, (d, *_) = self.router.in_flight, forward.decode
+        in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+        self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.LOST)
 
     async def test_what_was_not_delivered_may_be_tried_everywhere(self) -> None:
         self.fail_all(PrefillFailed("connect"))

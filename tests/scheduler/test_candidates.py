@@ -17,7 +17,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.scheduler import Scheduler, candidates
+from vllm_pd_scheduler.scheduler import Scheduler, availability, candidates, remaining
 from vllm_pd_scheduler.scheduler.candidates import LARGE_FLEET, LONGEST, SAMPLE
 from vllm_pd_scheduler.strategies import Strategy
 
@@ -69,13 +69,19 @@ class RuleTest(unittest.TestCase):
     @given(
         limits=st.sampled_from([{}, {"max_waiting": 2}, {"max_in_flight_tokens": 2500, "max_kv_usage": 0.5}]),
         large=st.sampled_from([2, LARGE_FLEET]),
+        kept=st.sampled_from([1, 3, 64]),
+        few=st.sampled_from([0, 32]),
         steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.booleans()), max_size=60),
     )
     @settings(derandomize=True, deadline=None, max_examples=100)
     def test_it_is_kept_whatever_happens(
-        self, limits: dict[str, Any], large: int, steps: list[tuple[int, int, bool]]
+        self, limits: dict[str, Any], large: int, kept: int, few: int, steps: list[tuple[int, int, bool]]
     ) -> None:
-        with mock.patch.object(candidates, "LARGE_FLEET", large):
+        with (
+            mock.patch.object(candidates, "LARGE_FLEET", large),
+            mock.patch.object(availability, "KEPT_MOVES", kept),
+            mock.patch.object(remaining, "_FEW", few),
+        ):
             self.run_steps(scheduler_of(6, 1, strategy=f"{__name__}:Asked", **limits), steps)
 
     def run_steps(self, scheduler: Scheduler, steps: list[tuple[int, int, bool]]) -> None:
@@ -113,6 +119,9 @@ class RuleTest(unittest.TestCase):
     def check(self, scheduler: Scheduler, now: float, exclude: Sequence[Endpoint], model: str | None) -> None:
         found = scheduler._pools[P].of(model)
         self.assertEqual(list(found.all(now)), expected(scheduler, now, (), model))
+        self.assertEqual(
+            [e for e in scheduler.registry if e in found.all(now)], expected(scheduler, now, (), model)
+        )
         self.assertEqual(list(found.all(now, exclude)), expected(scheduler, now, exclude, model))
         everyone = expected(scheduler, now, (), model)
         room = not everyone or not all(scheduler.saturated(e, now) for e in everyone)
@@ -164,7 +173,8 @@ class LargeFleetTest(unittest.TestCase):
         asked = self.scheduler.strategy(P).strategy
         assert isinstance(asked, Asked)
         found = []
-        for request.now in (1.0, 1.0, 2.0):
+        for now in (1.0, 1.0, 2.0):
+            request.at(now)
             self.scheduler.pick(P, request)
             found.append(asked.offered)
         self.assertEqual(found[0], found[1])

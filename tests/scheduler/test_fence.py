@@ -67,6 +67,13 @@ class Custom(Strategy):
         self._or_bad("after_the_turn", None)
 
 
+class CustomOfAll(Custom):
+    """Accepts no sample."""
+
+    def accepts_sample(self, request: RequestContext) -> bool:
+        return False
+
+
 class Unfinished(Strategy):
     """Does not call the constructor of the base class, so it has no ``random`` and no turn."""
 
@@ -139,11 +146,45 @@ class FenceTest(unittest.TestCase):
         kept = [p1]
         for answer in (kept, (p1,), iter([p1]), {p1: None}):
             self.be("rank", answer)
-            picked = scheduler.pick(P, prompt(), count=2)
+            picked = scheduler.pick(P, prompt())
             self.assertEqual(picked, [p1])
             picked.append(p0)
         self.assertEqual(kept, [p1], "what it keeps is not written to")
         self.assertEqual(self.failures(scheduler), 0)
+
+    def test_after_fewer_than_it_was_asked_for_come_those_with_the_least_load(self) -> None:
+        for size in (4, 200):
+            scheduler = scheduler_of(2, size, strategy=f"{NAME}OfAll")
+            d0, d1, d2, d3, *others = scheduler.registry.endpoints(D)
+            for endpoint in (d2, d1, d1, d3, d3, d3, *others, *others, *others):
+                scheduler.registry.reserve(endpoint)
+            for answer, exclude, expected in (
+                ([d3], (), [d3, d0, d2, d1]),
+                ([d3, d0], (), [d3, d0, d2, d1]),
+                ([d3], (d2,), [d3, d0, d1]),
+                ([d3], (d0, d1, d2), [d3]),
+            ):
+                with self.subTest(size=size, answer=answer, exclude=exclude):
+                    self.be("rank", answer)
+                    picked = scheduler.pick(D, prompt(), count=4, exclude=exclude)
+                    self.assertEqual(
+                        (len(picked), len(set(picked))), (min(4, size - len(exclude)), len(picked))
+                    )
+                    self.assertFalse(set(picked) & set(exclude))
+                    if size == 4:
+                        self.assertEqual(picked, expected)
+                    else:
+                        self.assertEqual(picked[: len(answer)], answer)
+                        rest = picked[len(answer) :]
+                        self.assertEqual(rest, sorted(rest, key=lambda e: e.requests))
+            self.assertEqual(sum(scheduler.failures.counts.values()), 0)
+
+    def test_those_that_are_full_are_no_rest(self) -> None:
+        scheduler = scheduler_of(3, 1, strategy=NAME, max_in_flight_tokens=500)
+        p0, p1, p2 = scheduler.registry.endpoints(P)
+        scheduler.registry.reserve(p2, prompt())
+        self.be("rank", [p1])
+        self.assertEqual(scheduler.pick(P, prompt(), count=3), [p1, p0])
 
     def test_no_score_that_cannot_be_compared(self) -> None:
         scheduler = scheduler_of(3, 3, strategy=NAME)

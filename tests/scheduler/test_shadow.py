@@ -10,6 +10,7 @@ from unittest import mock
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.given import give
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
@@ -30,10 +31,10 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
 class Last(Strategy):
-    """The last that is offered, whatever it is; writes into the request on the way."""
+    """The last that is offered, whatever it is; looks up what is cached on the way."""
 
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
-        request.session, request.prompt_tokens, request.cached = "mine", 1e9, {}
+        _ = request.cached
         return [endpoints[-1]]
 
 
@@ -123,10 +124,10 @@ class ShadowTest(unittest.TestCase):
 
     def test_a_cached_prefix_counts(self) -> None:
         p0, request = self.registry.get("p0"), self.request(1000.0)
-        request.blocks, request.block_tokens = (1, 2, 3), 250.0
+        give(request, blocks=(1, 2, 3), block_tokens=250.0)
         p0.holder.store(request.blocks)
         request.look_up_in(self.registry.prefixes)
-        p0.prefill.trust = 0.5
+        give(p0.prefill, trust=0.5)
         self.assertAlmostEqual(predicted_seconds(p0, request), p0.prefill.cost(625.0, 1000.0))
         shadow = self.shadow("predicted_latency")
         self.decide("p1", request)
@@ -135,7 +136,7 @@ class ShadowTest(unittest.TestCase):
     def test_what_it_reads_is_looked_up_once(self) -> None:
         """The live strategy reads no prefixes; what it picks is judged and reserved by them all the same."""
         request, index = self.request(), self.registry.prefixes
-        request.blocks, request.block_tokens = (1, 2, 3), 250.0
+        give(request, blocks=(1, 2, 3), block_tokens=250.0)
         with mock.patch.object(index, "match", wraps=index.match) as match:
             (picked,) = self.router.scheduler.pick(P, request)
             self.router.scheduler.compare_shadow(P, request, picked)
@@ -175,10 +176,10 @@ class ShadowTest(unittest.TestCase):
     def test_the_live_request_is_not_written_to(self) -> None:
         self.shadow(LAST)
         request = self.request()
-        request.cached = {self.registry.get("p0").holder: 3}
-        before = (request.session, request.prompt_tokens, request.cached)
+        cached = {self.registry.get("p0").holder: 3}
+        give(request, _cached=cached)
         self.decide("p0", request)
-        self.assertEqual((request.session, request.prompt_tokens, request.cached), before)
+        self.assertIs(request.cached, cached, "what the shadow is offered is its own")
 
     def test_whatever_it_does_is_counted_and_not_raised(self) -> None:
         shadow = self.shadow(ODD)
@@ -233,7 +234,7 @@ class ShadowTest(unittest.TestCase):
         chosen = []
         for number in range(100):
             request = self.request(100.0 * (number % 7 + 1), now=float(number))
-            request.session = str(number % 5)
+            give(request, session=str(number % 5))
             picked = router.scheduler.pick(P, request)[0]
             router.scheduler.compare_shadow(P, request, picked)
             claim = router.registry.reserve(picked, request)

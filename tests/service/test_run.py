@@ -6,7 +6,7 @@ from unittest import mock
 
 from tests.support.processes import unused_ports
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.envoy.process import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.service.app import StartupError
 from vllm_pd_scheduler.service.run import up
 from vllm_pd_scheduler.system.output import StandardStreams

@@ -1,11 +1,13 @@
 """Strategies by name: built-in, by dotted path, by entry point; and the example in ``docs/examples``."""
 
+import re
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
 
+from tests.support.given import give
 from tests.support.strategies import REQUEST, build, ids
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.request.context import RequestContext
@@ -41,8 +43,16 @@ class NamesTest(unittest.TestCase):
             ("fastest", r"^unknown strategy 'fastest'; choose one of round_robin, least_load, weighted"),
             ("", r"^unknown strategy ''"),
             ("os.path", r"^unknown strategy 'os.path'.*'package.module:Class'$"),
-            ("no_such_module:S", r"^strategy 'no_such_module:S' cannot be loaded: No module named"),
-            ("os:Nothing", r"^strategy 'os:Nothing' cannot be loaded: module 'os' has no attribute"),
+            (
+                "no_such_module:S",
+                r"^strategy 'no_such_module:S' cannot be loaded: No module named 'no_such_module'\. "
+                r"Start with PYTHONPATH set to the directory that no_such_module is in, "
+                rf"or install its package: `{re.escape(sys.executable)} -m pip install …`\. "
+                r"Python has looked in .*"
+                rf"{re.escape(str(Path(unittest.__file__).parents[1]))}",
+            ),
+            ("no.such.module:S", r"No module named 'no'\. Start with PYTHONPATH .* that no is in"),
+            ("os:Nothing", r"^strategy 'os:Nothing' cannot be loaded: \S+/os\.py defines no 'Nothing'$"),
             (":", r"^strategy ':' cannot be loaded: "),
             ("os:getcwd", r"^'os:getcwd' is not a subclass of vllm_pd_scheduler.strategies.Strategy$"),
             ("builtins:object", r"is not a subclass of"),
@@ -80,7 +90,7 @@ class OwnStrategyTest(OnPath):
         self.assertTrue(strategy.reads_prefixes)
         _, endpoints = build({"kv_usage": 0.5}, {"kv_usage": 0.2}, {"kv_usage": 0.9})
         request = RequestContext("/")
-        request.cached = {endpoints[2].holder: 4}
+        give(request, _cached={endpoints[2].holder: 4})
         self.assertEqual(ids(strategy.rank(endpoints, request, 3)), ["d2", "d1", "d0"])
 
     def test_by_entry_point(self) -> None:
@@ -103,7 +113,7 @@ class OwnStrategyTest(OnPath):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (directory / "broken_strategy.py").write_text("1 / 0\n")
         self.find_in(directory)
-        with self.assertRaisesRegex(UnknownStrategy, "cannot be loaded: division by zero"):
+        with self.assertRaisesRegex(UnknownStrategy, "cannot be loaded: ZeroDivisionError: division by zero"):
             load_strategy("broken_strategy:S")
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fleet import D, P, prompt, registry_of
+from tests.support.given import give
 from tests.support.predicted_times import BLOCKS, fleet, loads, step, ttft
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -53,10 +54,10 @@ class PrefillTest(unittest.TestCase):
 
     def test_a_hair_makes_no_difference(self) -> None:
         """No two fits are quite equal, and yet an idle fleet is used evenly."""
-        self.p0.prefill.overhead *= 1 + TOLERANCE / 2
+        give(self.p0.prefill, overhead=self.p0.prefill.overhead * (1 + TOLERANCE / 2))
         chosen = [self.best((self.p0, self.p1), prompt()) for _ in range(6)]
         self.assertEqual((chosen.count("p0"), chosen.count("p1")), (3, 3))
-        self.p0.prefill.overhead *= 100
+        give(self.p0.prefill, overhead=self.p0.prefill.overhead * 100)
         self.assertEqual([self.best((self.p0, self.p1), prompt()) for _ in range(3)], ["p1"] * 3)
 
     def test_a_queue_of_short_ones_is_less_than_one_long(self) -> None:
@@ -72,7 +73,7 @@ class PrefillTest(unittest.TestCase):
             held = self.registry.reserve(self.p0, prompt(queued))
             self.assertEqual(self.best((self.p0, self.p1), long), expected)
             held.release(0.0)
-        self.p0.prefill.trust = 0.0  # it has no prefix caching
+        give(self.p0.prefill, trust=0.0)  # it has no prefix caching
         self.registry.reserve(self.p0, prompt(1000.0))
         self.assertEqual(self.best((self.p0, self.p1), long), "p1")
 
@@ -83,7 +84,7 @@ class PrefillTest(unittest.TestCase):
             self.assertNotEqual(names[0], names[1])
 
     def test_decode_without_room_comes_last(self) -> None:
-        self.d0.kv_capacity = 1050.0
+        give(self.d0, kv_capacity=1050.0)
         for _ in range(20):
             self.registry.reserve(self.d1, prompt(10.0))
         self.assertEqual(self.best((self.d0, self.d1), prompt(1000.0)), "d1")

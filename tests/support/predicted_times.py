@@ -5,6 +5,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.support.fleet import D, P, prompt, registry_of
+from tests.support.given import give
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import MetricsSnapshot
@@ -34,9 +35,9 @@ def fleet(described: list[dict[str, Any]]) -> Registry:
     for role in (P, D):
         for endpoint, one in zip(registry.endpoints(role), described, strict=True):
             endpoint.holder.store(BLOCKS[: one["cached"]])
-            endpoint.prefill.trust, endpoint.prefill.overhead = one["trust"], one["overhead"]
-            endpoint.kv_capacity = one["capacity"]
-            endpoint.metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"])
+            give(endpoint.prefill, trust=one["trust"], overhead=one["overhead"])
+            metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"])
+            give(endpoint, kv_capacity=one["capacity"], metrics=metrics)
             for tokens in one["queued"]:
                 registry.reserve(endpoint, prompt(float(tokens)))
     return registry

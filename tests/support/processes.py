@@ -23,7 +23,9 @@ import yaml
 from tests.support.sim_fleet import Fleet
 from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.envoy.process import EnvoyPorts, find_envoy, render_config
+from vllm_pd_scheduler.envoy.configuration import render_config
+from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.process import find_envoy
 
 # Tests that make an instance fail must find it in its turn afterwards.
 NO_EJECTION = {"ejection_failures": 1_000_000, "ejection_success_rate": 0.0}

@@ -1,5 +1,6 @@
 """Instances, scrapes and requests in few words, for tests of the registry."""
 
+from tests.support.given import give
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
@@ -22,6 +23,6 @@ def prompt(tokens: float = 1000.0, now: float = 0.0, registry: Registry | None =
     """A request; with a registry, one whose blocks may be cached somewhere."""
     request = RequestContext("/", prompt_tokens=tokens, output_tokens=100.0, now=now)
     if registry is not None:
-        request.blocks, request.block_tokens = BLOCKS, tokens / len(BLOCKS)
+        give(request, blocks=BLOCKS, block_tokens=tokens / len(BLOCKS))
         request.look_up_in(registry.prefixes)
     return request

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 import unittest
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,7 +76,13 @@ class Case(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:
         self.leg = Leg()
         config = SchedulerConfig(**{"strategy": "round_robin", **self.CONFIG})
-        self.router = PDRouter(config, prefill_leg=self.leg, connector=self.CONNECTOR())
+        self.ahead = 0.0  # seconds that a test has let pass
+        self.router = PDRouter(
+            config,
+            prefill_leg=self.leg,
+            connector=self.CONNECTOR(),
+            clock=lambda: time.monotonic() + self.ahead,
+        )
         for role, name, host in ((P, "p", "10.0.0.1"), (D, "d", "10.0.0.2")):
             for number in range(3):
                 one = f"{name}{number}"

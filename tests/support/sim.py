@@ -11,6 +11,8 @@ PROMPT = "Prefill and decode are apart; the cache travels. " * 12
 SEND = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+BODY = {"prompt": PROMPT, "max_tokens": 24}
+HELLO = {"messages": [{"role": "user", "content": "Hello there"}]}
 
 
 class Client:

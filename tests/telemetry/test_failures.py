@@ -3,7 +3,8 @@
 import unittest
 
 from vllm_pd_scheduler.strategies.least_load import LeastLoad
-from vllm_pd_scheduler.telemetry.failures import LOG_INTERVAL_S, Failures, described
+from vllm_pd_scheduler.telemetry.failures import Failures, described
+from vllm_pd_scheduler.telemetry.pace import LOG_INTERVAL_S
 
 
 class Unprintable(Exception):

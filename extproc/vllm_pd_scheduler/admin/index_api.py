@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import web
@@ -33,6 +34,7 @@ class IndexApi:
 
     def __init__(self, declared: Callable[[], Sequence[Route]]) -> None:
         self._declared = declared
+        self._document: str | None = None
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -57,4 +59,6 @@ class IndexApi:
         return json_answer(IndexAnswer(name="vllm-pd-scheduler", version=__version__, endpoints=endpoints))
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return web.json_response(document(self._declared()))
+        if self._document is None:
+            self._document = json.dumps(document(self._declared()))
+        return web.Response(text=self._document, content_type="application/json")

@@ -97,7 +97,7 @@ class Dispatcher:
                 return
         ticket.cost = self._predicted_work(request)
         strategy = self._scheduler.strategy(InstanceRole.PREFILL)
-        request.now = now
+        request.at(now)
         if request.priority < 0 and strategy.hopeless(request, ticket.cost):
             ticket.settle(self._refusal(ticket, "slo_missed", "No instance can meet its SLO now"))
             return
@@ -195,7 +195,7 @@ class Dispatcher:
                 continue
             request = ticket.request
             log_lines.request_id.set(request.request_id)
-            request.now = now
+            request.at(now)
             hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.queue.defer(ticket):
                 deferred = True
@@ -245,7 +245,7 @@ class Dispatcher:
         if not has_room(InstanceRole.DECODE, now, request.model) or not has_room(role, now, request.model):
             return None
         outcome: Reservation | None = None
-        request.now = now
+        request.at(now)
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._late_binding and role is InstanceRole.PREFILL

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from ..config.schema import SecretSource
 from .client import AdminClient, Failure
 
 DEFAULT_URL = "http://127.0.0.1:9003"
@@ -76,6 +75,8 @@ def _client(url: str, token_file: Path | None, ca_file: Path | None) -> AdminCli
 def _token(file: Path | None) -> str | None:
     if file is None and not os.environ.get(TOKEN_VARIABLE):
         return None
+    from ..config.schema import SecretSource  # see options.py
+
     source = SecretSource(env=TOKEN_VARIABLE) if file is None else SecretSource(file=str(file))
     try:
         return source.read()

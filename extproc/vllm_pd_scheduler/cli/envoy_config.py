@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from ..config import SchedulerConfig
-from ..envoy.process import PREFILL_PORT, EnvoyPorts, config_path, render_config
+from ..envoy.ports import PREFILL_PORT, EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     EnvoyAdminPortOption,
@@ -17,6 +15,7 @@ from .options import (
     HostOption,
     PortOption,
     PrefillPortOption,
+    prefill_port_of,
     read_config,
 )
 
@@ -24,11 +23,14 @@ from .options import (
 def envoy_config(
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="The scheduler's JSON configuration: public paths, TLS, gRPC address."),
+        typer.Option(
+            "--config",
+            help="The scheduler's JSON configuration, which says much of Envoy's: see docs/cli.md.",
+        ),
     ] = None,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = PREFILL_PORT,
+    prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
 ) -> None:
@@ -36,10 +38,19 @@ def envoy_config(
 
     With nothing to change it is the file that ships, with its comments.
     """
-    settings = read_config(config) if config is not None else SchedulerConfig()
+    import yaml
+
+    from ..config import SchedulerConfig
+    from ..envoy.configuration import config_path, render_config
+
+    if config is not None:
+        settings = read_config(config)
+        prefill = prefill_port_of(settings, prefill_port)
+    else:
+        settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
     rendered = render_config(
-        EnvoyPorts(port, prefill_port, envoy_admin_port, *grpc),
+        EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
         settings.instance_tls,
         settings.stream_idle_timeout,
         settings.max_retries,
@@ -49,18 +60,19 @@ def envoy_config(
     if rendered == yaml.safe_load(shipped):
         typer.echo(shipped, nl=False)
     else:
-        typer.echo(yaml.dump(rendered, Dumper=_Dumper, sort_keys=False, width=110), nl=False)
+        typer.echo(_as_yaml(rendered), nl=False)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes each thing where it is used, and scripts as they are read."""
+def _as_yaml(config: dict[str, Any]) -> str:
+    """Return YAML that has each thing where it is used, and scripts as they are read."""
+    import yaml
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
+    def script(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
+    Dumper.add_representer(str, script)
+    return yaml.dump(config, Dumper=Dumper, sort_keys=False, width=110)

@@ -123,14 +123,18 @@ def explain(
 
 def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     kind = "a stream" if each["stream"] else "not streamed"
-    yield plain(f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, {each['model']}", "bold")
+    yield plain(
+        f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, model {each['model']}", "bold"
+    )
     tokens = f"{each['prompt_tokens']} prompt tokens, {kind}"
     yield plain(f"  {tokens}; served {each['served']}; waited {seconds(each['waited_s'])} for an instance")
-    reason = f", {each['reason']}" if each["reason"] else ""
-    ended = f"  status {plain(each['status'])}{reason}; {plain(each['outcome'])}"
-    yield plain(f"{ended}, after {seconds(each['duration_s'])}")
-    predicted = seconds(each["predicted_ttft_s"])
-    yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
+    ended = [f"status {each['status']}"] if each["status"] else []
+    ended += [plain(text).plain for text in (each["reason"], each["outcome"]) if text]
+    ended += [f"after {seconds(each['duration_s'])}"] if each["duration_s"] is not None else []
+    yield plain(f"  {', '.join(ended) or 'not ended'}")
+    if each["ttft_s"] is not None or each["predicted_ttft_s"] is not None:
+        predicted = seconds(each["predicted_ttft_s"])
+        yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
     for role in InstanceRole:
         if (leg := each.get(role)) is not None:
             yield ""
@@ -141,9 +145,10 @@ def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
 def _leg(role: str, leg: Mapping[str, Any]) -> Iterator[RenderableType]:
     took = [f"predicted {seconds(leg['predicted_s'])}"] if leg.get("predicted_s") is not None else []
     took += [f"took {seconds(leg['took_s'])}"] if leg.get("took_s") is not None else []
-    head = f"{role}: {leg['strategy']} picked {leg['picked'] or 'none'}"
+    candidates, rule = leg["candidates"], leg.get("by", "strategy")
+    chose = leg["strategy"] if rule == "strategy" else f"{rule} (strategy: {leg['strategy'] or 'none'})"
+    head = f"{role}: {chose} picked {leg['picked'] or 'none'}"
     yield plain("; ".join([head, *took]), "bold")
-    candidates = leg["candidates"]
     terms = list(dict.fromkeys(name for each in candidates for name in each.get("terms") or {}))
     made = table("", "CANDIDATE", ">SCORE", *(f">{plain(name).plain.upper()}" for name in terms))
     for each in candidates:
@@ -152,15 +157,20 @@ def _leg(role: str, leg: Mapping[str, Any]) -> Iterator[RenderableType]:
         made.add_row(mark, plain(each["id"]), *(plain(_figure(value)) for value in values))
     if candidates:
         yield made
+    if leg.get("of", 0) > len(candidates):
+        yield plain(f"  of {leg['of']} candidates these are the best")
     for reason, ids in leg["left_out"].items():
         if ids:
             yield plain(f"  left out, {reason}: {', '.join(ids)}")
     for attempt in leg["attempts"]:
-        failed = attempt["outcome"] != "ok"
-        yield plain(f"  tried {attempt['instance']}: {attempt['outcome']}", "yellow" if failed else "")
+        outcome = attempt["outcome"]
+        style = "" if outcome in ("ok", None) else "yellow"
+        yield plain(f"  tried {attempt['instance']}: {outcome or 'not ended'}", style)
 
 
 def _figure(value: object) -> object:
+    if isinstance(value, list):
+        return ", ".join(str(_figure(each)) for each in value)
     return f"{value:.4g}" if isinstance(value, float) else value
 
 

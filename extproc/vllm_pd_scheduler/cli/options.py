@@ -1,4 +1,8 @@
-"""What several commands share: options, reading the configuration, logging, running and failing."""
+"""What several commands share: options, reading the configuration, logging, running and failing.
+
+The rooms below are imported inside functions, here and in all files of commands: they take most of a second
+to load, and who asks for ``status`` or completes a word in a shell needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,18 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
-import uvloop
 
-from ..config import ConfigError, SchedulerConfig, load_config
-from ..envoy.process import EnvoyError, EnvoyPorts
+from ..envoy.ports import EnvoyPorts
 from ..models import is_ip, join_address
-from ..service.app import StartupError
-from ..strategies import UnknownStrategy
-from ..system.output import StandardStreams
-from ..telemetry import log_lines
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+    from ..system.output import StandardStreams
+    from ..telemetry import log_lines
 
 
 class LogLevel(StrEnum):
@@ -76,9 +80,12 @@ HostOption = Annotated[
     ),
 ]
 PrefillPortOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, max=65535, help="Envoy's loopback prefill listener; `up` needs prefill_listener too."
+        min=1,
+        max=65535,
+        show_default="that of prefill_listener",
+        help="Envoy's loopback prefill listener, if the configuration sets prefill_listener.",
     ),
 ]
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
@@ -90,11 +97,23 @@ DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode inst
 
 def read_config(path: Path) -> SchedulerConfig:
     """Return the configuration in a file; print everything wrong with it and exit with 2 if it has errors."""
+    from ..config import ConfigError, load_config
+
     try:
         return load_config(path)
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+def prefill_port_of(config: SchedulerConfig, given: int | None) -> int | None:
+    """Return the port of Envoy's prefill listener: what is given on the command line, else the setting's.
+
+    ``None`` if the configuration sets no ``prefill_listener``: then Envoy needs none.
+    """
+    if config.prefill_listener is None:
+        return None
+    return given or urlsplit(config.prefill_listener).port or 80
 
 
 def with_ports(
@@ -119,6 +138,9 @@ def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> Schedule
 @contextmanager
 def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
     """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
+    from ..system.output import StandardStreams
+    from ..telemetry import log_lines
+
     with StandardStreams() as streams:
         lines = logging.StreamHandler(sys.stderr)
         lines.setFormatter(log_lines.formatter(kind))
@@ -138,6 +160,12 @@ def envoy_log_level(level: LogLevel) -> str:
 
 def run(main: Coroutine[Any, Any, int]) -> None:
     """Run a service to its end on uvloop. Exit with its status if that is not 0, or 1 if it cannot start."""
+    import uvloop
+
+    from ..envoy.process import EnvoyError
+    from ..service.app import StartupError
+    from ..strategies import UnknownStrategy
+
     try:
         status = uvloop.run(main)
     except (StartupError, EnvoyError, UnknownStrategy) as error:

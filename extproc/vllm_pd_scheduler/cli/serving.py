@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..config import SchedulerConfig
-from ..envoy.process import PREFILL_PORT, EnvoyPorts, num_retries
-from ..scheduler.rehearsal import rehearse
-from ..service import run as service
-from ..strategies import UnknownStrategy, load_strategy
+from ..envoy.ports import EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     AdminPortOption,
@@ -28,11 +25,15 @@ from .options import (
     ShadowOption,
     envoy_log_level,
     logging_at,
+    prefill_port_of,
     read_config,
     run,
     with_log_format,
     with_ports,
 )
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
 
 
 def serve(
@@ -43,6 +44,8 @@ def serve(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
+    from ..service import run as service
+
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
     if interval is not None:
         if not math.isfinite(interval):
@@ -56,7 +59,7 @@ def up(
     config: ConfigOption,
     host: HostOption = None,
     port: PortOption = DEFAULT_PORTS.ingress,
-    prefill_port: PrefillPortOption = PREFILL_PORT,
+    prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     admin_port: AdminPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
@@ -65,8 +68,10 @@ def up(
     log_format: LogFormatOption = None,
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
+    from ..service import run as service
+
     settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
-    used = prefill_port if settings.prefill_listener is not None else None
+    used = prefill_port_of(settings, prefill_port)
     settings = with_ports(settings, grpc_port, admin_port, used)
     ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
 
@@ -79,6 +84,9 @@ def up(
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    from ..envoy.configuration import num_retries
+    from ..scheduler.rehearsal import rehearse
+
     settings = read_config(config)
     problems = rehearse(settings)
     for problem in problems:
@@ -95,6 +103,8 @@ def check(config: ConfigOption) -> None:
 
 
 def _with_shadow(config: SchedulerConfig, name: str | None) -> SchedulerConfig:
+    from ..strategies import UnknownStrategy, load_strategy
+
     if name is None:
         return config
     try:

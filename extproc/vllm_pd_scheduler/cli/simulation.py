@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import parse_config
-from ..envoy.process import EnvoyPorts
-from ..service import run as service
+from ..envoy.ports import EnvoyPorts
 from .options import (
     DEFAULT_PORTS,
     AdminPortOption,
@@ -48,6 +46,8 @@ def demo(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Run a simulated fleet, the scheduler and Envoy, send one request, and stay until Ctrl-C."""
+    from ..config import parse_config
+    from ..service import run as service
     from ..service.demo import Demo
     from ..sim.fleet import FleetError
 

@@ -262,8 +262,8 @@ class SchedulerConfig(_Model):
     prefill_listener: str | None = None
     """Envoy's prefill listener, as `http://HOST:PORT`: `http://127.0.0.1:10001` for the one in
     `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
-    without it the scheduler sends it to P itself, for less CPU. `up` starts the listener if this is set, on
-    `--prefill-port`."""
+    without it the scheduler sends it to P itself, for less CPU. `up` and `envoy-config --config` give Envoy
+    the listener if this is set, on its port."""
     grpc_host: str = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Port = 9002

@@ -17,6 +17,7 @@ from ..models import join_address
 from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure, failure_of_status
 from ..rpc import Method, ServerStream, StatusCode, served_by
+from ..telemetry import log_lines
 from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class AttemptLog:
         try:
             while (data := await stream.read()) is not None:
                 for attempt in read_attempts(data):
+                    log_lines.request_id.set(attempt.request_id)
                     self._listener(attempt)
+                log_lines.request_id.set("")
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise

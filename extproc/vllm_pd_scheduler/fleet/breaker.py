@@ -45,10 +45,9 @@ class BreakerPolicy:
 class Breaker:
     """The breaker of one instance. ``open`` is left to the caller, who knows how many others are out."""
 
-    policy: BreakerPolicy
-    state: BreakerState = BreakerState.CLOSED
-    not_before: float = 0.0
-    """When the next state may follow OPEN, in the caller's time."""
+    _policy: BreakerPolicy
+    _state: BreakerState = BreakerState.CLOSED
+    _not_before: float = 0.0
     _streak: int = 0
     _pause: float = 0.0
     _results: deque[bool] = field(default_factory=deque)
@@ -58,6 +57,16 @@ class Breaker:
         """Requests that failed in a row."""
         return self._streak
 
+    @property
+    def state(self) -> BreakerState:
+        """Whether requests go there."""
+        return self._state
+
+    @property
+    def not_before(self) -> float:
+        """When the next state may follow OPEN, in the caller's time."""
+        return self._not_before
+
     def succeeded(self) -> bool:
         """Record a request that went well; return whether the state changed.
 
@@ -66,7 +75,7 @@ class Breaker:
         """
         self._streak = 0
         self._record(True)
-        if self.state is not BreakerState.HALF_OPEN:
+        if self._state is not BreakerState.HALF_OPEN:
             return False
         self._reset()
         return True
@@ -75,13 +84,13 @@ class Breaker:
         """Record a request that failed; return whether the instance should be ejected."""
         self._streak += 1
         self._record(False)
-        if self.state is BreakerState.HALF_OPEN:
+        if self._state is BreakerState.HALF_OPEN:
             return True
-        if self.state is BreakerState.OPEN:
+        if self._state is BreakerState.OPEN:
             return False
-        full = len(self._results) >= self.policy.window
+        full = len(self._results) >= self._policy.window
         rate = sum(self._results) / len(self._results)
-        return self._streak >= self.policy.failures or (full and rate < self.policy.success_rate)
+        return self._streak >= self._policy.failures or (full and rate < self._policy.success_rate)
 
     def forgive(self) -> bool:
         """Take back a failure that was the request's, not the instance's; return whether the state changed.
@@ -91,40 +100,40 @@ class Breaker:
         self._streak = max(0, self._streak - 1)
         if False in self._results:
             self._results.remove(False)
-        if self.state is not BreakerState.OPEN or self._streak >= self.policy.failures:
+        if self._state is not BreakerState.OPEN or self._streak >= self._policy.failures:
             return False
-        self.state = BreakerState.HALF_OPEN
+        self._state = BreakerState.HALF_OPEN
         return True
 
     def open(self, now: float) -> None:
         """Eject the instance."""
-        self._pause = min(MAX_PAUSE_S, self._pause * 2) if self._pause else self.policy.pause
-        self.not_before = now + self._pause
-        self.state = BreakerState.OPEN
+        self._pause = min(MAX_PAUSE_S, self._pause * 2) if self._pause else self._policy.pause
+        self._not_before = now + self._pause
+        self._state = BreakerState.OPEN
 
     def probed(self, now: float) -> bool:
         """Record a health probe that succeeded; return whether the state changed."""
-        if self.state is not BreakerState.OPEN or now < self.not_before:
+        if self._state is not BreakerState.OPEN or now < self._not_before:
             return False
-        self.state = BreakerState.HALF_OPEN
+        self._state = BreakerState.HALF_OPEN
         return True
 
     def readmit(self) -> None:
         """End the pause at once: there is no other instance left."""
-        if self.state is BreakerState.OPEN:
-            self.state = BreakerState.HALF_OPEN
+        if self._state is BreakerState.OPEN:
+            self._state = BreakerState.HALF_OPEN
 
     def restarted(self) -> None:
         """Forget everything: it is another process now."""
         self._reset()
 
     def _reset(self) -> None:
-        self.state = BreakerState.CLOSED
+        self._state = BreakerState.CLOSED
         self._streak = 0
         self._pause = 0.0
         self._results.clear()
 
     def _record(self, success: bool) -> None:
         self._results.append(success)
-        if len(self._results) > self.policy.window:
+        if len(self._results) > self._policy.window:
             self._results.popleft()

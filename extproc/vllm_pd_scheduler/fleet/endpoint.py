@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec import Struct, field
+from msgspec.structs import force_setattr as _set
 
 from ..models import InstanceState, MetricsSnapshot, PDInstance
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
@@ -18,9 +22,18 @@ TRIAL = "trial"
 """Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
 
 
-@dataclass(slots=True, eq=False)
-class Endpoint:
-    """An instance and all that is known of it. Only the registry changes it; strategies read it."""
+BUSY_PAUSE_S = 0.5
+"""Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
+MAX_BUSY_PAUSE_S = 15.0
+"""And at most: it may be free long before."""
+
+
+class Endpoint(Struct, frozen=True, eq=False):
+    """An instance and all that is known of it.
+
+    Strategies, which may be code of the operator's, read it. So no attribute can be set: each change is a
+    method that says what has happened, and the registry calls it.
+    """
 
     instance: PDInstance
     address: str | None = None
@@ -46,8 +59,6 @@ class Endpoint:
     streak: int = 0
     """Successive probes that contradict ``healthy``."""
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
-    trial: Reservation | None = None
-    """The request that was sent to see whether it works again, if it was ejected."""
     doubts: DoubtfulEnds = field(default_factory=DoubtfulEnds)
     busy_until: float = 0.0
     """Until when it is left alone because it said that it is full, in the caller's time."""
@@ -68,8 +79,13 @@ class Endpoint:
     decode: DecodeLoad = field(default_factory=lambda: DecodeLoad(FleetLoad().decode))
     holder: Holder = field(default_factory=lambda: PrefixIndex().add())
     """The prompt prefixes that are taken for cached there."""
-    watchers: list[set[Endpoint]] = field(default_factory=list, repr=False)
+    watchers: Sequence[set[Endpoint]] = ()
     """Sets to which it is added when its load has changed, see :meth:`Registry.watch`."""
+    _trial: Reservation | None = None
+    """The request that was sent to see whether it works again, if it was ejected."""
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.id!r})"
 
     @property
     def id(self) -> str:
@@ -80,11 +96,6 @@ class Endpoint:
     def url(self) -> str:
         """Base URL by its address, which must be known."""
         return f"{self.instance.scheme}://{self.address}"
-
-    def changed(self) -> None:
-        """Tell those who watch that its load has changed."""
-        for changed in self.watchers:
-            changed.add(self)
 
     @property
     def state(self) -> InstanceState:
@@ -137,7 +148,7 @@ class Endpoint:
 
         Requests from before the ejection, which may run for minutes, are no trial.
         """
-        trial = self.trial
+        trial = self._trial
         return self.breaker.state is BreakerState.HALF_OPEN and trial is not None and trial.active
 
     @property
@@ -180,6 +191,133 @@ class Endpoint:
         """See :attr:`MetricsSnapshot.latency`."""
         return self.metrics.latency if self.metrics else None
 
+    def resolved(self, now: float) -> None:
+        """Note that its name was looked up."""
+        _set(self, "resolved_at", now)
+
+    def move(self, address: str, breaker: Breaker) -> None:
+        """Put it at another address, where this breaker counts."""
+        _set(self, "address", address)
+        _set(self, "breaker", breaker)
+
+    def drain(self, draining: bool) -> bool:
+        """Keep new requests away, or no more; return whether that is a change."""
+        if self.draining is draining:
+            return False
+        _set(self, "draining", draining)
+        _set(self, "drain_told", self.drained)
+        return True
+
+    def drain_ended(self) -> bool:
+        """Whether it is drained, and was not yet when it began to drain or this was last asked."""
+        if self.drain_told or not self.drained:
+            return False
+        _set(self, "drain_told", True)
+        return True
+
+    def probed(self, problem: str | None, threshold: int) -> bool:
+        """Note a health probe, ``None`` being success; return whether ``healthy`` has changed.
+
+        The first one decides alone, later ones when ``threshold`` of them in a row contradict ``healthy``.
+        """
+        ok = problem is None
+        if self.breaker.state is BreakerState.CLOSED or not ok:
+            _set(self, "reason", problem or "")
+        if self.healthy is ok:
+            _set(self, "streak", 0)
+            return False
+        _set(self, "streak", self.streak + 1)
+        if self.healthy is not None and self.streak < threshold:
+            return False
+        _set(self, "healthy", ok)
+        _set(self, "streak", 0)
+        return True
+
+    def scraped(self, snapshot: MetricsSnapshot, in_flight: int, tokens: float) -> None:
+        """Note a scrape, and what of ours was there when it was asked for."""
+        self._load_changes()
+        _set(self, "metrics", snapshot)
+        _set(self, "scraped_at", snapshot.taken_at)
+        _set(self, "in_flight_at_scrape", in_flight)
+        _set(self, "tokens_at_scrape", tokens)
+        if snapshot.kv_capacity is not None:
+            _set(self, "kv_capacity", snapshot.kv_capacity)
+
+    def forget_metrics(self) -> None:
+        """Take its load for not known any more."""
+        self._load_changes()
+        _set(self, "metrics", None)
+        _set(self, "in_flight_at_scrape", 0)
+        _set(self, "tokens_at_scrape", 0.0)
+
+    def serves(self, models: frozenset[str] | None) -> bool:
+        """Note which models it serves; return whether that is a change."""
+        if self.models == models:
+            return False
+        _set(self, "models", models)
+        return True
+
+    def take(self, reservation: Reservation) -> None:
+        """Count a request from now on."""
+        self._load_changes()
+        _set(self, "in_flight", self.in_flight + 1)
+        _set(self, "tokens", self.tokens + reservation.tokens)
+        if self.breaker.state is BreakerState.HALF_OPEN and not self.on_trial:
+            _set(self, "_trial", reservation)
+
+    def give_back(self, reservation: Reservation) -> None:
+        """Count a request no more."""
+        self._load_changes()
+        _set(self, "in_flight", self.in_flight - 1)
+        _set(self, "tokens", max(0.0, self.tokens - reservation.tokens) if self.in_flight else 0.0)
+
+    def keep_handoff(self) -> None:
+        """Count a hand-off that it holds for a decode instance."""
+        _set(self, "pending_handoffs", self.pending_handoffs + 1)
+
+    def end_handoff(self) -> None:
+        """Count a hand-off no more: its request's answer has ended."""
+        _set(self, "pending_handoffs", self.pending_handoffs - 1)
+
+    def served(self) -> None:
+        """Note a request that went well."""
+        self.doubts.clear()
+        _set(self, "busy_answers", 0)
+
+    def say_full(self, now: float, retry_after: float | None) -> None:
+        """Leave it alone for a while: as long as it asks, else longer each time until it serves a request."""
+        self._load_changes()
+        pause = BUSY_PAUSE_S * 2 ** min(self.busy_answers, 5) if retry_after is None else retry_after
+        _set(self, "busy_answers", self.busy_answers + 1)
+        _set(self, "busy_until", now + min(max(pause, BUSY_PAUSE_S), MAX_BUSY_PAUSE_S))
+
+    def eject(self, reason: str, now: float) -> None:
+        """Keep requests away because they fail there."""
+        self.breaker.open(now)
+        _set(self, "reason", f"ejected: {reason}")
+
+    def started(self, started_at: float | None) -> bool:
+        """Note when its process was started; return whether it is another one than before."""
+        before = self.started_at
+        _set(self, "started_at", started_at)
+        if before is None or started_at is None or before == started_at:
+            return False
+        self.prefill.reset()
+        self.holder.clear()
+        self.breaker.restarted()
+        anew = {
+            "generation": self.generation + 1, "doubts": DoubtfulEnds(), "models": None,
+            "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
+            "busy_until": 0.0, "busy_answers": 0,
+        }  # fmt: skip
+        for name, value in anew.items():
+            _set(self, name, value)
+        return True
+
+    def _load_changes(self) -> None:
+        for changed in self.watchers:
+            changed.add(self)
+
 
 @dataclass(slots=True, eq=False)
 class Reservation:
@@ -216,7 +354,5 @@ class Reservation:
         endpoint = self.endpoint
         if self.generation != endpoint.generation:
             return False
-        endpoint.changed()
-        endpoint.in_flight -= 1
-        endpoint.tokens = max(0.0, endpoint.tokens - self.tokens) if endpoint.in_flight else 0.0
+        endpoint.give_back(self)
         return True

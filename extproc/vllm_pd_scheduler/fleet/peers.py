@@ -24,22 +24,22 @@ NORMAL = 0.25
 class DoubtfulEnds:
     """The share of an instance's recent requests that ended doubtfully (0 to 1), newer ones counting more."""
 
-    share: float = 0.0
+    _share: float = 0.0
 
     def doubtful(self) -> None:
         """Count a request that ended so."""
-        self.share += WEIGHT * (1.0 - self.share)
+        self._share += WEIGHT * (1.0 - self._share)
 
     def clear(self) -> None:
         """Count a request that the instance served."""
-        self.share *= 1.0 - WEIGHT
+        self._share *= 1.0 - WEIGHT
 
     def odd_among(self, peers: Iterable[DoubtfulEnds]) -> bool:
         """Whether this instance has so many where its peers have few; without peers nobody can tell.
 
         The peers are looked at only if it has so many.
         """
-        if self.share < ODD:
+        if self._share < ODD:
             return False
-        shares = [peer.share for peer in peers]
+        shares = [peer._share for peer in peers]
         return bool(shares) and sum(shares) / len(shares) <= NORMAL

@@ -14,21 +14,9 @@ from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
-from .peers import DoubtfulEnds
+from .learning import Learning
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
-
-
-_LEAST_BLOCK_TOKENS = 16.0
-"""A client can send one token id of a megabyte; no real prompt has so few tokens in a block."""
-BUSY_PAUSE_S = 0.5
-"""Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
-MAX_BUSY_PAUSE_S = 15.0
-"""And at most: it may be free long before."""
-_MOST_BLOCKS = 1 << 20
-"""Of the prefixes of one instance that are remembered, whatever it says of its cache."""
-_RECENT = 0.1
-"""Weight of the newest request in running means."""
 
 
 class UnknownInstance(KeyError):
@@ -59,8 +47,7 @@ class Registry:
     policy: HealthPolicy = field(default_factory=HealthPolicy)
     load: FleetLoad = field(default_factory=FleetLoad)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
-    block_tokens: float = 256.0
-    """Tokens of one block of the prefix index, on average over recent requests."""
+    learning: Learning = field(init=False)
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -72,10 +59,6 @@ class Registry:
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
-    _untried: dict[InstanceRole, set[Endpoint]] = field(
-        default_factory=lambda: {role: set() for role in InstanceRole}
-    )
-    """Those of which the load model has measured nothing yet."""
     _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
         default_factory=lambda: {role: {} for role in InstanceRole}
     )
@@ -89,6 +72,9 @@ class Registry:
     _ejected: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
     )
+
+    def __post_init__(self) -> None:
+        self.learning = Learning(self.load)
 
     def add(self, instance: PDInstance, by: str = By.START) -> Endpoint:
         """Register an instance; it takes requests once a probe found it healthy.
@@ -107,7 +93,7 @@ class Registry:
         if canonical_ip(instance.host) is not None:
             self._move(endpoint, join_address(instance.host, instance.port))
         self._endpoints[instance.instance_id] = endpoint
-        self._untried[instance.role].add(endpoint)
+        self.learning.joined(endpoint)
         self._changed(by)
         return endpoint
 
@@ -126,8 +112,8 @@ class Registry:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
         endpoint = self.get(instance_id)
         del self._endpoints[instance_id]
-        self._untried[endpoint.instance.role].discard(endpoint)
-        endpoint.draining = True
+        self.learning.left(endpoint)
+        endpoint.drain(True)
         endpoint.holder.close()
         self._changed(by)
         return endpoint
@@ -135,17 +121,14 @@ class Registry:
     def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Send nothing new to an instance."""
         endpoint = self.get(instance_id)
-        if not endpoint.draining:
-            endpoint.draining = True
-            endpoint.drain_told = endpoint.drained
+        if endpoint.drain(True):
             self._changed(by)
         return endpoint
 
     def undrain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Let an instance take requests again, as soon as its health allows."""
         endpoint = self.get(instance_id)
-        if endpoint.draining:
-            endpoint.draining = False
+        if endpoint.drain(False):
             self._changed(by)
         return endpoint
 
@@ -193,7 +176,7 @@ class Registry:
 
     def resolved(self, endpoint: Endpoint, ip: str, now: float = 0.0) -> None:
         """Record the IP address behind an instance's DNS name, as it was found at a time."""
-        endpoint.resolved_at = now
+        endpoint.resolved(now)
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             self._move(endpoint, address)
@@ -205,22 +188,12 @@ class Registry:
         The first probe decides alone; later ones need the policy's thresholds. A success also gives an
         ejected instance a trial, once its pause is over.
         """
-        ok = problem is None
-        if endpoint.drained and not endpoint.drain_told:
-            endpoint.drain_told = True
+        policy, ok = self.policy, problem is None
+        if endpoint.drain_ended():
             self._changed(By.REQUEST)
-        if ok and endpoint.breaker.probed(now):
-            self._changed(By.PROBE)
-        if endpoint.breaker.state is BreakerState.CLOSED or not ok:
-            endpoint.reason = problem or ""
-        if endpoint.healthy is ok:
-            endpoint.streak = 0
-            return
-        endpoint.streak += 1
-        threshold = self.policy.healthy_threshold if ok else self.policy.unhealthy_threshold
-        if endpoint.healthy is None or endpoint.streak >= threshold:
-            endpoint.healthy = ok
-            endpoint.streak = 0
+        revived = ok and endpoint.breaker.probed(now)
+        threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
+        if endpoint.probed(problem, threshold) or revived:
             self._changed(By.PROBE)
 
     def scraped(
@@ -231,63 +204,36 @@ class Registry:
         tokens_at_scrape: float = 0.0,
     ) -> None:
         """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
-        before, endpoint.metrics = endpoint.metrics, snapshot
-        endpoint.scraped_at = snapshot.taken_at
-        endpoint.changed()
-        endpoint.in_flight_at_scrape = in_flight_at_scrape
-        endpoint.tokens_at_scrape = tokens_at_scrape
-        if snapshot.kv_capacity is not None:
-            endpoint.kv_capacity = snapshot.kv_capacity
-            blocks = int(snapshot.kv_capacity / self.block_tokens)
-            endpoint.holder.resize(min(max(1, blocks), _MOST_BLOCKS))
-        if endpoint.instance.role is InstanceRole.DECODE:
-            self._learn_decode(endpoint, before, snapshot)
+        before = endpoint.metrics
+        endpoint.scraped(snapshot, in_flight_at_scrape, tokens_at_scrape)
+        self.learning.scraped(endpoint, before, snapshot)
         if self.on_scraped is not None:
             self.on_scraped()
 
     def _move(self, endpoint: Endpoint, address: str) -> None:
         """Set an endpoint's address. Those at one address are one server, and have one breaker."""
-        endpoint.address = address
-        first = self.at(endpoint.instance.role, address)
+        first, breaker = self.at(endpoint.instance.role, address), endpoint.breaker
         if first is not None:
-            endpoint.breaker = first.breaker
-        elif any(e.breaker is endpoint.breaker for e in self._endpoints.values() if e is not endpoint):
-            endpoint.breaker = Breaker(self.policy.breaker)
+            breaker = first.breaker
+        elif any(e.breaker is breaker for e in self._endpoints.values() if e is not endpoint):
+            breaker = Breaker(self.policy.breaker)
+        endpoint.move(address, breaker)
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
-        endpoint.metrics = None
-        endpoint.in_flight_at_scrape, endpoint.tokens_at_scrape = 0, 0.0
-        endpoint.changed()
+        endpoint.forget_metrics()
 
     def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
         """Record which models an instance serves; ``None``: it has not said so for too long."""
-        if endpoint.models != models:
-            endpoint.models = models
+        if endpoint.serves(models):
             self.models_version += 1
-
-    def _learn_decode(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
-        self.load.learn_output(now.output_tokens, now.finished)
-        if now.transfer is not None:
-            self.load.learn_transfer(now.transfer)
-        if before is None or now.step_time is None:
-            return
-        batch = (before.running + now.running) / 2
-        kv_tokens = (before.kv_usage + now.kv_usage) / 2 * (endpoint.kv_capacity or 0.0)
-        if batch > 0:
-            endpoint.decode.learn(batch, kv_tokens, now.step_time, self.load.decode)
-            self._learned(endpoint)
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
         reservation = Reservation(endpoint, endpoint.generation)
         if request is not None:
-            self._weigh(reservation, request)  # what fails, fails before anything is counted
-        endpoint.changed()
-        endpoint.in_flight += 1
-        endpoint.tokens += reservation.tokens
-        if endpoint.breaker.state is BreakerState.HALF_OPEN and not endpoint.on_trial:
-            endpoint.trial = reservation
+            self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
+        endpoint.take(reservation)
         if request is not None:
             if request.blocks:
                 endpoint.holder.store(request.blocks)
@@ -295,21 +241,12 @@ class Registry:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
         return reservation
 
-    def _weigh(self, reservation: Reservation, request: RequestContext) -> None:
-        """Note the work that a request brings, and that what is cached of its prompt saves."""
-        endpoint = reservation.endpoint
-        reservation.at = request.now
-        if request.blocks:
-            size = max(_LEAST_BLOCK_TOKENS, request.block_tokens)
-            self.block_tokens += _RECENT * (size - self.block_tokens)
-        if endpoint.instance.role is InstanceRole.DECODE:
-            reservation.tokens = request.prompt_tokens + request.output_tokens
-            return
-        load, blocks = endpoint.prefill, request.cached_blocks(endpoint.holder)
-        reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
-        reservation.tokens = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
-        reservation.wait = load.remaining(request.now)
-        reservation.cost = load.cost(reservation.tokens, request.prompt_tokens)
+    def move(self, reservation: Reservation, endpoint: Endpoint) -> Reservation:
+        """End a claim, and make one with as many tokens on another endpoint, where the request is now."""
+        reservation.release()
+        moved = Reservation(endpoint, endpoint.generation, reservation.tokens)
+        endpoint.take(moved)
+        return moved
 
     def prefilled(
         self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
@@ -318,31 +255,13 @@ class Registry:
 
         ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
         """
-        load = reservation.endpoint.prefill
         seconds = reservation.finish(now)
-        if seconds is None:
-            return
-        cached = int(load.trust * reservation.cached) if cached_tokens is None else max(0, cached_tokens)
-        if cached_tokens is not None:
-            load.learn_cached(reservation.cached, cached)
-        load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
-        self._learned(reservation.endpoint)
-
-    def _learned(self, endpoint: Endpoint) -> None:
-        """Tell what the fleet has learned to those of a role of which nothing was measured yet."""
-        role = endpoint.instance.role
-        untried = self._untried[role]
-        untried.discard(endpoint)
-        for other in untried:
-            if role is InstanceRole.DECODE:
-                other.decode.adopt(self.load.decode)
-            else:
-                other.prefill.adopt(self.load.prefill)
+        if seconds is not None:
+            self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Record a request that an instance served."""
-        endpoint.doubts.clear()
-        endpoint.busy_answers = 0
+        endpoint.served()
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
@@ -393,15 +312,11 @@ class Registry:
     def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
         """Record that an instance is full: neither its failure nor a success.
 
-        It is left alone for as long as it asks (``retry_after``, seconds), else for ``BUSY_PAUSE_S``, twice
+        It is left alone for as long as it asks (``retry_after``, seconds), else for half a second, twice
         as long each time until it serves a request again.
         """
-        pause = BUSY_PAUSE_S * 2 ** min(endpoint.busy_answers, 5) if retry_after is None else retry_after
-        pause = max(pause, BUSY_PAUSE_S)
-        endpoint.busy_answers += 1
-        endpoint.busy_until = now + min(pause, MAX_BUSY_PAUSE_S)
+        endpoint.say_full(now, retry_after)
         self.busy_until = max(self.busy_until, endpoint.busy_until)
-        endpoint.changed()
 
     def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
         if endpoint.breaker.state is BreakerState.OPEN:
@@ -409,8 +324,7 @@ class Registry:
         peers = self.endpoints(endpoint.instance.role)
         out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
         if out + 1 <= self.policy.max_ejected_share * len(peers):
-            endpoint.breaker.open(now)
-            endpoint.reason = f"ejected: {reason}"
+            endpoint.eject(reason, now)
             self._changed(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
@@ -422,18 +336,8 @@ class Registry:
 
         A restarted instance has none of the requests, and none of the failures, of the one before.
         """
-        before, endpoint.started_at = endpoint.started_at, started_at
-        if before is None or started_at is None or before == started_at:
+        if not endpoint.started(started_at):
             return False
-        endpoint.generation += 1
-        endpoint.in_flight = endpoint.in_flight_at_scrape = 0
-        endpoint.tokens = endpoint.tokens_at_scrape = 0.0
-        endpoint.prefill.reset()
-        endpoint.holder.clear()
-        endpoint.breaker.restarted()
-        endpoint.doubts = DoubtfulEnds()
-        endpoint.busy_until, endpoint.busy_answers = 0.0, 0
-        endpoint.models = None
         self._changed(By.PROBE)
         return True
 

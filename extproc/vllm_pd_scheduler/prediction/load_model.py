@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from .read_only import ReadOnly, set_own
 from .regression import MAX_SURPRISE, OnlineRegression
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
@@ -65,7 +66,7 @@ def _bounded(value: float, expected: float, times: float = MAX_SURPRISE) -> floa
     return min(max(value, expected / times), expected * times)
 
 
-class PrefillLoad:
+class PrefillLoad(ReadOnly):
     """The prefills that are queued on one instance, and what a prefill takes there.
 
     Predicted seconds of a prefill = ``overhead`` + ``per_token`` * uncached tokens + ``per_pair`` * pairs
@@ -83,21 +84,29 @@ class PrefillLoad:
         "trust",
     )  # fmt: skip
 
+    fit: OnlineRegression
+    overhead: float
+    per_token: float
+    per_pair: float
+    trust: float
+    """Share of the tokens predicted as cached there that were; 0 for a P without prefix caching."""
+    queued: float
+    """Predicted seconds of all queued prefills."""
+    head_cost: float
+    """Predicted seconds of the prefill that runs, the first of those queued."""
+    head_at: float
+    """When that prefill began."""
+    _pending: dict[Hashable, float]
+    """Predicted seconds of each queued prefill, in the order in which they run."""
+    _group: list[float]
+    """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
+
     def __init__(self, prior: OnlineRegression) -> None:
-        self.fit = OnlineRegression(prior.coefficients, _PREFILL_SCALE)
-        self.overhead, self.per_token, self.per_pair = prior.coefficients
-        self.trust = 1.0
-        """Share of the tokens predicted as cached there that were; 0 for a P without prefix caching."""
-        self._pending: dict[Hashable, float] = {}
-        """Predicted seconds of each queued prefill, in the order in which they run."""
-        self._group = [0.0, 0.0, 0.0, 0.0]
-        """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
-        self.queued = 0.0
-        """Sum of ``_pending``, seconds."""
-        self.head_cost = 0.0
-        """Predicted seconds of the prefill that runs, the first of ``_pending``."""
-        self.head_at = 0.0
-        """When that prefill began."""
+        set_own(self, "fit", OnlineRegression(prior.coefficients, _PREFILL_SCALE))
+        self._use(prior.coefficients)
+        set_own(self, "_pending", {})
+        set_own(self, "head_at", 0.0)
+        self.reset()
 
     def cost(self, tokens: float, context: float) -> float:
         """Return the predicted seconds of a prefill of ``context`` tokens, ``tokens`` of them not cached."""
@@ -113,9 +122,10 @@ class PrefillLoad:
     def enqueue(self, key: Hashable, cost: float, now: float) -> None:
         """Add a prefill of ``cost`` predicted seconds to the queue; ``key`` names it from now on."""
         if not self._pending:
-            self.head_cost, self.head_at = cost, now
+            set_own(self, "head_cost", cost)
+            set_own(self, "head_at", now)
         self._pending[key] = cost
-        self.queued += cost
+        set_own(self, "queued", self.queued + cost)
 
     def complete(self, key: Hashable, now: float) -> float | None:
         """Remove a prefill that the instance has done; return the seconds it took, without its wait.
@@ -140,10 +150,11 @@ class PrefillLoad:
 
     def _remove(self, key: Hashable) -> None:
         cost = self._pending.pop(key)
-        self.queued = self.queued - cost if self._pending else 0.0
+        set_own(self, "queued", self.queued - cost if self._pending else 0.0)
 
     def _begin_next(self, now: float) -> None:
-        self.head_at, self.head_cost = now, next(iter(self._pending.values()), 0.0)
+        set_own(self, "head_at", now)
+        set_own(self, "head_cost", next(iter(self._pending.values()), 0.0))
 
     def learn(self, tokens: int, context: int, seconds: float, fleet: OnlineRegression) -> None:
         """Learn from a prefill of ``context`` tokens, ``tokens`` of them not cached, that took ``seconds``.
@@ -156,33 +167,38 @@ class PrefillLoad:
         a pause are learned from as one sample, up to ``_MAX_GROUP`` of them.
         """
         sample = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
-        self._group = [sum(pair) for pair in zip(self._group, sample, strict=True)]
+        self._group[:] = [sum(pair) for pair in zip(self._group, sample, strict=True)]
         if self._group[0] < _MAX_GROUP and (self._pending or self._group[3] < _MIN_GROUP_S):
             return
         *x, seconds = self._group
-        self._group = [0.0, 0.0, 0.0, 0.0]
+        self._group[:] = [0.0, 0.0, 0.0, 0.0]
         fleet.learn(x, seconds, _PREFILL_PRIOR)
         self.fit.learn(x, seconds, fleet.coefficients)
-        self.overhead, self.per_token, self.per_pair = self.fit.coefficients
+        self._use(self.fit.coefficients)
 
     def adopt(self, fleet: OnlineRegression) -> None:
         """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
-        self.overhead, self.per_token, self.per_pair = fleet.coefficients
+        self._use(fleet.coefficients)
+
+    def _use(self, coefficients: tuple[float, ...]) -> None:
+        for name, value in zip(("overhead", "per_token", "per_pair"), coefficients, strict=True):
+            set_own(self, name, value)
 
     def learn_cached(self, predicted: float, actual: float) -> None:
         """Correct ``trust`` by a prefill for which so many tokens were predicted as cached, and were."""
         if predicted > 0:
-            self.trust += _RECENT * (min(1.0, actual / predicted) - self.trust)
+            set_own(self, "trust", self.trust + _RECENT * (min(1.0, actual / predicted) - self.trust))
 
     def reset(self) -> None:
         """Forget the queue, since the instance was restarted; what its hardware can do stays known."""
         self._pending.clear()
-        self._group = [0.0, 0.0, 0.0, 0.0]
-        self.queued = self.head_cost = 0.0
-        self.trust = 1.0
+        set_own(self, "_group", [0.0, 0.0, 0.0, 0.0])
+        set_own(self, "queued", 0.0)
+        set_own(self, "head_cost", 0.0)
+        set_own(self, "trust", 1.0)
 
 
-class DecodeLoad:
+class DecodeLoad(ReadOnly):
     """What a decode step takes on one instance.
 
     Predicted seconds of a step = ``base`` + ``per_seq`` * batch + ``per_kv_token`` * KV tokens
@@ -194,9 +210,14 @@ class DecodeLoad:
 
     __slots__ = ("base", "fit", "per_kv_token", "per_seq")
 
+    fit: OnlineRegression
+    base: float
+    per_seq: float
+    per_kv_token: float
+
     def __init__(self, prior: OnlineRegression) -> None:
-        self.fit = OnlineRegression(prior.coefficients, _DECODE_SCALE, forget=_DECODE_FORGET)
-        self.base, self.per_seq, self.per_kv_token = prior.coefficients
+        set_own(self, "fit", OnlineRegression(prior.coefficients, _DECODE_SCALE, forget=_DECODE_FORGET))
+        self._use(prior.coefficients)
 
     def step(self, batch: float, kv_tokens: float) -> float:
         """Return the predicted seconds of a step, which is the time per output token of its requests."""
@@ -207,11 +228,15 @@ class DecodeLoad:
         x = (1.0, batch, kv_tokens)
         fleet.learn(x, seconds, _DECODE_PRIOR)
         self.fit.learn(x, seconds, fleet.coefficients)
-        self.base, self.per_seq, self.per_kv_token = self.fit.coefficients
+        self._use(self.fit.coefficients)
 
     def adopt(self, fleet: OnlineRegression) -> None:
         """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
-        self.base, self.per_seq, self.per_kv_token = fleet.coefficients
+        self._use(fleet.coefficients)
+
+    def _use(self, coefficients: tuple[float, ...]) -> None:
+        for name, value in zip(("base", "per_seq", "per_kv_token"), coefficients, strict=True):
+            set_own(self, name, value)
 
 
 @dataclass(slots=True)

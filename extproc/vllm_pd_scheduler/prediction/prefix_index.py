@@ -208,10 +208,10 @@ class PrefixMatch(Mapping["Holder", int]):
 class Holder:
     """The blocks that one instance has cached, at most ``capacity``. Made by :meth:`PrefixIndex.add`."""
 
-    __slots__ = ("_bit", "_blocks", "_closed", "_index", "_slot", "capacity")
+    __slots__ = ("_bit", "_blocks", "_capacity", "_closed", "_index", "_slot")
 
     def __init__(self, index: PrefixIndex, slot: int, capacity: int) -> None:
-        self.capacity = _checked(capacity)
+        self._capacity = _checked(capacity)
         self._index = index
         self._slot = slot
         self._bit = 1 << slot
@@ -219,6 +219,11 @@ class Holder:
         # In the order of last use, oldest first: a dict is an ordered set here. Each value is its key, so
         # that store() can move on the int object that the index has too, and not keep a second one.
         self._blocks: dict[int, int] = {}
+
+    @property
+    def capacity(self) -> int:
+        """The most blocks that are recorded."""
+        return self._capacity
 
     def store(self, blocks: Sequence[int]) -> None:
         """Record that a prompt with these blocks was computed there, and evict what exceeds the capacity.
@@ -228,11 +233,11 @@ class Holder:
         beginning. Of a prompt that is longer than the capacity, the beginning is kept. Does nothing on a
         closed holder, since a request can end after its instance has left.
         """
-        mine, chain = self._blocks, blocks[: self.capacity]
+        mine, chain = self._blocks, blocks[: self._capacity]
         known = bisect_left(chain, True, key=lambda block: block not in mine)
         new = chain[known:][::-1]
         used = list(map(mine.pop, chain[:known][::-1]))
-        self._evict(len(mine) + len(chain) - self.capacity)
+        self._evict(len(mine) + len(chain) - self._capacity)
         self._index._mark(new, self._bit)
         mine.update(zip(new, new, strict=True))
         mine.update(zip(used, used, strict=True))
@@ -240,7 +245,7 @@ class Holder:
     def resize(self, capacity: int) -> None:
         """Change the capacity, in blocks, and evict what exceeds it; raise :exc:`ValueError` if negative."""
         if not self._closed:
-            self.capacity = _checked(capacity)
+            self._capacity = _checked(capacity)
             self._evict(len(self._blocks) - capacity)
 
     def clear(self) -> None:
@@ -252,7 +257,7 @@ class Holder:
         """Forget all blocks and store no more, since the instance is gone. Further calls do nothing."""
         if not self._closed:
             self.clear()
-            self._closed, self.capacity = True, 0
+            self._closed, self._capacity = True, 0
             self._index._free.append(self._slot)
             self._bit, self._slot = 0, _NO_SLOT  # the slot is another holder's from now on
 

@@ -45,12 +45,12 @@ class OnlineRegression:
       fast as anything else is learned.
     """
 
-    __slots__ = ("_forget", "_moments", "_normal", "_scale", "_usual", "_wild", "coefficients", "samples")
+    __slots__ = ("_coefficients", "_forget", "_moments", "_normal", "_samples", "_scale", "_usual", "_wild")
 
     def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
         size = len(prior)
-        self.coefficients = tuple(prior)
-        self.samples = 0
+        self._coefficients = tuple(prior)
+        self._samples = 0
         self._scale = tuple(scale)
         self._forget = forget
         # The normal equations of least squares, of scaled features: _normal = Σ w·x·xᵀ, _moments = Σ w·x·y.
@@ -59,9 +59,19 @@ class OnlineRegression:
         self._usual = 1.0  # the mean of w·xᵀx over recent samples
         self._wild = 0  # how many of the last samples in a row were wild
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """One for each feature."""
+        return self._coefficients
+
+    @property
+    def samples(self) -> int:
+        """How many were learned from."""
+        return self._samples
+
     def predict(self, x: Sequence[float]) -> float:
         """Return the predicted ``y`` of the features ``x``."""
-        return sum(c * value for c, value in zip(self.coefficients, x, strict=True))
+        return sum(c * value for c, value in zip(self._coefficients, x, strict=True))
 
     def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
         """Learn from a sample; ``prior`` has the coefficients to prefer where samples say nothing.
@@ -73,7 +83,7 @@ class OnlineRegression:
         square = sum(value * value for value in scaled)
         if not (math.isfinite(expected) and math.isfinite(square) and math.isfinite(y)):
             return
-        self.samples += 1
+        self._samples += 1
         upper = max(expected, _MIN_PREDICTION)
         self._wild = 0 if expected <= _WILD * y and y <= _WILD * upper else self._wild + 1
         if 0 < self._wild <= _MAX_WILD:
@@ -89,8 +99,8 @@ class OnlineRegression:
             for j, xj in enumerate(scaled):
                 row[j] = row[j] * self._forget + weight * xi * xj
             self._moments[i] = self._moments[i] * self._forget + weight * xi * y
-        if self.samples <= _SOLVE_EACH_UNTIL or self.samples % _SOLVE_EVERY == 0:
-            self.coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
+        if self._samples <= _SOLVE_EACH_UNTIL or self._samples % _SOLVE_EVERY == 0:
+            self._coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
         """Return the coefficients; negative ones are set to zero, one by one, the worst first."""

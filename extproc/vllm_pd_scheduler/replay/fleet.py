@@ -230,7 +230,7 @@ class _Run:
 
     def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
         traced = job.traced
-        job.context.now = self._clock.now
+        job.context.at(self._clock.now)
         job.decode, job.reservation = decode, self._registry.reserve(decode, job.context)
         request = EngineRequest(
             str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.NONE, traced.blocks
@@ -274,7 +274,8 @@ class _Run:
         now, context, reservation = self._clock.now, job.context, job.reservation
         assert reservation is not None
         self._registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
-        context.prompt_tokens, context.now = job.traced.prompt_tokens, now
+        context.counted(job.traced.prompt_tokens)
+        context.at(now)
         job.decode = self._scheduler.pick(InstanceRole.DECODE, context)[0]
         job.reservation = self._registry.reserve(job.decode, context)
         traced = job.traced

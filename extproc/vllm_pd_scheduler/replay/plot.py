@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..system.extras import install_command
 from .job import Conditions, Outcome
 from .result import LoadSample, RequestResult
 
@@ -32,7 +33,7 @@ class PlotError(Exception):
 def require_matplotlib() -> None:
     """Raise :exc:`PlotError` if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise PlotError("matplotlib is not installed; pip install 'vllm-pd-scheduler[replay]'")
+        raise PlotError(f"matplotlib is not installed: `{install_command('replay')}` installs it")
 
 
 def plot(outcomes: Sequence[Outcome], conditions: Conditions, path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -46,7 +46,7 @@ _TOO_MANY = f"The request body has too many fields: {MAX_MEMBERS} are allowed."
 _NOT_JSON = "The request body is not a valid JSON object: "
 
 
-class Fields(msgspec.Struct):
+class Fields(msgspec.Struct, frozen=True):
     """The texts of the fields that are read here. Others pass unread, and take no memory."""
 
     model: msgspec.Raw = _ABSENT
@@ -98,9 +98,8 @@ class _Walked(NamedTuple):
     prompt: Value | None
 
 
-@dataclass(slots=True, eq=False)
-class JsonBody:
-    """A JSON object, split at its top level.
+class JsonBody(msgspec.Struct, frozen=True, eq=False):
+    """A JSON object, split at its top level. Connectors, which may be code of the operator's, only read it.
 
     ``raw`` is the body without a client's hand-off key at any depth; ``stripped`` says whether there was one.
     """
@@ -330,7 +329,7 @@ def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
     prompt = (yield from _only_prompt(values["prompt"])) if "prompt" in values else None
     view = memoryview(body)
     fields = Fields(**{key: msgspec.Raw(view[value.start : value.end]) for key, value in values.items()})
-    return fields, _Walked(values, tuple(places), begin or end, end, prompt)
+    return fields, _Walked(MappingProxyType(values), tuple(places), begin or end, end, prompt)
 
 
 def _check_short(member: Member) -> None:

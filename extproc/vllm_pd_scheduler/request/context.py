@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
+from msgspec.structs import force_setattr
 
 from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
 from .headers import REQUEST_ID
 
-_MAX_ID = 128
-"""Characters of a client's request id that are told."""
-
 _NO_MATCH = PrefixIndex().match(())
-
-
-def request_id(headers: Mapping[str, str]) -> str:
-    """Return a request's id for people; empty if it has none."""
-    return headers.get(REQUEST_ID, "")[:_MAX_ID]
 
 
 class HasHolder(Protocol):
@@ -29,9 +23,10 @@ class HasHolder(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class RequestContext:
+class RequestContext(Struct, frozen=True, eq=False):
     """What a strategy may know of a request. Never its text.
+
+    No attribute can be set: each change is a method that says what has happened.
 
     ``now`` is set, and ``cached`` looked up, anew for each pick. ``blocks`` are chained hashes of the
     prompt's leading blocks, ``block_tokens`` tokens each, and empty if no strategy in use reads them.
@@ -66,15 +61,15 @@ class RequestContext:
     arrived: float = 0.0
     now: float = 0.0
     """Time of this pick, monotonic seconds."""
-    _index: PrefixIndex | None = field(default=None, init=False, repr=False)
-    _offered: Sequence[HasHolder] | None = field(default=None, init=False, repr=False)
-    _match: PrefixMatch | None = field(default=None, init=False, repr=False)
-    _cached: Mapping[Holder, int] | None = field(default=None, init=False, repr=False)
+    _index: PrefixIndex | None = None
+    _offered: Sequence[HasHolder] | None = None
+    _match: PrefixMatch | None = None
+    _cached: Mapping[Holder, int] | None = None
 
     @property
     def request_id(self) -> str:
-        """Its id for people."""
-        return request_id(self.headers)
+        """Its id for people; empty if it has none."""
+        return self.headers.get(REQUEST_ID, "")
 
     @property
     def cached(self) -> Mapping[Holder, int]:
@@ -84,27 +79,38 @@ class RequestContext:
         """
         if self._cached is None:
             offered = self._offered
-            self._cached = self.match if offered is None else self.match.among(e.holder for e in offered)
+            found = self.match if offered is None else self.match.among(e.holder for e in offered)
+            force_setattr(self, "_cached", found)
+            return found
         return self._cached
-
-    @cached.setter
-    def cached(self, found: Mapping[Holder, int]) -> None:
-        self._cached = found
 
     @property
     def match(self) -> PrefixMatch:
         """Leading blocks that are taken for cached, of all endpoints of both roles."""
         if self._match is None:
-            self._match = self._index.match(self.blocks) if self._index is not None else _NO_MATCH
+            found = self._index.match(self.blocks) if self._index is not None else _NO_MATCH
+            force_setattr(self, "_match", found)
+            return found
         return self._match
+
+    def at(self, now: float) -> None:
+        """Set the time of the next pick."""
+        force_setattr(self, "now", now)
+
+    def counted(self, prompt_tokens: float) -> None:
+        """Set the length of the prompt, since P has counted it."""
+        force_setattr(self, "prompt_tokens", prompt_tokens)
 
     def look_up_in(self, index: PrefixIndex) -> None:
         """Forget what was cached, and look it up in ``index`` when it is read."""
-        self._index, self._match, self._cached, self._offered = index, None, None, None
+        force_setattr(self, "_index", index)
+        for name in ("_match", "_cached", "_offered"):
+            force_setattr(self, name, None)
 
     def offer(self, endpoints: Sequence[HasHolder]) -> None:
         """Let :attr:`cached` tell of these endpoints."""
-        self._offered, self._cached = endpoints, None
+        force_setattr(self, "_offered", endpoints)
+        force_setattr(self, "_cached", None)
 
     def cached_blocks(self, holder: Holder) -> int:
         """Return the leading blocks that are taken for cached at one holder, whichever it is."""

@@ -19,7 +19,7 @@ ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
 
 REQUEST_ID: Final = "x-request-id"
-"""Id of a request for people: the client's, or Envoy's if it has none. Log lines and answers have it."""
+"""The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from ..prediction.load_model import FleetLoad
 from . import headers as names
 from .body import JsonBody
 from .context import RequestContext
+from .fingerprint import fingerprint
 from .json_text import Steps
 from .prompt import BLOCK_BYTES, read_prompt
 
@@ -57,35 +59,51 @@ class RequestReader:
         Raises :exc:`HeaderError`.
         """
         model = body.get("model")
-        request = self.passed(path, headers, len(body.raw), now)
-        request.model = model if isinstance(model, str) else None
-        request.output_tokens = self._output_tokens(body)
-        request.session = self._session(headers, body)
-        ratio = self._fleet.bytes_per_token(request.model)
-        if not prefixes:
-            request.prompt_bytes = body.length("messages") or body.length("prompt")
-            request.prompt_tokens = request.prompt_bytes / ratio
-            return request
-        prompt = yield from read_prompt(body)
-        request.blocks = prompt.blocks
-        if prompt.tokens is not None:
-            request.prompt_tokens = prompt.tokens
+        name = body.get("model")
+        model = name if isinstance(name, str) else None
+        ratio = self._fleet.bytes_per_token(model)
+        if prefixes:
+            prompt = yield from read_prompt(body)
+            blocks, size, exact = prompt.blocks, prompt.size, prompt.tokens
         else:
-            request.prompt_bytes, request.prompt_tokens = prompt.size, prompt.size / ratio
-        request.block_tokens = request.prompt_tokens * BLOCK_BYTES / max(1, prompt.size)
-        return request
+            blocks, size, exact = (), body.length("messages") or body.length("prompt"), None
+        tokens = size / ratio if exact is None else exact
+        return self._context(
+            path,
+            headers,
+            len(body.raw),
+            now,
+            model=model,
+            prompt_bytes=size if exact is None else 0,
+            prompt_tokens=tokens,
+            output_tokens=self._output_tokens(body),
+            blocks=blocks,
+            block_tokens=tokens * BLOCK_BYTES / max(1, size) if prefixes else 0.0,
+            fingerprint=fingerprint(body),
+            stream=body.get("stream") is True,
+            session=self._session(headers, body),
+        )
 
     def passed(self, path: str, headers: Mapping[str, str], size: int, now: float) -> RequestContext:
         """Return the context of a request whose body says nothing; raises :exc:`HeaderError`."""
+        return self._context(path, headers, size, now)
+
+    def _context(
+        self, path: str, headers: Mapping[str, str], size: int, now: float, **of_body: Any
+    ) -> RequestContext:
         config = self._config
-        request = RequestContext(path, None, size, headers, arrived=now, now=now)
-        if names.PRIORITY in headers:
-            request.priority = _priority(headers[names.PRIORITY])
-        if names.TENANT in headers:
-            request.tenant = headers[names.TENANT][:_MAX_NAME]
-        request.ttft_slo = _seconds(headers, names.TTFT_SLO) or config.ttft_slo
-        request.tpot_slo = _seconds(headers, names.TPOT_SLO) or config.tpot_slo
-        return request
+        return RequestContext(
+            path,
+            body_bytes=size,
+            headers=MappingProxyType(headers),
+            priority=_priority(headers[names.PRIORITY]) if names.PRIORITY in headers else 0,
+            tenant=headers.get(names.TENANT, "")[:_MAX_NAME],
+            ttft_slo=_seconds(headers, names.TTFT_SLO) or config.ttft_slo,
+            tpot_slo=_seconds(headers, names.TPOT_SLO) or config.tpot_slo,
+            arrived=now,
+            now=now,
+            **of_body,
+        )
 
     def _output_tokens(self, body: JsonBody) -> float:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")

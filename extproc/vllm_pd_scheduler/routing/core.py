@@ -15,7 +15,7 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
-from ..request.context import RequestContext, request_id
+from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
@@ -24,7 +24,6 @@ from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Served, Telemetry, log_lines
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .lost import fingerprint
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
@@ -72,7 +71,7 @@ class RoutingCore:
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
         """
-        log_lines.request_id.set(request_id(headers))
+        log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         outcome: Forward | Reject
         try:
@@ -101,7 +100,6 @@ class RoutingCore:
             path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
         )
         context = await self._turns.take(reading)
-        context.fingerprint, context.stream = fingerprint(body), body.get("stream") is True
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -142,7 +140,7 @@ class RoutingCore:
         forward = self._to_decode(context, body, Served.LOCAL, limit)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses, forward.errors = why.losses, why.errors
+            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
         return forward
 
     def _with_handoff(
@@ -167,7 +165,7 @@ class RoutingCore:
         else:
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
-            prefilled.prefill.pending_handoffs += 1
+            prefilled.prefill.keep_handoff()
         return forward
 
     async def _whole(
@@ -202,7 +200,7 @@ class RoutingCore:
 
         ``own`` is what the strategy chose for it, if it was asked already.
         """
-        context.now = self._clock()
+        context.at(self._clock())
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
@@ -223,7 +221,10 @@ class RoutingCore:
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.served = context.stream, served
-        forward.request_id = context.headers.get(names.REQUEST_ID, "")
+        forward.losses, forward.request_id = (
+            self.in_flight.lost.spent(context.fingerprint),
+            context.request_id,
+        )
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:

@@ -48,7 +48,7 @@ class Forward:
     errors: tuple[Endpoint, ...] = ()
     """Who has answered 500, P and D. If several have, the request may be the reason."""
     prompt: int = 0
-    """The prompt's fingerprint (see :mod:`.lost`)."""
+    """The prompt's fingerprint (see :mod:`..request.fingerprint`)."""
     losses: int = 0
     """Connections that it has lost after it was delivered, on P or D."""
     failed_attempts: int = 0
@@ -114,10 +114,7 @@ class Forward:
         following = self.decode[failed + 1 :]
         self.answering = following[0] if following else None
         if current.active and following:
-            current.release()
-            self.reservation = registry.reserve(following[0])
-            self.reservation.tokens = current.tokens
-            following[0].tokens += current.tokens
+            self.reservation = registry.move(current, following[0])
 
     def sent(self) -> None:
         """Let go of what may be large, since Envoy has it."""

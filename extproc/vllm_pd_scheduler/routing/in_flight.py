@@ -236,7 +236,7 @@ class RequestsInFlight:
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.pending is not None:
-            forward.pending.prefill.pending_handoffs -= 1
+            forward.pending.prefill.end_handoff()
             self._remembered_bytes += len(forward.pending.handoff.params)
         self._remembered.append((now, forward))
         self.settle()

@@ -8,40 +8,24 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from ..request.body import JsonBody
-
 MAX_LOSSES = 2
 """Connections that a request may lose after it was delivered, on P and D together: one more attempt after
 the first."""
 
-PAUSE_S = 30.0
-"""For how long a prompt that two instances have lost without an answer is refused; doubled by each further
-loss."""
+PAUSE_S = 10.0
+"""For how long a prompt that two instances have lost without an answer is refused.
+
+A choice: short, since the prompt may be innocent, and both were killed by hand. One request after it shows
+which; if that is lost too, the pause is twice as long.
+"""
 
 MAX_PAUSE_S = 900.0
 
 MAX_PROMPTS = 1024
 """Prompts that are remembered, the ones lost last."""
 
-ENDS_BYTES = 32 << 10
-"""What is hashed of a prompt at each of its ends: to hash 64 MiB would hold the event loop up for 50 ms. Two
-of one length that differ only between the ends are taken for the same. So an innocent one may be refused for
-a while, once the other one has ended two instances."""
-
-
 DYING_S = 10.0
 """Between the 500 of an engine that dies and the moment when a probe finds it gone, at most."""
-
-
-def fingerprint(body: JsonBody) -> int:
-    """Return a number by which the same prompt is known again in this process; 0 if there is none."""
-    prompt = body.value("messages") or body.value("prompt")
-    if prompt is None:
-        return 0
-    text, start, end = prompt.text, prompt.start, prompt.end
-    if prompt.size <= 2 * ENDS_BYTES:
-        return hash(text[start:end]) or 1
-    return hash((prompt.size, text[start : start + ENDS_BYTES], text[end - ENDS_BYTES : end])) or 1
 
 
 @dataclass(slots=True)
@@ -72,7 +56,8 @@ class LostPrompts:
         losses = self._prompts.setdefault(prompt, _Losses())
         self._prompts.move_to_end(prompt)
         losses.instances.add(instance)
-        if len(losses.instances) >= MAX_LOSSES:
+        # While it is refused, those are lost that were on their way: they say nothing new.
+        if len(losses.instances) >= MAX_LOSSES and now >= losses.refused_until:
             pause = min(MAX_PAUSE_S, PAUSE_S * 2 ** min(losses.count, 10))
             losses.count += 1
             losses.refused_until = now + pause
@@ -102,6 +87,14 @@ class LostPrompts:
         self._prompts.pop(prompt, None)
         for suspect in [each for each in self._suspects if each[2] == prompt]:
             self._suspects.remove(suspect)
+
+    def spent(self, prompt: int) -> int:
+        """Return how many of its ``MAX_LOSSES`` a request of this prompt has no more.
+
+        All but one if the prompt was refused before: a killer would take two instances more each time.
+        """
+        losses = self._prompts.get(prompt)
+        return MAX_LOSSES - 1 if losses is not None and losses.count else 0
 
     def refused_for(self, prompt: int, now: float) -> float:
         """Return for how many seconds a prompt is refused; 0 if it is not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
 from .attempts import KEY_REFUSED, Failure, failure_of_status
+from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
@@ -74,12 +76,13 @@ class PrefillStage:
         self._local = local
         self._lost = lost
         self._clock = clock
+        self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
     async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
         """Return the hand-off, that decode should prefill, or the answer in place of both."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
-        tried = _Tried()
+        tried = _Tried(self._lost.spent(context.fingerprint))
         reservation = await self._admission.admit(self._ticket(context))
         while isinstance(reservation, Reservation):
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
@@ -102,7 +105,7 @@ class PrefillStage:
 
         The request waits in the queue a second time only if all that were tried were full.
         """
-        context.now = self._clock()
+        context.at(self._clock())
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
@@ -143,10 +146,10 @@ class PrefillStage:
         except ConnectorFailed:  # which says nothing of the instance
             return WithoutHandoff(failed=False)
         except LocalShortage as error:
-            self._telemetry.local_error(str(error))
+            self._local_errors.add(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
         except PrefillNotSent as error:
-            self._telemetry.local_error(str(error))
+            self._local_errors.add(str(error))
             tried.only_full = False
             return None
         except PrefillFailed as error:
@@ -207,8 +210,11 @@ class PrefillStage:
     def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
         """Count a request that was delivered and lost; return the answer if it must not be tried again."""
         tried.losses += 1
-        self._lost.lost(fingerprint, endpoint.id, self._clock())
-        return lost_twice() if tried.losses >= MAX_LOSSES else None
+        now = self._clock()
+        self._lost.lost(fingerprint, endpoint.id, now)
+        if tried.losses < MAX_LOSSES:
+            return None
+        return lost_twice(math.ceil(self._lost.refused_for(fingerprint, now)) or int(PAUSE_S))
 
     def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
@@ -235,24 +241,24 @@ class PrefillStage:
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
         self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
         self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
-        context.prompt_tokens = tokens
+        context.counted(tokens)
 
 
 class _Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses: int) -> None:
         self.body = b""
         """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
-        self.losses = 0
+        self.losses = losses
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""
 
 
-def lost_twice(retry_after: int = int(PAUSE_S)) -> Reject:
+def lost_twice(retry_after: int) -> Reject:
     """Return the answer to a request that two instances have lost, or whose prompt others have."""
     message = (
         "Two instances ended while they had this request or one with its prompt, and none has answered it: "

@@ -17,7 +17,11 @@ MAX_PATH_BYTES = 107
 
 
 class ListenError(Exception):
-    """The server cannot listen; the message says where and why."""
+    """The server cannot listen; the message says where and why. ``errno`` is that of the system, if known."""
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 async def bind_port(host: str, port: int) -> list[socket.socket]:
@@ -39,7 +43,8 @@ async def bind_port(host: str, port: int) -> list[socket.socket]:
         except OSError as error:
             problem = error
     if not bound and problem is not None:
-        raise ListenError(f"cannot listen on {join_address(host, port)}: {problem.strerror}") from None
+        message = f"cannot listen on {join_address(host, port)}: {problem.strerror}"
+        raise ListenError(message, problem.errno) from None
     return bound
 
 

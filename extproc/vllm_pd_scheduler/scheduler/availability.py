@@ -5,11 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Set
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
+
+KEPT_MOVES = 64
+"""Changes that are remembered. After more of them it takes no longer to look at all endpoints."""
 
 
 class Availability:
@@ -36,6 +40,8 @@ class Availability:
         self.either: Set[Endpoint] = set()
         self.version = 0
         """Changes with the sets above."""
+        self._moved: deque[Endpoint] = deque(maxlen=KEPT_MOVES)
+        """Endpoints that have come into the sets or left them, one for each of the last versions."""
         self._registry = registry
         self._role = role
         self._is_saturated = saturated
@@ -61,6 +67,14 @@ class Availability:
         self.refresh(now)
         return self._busy_until[0][0] if self._busy_until else math.inf
 
+    def moved_since(self, version: int) -> list[Endpoint] | None:
+        """Return the endpoints that may have come into the sets, or left them, since they had a version.
+
+        ``None`` if all must be looked at: other endpoints are routable, or that is too long ago.
+        """
+        count = self.version - version
+        return None if count > len(self._moved) else list(self._moved)[len(self._moved) - count :]
+
     def refresh(self, now: float) -> None:
         """Look at the endpoints that may have become, or ceased to be, saturated or on trial."""
         registry = self._registry
@@ -84,6 +98,7 @@ class Availability:
         self._sets = self.on_trial, self.saturated, self.either = set(), set(), set()
         self._busy, self._busy_until = {}, []
         self._changed.update(self._routable)
+        self._moved.clear()
         self.version += 1
 
     def _look_at(self, endpoint: Endpoint, now: float) -> None:
@@ -96,4 +111,5 @@ class Availability:
             return
         for members, is_member in zip(self._sets, (on_trial, saturated, on_trial or saturated), strict=True):
             (members.add if is_member else members.discard)(endpoint)
+        self._moved.append(endpoint)
         self.version += 1

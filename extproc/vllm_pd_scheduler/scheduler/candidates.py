@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from random import Random
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from ..fleet.endpoint import Endpoint
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .availability import Availability
+from .remaining import Remaining
 
 LARGE_FLEET = 128
 """Endpoints of a role up to which all of them are offered to a strategy.
@@ -40,8 +41,6 @@ class Offer(NamedTuple):
     """What a strategy is offered."""
 
     endpoints: tuple[Endpoint, ...]
-    members: Container[object]
-    """Has the same members as ``endpoints``, and is quick to ask."""
     exclude: Collection[Endpoint] = ()
     """Members that must not be chosen: the strategy is asked for as many more."""
 
@@ -60,11 +59,11 @@ class Candidates:
         prefixes: PrefixIndex,
         random: Random,
     ) -> None:
-        self.endpoints = endpoints
+        self._remaining = Remaining(endpoints)
+        self.endpoints = self._remaining.all
         self._availability = availability
         self._random = random
         self._by_holder = {endpoint.holder: endpoint for endpoint in endpoints}
-        self._members = frozenset(endpoints)
         self._holders = prefixes.mask_of(self._by_holder)
         """The set of these holders, as :meth:`PrefixMatch.longest` takes it."""
         self._version = -1
@@ -73,24 +72,30 @@ class Candidates:
         """Whom to leave out, if others remain: this failing, the next."""
         self._out: Set[Endpoint] = frozenset()
         """The first of these that leaves others: the endpoints that are no candidates."""
-        self._all: tuple[Endpoint, ...] | None = None
-        """All candidates, if they were asked for since ``_version`` has changed."""
+        self._kind = -1
+        """Its place in ``_left_out``; -1: it is none of them, but empty."""
+        self._left_out_of = -1, -1
+        """The version and the kind that ``_remaining`` is up to date with."""
         self._drawn: Sequence[Endpoint] = ()
         self._drawn_for: tuple[object, ...] = ()
         """A request, a time and a version."""
 
     def __contains__(self, endpoint: object) -> bool:
         """Whether an endpoint was a candidate when they were last asked for."""
-        return endpoint in self._members and endpoint not in self._out
+        return endpoint in self.endpoints and endpoint not in self._out
 
     def all(self, now: float, exclude: Collection[Endpoint] = ()) -> tuple[Endpoint, ...]:
         """Return all candidates but those in ``exclude``."""
         self._refresh(now)
-        if self._all is None:
-            self._all = _without(self.endpoints, self._out)
+        if self._left_out_of != (self._version, self._kind):
+            version, kind = self._left_out_of
+            moved = self._availability.moved_since(version) if kind == self._kind else None
+            self._remaining.leave_out(self._out, moved)
+            self._left_out_of = self._version, self._kind
+        candidates = self._remaining.get()
         if not exclude:
-            return self._all
-        if others := _without(self._all, exclude):
+            return candidates
+        if others := _without(candidates, exclude):
             return others
         endpoints = _without(self.endpoints, exclude)
         return next(filter(None, (_without(endpoints, members) for members in self._left_out)), endpoints)
@@ -99,10 +104,10 @@ class Candidates:
         """Offer all candidates, for a strategy that does not accept a sample."""
         endpoints = self.all(now)
         if len(endpoints) > LARGE_FLEET:
-            return Offer(endpoints, self, exclude)
+            return Offer(endpoints, exclude)
         if exclude:
             endpoints = self.all(now, exclude)
-        return Offer(endpoints, endpoints)
+        return Offer(endpoints)
 
     def offer_sample(
         self, request: RequestContext, exclude: Collection[Endpoint], *, prefixes: bool
@@ -123,7 +128,7 @@ class Candidates:
             offered.update(dict.fromkeys(self._longest(request)))
         for endpoint in exclude:
             offered.pop(endpoint, None)
-        return Offer(tuple(offered), offered) if offered else self.offer_all(request.now, exclude)
+        return Offer(tuple(offered)) if offered else self.offer_all(request.now, exclude)
 
     def some(self) -> Sequence[Endpoint]:
         """Return all endpoints, candidates or not; of many, some that are drawn at random."""
@@ -150,7 +155,7 @@ class Candidates:
         count = SAMPLE * size // (size - len(out))
         if count > 4 * SAMPLE:
             return self._random.choices(self.all(now), k=SAMPLE)
-        # Without a tuple of all candidates, which changes with every request when many are nearly saturated.
+        # Without a list of all candidates, which changes with every request when many are nearly saturated.
         return [e for e in self._random.choices(self.endpoints, k=count) if e not in out]
 
     def _longest(self, request: RequestContext) -> list[Endpoint]:
@@ -163,12 +168,14 @@ class Candidates:
         availability.refresh(now)
         if self._version == availability.version:
             return
-        self._version, self._all = availability.version, None
+        self._version = availability.version
         self._left_out = availability.either, availability.on_trial, availability.saturated
         if len(self.endpoints) < availability.size:
-            self._left_out = tuple(members & self._members for members in self._left_out)
+            self._left_out = tuple({e for e in members if e in self.endpoints} for members in self._left_out)
         size = len(self.endpoints)
-        self._out = next((members for members in self._left_out if len(members) < size), frozenset())
+        fitting = (kind for kind, members in enumerate(self._left_out) if len(members) < size)
+        self._kind = next(fitting, -1)
+        self._out = self._left_out[self._kind] if self._kind >= 0 else frozenset()
 
 
 def _without(endpoints: tuple[Endpoint, ...], left_out: Collection[Endpoint]) -> tuple[Endpoint, ...]:

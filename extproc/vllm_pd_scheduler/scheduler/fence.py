@@ -57,7 +57,7 @@ class StrategyFence:
         if len(chosen) > most:
             raise ValueError(f"rank() returned more than {most}")
         for each in chosen:
-            if each not in offer.members:
+            if each not in offer.endpoints:
                 what = each.id if isinstance(each, Endpoint) else f"a {type(each).__name__}"
                 raise ValueError(f"rank() returned {what}, which it was not offered")
         if len(set(chosen)) < len(chosen):

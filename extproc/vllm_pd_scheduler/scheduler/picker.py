@@ -188,7 +188,7 @@ class Scheduler:
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
         are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
         request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
-        accepts that.
+        accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         request.look_up_in(self.registry.prefixes)
         strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
@@ -199,10 +199,11 @@ class Scheduler:
         ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
             endpoints = candidates.all(request.now, exclude)
-            ranked = strategy.rank(Offer(endpoints, endpoints), request, count)
-        if ranked is None:
-            endpoints = candidates.offer_sample(request, exclude, prefixes=False).endpoints
-            ranked = self._least_load[role].rank(endpoints, request, count)
+            offer = Offer(endpoints)
+            ranked = strategy.rank(offer, request, count)
+        ranked = ranked or []
+        if len(ranked) < count and (rest := _rest(candidates, offer, request, ranked)):
+            ranked += self._least_load[role].rank(rest, request, count - len(ranked))
         return ranked
 
     def last_resorts(
@@ -252,6 +253,18 @@ def _offer(
     if len(candidates.endpoints) > LARGE_FLEET and strategy.accepts_sample(request):
         return candidates.offer_sample(request, exclude, prefixes=strategy.reads_prefixes)
     return candidates.offer_all(request.now, exclude)
+
+
+def _rest(
+    candidates: Candidates, offer: Offer, request: RequestContext, ranked: list[Endpoint]
+) -> Sequence[Endpoint]:
+    """Return what a strategy was offered and did not rank; of many, a sample."""
+    if len(offer.endpoints) > LARGE_FLEET:
+        taken = [*offer.exclude, *ranked]
+        return [
+            e for e in candidates.offer_sample(request, taken, prefixes=False).endpoints if e not in taken
+        ]
+    return [e for e in offer.endpoints if e not in ranked and e not in offer.exclude]
 
 
 def _waiting(endpoint: Endpoint) -> float:

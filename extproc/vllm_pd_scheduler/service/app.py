@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import socket
 from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
@@ -27,6 +29,7 @@ from ..rpc import ListenError, Server
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
+from .listen_advice import listen_advice
 from .watchdog import LoopWatchdog
 
 log = logging.getLogger(__name__)
@@ -111,7 +114,10 @@ class App:
             await admin.start(config.admin_host, config.admin_port, tls)
         except OSError as error:
             address = join_address(config.admin_host, config.admin_port)
-            raise StartupError(f"admin_port: cannot listen on {address}: {error.strerror}") from None
+            # Not error.strerror of a server that asyncio could not start: it has the address once more.
+            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            advice = listen_advice("admin", config.admin_port, error.errno)
+            raise StartupError(f"admin_port: cannot listen on {address}: {why}{advice}") from None
         self._stack.push_async_callback(admin.stop)
 
     async def _start_grpc(self) -> None:
@@ -128,8 +134,10 @@ class App:
                 tls = config.grpc_tls.context() if config.grpc_tls else None
                 await server.listen(config.grpc_host, config.grpc_port, tls)
         except ListenError as error:
-            key = "grpc_port" if config.grpc_socket is None else "grpc_socket"
-            raise StartupError(f"{key}: {error}") from None
+            if config.grpc_socket is not None:
+                raise StartupError(f"grpc_socket: {error}") from None
+            advice = listen_advice("grpc", config.grpc_port, error.errno)
+            raise StartupError(f"grpc_port: {error}{advice}") from None
         if config.grpc_socket is None and not config.grpc_tls and not is_loopback(config.grpc_host):
             log.warning(
                 "grpc_host %s can be reached from other machines and grpc_tls is not set: whoever reaches "

@@ -11,7 +11,7 @@ import aiohttp
 from rich.console import Console
 
 from ..config import SchedulerConfig
-from ..envoy.process import EnvoyPorts
+from ..envoy.ports import EnvoyPorts
 from ..models import join_address
 from ..request import headers as names
 from ..sim.fleet import Fleet, FleetError

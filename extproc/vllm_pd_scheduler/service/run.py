@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from ..config import SchedulerConfig
 from ..config.listeners import clashes, listeners_of
-from ..envoy.process import EnvoyPorts, EnvoyProcess, render_config
+from ..envoy.configuration import render_config
+from ..envoy.ports import EnvoyPorts
+from ..envoy.process import EnvoyProcess, require_free
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App, StartupError
@@ -90,7 +92,7 @@ async def up(
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the scheduler is reached in clear: use serve, not up")
-    ports.require_free()
+    require_free(ports)
     with contextlib.ExitStack() as stack:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
             try:

@@ -66,7 +66,7 @@ class Strategy:
 
     A strategy of your own overrides :meth:`score`, or :meth:`rank` if it does not compare scores. Name it in
     the configuration by dotted path, ``"my_package.my_module:MyStrategy"``, or by an entry point in the
-    group ``vllm_pd_scheduler.strategies``. It reads requests and endpoints and writes to neither.
+    group ``vllm_pd_scheduler.strategies``. It reads requests and endpoints: to set an attribute is an error.
     """
 
     reads_prefixes: ClassVar[bool] = False
@@ -130,6 +130,7 @@ class Strategy:
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Return the ``count`` best of ``endpoints``, which is never empty, best first.
 
+        A strategy of your own may return fewer, but one at least: ``least_load`` ranks the rest.
         Endpoints with equal scores take turns, so that an idle fleet is used evenly.
         """
         self._turn += 1

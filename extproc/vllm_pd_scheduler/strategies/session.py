@@ -46,8 +46,7 @@ class Session(Strategy):
     def __init__(self, config: StrategySettings) -> None:
         super().__init__(config)
         self._endpoints: Sequence[Endpoint] = ()
-        self._members: frozenset[Endpoint] = frozenset()
-        """Of ``_endpoints``."""
+        """Those for which the ring was last looked at."""
         self._on_ring: set[Endpoint] = set()
         self._points: list[int] = []
         """The ring: sorted."""
@@ -67,7 +66,7 @@ class Session(Strategy):
         bound = self._bound(endpoints)
         chosen: list[Endpoint] = []
         full: list[Endpoint] = []
-        for endpoint in self._walk(_hash(request.session)):
+        for endpoint in self._walk(_hash(request.session), endpoints):
             (chosen if endpoint.requests < bound else full).append(endpoint)
             if len(chosen) == count:
                 break
@@ -97,28 +96,30 @@ class Session(Strategy):
         they are mostly back for the next pick, and to hash 1,000 endpoints takes a tenth of a second. They
         are removed when they are more than half of the ring.
         """
-        self._endpoints, self._members = endpoints, frozenset(endpoints)
-        if new := self._members - self._on_ring:
-            if len(self._on_ring) > 2 * len(self._members):
-                self._on_ring &= self._members
-                self._owners = {p: owner for p, owner in self._owners.items() if owner in self._on_ring}
-                self._points = [point for point in self._points if point in self._owners]
-            self._on_ring |= new
-            added = {point: endpoint for endpoint in new for point in _points(endpoint.id)}
-            self._points += added.keys() - self._owners.keys()
-            self._points.sort()
-            self._owners |= added
+        self._endpoints = endpoints
+        if self._on_ring.issuperset(endpoints):
+            return
+        new = set(endpoints) - self._on_ring
+        if len(self._on_ring) > 2 * len(endpoints):
+            self._on_ring &= set(endpoints)
+            self._owners = {p: owner for p, owner in self._owners.items() if owner in self._on_ring}
+            self._points = [point for point in self._points if point in self._owners]
+        self._on_ring |= new
+        added = {point: endpoint for endpoint in new for point in _points(endpoint.id)}
+        self._points += added.keys() - self._owners.keys()
+        self._points.sort()
+        self._owners |= added
 
-    def _walk(self, point: int) -> Iterator[Endpoint]:
-        """Yield each endpoint that may be chosen once, in the order of the ring from ``point`` on."""
+    def _walk(self, point: int, endpoints: Sequence[Endpoint]) -> Iterator[Endpoint]:
+        """Yield each of ``endpoints`` once, in the order of the ring from ``point`` on."""
         start = bisect.bisect_left(self._points, point)
         seen: set[Endpoint] = set()
         for at in range(start - len(self._points), start):  # an index below 0 counts from the end
             endpoint = self._owners[self._points[at]]
-            if endpoint in self._members and endpoint not in seen:
+            if endpoint not in seen and endpoint in endpoints:
                 yield endpoint
                 seen.add(endpoint)
-                if len(seen) == len(self._members):
+                if len(seen) == len(endpoints):
                     return
 
 

@@ -8,10 +8,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 
+from .pace import Pace
+
 log = logging.getLogger(__name__)
 
-LOG_INTERVAL_S = 60.0
-"""Least time between two log lines with the same labels: such code may fail with each request."""
 _MAX_MESSAGE = 200
 """Characters of an exception that are logged."""
 _OURS = __name__.partition(".")[0]
@@ -28,8 +28,7 @@ class Failures:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._what = what
         self._instead = instead
-        self._clock = clock
-        self._next_line_at: dict[tuple[str, str], float] = {}
+        self._pace = Pace(clock)
 
     def expect(self, first: str, second: str) -> None:
         """Let the count with these labels exist from now on, so that ``rate()`` has a first value."""
@@ -39,10 +38,8 @@ class Failures:
         """Count what ``code`` has raised. Log it, at most once a minute for each pair of labels."""
         labels = first, second
         self.counts[labels] += 1
-        now = self._clock()
-        if now < self._next_line_at.get(labels, now):
+        if not self._pace.due(labels):
             return
-        self._next_line_at[labels] = now + LOG_INTERVAL_S
         log.error(
             "%s: %s. %s (%d so far, logged at most once a minute).",
             self._what % labels,

@@ -16,6 +16,9 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 Each task has its own. Whoever works on other requests for a while puts theirs here, and this one back.
 """
 
+_MAX_ID = 128
+"""Characters of a request's id, which clients choose, that a line has."""
+
 
 class TextLines(logging.Formatter):
     """A line for people, with the request's id at its end."""
@@ -26,7 +29,7 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line, without the traceback that may follow it."""
         line = super().formatMessage(record)
-        about = request_id.get()
+        about = _about()
         return f"{line} [request {about}]" if about else line
 
 
@@ -45,11 +48,15 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if about := request_id.get():
+        if about := _about():
             line["request_id"] = about
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def _about() -> str:
+    return request_id.get()[:_MAX_ID]
 
 
 def formatter(kind: LogFormat) -> logging.Formatter:
