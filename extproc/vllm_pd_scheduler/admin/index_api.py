@@ -9,7 +9,7 @@ from aiohttp import web
 
 from .. import __version__
 from .openapi import document
-from .page import page_answer, wants_page
+from .page import HTML, page_answer, wants_page
 from .route import Route, Shown, json_answer
 
 
@@ -44,6 +44,7 @@ class IndexApi:
             "The requests that can be made; for a browser the dashboard",
             self._index,
             {200: IndexAnswer},
+            also=(HTML,),
         )
         yield Route(
             "GET", "/openapi.json", "This interface as OpenAPI 3.1", self._openapi, {200: "application/json"}

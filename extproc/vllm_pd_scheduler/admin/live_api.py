@@ -92,7 +92,8 @@ def _row(endpoint: Endpoint, source: str, now: float) -> Row:
     """Return an instance without its ages, and without digits that would only make it differ."""
     fields = describe(endpoint, source, now)
     del fields["address_age"], fields["metrics_age_s"]
-    fields["predicted"] = {key: _rounded(value) for key, value in fields["predicted"]}
+    predicted = fields["predicted"].model_dump(exclude_unset=True)
+    fields["predicted"] = {key: _rounded(value) for key, value in predicted.items()}
     return {key: _rounded(value) for key, value in fields.items()}
 
 

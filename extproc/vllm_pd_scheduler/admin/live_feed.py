@@ -99,7 +99,11 @@ class LiveFeed:
         rows = [
             {"id": key, **fresh} for key, row in now.rows.items() if (fresh := _fresh(before.rows[key], row))
         ]
-        found: dict[str, Any] = {"status": msgspec.Raw(now.status), "instances": rows, "metrics_age_s": now.ages}
+        found: dict[str, Any] = {
+            "status": msgspec.Raw(now.status),
+            "instances": rows,
+            "metrics_age_s": now.ages,
+        }
         if now.point is not before.point:
             found["point"] = now.point
         return _encode("changes", found)

@@ -79,7 +79,8 @@ class Chart {
     this.end = this.points.at(-1)?.at ?? Date.now();
     this.top = roundUp(Math.max(this.least, ...values));
     this.svg.setAttribute("viewBox", `0 0 ${this.width} ${HEIGHT}`);
-    this.svg.replaceChildren(...this.axes(), ...lines.flatMap((line, index) => this.line(line, index)), ...this.cursor());
+    const paths = lines.flatMap((line, index) => [...this.line(line, index)]);
+    this.svg.replaceChildren(...this.axes(), ...paths, ...this.cursor());
     this.tell(lines);
   }
 
@@ -89,7 +90,7 @@ class Chart {
       yield s("line", { class: "grid", x1: LEFT, x2: this.width, y1: y, y2: y });
       yield s("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.format(this.top * share));
     }
-    for (const minutes of [15, 10, 5, 0]) {
+    for (const minutes of this.width < 260 ? [15, 0] : [15, 10, 5, 0]) {
       const anchor = { 15: "start", 0: "end" }[minutes] ?? "middle";
       const x = this.x(this.end - minutes * 60000);
       yield s("text", { x, y: HEIGHT - 3, "text-anchor": anchor }, minutes ? `−${minutes} min` : "now");

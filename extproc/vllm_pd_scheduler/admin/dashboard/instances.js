@@ -53,7 +53,7 @@ function cacheCell(instance) {
 
 function predictedCell(instance) {
   const { prefill_left_s: left, decode_step_s: step } = instance.predicted;
-  return left !== undefined ? `${seconds(left)} left` : `${seconds(step)} a token`;
+  return instance.role === "prefill" ? `${seconds(left)} left` : `${seconds(step)} a token`;
 }
 
 /** Rows of one role. */

@@ -43,7 +43,7 @@ async function loadPast() {
     ["/decisions", "decisions", loadDecisions],
     ["/events", "events", loadEvents],
   ];
-  const missing = (id) => byId(id).replaceChildren(h("p", { class: "none muted" }, "Not available: this scheduler does not tell."));
+  const missing = (id) => byId(id).replaceChildren(h("p", { class: "none muted" }, "Not available in this version of the scheduler."));
   await Promise.all(parts.map(([path, id, load]) => (known.has(path) ? load() : missing(id))));
 }
 

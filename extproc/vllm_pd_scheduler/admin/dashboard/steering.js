@@ -54,6 +54,7 @@ const strategies = {
 
   async load() {
     const found = await ask("GET", "/strategy");
+    this.used = {};
     for (const role of ROLES) {
       const select = byId("strategy").elements[role];
       const names = new Set([...found.available, found[`${role}_strategy`]]);
