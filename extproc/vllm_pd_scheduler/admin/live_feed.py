@@ -15,7 +15,7 @@ from ..records.series import Point
 from .event_stream import encode
 
 TICK_S = 1.0
-"""Seconds between two looks: a choice. People see what they have done at once, and it costs hardly any CPU."""
+"""Seconds between two looks: a choice. People soon see what they have done, and it costs hardly any CPU."""
 
 KEPT_TICKS = 16
 """Seconds that a reader may be behind and still be told the changes alone. The streams cut it off before."""
@@ -96,12 +96,10 @@ class LiveFeed:
     def _changed(self, before: Look, now: Look) -> bytes:
         if list(before.rows) != list(now.rows):
             return self._snapshot(now)
-        rows = [
-            {"id": key, **fresh} for key, row in now.rows.items() if (fresh := _fresh(before.rows[key], row))
-        ]
+        changed = [_fresh(before.rows[key], row) for key, row in now.rows.items() if row != before.rows[key]]
         found: dict[str, Any] = {
             "status": msgspec.Raw(now.status),
-            "instances": rows,
+            "instances": changed,
             "metrics_age_s": now.ages,
         }
         if now.point is not before.point:
@@ -126,7 +124,8 @@ class LiveFeed:
 
 
 def _fresh(before: Row, now: Row) -> Row:
-    return {key: value for key, value in now.items() if before[key] != value}
+    """Return the fields that are others than before, and the id."""
+    return {key: value for key, value in now.items() if key == "id" or before.get(key) != value}
 
 
 def _encode(name: str, data: object) -> bytes:
