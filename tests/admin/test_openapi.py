@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,6 +122,13 @@ async def test_it_is_served() -> None:
     schemathesis.openapi.from_dict(found).validate()
     named = {(method.upper(), path) for path, of_path in found["paths"].items() for method in of_path}
     assert named == {(route.method, route.path) for route in ROUTES}
+
+
+def test_an_answer_in_another_form() -> None:
+    index = next(route for route in ROUTES if route.path == "/")
+    described = document([replace(index, also=("text/html",))])["paths"]["/"]["get"]["responses"]
+    assert set(described["200"]["content"]) == {"application/json", "text/html"}
+    assert set(described["400"]["content"]) == {"application/json"}
 
 
 async def test_the_index_lists_the_same() -> None:

@@ -84,12 +84,12 @@ def _operation(route: Route, names: _Names) -> dict[str, Any]:
     error = {"application/json": {"schema": names[ErrorAnswer, "serialization"]}}
     answers: dict[str, Any] = {}
     for status, answer in route.answers.items():
-        answers[str(status)] = {"description": _STATUS[status]}
+        content: dict[str, Any] = {media: {} for media in route.also} if status == 200 else {}
         if isinstance(answer, str):
-            answers[str(status)]["content"] = {answer: {}}
+            content[answer] = {}
         elif answer is not None:
-            schema = names[answer, "serialization"]
-            answers[str(status)]["content"] = {"application/json": {"schema": schema}}
+            content["application/json"] = {"schema": names[answer, "serialization"]}
+        answers[str(status)] = {"description": _STATUS[status], **({"content": content} if content else {})}
     for status in sorted(refusals):
         answers[str(status)] = {"description": _STATUS[status], "content": error}
     operation: dict[str, Any] = {

@@ -77,6 +77,8 @@ class Route:
     """What is answered when all goes well, by status."""
     refusals: tuple[int, ...] = ()
     """Further statuses with an :class:`ErrorAnswer`, beside those that each request may get."""
+    also: tuple[str, ...] = ()
+    """Media types that a 200 has in place of that if the client's ``Accept`` prefers one."""
     open: bool = False
     """Whether anybody may ask, without a token and by any host."""
 
