@@ -192,7 +192,7 @@ async def test_instances_that_go_leave_nobody_waiting(stacks: Open) -> None:
             await load.client.until_in_flight(1)
             waits = load.ask("waits")
             await load.until_waiting(1)
-            assert (await load.client.admin("POST", "/instances/prefill-0/drain"))[0] == 202
+            assert (await load.client.admin("POST", "/instances/prefill-0/drain?force=true"))[0] == 202
             answer = await waits
             assert answer.status == 200
             assert "x-pd-prefill" not in answer.headers

@@ -84,9 +84,10 @@ class Pair:
 
 async def steer(stack: Stack, name: str, action: str) -> None:
     """Have the scheduler do something with an instance: drain, undrain."""
+    force = {"force": "true"} if action == "drain" else {}
     async with (
         aiohttp.ClientSession() as session,
-        session.post(f"{stack.admin}/instances/{name}/{action}") as answer,
+        session.post(f"{stack.admin}/instances/{name}/{action}", params=force) as answer,
     ):
         assert answer.status < 300, await answer.text()
 

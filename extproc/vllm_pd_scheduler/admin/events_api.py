@@ -63,9 +63,10 @@ class EventsApi:
         yield Route(
             "GET",
             "/events",
-            "What has happened lately; with Accept: text/event-stream a stream of it",
+            "What has happened lately",
             self._get,
             {200: EventsAnswer},
+            also=(MEDIA_TYPE,),
         )
 
     async def _get(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:

@@ -35,7 +35,7 @@ def top(
     with connected(url, token_file, ca_file) as client:
         out = console()
         first = _look(client)
-        if not out.is_terminal:
+        if not out.is_terminal or out.is_dumb_terminal:
             show(*_parts(first, None))
             return
         with suppress(KeyboardInterrupt), _keys() as pressed:

@@ -53,11 +53,6 @@ class Breaker:
     _results: deque[bool] = field(default_factory=deque)
 
     @property
-    def failures(self) -> int:
-        """Requests that failed in a row."""
-        return self._streak
-
-    @property
     def state(self) -> BreakerState:
         """Whether requests go there."""
         return self._state
@@ -66,6 +61,11 @@ class Breaker:
     def not_before(self) -> float:
         """When the next state may follow OPEN, in the caller's time."""
         return self._not_before
+
+    @property
+    def failures(self) -> int:
+        """Requests that failed in a row."""
+        return self._streak
 
     def succeeded(self) -> bool:
         """Record a request that went well; return whether the state changed.

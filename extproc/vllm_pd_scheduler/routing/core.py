@@ -220,11 +220,9 @@ class RoutingCore:
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream, forward.served = context.stream, served
-        forward.losses, forward.request_id = (
-            self.in_flight.lost.spent(context.fingerprint),
-            context.request_id,
-        )
+        forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
+        forward.request_id = context.request_id
+        forward.served = served
         return forward
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
