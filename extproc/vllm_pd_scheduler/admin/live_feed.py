@@ -60,7 +60,7 @@ class LiveFeed:
         if not self._listeners:
             self._look, self._event = self._look_at_fleet(), self._events.newest
             self._ticks.clear()
-            self._ticking = asyncio.create_task(self._tick())
+            self._ticking = asyncio.create_task(self._run())
         self._listeners.append(listener)
         return lambda: self._unsubscribe(listener)
 
@@ -84,14 +84,18 @@ class LiveFeed:
 
         return read
 
-    async def _tick(self) -> None:
+    async def _run(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            before, self._look = self._look, self._look_at_fleet()
-            self._number += 1
-            self._ticks.append(b"".join((self._changed(before, self._look), *self._happened())))
-            for listener in tuple(self._listeners):
-                listener()
+            self.tick()
+
+    def tick(self) -> None:
+        """Look at the fleet, and tell the listeners."""
+        before, self._look = self._look, self._look_at_fleet()
+        self._number += 1
+        self._ticks.append(b"".join((self._changed(before, self._look), *self._happened())))
+        for listener in tuple(self._listeners):
+            listener()
 
     def _changed(self, before: Look, now: Look) -> bytes:
         if list(before.rows) != list(now.rows):

@@ -29,9 +29,9 @@ const charts = [
   new Chart({ title: "Time per output token", note: "p50", lines: percentiles("tpot_s"), format: seconds, least: 0.001 }),
   new Chart({ title: "Errors", kind: "errors", lines: errorLines, format: perSecond }),
   new Chart({
-    title: "Waiting in the queue",
+    title: "Queue",
     lines: () => [
-      { name: "queue", value: (point) => point.queue },
+      { name: "waiting here", value: (point) => point.queue },
       { name: "on prefill", value: (point) => point.in_flight.prefill ?? 0 },
       { name: "on decode", value: (point) => point.in_flight.decode ?? 0 },
     ],
@@ -39,7 +39,7 @@ const charts = [
     least: 4,
   }),
   new Chart({
-    title: "Prompt tokens found in cache",
+    title: "Prefix hits", note: "of prompt tokens",
     lines: () => [{ name: "share", value: (point) => point.prefix_hit_share }],
     format: percent,
   }),

@@ -154,6 +154,7 @@ class InstanceRow {
     const verb = instance.state === "draining" ? "Undrain" : "Drain";
     say(this.drain, verb);
     this.drain.setAttribute("aria-label", `${verb} ${instance.id}`);
+    this.element.dataset.tone = tone(instance);
     this.element.classList.toggle("old", isOld(instance));
   }
 
