@@ -16,6 +16,7 @@ from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
 from .health import StateLog
 from .models import By, InstanceRole, PDInstance
+from .records.decisions import Decisions
 from .records.events import Events
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
@@ -52,9 +53,10 @@ class PDRouter:
         self.registry = Registry(_health_policy(config))
         for instance in config.instances():
             self.registry.add(instance)
-        self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry()
         self.events = events or Events(time.time)
+        took = self.telemetry.picked
+        self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
         self.connector = ConnectorFence(connector or NixlConnector())
         self.dispatcher = Dispatcher(self.scheduler, self.events)
@@ -62,8 +64,16 @@ class PDRouter:
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
+        self.decisions = Decisions(clock, time.time)
         self._core = RoutingCore(
-            config, self.scheduler, admission, self.connector, self.telemetry, clock, later
+            config,
+            self.scheduler,
+            admission,
+            self.connector,
+            self.telemetry,
+            self.decisions,
+            clock,
+            later,
         )
         self.prefill_leg = prefill_leg
         self._later = later
@@ -128,14 +138,14 @@ class PDRouter:
         """
         return self._core.route(headers, body)
 
-    def no_memory(self, size: int) -> Reject:
+    def no_memory(self, size: int, headers: Mapping[str, str]) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes has no room in :attr:`body_memory`."""
         largest = self.body_memory.largest
         if size > largest:
             answer = reject(413, f"The request body is larger than {largest} bytes.", "too_large")
         else:
             answer = reject(429, "The scheduler holds too many requests.", "memory")
-        self.telemetry.rejected(answer.status, answer.reason)
+        self._core.refused(headers, answer)
         return answer
 
     # -- without Envoy

@@ -12,6 +12,7 @@ from aiohttp import web
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
 from .changes import AdminChanges, LastRoutable, NotKept
+from .decisions_api import DecisionsApi
 from .event_stream import Streams
 from .events_api import EventsApi
 from .index_api import IndexApi
@@ -65,6 +66,7 @@ class AdminServer:
             ProbesApi(router, is_ready),
             process,
             StrategyApi(router, changes),
+            DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
             self._live,

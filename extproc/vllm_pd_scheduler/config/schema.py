@@ -283,6 +283,10 @@ class SchedulerConfig(_Model):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: TlsConfig | None = None
     """TLS for the admin interface."""
+    explain_header: bool = True
+    """Whether a client that sends `x-pd-explain: 1` is told
+    [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
+    `x-pd-decision` of the answer. It has ids of instances and their scores."""
     log_format: LogFormat = "text"
     """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
     state_file: Annotated[str, Field(pattern=_PATH)] | None = None

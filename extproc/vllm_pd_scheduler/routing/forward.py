@@ -10,6 +10,7 @@ from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
+from ..records.decision import Decision
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
@@ -55,6 +56,10 @@ class Forward:
     """Attempts at D that have been reported as failed."""
     held_up: bool = False
     """Whether its newest attempt has timed out at a D that does no worse than the others."""
+    decision: Decision = field(default_factory=Decision)
+    """Where it is noted what becomes of it."""
+    explanation: str = ""
+    """What the answer says of the decision; empty: the client has not asked."""
     request_id: str = ""
     """Its ``X-Request-Id``."""
     ended_by_envoy: bool = False
@@ -99,6 +104,8 @@ class Forward:
             found[names.PREFILL] = self.pending.prefill.id
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
+        if self.explanation:
+            found[names.DECISION] = self.explanation
         if self.stream:
             found[names.STREAM] = "true"
         if refusals := self.retried_refusals:

@@ -15,6 +15,7 @@ from ..fleet.registry import Registry
 from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
+from ..records.decision import Decision
 from ..telemetry import Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
@@ -30,6 +31,7 @@ from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
+from .result import Result
 
 SETTLE_S = 0.25
 """How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
@@ -100,9 +102,10 @@ class RequestsInFlight:
         body: bytes | None,
         first_byte_timeout: float | None,
         remove_headers: list[str],
+        decision: Decision,
     ) -> Forward:
         """Return a forward to the first of ``decode``, on which the reservation is; see :class:`Forward`."""
-        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body)
+        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body, decision=decision)
         forward.first_byte_timeout = first_byte_timeout
         forward.remove_headers = remove_headers
         forward.on_release = self._released
@@ -135,6 +138,7 @@ class RequestsInFlight:
                 self._left.add(attempt.request_id, self._clock())
             return
         forward.failed_attempts += 1
+        forward.decision.decode_failed(endpoint.id if endpoint else attempt.address, attempt.failure)
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
             endpoint is not None and self._registry.stands_out(endpoint)
         )
@@ -152,6 +156,22 @@ class RequestsInFlight:
             elif attempt.failure is Failure.LEFT:
                 # A D that has not begun with the request drops it, and the hand-off without a word to P.
                 self._later(LEFT_S, partial(self._free, forward))
+
+    def told(self, result: Result) -> None:
+        """Note how a request has ended, and how long it took. Nothing is decided by that."""
+        forward = self._running.get(result.request) or self._ended.get(result.request)
+        if forward is None or forward.decision.ending is not None:
+            return
+        ending, ttft = result.ending, result.ttft
+        endpoint = self._registry.at(InstanceRole.DECODE, result.address)
+        answered_by = endpoint.id if endpoint is not None else result.address or None
+        forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
+        if not 200 <= result.status < 300:
+            ttft = None  # an error's first byte is no token
+        self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        prefill = None if forward.failed_attempts else forward.prefill
+        if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
+            self._telemetry.handed_off(prefill.id, endpoint.id, ttft - result.sent)
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()

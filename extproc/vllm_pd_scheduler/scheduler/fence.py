@@ -6,7 +6,8 @@ or the updates to Envoy: a default answers in its place, and the failure is coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -18,6 +19,11 @@ from .candidates import Offer
 
 T = TypeVar("T")
 
+_KEPT = (float, int, tuple)
+"""Types of scores that are kept with a decision."""
+_MAX_TERMS = 16
+"""Of one endpoint, that are kept."""
+
 
 class StrategyFence:
     """A strategy whose calls raise no :exc:`Exception`: ``failed`` is told, and a default is returned.
@@ -27,6 +33,7 @@ class StrategyFence:
 
     def __init__(self, strategy: Strategy, failed: Callable[[Exception], None]) -> None:
         self.strategy = strategy
+        self._has_terms = type(strategy).terms is not Strategy.terms
         self._failed = failed
 
     def seed(self, seed: int) -> None:
@@ -50,6 +57,7 @@ class StrategyFence:
         return self._ask(lambda: self._rank(offer, request, count), None)
 
     def _rank(self, offer: Offer, request: RequestContext, count: int) -> list[Endpoint]:
+        self.strategy.last_scores = None
         most = count + len(offer.exclude)
         chosen = list(islice(self.strategy.rank(offer.endpoints, request, most), most + 1))
         if not chosen:
@@ -63,6 +71,42 @@ class StrategyFence:
         if len(set(chosen)) < len(chosen):
             raise ValueError("rank() returned an endpoint twice")
         return [e for e in chosen if e not in offer.exclude][:count] if offer.exclude else chosen
+
+    def compared(
+        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], count: int
+    ) -> tuple[list[Any] | None, Sequence[Endpoint]]:
+        """Return the scores that the newest ranking has compared, and the ``count`` best of ``offered``.
+
+        The scores are ``None`` if they are not kept: because there are none, or of a kind that may be of
+        any size. Then the best are no more than were ranked.
+        """
+        none: tuple[list[Any] | None, Sequence[Endpoint]] = (None, ranked[:count])
+        return self._ask(lambda: self._compared(offered, ranked, count), none)
+
+    def _compared(
+        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], count: int
+    ) -> tuple[list[Any] | None, Sequence[Endpoint]]:
+        scores: Any = self.strategy.last_scores
+        if type(scores) is not list or len(scores) != len(offered) or type(scores[0]) not in _KEPT:
+            return None, ranked[:count]
+        if len(ranked) >= count:
+            return scores, ranked[:count]
+        best, left = [ranked[0]], scores.copy()
+        last = (math.inf,) if type(scores[0]) is tuple else math.inf
+        left[offered.index(ranked[0])] = last
+        while len(best) < min(count, len(left)):  # passes in C: a sort would take three times as long
+            at = left.index(min(left))
+            best.append(offered[at])
+            left[at] = last
+        return scores, best
+
+    def terms(
+        self, endpoints: Sequence[Endpoint], request: RequestContext
+    ) -> list[tuple[Endpoint, dict[str, float]]]:
+        """See :meth:`Strategy.terms`, for several endpoints; nothing if it fails."""
+        if not self._has_terms:
+            return []
+        return self._ask(lambda: [(e, _few(self.strategy.terms(e, request))) for e in endpoints], [])
 
     def order(self, request: RequestContext, cost: float) -> float:
         """See :meth:`Strategy.order`; the base class's if it fails, or is no number."""
@@ -89,6 +133,13 @@ class StrategyFence:
         except Exception as error:  # someone else's code, which may raise anything
             self._failed(error)
             return default
+
+
+def _few(terms: dict[str, float]) -> dict[str, float]:
+    """Return terms that may be kept: a copy of not too many."""
+    if len(terms) > _MAX_TERMS:
+        raise ValueError(f"terms() returned {len(terms)}: at most {_MAX_TERMS} are kept")
+    return dict(terms)
 
 
 def _number(order: float) -> float:

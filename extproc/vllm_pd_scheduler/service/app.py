@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
 from ..config import SchedulerConfig, is_loopback
-from ..envoy.access_log import AttemptLog
+from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
@@ -122,10 +122,10 @@ class App:
 
     async def _start_grpc(self) -> None:
         config = self.config
-        attempts = AttemptLog(self.router.in_flight.attempt_failed)
+        access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
         retries = RetryCheck(self.router.in_flight.may_try_again)
         discovery = EndpointDiscovery(self.router.registry)
-        services = (self.ext_proc, discovery, attempts, retries, HealthService())
+        services = (self.ext_proc, discovery, access_log, retries, HealthService())
         server = Server({path: method for each in services for path, method in each.methods().items()})
         try:
             if config.grpc_socket is not None:

@@ -63,7 +63,7 @@ class Exchange:
         size = min(size, self._router.body_memory.largest)
         if size - UNANNOUNCED_BYTES <= self._hold.size or self._hold.resize(size):
             return True
-        self._answer(self._stream.refused(self._router.no_memory(size)))
+        self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         return False
 
     def message(self, data: bytes | bytearray) -> None:
@@ -112,7 +112,7 @@ class Exchange:
         """Answer a message, or have its request routed."""
         action, size = self._stream.receive(message), message.body_size
         if size and not self._hold.resize(size):
-            self._answer(self._stream.refused(self._router.no_memory(size)))
+            self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         elif isinstance(action, Route):
             self._task = asyncio.get_running_loop().create_task(self._route(action))
         else:
