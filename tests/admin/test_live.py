@@ -17,7 +17,10 @@ from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.admin import live_feed
 from vllm_pd_scheduler.admin.live_feed import KEPT_TICKS, LiveFeed, Look
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.records.decision import Decision
+from vllm_pd_scheduler.records.decisions import Decisions
 from vllm_pd_scheduler.records.events import EventKind, Events
+from vllm_pd_scheduler.telemetry import Ending, Served
 
 
 @pytest_asyncio.fixture
@@ -98,6 +101,18 @@ class TestStream:
         admin.router.events.add(EventKind.STRATEGY, "after", by="test")
         assert [each["text"] for each in await reader.until("events")] == ["after"]
 
+    async def test_has_decisions_and_tells_their_end(self, admin: Admin) -> None:
+        admin.router.decisions.add(Decision(request_id="before"))
+        reader = await Reader.open(admin)
+        await reader.next()
+        decision = Decision(request_id="after", served=Served.SPLIT)
+        admin.router.decisions.add(decision)
+        (found,) = await reader.until("decisions")
+        assert (found["number"], found["request_id"], found["outcome"]) == (2, "after", None)
+        decision.ended(Ending.OK, 200, 0.1, 0.5, "d0")
+        (found,) = await reader.until("decisions")
+        assert (found["number"], found["outcome"], found["ttft_s"]) == (2, "ok", 0.1)
+
     async def test_has_no_secret(self, admin: Admin) -> None:
         _, data = await (await Reader.open(admin)).next()
         assert "sk-secret" not in json.dumps(data)
@@ -140,7 +155,7 @@ class TestFeed:
         def look() -> Look:
             return Look(b"{}", {"a": {"id": "a", "n": next(numbers)}, "b": {"id": "b"}}, (None, 0.1), None)
 
-        feed = LiveFeed(look, Events(lambda: 0.0))
+        feed = LiveFeed(look, Events(lambda: 0.0), Decisions(lambda: 0.0, lambda: 0.0))
         feed.subscribe(lambda: None)
         return feed
 

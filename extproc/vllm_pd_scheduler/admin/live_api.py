@@ -48,7 +48,7 @@ class LiveApi:
         self._status = status
         self._source = source
         self._series = Series()
-        self._feed = LiveFeed(self._look, router.events)
+        self._feed = LiveFeed(self._look, router.events, router.decisions)
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -115,4 +115,7 @@ def reading(router: PDRouter) -> Reading:
             for each in roles[InstanceRole.DECODE]
             if each.latency is not None
         ],
+        ttft=[(float(bound), count) for bound, count in totals.ttft.buckets],
+        prompt_tokens=totals.prompt_tokens,
+        cached_tokens=totals.cached_tokens,
     )

@@ -10,6 +10,9 @@ from typing import Any
 
 import msgspec
 
+from ..models import InstanceRole
+from ..records.decision import Decision
+from ..records.decisions import Decisions
 from ..records.events import Events
 from ..records.series import Point
 from .event_stream import encode
@@ -19,6 +22,12 @@ TICK_S = 1.0
 
 KEPT_TICKS = 16
 """Seconds that a reader may be behind and still be told the changes alone. The streams cut it off before."""
+
+MAX_DECISIONS = 10
+"""Decisions that are sent a second: the newest. Nobody reads more, and each costs as much as a pick."""
+
+MAX_RUNNING = 30
+"""Decisions of whose requests the end is told when it comes: as many as a page shows."""
 
 Row = Mapping[str, Any]
 """An instance, as far as it is the same until something happens."""
@@ -45,21 +54,26 @@ class LiveFeed:
     others than a second before. When instances came or went, all get a snapshot again.
     """
 
-    def __init__(self, look: Callable[[], Look], events: Events) -> None:
+    def __init__(self, look: Callable[[], Look], events: Events, decisions: Decisions) -> None:
         self._look_at_fleet = look
         self._events = events
+        self._decisions = decisions
         self._listeners: list[Callable[[], None]] = []
         self._ticking: asyncio.Task[None] | None = None
         self._look = Look(b"{}", {}, (), None)
         self._ticks: deque[bytes] = deque(maxlen=KEPT_TICKS)
         self._number = 0
-        self._event = 0
+        self._event = self._decision = 0
+        """Numbers of the last that were sent."""
+        self._running: list[Decision] = []
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener`` after each look; return what ends that. Without listeners nobody looks."""
         if not self._listeners:
-            self._look, self._event = self._look_at_fleet(), self._events.newest
+            self._look = self._look_at_fleet()
+            self._event, self._decision = self._events.newest, self._decisions.newest
             self._ticks.clear()
+            self._running.clear()
             self._ticking = asyncio.create_task(self._run())
         self._listeners.append(listener)
         return lambda: self._unsubscribe(listener)
@@ -93,7 +107,7 @@ class LiveFeed:
         """Look at the fleet, and tell the listeners."""
         before, self._look = self._look, self._look_at_fleet()
         self._number += 1
-        self._ticks.append(b"".join((self._changed(before, self._look), *self._happened())))
+        self._ticks.append(b"".join((self._changed(before, self._look), *self._happened(), *self._decided())))
         for listener in tuple(self._listeners):
             listener()
 
@@ -125,6 +139,27 @@ class LiveFeed:
         if events := self._events.after(self._event):
             self._event = events[-1].number
             yield _encode("events", [event.as_json() for event in events])
+
+    def _decided(self) -> Iterator[bytes]:
+        fresh = self._decisions.after(self._decision)[-MAX_DECISIONS:]
+        self._decision = self._decisions.newest
+        over = [each for each in self._running if _is_over(each)]
+        running = [each for each in (*self._running, *fresh) if not _is_over(each)]
+        self._running = running[-MAX_RUNNING:]
+        if over or fresh:
+            yield _encode("decisions", [_brief(self._decisions.as_json(each)) for each in (*over, *fresh)])
+
+
+def _is_over(decision: Decision) -> bool:
+    return decision.ending is not None or decision.reason is not None
+
+
+def _brief(decision: dict[str, Any]) -> dict[str, Any]:
+    """Return a decision without what a list of them does not show."""
+    for role in InstanceRole:
+        if (choice := decision[role]) is not None:
+            del choice["candidates"], choice["left_out"]
+    return decision
 
 
 def _fresh(before: Row, now: Row) -> Row:

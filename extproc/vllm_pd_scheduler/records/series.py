@@ -34,9 +34,9 @@ class Reading:
     """Seconds per output token of each D, and how many requests run there."""
     ttft: Buckets = ()
     """Seconds to the first token."""
-    prompt_tokens: float | None = None
-    """Tokens of prompts; ``None``: not counted."""
-    cached_tokens: float | None = None
+    prompt_tokens: float = 0.0
+    """Tokens of prompts."""
+    cached_tokens: float = 0.0
     """Those of them that P had cached."""
 
 
@@ -107,12 +107,8 @@ def _point(before: Reading, now: Reading, seconds: float, time: datetime) -> Poi
 
 
 def _share(before: Reading, now: Reading) -> float | None:
-    if now.prompt_tokens is None or now.cached_tokens is None:
-        return None
-    tokens = now.prompt_tokens - (before.prompt_tokens or 0.0)
-    if tokens <= 0:
-        return None
-    return _rounded(min(1.0, (now.cached_tokens - (before.cached_tokens or 0.0)) / tokens))
+    tokens = now.prompt_tokens - before.prompt_tokens
+    return _rounded((now.cached_tokens - before.cached_tokens) / tokens) if tokens > 0 else None
 
 
 def _since(before: Buckets, now: Buckets) -> Buckets:

@@ -22,6 +22,8 @@ _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 
 _ANSWER_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets of what a client waits for: from an answer of one token up to one of many thousands."""
+_FINE_SECONDS = tuple(0.001 * 1.1**step for step in range(140))
+"""Bounds between which percentiles are right within a few percent, up to ten minutes."""
 _PICK_SECONDS = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025)
 """Buckets of a pick: from one among a few instances up to a strategy that holds up all requests."""
 
@@ -60,6 +62,9 @@ class Ending(StrEnum):
     """The answer had begun, and broke off."""
 
 
+_ERRORS = frozenset({Ending.CLIENT_ERROR, Ending.ERROR, Ending.CUT})
+
+
 class QueueOutcome(StrEnum):
     """How a request left the queue: the label ``outcome`` of ``pd_scheduler_queue_wait_seconds``."""
 
@@ -77,7 +82,13 @@ class Totals:
     requests: int = 0
     """Requests sent to a decode instance or answered with an error."""
     errors: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """Answers that clients take for errors, by reason; ``cut`` is a stream that a client lost."""
+    """Errors that clients got: reasons of the scheduler's own, and how D's answers ended."""
+    ttft: Series = field(default_factory=lambda: Series(_FINE_SECONDS))
+    """Time to first token."""
+    prompt_tokens: float = 0.0
+    """Tokens of the prompts of which P has said how many it had cached."""
+    cached_tokens: float = 0.0
+    """Those that it had."""
 
 
 class Telemetry:
@@ -268,9 +279,12 @@ class Telemetry:
     def ended(self, served: Served, ending: Ending, ttft: float | None, duration: float) -> None:
         """Count a request that was sent to decode and has ended, with its times in seconds."""
         self._responses[ending].inc()
+        if ending in _ERRORS:
+            self.totals.errors[ending.value] += 1
         self._request_seconds[served].observe(duration)
         if ttft is not None:
             self._time_to_first_token[served].observe(ttft)
+            self.totals.ttft.observe(ttft)
 
     def handed_off(self, prefill: str, decode: str, seconds: float) -> None:
         """Record how long it took from D's having a hand-off to its first byte."""
@@ -285,6 +299,8 @@ class Telemetry:
         self._cached["predicted"].inc(predicted)
         if actual is not None:
             self._cached["actual"].inc(actual)
+            self.totals.prompt_tokens += tokens
+            self.totals.cached_tokens += actual
 
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""
@@ -308,8 +324,6 @@ class Telemetry:
     def attempt_failed(self, instance: str, failure: str) -> None:
         """Count an attempt at a decode instance that failed; ``failure`` as in ``docs/metrics.md``."""
         self._attempts.labels(instance, failure).inc()
-        if failure == "cut":
-            self.totals.errors[failure] += 1
 
     def handoff_released(self, prefill: str) -> None:
         """Count an unused hand-off whose blocks were freed on P."""

@@ -95,10 +95,13 @@ function* leg(role, found) {
   if (!found) return;
   const took = found.took_s === undefined || found.took_s === null ? "" : `, took ${seconds(found.took_s)}`;
   const predicted = found.predicted_s === undefined || found.predicted_s === null ? "" : `; predicted ${seconds(found.predicted_s)}${took}`;
-  yield h("h3", {}, `${role === "prefill" ? "Prefill" : "Decode"} by ${found.strategy ?? "no strategy"}${predicted}`);
+  const by = found.by && found.by !== "strategy" ? found.by.replace("_", " ") : found.strategy;
+  const picked = found.picked ? `${found.picked}, chosen by ${by}` : "nobody";
+  yield h("h3", {}, `${role === "prefill" ? "Prefill" : "Decode"}: ${picked}${predicted}`);
   const terms = [...new Set((found.candidates ?? []).flatMap((each) => Object.keys(each.terms ?? {})))];
   if (found.candidates?.length) {
-    const score = (value) => (value === null || value === undefined ? NONE : Number(value.toPrecision(3)).toString());
+    const one = (value) => (value === null || value === undefined ? NONE : Number(value.toPrecision(3)).toString());
+    const score = (value) => (Array.isArray(value) ? value.map(one).join(", ") : one(value));
     const head = ["Candidate", "Score", ...terms].map((text, index) => h("th", { scope: "col", class: index ? "number" : null }, text));
     const body = found.candidates.map((each) =>
       h(
@@ -110,10 +113,12 @@ function* leg(role, found) {
     );
     yield h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...body)));
   }
+  if (found.of > (found.candidates?.length ?? 0)) yield h("p", { class: "muted" }, `The best ${found.candidates.length} of ${found.of}.`);
   for (const [why, ids] of Object.entries(found.left_out ?? {})) {
     if (ids.length) yield h("p", {}, h("span", { class: "muted" }, `Left out, ${why}: `), ids.join(", "));
   }
   const tries = (found.attempts ?? []).map((each) => `${each.instance} ${each.outcome}`);
+  if (found.then?.length) yield h("p", {}, h("span", { class: "muted" }, "If that had failed: "), found.then.join(", then "));
   if (tries.length) yield h("p", {}, h("span", { class: "muted" }, "Attempts: "), tries.join(", then "));
 }
 

@@ -2,7 +2,7 @@
 "use strict";
 
 const MOST_NAMED = 5;
-const CLIENTS_OWN = new Set(["bad_body", "bad_header", "not_public", "too_large"]); // reasons that are a client's mistake
+const CLIENTS_OWN = new Set(["client_error", "bad_body", "bad_header", "not_public", "too_large"]); // reasons that are a client's mistake
 const WORDS = { bad: "Problem", warn: "Notice", ok: "All well" };
 
 /** Return [tone, text] of each thing that an operator should know. */
