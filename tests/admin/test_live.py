@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -149,43 +148,49 @@ def changed_by(admin: Admin) -> LiveFeed:
 class TestFeed:
     """The feed alone: what readers of one process share."""
 
-    async def feed(self) -> LiveFeed:
-        numbers = itertools.count()
-
-        def look() -> Look:
-            return Look(b"{}", {"a": {"id": "a", "n": next(numbers)}, "b": {"id": "b"}}, (None, 0.1), None)
-
-        feed = LiveFeed(look, Events(lambda: 0.0), Decisions(lambda: 0.0, lambda: 0.0))
-        feed.subscribe(lambda: None)
+    def feed(self) -> LiveFeed:
+        feed = LiveFeed(mock.AsyncMock(), Events(lambda: 0.0), Decisions(lambda: 0.0, lambda: 0.0))
+        feed.tick(look(0))
         return feed
 
-    async def test_all_are_sent_the_same(self) -> None:
-        feed = await self.feed()
+    def test_nothing_is_sent_before_the_first_look(self) -> None:
+        feed = LiveFeed(mock.AsyncMock(), Events(lambda: 0.0), Decisions(lambda: 0.0, lambda: 0.0))
+        read = feed.reader()
+        assert read() == b""
+        feed.tick(look(0))
+        assert read().startswith(b"event: snapshot")
+
+    def test_all_are_sent_the_same(self) -> None:
+        feed = self.feed()
         readers = [feed.reader(), feed.reader()]
         assert len({read() for read in readers}) == 1
-        feed.tick()
+        feed.tick(look(1))
         (found,) = {read() for read in readers}
         assert b'"instances":[{"id":"a","n":1}]' in found, "of b nothing has changed"
 
-    async def test_one_that_is_behind_is_sent_all_that_it_has_missed(self) -> None:
-        feed = await self.feed()
+    def test_one_that_is_behind_is_sent_all_that_it_has_missed(self) -> None:
+        feed = self.feed()
         read = feed.reader()
         read()
-        for _ in range(KEPT_TICKS):
-            feed.tick()
+        for number in range(1, KEPT_TICKS + 1):
+            feed.tick(look(number))
         found = read()
         assert [b'"n":%d}' % number in found for number in range(1, KEPT_TICKS + 1)] == [True] * KEPT_TICKS
         assert b"snapshot" not in found
         assert read() == b""
 
-    async def test_one_that_is_far_behind_begins_anew(self) -> None:
-        feed = await self.feed()
+    def test_one_that_is_far_behind_begins_anew(self) -> None:
+        feed = self.feed()
         read = feed.reader()
         read()
-        for _ in range(KEPT_TICKS + 1):
-            feed.tick()
+        for number in range(KEPT_TICKS + 1):
+            feed.tick(look(number))
         assert read().startswith(b"event: snapshot")
         assert read() == b""
+
+
+def look(number: int) -> Look:
+    return Look(b"{}", {"a": {"id": "a", "n": number}, "b": {"id": "b"}}, (None, 0.1), None)
 
 
 class TestHistory:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from aiohttp import web
 
@@ -19,6 +18,9 @@ from .instances_api import describe
 from .live_feed import LiveFeed, Look, Row
 from .process_api import StatusAnswer
 from .route import Route, Shown, json_answer
+
+_ROWS_A_TURN = 50
+"""Instances that are looked at in one turn of the event loop: less than a millisecond."""
 
 
 class HistoryAnswer(Shown):
@@ -55,7 +57,7 @@ class LiveApi:
         yield Route("GET", "/history", "The last 15 minutes in points", self._history, {200: HistoryAnswer})
         yield Route("GET", "/live", "A stream of what changes", self._live, {200: MEDIA_TYPE})
 
-    async def sample(self, _: web.Application) -> Any:
+    async def sample(self, _: web.Application) -> AsyncIterator[None]:
         """Take a reading now and then while an application runs."""
 
         async def run() -> None:
@@ -77,28 +79,28 @@ class LiveApi:
             return web.Response(content_type=MEDIA_TYPE)
         return await self._streams.serve(request, self._feed.subscribe, self._feed.reader())
 
-    def _look(self) -> Look:
-        now = time.monotonic()
-        endpoints = self._router.registry.endpoints()
-        return Look(
-            status=self._status().model_dump_json().encode(),
-            rows={endpoint.id: _row(endpoint, self._source(endpoint.id), now) for endpoint in endpoints},
-            ages=[None if each.scraped_at is None else round(now - each.scraped_at, 1) for each in endpoints],
-            point=self._series.newest,
-        )
+    async def _look(self) -> Look:
+        """Look at the fleet, in turns with the requests."""
+        rows: dict[str, Row] = {}
+        ages = []
+        for at, endpoint in enumerate(self._router.registry.endpoints()):
+            if at % _ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
+                now = time.monotonic()
+            rows[endpoint.id] = _row(endpoint, self._source(endpoint.id), now)
+            ages.append(None if endpoint.scraped_at is None else round(now - endpoint.scraped_at, 1))
+        return Look(self._status().model_dump_json().encode(), rows, ages, self._series.newest)
 
 
 def _row(endpoint: Endpoint, source: str, now: float) -> Row:
     """Return an instance without its ages, and without digits that would only make it differ."""
     fields = describe(endpoint, source, now)
     del fields["address_age"], fields["metrics_age_s"]
-    predicted = fields["predicted"].model_dump(exclude_unset=True)
-    fields["predicted"] = {key: _rounded(value) for key, value in predicted.items()}
-    return {key: _rounded(value) for key, value in fields.items()}
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+    for values in (fields, fields["predicted"]):
+        for key, value in values.items():
+            if type(value) is float:
+                values[key] = round(value, 4)
+    return fields
 
 
 def reading(router: PDRouter) -> Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,13 @@ class LiveFeed:
     others than a second before. When instances came or went, all get a snapshot again.
     """
 
-    def __init__(self, look: Callable[[], Look], events: Events, decisions: Decisions) -> None:
+    def __init__(self, look: Callable[[], Awaitable[Look]], events: Events, decisions: Decisions) -> None:
         self._look_at_fleet = look
         self._events = events
         self._decisions = decisions
         self._listeners: list[Callable[[], None]] = []
         self._ticking: asyncio.Task[None] | None = None
-        self._look = Look(b"{}", {}, (), None)
+        self._look: Look | None = None
         self._ticks: deque[bytes] = deque(maxlen=KEPT_TICKS)
         self._number = 0
         self._event = self._decision = 0
@@ -70,10 +70,7 @@ class LiveFeed:
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener`` after each look; return what ends that. Without listeners nobody looks."""
         if not self._listeners:
-            self._look = self._look_at_fleet()
             self._event, self._decision = self._events.newest, self._decisions.newest
-            self._ticks.clear()
-            self._running.clear()
             self._ticking = asyncio.create_task(self._run())
         self._listeners.append(listener)
         return lambda: self._unsubscribe(listener)
@@ -82,7 +79,9 @@ class LiveFeed:
         self._listeners.remove(listener)
         if not self._listeners and self._ticking is not None:
             self._ticking.cancel()
-            self._ticking = None
+            self._ticking = self._look = None
+            self._ticks.clear()
+            self._running.clear()
 
     def reader(self) -> Callable[[], bytes]:
         """Return what returns that which is new since its last call, for one reader."""
@@ -90,6 +89,8 @@ class LiveFeed:
 
         def read() -> bytes:
             nonlocal sent
+            if self._look is None:
+                return b""
             behind = None if sent is None else self._number - sent
             sent = self._number
             if behind is None or behind > len(self._ticks):
@@ -100,14 +101,15 @@ class LiveFeed:
 
     async def _run(self) -> None:
         while True:
+            self.tick(await self._look_at_fleet())
             await asyncio.sleep(TICK_S)
-            self.tick()
 
-    def tick(self) -> None:
-        """Look at the fleet, and tell the listeners."""
-        before, self._look = self._look, self._look_at_fleet()
-        self._number += 1
-        self._ticks.append(b"".join((self._changed(before, self._look), *self._happened(), *self._decided())))
+    def tick(self, look: Look) -> None:
+        """Work out what is new since the last look, and tell the listeners."""
+        before, self._look = self._look, look
+        if before is not None:
+            self._number += 1
+            self._ticks.append(b"".join((self._changed(before, look), *self._happened(), *self._decided())))
         for listener in tuple(self._listeners):
             listener()
 
