@@ -110,6 +110,35 @@ async def test_a_drain_is_watched_and_that_of_the_last_one_refused(browser: Brow
     assert (await client.states())["decode-1"] == "healthy"
 
 
+async def test_decisions_come_live_and_are_explained(browser: Browser, client: Client) -> None:
+    await on(lambda: see(browser, client))
+    answer = await client.complete(prompt="Why here?")
+    prefill, decode = answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]
+    newest = "#decisions tbody tr:first-child"
+
+    def look() -> None:
+        browser.until_text(newest, "split", f"{prefill} → {decode}", "/v1/completions")
+        browser.until_text(f"{newest} td:last-child", "ok")
+        browser.until_text("#charts", "ms")
+        browser.click("#pause")
+        browser.click(f"{newest} button")
+        browser.until_text(
+            "#dialog",
+            answer.headers["x-request-id"],
+            f"Prefill: {prefill}, chosen by round_robin",
+            f"Decode: {decode}, chosen by round_robin",
+            f"Attempts: {prefill} ok",
+        )
+        names = browser.run(
+            "return [...document.querySelectorAll('#dialog tbody th')].map((e) => e.innerText)"
+        )
+        assert sorted(names) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+        browser.find("#dialog").send_keys(Keys.ESCAPE)
+        browser.click("#pause")
+
+    await on(look)
+
+
 async def test_an_instance_is_added_and_removed(browser: Browser, client: Client) -> None:
     def add(port: str) -> None:
         browser.click("#add")

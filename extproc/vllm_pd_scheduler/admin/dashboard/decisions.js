@@ -87,7 +87,7 @@ async function explain(decision) {
   const rows = Object.entries(facts).filter(([, value]) => value);
   const list = h("dl", {}, ...rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
   list.lastChild.dataset.tone = kind;
-  showText("Why this request went where it did", list, ...ROLES.flatMap((role) => leg(role, whole[role])));
+  showText("Why this request went where it did", list, ...ROLES.flatMap((role) => [...leg(role, whole[role])]));
 }
 
 /** Yield one leg: the candidates with their scores, who was left out, and the attempts. */
