@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+from prometheus_client import generate_latest
+
 from tests.support.waiting import until
 from vllm_pd_scheduler.service.watchdog import LoopWatchdog
 from vllm_pd_scheduler.telemetry import Telemetry
@@ -29,6 +31,6 @@ def test_it_is_a_histogram() -> None:
     telemetry = Telemetry()
     for seconds in (0.0, 0.003, 0.7):
         telemetry.event_loop_late(seconds)
-    page = telemetry.expose().decode()
+    page = generate_latest(telemetry.prometheus).decode()
     for bound, count in (("0.001", 1), ("0.005", 2), ("1.0", 3)):
         assert f'pd_scheduler_event_loop_lag_seconds_bucket{{le="{bound}"}} {count}.0' in page

@@ -2,6 +2,7 @@
 
 import unittest
 
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_pd_scheduler.telemetry import QueueOutcome, Served, Telemetry
@@ -16,7 +17,7 @@ class TelemetryTest(unittest.TestCase):
         """The samples of a name: their label values, in order of the labels' names."""
         return {
             tuple(value for _, value in sorted(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(self.telemetry.expose().decode())
+            for family in text_string_to_metric_families(generate_latest(self.telemetry.prometheus).decode())
             for sample in family.samples
             if sample.name == name
         }
@@ -62,13 +63,13 @@ class TelemetryTest(unittest.TestCase):
             self.telemetry.handoff_late(name)
             self.telemetry.prefill_predicted(name, 1.0)
         self.telemetry.keep_only({"d1"})
-        self.assertNotIn("d0", self.telemetry.expose().decode())
+        self.assertNotIn("d0", generate_latest(self.telemetry.prometheus).decode())
         self.assertEqual(self.read("pd_scheduler_requests_total"), {("d1", "split"): 1.0})
 
     def test_two_routers_do_not_share_counters(self) -> None:
         other = Telemetry()
         self.telemetry.forwarded("d0", Served.WHOLE)
-        self.assertNotIn(b'decode="d0"', other.expose())
+        self.assertNotIn(b'decode="d0"', generate_latest(other.prometheus))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import generate_latest
 
 from ..models import InstanceRole
 from ..router import PDRouter
 from .collectors import collectors
+from .metrics_page import metrics_page
 from .route import Refused, Route, Shown, json_answer
 
 
@@ -57,5 +57,5 @@ class ProbesApi:
         return json_answer(ProbeAnswer(status="ready"))
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        body = self._router.telemetry.expose() + generate_latest(self._collectors)
+        body = await metrics_page((self._router.telemetry.prometheus, self._collectors))
         return web.Response(body=body, content_type="text/plain", charset="utf-8")

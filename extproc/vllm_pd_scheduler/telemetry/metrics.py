@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from .histogram import LeanHistogram, Series
 
@@ -360,7 +360,3 @@ class Telemetry:
     def event_loop_stalled(self) -> None:
         """Count that the event loop stood still for so long that requests went on without it."""
         self._event_loop_stalls.inc()
-
-    def expose(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
-        return generate_latest(self.prometheus)
