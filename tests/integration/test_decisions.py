@@ -122,7 +122,7 @@ async def test_a_retry_at_decode(client: Client) -> None:
     assert {answer.status for answer in answers} == {200}
     found = [await decision(client, answer.headers["x-request-id"]) for answer in answers]
     attempts = [[each["outcome"] for each in one["decode"]["attempts"]] for one in found]
-    assert ["overloaded", "ok"] in attempts or ["overloaded", "overloaded", "ok"] in attempts
+    assert any(each[0] == "overloaded" and each[-1] == "ok" for each in attempts), attempts
     assert all(one["outcome"] == "ok" for one in found)
     retried = sum(len(each) > 1 for each in attempts)
     counted = await metric(client, "pd_scheduler_handoff_duration_seconds_count")

@@ -1,15 +1,19 @@
 """Why one request went where it went, and what became of it.
 
 It is noted while the request is served, so it is cheap: references to what is there anyway (tuples of
-endpoints that are replaced when they change, the scores that the strategy has computed) and a few numbers.
+endpoints that are replaced when they change), the scores that the strategy has computed, and a few numbers.
 What they mean is worked out when somebody asks, in :mod:`.explained`.
+
+A thousand of them are kept, and the garbage collector would look at each again and again. So what is here is
+nothing that it tracks (``gc=False``): none of these refers to what refers to it.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+
+from msgspec import Struct
 
 from ..fleet.endpoint import Endpoint
 from ..telemetry import Ending, Served
@@ -20,38 +24,38 @@ MAX_TEXT = 256
 OK = "ok"
 """How an attempt ended that did not fail."""
 
+NO_SCORES = array("d")
 
-@dataclass(slots=True, eq=False)
-class Choice:
+
+class Choice(Struct, gc=False, eq=False):
     """One pick of a strategy: whom it could have, and whom it has taken."""
 
     strategy: str
     """Name of the strategy that has ranked."""
-    ranked: Sequence[Endpoint]
-    """Those that it has taken, best first."""
+    best: tuple[Endpoint, ...]
+    """The one that it has taken, and the next best."""
+    terms: tuple[dict[str, float], ...]
+    """What the score of each of ``best`` is made of, if the strategy says that."""
     offered: tuple[Endpoint, ...]
-    """Whom it was offered; of a large fleet, those that ``terms`` tells of."""
-    scores: Sequence[Any] | None
-    """The score of each of ``offered``, the least being the best; ``None`` if it gives no scores."""
+    """Whom it was offered; of a large fleet ``best`` alone."""
+    scores: array[float]
+    """The scores of ``offered``, as many numbers for each, the least being the best; empty: it has none."""
     number: int
     """How many it was offered."""
-    terms: Sequence[tuple[Endpoint, dict[str, float]]]
-    """What the score of the best is made of, and of the best others."""
     out_of_service: tuple[tuple[Endpoint, str], ...]
     """Endpoints of the role that nothing is sent to, and their state."""
     routable: tuple[Endpoint, ...]
     """The others."""
     serving: tuple[Endpoint, ...]
     """Those of ``routable`` that may serve the model."""
-    on_trial: frozenset[Endpoint]
+    on_trial: tuple[Endpoint, ...]
     tried: tuple[Endpoint, ...]
     """Those that had failed the request before."""
     complete: bool
     """Whether all that could serve the request were offered: no sample was drawn, and ``offered`` has all."""
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+class Attempt(Struct, gc=False, eq=False):
     """A request at one instance."""
 
     instance: str
@@ -65,8 +69,7 @@ class Attempt:
     took: float | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Decision:
+class Decision(Struct, gc=False, eq=False):
     """What is known of one request."""
 
     arrived: float = 0.0
@@ -94,8 +97,8 @@ class Decision:
     """The newest pick for that role."""
     decode_to: Sequence[Endpoint] = ()
     """The D that Envoy was given, in turn."""
-    prefill_attempts: list[Attempt] = field(default_factory=list)
-    decode_attempts: list[Attempt] = field(default_factory=list)
+    prefill_attempts: tuple[Attempt, ...] = ()
+    decode_attempts: tuple[Attempt, ...] = ()
     """Those that failed."""
     answered_by: str | None = None
     """The D whose answer the client has, or has a part of."""
@@ -115,12 +118,12 @@ class Decision:
     def prefill_begins(self, instance: str, at: float, predicted: float) -> Attempt:
         """Note an attempt at prefill; return it, for its end to be written there."""
         attempt = Attempt(instance, None, at, predicted)
-        self.prefill_attempts.append(attempt)
+        self.prefill_attempts += (attempt,)
         return attempt
 
     def decode_failed(self, instance: str, failure: str) -> None:
         """Note an attempt at decode that has failed."""
-        self.decode_attempts.append(Attempt(instance, failure))
+        self.decode_attempts += (Attempt(instance, failure),)
 
     def refused(self, status: int, reason: str, now: float) -> None:
         """Note that the scheduler has answered the request itself."""

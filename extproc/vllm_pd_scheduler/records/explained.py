@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from ..fleet.endpoint import Endpoint
 from ..telemetry import Ending
-from .decision import OK, Attempt, Choice, Decision
+from .decision import Attempt, Choice, Decision
 
 MAX_CANDIDATES = 16
 """Candidates of a choice that are shown, the best ones."""
@@ -18,9 +17,6 @@ MAX_IDS = 32
 
 _LARGEST = 1e300
 """What is beyond is shown as null, as infinity is."""
-
-ANSWERED = (Ending.OK, Ending.CLIENT_ERROR, Ending.ERROR)
-"""Ends at which an attempt that did not fail gave the client its answer."""
 
 
 def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def _prefill(decision: Decision) -> dict[str, Any] | None:
     if choice is None and not attempts:
         return None
     last = attempts[-1] if attempts else Attempt("")
-    picked = last.instance or (choice.ranked[0].id if choice else None)
+    picked = last.instance or (choice.best[0].id if choice else None)
     return {
         **_choice(choice, picked, "last_resort"),
         "predicted_s": _rounded(last.predicted),
@@ -85,12 +81,12 @@ def _prefill(decision: Decision) -> dict[str, Any] | None:
 def _decode(decision: Decision) -> dict[str, Any] | None:
     if not decision.decode_to:
         return None
-    choice, attempts = decision.decode, list(decision.decode_attempts)
-    if decision.answered_by is not None and decision.ending in ANSWERED:
-        attempts.append(Attempt(decision.answered_by, OK))
+    choice, attempts, answered_by = decision.decode, list(decision.decode_attempts), decision.answered_by
+    told = bool(attempts) and attempts[-1].instance == answered_by
+    if answered_by is not None and (decision.ending is Ending.OK or not told):
+        attempts.append(Attempt(answered_by, decision.ending))
     picked = decision.decode_to[0].id
-    ranked = [] if choice is None else [endpoint.id for endpoint in choice.ranked]
-    rule = "disaggregation" if ranked else "last_resort"
+    rule = "disaggregation" if choice else "last_resort"
     return {
         **_choice(choice, picked, rule),
         "then": [endpoint.id for endpoint in decision.decode_to[1:]],
@@ -109,7 +105,7 @@ def _choice(choice: Choice | None, picked: str | None, other_rule: str) -> dict[
             "candidates": [],
             "left_out": {},
         }
-    by_strategy = bool(choice.ranked) and choice.ranked[0].id == picked
+    by_strategy = choice.best[0].id == picked
     return {
         "strategy": choice.strategy,
         "by": "strategy" if by_strategy else other_rule,
@@ -125,15 +121,21 @@ def _attempts(attempts: Iterable[Attempt]) -> list[dict[str, str | None]]:
 
 
 def _candidates(choice: Choice) -> Iterator[dict[str, Any]]:
-    """Yield the best candidates: those that were taken, then the others by their scores."""
-    scores = {} if choice.scores is None else dict(zip(choice.offered, choice.scores, strict=False))
-    terms = dict(choice.terms)
-    others = [each for each in choice.offered if each not in choice.ranked and each not in choice.tried]
-    if scores:
-        others.sort(key=lambda endpoint: _sortable(scores.get(endpoint)))
-    for endpoint in [*choice.ranked, *others][:MAX_CANDIDATES]:
-        made_of = {name: _number(value) for name, value in terms.get(endpoint, {}).items()}
-        yield {"id": endpoint.id, "score": _score(scores.get(endpoint)), "terms": made_of}
+    """Yield the best candidates: the one that was taken, then the others by their scores."""
+    scores, terms = _scores(choice), dict(zip(choice.best, choice.terms, strict=False))
+    others = [each for each in choice.offered if each not in choice.best and each not in choice.tried]
+    others.sort(key=lambda endpoint: scores.get(endpoint, ()))
+    for endpoint in [*choice.best, *others][:MAX_CANDIDATES]:
+        made_of = {str(name): _number(value) for name, value in terms.get(endpoint, {}).items()}
+        yield {"id": endpoint.id, "score": _score(scores.get(endpoint, ())), "terms": made_of}
+
+
+def _scores(choice: Choice) -> dict[Endpoint, tuple[float, ...]]:
+    if not choice.scores:
+        return {}
+    width = len(choice.scores) // len(choice.offered)
+    parts = zip(*[iter(choice.scores)] * width, strict=True)
+    return dict(zip(choice.offered, parts, strict=True))
 
 
 def left_out(choice: Choice) -> dict[str, list[str]]:
@@ -166,10 +168,9 @@ def left_out(choice: Choice) -> dict[str, list[str]]:
 
 def _short(role: str, picked: str, choice: Choice | None) -> str:
     text = f"{role}={picked}"
-    if choice is None or not choice.ranked or choice.ranked[0].id != picked:
+    if choice is None or choice.best[0].id != picked:
         return text
-    scores = {} if choice.scores is None else dict(zip(choice.offered, choice.scores, strict=False))
-    score = _score(scores.get(choice.ranked[0]))
+    score = _score(_scores(choice).get(choice.best[0], ()))
     if isinstance(score, list):
         text += f" score={'/'.join(map(str, score))}"
     elif score is not None:
@@ -177,9 +178,10 @@ def _short(role: str, picked: str, choice: Choice | None) -> str:
     return f"{text} of {choice.number}"
 
 
-def _score(score: Any) -> Any:
+def _score(parts: tuple[float, ...]) -> float | list[float | None] | None:
     """Return a score as JSON can have it."""
-    return [_number(each) for each in score] if isinstance(score, tuple) else _number(score)
+    numbers = [_number(each) for each in parts]
+    return numbers if len(numbers) > 1 else numbers[0] if numbers else None
 
 
 def _number(value: Any) -> float | None:
@@ -191,9 +193,3 @@ def _number(value: Any) -> float | None:
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
-
-
-def _sortable(score: Any) -> tuple[float, ...]:
-    """Return numbers that sort like a score."""
-    numbers = score if isinstance(score, tuple) else (score,)
-    return tuple(each if isinstance(each, int | float) else math.inf for each in numbers)

@@ -282,7 +282,7 @@ class RoutingCore:
     def _predicted_ttft(
         self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
     ) -> float | None:
-        """Return predicted seconds from the arrival to the first token: for P, those of when it was chosen."""
+        """Return predicted seconds from the arrival to the first token: of P, when that was chosen."""
         load, prompt = self.registry.load, context.prompt_tokens
         if served is Served.SPLIT:
             prefill = decision.prefill_attempts[-1]

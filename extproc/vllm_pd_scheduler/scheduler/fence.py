@@ -7,20 +7,24 @@ or the updates to Envoy: a default answers in its place, and the failure is coun
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ..fleet.endpoint import Endpoint
+from ..records.decision import NO_SCORES
 from ..request.context import RequestContext
 from ..strategies import Strategy
 from .candidates import Offer
 
 T = TypeVar("T")
 
-_KEPT = (float, int, tuple)
-"""Types of scores that are kept with a decision."""
+COMPARED = 2
+"""Endpoints whose terms are shown: the one that was taken, and the next best."""
+Explained = tuple["array[float]", tuple[Endpoint, ...], tuple[dict[str, float], ...]]
+"""The scores of all that were offered, if they are numbers; the best ``COMPARED``; their terms."""
 _MAX_TERMS = 16
 """Of one endpoint, that are kept."""
 
@@ -72,41 +76,20 @@ class StrategyFence:
             raise ValueError("rank() returned an endpoint twice")
         return [e for e in chosen if e not in offer.exclude][:count] if offer.exclude else chosen
 
-    def compared(
-        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], count: int
-    ) -> tuple[list[Any] | None, Sequence[Endpoint]]:
-        """Return the scores that the newest ranking has compared, and the ``count`` best of ``offered``.
-
-        The scores are ``None`` if they are not kept: because there are none, or of a kind that may be of
-        any size. Then the best are no more than were ranked.
-        """
-        none: tuple[list[Any] | None, Sequence[Endpoint]] = (None, ranked[:count])
-        return self._ask(lambda: self._compared(offered, ranked, count), none)
-
-    def _compared(
-        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], count: int
-    ) -> tuple[list[Any] | None, Sequence[Endpoint]]:
-        scores: Any = self.strategy.last_scores
-        if type(scores) is not list or len(scores) != len(offered) or type(scores[0]) not in _KEPT:
-            return None, ranked[:count]
-        if len(ranked) >= count:
-            return scores, ranked[:count]
-        best, left = [ranked[0]], scores.copy()
-        last = (math.inf,) if type(scores[0]) is tuple else math.inf
-        left[offered.index(ranked[0])] = last
-        while len(best) < min(count, len(left)):  # passes in C: a sort would take three times as long
-            at = left.index(min(left))
-            best.append(offered[at])
-            left[at] = last
-        return scores, best
-
-    def terms(
-        self, endpoints: Sequence[Endpoint], request: RequestContext
-    ) -> list[tuple[Endpoint, dict[str, float]]]:
-        """See :meth:`Strategy.terms`, for several endpoints; nothing if it fails."""
-        if not self._has_terms:
-            return []
-        return self._ask(lambda: [(e, _few(self.strategy.terms(e, request))) for e in endpoints], [])
+    def explained(
+        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], request: RequestContext
+    ) -> Explained:
+        """Return what the newest ranking, of ``offered``, has compared; less of it if the strategy fails."""
+        best = tuple(ranked[:COMPARED])
+        try:
+            scores = _packed(self.strategy.last_scores, len(offered))
+            if scores and len(best) < COMPARED:
+                best = _best(offered, self.strategy.last_scores, best)
+            terms = self.strategy.terms
+            return scores, best, tuple([_few(terms(e, request)) for e in best]) if self._has_terms else ()
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return NO_SCORES, best, ()
 
     def order(self, request: RequestContext, cost: float) -> float:
         """See :meth:`Strategy.order`; the base class's if it fails, or is no number."""
@@ -133,6 +116,30 @@ class StrategyFence:
         except Exception as error:  # someone else's code, which may raise anything
             self._failed(error)
             return default
+
+
+def _packed(scores: Any, number: int) -> array[float]:
+    """Return scores, or their parts one after another, as plain numbers; nothing if they are none."""
+    if type(scores) is not list or len(scores) != number:
+        return NO_SCORES
+    try:
+        packed = array("d", chain.from_iterable(scores) if type(scores[0]) is tuple else scores)
+    except (TypeError, OverflowError):
+        return NO_SCORES
+    return NO_SCORES if len(packed) % number else packed
+
+
+def _best(offered: Sequence[Endpoint], scores: Any, taken: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Return those with the least scores, ``taken`` being the first of them."""
+    left = scores.copy()
+    last = (math.inf,) if type(scores[0]) is tuple else math.inf
+    for endpoint in taken:
+        left[offered.index(endpoint)] = last
+    for _ in range(len(taken), min(COMPARED, len(left))):  # passes in C take a third of a sort's time
+        at = left.index(min(left))
+        taken += (offered[at],)
+        left[at] = last
+    return taken
 
 
 def _few(terms: dict[str, float]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..fleet.endpoint import Endpoint
@@ -12,9 +13,6 @@ from ..records.decision import Choice
 from ..request.context import RequestContext
 from .candidates import LARGE_FLEET, Candidates
 from .fence import StrategyFence
-
-COMPARED = 3
-"""Endpoints whose terms are shown: the one that was taken, and the best others."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,23 +28,31 @@ class Ranking:
 
     def choice(self, registry: Registry, role: InstanceRole, request: RequestContext) -> Choice:
         """Return it as it can be remembered: nothing here grows with the fleet but references."""
-        candidates, offered, ranked = self.candidates, self.offered, self.ranked
+        candidates, offered = self.candidates, self.offered
         number = len(offered)
-        scores, compared = self.strategy.compared(offered, ranked, COMPARED)
+        scores, best, terms = self.strategy.explained(offered, self.ranked, request)
         if number > LARGE_FLEET:
-            scores = None if scores is None else [scores[offered.index(each)] for each in compared]
-            offered = tuple(compared)
+            scores, offered = _of(best, offered, scores), best
         return Choice(
             self.name,
-            ranked,
+            best,
+            terms,
             offered,
             scores,
             number,
-            self.strategy.terms(compared, request),
             registry.out_of_service(role),
             registry.routable(role),
             candidates.endpoints,
-            frozenset(candidates.on_trial),
+            tuple(candidates.on_trial),
             tuple(self.exclude),
             not candidates.many,
         )
+
+
+def _of(best: Sequence[Endpoint], offered: Sequence[Endpoint], scores: array[float]) -> array[float]:
+    """Return the scores of a few."""
+    width = len(scores) // len(offered)
+    found = array("d")
+    for at in map(offered.index, best):
+        found += scores[at * width : (at + 1) * width]
+    return found

@@ -81,9 +81,10 @@ class PredictedLatency(Strategy):
             own = request.prompt_tokens + request.output_tokens
             step = endpoint.decode.step(requests + 1, tokens + own)
             return {"step": step, "requests": requests, "kv_tokens": tokens}
-        wait, cost = endpoint.prefill.remaining(request.now), endpoint.prefill_cost(request)
-        cached = request.cached_blocks(endpoint.holder) * request.block_tokens
-        return {"wait": wait, "cost": cost, "cached_tokens": cached}
+        load, prompt = endpoint.prefill, request.prompt_tokens
+        cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
+        cost = load.cost(max(1.0, prompt - load.trust * cached), prompt)
+        return {"wait": load.remaining(request.now), "cost": cost, "cached_tokens": cached}
 
     def prefill_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf
