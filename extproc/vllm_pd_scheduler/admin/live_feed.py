@@ -26,7 +26,7 @@ KEPT_TICKS = 16
 MAX_DECISIONS = 10
 """Decisions that are sent a second: the newest. Nobody reads more, and each costs as much as a pick."""
 
-MAX_RUNNING = 30
+MAX_RUNNING = 20
 """Decisions of whose requests the end is told when it comes: as many as a page shows."""
 
 Row = Mapping[str, Any]

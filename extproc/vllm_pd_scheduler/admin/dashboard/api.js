@@ -22,12 +22,14 @@ async function request(method, path, { body, signal, accept = "application/json"
     if (token) headers.authorization = `Bearer ${token}`;
     if (body !== undefined) headers["content-type"] = "application/json";
     const sent = { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) };
-    const response = await fetch(path, sent).catch((error) => {
-      throw signal?.aborted ? error : new Error("The scheduler cannot be reached.");
+    const response = await fetch(path, sent).catch(() => {
+      throw signal?.reason ?? new Error("The scheduler cannot be reached.");
     });
     if (response.status === 401) {
-      tokenAsked ??= askForToken(token !== null).finally(() => (tokenAsked = null));
-      await tokenAsked;
+      if (sessionStorage.getItem(TOKEN) === token) {
+        tokenAsked ??= askForToken(token !== null).finally(() => (tokenAsked = null));
+        await tokenAsked;
+      }
       continue;
     }
     if (response.ok) return response;
@@ -44,16 +46,19 @@ async function ask(method, path, body) {
 
 /** Yield the events of a stream as [name, data], until it ends, is silent for long, or is aborted. */
 async function* streamOf(path, abort) {
-  let silence = setTimeout(() => abort.abort(), SILENCE_MS);
+  const wait = () => setTimeout(() => (tokenAsked ? (silence = wait()) : abort.abort(new Error("The scheduler says nothing."))), SILENCE_MS);
+  let silence = wait();
   try {
     const response = await request("GET", path, { signal: abort.signal, accept: "text/event-stream" });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch(() => {
+        throw abort.signal.reason ?? new Error("The connection to the scheduler broke.");
+      });
       if (done) return;
       clearTimeout(silence);
-      silence = setTimeout(() => abort.abort(), SILENCE_MS);
+      silence = wait();
       const events = (text + value).split("\n\n");
       text = events.pop();
       for (const event of events) {

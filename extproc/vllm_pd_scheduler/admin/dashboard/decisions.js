@@ -1,7 +1,7 @@
 // The latest decisions, and why each was made.
 "use strict";
 
-const MOST_DECISIONS = 30;
+const MOST_DECISIONS = 20;
 
 const decisions = { shown: [], waiting: [], paused: false };
 

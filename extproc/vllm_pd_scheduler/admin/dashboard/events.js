@@ -17,7 +17,8 @@ function addEvents(fresh) {
       h("span", { "data-tone": LEVEL_TONES[event.level] ?? null }, event.level === "INFO" ? "" : `${event.level.toLowerCase()}: `, event.text),
       h("small", {}, `${event.kind}, by ${event.by}`),
     );
-  const list = h("ol", { role: "region", tabindex: 0, "aria-label": "Events, the newest first" }, ...events.map(item));
+  const attributes = { class: "scroll", role: "region", tabindex: 0, "aria-label": "Events, the newest first" };
+  const list = h("div", attributes, h("ol", {}, ...events.map(item)));
   byId("events").replaceChildren(events.length ? list : h("p", { class: "none muted" }, "Nothing has happened yet."));
 }
 

@@ -56,14 +56,13 @@ async function watch() {
     document.addEventListener("visibilitychange", hidden);
     let problem = "The scheduler has ended the connection.";
     try {
-      const loading = loadPast();
+      loadPast().catch((error) => abort.abort(error));
       for await (const [name, data] of streamOf("/live", abort)) {
         found();
         HANDLERS[name]?.(data);
       }
-      await loading;
     } catch (error) {
-      problem = error.name === "AbortError" ? "The scheduler says nothing." : error.message;
+      problem = error.message;
     }
     abort.abort();
     document.removeEventListener("visibilitychange", hidden);
