@@ -139,12 +139,12 @@ class KindsTest(Case):
         self.assertEqual(found["prefill"]["attempts"], [{"instance": "p0", "outcome": None}])
 
     async def test_retried_at_prefill(self) -> None:
-        self.leg.answers = {"p0": answer(503), "p1": PrefillFailed("reset")}
+        self.leg.answers = {"p0": answer(503), "p2": PrefillFailed("reset")}
         await self.sent()
         found = self.shown()["prefill"]
         self.assertEqual([each["outcome"] for each in found["attempts"]], ["status_503", "reset", "ok"])
         self.assertEqual(found["picked"], found["attempts"][-1]["instance"])
-        self.assertEqual(found["left_out"], {"tried": ["p0", "p1"]})
+        self.assertEqual(found["left_out"], {"tried": ["p0", "p2"]})
 
     async def test_retried_at_decode(self) -> None:
         forward = await self.forward()

@@ -53,7 +53,7 @@ class LeanHistogram(Collector):
     ) -> None:
         self._name = name
         self._documentation = documentation
-        self._labels = tuple(labels)
+        self._labelnames = tuple(labels)
         self._bounds = tuple(buckets)
         self._series: dict[tuple[str, ...], Series] = {}
         registry.register(self)
@@ -74,16 +74,16 @@ class LeanHistogram(Collector):
 
     def keep(self, label: str, values: frozenset[str]) -> None:
         """Forget the series in which a label has any other value."""
-        at = self._labels.index(label)
+        at = self._labelnames.index(label)
         self._series = {key: each for key, each in self._series.items() if key[at] in values}
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         """Yield what it is, without values."""
-        yield HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        yield HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Yield all series."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
         for values, series in self._series.items():
             family.add_metric(values, series.buckets, series.sum)
         yield family
