@@ -56,10 +56,12 @@ async function watch() {
     document.addEventListener("visibilitychange", hidden);
     let problem = "The scheduler has ended the connection.";
     try {
-      loadPast().catch((error) => abort.abort(error));
+      let begun = false;
       for await (const [name, data] of streamOf("/live", abort)) {
         found();
         HANDLERS[name]?.(data);
+        if (!begun) loadPast().catch((error) => abort.abort(error)); // not before: between the two something may happen
+        begun = true;
       }
     } catch (error) {
       problem = error.message;
