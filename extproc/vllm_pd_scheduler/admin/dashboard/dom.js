@@ -45,7 +45,7 @@ function seconds(value) {
   if (value < 0.0005) return "0 ms";
   if (value < 0.01) return `${(value * 1000).toFixed(1)} ms`;
   if (value < 0.9995) return `${(value * 1000).toFixed(0)} ms`;
-  return value < 10 ? `${value.toFixed(2)} s` : `${value.toFixed(1)} s`;
+  return `${value.toFixed(value < 9.995 ? 2 : value < 99.95 ? 1 : 0)} s`;
 }
 
 /** Return how long ago something was, or has run. */
