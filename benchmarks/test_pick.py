@@ -63,6 +63,31 @@ def requests(blocks: tuple[int, ...]) -> Any:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_two_explanations(benchmark: Any, fleet: tuple[Registry, tuple[int, ...]], name: str) -> None:
+    """What it costs to note how these two picks were made, for the request's decision."""
+    registry, blocks = fleet
+    scheduler = Scheduler(SchedulerConfig(strategy=name), registry, seed=1)
+    asked = requests(blocks)
+    picks: dict[InstanceRole, Any] = {}
+
+    def setup() -> tuple[tuple[RequestContext], dict[str, Any]]:
+        request = next(asked)
+        for role, count in ((P, 1), (D, 4)):
+            scheduler.pick(role, request, count=count)
+            picks[role] = scheduler._last
+        return (request,), {}
+
+    def two_explanations(request: RequestContext) -> list[Any]:
+        explained = []
+        for role, pick in picks.items():
+            scheduler._last = pick
+            explained.append(scheduler.explain(role, request))
+        return explained
+
+    assert all(benchmark.pedantic(two_explanations, setup=setup, rounds=ROUNDS, warmup_rounds=20))
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -136,9 +136,10 @@ GROUPS = (
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",
-        ("public_paths", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
+        ("public_paths", "explain_header", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
         {
             "public_paths": ["/v1/models", "/v1/embeddings", "/v1/responses", "/v1/responses/*"],
+            "explain_header": False,
             "api_key": {"env": "VLLM_API_KEY"},
             "instance_tls": {"ca": "/etc/pd/fleet-ca.pem"},
             "admin_host": "0.0.0.0",

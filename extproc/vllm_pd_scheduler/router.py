@@ -54,9 +54,9 @@ class PDRouter:
         for instance in config.instances():
             self.registry.add(instance)
         self.telemetry = telemetry or Telemetry()
-        self.events = events or Events(time.time)
         took = self.telemetry.picked
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
+        self.events = events or Events(time.time)
         StateLog(self.registry, self.telemetry, self.events)
         self.connector = ConnectorFence(connector or NixlConnector())
         self.dispatcher = Dispatcher(self.scheduler, self.events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import islice
 from typing import Annotated
@@ -11,6 +11,7 @@ from typing import Annotated
 from aiohttp import web
 from pydantic import Field
 
+from ..records.decision import Decision
 from ..records.decisions import MAX_DECISIONS, Decisions
 from ..telemetry import Served
 from .route import Query, Route, Shown, json_answer
@@ -135,11 +136,10 @@ class DecisionsApi:
 
     async def _get(self, _: web.Request, query: DecisionsQuery) -> web.Response:
         decisions = self._decisions
+        asked: Iterable[Decision] = reversed(decisions.after(query.since or 0))
         if query.request_id is not None:
-            asked = decisions.find(query.request_id)
-        else:
-            asked = reversed(decisions.after(0))
-        found = list(islice((each for each in asked if each.number > (query.since or 0)), query.limit))
+            asked = (each for each in asked if each.is_of(query.request_id))
+        found = list(islice(asked, query.limit))
         shown = []
         for at, decision in enumerate(found):
             if at % _CHUNK == 0:

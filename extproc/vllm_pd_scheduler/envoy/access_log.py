@@ -125,7 +125,7 @@ def read_result(entry: Any) -> Result | None:
     has_sent = common.HasField("time_to_last_upstream_tx_byte")
     return Result(
         request,
-        _ending(common.response_flags, status),
+        _ending(common, status),
         status,
         _seconds(common.duration),
         int(ttft[:_MAX_DIGITS]) / 1e6 if ttft.isascii() and ttft.isdigit() else None,
@@ -175,7 +175,10 @@ def _failure_of_request(entry: Any) -> Failure | None:
     return Failure.ABANDONED if left and status == 200 and not entry.response.response_body_bytes else None
 
 
-def _ending(flags: Any, status: int) -> Ending:
+def _ending(common: Any, status: int) -> Ending:
+    if status == 200 and not common.HasField("response_flags"):
+        return Ending.OK
+    flags = common.response_flags
     if flags.downstream_connection_termination or flags.downstream_remote_reset:
         return Ending.LEFT
     if status < 200 or status >= 500:

@@ -109,6 +109,10 @@ class Decision(Struct, gc=False, eq=False):
     """Seconds to the end of the answer, by the same."""
     ending: Ending | None = None
 
+    def is_of(self, request_id: str) -> bool:
+        """Whether a request has this ``X-Request-Id``, or this id of ours."""
+        return request_id[:MAX_TEXT] == self.request_id or request_id == self.id != ""
+
     def admitted(self, choice: Choice | None, waited: float) -> None:
         """Note that P was chosen for it, or nobody, after it has waited."""
         self.waited += waited

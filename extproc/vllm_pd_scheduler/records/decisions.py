@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -42,10 +42,6 @@ class Decisions:
             number = 0
         forgotten = self.newest - len(self._kept)
         return list(islice(self._kept, max(0, number - forgotten), None))
-
-    def find(self, request_id: str) -> Iterator[Decision]:
-        """Yield those of a request, the newest first, by its ``X-Request-Id`` or by our own id."""
-        return (each for each in reversed(self._kept) if request_id in (each.request_id, each.id))
 
     def as_json(self, decision: Decision) -> dict[str, Any]:
         """Return a decision as the admin interface shows it."""

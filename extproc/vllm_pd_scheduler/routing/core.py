@@ -99,8 +99,9 @@ class RoutingCore:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
             outcome = reject(400, str(error), "bad_header")
-        except asyncio.CancelledError:
-            decision.ending = Ending.LEFT
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                decision.ending = Ending.LEFT
             self._decisions.add(decision)
             raise
         self._decisions.add(decision)

@@ -16,7 +16,7 @@ from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import Decision
-from ..telemetry import Telemetry
+from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
     HANDOFF_NOT_FETCHED,
@@ -231,7 +231,7 @@ class RequestsInFlight:
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""
-        forward.answering = None
+        forward.answering, forward.decision.ending = None, Ending.LEFT
         forward.release()
         if forward.pending is not None:
             self._free(forward)
@@ -301,7 +301,7 @@ class RequestsInFlight:
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):
-            forward.answering = None
+            forward.answering, forward.decision.ending = None, Ending.LEFT
             self._take_back(forward)
         if forward.answering is None:
             return
