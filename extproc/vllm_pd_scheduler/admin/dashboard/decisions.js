@@ -27,8 +27,8 @@ function routeOf(decision) {
 /** Return tone and words of how a request ended. */
 function endOf(decision) {
   if (decision.served === "rejected") return ["bad", `${decision.status} ${decision.reason ?? ""}`.trim()];
-  if (!decision.outcome) return ["idle", "running"];
-  if (decision.outcome === "left") return ["warn", "client left"];
+  if (decision.served && !decision.outcome) return ["idle", "running"];
+  if (!decision.served || decision.outcome === "left") return ["warn", "client left"];
   if (decision.outcome !== "ok") return ["bad", `${decision.outcome} ${decision.status ?? ""}`.trim()];
   const tries = ROLES.reduce((total, role) => total + Math.max(0, (decision[role]?.attempts?.length ?? 0) - 1), 0);
   return tries ? ["warn", `ok at try ${tries + 1}`] : ["ok", "ok"];

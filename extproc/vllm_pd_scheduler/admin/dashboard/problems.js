@@ -16,7 +16,8 @@ function problemsOf(status, instances, point) {
         : ["bad", "The scheduler is shutting down: it takes no new requests."],
     );
   }
-  if (status.roles.prefill.routable === 0) found.push(["bad", "No prefill instance can serve: prompts are not prefilled on their own."]);
+  const { total, routable } = status.roles.prefill;
+  if (total > 0 && routable === 0) found.push(["bad", "No prefill instance can serve: decode instances prefill, if they may."]);
   const errors = Object.entries(point?.errors_per_s ?? {}).filter(([, rate]) => rate > 0);
   const serious = errors.some(([reason]) => !CLIENTS_OWN.has(reason));
   if (errors.length) found.push([serious ? "bad" : "warn", `Clients get errors: ${errors.map(([reason, rate]) => `${reason} ${perSecond(rate)}`).join(", ")}.`]);
