@@ -50,7 +50,7 @@ class LiveApi:
         self._status = status
         self._source = source
         self._series = Series()
-        self._feed = LiveFeed(self._look, router.events, router.decisions)
+        self._feed = LiveFeed(self.look, router.events, router.decisions)
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -79,7 +79,7 @@ class LiveApi:
             return web.Response(content_type=MEDIA_TYPE)
         return await self._streams.serve(request, self._feed.subscribe, self._feed.reader())
 
-    async def _look(self) -> Look:
+    async def look(self) -> Look:
         """Look at the fleet, in turns with the requests."""
         rows: dict[str, Row] = {}
         ages = []

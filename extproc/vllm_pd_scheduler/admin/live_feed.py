@@ -23,6 +23,9 @@ TICK_S = 1.0
 KEPT_TICKS = 16
 """Seconds that a reader may be behind and still be told the changes alone. The streams cut it off before."""
 
+MAX_EVENTS = 100
+"""Events that are sent a second: the newest, as many as a page shows."""
+
 MAX_DECISIONS = 10
 """Decisions that are sent a second: the newest. Nobody reads more, and each costs as much as a pick."""
 
@@ -138,7 +141,7 @@ class LiveFeed:
         )
 
     def _happened(self) -> Iterator[bytes]:
-        if events := self._events.after(self._event):
+        if events := self._events.after(self._event)[-MAX_EVENTS:]:
             self._event = events[-1].number
             yield _encode("events", [event.as_json() for event in events])
 

@@ -111,7 +111,8 @@ function* leg(role, found) {
         ...[each.score, ...terms.map((term) => each.terms?.[term])].map((value) => h("td", { class: "number" }, score(value))),
       ),
     );
-    yield h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...body)));
+    const scroll = { class: "scroll", role: "region", tabindex: 0, "aria-label": `Candidates for ${role}` };
+    yield h("div", scroll, h("table", {}, h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...body)));
   }
   if (found.of > (found.candidates?.length ?? 0)) yield h("p", { class: "muted" }, `The best ${found.candidates.length} of ${found.of}.`);
   for (const [why, ids] of Object.entries(found.left_out ?? {})) {
