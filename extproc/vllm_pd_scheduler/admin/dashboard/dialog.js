@@ -32,11 +32,18 @@ function showForm({ title, text, fields = [], verb, danger = false, cancel = tru
       dialog.close();
       done?.();
     } catch (problem) {
-      error.textContent = problem.message;
-      force.hidden = problem.status !== 409 || !problem.message.includes("force=true");
+      refuse(problem);
     } finally {
       submit.disabled = force.disabled = false;
     }
+  }
+
+  function refuse(problem) {
+    const forcible = problem.status === 409 && problem.message.includes("force=true");
+    error.textContent = forcible ? problem.message.replace(/: add force=true.*/, ".") : problem.message;
+    submit.hidden = forcible;
+    force.hidden = !forcible;
+    if (forcible) close.focus();
   }
 
   showDialog(form);
