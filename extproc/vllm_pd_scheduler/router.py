@@ -54,7 +54,7 @@ class PDRouter:
         for instance in config.instances():
             self.registry.add(instance)
         self.telemetry = telemetry or Telemetry()
-        took = self.telemetry.picked
+        took = {role: self.telemetry.picks(role) for role in InstanceRole}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         self.events = events or Events(time.time)
         StateLog(self.registry, self.telemetry, self.events)

@@ -82,11 +82,14 @@ class StrategyFence:
         """Return what the newest ranking, of ``offered``, has compared; less of it if the strategy fails."""
         best = tuple(ranked[:COMPARED])
         try:
-            scores = _packed(self.strategy.last_scores, len(offered))
+            compared = self.strategy.last_scores
+            scores = NO_SCORES if compared is None else _packed(compared, len(offered))
             if scores and len(best) < COMPARED:
-                best = _best(offered, self.strategy.last_scores, best)
+                best = _best(offered, compared, best)
+            if not self._has_terms:
+                return scores, best, ()
             terms = self.strategy.terms
-            return scores, best, tuple([_few(terms(e, request)) for e in best]) if self._has_terms else ()
+            return scores, best, tuple([_few(terms(e, request)) for e in best])
         except Exception as error:  # someone else's code, which may raise anything
             self._failed(error)
             return NO_SCORES, best, ()
@@ -123,7 +126,7 @@ def _packed(scores: Any, number: int) -> array[float]:
     if type(scores) is not list or len(scores) != number:
         return NO_SCORES
     try:
-        packed = array("d", chain.from_iterable(scores) if type(scores[0]) is tuple else scores)
+        packed = array("d", [*chain.from_iterable(scores)] if type(scores[0]) is tuple else scores)
     except (TypeError, OverflowError):
         return NO_SCORES
     return NO_SCORES if len(packed) % number else packed

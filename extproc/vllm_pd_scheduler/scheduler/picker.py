@@ -35,7 +35,7 @@ class Scheduler:
 
     Each role has a strategy of its own, which can be changed while requests run. A strategy that fails is
     replaced by ``least_load`` for that pick (see :mod:`.fence`). ``seed`` makes choices at random repeatable.
-    ``took`` is told of the time of each pick, by ``stopwatch``.
+    ``took`` is told of the time of each pick, by role and by ``stopwatch``.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Scheduler:
         config: SchedulerConfig,
         registry: Registry,
         seed: int | None = None,
-        took: Callable[[InstanceRole, float], None] | None = None,
+        took: Mapping[InstanceRole, Callable[[float], None]] | None = None,
         stopwatch: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.config = config
@@ -212,7 +212,7 @@ class Scheduler:
             return self._pick(role, request, count, exclude)
         began = self._stopwatch()
         ranked = self._pick(role, request, count, exclude)
-        self._took(role, self._stopwatch() - began)
+        self._took[role](self._stopwatch() - began)
         return ranked
 
     def _pick(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
@@ -15,8 +16,7 @@ from .candidates import LARGE_FLEET, Candidates
 from .fence import StrategyFence
 
 
-@dataclass(slots=True, eq=False)
-class Ranking:
+class Ranking(Struct, gc=False, eq=False):
     """What ``strategy``, called ``name``, has made of ``offered``: it is true until the next pick."""
 
     strategy: StrategyFence
@@ -45,7 +45,7 @@ class Ranking:
             candidates.endpoints,
             tuple(candidates.on_trial),
             tuple(self.exclude),
-            not candidates.many,
+            number <= LARGE_FLEET and not candidates.many,
         )
 
 

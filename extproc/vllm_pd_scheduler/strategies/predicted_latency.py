@@ -83,8 +83,12 @@ class PredictedLatency(Strategy):
             return {"step": step, "requests": requests, "kv_tokens": tokens}
         load, prompt = endpoint.prefill, request.prompt_tokens
         cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
-        cost = load.cost(max(1.0, prompt - load.trust * cached), prompt)
-        return {"wait": load.remaining(request.now), "cost": cost, "cached_tokens": cached}
+        new = prompt - load.trust * cached
+        if new < 1.0:
+            new = 1.0
+        cost = load.overhead + load.per_token * new + load.per_pair * new * (prompt - new / 2)
+        wait = load.remaining(request.now) if load.queued else 0.0
+        return {"wait": wait, "cost": cost, "cached_tokens": cached}
 
     def prefill_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf

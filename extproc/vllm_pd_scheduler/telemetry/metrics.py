@@ -214,14 +214,13 @@ class Telemetry:
             registry=self.prometheus,
         )
         self._responses = {ending: responses.labels(ending) for ending in Ending}
-        picks = LeanHistogram(
+        self._picks = LeanHistogram(
             "pd_scheduler_pick_duration_seconds",
             "Time of a pick.",
             ["role"],
             buckets=_PICK_SECONDS,
             registry=self.prometheus,
         )
-        self._picks: dict[str, Series] = {role: picks.series(role) for role in ("prefill", "decode")}
         self._prompt_tokens = Counter(
             "pd_scheduler_prompt_tokens",
             "Tokens of prompts that P has computed or had cached.",
@@ -272,9 +271,9 @@ class Telemetry:
         self.totals.requests += 1
         self.totals.errors[reason] += 1
 
-    def picked(self, role: str, seconds: float) -> None:
-        """Record how long a pick took."""
-        self._picks[role].observe(seconds)
+    def picks(self, role: str) -> Callable[[float], None]:
+        """Return what records how long a pick for a role took, in seconds."""
+        return self._picks.series(role).observe
 
     def ended(self, served: Served, ending: Ending, ttft: float | None, duration: float) -> None:
         """Count a request that was sent to decode and has ended, with its times in seconds."""
