@@ -63,37 +63,13 @@ def requests(blocks: tuple[int, ...]) -> Any:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_explanations(benchmark: Any, fleet: tuple[Registry, tuple[int, ...]], name: str) -> None:
-    """What it costs to note how these two picks were made, for the request's decision."""
-    registry, blocks = fleet
-    scheduler = Scheduler(SchedulerConfig(strategy=name), registry, seed=1)
-    asked = requests(blocks)
-    picks: dict[InstanceRole, Any] = {}
-
-    def setup() -> tuple[tuple[RequestContext], dict[str, Any]]:
-        request = next(asked)
-        for role, count in ((P, 1), (D, 4)):
-            scheduler.pick(role, request, count=count)
-            picks[role] = scheduler._last
-        return (request,), {}
-
-    def two_explanations(request: RequestContext) -> list[Any]:
-        explained = []
-        for role, pick in picks.items():
-            scheduler._last = pick
-            explained.append(scheduler.explain(role, request))
-        return explained
-
-    assert all(benchmark.pedantic(two_explanations, setup=setup, rounds=ROUNDS, warmup_rounds=20))
-
-
 @pytest.mark.parametrize(
     "setting",
     [
         pytest.param({}, id="plain"),
         pytest.param({"max_waiting": 4, "max_in_flight_tokens": 12_000}, id="limited"),
         pytest.param({"exclude": 1}, id="retried"),
+        pytest.param({"explained": 1}, id="explained"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -103,14 +79,15 @@ def test_two_picks(
     """As the router picks: one P, but a D with three more that Envoy may try. Each request changes the load.
 
     ``limited``: it looks first whether there is room. ``retried``: an instance of each role was tried before.
+    ``explained``: it is noted how both were made, as for each request's decision.
     """
     registry, blocks = fleet
     for watchers in registry._watchers.values():
         watchers.clear()  # of the schedulers before
-    limits = {key: value for key, value in setting.items() if key != "exclude"}
+    limits = {key: value for key, value in setting.items() if key.startswith("max")}
     scheduler = Scheduler(SchedulerConfig(strategy=name, **limits), registry, seed=1)
     exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in InstanceRole}
-    asked = requests(blocks)
+    asked, explained = requests(blocks), "explained" in setting
     picked: list[Endpoint] = []
     claims: list[Reservation] = []
 
@@ -126,7 +103,11 @@ def test_two_picks(
             for role in (D, P):
                 scheduler.has_room(role, request.now)
         prefill = scheduler.pick(P, request, exclude=exclude[P])
+        if explained:
+            scheduler.explain(P, request)
         decode = scheduler.pick(D, request, count=4, exclude=exclude[D])
+        if explained:
+            scheduler.explain(D, request)
         picked[:] = prefill[0], decode[0]
         return prefill, decode
 

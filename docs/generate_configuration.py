@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.schema import InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
+from vllm_pd_scheduler.config.tracing import TracingConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -133,6 +134,12 @@ GROUPS = (
         {"log_format": "json"},
     ),
     Group(
+        "Traces",
+        "Spans of each request by OpenTelemetry: [Tracing](tracing.md) says which.",
+        ("tracing",),
+        {"tracing": {"endpoint": "http://otel-collector:4318", "sample_ratio": 0.1}},
+    ),
+    Group(
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",
@@ -154,6 +161,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     SecretSource: "secret",
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
+    TracingConfig: "tracing",
 }
 """What a value that is an object is called, and where its keys are listed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .admission.body_memory import BodyMemory
 from .admission.controller import AdmissionController
@@ -18,6 +18,7 @@ from .health import StateLog
 from .models import By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
+from .records.recording import Recording
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
 from .routing.forward import Forward
@@ -25,6 +26,9 @@ from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from .tracing.request_tracer import RequestTracer
 
 FORGET_S = 300.0
 """Seconds after an instance was removed in which the last of its requests should have ended."""
@@ -65,6 +69,7 @@ class PDRouter:
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time)
+        self.recording = Recording(clock, time.time, lambda: self.registry.load.output_tokens)
         self._core = RoutingCore(
             config,
             self.scheduler,
@@ -72,6 +77,7 @@ class PDRouter:
             self.connector,
             self.telemetry,
             self.decisions,
+            self.recording,
             clock,
             later,
         )
@@ -103,6 +109,15 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def tracer(self) -> RequestTracer | None:
+        """Begins the traces of requests; without one, none is traced."""
+        return self._core.tracer
+
+    @tracer.setter
+    def tracer(self, tracer: RequestTracer | None) -> None:
+        self._core.tracer = tracer
 
     # -- instances
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -159,3 +160,27 @@ async def test_metrics_count_each_once(client: Client) -> None:
     await until(counted)
     ttft = await metric(client, "pd_scheduler_time_to_first_token_seconds_count")
     assert ttft >= before + 50
+
+
+async def test_the_traffic_as_a_trace(client: Client) -> None:
+    await client.until_split()
+    shared = "The same beginning. " * 300
+    async with client.session.get(
+        f"{client.stack.admin}/trace", headers={"accept": "text/event-stream"}
+    ) as stream:
+        await stream.content.readline()
+        for number in range(2):
+            body = {"prompt": f"{shared}{number}", "max_tokens": 8}
+            assert (await client.post("/v1/completions", body)).status == 200
+        lines: list[dict[str, Any]] = []
+        async for line in stream.content:
+            if line.startswith(b"data:"):
+                lines.append(json.loads(line[5:]))
+            if len(lines) == 2:
+                break
+    first, second = lines
+    assert abs(first["input_length"] - second["input_length"]) <= 1
+    assert first["hash_ids"][0] == second["hash_ids"][0]
+    assert len(first["hash_ids"]) == first["input_length"] // 512 > 0
+    assert first["output_length"] >= 1
+    assert set(first) == {"timestamp", "input_length", "output_length", "hash_ids"}

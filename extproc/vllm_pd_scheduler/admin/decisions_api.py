@@ -43,7 +43,7 @@ class CandidateAnswer(Shown):
     score: Score
     """`null`: the strategy gives none, or it is infinite."""
     terms: dict[str, float | None]
-    """What the score is made of, for the best."""
+    """What the score is made of, for the one that was picked."""
 
 
 class AttemptAnswer(Shown):

@@ -24,6 +24,7 @@ from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
+from .trace_api import TraceApi
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class AdminServer:
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
             self._live,
+            TraceApi(router.recording, self._streams),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
         self._open = frozenset(route.path for route in self.routes if route.open)

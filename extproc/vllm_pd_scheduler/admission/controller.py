@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..fleet.endpoint import Reservation
 from ..request.errors import Reject
 from ..telemetry.metrics import QueueOutcome, Telemetry
+from ..tracing import current
 from .dispatcher import Dispatcher
 from .queue import Outcome, Ticket
 
@@ -58,9 +59,12 @@ class AdmissionController:
             raise
 
     def _count_wait(self, ticket: Ticket, outcome: QueueOutcome, since: float) -> None:
-        ticket.waited = self._clock() - since
+        now = self._clock()
+        ticket.waited = now - since
         if self._telemetry is not None:
             self._telemetry.waited(outcome, ticket.waited)
+        if (trace := current.get()) is not None:
+            trace.waited(ticket.role, outcome, since, now)
 
     def wake(self) -> None:
         """Serve waiting requests that can be served now. Call it when load or health of the fleet changed."""

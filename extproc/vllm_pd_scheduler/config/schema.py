@@ -24,6 +24,7 @@ from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
+from .tracing import TracingConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 _WEEK_S = 604_800
@@ -292,6 +293,9 @@ class SchedulerConfig(_Model):
     state_file: Annotated[str, Field(pattern=_PATH)] | None = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
+
+    tracing: TracingConfig | None = None
+    """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 
     api_key: SecretSource | None = None
     """Where the `--api-key` of the instances is kept. It replaces the client's `authorization`, so put

@@ -131,6 +131,7 @@ def read_result(entry: Any) -> Result | None:
         int(ttft[:_MAX_DIGITS]) / 1e6 if ttft.isascii() and ttft.isdigit() else None,
         _seconds(common.time_to_last_upstream_tx_byte) if has_sent else None,
         _address(entry),
+        entry.response.response_body_bytes,
     )
 
 

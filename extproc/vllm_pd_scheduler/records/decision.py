@@ -32,12 +32,12 @@ class Choice(Struct, gc=False, eq=False):
 
     strategy: str
     """Name of the strategy that has ranked."""
-    best: tuple[Endpoint, ...]
-    """The one that it has taken, and the next best."""
-    terms: tuple[dict[str, float], ...]
-    """What the score of each of ``best`` is made of, if the strategy says that."""
+    picked: Endpoint
+    """The one that it has taken."""
+    terms: dict[str, float]
+    """What the score of that is made of, if the strategy says that."""
     offered: tuple[Endpoint, ...]
-    """Whom it was offered; of a large fleet ``best`` alone."""
+    """Whom it was offered; of a large fleet ``picked`` alone."""
     scores: array[float]
     """The scores of ``offered``, as many numbers for each, the least being the best; empty: it has none."""
     number: int

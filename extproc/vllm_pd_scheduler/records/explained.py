@@ -69,7 +69,7 @@ def _prefill(decision: Decision) -> dict[str, Any] | None:
     if choice is None and not attempts:
         return None
     last = attempts[-1] if attempts else Attempt("")
-    picked = last.instance or (choice.best[0].id if choice else None)
+    picked = last.instance or (choice.picked.id if choice else None)
     return {
         **_choice(choice, picked, "last_resort"),
         "predicted_s": _rounded(last.predicted),
@@ -105,7 +105,7 @@ def _choice(choice: Choice | None, picked: str | None, other_rule: str) -> dict[
             "candidates": [],
             "left_out": {},
         }
-    by_strategy = choice.best[0].id == picked
+    by_strategy = choice.picked.id == picked
     return {
         "strategy": choice.strategy,
         "by": "strategy" if by_strategy else other_rule,
@@ -122,11 +122,12 @@ def _attempts(attempts: Iterable[Attempt]) -> list[dict[str, str | None]]:
 
 def _candidates(choice: Choice) -> Iterator[dict[str, Any]]:
     """Yield the best candidates: the one that was taken, then the others by their scores."""
-    scores, terms = _scores(choice), dict(zip(choice.best, choice.terms, strict=False))
-    others = [each for each in choice.offered if each not in choice.best and each not in choice.tried]
+    scores, picked = _scores(choice), choice.picked
+    others = [each for each in choice.offered if each is not picked and each not in choice.tried]
     others.sort(key=lambda endpoint: scores.get(endpoint, ()))
-    for endpoint in [*choice.best, *others][:MAX_CANDIDATES]:
-        made_of = {str(name): _number(value) for name, value in terms.get(endpoint, {}).items()}
+    for endpoint in [picked, *others][:MAX_CANDIDATES]:
+        terms = choice.terms if endpoint is picked else {}
+        made_of = {str(name): _number(value) for name, value in terms.items()}
         yield {"id": endpoint.id, "score": _score(scores.get(endpoint, ())), "terms": made_of}
 
 
@@ -168,9 +169,9 @@ def left_out(choice: Choice) -> dict[str, list[str]]:
 
 def _short(role: str, picked: str, choice: Choice | None) -> str:
     text = f"{role}={picked}"
-    if choice is None or choice.best[0].id != picked:
+    if choice is None or choice.picked.id != picked:
         return text
-    score = _score(_scores(choice).get(choice.best[0], ()))
+    score = _score(_scores(choice).get(choice.picked, ()))
     if isinstance(score, list):
         text += f" score={'/'.join(map(str, score))}"
     elif score is not None:

@@ -72,10 +72,17 @@ ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
+TRACEPARENT: Final = "traceparent"
+"""W3C Trace Context: the trace that a request belongs to, and its caller's span."""
+
+TRACESTATE: Final = "tracestate"
+"""What tracing systems add to that."""
+
 FORWARDED_TO_PREFILL: Final = (
     REQUEST_ID,
-    "traceparent",
-    "tracestate",
+    TRACEPARENT,
+    TRACESTATE,
+    "baggage",
     "authorization",
     "content-type",
     "origin",

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -19,6 +20,7 @@ from ..prediction.load_model import prefill_pairs
 from ..records.decision import MAX_TEXT, Decision
 from ..records.decisions import Decisions
 from ..records.explained import in_a_line
+from ..records.recording import Recording
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
@@ -28,6 +30,7 @@ from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
+from ..tracing import current
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
@@ -35,13 +38,17 @@ from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from ..tracing.request_tracer import RequestTracer
+
 log = logging.getLogger(__name__)
 
 
 class RoutingCore:
     """Decides where requests go. The only I/O is that of the prefill leg (``prefill.leg``).
 
-    ``in_flight`` keeps what was sent to decode until its answer has ended.
+    ``in_flight`` keeps what was sent to decode until its answer has ended. ``tracer`` begins the trace of
+    each request, if tracing is on.
     """
 
     def __init__(
@@ -52,14 +59,17 @@ class RoutingCore:
         connector: ConnectorFence,
         telemetry: Telemetry,
         decisions: Decisions,
+        recording: Recording,
         clock: Callable[[], float],
         later: Later,
     ) -> None:
+        self.tracer: RequestTracer | None = None
         self.config = config
         self.registry = scheduler.registry
         self.connector = connector
         self.telemetry = telemetry
         self._decisions = decisions
+        self._recording = recording
         self._scheduler = scheduler
         self._admission = admission
         self._clock = clock
@@ -68,7 +78,7 @@ class RoutingCore:
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
-        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake, later)
+        self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -83,6 +93,7 @@ class RoutingCore:
         path = headers.get(":path", "/").partition("?")[0]
         decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
         outcome: Forward | Reject
+        trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
@@ -103,10 +114,14 @@ class RoutingCore:
             if isinstance(error, asyncio.CancelledError):
                 decision.ending = Ending.LEFT
             self._decisions.add(decision)
+            if trace is not None:
+                trace.broken_off(error, self._clock())
             raise
         self._decisions.add(decision)
         if isinstance(outcome, Reject):
             self._note_refusal(outcome, decision)
+            if trace is not None:
+                trace.rejected(outcome.status, outcome.reason, self._clock())
         if headers.get(names.EXPLAIN) == "1" and self.config.explain_header:
             outcome = _explained(outcome, decision)
         if log.isEnabledFor(logging.DEBUG):
@@ -127,12 +142,13 @@ class RoutingCore:
     async def _split(
         self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
     ) -> Forward | Reject:
-        reading = self._reader.read(
-            path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
-        )
+        reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
+        reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
+        if context.model is not None and (trace := current.get()) is not None:
+            trace.asks_for(context.model)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -268,6 +284,10 @@ class RoutingCore:
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
+        trace = current.get()
+        if trace is not None:
+            strategy = self._scheduler.names[InstanceRole.DECODE]
+            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
         forward = self.in_flight.start(decode, reservation, body, limit, removed, decision)
@@ -275,9 +295,15 @@ class RoutingCore:
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.request_id
         forward.served = served
+        if served is not Served.PASSED:
+            forward.recorded = self._recording.begin(context)
         decision.id, decision.served, decision.decode_to = forward.id, served, decode
         decision.prompt_tokens = context.prompt_tokens
         decision.predicted_ttft = predicted_ttft
+        if trace is not None:
+            forward.trace = trace
+            tokens, first = context.prompt_tokens, decode[0]
+            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
         return forward
 
     def _predicted_ttft(

@@ -16,6 +16,7 @@ from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import Decision
+from ..records.recording import Recording
 from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
@@ -72,6 +73,7 @@ class RequestsInFlight:
         self,
         registry: Registry,
         telemetry: Telemetry,
+        recording: Recording,
         clock: Callable[[], float],
         changed: Callable[[], None],
         later: Later = in_this_loop,
@@ -81,6 +83,7 @@ class RequestsInFlight:
         self.patience = Patience()
         self._registry = registry
         self._telemetry = telemetry
+        self._recording = recording
         self._clock = clock
         self._changed = changed
         self._later = later
@@ -149,6 +152,8 @@ class RequestsInFlight:
         elif attempt.status == 500:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
+        if forward.trace is not None:
+            forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
@@ -168,6 +173,10 @@ class RequestsInFlight:
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if not 200 <= result.status < 300:
             ttft = None  # an error's first byte is no token
+        elif forward.recorded is not None:
+            self._recording.answered(forward.recorded, result.answer_bytes)
+        if forward.trace is not None:
+            forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
         prefill = None if forward.failed_attempts else forward.prefill
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
@@ -253,6 +262,8 @@ class RequestsInFlight:
         self._running.pop(forward.id, None)
         forward.sent()
         now = self._clock()
+        if forward.trace is not None:
+            forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.pending is not None:
@@ -281,11 +292,25 @@ class RequestsInFlight:
 
     def _forget(self, forward: Forward) -> None:
         self._ended.pop(forward.id, None)
+        self._close_trace(forward)
         if forward.pending is None:
             return
         self._remembered_bytes -= len(forward.pending.handoff.params)
         if self._never_sent(forward):
             self._take_back(forward)
+
+    def close_traces(self) -> None:
+        """End the spans of all requests, since the process ends."""
+        for forward in (*self._running.values(), *self._ended.values()):
+            self._close_trace(forward)
+
+    def _close_trace(self, forward: Forward) -> None:
+        if forward.trace is None:
+            return
+        if (answering := forward.answering) is None:
+            forward.trace.close(self._clock())
+        else:
+            forward.trace.close(self._clock(), answering.id, answering.url)
 
     def _never_sent(self, forward: Forward) -> bool:
         """Whether its client left before Envoy had our answer, so that no D has been asked."""

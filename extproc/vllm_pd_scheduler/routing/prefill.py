@@ -21,6 +21,7 @@ from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
+from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
@@ -88,6 +89,7 @@ class PrefillStage:
         tried = _Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self._admit(context, decision)
         while isinstance(reservation, Reservation):
+            self._trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -99,6 +101,12 @@ class PrefillStage:
         if self._config.on_prefill_failure == "fail":
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
+
+    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        if (trace := current.get()) is not None:
+            role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
+            strategy, picked = self._scheduler.names[role], reservation.endpoint.id
+            trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
     async def _admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
         ticket = Ticket(context, InstanceRole.PREFILL, context.body_bytes)
@@ -201,6 +209,8 @@ class PrefillStage:
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
         noted.outcome = "no_handoff"
+        if (trace := current.get()) is not None:
+            trace.prefill_useless("no_handoff")
         self._failed(
             endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
         )

@@ -23,3 +23,5 @@ class Result(NamedTuple):
     """To the last byte that was sent to D, if the last attempt came so far."""
     address: str
     """``ip:port`` of the D that answered; empty if none did."""
+    answer_bytes: int = 0
+    """Of the answer's body, as sent to the client."""

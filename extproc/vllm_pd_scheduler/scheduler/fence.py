@@ -6,9 +6,8 @@ or the updates to Envoy: a default answers in its place, and the failure is coun
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -21,10 +20,8 @@ from .candidates import Offer
 
 T = TypeVar("T")
 
-COMPARED = 2
-"""Endpoints whose terms are shown: the one that was taken, and the next best."""
-Explained = tuple["array[float]", tuple[Endpoint, ...], tuple[dict[str, float], ...]]
-"""The scores of all that were offered, if they are numbers; the best ``COMPARED``; their terms."""
+Explained = tuple["array[float]", dict[str, float]]
+"""The scores of all that were offered, if they are numbers, and the terms of the one that was taken."""
 _MAX_TERMS = 16
 """Of one endpoint, that are kept."""
 
@@ -76,23 +73,15 @@ class StrategyFence:
             raise ValueError("rank() returned an endpoint twice")
         return [e for e in chosen if e not in offer.exclude][:count] if offer.exclude else chosen
 
-    def explained(
-        self, offered: Sequence[Endpoint], ranked: Sequence[Endpoint], request: RequestContext
-    ) -> Explained:
-        """Return what the newest ranking, of ``offered``, has compared; less of it if the strategy fails."""
-        best = tuple(ranked[:COMPARED])
+    def explained(self, number: int, picked: Endpoint, request: RequestContext) -> Explained:
+        """Return what the newest ranking, of ``number`` endpoints, has compared; nothing if that fails."""
         try:
             compared = self.strategy.last_scores
-            scores = NO_SCORES if compared is None else _packed(compared, len(offered))
-            if scores and len(best) < COMPARED:
-                best = _best(offered, compared, best)
-            if not self._has_terms:
-                return scores, best, ()
-            terms = self.strategy.terms
-            return scores, best, tuple([_few(terms(e, request)) for e in best])
+            scores = NO_SCORES if compared is None else _packed(compared, number)
+            return scores, _few(self.strategy.terms(picked, request)) if self._has_terms else {}
         except Exception as error:  # someone else's code, which may raise anything
             self._failed(error)
-            return NO_SCORES, best, ()
+            return NO_SCORES, {}
 
     def order(self, request: RequestContext, cost: float) -> float:
         """See :meth:`Strategy.order`; the base class's if it fails, or is no number."""
@@ -130,19 +119,6 @@ def _packed(scores: Any, number: int) -> array[float]:
     except (TypeError, OverflowError):
         return NO_SCORES
     return NO_SCORES if len(packed) % number else packed
-
-
-def _best(offered: Sequence[Endpoint], scores: Any, taken: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
-    """Return those with the least scores, ``taken`` being the first of them."""
-    left = scores.copy()
-    last = (math.inf,) if type(scores[0]) is tuple else math.inf
-    for endpoint in taken:
-        left[offered.index(endpoint)] = last
-    for _ in range(len(taken), min(COMPARED, len(left))):  # passes in C take a third of a sort's time
-        at = left.index(min(left))
-        taken += (offered[at],)
-        left[at] = last
-    return taken
 
 
 def _few(terms: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from msgspec import Struct
 
@@ -29,13 +29,13 @@ class Ranking(Struct, gc=False, eq=False):
     def choice(self, registry: Registry, role: InstanceRole, request: RequestContext) -> Choice:
         """Return it as it can be remembered: nothing here grows with the fleet but references."""
         candidates, offered = self.candidates, self.offered
-        number = len(offered)
-        scores, best, terms = self.strategy.explained(offered, self.ranked, request)
+        number, picked = len(offered), self.ranked[0]
+        scores, terms = self.strategy.explained(number, picked, request)
         if number > LARGE_FLEET:
-            scores, offered = _of(best, offered, scores), best
+            scores, offered = _of(picked, offered, scores), (picked,)
         return Choice(
             self.name,
-            best,
+            picked,
             terms,
             offered,
             scores,
@@ -49,10 +49,7 @@ class Ranking(Struct, gc=False, eq=False):
         )
 
 
-def _of(best: Sequence[Endpoint], offered: Sequence[Endpoint], scores: array[float]) -> array[float]:
-    """Return the scores of a few."""
-    width = len(scores) // len(offered)
-    found = array("d")
-    for at in map(offered.index, best):
-        found += scores[at * width : (at + 1) * width]
-    return found
+def _of(picked: Endpoint, offered: tuple[Endpoint, ...], scores: array[float]) -> array[float]:
+    """Return the score of one."""
+    width, at = len(scores) // len(offered), offered.index(picked)
+    return scores[at * width : (at + 1) * width]

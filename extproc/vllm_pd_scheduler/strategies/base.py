@@ -118,7 +118,7 @@ class Strategy:
     def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
         """Return what an endpoint's score is made of, by name, to be shown with the decision.
 
-        It is called after :meth:`rank` for the best endpoints only, for each request, so it must be quick.
+        It is called after :meth:`rank` for the endpoint that was picked, for each request: it must be quick.
         """
         return {}
 

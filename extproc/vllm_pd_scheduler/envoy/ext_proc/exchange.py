@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from ...admission.body_memory import BodyAllocation
+from ...request import headers as names
 from ...router import PDRouter
 from ...rpc import Call, CallError, StatusCode
 from .messages import decode, encode
@@ -114,9 +116,16 @@ class Exchange:
         if size and not self._hold.resize(size):
             self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         elif isinstance(action, Route):
+            if self._router.tracer is not None:
+                action.headers = self._with_envoys_span(action.headers)
             self._task = asyncio.get_running_loop().create_task(self._route(action))
         else:
             self._answer(action)
+
+    def _with_envoys_span(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return a request's headers with Envoy's own span in place of its client's, if Envoy traces."""
+        told = {name: self._call.metadata(name) for name in (names.TRACEPARENT, names.TRACESTATE)}
+        return {**headers, **{name: value for name, value in told.items() if value}}
 
     def _answer(self, reply: Reply) -> None:
         self._call.write(*encode(reply))
