@@ -1,4 +1,4 @@
-"""What a second of the dashboard's stream costs, however many watch: a look at all instances, and its encoding."""
+"""What a second of the dashboard's stream costs, however many watch: a look, and its encoding."""
 
 from __future__ import annotations
 
