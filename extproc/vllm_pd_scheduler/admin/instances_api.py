@@ -127,9 +127,9 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
     """Return the fields of :class:`InstanceAnswer`; ``now`` is monotonic seconds."""
     instance, metrics = endpoint.instance, endpoint.metrics
     if instance.role is InstanceRole.PREFILL:
-        predicted = Predicted(prefill_left_s=endpoint.prefill.remaining(now))
+        predicted = {"prefill_left_s": endpoint.prefill.remaining(now)}
     else:
-        predicted = Predicted(decode_step_s=endpoint.decode_step)
+        predicted = {"decode_step_s": endpoint.decode_step}
     return {
         "id": instance.instance_id,
         "role": instance.role,
