@@ -185,6 +185,9 @@ class RoutingCore:
         if outcome is not None:  # it has kept the place until now
             outcome.release()
             own = outcome.endpoint
+        refused_for = self.in_flight.lost.refused_for(context.fingerprint, self._clock())
+        if refused_for:  # others with its prompt were lost while it has waited
+            return lost_twice(math.ceil(refused_for))
         return self._to_decode(context, body, served, limit, preferred or own, own)
 
     def _to_decode(
