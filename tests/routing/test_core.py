@@ -158,6 +158,21 @@ class WholeTest(Case):
                 self.assertEqual(self.leg.sent, [])
                 self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="passed"), 1.0)
 
+    async def test_they_have_a_time_limit_too(self) -> None:
+        config, path = self.router.config, "/v1/responses"
+        first = config.decode_first_byte_timeout
+        whole = first + 32_768 * config.decode_seconds_per_token
+        for body, expected, stream in (
+            (b"", first, False),
+            ({"input": "x"}, whole, False),
+            ({"input": "x", "stream": True}, first, True),
+            (b"\x00not JSON: stream"[1:], whole, False),
+        ):
+            with self.subTest(body):
+                forward = await self.route(body, path)
+                self.assertEqual((forward.first_byte_timeout, forward.stream), (expected, stream))
+                forward.release()
+
     async def test_a_path_that_is_not_public(self) -> None:
         for path in (
             "/metrics",

@@ -80,13 +80,15 @@ class RequestReader:
             blocks=blocks,
             block_tokens=tokens * BLOCK_BYTES / max(1, size) if prefixes else 0.0,
             fingerprint=fingerprint(body),
-            stream=body.get("stream") is True,
+            stream=body.wants_stream,
             session=self._session(headers, body),
         )
 
-    def passed(self, path: str, headers: Mapping[str, str], size: int, now: float) -> RequestContext:
-        """Return the context of a request whose body says nothing; raises :exc:`HeaderError`."""
-        return self._context(path, headers, size, now)
+    def passed(
+        self, path: str, headers: Mapping[str, str], size: int, stream: bool, now: float
+    ) -> RequestContext:
+        """Return the context of a request that is not split, nor read further; raises :exc:`HeaderError`."""
+        return self._context(path, headers, size, now, stream=stream)
 
     def _context(
         self, path: str, headers: Mapping[str, str], size: int, now: float, **of_body: Any

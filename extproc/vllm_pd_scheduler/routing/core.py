@@ -14,7 +14,7 @@ from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..request import headers as names
-from ..request.body import JsonBody, strip_handoff
+from ..request.body import JsonBody, asks_for_stream, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
@@ -26,7 +26,7 @@ from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
-from .time_limits import first_byte_timeout
+from .time_limits import first_byte_timeout, passed_timeout
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,10 @@ class RoutingCore:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
                 clean = await self._turns.take(strip_handoff(body))
-                context = self._reader.passed(path, headers, len(body), self._clock())
-                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
+                stream = await self._turns.take(asks_for_stream(clean))
+                context = self._reader.passed(path, headers, len(body), stream, self._clock())
+                limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
+                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, limit)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
