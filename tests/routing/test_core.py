@@ -9,6 +9,7 @@ from typing import Any
 from tests.support.routing import BODY, ERROR, PARAMS, Case, D, P, answer, decode_body
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.models import PDInstance
+from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 
 
 class SplitTest(Case):
@@ -172,6 +173,17 @@ class WholeTest(Case):
                 forward = await self.route(body, path)
                 self.assertEqual((forward.first_byte_timeout, forward.stream), (expected, stream))
                 forward.release()
+
+    async def test_one_that_two_instances_have_lost_is_refused(self) -> None:
+        killer, in_flight = {"input": "it kills"}, self.router.in_flight
+        for _ in range(2):
+            forward = await self.route(killer, "/v1/responses")
+            d = forward.decode[0]
+            in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+            forward.release()
+        self.assertRejected(await self.route(killer, "/v1/responses"), 503, "lost")
+        (await self.route({"input": "another"}, "/v1/responses")).release()
+        (await self.route(b"", "/v1/models", "GET")).release()
 
     async def test_a_path_that_is_not_public(self) -> None:
         for path in (

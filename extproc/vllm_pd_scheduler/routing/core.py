@@ -82,11 +82,7 @@ class RoutingCore:
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
-                clean = await self._turns.take(strip_handoff(body))
-                stream = await self._turns.take(asks_for_stream(clean))
-                context = self._reader.passed(path, headers, len(body), stream, self._clock())
-                limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
-                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, limit)
+                outcome = await self._passed(path, headers, body)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
@@ -96,6 +92,17 @@ class RoutingCore:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%.200s: %s", path, outcome)
         return outcome
+
+    async def _passed(self, path: str, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
+        """Send a request to decode as it is, but for a hand-off of the client's."""
+        clean = await self._turns.take(strip_handoff(body))
+        stream = await self._turns.take(asks_for_stream(clean))
+        context = self._reader.passed(path, headers, clean, stream, self._clock())
+        refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
+        if refused_for:
+            return lost_twice(math.ceil(refused_for))
+        limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
+        return self._to_decode(context, None if clean is body else clean, Served.PASSED, limit)
 
     async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
         reading = self._reader.read(
