@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,7 +12,15 @@ import pytest
 import yaml
 from docker.utils import exclude_paths
 
-from tests.support.compose_file import COMPOSE, ROOT, VLLM_COMPOSE, Service, mounts, read_services
+from tests.support.compose_file import (
+    COMPOSE,
+    OBSERVABILITY,
+    ROOT,
+    VLLM_COMPOSE,
+    Service,
+    mounts,
+    read_services,
+)
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
@@ -19,6 +28,7 @@ DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 PORTS = EnvoyPorts()
 SERVICES = read_services(COMPOSE)
 VLLM = read_services(VLLM_COMPOSE, {"HOST_IP": "192.0.2.1"})
+OBSERVERS = read_services(OBSERVABILITY, {"GRAFANA_PASSWORD": "secret"})
 INSTANCES = {name: service for name, service in SERVICES.items() if name.startswith(("prefill", "decode"))}
 
 
@@ -37,9 +47,10 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_mounted_files_are_there() -> None:
-    for service in SERVICES.values():
+    volumes = yaml.safe_load(OBSERVABILITY.read_text(encoding="utf-8"))["volumes"]
+    for service in (*SERVICES.values(), *OBSERVERS.values()):
         for source, _ in mounts(service, COMPOSE.parent):
-            assert source.is_file(), source
+            assert source.is_file() or source.name in volumes, source
 
 
 def test_envoy_and_scheduler_share_the_network_of_a_service_that_does_nothing_else() -> None:
@@ -169,9 +180,41 @@ def compose_command() -> list[str]:
     pytest.skip("neither the docker compose plugin nor docker-compose is installed")
 
 
-@pytest.mark.parametrize("path", [COMPOSE, VLLM_COMPOSE], ids=lambda path: path.name)
-def test_compose_accepts_the_file(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prometheus_and_grafana_are_for_this_machine_and_have_no_privileges() -> None:
+    assert OBSERVERS["pod"] == {"ports": ["127.0.0.1:9090:9090"]}
+    assert OBSERVERS["grafana"]["ports"] == ["127.0.0.1:3000:3000"]
+    for name in ("prometheus", "grafana"):
+        service = OBSERVERS[name]
+        assert not service["user"].startswith("0")
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_grafana_has_no_known_password() -> None:
+    with pytest.raises(KeyError, match="GRAFANA_PASSWORD"):
+        read_services(OBSERVABILITY)
+
+
+def test_prometheus_reads_the_instances_that_run() -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/scrape.yml").read_text(encoding="utf-8"))
+    (job,) = [job for job in config["scrape_configs"] if job["job_name"] == "vllm"]
+    scraped = {tuple(group["targets"]): group["labels"] for group in job["static_configs"]}
+    assert scraped == {
+        (f"{name}:{option(service['entrypoint'], '--port')}",): {
+            "instance": name,
+            "role": option(service["command"], "--role"),
+        }
+        for name, service in INSTANCES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "paths", [[COMPOSE], [VLLM_COMPOSE], [COMPOSE, OBSERVABILITY]], ids=lambda paths: paths[-1].name
+)
+def test_compose_accepts_the_file(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOST_IP", "192.0.2.1")
-    command = [*compose_command(), "-f", str(path), "config", "--quiet"]
+    monkeypatch.setenv("GRAFANA_PASSWORD", "secret")
+    command = [*compose_command(), *(f"--file={path}" for path in paths), "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

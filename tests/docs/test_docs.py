@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 import unittest
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,11 +15,10 @@ from benchmarks.routers import figures
 
 from docs import generate_configuration, generate_performance
 from tests.support.certificates import make_certificates
+from tests.support.known_metrics import filled_router, real_metrics
 from vllm_pd_scheduler.admin import AdminServer
-from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.replay.peers import PEERS
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND
 from vllm_pd_scheduler.request import headers
@@ -170,35 +168,15 @@ class StrategiesTest(unittest.TestCase):
 
 class MetricsTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.router = PDRouter(SchedulerConfig(shadow_strategy="slo"))
-        registry = self.router.registry
-        for role in InstanceRole:
-            endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
-            registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
-            registry.resolved(endpoint, "10.0.0.1")
-        registry.load.learn_bytes("m", 400, 100)
-
-    def real(self) -> dict[str, tuple[str, list[str]]]:
-        """Type and labels of every metric, by the name under which it is scraped."""
-        page = (self.router.telemetry.prometheus, collectors(self.router, time.monotonic))
-        found = {}
-        for collector in (each for registry in page for each in registry._collector_to_names):
-            for family in collector.collect():
-                labels = getattr(collector, "_labelnames", None)
-                if labels is None:
-                    labels = [key for key in family.samples[0].labels if key != "le"]
-                name = family.name + "_total" * (family.type == "counter")
-                found[name] = (family.type, list(labels))
-        return found
+        self.real = real_metrics(filled_router())
 
     def test_every_metric_has_a_row_with_its_type_and_labels(self) -> None:
         table = [row for row in rows(TEXTS["docs/metrics.md"]) if len(row) == 4]
-        self.assertEqual({quoted(row[0])[0]: (row[1], quoted(row[2])) for row in table}, self.real())
+        self.assertEqual({quoted(row[0])[0]: (row[1], quoted(row[2])) for row in table}, self.real)
 
     def test_no_other_is_named_anywhere(self) -> None:
-        real = self.real()
         for document, text in TEXTS.items():
-            self.assertLessEqual(set(re.findall(r"\bpd_[a-z_]+[a-z]\b", text)), set(real), document)
+            self.assertLessEqual(set(re.findall(r"\bpd_[a-z_]+[a-z]\b", text)), set(self.real), document)
 
     def test_every_reason_has_a_row(self) -> None:
         files = (ROOT / "extproc/vllm_pd_scheduler").rglob("*.py")

@@ -13,6 +13,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 VLLM_COMPOSE = ROOT / "deploy" / "compose.vllm.yaml"
+OBSERVABILITY = ROOT / "deploy" / "compose.observability.yaml"
+"""Goes on top of ``COMPOSE``."""
 
 Service = dict[str, Any]
 
