@@ -262,11 +262,9 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
 
 def asks_for_stream(body: bytes) -> Steps[bool]:
     """Return whether a body of any kind is a JSON object that asks for a stream of events."""
-    if b"stream" not in body:
-        return False
     try:
         if len(body) <= AT_ONCE_BYTES:
-            return _means_true(_decode_stream(body).stream)
+            return b"stream" in body and _means_true(_decode_stream(body).stream)
         text, found = JsonText(body), False
         brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
         if body[brace : brace + 1] != b"{":
