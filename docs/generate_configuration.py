@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.schema import InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
+from vllm_pd_scheduler.config.tracing import TracingConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -133,12 +134,19 @@ GROUPS = (
         {"log_format": "json"},
     ),
     Group(
+        "Traces",
+        "Spans of each request by OpenTelemetry: [Tracing](tracing.md) says which.",
+        ("tracing",),
+        {"tracing": {"endpoint": "http://otel-collector:4318", "sample_ratio": 0.1}},
+    ),
+    Group(
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",
-        ("public_paths", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
+        ("public_paths", "explain_header", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
         {
             "public_paths": ["/v1/models", "/v1/embeddings", "/v1/responses", "/v1/responses/*"],
+            "explain_header": False,
             "api_key": {"env": "VLLM_API_KEY"},
             "instance_tls": {"ca": "/etc/pd/fleet-ca.pem"},
             "admin_host": "0.0.0.0",
@@ -153,6 +161,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     SecretSource: "secret",
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
+    TracingConfig: "tracing",
 }
 """What a value that is an object is called, and where its keys are listed."""
 

@@ -4,8 +4,9 @@ from .load import ConfigError, load_config, parse_config
 from .problems import describe_error
 from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
+from .tracing import TracingConfig
 
 __all__ = [
     "ConfigError", "InstanceConfig", "InstanceTlsConfig", "SchedulerConfig", "SecretSource", "TlsConfig",
-    "describe_error", "is_loopback", "load_config", "parse_config",
+    "TracingConfig", "describe_error", "is_loopback", "load_config", "parse_config",
 ]  # fmt: skip

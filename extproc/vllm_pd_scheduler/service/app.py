@@ -7,18 +7,20 @@ import gc
 import logging
 import os
 import socket
+import time
 from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
-from ..config import SchedulerConfig, is_loopback
-from ..envoy.access_log import AttemptLog
+from ..config import SchedulerConfig, TracingConfig, is_loopback
+from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.release import HandoffReleaser
+from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
@@ -80,6 +82,8 @@ class App:
         return_large_blocks()
         raise_open_files_limit()
         self.changes.restore()
+        if config.tracing is not None:
+            self._start_tracing(config.tracing)
         trusted = config.instance_tls.context() if config.instance_tls else None
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
@@ -93,6 +97,8 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
+        if router.tracer is not None:
+            router.prefill_leg = TracedLeg(leg, time.monotonic)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, leg.give_up)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
@@ -104,6 +110,18 @@ class App:
         admin = join_address(config.admin_host, config.admin_port)
         text = f"serving ext_proc and EDS on {grpc}, admin on {admin}"
         router.events.add(EventKind.STARTED, text, by=By.START)
+
+    def _start_tracing(self, config: TracingConfig) -> None:
+        try:
+            config.check()
+            from ..tracing.export import SpanExport  # its packages are an extra
+
+            export = SpanExport(config.url(), config.sample_ratio, config.service_name)
+        except ValueError as error:
+            raise StartupError(f"tracing: {error}") from None
+        self.router.tracer = export.tracer
+        self._stack.push_async_callback(export.close)
+        self._stack.callback(self.router.in_flight.close_traces)
 
     async def _start_admin(self) -> None:
         config = self.config
@@ -122,10 +140,10 @@ class App:
 
     async def _start_grpc(self) -> None:
         config = self.config
-        attempts = AttemptLog(self.router.in_flight.attempt_failed)
+        access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
         retries = RetryCheck(self.router.in_flight.may_try_again)
         discovery = EndpointDiscovery(self.router.registry)
-        services = (self.ext_proc, discovery, attempts, retries, HealthService())
+        services = (self.ext_proc, discovery, access_log, retries, HealthService())
         server = Server({path: method for each in services for path, method in each.methods().items()})
         try:
             if config.grpc_socket is not None:
