@@ -11,7 +11,7 @@ from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
-from .changes import AdminChanges, LastRoutable, NotKept
+from .changes import AdminChanges, LastRoutable, Leaving, NotKept
 from .event_stream import Streams
 from .events_api import EventsApi
 from .index_api import IndexApi
@@ -19,6 +19,7 @@ from .instances_api import InstancesApi
 from .origin import foreign_host, foreign_origin
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
+from .reload_api import Reload, ReloadApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
 
@@ -41,9 +42,10 @@ class AdminServer:
     """Serves the admin interface of a router.
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
-    shutting down. ``token``, if given, is required as a bearer token for all routes but those that are open.
-    Without one, whoever reaches the port may do everything, so requests must name this machine as their host.
-    In any case a web page of another site may change nothing.
+    shutting down. ``reload`` reads the configuration again, if it comes from a file. ``token``, if given, is
+    required as a bearer token for all routes but those that are open. Without one, whoever reaches the port
+    may do everything, so requests must name this machine as their host. In any case a web page of another
+    site may change nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class AdminServer:
         *,
         is_ready: Callable[[], bool],
         token: str | None = None,
+        reload: Reload | None = None,
     ) -> None:
         changes = changes or AdminChanges(router)
         self._streams = Streams()
@@ -60,6 +63,7 @@ class AdminServer:
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
             ProcessApi(router, is_ready),
+            ReloadApi(reload),
             StrategyApi(router, changes),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
@@ -118,7 +122,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return error_answer(*error.args)
     except UnknownInstance as error:
         return error_answer(404, str(error))
-    except LastRoutable as error:
+    except (LastRoutable, Leaving) as error:
         return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")

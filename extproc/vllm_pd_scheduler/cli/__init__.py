@@ -10,7 +10,7 @@ import typer
 from .. import __version__
 from .envoy_config import envoy_config
 from .history import decisions, events, explain
-from .operating import add, drain, remove, status, strategy, undrain
+from .operating import add, drain, reload, remove, status, strategy, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .replay import replay
 from .serving import check, serve, up
@@ -57,7 +57,7 @@ def default(
 
 _PANELS = {
     "Run": (serve, up, check, envoy_config),
-    "Operate": (status, top, strategy, drain, undrain, add, remove, decisions, explain, events),
+    "Operate": (status, top, strategy, drain, undrain, add, remove, reload, decisions, explain, events),
     "Try out": (demo, sim, replay),
 }
 for panel, commands in _PANELS.items():

@@ -1,11 +1,13 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
-from .load import ConfigError, load_config, parse_config
-from .problems import describe_error
+from .load import ConfigError, load_config, load_instances, parse_config
+from .problems import describe_error, find_problems
+from .reload import Reloaded, compare
 from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "SchedulerConfig", "SecretSource", "TlsConfig",
-    "describe_error", "is_loopback", "load_config", "parse_config",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
+    "TlsConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
+    "load_instances", "parse_config",
 ]  # fmt: skip
