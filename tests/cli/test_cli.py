@@ -122,7 +122,7 @@ class TestUp:
     ) -> None:
         seen: list[tuple[str | None, int | None]] = []
 
-        async def up(config: SchedulerConfig, ports: EnvoyPorts, *_: Any) -> int:
+        async def up(config: SchedulerConfig, ports: EnvoyPorts, *_: Any, **__: Any) -> int:
             seen.append((config.prefill_listener, ports.prefill))
             return 0
 
@@ -244,7 +244,7 @@ class TestOptions:
         served: list[Any] = []
         formats: list[str] = []
 
-        async def serve(config: Any, streams: Any) -> int:
+        async def serve(config: Any, streams: Any, file: Any) -> int:
             served.append(config)
             return 0
 

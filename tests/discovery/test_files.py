@@ -1,6 +1,5 @@
 """Files with instances: what they may hold, how they are replaced, and what a bad one does."""
 
-import asyncio
 import json
 import os
 import shutil
