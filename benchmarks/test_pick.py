@@ -69,6 +69,7 @@ def requests(blocks: tuple[int, ...]) -> Any:
         pytest.param({}, id="plain"),
         pytest.param({"max_waiting": 4, "max_in_flight_tokens": 12_000}, id="limited"),
         pytest.param({"exclude": 1}, id="retried"),
+        pytest.param({"explained": 1}, id="explained"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -78,14 +79,15 @@ def test_two_picks(
     """As the router picks: one P, but a D with three more that Envoy may try. Each request changes the load.
 
     ``limited``: it looks first whether there is room. ``retried``: an instance of each role was tried before.
+    ``explained``: it is noted how both were made, as for each request's decision.
     """
     registry, blocks = fleet
     for watchers in registry._watchers.values():
         watchers.clear()  # of the schedulers before
-    limits = {key: value for key, value in setting.items() if key != "exclude"}
+    limits = {key: value for key, value in setting.items() if key.startswith("max")}
     scheduler = Scheduler(SchedulerConfig(strategy=name, **limits), registry, seed=1)
     exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in InstanceRole}
-    asked = requests(blocks)
+    asked, explained = requests(blocks), "explained" in setting
     picked: list[Endpoint] = []
     claims: list[Reservation] = []
 
@@ -101,7 +103,11 @@ def test_two_picks(
             for role in (D, P):
                 scheduler.has_room(role, request.now)
         prefill = scheduler.pick(P, request, exclude=exclude[P])
+        if explained:
+            scheduler.explain(P, request)
         decode = scheduler.pick(D, request, count=4, exclude=exclude[D])
+        if explained:
+            scheduler.explain(D, request)
         picked[:] = prefill[0], decode[0]
         return prefill, decode
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.schema import InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
+from vllm_pd_scheduler.config.tracing import TracingConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -32,8 +33,8 @@ class Group:
 GROUPS = (
     Group(
         "Instances",
-        "The fleet. It needs at least one P and one D; everything else has a default. More of it can be in files"
-        " that are watched: [Discovery](discovery.md).",
+        "The fleet. It needs at least one P and one D; everything else has a default. More of it can be in"
+        " files that are watched: [Discovery](discovery.md).",
         ("prefill_instances", "decode_instances", "instance_files"),
         {
             "prefill_instances": [{"id": "prefill-0", "host": "10.0.0.11", "port": 8100}],
@@ -135,12 +136,19 @@ GROUPS = (
         {"log_format": "json"},
     ),
     Group(
+        "Traces",
+        "Spans of each request by OpenTelemetry: [Tracing](tracing.md) says which.",
+        ("tracing",),
+        {"tracing": {"endpoint": "http://otel-collector:4318", "sample_ratio": 0.1}},
+    ),
+    Group(
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",
-        ("public_paths", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
+        ("public_paths", "explain_header", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
         {
             "public_paths": ["/v1/models", "/v1/embeddings", "/v1/responses", "/v1/responses/*"],
+            "explain_header": False,
             "api_key": {"env": "VLLM_API_KEY"},
             "instance_tls": {"ca": "/etc/pd/fleet-ca.pem"},
             "admin_host": "0.0.0.0",
@@ -155,6 +163,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     SecretSource: "secret",
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
+    TracingConfig: "tracing",
 }
 """What a value that is an object is called, and where its keys are listed."""
 
@@ -177,8 +186,8 @@ types, keys that are given twice and the like are errors; it shows all of them a
 its key. Times are in seconds, sizes in bytes. A dash means that there is no default: the key is off unless it
 is set. The examples below go beside the instances.
 
-The file is [read again](discovery.md#change-the-configuration-while-it-runs) when it changes, on SIGHUP and when
-asked. What it says then counts at once, but for the keys whose text ends in *needs a restart*.
+The file is [read again](discovery.md#change-the-configuration-while-it-runs) when it changes, on SIGHUP and
+when asked. What it says then counts at once, but for the keys whose text ends in *needs a restart*.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .admission.body_memory import BodyMemory
 from .admission.controller import AdmissionController
@@ -17,7 +17,9 @@ from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
 from .health import StateLog
 from .models import By, InstanceRole, PDInstance
+from .records.decisions import Decisions
 from .records.events import Events
+from .records.recording import Recording
 from .request.errors import Reject, reject
 from .routing.core import RoutingCore
 from .routing.forward import Forward
@@ -25,6 +27,9 @@ from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from .tracing.request_tracer import RequestTracer
 
 FORGET_S = 300.0
 """Seconds after an instance was removed in which the last of its requests should have ended."""
@@ -54,8 +59,9 @@ class PDRouter:
         self.registry = Registry(_health_policy(config))
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
-        self.scheduler = Scheduler(config, self.registry)
         self.telemetry = telemetry or Telemetry()
+        took = {role: self.telemetry.picks(role) for role in InstanceRole}
+        self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
         self.connector = ConnectorFence(connector or NixlConnector())
         self.dispatcher = Dispatcher(self.scheduler, self.events)
@@ -63,8 +69,18 @@ class PDRouter:
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
+        self.decisions = Decisions(clock, time.time)
+        self.recording = Recording(clock, time.time, lambda: self.registry.load.output_tokens)
         self._core = RoutingCore(
-            config, self.scheduler, admission, self.connector, self.telemetry, clock, later
+            config,
+            self.scheduler,
+            admission,
+            self.connector,
+            self.telemetry,
+            self.decisions,
+            self.recording,
+            clock,
+            later,
         )
         self.prefill_leg = prefill_leg
         self._later = later
@@ -94,6 +110,15 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def tracer(self) -> RequestTracer | None:
+        """Begins the traces of requests; without one, none is traced."""
+        return self._core.tracer
+
+    @tracer.setter
+    def tracer(self, tracer: RequestTracer | None) -> None:
+        self._core.tracer = tracer
 
     # -- instances
 
@@ -162,14 +187,14 @@ class PDRouter:
         """
         return self._core.route(headers, body)
 
-    def no_memory(self, size: int) -> Reject:
+    def no_memory(self, size: int, headers: Mapping[str, str]) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes has no room in :attr:`body_memory`."""
         largest = self.body_memory.largest
         if size > largest:
             answer = reject(413, f"The request body is larger than {largest} bytes.", "too_large")
         else:
             answer = reject(429, "The scheduler holds too many requests.", "memory")
-        self.telemetry.rejected(answer.status, answer.reason)
+        self._core.refused(headers, answer)
         return answer
 
     # -- without Envoy

@@ -178,7 +178,8 @@ class MetricsTest(unittest.TestCase):
 
     def test_no_other_is_named_anywhere(self) -> None:
         for document, text in TEXTS.items():
-            self.assertLessEqual(set(re.findall(r"\bpd_[a-z_]+[a-z]\b", text)), set(self.real), document)
+            found = re.findall(r"\bpd_[a-z_]+[a-z]\b(?!\.[a-z])", text)
+            self.assertLessEqual(set(found), set(self.real), document)
 
     def test_every_reason_has_a_row(self) -> None:
         files = (ROOT / "extproc/vllm_pd_scheduler").rglob("*.py")

@@ -3,14 +3,15 @@
 import unittest
 from typing import Any
 
-from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
+from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType, HTTPAccessLogEntry
 from envoy.service.accesslog.v3 import als_pb2
 
-from vllm_pd_scheduler.envoy.access_log import AttemptLog, read_attempts
+from vllm_pd_scheduler.envoy.access_log import AccessLog, read_attempt, read_message, read_result
 from vllm_pd_scheduler.envoy.limits import BadMessage
 from vllm_pd_scheduler.request import headers as names
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
-from vllm_pd_scheduler.telemetry import log_lines
+from vllm_pd_scheduler.routing.result import Result
+from vllm_pd_scheduler.telemetry import Ending, log_lines
 
 
 class Stream:
@@ -26,7 +27,7 @@ class Stream:
         pass
 
 
-class AttemptLogTest(unittest.IsolatedAsyncioTestCase):
+class AccessLogTest(unittest.IsolatedAsyncioTestCase):
     async def test_what_is_logged_of_an_attempt_has_its_requests_id(self) -> None:
         message = als_pb2.StreamAccessLogsMessage()
         for name in ("r1", "r2"):
@@ -34,14 +35,22 @@ class AttemptLogTest(unittest.IsolatedAsyncioTestCase):
             entry.common_properties.access_log_type = AccessLogType.DownstreamEnd
             entry.request.request_id = name
         seen = []
-        attempts = AttemptLog(lambda attempt: seen.append((attempt.request_id, log_lines.request_id.get())))
+
+        def failed(attempt: FailedAttempt) -> None:
+            seen.append((attempt.request_id, log_lines.request_id.get()))
+
         stream: Any = Stream(message.SerializeToString())
-        await attempts._stream(stream)
+        await AccessLog(failed, self.fail)._stream(stream)
         self.assertEqual(seen, [("r1", "r1"), ("r2", "r2")])
         self.assertEqual(log_lines.request_id.get(), "")
 
 
-class ReadAttemptsTest(unittest.TestCase):
+def read(message: als_pb2.StreamAccessLogsMessage) -> list[FailedAttempt]:
+    entries = read_message(message.SerializeToString()).http_logs.log_entry
+    return [attempt for attempt in map(read_attempt, entries) if attempt is not None]
+
+
+class ReadAttemptTest(unittest.TestCase):
     def read(self, status: int = 0, attempt: str = "1", port: int = 8000, **flags: bool) -> Any:
         message = als_pb2.StreamAccessLogsMessage()
         entry = message.http_logs.log_entry.add()
@@ -53,7 +62,7 @@ class ReadAttemptsTest(unittest.TestCase):
             entry.response.response_code.value = status
         entry.request.request_headers[names.ID] = "id-1"
         entry.request.request_headers[names.ATTEMPT] = attempt
-        return list(read_attempts(message.SerializeToString()))
+        return read(message)
 
     def test_how_it_failed(self) -> None:
         for found, failure in (
@@ -81,7 +90,7 @@ class ReadAttemptsTest(unittest.TestCase):
     def test_what_is_nobodys_fault(self) -> None:
         self.assertEqual(self.read(status=503, port=0), [])
         with self.assertRaises(BadMessage):
-            list(read_attempts(b"\xff\xff"))
+            read_message(b"\xff\xff")
 
     def test_a_client_that_left_before_envoy_had_our_answer(self) -> None:
         """Only its ``X-Request-Id`` is known."""
@@ -90,5 +99,56 @@ class ReadAttemptsTest(unittest.TestCase):
         entry.common_properties.access_log_type = AccessLogType.DownstreamEnd
         entry.common_properties.response_flags.downstream_connection_termination = True
         entry.request.request_id = "r"
-        (attempt,) = read_attempts(message.SerializeToString())
+        (attempt,) = read(message)
         self.assertEqual(attempt, FailedAttempt("", Failure.UNSENT, None, request_id="r"))
+
+
+class ReadResultTest(unittest.TestCase):
+    def read(self, status: int = 200, request: str = "id-1", ttft: str = "250000", **flags: bool) -> Any:
+        entry = HTTPAccessLogEntry()
+        common = entry.common_properties
+        common.upstream_remote_address.socket_address.address = "10.0.0.1"
+        common.upstream_remote_address.socket_address.port_value = 8000
+        common.duration.FromMilliseconds(1500)
+        common.time_to_last_upstream_tx_byte.FromMilliseconds(125)
+        common.custom_tags["ttft"] = ttft
+        for name, value in flags.items():
+            setattr(common.response_flags, name, value)
+        if status:
+            entry.response.response_code.value = status
+        if request:
+            entry.request.request_headers[names.ID] = request
+        return read_result(HTTPAccessLogEntry.FromString(entry.SerializeToString()))
+
+    def test_its_times_are_in_seconds(self) -> None:
+        whole = Result("id-1", Ending.OK, 200, 1.5, 0.25, 0.125, "10.0.0.1:8000")
+        self.assertEqual(self.read(), whole)
+
+    def test_how_it_ended(self) -> None:
+        for found, ending in (
+            (self.read(), Ending.OK),
+            (self.read(status=302), Ending.OK),
+            (self.read(status=400), Ending.CLIENT_ERROR),
+            (self.read(status=503), Ending.ERROR),
+            (self.read(status=0), Ending.ERROR),
+            (self.read(status=0, downstream_connection_termination=True), Ending.LEFT),
+            (self.read(downstream_connection_termination=True), Ending.LEFT),
+            (self.read(downstream_remote_reset=True), Ending.LEFT),
+            (self.read(upstream_connection_termination=True), Ending.CUT),
+            (self.read(stream_idle_timeout=True), Ending.CUT),
+            (self.read(status=504, upstream_request_timeout=True), Ending.ERROR),
+        ):
+            self.assertEqual(found.ending, ending)
+
+    def test_without_a_body_there_is_no_first_token(self) -> None:
+        for tag in ("-", "", "soon", "-1", "\u0661", "1e3"):
+            self.assertIsNone(self.read(ttft=tag).ttft, tag)
+        self.assertIsInstance(self.read(ttft="9" * 5000).ttft, float)  # int() takes 4,300 digits at most
+
+    def test_a_request_that_is_none_of_ours(self) -> None:
+        self.assertIsNone(self.read(request=""))
+
+    def test_what_does_not_exist_is_no_error(self) -> None:
+        entry = HTTPAccessLogEntry()
+        entry.request.request_headers[names.ID] = "id-1"
+        self.assertEqual(read_result(entry), Result("id-1", Ending.ERROR, 0, 0.0, None, None, ""))

@@ -207,7 +207,7 @@ class NamesTest(unittest.TestCase):
             for option in options
         ]
         values = {header["key"]: header["value"] for header in added}
-        self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.REASON})
+        self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.DECISION, headers.REASON})
         self.assertIn(headers.PREFILL, values[headers.PREFILL])
         self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
 

@@ -20,12 +20,13 @@ from tests.support.proxy import proxy
 from tests.support.rpc import OPTIONS
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy import access_log
-from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AttemptLog
+from vllm_pd_scheduler.envoy.access_log import MAX_ENTRIES, AccessLog
 from vllm_pd_scheduler.envoy.health import HealthService
 from vllm_pd_scheduler.envoy.limits import MAX_HEALTH_BYTES, MAX_MESSAGE_BYTES
 from vllm_pd_scheduler.http2.frames import PREFACE
 from vllm_pd_scheduler.request import headers as names
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+from vllm_pd_scheduler.routing.result import Result
 from vllm_pd_scheduler.rpc import ListenError, Server, protocol
 
 ANY = health_pb2.HealthCheckRequest()
@@ -37,7 +38,8 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.path = str(self.directory / "grpc")
         self.attempts: list[FailedAttempt] = []
-        services = (HealthService(), AttemptLog(self.attempts.append))
+        self.results: list[Result] = []
+        services = (HealthService(), AccessLog(self.attempts.append, self.results.append))
         self.server = Server({path: each for service in services for path, each in service.methods().items()})
 
     async def asyncTearDown(self) -> None:

@@ -12,6 +12,7 @@ from aiohttp import web
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
 from .changes import AdminChanges, LastRoutable, Leaving, NotKept
+from .decisions_api import DecisionsApi
 from .event_stream import Streams
 from .events_api import EventsApi
 from .index_api import IndexApi
@@ -22,6 +23,7 @@ from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
+from .trace_api import TraceApi
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,10 @@ class AdminServer:
             ProcessApi(router, is_ready),
             ReloadApi(reload),
             StrategyApi(router, changes),
+            DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
+            TraceApi(router.recording, self._streams),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
         self._open = frozenset(route.path for route in self.routes if route.open)

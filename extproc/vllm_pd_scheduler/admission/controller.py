@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..fleet.endpoint import Reservation
 from ..request.errors import Reject
 from ..telemetry.metrics import QueueOutcome, Telemetry
+from ..tracing import current
 from .dispatcher import Dispatcher
 from .queue import Outcome, Ticket
 
@@ -46,9 +47,9 @@ class AdmissionController:
         try:
             await settled.wait()
             refused = isinstance(ticket.outcome, Reject)
-            self._count_wait(QueueOutcome.REFUSED if refused else QueueOutcome.SERVED, since)
+            self._count_wait(ticket, QueueOutcome.REFUSED if refused else QueueOutcome.SERVED, since)
         except asyncio.CancelledError:
-            self._count_wait(QueueOutcome.GONE, since)
+            self._count_wait(ticket, QueueOutcome.GONE, since)
             self._dispatcher.withdraw(ticket)
             # The ticket can be settled in the same turn of the event loop in which the client leaves. Then
             # nobody else would release its reservation.
@@ -57,9 +58,13 @@ class AdmissionController:
             self.wake()
             raise
 
-    def _count_wait(self, outcome: QueueOutcome, since: float) -> None:
+    def _count_wait(self, ticket: Ticket, outcome: QueueOutcome, since: float) -> None:
+        now = self._clock()
+        ticket.waited = now - since
         if self._telemetry is not None:
-            self._telemetry.waited(outcome, self._clock() - since)
+            self._telemetry.waited(outcome, ticket.waited)
+        if (trace := current.get()) is not None:
+            trace.waited(ticket.role, outcome, since, now)
 
     def wake(self) -> None:
         """Serve waiting requests that can be served now. Call it when load or health of the fleet changed."""

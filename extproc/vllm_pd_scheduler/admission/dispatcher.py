@@ -254,6 +254,7 @@ class Dispatcher:
             late = self._config.late_binding and role is InstanceRole.PREFILL
             if late and picked[0].prefill.remaining(now) > _allowed_backlog(picked[0], request):
                 return picked[0]
+            ticket.choice = self._scheduler.explain(role, request)
             if role is InstanceRole.PREFILL:
                 self._scheduler.compare_shadow(role, request, picked[0])
             outcome = self._registry.reserve(picked[0], request)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..fleet.endpoint import Reservation
 from ..models import InstanceRole
+from ..records.decision import Choice
 from ..request.context import RequestContext
 from ..request.errors import Reject
 
@@ -44,6 +45,10 @@ class Ticket:
     """Predicted seconds of prefill."""
     settled: bool = False
     outcome: Outcome = None
+    choice: Choice | None = None
+    """How its endpoint was chosen, if it has got one."""
+    waited: float = 0.0
+    """Seconds that it was in the queue."""
     on_settled: Callable[[Ticket], None] | None = None
 
     def settle(self, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -70,12 +71,17 @@ class AdminClient:
                 self.parsed(text)
             return text
 
-    def stream(self, path: str, **query: object) -> Iterator[str]:
-        """Yield the data of server-sent events until the scheduler ends them; raises :exc:`Failure`."""
+    def stream(self, path: str, until: float | None = None, **query: object) -> Iterator[str]:
+        """Yield the data of server-sent events until the scheduler ends them; raises :exc:`Failure`.
+
+        With ``until``, a time of ``time.monotonic``, they end then, or at the next sign of life after it.
+        """
         with self._asked("GET", path, query, None, SILENT_S, "text/event-stream") as response:
             if response.headers.get_content_type() != "text/event-stream":
                 raise self._not_ours(f"it sent {response.headers.get_content_type()}")
             for line in response:
+                if until is not None and time.monotonic() >= until:
+                    return
                 if line.startswith(b"data:"):
                     yield line.decode(errors="replace").removeprefix("data:").strip()
 

@@ -5,9 +5,10 @@ from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
 from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
+from .tracing import TracingConfig
 
 __all__ = [
     "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
-    "TlsConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
+    "TlsConfig", "TracingConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
     "load_instances", "parse_config",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from ..strategies import UnknownStrategy, load_strategy
 from .listeners import clashes, listeners_of
 from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
+from .tracing import TracingConfig
 
 
 def find_problems(
@@ -38,6 +39,7 @@ def find_problems(
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
+    problems += _untraceable(config.tracing)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
@@ -106,6 +108,15 @@ def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig |
         source.read() if isinstance(source, SecretSource) else source.context()
     except ValueError as error:
         return [f"{key}: {error}"]
+    return []
+
+
+def _untraceable(tracing: TracingConfig | None) -> list[str]:
+    try:
+        if tracing is not None:
+            tracing.check()
+    except ValueError as error:
+        return [f"tracing: {error}"]
     return []
 
 

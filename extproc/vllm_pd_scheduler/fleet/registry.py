@@ -80,6 +80,10 @@ class Registry:
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
     )
 
+    _out_of_service: dict[InstanceRole, tuple[tuple[Endpoint, str], ...]] = field(
+        default_factory=lambda: dict.fromkeys(InstanceRole, ())
+    )
+
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
 
@@ -189,6 +193,10 @@ class Registry:
     def ejected(self, role: InstanceRole) -> tuple[Endpoint, ...]:
         """Endpoints of a role that only their breakers keep from being routable: the last resort."""
         return self._ejected[role]
+
+    def out_of_service(self, role: InstanceRole) -> tuple[tuple[Endpoint, str], ...]:
+        """Endpoints of a role that are not routable, with their states; a new tuple after each change."""
+        return self._out_of_service[role]
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after each change in membership, address, health or draining.
@@ -386,6 +394,7 @@ class Registry:
                     endpoint.breaker.readmit()
             self._routable[role] = tuple(e for e in endpoints if e.routable)
             self._ejected[role] = tuple(e for e in endpoints if e.ejected)
+            self._out_of_service[role] = tuple((e, e.shown_state) for e in endpoints if not e.routable)
             self._by_address[role] = {e.address: e for e in reversed(endpoints) if e.address is not None}
         self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
         for listener in self._listeners:

@@ -13,8 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-BLOCK_TOKENS = 512
-"""Tokens that one of Mooncake's ``hash_ids`` stands for."""
+from ..records.recording import BLOCK_TOKENS
 
 _MAX_DAYS = 366
 """The fleet is scraped every few seconds of virtual time, whether requests come or not."""

@@ -7,9 +7,12 @@ from typing import Final
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
-ENVOY_CONFIG_VERSION: Final = "2"
+ENVOY_CONFIG_VERSION: Final = "3"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
-dynamic metadata."""
+dynamic metadata, 3 the log of results."""
+
+ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2"})
+"""Earlier versions, with which all works but what Envoy tells of a request's end."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
@@ -42,6 +45,9 @@ PREFILL: Final = "x-pd-prefill"
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
 
+DECISION: Final = "x-pd-decision"
+"""Why a request went where it went, in a line: on the request to decode, and on the answer, if asked for."""
+
 REASON: Final = "x-pd-reason"
 """Why the scheduler refused a request, in one word, on its own answers."""
 
@@ -57,16 +63,26 @@ TTFT_SLO: Final = "x-pd-ttft-slo-ms"
 TPOT_SLO: Final = "x-pd-tpot-slo-ms"
 """A client's: milliseconds for each further token that it asks for."""
 
-ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO)
+EXPLAIN: Final = "x-pd-explain"
+"""A client's: ``1`` asks for ``DECISION`` on the answer."""
+
+ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
 STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
+TRACEPARENT: Final = "traceparent"
+"""W3C Trace Context: the trace that a request belongs to, and its caller's span."""
+
+TRACESTATE: Final = "tracestate"
+"""What tracing systems add to that."""
+
 FORWARDED_TO_PREFILL: Final = (
     REQUEST_ID,
-    "traceparent",
-    "tracestate",
+    TRACEPARENT,
+    TRACESTATE,
+    "baggage",
     "authorization",
     "content-type",
     "origin",

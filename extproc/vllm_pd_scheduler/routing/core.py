@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -13,6 +16,11 @@ from ..connectors import ConnectorFailed, ConnectorFence
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
+from ..prediction.load_model import prefill_pairs
+from ..records.decision import MAX_TEXT, Decision
+from ..records.decisions import Decisions
+from ..records.explained import in_a_line
+from ..records.recording import Recording
 from ..request import headers as names
 from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
@@ -21,7 +29,8 @@ from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
-from ..telemetry import Served, Telemetry, log_lines
+from ..telemetry import Ending, Served, Telemetry, log_lines
+from ..tracing import current
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
@@ -29,13 +38,17 @@ from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from ..tracing.request_tracer import RequestTracer
+
 log = logging.getLogger(__name__)
 
 
 class RoutingCore:
     """Decides where requests go. The only I/O is that of the prefill leg (``prefill.leg``).
 
-    ``in_flight`` keeps what was sent to decode until its answer has ended.
+    ``in_flight`` keeps what was sent to decode until its answer has ended. ``tracer`` begins the trace of
+    each request, if tracing is on.
     """
 
     def __init__(
@@ -45,13 +58,18 @@ class RoutingCore:
         admission: AdmissionController,
         connector: ConnectorFence,
         telemetry: Telemetry,
+        decisions: Decisions,
+        recording: Recording,
         clock: Callable[[], float],
         later: Later,
     ) -> None:
+        self.tracer: RequestTracer | None = None
         self.config = config
         self.registry = scheduler.registry
         self.connector = connector
         self.telemetry = telemetry
+        self._decisions = decisions
+        self._recording = recording
         self._scheduler = scheduler
         self._admission = admission
         self._clock = clock
@@ -60,7 +78,7 @@ class RoutingCore:
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
-        self.in_flight = RequestsInFlight(self.registry, telemetry, clock, admission.wake, later)
+        self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -78,33 +96,64 @@ class RoutingCore:
         """
         log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
+        decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
         outcome: Forward | Reject
+        trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
                 del body  # it is another one if a hand-off was cut out of it
-                outcome = await self._split(path, headers, parsed)
+                outcome = await self._split(path, headers, parsed, decision)
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
                 clean = await self._turns.take(strip_handoff(body))
                 context = self._reader.passed(path, headers, len(body), self._clock())
-                outcome = self._to_decode(context, None if clean is body else clean, Served.PASSED, None)
+                changed = None if clean is body else clean
+                outcome = self._to_decode(context, changed, Served.PASSED, None, decision)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
             outcome = reject(400, str(error), "bad_header")
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                decision.ending = Ending.LEFT
+            self._decisions.add(decision)
+            if trace is not None:
+                trace.broken_off(error, self._clock())
+            raise
+        self._decisions.add(decision)
         if isinstance(outcome, Reject):
-            self.telemetry.rejected(outcome.status, outcome.reason)
+            self._note_refusal(outcome, decision)
+            if trace is not None:
+                trace.rejected(outcome.status, outcome.reason, self._clock())
+        if headers.get(names.EXPLAIN) == "1" and self.config.explain_header:
+            outcome = _explained(outcome, decision)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%.200s: %s", path, outcome)
         return outcome
 
-    async def _split(self, path: str, headers: Mapping[str, str], body: JsonBody) -> Forward | Reject:
-        reading = self._reader.read(
-            path, headers, body, self._clock(), prefixes=self._scheduler.reads_prefixes
-        )
+    def refused(self, headers: Mapping[str, str], answer: Reject) -> None:
+        """Note a request that was refused before it was routed."""
+        path = headers.get(":path", "/").partition("?")[0]
+        decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
+        self._decisions.add(decision)
+        self._note_refusal(answer, decision)
+
+    def _note_refusal(self, answer: Reject, decision: Decision) -> None:
+        self.telemetry.rejected(answer.status, answer.reason)
+        decision.refused(answer.status, answer.reason, self._clock())
+
+    async def _split(
+        self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
+    ) -> Forward | Reject:
+        reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
+        reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
+        decision.model = context.model and context.model[:MAX_TEXT]
+        decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
+        if context.model is not None and (trace := current.get()) is not None:
+            trace.asks_for(context.model)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -115,41 +164,51 @@ class RoutingCore:
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
         if not (named and self.connector.can_split(body)):
-            return await self._whole(context, changed, Served.WHOLE, limit)
+            return await self._whole(context, changed, Served.WHOLE, limit, decision)
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
-            return await self._whole(context, changed, Served.ALONE, limit, alone)
-        prefilled = await self.prefill.run(context, headers, body)
+            return await self._whole(context, changed, Served.ALONE, limit, decision, alone)
+        prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
         if isinstance(prefilled, WithoutHandoff):
-            return self._without_handoff(context, changed, limit, prefilled)
+            return self._without_handoff(context, changed, limit, prefilled, decision)
         self._local.take(False)
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
             self.telemetry.handoff_late(prefilled.prefill.id)
-            return self._to_decode(context, changed, Served.LOCAL, limit)
+            return self._to_decode(context, changed, Served.LOCAL, limit, decision)
         try:
-            return self._with_handoff(context, body, prefilled, left)
+            return self._with_handoff(context, body, prefilled, left, decision)
         except Exception:
             self.in_flight.free(prefilled)
             raise
 
     def _without_handoff(
-        self, context: RequestContext, body: bytes | None, limit: float | None, why: WithoutHandoff
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        limit: float | None,
+        why: WithoutHandoff,
+        decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode, which prefills it too: P has failed or refused it."""
         if not self._local.take(why.failed):
             return no_prefill()
-        forward = self._to_decode(context, body, Served.LOCAL, limit)
+        forward = self._to_decode(context, body, Served.LOCAL, limit, decision)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status
             forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
         return forward
 
     def _with_handoff(
-        self, context: RequestContext, body: JsonBody, prefilled: PendingHandoff, left: float
+        self,
+        context: RequestContext,
+        body: JsonBody,
+        prefilled: PendingHandoff,
+        left: float,
+        decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
         changed = body.raw if body.stripped else None
@@ -162,9 +221,9 @@ class RoutingCore:
         if not usable:
             self.in_flight.free(prefilled)
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
-            return self._to_decode(context, changed, Served.LOCAL, limit)
+            return self._to_decode(context, changed, Served.LOCAL, limit, decision)
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
-        forward = self._to_decode(context, changed, Served.SPLIT, limit)
+        forward = self._to_decode(context, changed, Served.SPLIT, limit, decision)
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
@@ -179,18 +238,22 @@ class RoutingCore:
         body: bytes | None,
         served: Served,
         limit: float | None,
+        decision: Decision,
         preferred: Endpoint | None = None,
     ) -> Forward | Reject:
         """Send a request to decode alone, as soon as there is room."""
         ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
-        outcome = await self._admission.admit(ticket)
+        try:
+            outcome = await self._admission.admit(ticket)
+        finally:
+            decision.waited = ticket.waited
         if isinstance(outcome, Reject):
             return outcome
         own = None
         if outcome is not None:  # it has kept the place until now
             outcome.release()
-            own = outcome.endpoint
-        return self._to_decode(context, body, served, limit, preferred or own, own)
+            own, decision.decode = outcome.endpoint, ticket.choice
+        return self._to_decode(context, body, served, limit, decision, preferred or own, own)
 
     def _to_decode(
         self,
@@ -198,6 +261,7 @@ class RoutingCore:
         body: bytes | None,
         served: Served,
         limit: float | None,
+        decision: Decision,
         preferred: Endpoint | None = None,
         own: Endpoint | None = None,
     ) -> Forward | Reject:
@@ -209,11 +273,14 @@ class RoutingCore:
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
+        choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
             picked = [preferred, *(e for e in picked if e is not preferred)]
+            if preferred is not own:  # else that was another pick
+                decision.decode = choice
         else:
-            own = picked[0] if picked else None
+            own, decision.decode = picked[0] if picked else None, choice
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
             return self._no_decode(context)
@@ -221,14 +288,44 @@ class RoutingCore:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
         self.telemetry.forwarded(decode[0].id, served)
+        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
+        trace = current.get()
+        if trace is not None:
+            strategy = self._scheduler.names[InstanceRole.DECODE]
+            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self.registry.reserve(decode[0], context)
-        forward = self.in_flight.start(decode, reservation, body, limit, removed)
+        forward = self.in_flight.start(decode, reservation, body, limit, removed, decision)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.request_id
         forward.served = served
+        if served is not Served.PASSED:
+            forward.recorded = self._recording.begin(context)
+        decision.id, decision.served, decision.decode_to = forward.id, served, decode
+        decision.prompt_tokens = context.prompt_tokens
+        decision.predicted_ttft = predicted_ttft
+        if trace is not None:
+            forward.trace = trace
+            tokens, first = context.prompt_tokens, decode[0]
+            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
         return forward
+
+    def _predicted_ttft(
+        self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
+    ) -> float | None:
+        """Return predicted seconds from the arrival to the first token: of P, when that was chosen."""
+        load, prompt = self.registry.load, context.prompt_tokens
+        if served is Served.SPLIT:
+            prefill = decision.prefill_attempts[-1]
+            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + load.transfer
+        elif prompt:
+            new = context.uncached(decode.holder)
+            cost = load.prefill.predict((1.0, new, prefill_pairs(new, prompt)))
+            before = context.now - decision.arrived + cost
+        else:
+            return None
+        return before + decode.decode.step(decode.requests + 1, decode.kv_tokens + prompt)
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
@@ -245,3 +342,12 @@ class RoutingCore:
         endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
+
+
+def _explained(outcome: Forward | Reject, decision: Decision) -> Forward | Reject:
+    """Return an outcome whose answer says why, for a client that has asked for it."""
+    line = in_a_line(decision)
+    if isinstance(outcome, Reject):
+        return replace(outcome, headers={**outcome.headers, names.DECISION: line})
+    outcome.explanation = line
+    return outcome

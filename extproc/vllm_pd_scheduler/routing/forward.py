@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
+from ..records.decision import Decision
+from ..records.recording import Recorded
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+
+if TYPE_CHECKING:
+    from ..tracing.request_trace import RequestTrace
 
 
 @dataclass(slots=True, eq=False)
@@ -55,10 +60,18 @@ class Forward:
     """Attempts at D that have been reported as failed."""
     held_up: bool = False
     """Whether its newest attempt has timed out at a D that does no worse than the others."""
+    decision: Decision = field(default_factory=Decision)
+    """Where it is noted what becomes of it."""
+    explanation: str = ""
+    """What the answer says of the decision; empty: the client has not asked."""
     request_id: str = ""
     """Its ``X-Request-Id``."""
     ended_by_envoy: bool = False
     """Whether Envoy has ended the call itself: not the loss of a connection, after which D may go on."""
+    recorded: Recorded | None = None
+    """What is kept of it for a trace of the traffic, if somebody reads one."""
+    trace: RequestTrace | None = None
+    """Its spans, if it is traced."""
     on_release: Callable[[Forward], None] | None = None
     answering: Endpoint | None = field(init=False)
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
@@ -99,12 +112,16 @@ class Forward:
             found[names.PREFILL] = self.pending.prefill.id
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
+        if self.explanation:
+            found[names.DECISION] = self.explanation
         if self.stream:
             found[names.STREAM] = "true"
         if refusals := self.retried_refusals:
             found[names.RETRIABLE_STATUS_CODES] = ",".join(map(str, sorted(refusals)))
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
+        if self.trace is not None:
+            found[names.TRACEPARENT] = self.trace.traceparent
         return found
 
     def moved(self, registry: Registry, address: str) -> None:

@@ -15,7 +15,9 @@ from ..fleet.registry import Registry
 from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
-from ..telemetry import Telemetry
+from ..records.decision import Decision
+from ..records.recording import Recording
+from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
     HANDOFF_NOT_FETCHED,
@@ -30,6 +32,7 @@ from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
+from .result import Result
 
 SETTLE_S = 0.25
 """How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
@@ -70,6 +73,7 @@ class RequestsInFlight:
         self,
         registry: Registry,
         telemetry: Telemetry,
+        recording: Recording,
         clock: Callable[[], float],
         changed: Callable[[], None],
         later: Later = in_this_loop,
@@ -79,6 +83,7 @@ class RequestsInFlight:
         self.patience = Patience()
         self._registry = registry
         self._telemetry = telemetry
+        self._recording = recording
         self._clock = clock
         self._changed = changed
         self._later = later
@@ -100,9 +105,10 @@ class RequestsInFlight:
         body: bytes | None,
         first_byte_timeout: float | None,
         remove_headers: list[str],
+        decision: Decision,
     ) -> Forward:
         """Return a forward to the first of ``decode``, on which the reservation is; see :class:`Forward`."""
-        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body)
+        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body, decision=decision)
         forward.first_byte_timeout = first_byte_timeout
         forward.remove_headers = remove_headers
         forward.on_release = self._released
@@ -135,6 +141,7 @@ class RequestsInFlight:
                 self._left.add(attempt.request_id, self._clock())
             return
         forward.failed_attempts += 1
+        forward.decision.decode_failed(endpoint.id if endpoint else attempt.address, attempt.failure)
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
             endpoint is not None and self._registry.stands_out(endpoint)
         )
@@ -145,6 +152,8 @@ class RequestsInFlight:
         elif attempt.status == 500:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
+        if forward.trace is not None:
+            forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
@@ -152,6 +161,26 @@ class RequestsInFlight:
             elif attempt.failure is Failure.LEFT:
                 # A D that has not begun with the request drops it, and the hand-off without a word to P.
                 self._later(LEFT_S, partial(self._free, forward))
+
+    def told(self, result: Result) -> None:
+        """Note how a request has ended, and how long it took. Nothing is decided by that."""
+        forward = self._running.get(result.request) or self._ended.get(result.request)
+        if forward is None or forward.decision.ending is not None:
+            return
+        ending, ttft = result.ending, result.ttft
+        endpoint = self._registry.at(InstanceRole.DECODE, result.address)
+        answered_by = endpoint.id if endpoint is not None else result.address or None
+        forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
+        if not 200 <= result.status < 300:
+            ttft = None  # an error's first byte is no token
+        elif forward.recorded is not None:
+            self._recording.answered(forward.recorded, result.answer_bytes)
+        if forward.trace is not None:
+            forward.trace.result(ending, result.status, ttft)
+        self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        prefill = None if forward.failed_attempts else forward.prefill
+        if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
+            self._telemetry.handed_off(prefill.id, endpoint.id, ttft - result.sent)
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
@@ -211,7 +240,7 @@ class RequestsInFlight:
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""
-        forward.answering = None
+        forward.answering, forward.decision.ending = None, Ending.LEFT
         forward.release()
         if forward.pending is not None:
             self._free(forward)
@@ -233,6 +262,8 @@ class RequestsInFlight:
         self._running.pop(forward.id, None)
         forward.sent()
         now = self._clock()
+        if forward.trace is not None:
+            forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.pending is not None:
@@ -261,11 +292,25 @@ class RequestsInFlight:
 
     def _forget(self, forward: Forward) -> None:
         self._ended.pop(forward.id, None)
+        self._close_trace(forward)
         if forward.pending is None:
             return
         self._remembered_bytes -= len(forward.pending.handoff.params)
         if self._never_sent(forward):
             self._take_back(forward)
+
+    def close_traces(self) -> None:
+        """End the spans of all requests, since the process ends."""
+        for forward in (*self._running.values(), *self._ended.values()):
+            self._close_trace(forward)
+
+    def _close_trace(self, forward: Forward) -> None:
+        if forward.trace is None:
+            return
+        if (answering := forward.answering) is None:
+            forward.trace.close(self._clock())
+        else:
+            forward.trace.close(self._clock(), answering.id, answering.url)
 
     def _never_sent(self, forward: Forward) -> bool:
         """Whether its client left before Envoy had our answer, so that no D has been asked."""
@@ -281,7 +326,7 @@ class RequestsInFlight:
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):
-            forward.answering = None
+            forward.answering, forward.decision.ending = None, Ending.LEFT
             self._take_back(forward)
         if forward.answering is None:
             return

@@ -15,11 +15,13 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
+from ..records.decision import OK, Attempt, Decision
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import Telemetry
+from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
@@ -78,13 +80,16 @@ class PrefillStage:
         self._clock = clock
         self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
-    async def run(self, context: RequestContext, headers: Mapping[str, str], body: JsonBody) -> Outcome:
+    async def run(
+        self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
+    ) -> Outcome:
         """Return the hand-off, that decode should prefill, or the answer in place of both."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
-        tried = _Tried(self._lost.spent(context.fingerprint))
-        reservation = await self._admission.admit(self._ticket(context))
+        tried = _Tried(self._lost.spent(context.fingerprint), decision)
+        reservation = await self._admit(context, decision)
         while isinstance(reservation, Reservation):
+            self._trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -97,8 +102,18 @@ class PrefillStage:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
-    def _ticket(self, context: RequestContext) -> Ticket:
-        return Ticket(context, InstanceRole.PREFILL, context.body_bytes)
+    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        if (trace := current.get()) is not None:
+            role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
+            strategy, picked = self._scheduler.names[role], reservation.endpoint.id
+            trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
+
+    async def _admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+        ticket = Ticket(context, InstanceRole.PREFILL, context.body_bytes)
+        try:
+            return await self._admission.admit(ticket)
+        finally:
+            decision.admitted(ticket.choice, ticket.waited)
 
     async def _another(self, context: RequestContext, tried: _Tried) -> Reservation | Reject | None:
         """Reserve an endpoint that was not tried; ``None`` if there is none.
@@ -111,10 +126,11 @@ class PrefillStage:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self._admission.admit(self._ticket(context))
+            return await self._admit(context, tried.decision)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
+            tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
@@ -137,32 +153,46 @@ class PrefillStage:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
+        predicted = reservation.wait + reservation.cost
+        noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         try:
             tried.body = tried.body or self._connector.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, tried.body)
+            noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
             if answer.status == 200:
-                return self._handed_over(reservation, context, answer, tried)
+                return self._handed_over(reservation, context, answer, tried, noted)
         except ConnectorFailed:  # which says nothing of the instance
+            noted.outcome = "connector"
             return WithoutHandoff(failed=False)
         except LocalShortage as error:
+            noted.outcome = "local_resources"
             self._local_errors.add(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
         except PrefillNotSent as error:
+            noted.outcome = "not_sent"
             self._local_errors.add(str(error))
             tried.only_full = False
             return None
         except PrefillFailed as error:
+            noted.outcome = str(error)
             self._failed(endpoint, str(error), tried)
             return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         finally:
-            reservation.release(self._clock())
+            now = self._clock()
+            noted.took = now - reservation.at
+            reservation.release(now)
             # Soon, since this request itself is about to take a place at decode.
             asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
 
     def _handed_over(
-        self, reservation: Reservation, context: RequestContext, answer: PrefillAnswer, tried: _Tried
+        self,
+        reservation: Reservation,
+        context: RequestContext,
+        answer: PrefillAnswer,
+        tried: _Tried,
+        noted: Attempt,
     ) -> Outcome | None:
         endpoint = reservation.endpoint
         try:
@@ -178,6 +208,9 @@ class PrefillStage:
         if self._connector.ended(answer.body):
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
+        noted.outcome = "no_handoff"
+        if (trace := current.get()) is not None:
+            trace.prefill_useless("no_handoff")
         self._failed(
             endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
         )
@@ -239,6 +272,7 @@ class PrefillStage:
         if took > 0:
             predicted = reservation.wait + reservation.cost
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
+        self._telemetry.prompt_read(tokens, reservation.cached, handoff.cached_tokens)
         self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
         self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
         context.counted(tokens)
@@ -247,7 +281,9 @@ class PrefillStage:
 class _Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
-    def __init__(self, losses: int) -> None:
+    def __init__(self, losses: int, decision: Decision) -> None:
+        self.decision = decision
+        """Where all of it is noted."""
         self.body = b""
         """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []

@@ -80,6 +80,16 @@ class Candidates:
         self._drawn_for: tuple[object, ...] = ()
         """A request, a time and a version."""
 
+    @property
+    def on_trial(self) -> Set[Endpoint]:
+        """Those that were on trial when candidates were last asked for."""
+        return self._left_out[1] if self._left_out else frozenset()
+
+    @property
+    def many(self) -> bool:
+        """Whether there were so many that a sample is drawn, if the strategy accepts one."""
+        return len(self.endpoints) - len(self._out) > LARGE_FLEET
+
     def __contains__(self, endpoint: object) -> bool:
         """Whether an endpoint was a candidate when they were last asked for."""
         return endpoint in self.endpoints and endpoint not in self._out

@@ -6,17 +6,24 @@ or the updates to Envoy: a default answers in its place, and the failure is coun
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ..fleet.endpoint import Endpoint
+from ..records.decision import NO_SCORES
 from ..request.context import RequestContext
 from ..strategies import Strategy
 from .candidates import Offer
 
 T = TypeVar("T")
+
+Explained = tuple["array[float]", dict[str, float]]
+"""The scores of all that were offered, if they are numbers, and the terms of the one that was taken."""
+_MAX_TERMS = 16
+"""Of one endpoint, that are kept."""
 
 
 class StrategyFence:
@@ -27,6 +34,7 @@ class StrategyFence:
 
     def __init__(self, strategy: Strategy, failed: Callable[[Exception], None]) -> None:
         self.strategy = strategy
+        self._has_terms = type(strategy).terms is not Strategy.terms
         self._failed = failed
 
     def seed(self, seed: int) -> None:
@@ -50,6 +58,7 @@ class StrategyFence:
         return self._ask(lambda: self._rank(offer, request, count), None)
 
     def _rank(self, offer: Offer, request: RequestContext, count: int) -> list[Endpoint]:
+        self.strategy.last_scores = None
         most = count + len(offer.exclude)
         chosen = list(islice(self.strategy.rank(offer.endpoints, request, most), most + 1))
         if not chosen:
@@ -63,6 +72,16 @@ class StrategyFence:
         if len(set(chosen)) < len(chosen):
             raise ValueError("rank() returned an endpoint twice")
         return [e for e in chosen if e not in offer.exclude][:count] if offer.exclude else chosen
+
+    def explained(self, number: int, picked: Endpoint, request: RequestContext) -> Explained:
+        """Return what the newest ranking, of ``number`` endpoints, has compared; nothing if that fails."""
+        try:
+            compared = self.strategy.last_scores
+            scores = NO_SCORES if compared is None else _packed(compared, number)
+            return scores, _few(self.strategy.terms(picked, request)) if self._has_terms else {}
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return NO_SCORES, {}
 
     def order(self, request: RequestContext, cost: float) -> float:
         """See :meth:`Strategy.order`; the base class's if it fails, or is no number."""
@@ -89,6 +108,24 @@ class StrategyFence:
         except Exception as error:  # someone else's code, which may raise anything
             self._failed(error)
             return default
+
+
+def _packed(scores: Any, number: int) -> array[float]:
+    """Return scores, or their parts one after another, as plain numbers; nothing if they are none."""
+    if type(scores) is not list or len(scores) != number:
+        return NO_SCORES
+    try:
+        packed = array("d", [*chain.from_iterable(scores)] if type(scores[0]) is tuple else scores)
+    except (TypeError, OverflowError):
+        return NO_SCORES
+    return NO_SCORES if len(packed) % number else packed
+
+
+def _few(terms: dict[str, float]) -> dict[str, float]:
+    """Return terms that may be kept: a copy of not too many."""
+    if len(terms) > _MAX_TERMS:
+        raise ValueError(f"terms() returned {len(terms)}: at most {_MAX_TERMS} are kept")
+    return dict(terms)
 
 
 def _number(order: float) -> float:

@@ -11,6 +11,7 @@ from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
+from ..records.decision import Choice
 from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
 from ..strategies.least_load import LeastLoad
@@ -19,7 +20,11 @@ from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
 from .pools import Pools
+from .ranking import Ranking
 from .shadow import Shadow
+
+LEAST_LOAD = "least_load"
+"""Name of the strategy that ranks where another one has failed."""
 
 _MAX_LAST_RESORTS = 16
 """Endpoints of each kind that are a last resort: to sort all of a large fleet takes a millisecond."""
@@ -30,9 +35,17 @@ class Scheduler:
 
     Each role has a strategy of its own, which can be changed while requests run. A strategy that fails is
     replaced by ``least_load`` for that pick (see :mod:`.fence`). ``seed`` makes choices at random repeatable.
+    ``took`` is told of the time of each pick, by role and by ``stopwatch``.
     """
 
-    def __init__(self, config: SchedulerConfig, registry: Registry, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        registry: Registry,
+        seed: int | None = None,
+        took: Mapping[InstanceRole, Callable[[float], None]] | None = None,
+        stopwatch: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.config = config
         self.registry = registry
         self.names: dict[InstanceRole, str] = {}
@@ -42,8 +55,13 @@ class Scheduler:
         self.failures = Failures("strategy %s failed for %s", "least_load serves its requests")
         """Failures of the strategies in use, by name and role."""
         self._seed = seed
+        self._took = took
+        self._stopwatch = stopwatch
+        self._last: Ranking | None = None
+        """The newest pick that has found somebody."""
         self._strategies: dict[InstanceRole, StrategyFence] = {}
-        self._least_load = {role: LeastLoad(config) for role in InstanceRole}
+        self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in InstanceRole}
+        """What ranks where a strategy has failed."""
         random = Random(seed)
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
@@ -199,6 +217,17 @@ class Scheduler:
         request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
         accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
+        if self._took is None:
+            return self._pick(role, request, count, exclude)
+        began = self._stopwatch()
+        ranked = self._pick(role, request, count, exclude)
+        self._took[role](self._stopwatch() - began)
+        return ranked
+
+    def _pick(
+        self, role: InstanceRole, request: RequestContext, count: int, exclude: Collection[Endpoint]
+    ) -> list[Endpoint]:
+        self._last = None
         request.look_up_in(self.registry.prefixes)
         strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
         offer = _offer(candidates, strategy, request, exclude)
@@ -207,13 +236,25 @@ class Scheduler:
         request.offer(offer.endpoints)
         ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
-            endpoints = candidates.all(request.now, exclude)
-            offer = Offer(endpoints)
+            offer = Offer(candidates.all(request.now, exclude))
             ranked = strategy.rank(offer, request, count)
-        ranked = ranked or []
+        by, name, offered, ranked = strategy, self.names[role], offer.endpoints, ranked or []
         if len(ranked) < count and (rest := _rest(candidates, offer, request, ranked)):
-            ranked += self._least_load[role].rank(rest, request, count - len(ranked))
+            if not ranked:
+                by, name, offered = self._in_place[role], LEAST_LOAD, tuple(rest)
+            ranked += self._in_place[role].strategy.rank(rest, request, count - len(ranked))
+        if ranked:
+            self._last = Ranking(by, name, candidates, offered, exclude, ranked)
         return ranked
+
+    def explain(self, role: InstanceRole, request: RequestContext) -> Choice | None:
+        """Return how the newest pick was made, which must have been for this role and request.
+
+        Call it for picks that are acted on, before the reservation changes the load. It is ``None`` if
+        nobody could be picked.
+        """
+        last = self._last
+        return None if last is None else last.choice(self.registry, role, request)
 
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
@@ -248,7 +289,7 @@ class Scheduler:
 
     def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
-        with self._strategies[role].same_turn(), self._least_load[role].same_turn():
+        with self._strategies[role].same_turn(), self._in_place[role].same_turn():
             return self.pick(role, request, count=count)
 
 
@@ -262,6 +303,10 @@ def _offer(
     if len(candidates.endpoints) > LARGE_FLEET and strategy.accepts_sample(request):
         return candidates.offer_sample(request, exclude, prefixes=strategy.reads_prefixes)
     return candidates.offer_all(request.now, exclude)
+
+
+def _never(error: Exception) -> None:
+    raise error
 
 
 def _rest(

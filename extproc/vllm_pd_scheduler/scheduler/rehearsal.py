@@ -76,6 +76,7 @@ def _try(strategy: StrategyFence, role: InstanceRole) -> None:
         for offered, count in (*((endpoints, n) for n in range(1, _ENDPOINTS + 1)), (endpoints[:1], 1)):
             with strategy.same_turn():
                 strategy.rank(Offer(tuple(offered)), request, count)
+        strategy.explained(_ENDPOINTS, endpoints[0], request)
         strategy.order(request, 0.5)
         strategy.hopeless(request, 0.5)
         for number, endpoint in enumerate(endpoints):

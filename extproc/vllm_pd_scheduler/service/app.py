@@ -13,15 +13,16 @@ from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
-from ..config import ConfigError, SchedulerConfig, is_loopback
+from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.files import InstanceFiles
-from ..envoy.access_log import AttemptLog
+from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.release import HandoffReleaser
+from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
@@ -97,6 +98,8 @@ class App:
         except ConfigError as error:
             raise StartupError(str(error)) from None
         self.changes.restore()
+        if config.tracing is not None:
+            self._start_tracing(config.tracing)
         trusted = config.instance_tls.context() if config.instance_tls else None
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
@@ -110,6 +113,8 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
+        if router.tracer is not None:
+            router.prefill_leg = TracedLeg(leg, time.monotonic)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, leg.give_up)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
@@ -149,6 +154,18 @@ class App:
         with contextlib.suppress(ConfigError):  # an event has told it
             await reload.reload(By.SIGNAL)
 
+    def _start_tracing(self, config: TracingConfig) -> None:
+        try:
+            config.check()
+            from ..tracing.export import SpanExport  # its packages are an extra
+
+            export = SpanExport(config.url(), config.sample_ratio, config.service_name)
+        except ValueError as error:
+            raise StartupError(f"tracing: {error}") from None
+        self.router.tracer = export.tracer
+        self._stack.push_async_callback(export.close)
+        self._stack.callback(self.router.in_flight.close_traces)
+
     async def _start_admin(self) -> None:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
@@ -169,10 +186,10 @@ class App:
 
     async def _start_grpc(self) -> None:
         config = self.config
-        attempts = AttemptLog(self.router.in_flight.attempt_failed)
+        access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
         retries = RetryCheck(self.router.in_flight.may_try_again)
         discovery = EndpointDiscovery(self.router.registry)
-        services = (self.ext_proc, discovery, attempts, retries, HealthService())
+        services = (self.ext_proc, discovery, access_log, retries, HealthService())
         server = Server({path: method for each in services for path, method in each.methods().items()})
         try:
             if config.grpc_socket is not None:

@@ -72,6 +72,12 @@ class Strategy:
     reads_prefixes: ClassVar[bool] = False
     """Whether it reads ``request.cached``. Prompts are hashed, which has a cost, only if a strategy does."""
 
+    last_scores: Sequence[Any] | None = None
+    """The scores that the newest call of :meth:`rank` has compared, in the order of its endpoints.
+
+    They are shown with the decision. A :meth:`rank` of your own may set it, to a new list each time.
+    """
+
     def __init__(self, config: StrategySettings) -> None:
         self.config = config
         self.random = Random()
@@ -109,6 +115,13 @@ class Strategy:
         """
         return [self.score(endpoint, request) for endpoint in endpoints]
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return what an endpoint's score is made of, by name, to be shown with the decision.
+
+        It is called after :meth:`rank` for the endpoint that was picked, for each request: it must be quick.
+        """
+        return {}
+
     def order(self, request: RequestContext, cost: float) -> float:
         """Return the place of a request among those that wait in the scheduler: the least goes first.
 
@@ -135,6 +148,7 @@ class Strategy:
         """
         self._turn += 1
         scores, size = self.scores(endpoints, request), len(endpoints)
+        self.last_scores = scores
         _check(scores, size)
         turn = self._turn % size
         if count == 1:  # min() and index() are loops in C

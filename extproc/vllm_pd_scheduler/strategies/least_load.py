@@ -26,6 +26,10 @@ class LeastLoad(Strategy):
         """Return (waiting, waiting + running)."""
         return endpoint.waiting, endpoint.requests
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return both parts of the score."""
+        return {"waiting": endpoint.waiting, "requests": endpoint.requests}
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[tuple[float, float]]:
         """Return the score of each; repeats the code of :attr:`Endpoint.waiting` to save calls."""
         waiting = []

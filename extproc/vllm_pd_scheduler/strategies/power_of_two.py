@@ -17,6 +17,10 @@ class PowerOfTwo(Strategy):
     Balancing", IEEE TPDS 2001).
     """
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return the requests there."""
+        return {"requests": endpoint.requests}
+
     def rank(self, endpoints: Sequence[Endpoint], request: RequestContext, count: int) -> list[Endpoint]:
         """Draw endpoints and put the better of the first two first; those for retries stay as drawn."""
         drawn = self.random.sample(endpoints, min(len(endpoints), max(2, count)))

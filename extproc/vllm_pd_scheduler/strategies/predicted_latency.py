@@ -62,7 +62,7 @@ class PredictedLatency(Strategy):
         if count > 1 or endpoints[0].instance.role is InstanceRole.DECODE:
             return super().rank(endpoints, request, count)
         self._turn += 1
-        scores = self.prefill_scores(endpoints, request)
+        scores = self.last_scores = self.prefill_scores(endpoints, request)
         best, turn = min(scores), self._turn % len(scores)
         bound = best + TOLERANCE * (best - LATE_PENALTY if best >= LATE_PENALTY else best)
         at = next(i for i in chain(range(turn, len(scores)), range(turn)) if scores[i] <= bound)
@@ -73,6 +73,22 @@ class PredictedLatency(Strategy):
         if endpoints[0].instance.role is InstanceRole.DECODE:
             return self.decode_scores(endpoints, request)
         return self.prefill_scores(endpoints, request)
+
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return wait, cost and cached tokens on P; on D the step with it, and what is there without it."""
+        if endpoint.instance.role is InstanceRole.DECODE:
+            requests, tokens = endpoint.requests, endpoint.kv_tokens
+            own = request.prompt_tokens + request.output_tokens
+            step = endpoint.decode.step(requests + 1, tokens + own)
+            return {"step": step, "requests": requests, "kv_tokens": tokens}
+        load, prompt = endpoint.prefill, request.prompt_tokens
+        cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
+        new = prompt - load.trust * cached
+        if new < 1.0:
+            new = 1.0
+        cost = load.overhead + load.per_token * new + load.per_pair * new * (prompt - new / 2)
+        wait = load.remaining(request.now) if load.queued else 0.0
+        return {"wait": wait, "cost": cost, "cached_tokens": cached}
 
     def prefill_scores(
         self, endpoints: Sequence[Endpoint], request: RequestContext, limit: float = math.inf

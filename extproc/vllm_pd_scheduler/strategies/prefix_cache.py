@@ -43,6 +43,10 @@ class PrefixCache(Strategy):
         """Return ``True``: a low load is enough, it need not be the lowest."""
         return True
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return the requests there, and the leading blocks of the prompt that are cached."""
+        return {"requests": endpoint.requests, "cached_blocks": request.cached_blocks(endpoint.holder)}
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         """Return the score of each."""
         loads, depth_of = request_counts(endpoints), request.cached.get

@@ -85,6 +85,10 @@ class Session(Strategy):
         """Return the requests there, to rank for a request without a session."""
         return endpoint.requests
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return the requests there."""
+        return {"requests": endpoint.requests}
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> Sequence[float]:
         """Return the score of each."""
         return request_counts(endpoints)

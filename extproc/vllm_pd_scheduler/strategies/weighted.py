@@ -25,6 +25,13 @@ class Weighted(Strategy):
         """Return ``True``: a low score is enough, it need not be the lowest."""
         return True
 
+    def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
+        """Return what is weighted, before it is divided and weighted."""
+        found = {"requests": endpoint.requests, "kv_usage": endpoint.kv_usage}
+        if (latency := endpoint.latency) is not None:
+            found["latency"] = latency
+        return found
+
     def scores(self, endpoints: Sequence[Endpoint], request: RequestContext) -> list[float]:
         """Return the score of each."""
         config, loads = self.config, request_counts(endpoints)

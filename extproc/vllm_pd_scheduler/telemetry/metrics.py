@@ -13,8 +13,19 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from .histogram import LeanHistogram, Series
+
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Buckets of prefill legs and waits: from a cached prompt up to ``prefill_timeout``'s default."""
+
+_ANSWER_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Buckets of what a client waits for: from an answer of one token up to one of many thousands."""
+_PICK_SECONDS = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025)
+"""Buckets of a pick: from one among a few instances up to a strategy that holds up all requests."""
+
+MAX_PAIRS = 1000
+"""Pairs of P and D that have a series of their own; the hand-offs of further ones count as of ``OTHER``."""
+OTHER = "other"
 
 
 class Served(StrEnum):
@@ -30,6 +41,21 @@ class Served(StrEnum):
     """On D alone, since that was predicted to be faster, or is configured."""
     PASSED = "passed"
     """Another path or method, on D as it is."""
+
+
+class Ending(StrEnum):
+    """How a request ended that was sent to D: the label ``outcome`` of ``pd_scheduler_responses_total``."""
+
+    OK = "ok"
+    """A whole answer, of a status below 400."""
+    CLIENT_ERROR = "client_error"
+    """A 4xx."""
+    ERROR = "error"
+    """A 5xx, or no answer at all."""
+    LEFT = "left"
+    """The client left before the end."""
+    CUT = "cut"
+    """The answer had begun, and broke off."""
 
 
 class QueueOutcome(StrEnum):
@@ -142,6 +168,48 @@ class Telemetry:
             registry=self.prometheus,
         )
 
+        self._time_to_first_token = self._by_served(
+            "pd_scheduler_time_to_first_token_seconds",
+            "From the first byte of a client's request to the first of its answer's body, by Envoy's clock.",
+        )
+        self._request_seconds = self._by_served(
+            "pd_scheduler_request_duration_seconds",
+            "From the first byte of a client's request to the end of its answer, by Envoy's clock.",
+        )
+        self._handoff_seconds = LeanHistogram(
+            "pd_scheduler_handoff_duration_seconds",
+            "From the moment when D had a request with a hand-off to the first byte of its answer's body.",
+            ["prefill", "decode"],
+            buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        responses = Counter(
+            "pd_scheduler_responses",
+            "Requests sent to decode that have ended, by how.",
+            ["outcome"],
+            registry=self.prometheus,
+        )
+        self._responses = {ending: responses.labels(ending) for ending in Ending}
+        self._picks = LeanHistogram(
+            "pd_scheduler_pick_duration_seconds",
+            "Time of a pick.",
+            ["role"],
+            buckets=_PICK_SECONDS,
+            registry=self.prometheus,
+        )
+        self._prompt_tokens = Counter(
+            "pd_scheduler_prompt_tokens",
+            "Tokens of prompts that P has computed or had cached.",
+            registry=self.prometheus,
+        )
+        cached = Counter(
+            "pd_scheduler_cached_prompt_tokens",
+            "Tokens of prompts in P's cache: as predicted, and as P has said.",
+            ["kind"],
+            registry=self.prometheus,
+        )
+        self._cached = {kind: cached.labels(kind) for kind in ("predicted", "actual")}
+
         self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
             (self._requests, "decode"),
             (self._prefill_seconds, "prefill"),
@@ -153,8 +221,16 @@ class Telemetry:
             (self._state_changes, "instance"),
         )
 
+    def _by_served(self, name: str, documentation: str) -> dict[Served, Series]:
+        made = LeanHistogram(
+            name, documentation, ["served"], buckets=_ANSWER_SECONDS, registry=self.prometheus
+        )
+        return {served: made.series(served) for served in Served}
+
     def keep_only(self, instances: Collection[str]) -> None:
         """Forget the series of all other instances, which were removed: else they would add up for ever."""
+        for label in ("prefill", "decode"):
+            self._handoff_seconds.keep(label, frozenset((*instances, OTHER)))
         for metric, label in self._by_instance:
             seen = {sample.labels[label] for family in metric.collect() for sample in family.samples}
             for gone in seen.difference(instances):
@@ -167,6 +243,31 @@ class Telemetry:
     def rejected(self, status: int, reason: str) -> None:
         """Count a request that the scheduler itself answered with an error."""
         self._rejected.labels(str(status), reason).inc()
+
+    def picks(self, role: str) -> Callable[[float], None]:
+        """Return what records how long a pick for a role took, in seconds."""
+        return self._picks.series(role).observe
+
+    def ended(self, served: Served, ending: Ending, ttft: float | None, duration: float) -> None:
+        """Count a request that was sent to decode and has ended, with its times in seconds."""
+        self._responses[ending].inc()
+        self._request_seconds[served].observe(duration)
+        if ttft is not None:
+            self._time_to_first_token[served].observe(ttft)
+
+    def handed_off(self, prefill: str, decode: str, seconds: float) -> None:
+        """Record how long it took from D's having a hand-off to its first byte."""
+        pairs = self._handoff_seconds
+        if len(pairs) >= MAX_PAIRS and not pairs.has(prefill, decode):
+            prefill = decode = OTHER
+        pairs.series(prefill, decode).observe(seconds)
+
+    def prompt_read(self, tokens: float, predicted: float, actual: float | None) -> None:
+        """Count a prompt that P has read, and how many of its tokens were said to be, and were, cached."""
+        self._prompt_tokens.inc(tokens)
+        self._cached["predicted"].inc(predicted)
+        if actual is not None:
+            self._cached["actual"].inc(actual)
 
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""

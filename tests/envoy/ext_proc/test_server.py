@@ -293,6 +293,18 @@ class RealCallTest(Case):
         self.assertEqual(len(logs.records), 1)
         self.assertIn("envoy/envoy.yaml", logs.output[0])
 
+    async def test_one_that_works_without_results_is_told_of_once_for_all(self) -> None:
+        self.envoy_config = "2"
+        with self.assertLogs("vllm_pd_scheduler.envoy.ext_proc.server", "WARNING") as logs:
+            for _ in range(3):
+                self.service._next_complaint = 0.0
+                call = self.open()
+                await call.write(headers_message())
+                await call.read()
+                call.cancel()
+        self.assertEqual(len(logs.records), 1)
+        self.assertIn("earlier version 2: requests are served", logs.output[0])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from ...admission.body_memory import BodyAllocation
+from ...request import headers as names
 from ...router import PDRouter
 from ...rpc import Call, CallError, StatusCode
 from .messages import decode, encode
@@ -63,7 +65,7 @@ class Exchange:
         size = min(size, self._router.body_memory.largest)
         if size - UNANNOUNCED_BYTES <= self._hold.size or self._hold.resize(size):
             return True
-        self._answer(self._stream.refused(self._router.no_memory(size)))
+        self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         return False
 
     def message(self, data: bytes | bytearray) -> None:
@@ -112,11 +114,18 @@ class Exchange:
         """Answer a message, or have its request routed."""
         action, size = self._stream.receive(message), message.body_size
         if size and not self._hold.resize(size):
-            self._answer(self._stream.refused(self._router.no_memory(size)))
+            self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         elif isinstance(action, Route):
+            if self._router.tracer is not None:
+                action.headers = self._with_envoys_span(action.headers)
             self._task = asyncio.get_running_loop().create_task(self._route(action))
         else:
             self._answer(action)
+
+    def _with_envoys_span(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return a request's headers with Envoy's own span in place of its client's, if Envoy traces."""
+        told = {name: self._call.metadata(name) for name in (names.TRACEPARENT, names.TRACESTATE)}
+        return {**headers, **{name: value for name, value in told.items() if value}}
 
     def _answer(self, reply: Reply) -> None:
         self._call.write(*encode(reply))

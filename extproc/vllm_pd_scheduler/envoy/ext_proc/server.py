@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ...request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
+from ...request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION, ENVOY_CONFIGS_THAT_WORK
 from ...router import PDRouter
 from ...rpc import Call, Method
 from ..limits import MAX_MESSAGE_BYTES
@@ -27,6 +27,8 @@ class ExtProcService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next_complaint = 0.0
+        self._old_configs: set[str] = set()
+        """Versions that work and that were complained of."""
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path: the largest message has a request's body."""
@@ -39,11 +41,9 @@ class ExtProcService:
         await self._idle.wait()
 
     def _open(self, call: Call) -> Exchange:
-        if call.metadata(ENVOY_CONFIG) != ENVOY_CONFIG_VERSION:
-            self._warn(
-                "Envoy's configuration does not fit this scheduler, and hand-offs may not reach D: "
-                "see what has changed in envoy/envoy.yaml"
-            )
+        version = call.metadata(ENVOY_CONFIG)
+        if version != ENVOY_CONFIG_VERSION:
+            self._complain_of_config(version)
         self.open_streams += 1
         self._idle.clear()
         return Exchange(call, self)
@@ -57,6 +57,20 @@ class ExtProcService:
     def complain(self, error: Exception) -> None:
         """Log what an Envoy sends that it should not."""
         self._warn(f"an ext_proc stream was ended, and Envoy lets its request pass: {error}")
+
+    def _complain_of_config(self, version: str | None) -> None:
+        if version not in ENVOY_CONFIGS_THAT_WORK:
+            self._warn(
+                "Envoy's configuration does not fit this scheduler, and hand-offs may not reach D: "
+                "see what has changed in envoy/envoy.yaml"
+            )
+        elif version not in self._old_configs:
+            self._old_configs.add(version)
+            log.warning(
+                "Envoy's configuration is of the earlier version %s: requests are served, but how they end "
+                "and when their first token comes is not known: see what has changed in envoy/envoy.yaml",
+                version,
+            )
 
     def _warn(self, words: str) -> None:
         now = asyncio.get_running_loop().time()

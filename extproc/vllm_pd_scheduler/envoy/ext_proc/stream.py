@@ -101,12 +101,12 @@ class StreamError(Exception):
 class Stream:
     """The state of one stream. ``close`` must be called once, whatever happened."""
 
-    __slots__ = ("_headers", "_phase", "forward", "state")
+    __slots__ = ("_phase", "forward", "headers", "state")
 
     def __init__(self) -> None:
         self.state = State.AWAIT_HEADERS
         self.forward: Forward | None = None
-        self._headers: Mapping[str, str] = {}
+        self.headers: Mapping[str, str] = {}
         self._phase = Phase.REQUEST_HEADERS
 
     def receive(self, message: Message) -> Continue | Route:
@@ -114,7 +114,7 @@ class Stream:
         state, phase = self.state, message.phase
         self._phase = phase
         if state is State.AWAIT_HEADERS and phase is Phase.REQUEST_HEADERS:
-            self._headers = message.headers or {}
+            self.headers = message.headers or {}
             if message.end_of_stream:
                 return self._route(b"")
             self.state = State.AWAIT_BODY
@@ -162,7 +162,7 @@ class Stream:
 
     def _route(self, body: bytes) -> Route:
         self.state = State.ROUTING
-        return Route(self._headers, body)
+        return Route(self.headers, body)
 
 
 _AFTER_ROUTING = frozenset(
