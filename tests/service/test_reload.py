@@ -42,6 +42,8 @@ OTHERS: dict[str, Any] = {
     "grpc_host": "127.0.0.2",
     "admin_host": "127.0.0.2",
     "grpc_port": 9999,
+    "explain_header": False,
+    "tracing": {},
     "log_format": "json",
     "load_weight": 0.1,
     "kv_cache_weight": 0.1,
