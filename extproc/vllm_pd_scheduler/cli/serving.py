@@ -97,6 +97,9 @@ def up(
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    from ..config import read_instances
+    from ..discovery import CONFIG, merge
+    from ..discovery.files import source_of
     from ..envoy.configuration import num_retries
     from ..scheduler.rehearsal import rehearse
 
@@ -106,6 +109,10 @@ def check(config: ConfigOption) -> None:
         typer.echo(f"{config}: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
+    told = {CONFIG: list(settings.instances())}
+    told |= {source_of(path): read_instances(path, settings) for path in settings.instance_files}
+    for clash in merge(told).refused:
+        typer.echo(f"{config}: note: {clash}", err=True)
     if settings.max_retries > (shipped := num_retries()):
         typer.echo(
             f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "

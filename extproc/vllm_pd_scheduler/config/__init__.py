@@ -1,6 +1,6 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
-from .load import ConfigError, load_config, load_instances, parse_config
+from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
 from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
@@ -10,5 +10,5 @@ from .tracing import TracingConfig
 __all__ = [
     "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
     "TlsConfig", "TracingConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
-    "load_instances", "parse_config",
+    "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

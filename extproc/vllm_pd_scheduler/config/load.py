@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..models import InstanceRole
+from ..models import InstanceRole, PDInstance
+from .listeners import clashes, listeners_of
 from .problems import describe_error, duplicates, find_problems
 from .schema import InstanceConfig, InstancesFile, Listed, SchedulerConfig
 from .yaml_text import NotYaml, read_yaml
@@ -50,6 +51,21 @@ def load_instances(path: str | os.PathLike[str]) -> InstancesFile:
         ) from None
     if problems := duplicates(found.listed()):
         raise ConfigError(source, problems)
+    return found
+
+
+def read_instances(path: str, config: SchedulerConfig) -> list[PDInstance]:
+    """Return the instances in a file, with their keys; raise :exc:`ConfigError` with all that is wrong."""
+    found = []
+    listed = list(load_instances(path).listed())
+    problems = list(clashes(listeners_of(config), listed)) if listed else []
+    for role, key, item in listed:
+        try:
+            found.append(config.instance(role, item))
+        except ValueError as error:
+            problems.append(f"{key}.{error}")
+    if problems:
+        raise ConfigError(path, problems)
     return found
 
 
@@ -96,11 +112,7 @@ def _problems_of_files(config: SchedulerConfig) -> list[str]:
     problems: list[str] = []
     for path in config.instance_files:
         try:
-            for role, key, item in load_instances(path).listed():
-                try:
-                    config.instance(role, item)
-                except ValueError as error:
-                    problems.append(f"{path}: {key}.{error}")
+            read_instances(path, config)
         except ConfigError as error:
             problems += str(error).splitlines()
     return problems

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ..config import ConfigError, SchedulerConfig, load_instances
+from ..config import ConfigError, SchedulerConfig, read_instances
 from ..models import By, PDInstance
 from ..system.daemon_thread import in_daemon_thread
 from .membership import Membership
@@ -20,19 +20,6 @@ log = logging.getLogger(__name__)
 def source_of(path: str) -> str:
     """Return the name of a file as a source."""
     return f"file:{path}"
-
-
-def read_file(path: str, config: SchedulerConfig) -> list[PDInstance]:
-    """Return the instances in a file, with their keys; raise :exc:`ConfigError` with all that is wrong."""
-    found, problems = [], []
-    for role, key, item in load_instances(path).listed():
-        try:
-            found.append(config.instance(role, item))
-        except ValueError as error:
-            problems.append(f"{key}.{error}")
-    if problems:
-        raise ConfigError(path, problems)
-    return found
 
 
 class InstanceFiles:
@@ -47,7 +34,7 @@ class InstanceFiles:
     def read(self) -> None:
         """Read all once, at the start; raise :exc:`ConfigError` if one cannot be used."""
         for path in self._config.instance_files:
-            self._take(path, read_file(path, self._config), By.START)
+            self._take(path, read_instances(path, self._config), By.START)
 
     async def follow(self, by: str = By.START) -> None:
         """Watch the files that the configuration names now, and read them all again."""
@@ -77,7 +64,7 @@ class InstanceFiles:
     async def _read_again(self, path: str, source: str) -> bool:
         """Take what is in a file now, or say why it cannot be used; return whether it was taken."""
         try:
-            found = await in_daemon_thread(partial(read_file, path, self._config))
+            found = await in_daemon_thread(partial(read_instances, path, self._config))
             self._take(path, found, f"{By.DISCOVERY} {source}")
         except ConfigError as error:
             self._membership.lost(source, "; ".join(str(error).splitlines()))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 
-from watchfiles import awatch
+from watchfiles import Change, awatch
 
 from ..system.daemon_thread import in_daemon_thread
 
@@ -51,7 +52,7 @@ class WatchedFile:
             try:
                 async for _ in awatch(
                     self._path.absolute().parent,
-                    watch_filter=None,
+                    watch_filter=self._concerns,
                     recursive=False,
                     debounce=200,
                     rust_timeout=int(LOOK_S * 1000),
@@ -61,6 +62,14 @@ class WatchedFile:
             except OSError:  # no such directory, or no watches are left
                 await asyncio.sleep(LOOK_S)
                 yield
+
+    def _concerns(self, _: Change, changed: str) -> bool:
+        """Whether a change in the directory may be one of the file; what is missed is seen by the next look.
+
+        Kubernetes moves a link to a directory, through which the file is found; its name begins with dots.
+        """
+        name = os.path.basename(changed)
+        return name == self._path.name or name.startswith("..")
 
     async def _content(self) -> bytes:
         """Return what stands for the content, or for the reason why there is none."""
