@@ -102,6 +102,21 @@ class ReadAttemptTest(unittest.TestCase):
         (attempt,) = read(message)
         self.assertEqual(attempt, FailedAttempt("", Failure.UNSENT, None, request_id="r"))
 
+    def test_a_stream_that_was_cut_for_its_pause(self) -> None:
+        """No attempt tells of it: Envoy counts the pause for the stream as a whole."""
+        message = als_pb2.StreamAccessLogsMessage()
+        entry = message.http_logs.log_entry.add()
+        entry.common_properties.access_log_type = AccessLogType.DownstreamEnd
+        entry.common_properties.response_flags.stream_idle_timeout = True
+        entry.common_properties.upstream_remote_address.socket_address.address = "10.0.0.1"
+        entry.common_properties.upstream_remote_address.socket_address.port_value = 8000
+        entry.request.request_headers[names.ID] = "id-1"
+        entry.request.request_headers[names.ATTEMPT] = "1"
+        for status, failure in ((200, Failure.CUT), (504, None)):
+            entry.response.response_code.value = status
+            found = [each.failure for each in read(message)]
+            self.assertEqual(found, [failure] if failure else [])
+
 
 class ReadResultTest(unittest.TestCase):
     def read(self, status: int = 200, request: str = "id-1", ttft: str = "250000", **flags: bool) -> Any:

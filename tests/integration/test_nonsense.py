@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
-from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -83,3 +85,42 @@ async def test_the_scheduler_starts_and_serves(
             assert 'pd_scheduler_scrape_failures_total{instance="decode-0"}' not in page
             assert psutil.Process(process.process.pid).memory_info().rss < 250 << 20
             assert "Traceback" not in process.output, process.output
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_no_header_of_a_decode_instance_keeps_envoy_from_trying_another(
+    session: aiohttp.ClientSession, tmp_path: Path, fleet: Fleet, status: int
+) -> None:
+    """A proxy before it may say that it limits rates, in a header that Envoy itself heeds."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        if request.method == "GET":
+            return web.Response(text="vllm:num_requests_running 0\n")
+        return web.Response(status=status, headers={"x-envoy-ratelimited": "true"})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    site = web.SockSite(runner, socket.create_server(("127.0.0.1", 0)))
+    await site.start()
+    stack = Stack(tmp_path)
+    config = fleet.config() | {"strategy": "round_robin", **NO_EJECTION}
+    port = runner.addresses[0][1]
+    config["decode_instances"].append({"id": "limited", "host": "127.0.0.1", "port": port})
+    try:
+        with spawned(stack.up(config)) as process:
+            client = Client(session, stack, fleet)
+            await ready(client, process)
+            await until_state(client, "limited", "healthy")
+            answers = [await client.complete() for _ in range(4)]
+            assert {each.status for each in answers} == {200}
+            _, page = await client.admin("GET", "/metrics")
+            assert 'pd_scheduler_decode_attempt_failures_total{decode="limited"' in page, "it was asked"
+    finally:
+        await runner.cleanup()
+
+
+async def until_state(client: Client, instance: str, state: str) -> None:
+    async def reached() -> bool:
+        return (await client.states())[instance] == state
+
+    await until(reached)

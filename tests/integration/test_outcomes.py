@@ -151,7 +151,16 @@ async def test_clients_that_give_up_on_a_hung_d_do_not_make_it_a_good_one(client
     await until(gone)
 
 
-@pytest.mark.parametrize("up", [{"stream_idle_timeout": 0.5}], indirect=True)
+@pytest.mark.parametrize(
+    "up",
+    [
+        {"stream_idle_timeout": 0.5},
+        # Envoy forgets the limit of an attempt's pauses when that of its first byte is over.
+        {"stream_idle_timeout": 4.0, "decode_first_byte_timeout": 2.0},
+    ],
+    indirect=True,
+    ids=["at its beginning", "later"],
+)
 @pytest.mark.parametrize("tokens", [0, 3])
 async def test_a_stream_that_falls_silent_is_cut_and_counts(client: Client, tokens: int) -> None:
     """vLLM sends the headers before the first token, so a D whose engine hangs has answered in time."""
@@ -165,6 +174,17 @@ async def test_a_stream_that_falls_silent_is_cut_and_counts(client: Client, toke
         return 'failure="cut"' in page
 
     await until(counted)
+
+
+@pytest.mark.parametrize(
+    "up", [{"decode_first_byte_timeout": 1.0, "decode_seconds_per_token": 0.0}], indirect=True
+)
+async def test_what_is_not_split_has_a_time_limit_too(client: Client) -> None:
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, delay=3600.0)
+    for method, path, body in (("POST", "/v1/embeddings", {"input": "x"}), ("GET", "/v1/completions", None)):
+        answer = await client.send(method, path, body)
+        assert (answer.status, answer.error["code"]) == (504, 504)
 
 
 @pytest.mark.parametrize("up", [{"stream_idle_timeout": 4.0}], indirect=True)

@@ -167,6 +167,7 @@ async def test_steering_headers_never_get_through(client: Client) -> None:
         "X-Gateway-Destination-Endpoint-Subset": "evil",
         "x-pd-prefill": "evil",
         "X-PD-Anything": "evil",
+        "X-data-parallel-rank": "evil",
     }
     used = set()
     for path, body in [("/v1/completions", {"prompt": "p", "max_tokens": 2}), ("/tokenize", {"prompt": "p"})]:

@@ -20,10 +20,46 @@ from tests.request.documents import (
     with_field,
 )
 from vllm_pd_scheduler.connectors import NixlConnector
-from vllm_pd_scheduler.request.body import UNREAD, JsonBody
+from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, UNREAD, JsonBody, asks_for_stream
 from vllm_pd_scheduler.request.errors import BodyError
 from vllm_pd_scheduler.request.handoff_key import HANDOFF_KEY
-from vllm_pd_scheduler.request.json_text import MAX_MEMBERS
+from vllm_pd_scheduler.request.json_text import MAX_MEMBERS, finish
+
+
+class StreamTest(unittest.TestCase):
+    VALUES = (
+        *((value, True) for value in ("true", "1", "1.0", '"true"', '"YES"', '"on"', '"T"', '"1"')),
+        *((value, False) for value in ("false", "0", "null", "2", '"no"', '""', "[true]", '{"a":true}')),
+    )
+    """Values of ``stream``, and what pydantic makes of them, or that it refuses them."""
+
+    def test_it_is_read_as_vllm_reads_it(self) -> None:
+        long = json.dumps({"prompt": "x" * AT_ONCE_BYTES})[:-1]
+        for value, expected in self.VALUES:
+            for start in ('{"prompt":"x"', long):
+                body = f'{start},"stream":{value}}}'.encode()
+                with self.subTest(value, size=len(body)):
+                    self.assertIs(JsonBody.parse(body).wants_stream, expected)
+                    self.assertIs(finish(asks_for_stream(body)), expected)
+
+    def test_other_bodies_ask_for_none(self) -> None:
+        more = b"x" * AT_ONCE_BYTES
+        for body in (
+            b"",
+            b"stream",
+            b'["stream", true]',
+            b'{"a":{"stream":true}}',
+            b'{"stream":true',
+            b'{"a":"\xff","stream":tru}',
+            b'{"stream":' + b"9" * 5000 + b"}",
+            b"[" * 100_000 + b'"stream"',
+            b'{"stream":' + b"[" * 100_000,
+            b'{"a":"' + more + b'","stream":tru}',
+            b'{"a":"' + more + b'","b":{"stream":true}}',
+            b'--x\r\ncontent-disposition: form-data; name="stream"\r\n\r\ntrue\r\n--x--' + more,
+        ):
+            with self.subTest(body[:40]):
+                self.assertIs(finish(asks_for_stream(body)), False)
 
 
 class SplicingTest(unittest.TestCase):

@@ -123,7 +123,7 @@ class RequestReaderTest(unittest.TestCase):
     def test_any_header_is_understood_or_refused(self, text: str, name: str) -> None:
         try:
             request = RequestReader(SchedulerConfig(), FleetLoad()).passed(
-                "/", {f"x-pd-{name}": text}, 0, 0.0
+                "/", {f"x-pd-{name}": text}, b"", False, 0.0
             )
         except HeaderError:
             return

@@ -9,6 +9,7 @@ from typing import Any
 from tests.support.routing import BODY, ERROR, PARAMS, Case, D, P, answer, decode_body
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.models import PDInstance
+from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 
 
 class SplitTest(Case):
@@ -157,6 +158,32 @@ class WholeTest(Case):
                 self.assertLocal(forward)
                 self.assertEqual(self.leg.sent, [])
                 self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="passed"), 1.0)
+
+    async def test_they_have_a_time_limit_too(self) -> None:
+        config, path = self.router.config, "/v1/responses"
+        first = config.decode_first_byte_timeout
+        whole = first + 32_768 * config.decode_seconds_per_token
+        for body, expected, stream in (
+            (b"", first, False),
+            ({"input": "x"}, whole, False),
+            ({"input": "x", "stream": True}, first, True),
+            (b"\x00not JSON: stream"[1:], whole, False),
+        ):
+            with self.subTest(body):
+                forward = await self.route(body, path)
+                self.assertEqual((forward.first_byte_timeout, forward.stream), (expected, stream))
+                forward.release()
+
+    async def test_one_that_two_instances_have_lost_is_refused(self) -> None:
+        killer, in_flight = {"input": "it kills"}, self.router.in_flight
+        for _ in range(2):
+            forward = await self.route(killer, "/v1/responses")
+            d = forward.decode[0]
+            in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+            forward.release()
+        self.assertRejected(await self.route(killer, "/v1/responses"), 503, "lost")
+        (await self.route({"input": "another"}, "/v1/responses")).release()
+        (await self.route(b"", "/v1/models", "GET")).release()
 
     async def test_a_path_that_is_not_public(self) -> None:
         for path in (

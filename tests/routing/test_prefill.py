@@ -191,6 +191,37 @@ class OverloadTest(Case):
         self.assertSplit(await waiting, self.leg.tried[3])
 
 
+class WaitingLossTest(Case):
+    CONFIG: Mapping[str, Any] = {"max_in_flight_tokens": 1, "queue_size": 8}
+
+    async def test_what_waits_meanwhile_has_no_third(self) -> None:
+        self.leg.hold = asyncio.Event()
+        self.fail_all(PrefillFailed("reset", lost=True))
+        tasks = [asyncio.ensure_future(self.route()) for _ in range(6)]
+        while len(self.router.dispatcher.queue) < 3:  # noqa: ASYNC110 - no event: the leg is a fake
+            await asyncio.sleep(0)
+        self.assertEqual(len(self.leg.tried), 3)
+        self.leg.hold.set()
+        for found in await asyncio.gather(*tasks):
+            self.assertEqual((found.status, found.reason), (503, "lost"))
+        self.assertLessEqual(len(self.leg.tried), 4, "one is tried again; those that wait are sent nowhere")
+        self.assertIdle()
+
+    async def test_at_decode_too(self) -> None:
+        whole = {**BODY, "n": 2}
+        forwards = [await self.route(whole) for _ in range(3)]
+        waiting = asyncio.ensure_future(self.route(whole))
+        while not self.router.dispatcher.queue:  # noqa: ASYNC110 - no event: the leg is a fake
+            await asyncio.sleep(0)
+        for forward in forwards:
+            d = forward.decode[0]
+            self.router.in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+            forward.release()
+        found = await waiting
+        self.assertEqual((found.status, found.reason), (503, "lost"))
+        self.assertIdle()
+
+
 class LossTest(Case):
     CONFIG: Mapping[str, Any] = {"max_retries": 9}
 
@@ -203,6 +234,28 @@ class LossTest(Case):
         self.assertEqual(len(self.leg.tried), 2, "its prompt is refused for a while")
         other = await self.route({**BODY, "prompt": "another one"})
         self.assertIsNotNone(other.prefill)
+
+    async def test_those_that_come_at_once_have_no_third_either(self) -> None:
+        """Each of two has lost an instance; neither has had two."""
+        self.fail_all(PrefillFailed("reset", lost=True))
+        self.leg.hold = asyncio.Event()
+        tasks = [asyncio.ensure_future(self.route()) for _ in range(2)]
+        while len(self.leg.tried) < 2:  # noqa: ASYNC110 - no event: the leg is a fake
+            await asyncio.sleep(0)
+        self.assertEqual(len(set(self.leg.tried)), 2)
+        self.leg.hold.set()
+        for found in await asyncio.gather(*tasks):
+            self.assertEqual((found.status, found.reason), (503, "lost"))
+        self.assertEqual(len(set(self.leg.tried)), 2)
+        self.assertIdle()
+
+    async def test_nor_at_decode(self) -> None:
+        in_flight = self.router.in_flight
+        forwards = [await self.route() for _ in range(2)]
+        for forward in forwards:
+            d = forward.decode[0]
+            in_flight.attempt_failed(FailedAttempt(str(d.address), Failure.RESET, forward.id))
+        self.assertEqual([in_flight.may_try_again(each.id, 1) for each in forwards], [Retry.LOST] * 2)
 
     async def test_a_prompt_that_was_refused_may_have_one_instance(self) -> None:
         self.fail_all(PrefillFailed("reset", lost=True))

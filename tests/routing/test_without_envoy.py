@@ -1,11 +1,15 @@
 """The library interface against a simulated fleet, without Envoy."""
 
+import errno
+import http.server
 import json
 import tempfile
+import threading
 import unittest
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
@@ -169,6 +173,94 @@ class FailuresTest(unittest.TestCase):
             self.assertEqual(sum(endpoint.in_flight for endpoint in router.registry), 0)
             router.run_health_checks()
             self.assertEqual(set(router.run_health_checks().values()), {False}, "unhealthy_threshold is 2")
+
+    def test_a_hand_off_is_not_waited_for_until_it_is_too_old(self) -> None:
+        with Fleet(1, 1, profile=EngineProfile.instant()) as fleet:
+            limits = {"kv_lease_duration": 2.0, "decode_seconds_per_token": 0.0, "max_retries": 0}
+            router = PDRouter(SchedulerConfig.model_validate({**fleet.config(), **limits}))
+            self.assertTrue(router.route_request(TEXT).prefill_instance)
+            _call(fleet["decode-0"].url + "/_sim/fault", {"delay": 3600.0})
+            result = router.route_request(TEXT)
+            self.assertFalse(result.success)
+            self.assertIn("no answer within", str(result.error))
+
+    def test_a_prompt_that_kills_has_two_instances_at_most(self) -> None:
+        """Each D that it kills means a prefill anew, at a P that may be killed too."""
+        with Fleet(2, 3, profile=EngineProfile.instant()) as fleet:
+            router = PDRouter(SchedulerConfig.model_validate({**fleet.config(), "max_retries": 5}))
+            for instance in fleet.decode:
+                _call(instance.url + "/_sim/fault", {"poison": "kills", "abrupt": True})
+            self.assertFalse(router.route_request({"prompt": "It kills."}).success)
+            self.assertLessEqual(sum(not each.alive for each in fleet.instances), 2)
+
+    def test_a_slow_fleet_is_not_asked_again_and_again(self) -> None:
+        with Fleet(1, 3, profile=EngineProfile.instant()) as fleet:
+            limits = {"decode_first_byte_timeout": 0.2, "decode_seconds_per_token": 0.0, "max_retries": 2}
+            router = PDRouter(SchedulerConfig.model_validate({**fleet.config(), **limits}))
+            for instance in fleet.decode:
+                _call(instance.url + "/_sim/fault", {"delay": 3600.0})
+            results = [router.route_request(TEXT) for _ in range(8)]
+            self.assertFalse(any(each.success for each in results))
+            requests = [len(_call(each.url + "/_sim/requests")) for each in fleet.decode]
+            self.assertLess(sum(requests), 3 * len(results))
+            self.assertEqual(len(router.registry.routable(InstanceRole.DECODE)), 3)
+
+
+class Nonsense(http.server.BaseHTTPRequestHandler):
+    """A D that answers what it is told."""
+
+    protocol_version = "HTTP/1.1"
+    answer = (200, b"")
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        status, body = self.answer
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class NonsenseTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nonsense)
+        self.server.daemon_threads = True
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def router(self, *ports: int, **config: Any) -> PDRouter:
+        router = PDRouter(SchedulerConfig(**config))
+        for port in ports:
+            router.register_instance(PDInstance(f"d{port}", InstanceRole.DECODE, "127.0.0.1", port))
+            router.registry.probed(router.registry.get(f"d{port}"), None)
+        return router
+
+    def test_an_answer_that_cannot_be_read_is_an_error_with_a_reason(self) -> None:
+        for body in (b'{"a":"\xff"}', b'{"a":' * 100_000, b"[" * 100_000, b"", b"[]", b"\xff"):
+            for status in (200, 400, 500):
+                Nonsense.answer = (status, body)
+                with self.subTest(body[:20], status=status):
+                    result = self.router(self.server.server_port, max_retries=0).route_request(TEXT)
+                    self.assertEqual((result.success, result.status), (False, status), result.error)
+                    self.assertIsNotNone(result.error)
+
+    def test_our_own_shortage_is_not_theirs(self) -> None:
+        router = self.router(1, 2, ejection_failures=1)
+        for number in (errno.EMFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL):
+            error = OSError(number, "on this machine")
+            with mock.patch("asyncio.BaseEventLoop.create_connection", side_effect=error):
+                result = router.route_request(TEXT)
+            self.assertIn("on this machine", str(result.error))
+            self.assertEqual(len(router.registry.routable(InstanceRole.DECODE)), 2)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class StrategyTest(unittest.TestCase):
 class HeadersTest(unittest.TestCase):
     def test_they_are_not_those_that_p_gets(self) -> None:
         headers = {"authorization": "Bearer secret"}
-        request = RequestReader(SchedulerConfig(), FleetLoad()).passed("/", headers, 0, 0.0)
+        request = RequestReader(SchedulerConfig(), FleetLoad()).passed("/", headers, b"", False, 0.0)
         with self.assertRaises(TypeError):
             request.headers["authorization"] = "other"  # type: ignore[index]
 

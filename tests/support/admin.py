@@ -28,11 +28,12 @@ class Admin:
         for name, role, port in (("p0", InstanceRole.PREFILL, 8100), ("d0", InstanceRole.DECODE, 8200)):
             self.router.register_instance(PDInstance(name, role, "10.0.0.1", port, "sk-secret"))
         self.ready = True
+        self.server: AdminServer
         self.client: TestClient[Any, Any]
 
     async def serve(self, token: str | None = None) -> None:
-        server = AdminServer(self.router, is_ready=lambda: self.ready, token=token)
-        self.client = TestClient(TestServer(server.application()))
+        self.server = AdminServer(self.router, is_ready=lambda: self.ready, token=token)
+        self.client = TestClient(TestServer(self.server.application()))
         await self.client.start_server()
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:

@@ -128,6 +128,7 @@ def wheels() -> Path:
     needed = [
         *project["project"]["dependencies"],
         *project["project"]["optional-dependencies"]["envoy"],
+        *project["project"]["optional-dependencies"]["tracing"],
         *project["build-system"]["requires"],
     ]
     version = hashlib.sha256(" ".join([_PYTHON, *needed]).encode()).hexdigest()[:12]

@@ -18,17 +18,15 @@ class PrivateSocketTest(unittest.TestCase):
 
     def left_behind(self, *, served: bool = False) -> Path:
         """A directory as another process made it, with its socket."""
-        context = private_socket_path()
-        path = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
+        directory = Path(tempfile.mkdtemp(prefix="vllm-pd-socket-"))
         bound = socket.socket(socket.AF_UNIX)
-        bound.bind(path)
+        bound.bind(str(directory / "grpc"))
         if served:
             bound.listen()
             self.addCleanup(bound.close)
         else:
             bound.close()
-        return Path(path).parent
+        return directory
 
     def test_nobody_else_can_enter_its_directory(self) -> None:
         with private_socket_path() as path:
@@ -53,6 +51,13 @@ class PrivateSocketTest(unittest.TestCase):
         with private_socket_path():
             self.assertTrue(served.exists())
             self.assertTrue(starting.exists(), "its socket is about to be made")
+
+    def test_one_that_does_not_listen_yet_stays(self) -> None:
+        """It refuses connections as one does that was left behind."""
+        with private_socket_path() as path, socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path)
+            with private_socket_path():
+                self.assertTrue(Path(path).exists())
 
     def test_a_strangers_directory_stays(self) -> None:
         left = self.left_behind()

@@ -5,7 +5,7 @@ import unittest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_pd_scheduler.telemetry import QueueOutcome, Served, Telemetry
+from vllm_pd_scheduler.telemetry import Ending, QueueOutcome, Served, Telemetry
 
 
 class TelemetryTest(unittest.TestCase):
@@ -65,6 +65,21 @@ class TelemetryTest(unittest.TestCase):
         self.telemetry.keep_only({"d1"})
         self.assertNotIn("d0", generate_latest(self.telemetry.prometheus).decode())
         self.assertEqual(self.read("pd_scheduler_requests_total"), {("d1", "split"): 1.0})
+
+    def test_totals_of_all_instances(self) -> None:
+        for name in ("d0", "d1"):
+            self.telemetry.forwarded(name, Served.SPLIT)
+        self.telemetry.rejected(503, "no_decode")
+        for ending in Ending:
+            self.telemetry.ended(Served.SPLIT, ending, 0.105, 1.0)
+        self.telemetry.prompt_read(100.0, 90.0, 40.0)
+        self.telemetry.prompt_read(100.0, 90.0, None)
+        totals = self.telemetry.totals
+        self.assertEqual(totals.requests, 3)
+        self.assertEqual(dict(totals.errors), dict.fromkeys(("no_decode", "client_error", "error", "cut"), 1))
+        self.assertEqual((totals.prompt_tokens, totals.cached_tokens), (100.0, 40.0))
+        counts = {count for bound, count in totals.ttft.buckets if 0.1 < float(bound) < 0.12}
+        self.assertEqual(counts, {float(len(Ending))}, "within a tenth")
 
     def test_two_routers_do_not_share_counters(self) -> None:
         other = Telemetry()

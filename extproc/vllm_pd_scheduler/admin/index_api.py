@@ -9,6 +9,7 @@ from aiohttp import web
 
 from .. import __version__
 from .openapi import document
+from .page import HTML, page_answer, wants_page
 from .route import Route, Shown, json_answer
 
 
@@ -37,12 +38,21 @@ class IndexApi:
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
-        yield Route("GET", "/", "The requests that can be made", self._index, {200: IndexAnswer})
+        yield Route(
+            "GET",
+            "/",
+            "The requests that can be made; for a browser the dashboard",
+            self._index,
+            {200: IndexAnswer},
+            also=(HTML,),
+        )
         yield Route(
             "GET", "/openapi.json", "This interface as OpenAPI 3.1", self._openapi, {200: "application/json"}
         )
 
-    async def _index(self, _: web.Request) -> web.Response:
+    async def _index(self, request: web.Request) -> web.Response:
+        if wants_page(request.method, request.path, request.headers):
+            return page_answer(request)
         endpoints = [
             EndpointAnswer(method=each.method, path=each.path, summary=each.summary)
             for each in self._declared()

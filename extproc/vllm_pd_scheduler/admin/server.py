@@ -17,7 +17,9 @@ from .event_stream import Streams
 from .events_api import EventsApi
 from .index_api import IndexApi
 from .instances_api import InstancesApi
+from .live_api import LiveApi
 from .origin import foreign_host, foreign_origin
+from .page import wants_page
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
@@ -61,15 +63,18 @@ class AdminServer:
     ) -> None:
         changes = changes or AdminChanges(router)
         self._streams = Streams()
+        process = ProcessApi(router, is_ready)
+        self._live = LiveApi(router, self._streams, process.status, changes.source)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
-            ProcessApi(router, is_ready),
+            process,
             ReloadApi(reload),
             StrategyApi(router, changes),
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             EventsApi(router.events, self._streams),
+            self._live,
             TraceApi(router.recording, self._streams),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
@@ -84,6 +89,7 @@ class AdminServer:
         for route in self.routes:
             for method in (route.method, "HEAD") if route.reads_only else (route.method,):
                 app.router.add_route(method, route.path, route.checked())
+        app.cleanup_ctx.append(self._live.sample)
         app.on_shutdown.append(self._streams.end)
         return app
 
@@ -98,9 +104,13 @@ class AdminServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
+    def _is_open(self, request: web.Request) -> bool:
+        """Whether anybody may ask for this. A browser gets the page, which then asks for the token."""
+        return request.path in self._open or wants_page(request.method, request.path, request.headers)
+
     @web.middleware
     async def _from_here(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        anybodys = self._token is not None or request.path in self._open
+        anybodys = self._token is not None or self._is_open(request)
         if not anybodys and (reason := foreign_host(request.headers, self._own_host)):
             return error_answer(421, reason)
         if request.method not in _READS and (reason := foreign_origin(request.headers)):
@@ -109,7 +119,7 @@ class AdminServer:
 
     @web.middleware
     async def _authenticated(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._token is not None and request.path not in self._open:
+        if self._token is not None and not self._is_open(request):
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             sent = given.encode(errors="surrogateescape")  # a header may hold any bytes
             # compare_digest takes the same time wherever the first difference is, so the time tells nothing.

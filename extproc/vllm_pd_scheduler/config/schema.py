@@ -256,7 +256,7 @@ class SchedulerConfig(InstancesFile):
     stream_idle_timeout: Annotated[Seconds, _AT_START] = 300.0
     """Longest pause of a streamed answer in seconds, also before its first token: vLLM sends the headers
     before it has done anything. Then the stream is cut. `up` gives it to Envoy; an Envoy of yours has it as
-    `per_try_idle_timeout` in `envoy/envoy.yaml`."""
+    `per_try_idle_timeout` and, a second longer, `idle_timeout` of the same routes in `envoy/envoy.yaml`."""
     decode_seconds_per_token: Annotated[float, Field(ge=0, le=3600)] = 0.1
     """Seconds on top of that for each token of `max_tokens`, when the answer is not streamed."""
     kv_lease_duration: Seconds = 30.0

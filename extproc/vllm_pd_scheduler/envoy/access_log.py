@@ -170,8 +170,10 @@ def _failure_of_request(entry: Any) -> Failure | None:
     """Return how a request failed without an attempt that tells of it; ``None`` if one does."""
     if names.ATTEMPT not in entry.request.request_headers:
         return Failure.UNSENT
-    left = entry.common_properties.response_flags.downstream_connection_termination
-    status = entry.response.response_code.value
+    flags, status = entry.common_properties.response_flags, entry.response.response_code.value
+    if flags.stream_idle_timeout and status == 200:
+        return Failure.CUT
+    left = flags.downstream_connection_termination
     # One that had begun to write is alive, whoever was not there to read it.
     return Failure.ABANDONED if left and status == 200 and not entry.response.response_body_bytes else None
 

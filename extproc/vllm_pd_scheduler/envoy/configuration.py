@@ -37,10 +37,10 @@ def render_config(
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
     for policy in _retry_policies(config):
-        if stream_idle_timeout is not None and "per_try_idle_timeout" in policy:
-            policy["per_try_idle_timeout"] = f"{stream_idle_timeout:g}s"
         if max_retries is not None:
             policy["num_retries"] = max_retries
+    if stream_idle_timeout is not None:
+        _limit_pauses(_ingress_routes(config), stream_idle_timeout)
     _make_public(_ingress_routes(config), public_paths)
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     listeners = config["static_resources"]["listeners"]
@@ -80,6 +80,14 @@ def _retry_policies(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 policy = route.get("route", {}).get("retry_policy")
                 if policy is not None:
                     yield policy
+
+
+def _limit_pauses(routes: list[dict[str, Any]], seconds: float) -> None:
+    """Limit the pauses of streams: those that an attempt may have, and those after its first byte."""
+    for action in (route.get("route", {}) for route in routes):
+        if "per_try_idle_timeout" in action.get("retry_policy", {}):
+            action["retry_policy"]["per_try_idle_timeout"] = f"{seconds:g}s"
+            action["idle_timeout"] = f"{seconds + 1:g}s"
 
 
 def _make_public(routes: list[dict[str, Any]], paths: Sequence[str]) -> None:

@@ -69,11 +69,18 @@ class Fields(msgspec.Struct, frozen=True):
     prompt_embeds: msgspec.Raw = _ABSENT
 
 
+class _Stream(msgspec.Struct):
+    stream: Any = None
+
+
+_TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
+_UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
+_decode_stream = msgspec.json.Decoder(_Stream).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -146,8 +153,13 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
             return UNREAD
         try:
             return msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except _UNREADABLE:
             return UNREAD
+
+    @property
+    def wants_stream(self) -> bool:
+        """Whether the answer is to be a stream of events."""
+        return _means_true(self.get("stream"))
 
     def length(self, key: str) -> int:
         """Return the bytes of a field's text, without decoding it; 0 if it is absent."""
@@ -246,6 +258,31 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     except Malformed:
         yield from refuse_name(clean)  # all else is the instance's to refuse
     return clean
+
+
+def asks_for_stream(body: bytes) -> Steps[bool]:
+    """Return whether a body of any kind is a JSON object that asks for a stream of events."""
+    try:
+        if len(body) <= AT_ONCE_BYTES:
+            return b"stream" in body and _means_true(_decode_stream(body).stream)
+        text, found = JsonText(body), False
+        brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+        if body[brace : brace + 1] != b"{":
+            return False
+        for member in text.members(brace):
+            if member is None:
+                yield
+            elif member.key == "stream":
+                short = member.value.size <= _DECODED_BYTES
+                found = short and _means_true(json.loads(member.value.copy()))
+    except (Malformed, TooMany, TooDeep, *_UNREADABLE):
+        return False  # the instance's to refuse
+    return found
+
+
+def _means_true(value: Any) -> bool:
+    """Whether vLLM, which reads its fields with pydantic, takes a value for true."""
+    return value.lower() in _TRUE_WORDS if isinstance(value, str) else value in (True, 1)
 
 
 def _without_key(body: bytes) -> Steps[bytes]:

@@ -15,7 +15,15 @@ def fingerprint(body: JsonBody) -> int:
     prompt = body.value("messages") or body.value("prompt")
     if prompt is None:
         return 0
-    text, start, end = prompt.text, prompt.start, prompt.end
-    if prompt.size <= 2 * ENDS_BYTES:
+    return _of(prompt.text, prompt.start, prompt.end)
+
+
+def fingerprint_of_all(body: bytes) -> int:
+    """Return the same of a body that is not read, and so is known by all that it says; 0 if there is none."""
+    return _of(body, 0, len(body)) if body else 0
+
+
+def _of(text: bytes, start: int, end: int) -> int:
+    if end - start <= 2 * ENDS_BYTES:
         return hash(text[start:end]) or 1
-    return hash((prompt.size, text[start : start + ENDS_BYTES], text[end - ENDS_BYTES : end])) or 1
+    return hash((end - start, text[start : start + ENDS_BYTES], text[end - ENDS_BYTES : end])) or 1

@@ -11,7 +11,7 @@ from ..prediction.load_model import FleetLoad
 from . import headers as names
 from .body import JsonBody
 from .context import RequestContext
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, fingerprint_of_all
 from .json_text import Steps
 from .prompt import BLOCK_BYTES, read_prompt
 
@@ -80,13 +80,17 @@ class RequestReader:
             blocks=blocks,
             block_tokens=tokens * BLOCK_BYTES / max(1, size) if prefixes else 0.0,
             fingerprint=fingerprint(body),
-            stream=body.get("stream") is True,
+            stream=body.wants_stream,
             session=self._session(headers, body),
         )
 
-    def passed(self, path: str, headers: Mapping[str, str], size: int, now: float) -> RequestContext:
-        """Return the context of a request whose body says nothing; raises :exc:`HeaderError`."""
-        return self._context(path, headers, size, now)
+    def passed(
+        self, path: str, headers: Mapping[str, str], body: bytes, stream: bool, now: float
+    ) -> RequestContext:
+        """Return the context of a request that is not split, nor read further; raises :exc:`HeaderError`."""
+        return self._context(
+            path, headers, len(body), now, stream=stream, fingerprint=fingerprint_of_all(body)
+        )
 
     def _context(
         self, path: str, headers: Mapping[str, str], size: int, now: float, **of_body: Any

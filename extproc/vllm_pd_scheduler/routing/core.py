@@ -22,7 +22,7 @@ from ..records.decisions import Decisions
 from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
-from ..request.body import JsonBody, strip_handoff
+from ..request.body import JsonBody, asks_for_stream, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
 from ..request.path import SPLIT_PATHS, PublicPaths
@@ -35,7 +35,7 @@ from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
-from .time_limits import first_byte_timeout
+from .time_limits import first_byte_timeout, passed_timeout
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -107,10 +107,7 @@ class RoutingCore:
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
-                clean = await self._turns.take(strip_handoff(body))
-                context = self._reader.passed(path, headers, len(body), self._clock())
-                changed = None if clean is body else clean
-                outcome = self._to_decode(context, changed, Served.PASSED, None, decision)
+                outcome = await self._passed(path, headers, body, decision)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
@@ -143,6 +140,20 @@ class RoutingCore:
     def _note_refusal(self, answer: Reject, decision: Decision) -> None:
         self.telemetry.rejected(answer.status, answer.reason)
         decision.refused(answer.status, answer.reason, self._clock())
+
+    async def _passed(
+        self, path: str, headers: Mapping[str, str], body: bytes, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request to decode as it is, but for a hand-off of the client's."""
+        clean = await self._turns.take(strip_handoff(body))
+        stream = await self._turns.take(asks_for_stream(clean))
+        context = self._reader.passed(path, headers, clean, stream, self._clock())
+        refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
+        if refused_for:
+            return lost_twice(math.ceil(refused_for))
+        limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
+        changed = None if clean is body else clean
+        return self._to_decode(context, changed, Served.PASSED, limit, decision)
 
     async def _split(
         self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
@@ -253,6 +264,9 @@ class RoutingCore:
         if outcome is not None:  # it has kept the place until now
             outcome.release()
             own, decision.decode = outcome.endpoint, ticket.choice
+        refused_for = self.in_flight.lost.refused_for(context.fingerprint, self._clock())
+        if refused_for:  # others with its prompt were lost while it has waited
+            return lost_twice(math.ceil(refused_for))
         return self._to_decode(context, body, served, limit, decision, preferred or own, own)
 
     def _to_decode(

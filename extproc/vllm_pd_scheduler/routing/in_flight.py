@@ -229,7 +229,7 @@ class RequestsInFlight:
         has timed out may be tried again if its D hangs; if D is as slow as the others, only a share of them.
         """
         forward = self._running.get(request)
-        if forward is None or forward.losses >= MAX_LOSSES:
+        if forward is None or forward.losses >= MAX_LOSSES or self._refused(forward):
             return Retry.LOST
         if forward.failed_attempts < made:
             return None
@@ -237,6 +237,10 @@ class RequestsInFlight:
             forward.answering = None
             return Retry.SLOW
         return Retry.LAST if forward.losses == MAX_LOSSES - 1 else Retry.ALLOWED
+
+    def _refused(self, forward: Forward) -> bool:
+        """Whether others with the prompt of a request that an instance has lost have taken a second one."""
+        return bool(forward.losses and self.lost.refused_for(forward.prompt, self._clock()))
 
     def unused(self, forward: Forward) -> None:
         """Forget a forward that will not be sent: the client left before Envoy could."""

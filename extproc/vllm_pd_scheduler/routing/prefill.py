@@ -156,6 +156,9 @@ class PrefillStage:
         predicted = reservation.wait + reservation.cost
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         try:
+            refused_for = self._lost.refused_for(context.fingerprint, self._clock())
+            if refused_for:  # others with its prompt were lost while it has waited
+                return lost_twice(math.ceil(refused_for))
             tried.body = tried.body or self._connector.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, tried.body)
@@ -241,13 +244,17 @@ class PrefillStage:
         return tried.refusal if agreed else None
 
     def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
-        """Count a request that was delivered and lost; return the answer if it must not be tried again."""
+        """Count a request that was delivered and lost; return the answer if it must not be tried again.
+
+        That is so as well if others with its prompt have taken the second instance meanwhile.
+        """
         tried.losses += 1
         now = self._clock()
         self._lost.lost(fingerprint, endpoint.id, now)
-        if tried.losses < MAX_LOSSES:
+        refused_for = self._lost.refused_for(fingerprint, now)
+        if tried.losses < MAX_LOSSES and not refused_for:
             return None
-        return lost_twice(math.ceil(self._lost.refused_for(fingerprint, now)) or int(PAUSE_S))
+        return lost_twice(math.ceil(refused_for) or int(PAUSE_S))
 
     def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""

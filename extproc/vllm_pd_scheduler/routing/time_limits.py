@@ -33,10 +33,20 @@ def first_byte_timeout(
     Only an answer in one piece that takes longer by itself gets more.
     """
     limit = config.decode_first_byte_timeout * factor
-    if body.get("stream") is True:
+    if body.wants_stream:
         return min(limit, left)
     tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     if type(tokens) is not int or tokens < 1:
         tokens = UNKNOWN_TOKENS
     decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token * factor
     return limit + decoding if decoding > left else min(limit + decoding, left)
+
+
+def passed_timeout(config: SchedulerConfig, size: int, stream: bool, factor: float = 1.0) -> float:
+    """Return how many seconds D may take to the first byte of what is not split, with a body of ``size``.
+
+    How long such an answer takes is not known, so one in one piece has the time of :data:`UNKNOWN_TOKENS`.
+    Without a body nothing is generated.
+    """
+    tokens = 0 if stream or not size else UNKNOWN_TOKENS
+    return (config.decode_first_byte_timeout + tokens * config.decode_seconds_per_token) * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,21 +12,23 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from ..fleet.endpoint import Endpoint
 from ..handoff.prefill_leg import HttpPrefill
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
-from ..instance_http.bounded_read import read_at_most
+from ..instance_http.errors import ConnectionLost, NotConnected, RequestFailed, TimedOut
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
+from ..instance_http.shortage import is_our_shortage
 from ..models import InstanceState, PDInstance
 from ..request.errors import Reject
-from .attempts import NOT_ANSWERED, FailedAttempt, Failure, failure_of_status
+from .attempts import NOT_ANSWERED, FailedAttempt, Failure, Retry, failure_of_status
 from .core import RoutingCore
 from .forward import Forward
 
 _DECODE_TIMEOUT_S = 600.0
 _MAX_ANSWER_BYTES = 64 << 20
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_GOES_ON = (Retry.ALLOWED, Retry.LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.in_flight.release_handoff = releaser
         try:
-            return await _attempts(core, session, headers, data)
+            return await _attempts(core, pool, headers, data)
         finally:
             core.in_flight.settle(0.0)
             await releaser.close()
@@ -96,72 +99,79 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
 
 
 async def _attempts(
-    core: RoutingCore, session: aiohttp.ClientSession, headers: Mapping[str, str], data: bytes
+    core: RoutingCore, pool: ConnectionPool, headers: Mapping[str, str], data: bytes
 ) -> RouteResult:
     """Try up to ``max_retries`` more times, each with a prefill of its own: a hand-off is used once."""
-    result = RouteResult(False, error="not tried")
+    result, losses = RouteResult(False, error="not tried"), 0
     for _ in range(1 + core.config.max_retries):
         outcome = await core.route(headers, data)
         if isinstance(outcome, Reject):
             return RouteResult(False, status=outcome.status, error=_message(outcome.body))
         del outcome.decode[1:]  # another one gets a request, and a hand-off, of its own
+        outcome.losses += losses
+        again: Retry | None = None
         try:
-            result, failure = await _decode(session, outcome, headers[":path"], data)
+            result, failure = await _decode(pool, outcome, headers[":path"], data)
             if failure is not None:
                 address = str(outcome.decode[0].address)
                 core.in_flight.attempt_failed(
                     FailedAttempt(address, failure, outcome.id, status=result.status)
                 )
+                again = core.in_flight.may_try_again(outcome.id, 1)
         finally:
             outcome.release()
-        if result.success or not (failure in NOT_ANSWERED or result.status in outcome.retried):
+        if not (failure in NOT_ANSWERED or result.status in outcome.retried) or again not in _GOES_ON:
             break
+        losses = outcome.losses
     return result
 
 
 async def _decode(
-    session: aiohttp.ClientSession, forward: Forward, path: str, data: bytes
+    pool: ConnectionPool, forward: Forward, path: str, data: bytes
 ) -> tuple[RouteResult, Failure | None]:
     """Return what came of an attempt, and how the instance failed if it did."""
-    endpoint, status = forward.decode[0], 0
+    endpoint = forward.decode[0]
     prefill = forward.prefill.instance if forward.prefill else None
     body = data if forward.body is None else forward.body
     if forward.splice is not None:
         body = forward.splice.into(body)
+    headers = {"content-type": "application/json"}
+    if endpoint.instance.api_key is not None:
+        headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+    to = (str(endpoint.address), endpoint.instance.tls_name)
+    limit = forward.first_byte_timeout or _DECODE_TIMEOUT_S
+    status = 0
     try:
-        async with session.post(
-            endpoint.url + path,
-            server_hostname=endpoint.instance.tls_name,
-            data=body,
-            headers={"content-type": "application/json", **forward.headers()},
-            timeout=aiohttp.ClientTimeout(total=_DECODE_TIMEOUT_S),
-            allow_redirects=False,
-        ) as response:
-            status = response.status
-            answer = await read_at_most(response, _MAX_ANSWER_BYTES)
+        answer = await pool.post(to, path, headers, body, limit=_MAX_ANSWER_BYTES, timeout=limit)
+        status = answer.status
         if status == 200:
-            decoded = msgspec.json.decode(answer, type=dict[str, Any])
+            decoded = msgspec.json.decode(answer.body, type=dict[str, Any])
             return RouteResult(True, endpoint.instance, prefill, status, decoded), None
-    except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
-        result = RouteResult(False, endpoint.instance, prefill, status, error=_failed(endpoint, error))
-        return result, Failure.CUT if status else _failure(error)
+    except (RequestFailed, *_UNREADABLE) as error:
+        words = f"{endpoint.id} did not answer: {error or type(error).__name__}"
+        return RouteResult(False, endpoint.instance, prefill, status, error=words), _failure(error)
     failure = failure_of_status(status)
-    return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer)), failure
+    return RouteResult(False, endpoint.instance, prefill, status, error=_message(answer.body)), failure
 
 
 def _failure(error: Exception) -> Failure:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Failure.CONNECT
-    return Failure.TIMEOUT if isinstance(error, TimeoutError) else Failure.RESET
+    """Return what an answer that has not come, or cannot be read, says of its instance."""
+    if isinstance(error, NotConnected):
+        return Failure.UNSENT if error.cause and _is_ours(error.cause) else Failure.CONNECT
+    if isinstance(error, TimedOut):
+        return Failure.TIMEOUT
+    return Failure.RESET if isinstance(error, ConnectionLost) else Failure.CUT
 
 
-def _failed(endpoint: Endpoint, error: Exception) -> str:
-    return f"{endpoint.id} did not answer: {error or type(error).__name__}"
+def _is_ours(error: BaseException) -> bool:
+    """Whether it is this machine that lacks what a connection needs, a port for it included."""
+    no_port = isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
+    return no_port or is_our_shortage(error)
 
 
 def _message(body: bytes) -> str:
     """Return what an OpenAI-shaped error says, or the body itself."""
     try:
         return str(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (*_UNREADABLE, LookupError, TypeError):
         return body.decode(errors="replace")

@@ -37,7 +37,7 @@ class Demo(Fleet):
             admin = f"http://{join_address(config.admin_host, config.admin_port)}"
             console.print()
             console.print(f"  listener        http://127.0.0.1:{ports.ingress}   (OpenAI API)")
-            console.print(f"  admin           {admin}/instances")
+            console.print(f"  dashboard       {admin}/")
             console.print(f"  metrics         {admin}/metrics")
             console.print(f"  Envoy's admin   http://127.0.0.1:{ports.admin}")
             console.print()

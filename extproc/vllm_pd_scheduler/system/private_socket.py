@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -23,7 +24,7 @@ def private_socket_path() -> Iterator[str]:
     :exc:`OSError` if there is no place for a directory.
     """
     _remove_left_behind()
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as directory:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as directory, _locked(directory):
         yield f"{directory}/{_NAME}"
 
 
@@ -44,4 +45,19 @@ def _remove_left_behind() -> None:
     for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # without a socket it may be another's that is just starting
             if directory.lstat().st_uid == os.getuid() and not is_served(str(directory / _NAME)):
-                shutil.rmtree(directory)
+                with _locked(directory):
+                    shutil.rmtree(directory)
+
+
+@contextmanager
+def _locked(directory: Path | str) -> Iterator[None]:
+    """Lock a directory, as its process does for as long as it lives; raises :exc:`OSError` if that lives.
+
+    A socket that is bound, and does not listen yet, refuses connections like one that was left behind.
+    """
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)

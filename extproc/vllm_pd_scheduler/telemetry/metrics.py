@@ -7,8 +7,10 @@ the fleet at any moment (gauges) is in ``admin/collectors.py``.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,6 +22,8 @@ _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 
 _ANSWER_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets of what a client waits for: from an answer of one token up to one of many thousands."""
+_FINE_SECONDS = tuple(0.001 * 1.1**step for step in range(140))
+"""Bounds between which percentiles are right within a few percent, up to ten minutes."""
 _PICK_SECONDS = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025)
 """Buckets of a pick: from one among a few instances up to a strategy that holds up all requests."""
 
@@ -58,6 +62,9 @@ class Ending(StrEnum):
     """The answer had begun, and broke off."""
 
 
+_ERRORS = frozenset({Ending.CLIENT_ERROR, Ending.ERROR, Ending.CUT})
+
+
 class QueueOutcome(StrEnum):
     """How a request left the queue: the label ``outcome`` of ``pd_scheduler_queue_wait_seconds``."""
 
@@ -68,6 +75,22 @@ class QueueOutcome(StrEnum):
     """Its client left while it waited."""
 
 
+@dataclass(slots=True)
+class Totals:
+    """Sums over all instances since the start: read in a moment, however many instances there are."""
+
+    requests: int = 0
+    """Requests sent to a decode instance or answered with an error."""
+    errors: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Errors that clients got: reasons of the scheduler's own, and how D's answers ended."""
+    ttft: Series = field(default_factory=lambda: Series(_FINE_SECONDS))
+    """Time to first token."""
+    prompt_tokens: float = 0.0
+    """Tokens of the prompts of which P has said how many it had cached."""
+    cached_tokens: float = 0.0
+    """Those that it had."""
+
+
 class Telemetry:
     """Counters and histograms of the request path, in a Prometheus registry of their own.
 
@@ -76,6 +99,7 @@ class Telemetry:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.prometheus = CollectorRegistry()
+        self.totals = Totals()
         self._clock = clock
         self._requests = Counter(
             "pd_scheduler_requests",
@@ -239,10 +263,13 @@ class Telemetry:
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that was sent to a decode instance."""
         self._requests.labels(decode, served).inc()
+        self.totals.requests += 1
 
     def rejected(self, status: int, reason: str) -> None:
         """Count a request that the scheduler itself answered with an error."""
         self._rejected.labels(str(status), reason).inc()
+        self.totals.requests += 1
+        self.totals.errors[reason] += 1
 
     def picks(self, role: str) -> Callable[[float], None]:
         """Return what records how long a pick for a role took, in seconds."""
@@ -251,9 +278,12 @@ class Telemetry:
     def ended(self, served: Served, ending: Ending, ttft: float | None, duration: float) -> None:
         """Count a request that was sent to decode and has ended, with its times in seconds."""
         self._responses[ending].inc()
+        if ending in _ERRORS:
+            self.totals.errors[ending.value] += 1
         self._request_seconds[served].observe(duration)
         if ttft is not None:
             self._time_to_first_token[served].observe(ttft)
+            self.totals.ttft.observe(ttft)
 
     def handed_off(self, prefill: str, decode: str, seconds: float) -> None:
         """Record how long it took from D's having a hand-off to its first byte."""
@@ -268,6 +298,8 @@ class Telemetry:
         self._cached["predicted"].inc(predicted)
         if actual is not None:
             self._cached["actual"].inc(actual)
+            self.totals.prompt_tokens += tokens
+            self.totals.cached_tokens += actual
 
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""
