@@ -33,14 +33,16 @@ class Group:
 GROUPS = (
     Group(
         "Instances",
-        "The fleet. It needs at least one P and one D; everything else has a default.",
-        ("prefill_instances", "decode_instances"),
+        "The fleet. It needs at least one P and one D; everything else has a default. More of it can be in"
+        " files that are watched: [Discovery](discovery.md).",
+        ("prefill_instances", "decode_instances", "instance_files"),
         {
             "prefill_instances": [{"id": "prefill-0", "host": "10.0.0.11", "port": 8100}],
             "decode_instances": [
                 {"id": "decode-0", "host": "10.0.0.21", "port": 8200},
                 {"id": "decode-1", "host": "decode-1.vllm.internal", "port": 8200},
             ],
+            "instance_files": ["/etc/pd/instances.yaml"],
         },
     ),
     Group(
@@ -183,6 +185,9 @@ The scheduler reads one JSON file, `--config FILE`. This is the least it needs:
 types, keys that are given twice and the like are errors; it shows all of them at once, each with the path of
 its key. Times are in seconds, sizes in bytes. A dash means that there is no default: the key is off unless it
 is set. The examples below go beside the instances.
+
+The file is [read again](discovery.md#change-the-configuration-while-it-runs) when it changes, on SIGHUP and
+when asked. What it says then counts at once, but for the keys whose text ends in *needs a restart*.
 """
 
 
@@ -215,6 +220,8 @@ def _table(model: type[BaseModel], keys: tuple[str, ...]) -> Iterator[str]:
             "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         )
         text = " ".join(field.description.split()).replace("|", "\\|")
+        if model is SchedulerConfig and SchedulerConfig.needs_restart(key):
+            text += " *Needs a restart.*"
         yield f"| `{key}` | {_kind(schema['properties'][key])} | {default} | {text} |"
     yield ""
 

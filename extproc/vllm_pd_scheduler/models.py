@@ -41,6 +41,8 @@ class By(StrEnum):
     """What became of clients' requests."""
     SIGNAL = "signal"
     """A signal to the process."""
+    DISCOVERY = "discovery"
+    """A source that tells of instances, or a watched file; its name follows."""
     ADMIN = "admin"
     """An operator at the admin interface; the client's address follows, where it is known."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .admission.body_memory import BodyMemory
@@ -11,6 +11,7 @@ from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig
 from .connectors import Connector, ConnectorFence, NixlConnector
+from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import PrefillLeg
@@ -54,13 +55,13 @@ class PDRouter:
         later: Later = in_this_loop,
     ) -> None:
         self.config = config
+        self.events = events or Events(time.time)
         self.registry = Registry(_health_policy(config))
-        for instance in config.instances():
-            self.registry.add(instance)
+        self.membership = Membership(self.registry, self.events)
+        self.membership.update(CONFIG, config.instances())
         self.telemetry = telemetry or Telemetry()
         took = {role: self.telemetry.picks(role) for role in InstanceRole}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
-        self.events = events or Events(time.time)
         StateLog(self.registry, self.telemetry, self.events)
         self.connector = ConnectorFence(connector or NixlConnector())
         self.dispatcher = Dispatcher(self.scheduler, self.events)
@@ -126,23 +127,56 @@ class PDRouter:
 
         Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`.
         """
-        self.registry.add(instance, by)
+        self.membership.add(instance, by)
 
     def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
         """Forget an instance; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.remove(instance_id, by)
+        self.membership.remove(instance_id, by)
 
     def drain_instance(self, instance_id: str, by: str = By.START) -> None:
         """Send an instance nothing new; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.drain(instance_id, by)
+        self.membership.drain(instance_id, by)
 
     def undrain_instance(self, instance_id: str, by: str = By.START) -> None:
         """Undo a drain; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
-        self.registry.undrain(instance_id, by)
+        self.membership.undrain(instance_id, by)
 
     def get_instances(self, role: InstanceRole | None = None) -> list[PDInstance]:
         """Return the registered instances, or those of one role."""
         return [endpoint.instance for endpoint in self.registry.endpoints(role)]
+
+    # -- the configuration
+
+    def reconfigure(self, config: SchedulerConfig, keys: Collection[str], by: str = By.START) -> None:
+        """Have another configuration's values for some keys, for all requests from now on.
+
+        Strategies that an operator has changed stay. Raise :exc:`ValueError` and change nothing if that
+        cannot be.
+        """
+        scheduler, before = self.scheduler, self.config.model_copy()
+        names = {
+            role: config.strategy_of(role)
+            for role, name in scheduler.names.items()
+            if name == before.strategy_of(role) != config.strategy_of(role)
+        }
+        shadow = scheduler.shadow.name if scheduler.shadow else None
+        self.config.take(config, keys)
+        try:
+            instances = list(self.config.instances())
+            put = scheduler.prepare(names)
+            put_shadow = scheduler.prepare_shadow(config.shadow_strategy)
+        except ValueError:
+            self.config.take(before, keys)
+            raise
+        put()
+        if shadow == before.shadow_strategy != config.shadow_strategy:
+            put_shadow()
+        self.registry.follow(_health_policy(self.config))
+        self.body_memory.resize(self.config.max_held_bytes, self.config.max_body_bytes)
+        scheduler.reconfigured()
+        self.dispatcher.reconfigured()
+        self.membership.update(CONFIG, instances, by)
+        self._core.reconfigured()
 
     # -- requests
 

@@ -62,7 +62,7 @@ async def test_what_an_instance_tells(admin: Admin) -> None:
     registry.scraped(endpoint, snapshot, 0)
     registry.failed(endpoint, "decode: reset", 0.0)
     _, found = await admin.ask("GET", "/instances/d0")
-    assert (found["shown_state"], found["source"], found["failures"]) == ("healthy", "config", 1)
+    assert (found["shown_state"], found["source"], found["failures"]) == ("healthy", "admin", 1)
     assert (found["running"], found["kv_capacity_tokens"]) == (3.0, 1000.0)
     assert (found["tokens_in_flight"], found["metrics_age_s"] > 0) == (0.0, True)
     assert list(found["predicted"]) == ["decode_step_s"]
@@ -88,8 +88,8 @@ async def test_where_an_instance_comes_from(admin: Admin) -> None:
     assert (await admin.ask("POST", "/instances", new))[1]["source"] == "admin"
     _, found = await admin.ask("GET", "/instances")
     assert {each["id"]: each["source"] for each in found["instances"]} == {
-        "p0": "config",
-        "d0": "config",
+        "p0": "admin",
+        "d0": "admin",
         "d1": "admin",
     }
 

@@ -122,7 +122,7 @@ class TestUp:
     ) -> None:
         seen: list[tuple[str | None, int | None]] = []
 
-        async def up(config: SchedulerConfig, ports: EnvoyPorts, *_: Any) -> int:
+        async def up(config: SchedulerConfig, ports: EnvoyPorts, *_: Any, **__: Any) -> int:
             seen.append((config.prefill_listener, ports.prefill))
             return 0
 
@@ -198,6 +198,22 @@ class TestCheck:
         )
         assert call("check", "--config", written({**FLEET, "max_retries": 3})).stderr == ""
 
+    def test_check_reads_files_with_instances(self, written: Any, tmp_path: Path) -> None:
+        more = tmp_path / "more.json"
+        path = written({**FLEET, "instance_files": [str(more)]})
+        entry = {"id": "d0", "host": "10.9.9.9", "port": 8200}
+        more.write_text(json.dumps({"decode_instances": [entry]}))
+        ended = call("check", "--config", path)
+        assert ended.exit_code == 0
+        assert f"{path}: note: file:{more}: the decode instance 'd0'" in ended.stderr
+        more.write_text(json.dumps({"decode_instances": [{**entry, "host": "127.0.0.1", "port": 9003}]}))
+        ended = call("check", "--config", path)
+        assert ended.exit_code == 2
+        assert (
+            f"{more}: decode_instances[0]: 127.0.0.1:9003 is no instance, but our own admin_port"
+            in ended.stderr
+        )
+
     def test_check_opens_nothing(self, written: Any) -> None:
         """A host that cannot be resolved is no mistake of the file."""
         ended = call("check", "--config", written(FLEET))
@@ -244,7 +260,7 @@ class TestOptions:
         served: list[Any] = []
         formats: list[str] = []
 
-        async def serve(config: Any, streams: Any) -> int:
+        async def serve(config: Any, streams: Any, file: Any) -> int:
             served.append(config)
             return 0
 

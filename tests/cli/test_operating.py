@@ -23,6 +23,7 @@ from tests.support.certificates import make_certificates
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.cli import app
+from vllm_pd_scheduler.config import ConfigError, Reloaded
 from vllm_pd_scheduler.fleet.registry import UnknownInstance
 from vllm_pd_scheduler.models import By, InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.records.events import EventKind
@@ -382,3 +383,28 @@ class TestShell:
             environment["PD_SCHEDULER_URL"] = url
             ended = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, timeout=HUNG_S)
             assert (ended.stdout.split(), ended.stderr) == (found, "")
+
+
+class TestReload:
+    def test_it_says_what_has_changed_and_what_needs_a_restart(self) -> None:
+        outcomes = [Reloaded(["strategy", "queue_size"], ["grpc_port"]), Reloaded([], [])]
+
+        async def reload(by: str) -> Reloaded:
+            assert by == "admin 127.0.0.1"
+            return outcomes.pop(0)
+
+        with AdminThread(reload=reload) as admin:
+            expected = "changed: strategy, queue_size\nneeds a restart: grpc_port\n"
+            assert done(admin.url, "reload") == expected
+            assert json.loads(done(admin.url, "reload", "--json")) == {"changed": [], "needs_restart": []}
+
+    def test_a_configuration_that_is_refused(self) -> None:
+        async def reload(_: str) -> Reloaded:
+            raise ConfigError("c.json", ["queue_sise: unknown key", "strategy: unknown"])
+
+        with AdminThread(reload=reload) as admin:
+            said = refused(admin.url, "reload")
+        assert "c.json: queue_sise: unknown key; c.json: strategy: unknown" in said
+
+    def test_a_scheduler_without_a_file(self, admin: AdminThread) -> None:
+        assert "the configuration comes from no file" in refused(admin.url, "reload")

@@ -102,8 +102,14 @@ def test_there_is_time_to_drain(config: SchedulerConfig) -> None:
         assert int(unit["TimeoutStopSec"][0]) > config.drain_timeout
         assert unit["KillMode"] == ["mixed"]
         assert unit["KillSignal"] == ["SIGTERM"]
-    # SIGHUP drains, so that `systemctl reload` must not send it
-    assert "ExecReload" not in SCHEDULER
+    assert "ExecReload" not in ENVOY  # SIGHUP would end it
+
+
+def test_a_reload_waits_for_what_comes_of_it() -> None:
+    """SIGHUP tells nobody whether the configuration was refused."""
+    (command,) = SCHEDULER["ExecReload"]
+    assert shlex.split(command)[1:] == ["reload"]
+    assert shlex.split(command)[0] == shlex.split(SCHEDULER["ExecStart"][0])[0]
 
 
 def test_the_socket_and_the_state_are_in_directories_that_systemd_makes() -> None:

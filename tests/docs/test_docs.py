@@ -105,11 +105,13 @@ class SettingsTest(unittest.TestCase):
         with TemporaryDirectory() as folder, patch.dict(os.environ, {"VLLM_API_KEY": "key"}):
             made = make_certificates(Path(folder))
             (Path(folder) / "pd-admin").write_text("token")
+            (Path(folder) / "instances.yaml").write_text("{}")
             files = {
                 "/etc/pd/fleet-ca.pem": made.ca,
                 "/etc/pd/scheduler.pem": made.server["cert"],
                 "/etc/pd/scheduler.key": made.server["key"],
                 "/run/secrets/pd-admin": f"{folder}/pd-admin",
+                "/etc/pd/instances.yaml": f"{folder}/instances.yaml",
                 "10.0.0.": "vllm.internal.n",  # certificates are not checked for addresses
             }
             least, *examples = re.findall(r"```json\n(.*?)```", TEXTS[CONFIGURATION], re.DOTALL)

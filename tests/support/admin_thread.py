@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from aiohttp import web
 
 from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admin import AdminServer
-from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config import Reloaded, SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 
@@ -36,13 +36,14 @@ class AdminThread:
         token: str | None = None,
         tls: ssl.SSLContext | None = None,
         extra: dict[str, Callable[[web.Request], Any]] | None = None,
+        reload: Callable[[str], Awaitable[Reloaded]] | None = None,
         **config: Any,
     ) -> None:
         self.router = PDRouter(SchedulerConfig(**config))
         for port, (name, role) in enumerate(FLEET, 8000):
             self.router.register_instance(PDInstance(name, role, "10.0.0.1", port))
             self.router.registry.probed(self.router.registry.get(name), None)
-        self.server = AdminServer(self.router, is_ready=lambda: True, token=token)
+        self.server = AdminServer(self.router, is_ready=lambda: True, token=token, reload=reload)
         self.port = 0
         self._tls = tls
         self._extra = extra or {}

@@ -55,6 +55,7 @@ def filled_router() -> PDRouter:
         endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
         registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
         registry.resolved(endpoint, "10.0.0.1")
+    router.membership.heard("config", 0.0)
     registry.load.learn_bytes("m", 400, 100)
     return router
 

@@ -50,6 +50,15 @@ class LastRoutable(Exception):
         )
 
 
+class Leaving(Exception):
+    """A drain cannot end, since no source names the instance any more; the message says so."""
+
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(
+            f"no source names {instance_id} any more: it is removed when its requests have ended"
+        )
+
+
 class AdminChanges:
     """Changes a router, one change after another.
 
@@ -65,8 +74,8 @@ class AdminChanges:
         self._one_at_a_time = asyncio.Lock()
 
     def source(self, instance_id: str) -> str:
-        """Return where an instance comes from: ``admin`` if it was added here, else ``config``."""
-        return "admin" if instance_id in self._added else "config"
+        """Return who names an instance; nobody does if it is empty, and it goes when its requests end."""
+        return ", ".join(self._router.membership.sources(instance_id))
 
     def restore(self) -> None:
         """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
@@ -143,14 +152,16 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             instance = self._router.config.instance(item.role, item)
-            self._router.registry.refuse_double(instance)
+            if not self._router.membership.leaves(item.id):
+                self._router.registry.refuse_double(instance)
             for other in self._router.get_instances():
-                if (other.host, other.port) == (item.host, item.port):
+                if (other.host, other.port) == (item.host, item.port) and other.instance_id != item.id:
                     address = join_address(item.host, item.port)
                     raise DuplicateInstance(
                         f"{address} is already the {other.role} instance {other.instance_id!r}"
                     )
             steered.added[item.id], steered.draining[item.id] = item, False
+            steered.removed = [each for each in steered.removed if not item.is_at(each)]
             return partial(self._router.register_instance, instance, by)
 
         await self._make(prepare)
@@ -165,6 +176,7 @@ class AdminChanges:
             self._can_go(instance_id, force)
             del steered.draining[instance_id]
             steered.added.pop(instance_id, None)
+            steered.removed += self._router.membership.hides(instance_id)
             return partial(self._router.unregister_instance, instance_id, by)
 
         await self._make(prepare)
@@ -184,6 +196,8 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             self._router.registry.get(instance_id)
+            if self._router.membership.leaves(instance_id):
+                raise Leaving(instance_id)
             steered.draining[instance_id] = False
             return partial(self._router.undrain_instance, instance_id, by)
 
@@ -219,7 +233,12 @@ class AdminChanges:
             if change.given_up:  # on the disk after all, too late: whoever asked was told that it is not
                 await self._write(Steered.of(self._router, self._added.values()))
                 return
-            make()
+            try:
+                make()
+            except (ValueError, KeyError):
+                # A source of instances has changed something meanwhile that speaks against it.
+                await self._write(Steered.of(self._router, self._added.values()))
+                raise
             self._added = steered.added
 
     async def _write(self, steered: Steered) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from .. import __version__
 from ..admission.queue import RequestQueue
+from ..discovery import Membership
 from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole, InstanceState
@@ -33,6 +34,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_InfoCollector(router.scheduler))
     registry.register(_RegistryCollector(router.registry, clock))
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
+    registry.register(_DiscoveryCollector(router.membership, clock))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
     registry.register(_FailureCollector(router.scheduler.failures, router.connector.failures))
     return registry
@@ -190,6 +192,29 @@ class _RegistryCollector(_AtScrape):
                 if (value := get(endpoint, now)) is not None:
                     family.add_metric([endpoint.id, endpoint.instance.role.value], value)
             yield family
+
+
+class _DiscoveryCollector(_AtScrape):
+    """The sources of instances."""
+
+    def __init__(self, membership: Membership, clock: Callable[[], float]) -> None:
+        self._membership = membership
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        age = GaugeMetricFamily(
+            "pd_scheduler_discovery_age_seconds",
+            "Time since a source of instances could last be read and used.",
+            labels=["source"],
+        )
+        for source, seconds in self._membership.ages(self._clock()).items():
+            age.add_metric([source], seconds)
+        yield age
+        yield GaugeMetricFamily(
+            "pd_scheduler_discovery_refused",
+            "Instances that a source names and that clash with others.",
+            len(self._membership.refused),
+        )
 
 
 class _QueueCollector(_AtScrape):

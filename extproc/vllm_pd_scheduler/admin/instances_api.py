@@ -73,7 +73,8 @@ class InstanceAnswer(Shown):
     shown_state: str
     """``state``, or ``ejected`` or ``trial``: its requests failed, or the next one will show."""
     source: str
-    """Where it comes from: ``config`` or ``admin``."""
+    """Where it comes from: ``config``, ``admin`` or ``file:…``, several with ``, `` between. Empty: nobody
+    names it any more, and it goes when its requests have ended."""
     reason: str | None
     """Why it is not healthy."""
     in_flight: int
@@ -193,7 +194,7 @@ class InstancesApi:
             "Send an instance requests again",
             self._undrain,
             {200: InstanceAnswer},
-            refusals=(404, 507),
+            refusals=(404, 409, 507),
         )
 
     async def _list(self, _: web.Request, query: InstancesQuery) -> web.Response:

@@ -22,6 +22,7 @@ _STATUS = {
     403: "A web page of another site may change nothing",
     404: "There is no such thing",
     409: "That is not possible as things are",
+    422: "The configuration is refused, so nothing was changed",
     413: "The body is too large",
     415: "The body is not said to be JSON",
     421: "The host is not this machine, and there is no token",

@@ -33,6 +33,11 @@ class SavedInstance(InstanceConfig):
 
     role: InstanceRole
 
+    @classmethod
+    def of(cls, instance: PDInstance) -> SavedInstance:
+        """Return an instance without what it is spoken with."""
+        return cls(id=instance.instance_id, role=instance.role, host=instance.host, port=instance.port)
+
     def is_at(self, instance: PDInstance) -> bool:
         """Whether that is this instance: the same id, role and address."""
         mine = (self.id, self.role, self.host, self.port)
@@ -69,6 +74,10 @@ class Steered:
     """Whether each instance drains, by id."""
     added: dict[str, SavedInstance]
     """What the admin interface added, by id."""
+    removed: list[PDInstance]
+    """What it removed, and some source still names."""
+    named: set[str]
+    """Ids of what others name."""
 
     @classmethod
     def of(cls, router: PDRouter, added: Iterable[SavedInstance]) -> Steered:
@@ -77,8 +86,10 @@ class Steered:
         return cls(
             dict(router.scheduler.names),
             shadow.name if shadow else None,
-            {endpoint.id: endpoint.draining for endpoint in router.registry},
+            {endpoint.id: router.membership.drained(endpoint.id) for endpoint in router.registry},
             {item.id: item for item in added},
+            router.membership.removed(),
+            set(router.membership.named()),
         )
 
 
@@ -90,12 +101,13 @@ def difference(steered: Steered, config: SchedulerConfig) -> AdminState:
         for item in steered.added.values()
         if item.id in steered.draining and item != configured.get(item.id)
     }
-    gone = [item for item in configured.values() if item.id in new or item.id not in steered.draining]
-    known = configured.keys() | new.keys()
+    gone = {key: configured[key] for key in new if key in configured}
+    gone |= {each.instance_id: SavedInstance.of(each) for each in steered.removed}
+    known = steered.named | new.keys()
     return AdminState(
         version=1,
         **_strategies(steered, config),
-        removed=[item.model_copy(update={"api_key": None}) for item in gone],
+        removed=[item.model_copy(update={"api_key": None}) for item in gone.values()],
         added=list(new.values()),
         drained=[name for name, drains in steered.draining.items() if drains and name in known],
     )

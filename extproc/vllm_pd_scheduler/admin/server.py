@@ -11,7 +11,7 @@ from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
-from .changes import AdminChanges, LastRoutable, NotKept
+from .changes import AdminChanges, LastRoutable, Leaving, NotKept
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
 from .events_api import EventsApi
@@ -22,6 +22,7 @@ from .origin import foreign_host, foreign_origin
 from .page import wants_page
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
+from .reload_api import Reload, ReloadApi
 from .route import Api, Refused, Route, error_answer
 from .strategy_api import StrategyApi
 from .trace_api import TraceApi
@@ -45,9 +46,10 @@ class AdminServer:
     """Serves the admin interface of a router.
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
-    shutting down. ``token``, if given, is required as a bearer token for all routes but those that are open.
-    Without one, whoever reaches the port may do everything, so requests must name this machine as their host.
-    In any case a web page of another site may change nothing.
+    shutting down. ``reload`` reads the configuration again, if it comes from a file. ``token``, if given, is
+    required as a bearer token for all routes but those that are open. Without one, whoever reaches the port
+    may do everything, so requests must name this machine as their host. In any case a web page of another
+    site may change nothing.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class AdminServer:
         *,
         is_ready: Callable[[], bool],
         token: str | None = None,
+        reload: Reload | None = None,
     ) -> None:
         changes = changes or AdminChanges(router)
         self._streams = Streams()
@@ -66,6 +69,7 @@ class AdminServer:
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
             process,
+            ReloadApi(reload),
             StrategyApi(router, changes),
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
@@ -132,7 +136,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return error_answer(*error.args)
     except UnknownInstance as error:
         return error_answer(404, str(error))
-    except LastRoutable as error:
+    except (LastRoutable, Leaving) as error:
         return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")

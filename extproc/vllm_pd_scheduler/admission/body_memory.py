@@ -10,9 +10,13 @@ class BodyMemory:
     """
 
     def __init__(self, limit: int, largest: int) -> None:
+        self.used = 0
+        self.resize(limit, largest)
+
+    def resize(self, limit: int, largest: int) -> None:
+        """Have other bounds from now on. What is kept already stays."""
         self.limit = limit
         self.largest = min(limit, largest)
-        self.used = 0
 
 
 class BodyAllocation:

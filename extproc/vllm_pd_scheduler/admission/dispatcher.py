@@ -80,8 +80,7 @@ class Dispatcher:
         self.queue = RequestQueue(config.queue_size, config.queue_bytes)
         self._scheduler = scheduler
         self._registry = scheduler.registry
-        self._late_binding = config.late_binding
-        self._timeout = config.queue_timeout
+        self._config = config
         self._events = events
         self._full_at = -math.inf
         """When a request was last refused since the queue is full."""
@@ -127,6 +126,10 @@ class Dispatcher:
             level=logging.WARNING,
         )
 
+    def reconfigured(self) -> None:
+        """Take the queue's limits as they are configured now. What waits already stays."""
+        self.queue.max_requests, self.queue.max_bytes = self._config.queue_size, self._config.queue_bytes
+
     def close(self) -> None:
         """Refuse all waiting requests, and from now on every request that would have to wait."""
         self._closed = True
@@ -160,8 +163,8 @@ class Dispatcher:
         oldest = next(self.queue.by_arrival(), None)
         if oldest is None:
             return None
-        times = [oldest.request.arrived + self._timeout, self._scheduler.room_at(now)]
-        if self._late_binding:
+        times = [oldest.request.arrived + self._config.queue_timeout, self._scheduler.room_at(now)]
+        if self._config.late_binding:
             for load in (e.prefill for e in self._scheduler.some(InstanceRole.PREFILL)):
                 # What is queued behind the prefill that runs does not shrink before that one ends. Then there
                 # is an event anyway, so no time is set for a slack that only comes after it.
@@ -172,7 +175,7 @@ class Dispatcher:
 
     def _overdue(self, now: float) -> itertools.takewhile[Ticket]:
         return itertools.takewhile(
-            lambda ticket: ticket.request.arrived + self._timeout <= now, self.queue.by_arrival()
+            lambda ticket: ticket.request.arrived + self._config.queue_timeout <= now, self.queue.by_arrival()
         )
 
     def _dispatch_one(self, now: float) -> bool:
@@ -189,7 +192,7 @@ class Dispatcher:
                 load.cancel(ticket, now)
 
     def _serve_first(self, now: float, counted: list[tuple[PrefillLoad, Ticket]]) -> bool:
-        deferred, max_cost = False, self._max_cost(now) if self._late_binding else math.inf
+        deferred, max_cost = False, self._max_cost(now) if self._config.late_binding else math.inf
         for ticket in self._candidates(now):
             if ticket.role is InstanceRole.PREFILL and ticket.cost > max_cost:
                 continue
@@ -248,7 +251,7 @@ class Dispatcher:
         request.at(now)
         picked = self._scheduler.pick(role, request)
         if picked:
-            late = self._late_binding and role is InstanceRole.PREFILL
+            late = self._config.late_binding and role is InstanceRole.PREFILL
             if late and picked[0].prefill.remaining(now) > _allowed_backlog(picked[0], request):
                 return picked[0]
             ticket.choice = self._scheduler.explain(role, request)

@@ -10,7 +10,7 @@ import typer
 from .. import __version__
 from .envoy_config import envoy_config
 from .history import decisions, events, explain
-from .operating import add, drain, remove, status, strategy, undrain
+from .operating import add, drain, reload, remove, status, strategy, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .recording import record
 from .replay import replay
@@ -58,7 +58,20 @@ def default(
 
 _PANELS = {
     "Run": (serve, up, check, envoy_config),
-    "Operate": (status, top, strategy, drain, undrain, add, remove, decisions, explain, events, record),
+    "Operate": (
+        status,
+        top,
+        strategy,
+        drain,
+        undrain,
+        add,
+        remove,
+        reload,
+        decisions,
+        explain,
+        events,
+        record,
+    ),
     "Try out": (demo, sim, replay),
 }
 for panel, commands in _PANELS.items():

@@ -21,6 +21,9 @@ from .connection import (
 )
 from .tables import instances, overview, show
 
+RELOAD_S = 60.0
+"""How long a reload may take: it reads files, and tries the strategies."""
+
 _MOST_ROWS = 40
 """Instances that ``status`` shows; of a larger fleet only those that do not serve as they should."""
 
@@ -156,6 +159,24 @@ def remove(
     with connected(url, token_file, ca_file) as client:
         _forced(client, "DELETE", instance_path(instance), {"force": "true" if force else None})
         show(f"{instance} was removed")
+
+
+def reload(
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Have the configuration read again; say what has changed, and what needs a restart."""
+    with connected(url, token_file, ca_file) as client:
+        text = client.ask("POST", "/reload", timeout=RELOAD_S)
+        if as_json:
+            typer.echo(text)
+            return
+        found = client.parsed(text)
+        show(f"changed: {', '.join(found['changed']) or 'nothing'}")
+        if found["needs_restart"]:
+            show(f"needs a restart: {', '.join(found['needs_restart'])}")
 
 
 def _forced(

@@ -147,6 +147,9 @@ def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[
         logging.basicConfig(level=level, handlers=[lines])
         logging.captureWarnings(True)
         logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
+        logging.getLogger("watchfiles").setLevel(
+            logging.WARNING
+        )  # its INFO logs that a directory has changed
         yield streams
 
 

@@ -45,14 +45,21 @@ def serve(
 ) -> None:
     """Run the scheduler (gRPC and admin) beside an Envoy that runs elsewhere."""
     from ..service import run as service
+    from ..service.reload import ConfigFile
 
-    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
-    if interval is not None:
-        if not math.isfinite(interval):
-            raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
-        settings = settings.model_copy(update={"health_check_interval": interval})
+    if interval is not None and not math.isfinite(interval):
+        raise typer.BadParameter(f"{interval} is not a number of seconds", param_hint="--interval")
+
+    def adjust(settings: SchedulerConfig) -> SchedulerConfig:
+        settings = with_log_format(_with_shadow(settings, shadow), log_format)
+        if interval is not None:
+            settings = settings.model_copy(update={"health_check_interval": interval})
+        return settings
+
+    settings = adjust(read_config(config))
+    file = ConfigFile(config, settings, adjust)
     with logging_at(log_level, settings.log_format) as streams:
-        run(service.serve(settings, streams))
+        run(service.serve(settings, streams, file))
 
 
 def up(
@@ -69,21 +76,30 @@ def up(
 ) -> None:
     """Run the scheduler and an Envoy on envoy/envoy.yaml; if one dies, both end."""
     from ..service import run as service
+    from ..service.reload import ConfigFile
 
-    settings = with_log_format(_with_shadow(read_config(config), shadow), log_format)
+    def adjust(settings: SchedulerConfig) -> SchedulerConfig:
+        settings = with_log_format(_with_shadow(settings, shadow), log_format)
+        used = prefill_port_of(settings, prefill_port)
+        return with_ports(settings, grpc_port, admin_port, used)
+
+    settings = adjust(read_config(config))
+    file = ConfigFile(config, settings, adjust)
     used = prefill_port_of(settings, prefill_port)
-    settings = with_ports(settings, grpc_port, admin_port, used)
     ports = EnvoyPorts(port, used, envoy_admin_port, settings.grpc_port, host)
 
     async def started() -> None:
         logging.getLogger(__name__).info("Envoy listens on port %d", port)
 
     with logging_at(log_level, settings.log_format) as streams:
-        run(service.up(settings, ports, envoy_log_level(log_level), started, streams))
+        run(service.up(settings, ports, envoy_log_level(log_level), started, streams, file=file))
 
 
 def check(config: ConfigOption) -> None:
     """Validate a configuration and print it with its defaults, or print everything that is wrong."""
+    from ..config import read_instances
+    from ..discovery import CONFIG, merge
+    from ..discovery.files import source_of
     from ..envoy.configuration import num_retries
     from ..scheduler.rehearsal import rehearse
 
@@ -93,6 +109,10 @@ def check(config: ConfigOption) -> None:
         typer.echo(f"{config}: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
+    told = {CONFIG: list(settings.instances())}
+    told |= {source_of(path): read_instances(path, settings) for path in settings.instance_files}
+    for clash in merge(told).refused:
+        typer.echo(f"{config}: note: {clash}", err=True)
     if settings.max_retries > (shipped := num_retries()):
         typer.echo(
             f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "

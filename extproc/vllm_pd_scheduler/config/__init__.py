@@ -1,12 +1,14 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
-from .load import ConfigError, load_config, parse_config
-from .problems import describe_error
+from .load import ConfigError, load_config, load_instances, parse_config, read_instances
+from .problems import describe_error, find_problems
+from .reload import Reloaded, compare
 from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "SchedulerConfig", "SecretSource", "TlsConfig",
-    "TracingConfig", "describe_error", "is_loopback", "load_config", "parse_config",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
+    "TlsConfig", "TracingConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
+    "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..models import InstanceRole
-from .problems import describe_error, find_problems
-from .schema import InstanceConfig, Listed, SchedulerConfig
+from ..models import InstanceRole, PDInstance
+from .listeners import clashes, listeners_of
+from .problems import describe_error, duplicates, find_problems
+from .schema import InstanceConfig, InstancesFile, Listed, SchedulerConfig
+from .yaml_text import NotYaml, read_yaml
 
 
 class ConfigError(ValueError):
@@ -28,23 +30,64 @@ def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
     Raise :exc:`ConfigError` with every problem at once, each with the path of its key.
     """
     source = os.fspath(path)
+    raw = _read(path)
+    config = parse_config(raw, source)
+    if config.state_file is not None and _is_same_file(config.state_file, path):
+        raise ConfigError(source, ["state_file: that is this file itself, which it would replace"])
+    return config
+
+
+def load_instances(path: str | os.PathLike[str]) -> InstancesFile:
+    """Return the instances of a JSON or YAML file; raise :exc:`ConfigError` as :func:`load_config` does."""
+    source = os.fspath(path)
+    raw = _read(path, yaml=source.endswith((".yaml", ".yml")))
+    if not isinstance(raw, dict):
+        raise ConfigError(source, [f"must be an object, not {_json_type(raw)}"])
     try:
-        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_duplicates)
+        found = InstancesFile.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            source, [describe_error(each) for each in error.errors(include_url=False)]
+        ) from None
+    if problems := duplicates(found.listed()):
+        raise ConfigError(source, problems)
+    return found
+
+
+def read_instances(path: str, config: SchedulerConfig) -> list[PDInstance]:
+    """Return the instances in a file, with their keys; raise :exc:`ConfigError` with all that is wrong."""
+    found = []
+    listed = list(load_instances(path).listed())
+    problems = list(clashes(listeners_of(config), listed)) if listed else []
+    for role, key, item in listed:
+        try:
+            found.append(config.instance(role, item))
+        except ValueError as error:
+            problems.append(f"{key}.{error}")
+    if problems:
+        raise ConfigError(path, problems)
+    return found
+
+
+def _read(path: str | os.PathLike[str], yaml: bool = False) -> Any:
+    """Return what a file holds; raise :exc:`ConfigError`."""
+    source = os.fspath(path)
+    try:
+        content = Path(path).read_bytes()
+        return read_yaml(content) if yaml else json.loads(content, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from None
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
         raise ConfigError(source, [problem]) from None
+    except NotYaml as error:
+        raise ConfigError(source, [str(error)]) from None
     except (UnicodeDecodeError, RecursionError):
-        raise ConfigError(source, ["is not UTF-8 encoded JSON"]) from None
+        raise ConfigError(source, [f"is not UTF-8 encoded {'YAML' if yaml else 'JSON'}"]) from None
     except _DuplicateKey as error:
         raise ConfigError(source, [str(error)]) from None
     except ValueError:  # the only other one that json raises: Python reads ints of at most 4,300 digits
         raise ConfigError(source, ["a number in it has too many digits"]) from None
-    config = parse_config(raw, source)
-    if config.state_file is not None and _is_same_file(config.state_file, path):
-        raise ConfigError(source, ["state_file: that is this file itself, which it would replace"])
-    return config
 
 
 def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
@@ -59,9 +102,20 @@ def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
     except ValidationError as error:
         problems = [describe_error(detail) for detail in error.errors(include_url=False)]
         raise ConfigError(source, problems + _problems_beside(raw, error)) from None
-    if problems := find_problems(config):
+    if problems := find_problems(config) + _problems_of_files(config):
         raise ConfigError(source, problems)
     return config
+
+
+def _problems_of_files(config: SchedulerConfig) -> list[str]:
+    """Return a line for each problem of a file with instances, which names the file."""
+    problems: list[str] = []
+    for path in config.instance_files:
+        try:
+            read_instances(path, config)
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    return problems
 
 
 def _problems_beside(raw: dict[str, Any], error: ValidationError) -> list[str]:

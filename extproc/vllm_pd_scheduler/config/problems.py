@@ -28,7 +28,7 @@ def find_problems(
     """
     problems = _unknown_strategies(config)
     items = list(config.listed() if listed is None else listed)
-    problems += _duplicates(items)
+    problems += duplicates(items)
     for _, key, item in items:
         problems += _unreadable(f"{key}.api_key", item.api_key)
         try:
@@ -53,7 +53,7 @@ def find_problems(
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
-        if not any(role is item_role for item_role, _, _ in items):
+        if not config.instance_files and not any(role is item_role for item_role, _, _ in items):
             problems.append(
                 f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
             )
@@ -72,7 +72,8 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
     return problems
 
 
-def _duplicates(items: list[Listed]) -> list[str]:
+def duplicates(items: Iterable[Listed]) -> list[str]:
+    """Return a line for each id and each address that is given twice."""
     problems: list[str] = []
     ids: dict[str, str] = {}
     addresses: dict[tuple[str, int], str] = {}

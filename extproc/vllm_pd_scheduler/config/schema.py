@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -58,6 +58,13 @@ MEANING = {
     PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
 }
 """What is wrong with a string that one of these patterns does not match."""
+
+
+class NeedsRestart:
+    """Marks a key of the configuration that counts only from the next start on. All others are live."""
+
+
+_AT_START = NeedsRestart()
 
 
 Listed = tuple[InstanceRole, str, "InstanceConfig"]
@@ -142,7 +149,23 @@ class InstanceConfig(_Model):
         return found
 
 
-class SchedulerConfig(_Model):
+class InstancesFile(_Model):
+    """A file with instances."""
+
+    prefill_instances: list[InstanceConfig] = []
+    """P of the fleet."""
+    decode_instances: list[InstanceConfig] = []
+    """D of the fleet."""
+
+    def listed(self) -> Iterator[Listed]:
+        """Yield every entry of the two lists."""
+        for role in InstanceRole:
+            key = f"{role}_instances"
+            for index, item in enumerate(getattr(self, key)):
+                yield role, f"{key}[{index}]", item
+
+
+class SchedulerConfig(InstancesFile):
     """The whole configuration: ``docs/configuration.md`` is generated from it.
 
     A field's docstring is its documentation: Markdown, with links as from ``docs/``.
@@ -214,7 +237,7 @@ class SchedulerConfig(_Model):
     """Bytes of all bodies that the scheduler holds, waiting or in prefill; more are answered 429. It bounds
     the scheduler's [memory](reliability.md#memory) at about three times this."""
 
-    max_retries: Annotated[int, Field(ge=0, le=16)] = 3
+    max_retries: Annotated[int, Field(ge=0, le=16), _AT_START] = 3
     """Further P that are tried after a failed prefill, and further D that Envoy tries. `up` tells its Envoy;
     an Envoy of yours needs the same as `num_retries` (3 in `envoy/envoy.yaml`; `envoy-config --config` prints
     it)."""
@@ -230,7 +253,7 @@ class SchedulerConfig(_Model):
     decode_first_byte_timeout: Seconds = 20.0
     """Seconds until the first byte of a streamed answer; then another D is tried. When most attempts of the
     fleet take longer than their limit, the limits grow, up to ten times."""
-    stream_idle_timeout: Seconds = 300.0
+    stream_idle_timeout: Annotated[Seconds, _AT_START] = 300.0
     """Longest pause of a streamed answer in seconds, also before its first token: vLLM sends the headers
     before it has done anything. Then the stream is cut. `up` gives it to Envoy; an Envoy of yours has it as
     `per_try_idle_timeout` and, a second longer, `idle_timeout` of the same routes in `envoy/envoy.yaml`."""
@@ -251,63 +274,66 @@ class SchedulerConfig(_Model):
     drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""
-    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30), _AT_START] = 64 << 20
     """Largest request body in bytes, if `max_held_bytes` is not less; a larger one is answered 413. Envoy
     has limits of its own: `per_connection_buffer_limit_bytes` and `max_request_bytes` in
     `envoy/envoy.yaml`."""
 
-    public_paths: list[Annotated[str, Field(pattern=PUBLIC_PATH)]] = list(PUBLIC_PATHS)
+    public_paths: Annotated[list[Annotated[str, Field(pattern=PUBLIC_PATH)]], _AT_START] = list(PUBLIC_PATHS)
     """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
     and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
     list: `envoy-config --config` prints its configuration with it."""
-    prefill_listener: str | None = None
+    prefill_listener: Annotated[str | None, _AT_START] = None
     """Envoy's prefill listener, as `http://HOST:PORT`: `http://127.0.0.1:10001` for the one in
     `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
     without it the scheduler sends it to P itself, for less CPU. `up` and `envoy-config --config` give Envoy
     the listener if this is set, on its port."""
-    grpc_host: str = "127.0.0.1"
+    grpc_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
-    grpc_port: Port = 9002
+    grpc_port: Annotated[Port, _AT_START] = 9002
     """Port of the gRPC server."""
-    grpc_socket: Annotated[str, Field(pattern=_SOCKET)] | None = None
+    grpc_socket: Annotated[Annotated[str, Field(pattern=_SOCKET)] | None, _AT_START] = None
     """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
     user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
     with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
-    grpc_tls: TlsConfig | None = None
+    grpc_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
-    admin_host: str = "127.0.0.1"
+    admin_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the [admin interface](admin.md) listens on. Any but a loopback address needs
     `admin_token`."""
-    admin_port: Port = 9003
+    admin_port: Annotated[Port, _AT_START] = 9003
     """Port of the admin interface."""
-    admin_token: SecretSource | None = None
+    admin_token: Annotated[SecretSource | None, _AT_START] = None
     """Where the bearer token of the admin interface is kept."""
-    admin_tls: TlsConfig | None = None
+    admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
     explain_header: bool = True
     """Whether a client that sends `x-pd-explain: 1` is told
     [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
     `x-pd-decision` of the answer. It has ids of instances and their scores."""
-    log_format: LogFormat = "text"
+    log_format: Annotated[LogFormat, _AT_START] = "text"
     """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
-    state_file: Annotated[str, Field(pattern=_PATH)] | None = None
+    state_file: Annotated[Annotated[str, Field(pattern=_PATH)] | None, _AT_START] = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
-    tracing: TracingConfig | None = None
+    tracing: Annotated[TracingConfig | None, _AT_START] = None
     """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 
     api_key: SecretSource | None = None
     """Where the `--api-key` of the instances is kept. It replaces the client's `authorization`, so put
     authentication in Envoy. Without the scheduler it is not added, and instances that ask for one answer
     401 until it is back."""
-    instance_tls: InstanceTlsConfig | None = None
+    instance_tls: Annotated[InstanceTlsConfig | None, _AT_START] = None
     """TLS to the instances; `{}` trusts the system's authorities. See [TLS to the
     instances](security.md#to-the-instances)."""
     prefill_instances: list[InstanceConfig] = []
-    """The P of the fleet, at least one."""
+    """The P of the fleet, at least one, unless `instance_files` has some."""
     decode_instances: list[InstanceConfig] = []
-    """The D of the fleet, at least one."""
+    """The D of the fleet, at least one, unless `instance_files` has some."""
+    instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
+    """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the two
+    keys above."""
 
     @field_validator("grpc_host", "admin_host")
     @classmethod
@@ -335,6 +361,24 @@ class SchedulerConfig(_Model):
             raise ValueError(
                 "must be 'always', 'never', 'auto' or a whole number of tokens above 0"
             ) from None
+
+    @classmethod
+    def needs_restart(cls, key: str) -> bool:
+        """Whether a key counts only from the next start on."""
+        return any(isinstance(mark, NeedsRestart) for mark in cls.model_fields[key].metadata)
+
+    def take(self, other: SchedulerConfig, keys: Iterable[str]) -> None:
+        """Have another configuration's values for some keys, from now on and wherever this object is read.
+
+        Nothing else changes a configuration. All parts of a running scheduler read this one object, so that
+        a value is either old or new for all, and to read it costs nothing more.
+        """
+        for key in keys:
+            self.__dict__[key] = getattr(other, key)
+
+    def differs(self, other: SchedulerConfig) -> list[str]:
+        """Return the keys that have other values in another configuration."""
+        return [key for key in type(self).model_fields if getattr(self, key) != getattr(other, key)]
 
     def strategy_of(self, role: InstanceRole) -> str:
         """Return the name of a role's strategy."""
@@ -391,13 +435,6 @@ class SchedulerConfig(_Model):
         """Every source of an API key that is named, for all instances or for one."""
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
         return [source for source in sources if source is not None]
-
-    def listed(self) -> Iterator[Listed]:
-        """Yield every entry of the two lists of instances."""
-        for role in InstanceRole:
-            key = f"{role}_instances"
-            for index, item in enumerate(getattr(self, key)):
-                yield role, f"{key}[{index}]", item
 
 
 def _is_host(host: str) -> bool:

@@ -67,6 +67,10 @@ class Breaker:
         """Requests that failed in a row."""
         return self._streak
 
+    def follow(self, policy: BreakerPolicy) -> None:
+        """Use another policy from now on."""
+        self._policy = policy
+
     def succeeded(self) -> bool:
         """Record a request that went well; return whether the state changed.
 

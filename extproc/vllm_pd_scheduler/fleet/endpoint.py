@@ -195,6 +195,10 @@ class Endpoint(Struct, frozen=True, eq=False):
         """Note that its name was looked up."""
         _set(self, "resolved_at", now)
 
+    def described(self, instance: PDInstance) -> None:
+        """Take how it is spoken with now."""
+        _set(self, "instance", instance)
+
     def move(self, address: str, breaker: Breaker) -> None:
         """Put it at another address, where this breaker counts."""
         _set(self, "address", address)

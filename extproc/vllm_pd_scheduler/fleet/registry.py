@@ -6,6 +6,7 @@ Synchronous, does no I/O, and takes every time it needs as an argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..models import By, InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
@@ -59,6 +60,12 @@ class Registry:
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    _places: dict[tuple[InstanceRole, str, int], str] = field(default_factory=dict)
+    """Ids by what no two instances may share."""
+    _changes: int = 0
+    """How many there were."""
+    _held_back: bool = False
+    """Whether the listeners are told later, of all changes at once."""
     _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
         default_factory=lambda: {role: {} for role in InstanceRole}
     )
@@ -80,6 +87,12 @@ class Registry:
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
 
+    def follow(self, policy: HealthPolicy) -> None:
+        """Use another policy from now on."""
+        self.policy = policy
+        for endpoint in self._endpoints.values():
+            endpoint.breaker.follow(policy.breaker)
+
     def add(self, instance: PDInstance, by: str = By.START) -> Endpoint:
         """Register an instance; it takes requests once a probe found it healthy.
 
@@ -97,6 +110,7 @@ class Registry:
         if canonical_ip(instance.host) is not None:
             self._move(endpoint, join_address(instance.host, instance.port))
         self._endpoints[instance.instance_id] = endpoint
+        self._places[_place(instance)] = instance.instance_id
         self.learning.joined(endpoint)
         self._changed(by)
         return endpoint
@@ -105,22 +119,41 @@ class Registry:
         """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
         if instance.instance_id in self._endpoints:
             raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
-        for other in self._endpoints.values():
-            if _place(other.instance) == _place(instance):
-                raise DuplicateInstance(
-                    f"{join_address(instance.host, instance.port)} is already the {instance.role} "
-                    f"instance {other.id!r}"
-                )
+        if (other := self._places.get(_place(instance))) is not None:
+            raise DuplicateInstance(
+                f"{join_address(instance.host, instance.port)} is already the {instance.role} "
+                f"instance {other!r}"
+            )
 
     def remove(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
         endpoint = self.get(instance_id)
         del self._endpoints[instance_id]
+        del self._places[_place(endpoint.instance)]
         self.learning.left(endpoint)
         endpoint.drain(True)
         endpoint.holder.close()
         self._changed(by)
         return endpoint
+
+    def describe(self, instance_id: str, instance: PDInstance, by: str = By.START) -> None:
+        """Change how an instance is spoken with: its key or TLS name. Its id, role and place stay."""
+        self.get(instance_id).described(instance)
+        self._changed(by)
+
+    @contextmanager
+    def as_one_change(self, by: str) -> Iterator[None]:
+        """Tell the listeners only at the end, once, of all changes that are made meanwhile."""
+        if self._held_back:
+            yield
+            return
+        self._held_back, version = True, self._changes
+        try:
+            yield
+        finally:
+            self._held_back = False
+            if self._changes != version:
+                self._changed(by)
 
     def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Send nothing new to an instance."""
@@ -350,6 +383,9 @@ class Registry:
         return True
 
     def _changed(self, by: str) -> None:
+        self._changes += 1
+        if self._held_back:
+            return
         self.changed_by = by
         for role in InstanceRole:
             endpoints = self.endpoints(role)

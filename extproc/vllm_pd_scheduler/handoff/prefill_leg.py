@@ -60,7 +60,8 @@ class HttpPrefill:
     ) -> None:
         self._pool = pool
         self._listener = None if listener is None else _destination(listener)
-        self._timeout = timeout
+        self.timeout = timeout
+        """Seconds that one may take."""
         self._unwanted = unwanted
         self._lingering: set[asyncio.Task[None]] = set()
         self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
@@ -119,7 +120,7 @@ class HttpPrefill:
         own = kept.get(names.REQUEST_ID, "")
         name = b"cmpl-" + own.encode() if _NAME.fullmatch(own) else b""
         limit = largest_answer(body)
-        return self._pool.post(to, path, kept, body, limit=limit, timeout=self._timeout, name=name)
+        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name)
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:

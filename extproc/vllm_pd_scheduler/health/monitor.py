@@ -99,6 +99,12 @@ class HealthMonitor:
             hung=hung,
         )
 
+    def reconfigured(self, config: SchedulerConfig) -> None:
+        """Check as often, and wait as long, as is configured now; each loop does so after its next check."""
+        self._interval, self._timeout = config.health_check_interval, config.health_check_timeout
+        self._probe.timeout = config.health_check_timeout
+        self._silence.seconds = HUNG_TIMEOUTS * config.health_check_timeout
+
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
         await self.check_all()

@@ -71,14 +71,14 @@ class Probe:
 
     def __init__(self, session: aiohttp.ClientSession, timeout: float) -> None:
         self._session = session
-        self._timeout = timeout
+        self.timeout = timeout
 
     async def ask(self, endpoint: Endpoint, *, models: bool = True) -> Answers:
         """Ask all at once, but the models after the health, on the same connection. Raises nothing."""
         health = asyncio.ensure_future(self._health(endpoint))
         metrics = asyncio.ensure_future(self._read(endpoint, "/metrics", MAX_METRICS_BYTES, parse_metrics))
         names = asyncio.ensure_future(self._models(endpoint, health)) if models else None
-        await _wait_for(self._timeout, health, metrics, *([] if names is None else [names]))
+        await _wait_for(self.timeout, health, metrics, *([] if names is None else [names]))
         return Answers(
             self._problem(health, endpoint, "/health"),
             self._problem(metrics, endpoint, "/metrics") or metrics.result(),
@@ -127,7 +127,7 @@ class Probe:
 
     def _problem(self, asked: asyncio.Future[T], endpoint: Endpoint, path: str) -> NoAnswer | None:
         if asked.cancelled():
-            return Unanswered(f"{path} did not answer within {self._timeout:g} s")
+            return Unanswered(f"{path} did not answer within {self.timeout:g} s")
         error = asked.exception()
         if error is None or isinstance(error, NoAnswer):
             return error

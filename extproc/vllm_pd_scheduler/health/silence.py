@@ -25,7 +25,7 @@ class Silence:
 
     def __init__(self, probe: Probe, seconds: float, hung: Callable[[Endpoint], None]) -> None:
         self._probe = probe
-        self._seconds = seconds
+        self.seconds = seconds
         self._hung = hung
         self._asking: dict[Endpoint, asyncio.Task[None]] = {}
         self._of_removed: set[asyncio.Task[None]] = set()
@@ -60,7 +60,7 @@ class Silence:
         await asyncio.gather(*questions, return_exceptions=True)
 
     async def _ask(self, endpoint: Endpoint) -> None:
-        silent = await self._probe.gets_no_answer(endpoint, self._seconds)
+        silent = await self._probe.gets_no_answer(endpoint, self.seconds)
         watched = self._asking.pop(endpoint, None) is not None
         if silent:
             if watched:
@@ -68,6 +68,6 @@ class Silence:
             log.warning(
                 "%s hangs: it has answered nothing for %g s; what waits there is given up",
                 endpoint.id,
-                self._seconds,
+                self.seconds,
             )
             self._hung(endpoint)

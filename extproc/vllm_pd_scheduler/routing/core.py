@@ -83,6 +83,11 @@ class RoutingCore:
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
 
+    def reconfigured(self) -> None:
+        """Take what is not read at each request as it is configured now."""
+        self._local.share = self.config.max_local_prefill_share
+        self._admission.wake()
+
     async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
         """Decide where a request goes, prefilling it first where that is possible.
 

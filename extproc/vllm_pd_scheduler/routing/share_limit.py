@@ -11,7 +11,7 @@ class ShareLimit:
     """Lets at most a share (0 to 1) of the last hundred requests be of some kind."""
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self.share = share
         self._recent: deque[bool] = deque()
         self._count = 0
 
@@ -19,7 +19,7 @@ class ShareLimit:
     def reached(self) -> bool:
         """Whether a further request of the kind may not be served now."""
         forgotten = self._recent[0] if len(self._recent) == _WINDOW else 0
-        return self._count - forgotten + 1 > self._share * _WINDOW
+        return self._count - forgotten + 1 > self.share * _WINDOW
 
     def take(self, of_the_kind: bool) -> bool:
         """Record a request; return whether it may be served. One that may not is recorded as not of it."""

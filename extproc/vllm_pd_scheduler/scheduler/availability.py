@@ -91,6 +91,11 @@ class Availability:
                     self._look_at(endpoint, now)
         self._changed.clear()
 
+    def limit(self, limited: bool) -> None:
+        """Look at all endpoints again, since other limits hold from now on."""
+        self._limited = limited
+        self._begin_anew()
+
     def _begin_anew(self) -> None:
         """Forget what was known, since other endpoints are routable than before."""
         self._routable = self._registry.routable(self._role)

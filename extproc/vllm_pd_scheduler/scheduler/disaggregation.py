@@ -37,17 +37,18 @@ class Disaggregation:
     """
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler) -> None:
-        self._setting = config.disaggregation
+        self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
 
     def local_endpoint(self, request: RequestContext) -> Endpoint | None:
         """Return the decode instance that should serve a request alone; ``None`` if it is to be split."""
-        if self._setting == "always":
+        setting = self._config.disaggregation
+        if setting == "always":
             return None
-        if self._setting == "auto":
+        if setting == "auto":
             return self._cheaper_than_split(request)
-        if self._setting == "never" or request.prompt_tokens < self._setting:
+        if setting == "never" or request.prompt_tokens < setting:
             return next(iter(self._scheduler.preview(InstanceRole.DECODE, request)), None)
         return None
 

@@ -62,10 +62,9 @@ class Scheduler:
         self._strategies: dict[InstanceRole, StrategyFence] = {}
         self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in InstanceRole}
         """What ranks where a strategy has failed."""
-        limited = (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
         random = Random(seed)
         self._availability = {
-            role: Availability(registry, role, self.saturated, limited) for role in InstanceRole
+            role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
         self._pools = {
             role: Pools(registry, role, availability, random)
@@ -76,6 +75,16 @@ class Scheduler:
         """The fleet for which that was found."""
         self.use_each({role: config.strategy_of(role) for role in InstanceRole})
         self.use_shadow(config.shadow_strategy)
+
+    @property
+    def _limited(self) -> bool:
+        config = self.config
+        return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
+
+    def reconfigured(self) -> None:
+        """Take the limits of the endpoints as they are configured now."""
+        for availability in self._availability.values():
+            availability.limit(self._limited)
 
     @property
     def strategy_name(self) -> str:

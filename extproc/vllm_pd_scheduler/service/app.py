@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -12,7 +13,8 @@ from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
-from ..config import SchedulerConfig, TracingConfig, is_loopback
+from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
+from ..discovery.files import InstanceFiles
 from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
@@ -32,6 +34,7 @@ from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
 from .listen_advice import listen_advice
+from .reload import ConfigFile, Reload
 from .watchdog import LoopWatchdog
 
 log = logging.getLogger(__name__)
@@ -52,10 +55,15 @@ class App:
 
     ``async with App(config) as app:`` starts it and serves. The end of the block stops it at once; call
     ``drain`` before that to let running requests end. Lines of output that ``streams`` drop are counted in
-    its metrics.
+    its metrics. The configuration can be read again if it comes from a ``file``.
     """
 
-    def __init__(self, config: SchedulerConfig, streams: StandardStreams | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        streams: StandardStreams | None = None,
+        file: ConfigFile | None = None,
+    ) -> None:
         self.config = config
         self.router = PDRouter(config)
         if streams is not None:
@@ -63,6 +71,10 @@ class App:
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
+        self._files = InstanceFiles(config, self.router.membership, time.monotonic)
+        self._file = file
+        self._reload: Reload | None = None
+        self._reloads: set[asyncio.Future[None]] = set()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> App:
@@ -81,6 +93,10 @@ class App:
         config, router = self.config, self.router
         return_large_blocks()
         raise_open_files_limit()
+        try:
+            self._files.read()
+        except ConfigError as error:
+            raise StartupError(str(error)) from None
         self.changes.restore()
         if config.tracing is not None:
             self._start_tracing(config.tracing)
@@ -102,14 +118,41 @@ class App:
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, leg.give_up)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
+
+        def reconfigured() -> None:
+            leg.timeout = config.prefill_timeout
+            monitor.reconfigured(config)
+
+        if self._file is not None:
+            self._reload = Reload(self._file, router, self._files, reconfigured)
         await self._start_admin()
         await self._start_grpc()
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
+        await self._follow()
         grpc = config.grpc_socket or join_address(config.grpc_host, config.grpc_port)
         admin = join_address(config.admin_host, config.admin_port)
         text = f"serving ext_proc and EDS on {grpc}, admin on {admin}"
         router.events.add(EventKind.STARTED, text, by=By.START)
+
+    async def _follow(self) -> None:
+        """Follow the files from now on: the configuration, and those with instances."""
+        await self._files.follow()
+        self._stack.push_async_callback(self._files.stop)
+        if self._reload is not None:
+            watch = asyncio.ensure_future(self._reload.watch())
+            self._stack.push_async_callback(_ended, watch)
+
+    def hang_up(self) -> None:
+        """Read the configuration again, as SIGHUP asks; not while the scheduler starts or ends."""
+        if self._reload is not None and not self.draining:
+            reload = asyncio.ensure_future(self._reload_asked(self._reload))
+            self._reloads.add(reload)
+            reload.add_done_callback(self._reloads.discard)
+
+    async def _reload_asked(self, reload: Reload) -> None:
+        with contextlib.suppress(ConfigError):  # an event has told it
+            await reload.reload(By.SIGNAL)
 
     def _start_tracing(self, config: TracingConfig) -> None:
         try:
@@ -127,7 +170,10 @@ class App:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
         tls = config.admin_tls.context() if config.admin_tls else None
-        admin = AdminServer(self.router, self.changes, is_ready=lambda: not self.draining, token=token)
+        reload = self._reload.reload if self._reload is not None else None
+        admin = AdminServer(
+            self.router, self.changes, is_ready=lambda: not self.draining, token=token, reload=reload
+        )
         try:
             await admin.start(config.admin_host, config.admin_port, tls)
         except OSError as error:
@@ -191,3 +237,8 @@ class App:
         finally:
             refuse.cancel()
         return True
+
+
+async def _ended(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

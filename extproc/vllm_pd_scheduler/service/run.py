@@ -16,7 +16,9 @@ from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
+from ..system.terminal import has_terminal
 from .app import App, StartupError
+from .reload import ConfigFile
 
 log = logging.getLogger(__name__)
 
@@ -27,24 +29,34 @@ Started = Callable[[], Awaitable[None]]
 class Signals:
     """Waits for the signals that end the process.
 
-    The first SIGTERM, SIGINT (Ctrl-C) or SIGHUP asks for a drain. A SIGTERM or SIGINT after that ends the
-    drain. SIGHUP never does: a terminal that is closed sends it more than once.
+    The first SIGTERM or SIGINT (Ctrl-C) asks for a drain. One after that ends the drain. SIGHUP calls
+    ``hang_up``. From a terminal that is closed, which may send it more than once, and without ``hang_up``, it
+    asks for a drain.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_up: Callable[[], None] | None) -> None:
+        self._hang_up = hang_up
+        self._had_terminal = has_terminal()
         self._drain = asyncio.Event()
         self._end = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._receive)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-            loop.add_signal_handler(signal.SIGHUP, self._drain.set)
+            loop.add_signal_handler(signal.SIGHUP, self._receive_hangup)
 
     def _receive(self) -> None:
         if self._drain.is_set():
             self._end.set()
         else:
             self._drain.set()
+
+    def _receive_hangup(self) -> None:
+        closed = self._had_terminal and not has_terminal()
+        if closed or self._hang_up is None:
+            self._drain.set()
+        else:
+            self._hang_up()
 
     async def wait(self) -> None:
         """Wait until a drain is asked for."""
@@ -59,13 +71,14 @@ class Signals:
             task.cancel()
 
 
-async def serve(config: SchedulerConfig, streams: StandardStreams) -> int:
-    """Serve until a signal comes, drain, and return the exit status.
+async def serve(config: SchedulerConfig, streams: StandardStreams, file: ConfigFile | None = None) -> int:
+    """Serve until a signal comes, drain, and return the exit status. ``file`` can be read again.
 
     Raise :exc:`~vllm_pd_scheduler.service.app.StartupError`.
     """
-    signals = Signals()
-    async with App(config, streams) as app:
+    app = App(config, streams, file)
+    signals = Signals(app.hang_up if file else None)
+    async with app:
         await signals.wait()
         app.say_draining()
         await signals.run_drain(app.drain())
@@ -80,12 +93,13 @@ async def up(
     streams: StandardStreams,
     *,
     access_log: bool = True,
+    file: ConfigFile | None = None,
 ) -> int:
     """Serve with an Envoy of our own until a signal comes, drain, and return the exit status.
 
     The status is 1 if Envoy ends first. Envoy's output goes through ``streams``, its access log only if
-    ``access_log`` is true. The two speak over a socket that only this user can open, unless the configuration
-    names another socket, or a port.
+    ``access_log`` is true. ``file`` can be read again. The two speak over a socket that only this user can
+    open, unless the configuration names another socket, or a port.
 
     Raise :exc:`~vllm_pd_scheduler.service.app.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
@@ -105,7 +119,7 @@ async def up(
             config = config.model_copy(update={"grpc_socket": path})
         ports = replace(ports, grpc_socket=config.grpc_socket)
         _require_distinct(config, ports)
-        return await _up(config, ports, log_level, started, streams, access_log)
+        return await _up(config, ports, log_level, started, streams, access_log, file)
 
 
 async def _up(
@@ -115,8 +129,10 @@ async def _up(
     started: Started,
     streams: StandardStreams,
     access_log: bool,
+    file: ConfigFile | None,
 ) -> int:
-    signals = Signals()
+    app = App(config, streams, file)
+    signals = Signals(app.hang_up if file else None)
     rendered = render_config(
         ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
     )
@@ -128,7 +144,7 @@ async def _up(
         access_log=access_log,
         streams=streams,
     )
-    async with App(config, streams) as app, process as envoy:
+    async with app, process as envoy:
         await started()
         signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
         envoy_ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))

@@ -1,0 +1,210 @@
+"""Keeps the registry as the sources and the operators want it: who comes, who drains and goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from ..fleet.registry import DuplicateInstance, Registry, UnknownInstance
+from ..models import By, PDInstance
+from ..records.events import EventKind, Events
+from .merge import Member, Named, merge, named, place_of
+
+ADMIN = "admin"
+"""The source that operators are. It counts most."""
+CONFIG = "config"
+"""The source that the configuration's own lists are. It counts more than all but the operators."""
+
+
+class Membership:
+    """Which instances there are, of all that sources tell. Does no I/O; times are the caller's seconds.
+
+    A source tells its whole set each time, by :meth:`update`. An instance that no source names any more
+    drains, and is removed when nothing is left on it. Named again before that, it serves again. What
+    operators have drained or removed stays so, whatever the other sources say.
+    """
+
+    def __init__(self, registry: Registry, events: Events) -> None:
+        self._registry = registry
+        self._events = events
+        self._told: dict[str, tuple[PDInstance, ...]] = {ADMIN: (), CONFIG: ()}
+        self._told_at: dict[str, float] = {}
+        self._problems: dict[str, str] = {}
+        self._members: dict[str, Member] = {}
+        self._leaving: set[str] = set()
+        self._drained: set[str] = set()
+        self._removed: dict[Named, PDInstance] = {}
+        self._refused: tuple[str, ...] = ()
+        registry.subscribe(self._let_go)
+
+    # -- what sources tell
+
+    def update(self, source: str, instances: Iterable[PDInstance], by: str = By.START) -> None:
+        """Take the whole set of instances that a source knows."""
+        self._told[source] = tuple(instances)
+        self._settle(by)
+
+    def forget(self, source: str, by: str = By.START) -> None:
+        """Take it that there is no such source any more: nobody but the others names its instances."""
+        for known in (self._told, self._told_at, self._problems):
+            known.pop(source, None)
+        self._settle(by)
+
+    def heard(self, source: str, now: float) -> None:
+        """Note that what a source has told is how it is now."""
+        self._told_at[source] = now
+        if self._problems.pop(source, None) is not None:
+            text = f"{source}: all is well again"
+            self._events.add(EventKind.DISCOVERY, text, by=f"{By.DISCOVERY} {source}")
+
+    def lost(self, source: str, reason: str) -> None:
+        """Note that a source cannot be asked, or does not make sense: what it has told stays."""
+        if self._problems.get(source) == reason:
+            return
+        self._problems[source] = reason
+        text = f"{reason}; the instances that were known stay"
+        self._events.add(EventKind.DISCOVERY, text, by=f"{By.DISCOVERY} {source}", level=logging.WARNING)
+
+    def ages(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each source that can change."""
+        return {source: now - at for source, at in self._told_at.items()}
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """A line for each instance that some source names and that cannot be in the fleet."""
+        return self._refused
+
+    def sources(self, instance_id: str) -> tuple[str, ...]:
+        """Return who names an instance; nobody, if it drains to be removed."""
+        member = self._members.get(instance_id)
+        return () if member is None else member.sources
+
+    def leaves(self, instance_id: str) -> bool:
+        """Whether an instance is about to be removed, since no source names it any more."""
+        return instance_id in self._leaving
+
+    # -- what operators do
+
+    def add(self, instance: PDInstance, by: str = By.ADMIN) -> None:
+        """Add an instance; raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`."""
+        if instance.instance_id not in self._leaving:
+            self._registry.refuse_double(instance)
+        told = (*self._told[ADMIN], instance)
+        trial = merge({**self._wanted(), ADMIN: told}, self._members.values())
+        member = trial.members.get(instance.instance_id)
+        if member is None or place_of(member.instance) != place_of(instance):
+            raise DuplicateInstance(next((r for r in trial.refused if r not in self._refused), "it is there"))
+        self._removed.pop(named(instance), None)
+        self._told[ADMIN] = told
+        self._settle(by)
+
+    def remove(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """Remove an instance at once, whoever names it; raises :exc:`UnknownInstance`."""
+        instance = self._registry.get(instance_id).instance
+        for each in self.hides(instance_id):
+            self._removed[named(each)] = each
+        place = place_of(instance)
+        self._told[ADMIN] = tuple(each for each in self._told[ADMIN] if place_of(each) != place)
+        self._drained.discard(instance_id)
+        self._leaving.discard(instance_id)
+        self._members.pop(instance_id, None)
+        self._registry.remove(instance_id, by)
+        self._settle(by)
+
+    def hides(self, instance_id: str) -> list[PDInstance]:
+        """Return what other sources than the operators name in an instance's place."""
+        place = place_of(self._registry.get(instance_id).instance)
+        told = [each for source, found in self._told.items() if source != ADMIN for each in found]
+        return [each for each in told if place_of(each) == place]
+
+    def removed(self) -> list[PDInstance]:
+        """Return what operators have removed and sources still name."""
+        return list(self._removed.values())
+
+    def drain(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """Send an instance nothing new until :meth:`undrain`; raises :exc:`UnknownInstance`."""
+        self._registry.drain(instance_id, by)
+        self._drained.add(instance_id)
+
+    def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """End a drain, unless no source names the instance any more; raises :exc:`UnknownInstance`."""
+        self._registry.get(instance_id)
+        self._drained.discard(instance_id)
+        if instance_id not in self._leaving:
+            self._registry.undrain(instance_id, by)
+
+    def drained(self, instance_id: str) -> bool:
+        """Whether operators have drained an instance."""
+        return instance_id in self._drained
+
+    def named(self) -> Iterator[str]:
+        """Yield the ids of the instances that some source but the operators names."""
+        return (key for key, member in self._members.items() if member.sources != (ADMIN,))
+
+    # -- the registry follows
+
+    def _wanted(self) -> dict[str, Iterable[PDInstance]]:
+        """Return what sources tell, without what operators have removed."""
+        removed = self._removed
+        if not removed:
+            return dict(self._told)
+        kept = {key: [i for i in told if named(i) not in removed] for key, told in self._told.items()}
+        return {**kept, ADMIN: self._told[ADMIN]}
+
+    def _settle(self, by: str) -> None:
+        named_now = {named(each) for source, told in self._told.items() if source != ADMIN for each in told}
+        self._removed = {key: each for key, each in self._removed.items() if key in named_now}
+        merged = merge(self._wanted(), self._members.values())
+        before, self._members = self._members, merged.members
+        with self._registry.as_one_change(by):
+            self._part(before, by)
+            for member in self._members.values():
+                self._have(member.instance, by)
+        self._let_go()
+        self._tell_refused(merged.refused, by)
+
+    def _part(self, before: dict[str, Member], by: str) -> None:
+        """Let those go that are not members any more: at once if another one needs their id or place."""
+        wanted = {place_of(member.instance): key for key, member in self._members.items()}
+        for key in [*before, *self._leaving]:
+            place = place_of(self._registry.get(key).instance)
+            if wanted.get(place) == key:
+                continue
+            if key in self._members or place in wanted:
+                self._leaving.discard(key)
+                self._registry.remove(key, by)
+            elif key not in self._leaving:
+                self._leaving.add(key)
+                self._registry.drain(key, by)
+
+    def _have(self, instance: PDInstance, by: str) -> None:
+        """Have a member in the registry, and as it is described now."""
+        key = instance.instance_id
+        try:
+            endpoint = self._registry.get(key)
+        except UnknownInstance:
+            self._registry.add(instance, by)
+            if key in self._drained:
+                self._registry.drain(key, by)
+            return
+        if endpoint.instance != instance:
+            self._registry.describe(key, instance, by)
+        if key in self._leaving:
+            self._leaving.discard(key)
+            if key not in self._drained:
+                self._registry.undrain(key, by)
+
+    def _let_go(self) -> None:
+        """Remove those that leave and have nothing left to do."""
+        done = [key for key in self._leaving if self._registry.get(key).drained]
+        self._leaving.difference_update(done)
+        if done:
+            with self._registry.as_one_change(self._registry.changed_by):
+                for key in done:
+                    self._registry.remove(key, self._registry.changed_by)
+
+    def _tell_refused(self, refused: tuple[str, ...], by: str) -> None:
+        before, self._refused = self._refused, refused
+        for line in refused:
+            if line not in before:
+                self._events.add(EventKind.DISCOVERY, line, by=by, level=logging.WARNING)
