@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.config.schema import InstanceConfig, SecretSource
+from vllm_pd_scheduler.config.instances import InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.support.admin import KEYS, Admin
 from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.config.schema import MASK
+from vllm_pd_scheduler.config.instances import MASK
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 
 

@@ -75,7 +75,7 @@ def _client(url: str, token_file: Path | None, ca_file: Path | None) -> AdminCli
 def _token(file: Path | None) -> str | None:
     if file is None and not os.environ.get(TOKEN_VARIABLE):
         return None
-    from ..config.schema import SecretSource  # see options.py
+    from ..config.instances import SecretSource  # see options.py
 
     source = SecretSource(env=TOKEN_VARIABLE) if file is None else SecretSource(file=str(file))
     try:

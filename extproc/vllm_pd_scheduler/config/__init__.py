@@ -1,9 +1,10 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
+from .instances import InstanceConfig, SecretSource
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
-from .schema import InstanceConfig, SchedulerConfig, SecretSource, is_loopback
+from .schema import SchedulerConfig, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 

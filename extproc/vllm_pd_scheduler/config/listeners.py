@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from ..models import is_ip, join_address
-from .schema import Listed, SchedulerConfig, is_loopback
+from .instances import Listed
+from .schema import SchedulerConfig, is_loopback
 
 Listener = tuple[str, str, int]
 """The key or option that names it, host, port."""

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..models import InstanceRole, PDInstance
+from .instances import InstanceConfig, InstancesFile, Listed
 from .listeners import clashes, listeners_of
 from .problems import describe_error, duplicates, find_problems
-from .schema import InstanceConfig, InstancesFile, Listed, SchedulerConfig
+from .schema import SchedulerConfig
 from .yaml_text import NotYaml, read_yaml
 
 

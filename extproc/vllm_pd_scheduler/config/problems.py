@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from ..models import InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
+from .instances import InstanceConfig, Listed, SecretSource
 from .listeners import clashes, listeners_of
-from .schema import MEANING, InstanceConfig, Listed, SchedulerConfig, SecretSource, is_loopback
+from .schema import MEANING, SchedulerConfig, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
