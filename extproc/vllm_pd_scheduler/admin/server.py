@@ -124,6 +124,8 @@ class AdminServer:
             sent = given.encode(errors="surrogateescape")  # a header may hold any bytes
             # compare_digest takes the same time wherever the first difference is, so the time tells nothing.
             if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._token.encode()):
+                if given:
+                    return error_answer(401, "the admin token is not the right one")
                 return error_answer(401, "this needs the admin token: Authorization: Bearer …")
         return await handler(request)
 
