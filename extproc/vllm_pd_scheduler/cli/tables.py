@@ -58,8 +58,7 @@ def fitting(
     """Return a table for which the terminal has room.
 
     Where there is not, the first of the ``spare`` columns go. The ``wrapped`` ones keep so much, if there is
-    so much
-    in them. No other is broken.
+    so much in them. No other is broken.
     """
     room = console().width
     columns = [[head.removeprefix(">"), *(str(row[at]) for row in rows)] for at, head in enumerate(heads)]
