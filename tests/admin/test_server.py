@@ -341,7 +341,10 @@ class TestToken:
 
 class TestShell:
     async def test_errors_are_json(self, admin: Admin) -> None:
-        assert await admin.ask("GET", "/nowhere") == (404, {"error": "GET /nowhere: Not Found"})
+        assert await admin.ask("GET", "/nowhere") == (
+            404,
+            {"error": "GET /nowhere: Not Found; GET / lists what there is"},
+        )
         async with admin.client.request("PATCH", "/strategy") as response:
             assert response.status == 405
             assert response.headers["allow"] == "GET,HEAD,PUT"

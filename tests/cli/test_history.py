@@ -113,15 +113,33 @@ def test_decisions(admin: AdminThread) -> None:
     ended = call(admin, "decisions")
     assert (ended.exit_code, ended.stderr) == (0, "")
     heads, _, rejected, split = ended.stdout.splitlines()
-    assert heads.split()[:3] == ["TIME", "REQUEST", "MODEL"]
+    assert heads.split()[:4] == ["DATE", "TIME", "REQUEST", "MODEL"]
     assert " ".join(rejected.split()[2:]) == (
-        rf"[red]\x1b[2J {NONE} {NONE} rejected {NONE} {NONE} 429 queue_full {NONE}"
+        rf"[red]\x1b[2J {NONE} {NONE} rejected {NONE} {NONE} {NONE} 429 queue_full {NONE}"
     )
-    assert " ".join(split.split()[2:]) == (
-        "c0ffee-42 m 512 split prefill-0 → decode-1 160 ms (predicted 150 ms) 200 ok"
-    )
+    assert " ".join(split.split()[2:]) == ("c0ffee-42 m 512 split prefill-0 → decode-1 160 ms 150 ms 200 ok")
     assert "c0ffee" not in call(admin, "decisions", "--limit", "1").stdout
     assert json.loads(call(admin, "decisions", "--json").stdout) == {"decisions": [REJECTED, SPLIT]}
+
+
+def test_a_narrow_terminal_breaks_no_id(
+    admin: AdminThread, kept: Decisions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_id = "91573904-ff54-4cd2-a138-d1e57fc41490"
+    kept.all = [{**SPLIT, "request_id": request_id}]
+    for columns, least in ((80, "STATUS"), (100, "FIRST TOKEN"), (120, "SERVED")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        heads, _, *rows = call(admin, "decisions").stdout.splitlines()
+        assert len(rows) == 1
+        assert request_id in rows[0]
+        assert "prefill-0 → decode-1" in rows[0]
+        assert least in heads
+        assert len(heads) <= columns
+
+
+def test_a_request_that_names_no_model(admin: AdminThread, kept: Decisions) -> None:
+    kept.all = [{**SPLIT, "model": None}]
+    assert ", no model named\n" in call(admin, "explain", "c0ffee-42").stdout
 
 
 def test_decisions_that_are_yet_to_come(admin: AdminThread, kept: Decisions) -> None:

@@ -291,7 +291,8 @@ class TestFailures:
         file.write_text("right\n")
         with AdminThread(token="right") as admin:
             assert "--token-file or PD_SCHEDULER_TOKEN" in refused(admin.url, "status")
-            assert "needs the admin token" in refused(admin.url, "status", PD_SCHEDULER_TOKEN="wrong")
+            assert "needs the admin token" in refused(admin.url, "status")
+            assert "is not the right one" in refused(admin.url, "status", PD_SCHEDULER_TOKEN="wrong")
             assert done(admin.url, "status", PD_SCHEDULER_TOKEN="right")
             assert done(admin.url, "status", "--token-file", str(file), PD_SCHEDULER_TOKEN="wrong")
         file.write_text("two\nlines")

@@ -66,6 +66,24 @@ class StateLogTest(unittest.TestCase):
         lines = self.told(self.registry.probed, self.d2, "gone", 0.6)
         self.assertEqual(lines, ["WARNING d2 is unhealthy: gone"])
 
+    def test_one_that_hung_and_runs_again(self) -> None:
+        probed, d2 = self.registry.probed, self.d2
+        for call, arguments, lines, reason in (
+            (probed, (d2, "no answer", 0.0), [], "no answer"),
+            (probed, (d2, "no answer", 0.1), ["WARNING d2 is unhealthy: no answer"], "no answer"),
+            (self.registry.failed, (d2, "prefill: hung", 0.2), [], "no answer"),
+            (probed, (d2, "no answer", 0.3), [], "no answer"),
+            (
+                probed,
+                (d2, None, 9.0),
+                ["WARNING d2 is on trial: ejected: prefill: hung"],
+                "ejected: prefill: hung",
+            ),
+            (self.registry.succeeded, (d2,), ["INFO d2 is healthy"], ""),
+        ):
+            self.assertEqual(self.told(call, *arguments), lines)
+            self.assertEqual(d2.reason, reason)
+
     def test_the_last_one_that_fails_is_tried_again_at_once(self) -> None:
         for name in ("d1", "d3"):
             self.registry.drain(name)

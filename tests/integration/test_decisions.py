@@ -58,7 +58,8 @@ async def metric(client: Client, name: str) -> float:
 
 async def test_a_split_request(client: Client) -> None:
     await client.until_split()
-    answer = await client.post("/v1/completions", {"prompt": "Why?", "max_tokens": 8}, EXPLAIN)
+    body = {"prompt": "Why?", "max_tokens": 8, "stream": True}
+    answer = await client.post("/v1/completions", body, EXPLAIN)
     prefill, decode = answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]
     found = await decision(client, answer.headers["x-request-id"])
     assert (found["served"], found["status"], found["outcome"]) == ("split", 200, "ok")
@@ -119,7 +120,7 @@ async def test_a_retry_at_decode(client: Client) -> None:
     before = await metric(client, "pd_scheduler_handoff_duration_seconds_count")
     await client.fault("decode-0", status=503, times=1)
     await client.fault("decode-1", status=503, times=1)
-    answers = [await client.complete() for _ in range(4)]
+    answers = [await client.complete(stream=True) for _ in range(4)]
     assert {answer.status for answer in answers} == {200}
     found = [await decision(client, answer.headers["x-request-id"]) for answer in answers]
     attempts = [[each["outcome"] for each in one["decode"]["attempts"]] for one in found]
@@ -150,16 +151,16 @@ async def test_an_error_of_the_clients(client: Client) -> None:
 
 async def test_metrics_count_each_once(client: Client) -> None:
     name = 'pd_scheduler_responses_total{outcome="ok"}'
-    before = await metric(client, name)
-    answers = await asyncio.gather(*(client.complete() for _ in range(50)))
+    first_token = "pd_scheduler_time_to_first_token_seconds_count"
+    before, first_tokens = await metric(client, name), await metric(client, first_token)
+    answers = await asyncio.gather(*(client.complete(stream=True) for _ in range(50)))
     assert {answer.status for answer in answers} == {200}
 
     async def counted() -> bool:
         return await metric(client, name) == before + 50
 
     await until(counted)
-    ttft = await metric(client, "pd_scheduler_time_to_first_token_seconds_count")
-    assert ttft >= before + 50
+    assert await metric(client, first_token) == first_tokens + 50
 
 
 async def test_the_traffic_as_a_trace(client: Client) -> None:

@@ -18,7 +18,7 @@ from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.process import find_envoy
 
-BODY = {"prompt": "private words", "max_tokens": 4}
+BODY = {"prompt": "private words", "max_tokens": 4, "stream": True}
 FAST = {"OTEL_BSP_SCHEDULE_DELAY": "50"}
 TRACES = ("traceparent", "tracestate", "baggage")
 SCHEDULER = "vllm-pd-scheduler"

@@ -160,7 +160,7 @@ class KindsTest(Case):
         self.assertEqual(found["left_out"], {"tried": ["p0", "p2"]})
 
     async def test_retried_at_decode(self) -> None:
-        forward = await self.forward()
+        forward = await self.forward(stream=True)
         self.told(forward, Failure.CONNECT)
         self.end(forward, number=1)
         names = [endpoint.id for endpoint in forward.decode]
@@ -226,7 +226,7 @@ class LeftOutTest(Case):
 
 class ResultsTest(Case):
     async def test_what_is_counted(self) -> None:
-        forward = await self.forward()
+        forward = await self.forward(stream=True)
         self.end(forward)
         self.end(forward)  # counts once
         prefill, decode = forward.prefill, forward.decode[0]
@@ -248,8 +248,17 @@ class ResultsTest(Case):
         self.router.in_flight.told(Result("of-another", Ending.OK, 200, 1.0, None, None, ""))
         self.assertEqual(self.value("pd_scheduler_responses_total", outcome="ok"), 1)
 
-    async def test_an_errors_first_byte_is_no_token(self) -> None:
+    async def test_the_first_byte_of_a_whole_answer_is_no_token(self) -> None:
         forward = await self.forward()
+        self.end(forward)
+        self.assertEqual((self.shown()["ttft_s"], self.shown()["duration_s"]), (None, 1.5))
+        self.assertEqual(self.value("pd_scheduler_time_to_first_token_seconds_count", served="split"), 0)
+        self.assertEqual(self.value("pd_scheduler_request_duration_seconds_count", served="split"), 1)
+        pair = {"prefill": forward.prefill.id, "decode": forward.decode[0].id} if forward.prefill else {}
+        self.assertEqual(self.value("pd_scheduler_handoff_duration_seconds_count", **pair), 0)
+
+    async def test_an_errors_first_byte_is_no_token(self) -> None:
+        forward = await self.forward(stream=True)
         self.end(forward, Ending.ERROR, 500)
         self.assertEqual(self.value("pd_scheduler_time_to_first_token_seconds_count", served="split"), 0)
         self.assertEqual(self.value("pd_scheduler_responses_total", outcome="error"), 1)

@@ -282,7 +282,7 @@ class OtherWaysTest(TracedCase):
         self.assertEqual(len(self.recorder.spans), 2 * len(SPLIT), "once")
 
     async def test_what_envoy_tells_of_the_end(self) -> None:
-        forward = await self.route()
+        forward = await self.route({**BODY, "stream": True})
         forward.release()
         self.router.in_flight.told(
             Result(forward.id, Ending.OK, 201, 1.0, 0.25, 0.2, str(forward.decode[0].address))

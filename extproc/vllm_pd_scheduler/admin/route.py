@@ -145,7 +145,8 @@ def _read_query(request: web.Request, model: type[Query]) -> Query:
     known = model.model_fields
     for key in request.query:
         if key not in known:
-            raise Refused(400, f"query: unknown key {key!r}; there is {' and '.join(known) or 'none'}")
+            taken = " and ".join(known) or "none"
+            raise Refused(400, f"query: unknown key {key!r}; {request.path} takes {taken}")
         if len(request.query.getall(key)) > 1:
             raise Refused(400, f"query: {key} is given twice")
     return _validated(model.model_validate, dict(request.query))

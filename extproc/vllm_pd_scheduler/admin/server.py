@@ -124,6 +124,8 @@ class AdminServer:
             sent = given.encode(errors="surrogateescape")  # a header may hold any bytes
             # compare_digest takes the same time wherever the first difference is, so the time tells nothing.
             if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._token.encode()):
+                if given:
+                    return error_answer(401, "the admin token is not the right one")
                 return error_answer(401, "this needs the admin token: Authorization: Bearer …")
         return await handler(request)
 
@@ -142,7 +144,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
-        return error_answer(error.status, f"{request.method} {request.path}: {error.reason}", headers)
+        more = "; GET / lists what there is" if error.status == 404 else ""
+        return error_answer(error.status, f"{request.method} {request.path}: {error.reason}{more}", headers)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return error_answer(500, "the scheduler has failed: its log says where")

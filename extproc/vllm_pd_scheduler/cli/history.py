@@ -23,7 +23,7 @@ from .connection import (
     UrlOption,
     connected,
 )
-from .tables import LEVEL_STYLES, console, local_time, plain, seconds, show, table
+from .tables import LEVEL_STYLES, console, fitting, local_time, plain, seconds, show, table
 
 FOLLOW_S = 1.0
 """Seconds between two looks for new decisions."""
@@ -70,29 +70,38 @@ def _follow_decisions(client: AdminClient, found: list[dict[str, Any]], as_json:
 
 
 def _decisions(found: list[dict[str, Any]]) -> Table:
-    made = table(
-        "TIME", "REQUEST", "MODEL", ">PROMPT", "SERVED", "INSTANCES", ">FIRST TOKEN", "STATUS", "END"
+    heads = (
+        "DATE",
+        "TIME",
+        "REQUEST",
+        "MODEL",
+        ">PROMPT",
+        "SERVED",
+        "INSTANCES",
+        ">FIRST TOKEN",
+        ">PREDICTED",
+        "STATUS",
+        "END",
     )
-    for each in found:
-        made.add_row(*_cells(each))
-    return made
+    spare = ("DATE", "MODEL", "PROMPT", "PREDICTED", "SERVED", "FIRST TOKEN", "END")
+    return fitting(heads, [_cells(each) for each in found], spare, {"REQUEST": 36, "STATUS": 10})
 
 
 def _cells(each: Mapping[str, Any]) -> list[Text]:
     legs = [leg["picked"] or "none" for role in InstanceRole if (leg := each.get(role)) is not None]
-    first = seconds(each["ttft_s"])
-    if each["predicted_ttft_s"] is not None:
-        first += f" (predicted {seconds(each['predicted_ttft_s'])})"
+    date, _, time_of_day = local_time(each["time"]).partition(" ")
     failed = each["status"] is not None and each["status"] >= 400
     reason = f" {each['reason']}" if each["reason"] else ""
     return [
-        plain(local_time(each["time"])),
+        plain(date),
+        plain(time_of_day),
         plain(each["request_id"]),
         plain(each["model"]),
         plain(each["prompt_tokens"]),
         plain(each["served"]),
         plain(" \N{RIGHTWARDS ARROW} ".join(legs)),
-        plain(first),
+        plain(seconds(each["ttft_s"])),
+        plain(seconds(each["predicted_ttft_s"])),
         plain(f"{each['status']}{reason}" if each["status"] else None, "red" if failed else ""),
         plain(each["outcome"]),
     ]
@@ -123,9 +132,8 @@ def explain(
 
 def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     kind = "a stream" if each["stream"] else "not streamed"
-    yield plain(
-        f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, model {each['model']}", "bold"
-    )
+    model = f"model {each['model']}" if each["model"] else "no model named"
+    yield plain(f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, {model}", "bold")
     tokens = f"{each['prompt_tokens']} prompt tokens, {kind}"
     yield plain(f"  {tokens}; served {each['served']}; waited {seconds(each['waited_s'])} for an instance")
     ended = [f"status {each['status']}"] if each["status"] else []

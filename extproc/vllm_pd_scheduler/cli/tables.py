@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_FILE_WIDTH = 160
-"""Columns of output that goes to a file or a pipe: no table wraps there."""
+_FILE_WIDTH = 1_000
+"""Columns of output that goes to a file or a pipe: no table wraps there, or leaves something out."""
+
+_GAP = 3
+"""Columns of the terminal between two of a table."""
 
 _STATE_STYLES = {
     "healthy": "green",
@@ -42,6 +46,33 @@ def table(*heads: str) -> Table:
     for head in heads:
         numbers = head.startswith(">")
         made.add_column(head.removeprefix(">"), justify="right" if numbers else "left", overflow="fold")
+    return made
+
+
+def fitting(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Text | str]],
+    spare: Sequence[str],
+    wrapped: Mapping[str, int],
+) -> Table:
+    """Return a table for which the terminal has room.
+
+    Where there is not, the first of the ``spare`` columns go. The ``wrapped`` ones keep so much, if there is
+    so much in them. No other is broken.
+    """
+    room = console().width
+    columns = [[head.removeprefix(">"), *(str(row[at]) for row in rows)] for at, head in enumerate(heads)]
+    widths = [min(max(map(cell_len, texts)), wrapped.get(texts[0], _FILE_WIDTH)) for texts in columns]
+    kept = list(range(len(heads)))
+    for name in spare:
+        if sum(widths[at] for at in kept) + _GAP * (len(kept) - 1) <= room:
+            break
+        kept = [at for at in kept if columns[at][0] != name]
+    made = table(*(heads[at] for at in kept))
+    for column, at in zip(made.columns, kept, strict=True):
+        column.min_width, column.no_wrap = widths[at], columns[at][0] not in wrapped
+    for row in rows:
+        made.add_row(*(row[at] for at in kept))
     return made
 
 
@@ -102,7 +133,7 @@ def local_time(text: str) -> str:
 
 def instances(found: Iterable[Mapping[str, Any]]) -> Table:
     """Return a table of instances."""
-    made = table(
+    heads = (
         "INSTANCE",
         "ROLE",
         "STATE",
@@ -114,22 +145,25 @@ def instances(found: Iterable[Mapping[str, Any]]) -> Table:
         ">SCRAPED",
         "REASON",
     )
-    for each in found:
-        predicted = each.get("predicted") or {}
-        age = each.get("metrics_age_s")
-        made.add_row(
-            plain(each["id"]),
-            each["role"],
-            state_of(each),
-            number(each["in_flight"]),
-            number(each["waiting"]),
-            share(each["kv_cache_usage"]),
-            seconds(each["latency"]),
-            seconds(predicted.get("prefill_left_s", predicted.get("decode_step_s"))),
-            "\N{EN DASH}" if age is None else f"{seconds(age)} ago",
-            plain(each["reason"]) if each["reason"] else "",
-        )
-    return made
+    spare = ("PREDICTED", "LATENCY", "SCRAPED", "WAITING", "KV CACHE", "ROLE")
+    return fitting(heads, [_instance(each) for each in found], spare, {"REASON": 20})
+
+
+def _instance(each: Mapping[str, Any]) -> tuple[Text | str, ...]:
+    predicted = each.get("predicted") or {}
+    age = each.get("metrics_age_s")
+    return (
+        plain(each["id"]),
+        each["role"],
+        state_of(each),
+        number(each["in_flight"]),
+        number(each["waiting"]),
+        share(each["kv_cache_usage"]),
+        seconds(each["latency"]),
+        seconds(predicted.get("prefill_left_s", predicted.get("decode_step_s"))),
+        "\N{EN DASH}" if age is None else f"{seconds(age)} ago",
+        plain(each["reason"]) if each["reason"] else "",
+    )
 
 
 def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:

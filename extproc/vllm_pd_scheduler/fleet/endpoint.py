@@ -53,8 +53,10 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Whether the registry's listeners know that it is drained."""
     healthy: bool | None = None
     """``None`` before the first probe."""
-    reason: str = "not probed yet"
-    """Why it is not healthy, for people."""
+    problem: str = "not probed yet"
+    """What the last probe found wrong, for people."""
+    ejected_for: str = ""
+    """Why it was last ejected, for people."""
     in_flight_at_scrape: int = 0
     streak: int = 0
     """Successive probes that contradict ``healthy``."""
@@ -152,6 +154,13 @@ class Endpoint(Struct, frozen=True, eq=False):
         return self.breaker.state is BreakerState.HALF_OPEN and trial is not None and trial.active
 
     @property
+    def reason(self) -> str:
+        """Why it does not serve as it should, for people; empty if nothing is known to be wrong."""
+        if self.healthy is False or self.breaker.state is BreakerState.CLOSED or not self.ejected_for:
+            return self.problem
+        return f"ejected: {self.ejected_for}"
+
+    @property
     def waiting(self) -> float:
         """Requests queued there: the last scrape's, plus what we have sent since and it cannot know of.
 
@@ -225,8 +234,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         The first one decides alone, later ones when ``threshold`` of them in a row contradict ``healthy``.
         """
         ok = problem is None
-        if self.breaker.state is BreakerState.CLOSED or not ok:
-            _set(self, "reason", problem or "")
+        _set(self, "problem", problem or "")
         if self.healthy is ok:
             _set(self, "streak", 0)
             return False
@@ -298,7 +306,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     def eject(self, reason: str, now: float) -> None:
         """Keep requests away because they fail there."""
         self.breaker.open(now)
-        _set(self, "reason", f"ejected: {reason}")
+        _set(self, "ejected_for", reason)
 
     def started(self, started_at: float | None) -> bool:
         """Note when its process was started; return whether it is another one than before."""

@@ -167,13 +167,13 @@ class RequestsInFlight:
         forward = self._running.get(result.request) or self._ended.get(result.request)
         if forward is None or forward.decision.ending is not None:
             return
-        ending, ttft = result.ending, result.ttft
+        ending = result.ending
+        # Of an error, and of an answer that comes whole, the first byte is no first token.
+        ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
         endpoint = self._registry.at(InstanceRole.DECODE, result.address)
         answered_by = endpoint.id if endpoint is not None else result.address or None
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
-        if not 200 <= result.status < 300:
-            ttft = None  # an error's first byte is no token
-        elif forward.recorded is not None:
+        if 200 <= result.status < 300 and forward.recorded is not None:
             self._recording.answered(forward.recorded, result.answer_bytes)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
