@@ -3,6 +3,7 @@
 import itertools
 import unittest
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any, ClassVar
 
 from tests.support.fleet import D, P, prompt, scheduler_of
@@ -28,7 +29,7 @@ def attributes(of: object) -> Iterator[tuple[object, str]]:
         value = getattr(of, name)
         if not callable(value):
             yield of, name
-            if type(value).__module__.startswith(OURS) and not isinstance(value, (str, int)):
+            if type(value).__module__.startswith(OURS) and not isinstance(value, (str, int, Enum)):
                 yield from attributes(value)
 
 
