@@ -59,6 +59,8 @@ async def test_what_waits_at_a_p_that_hangs_is_answered_by_another(client: Clien
         _, page = await client.admin("GET", "/metrics")
         assert 'pd_scheduler_prefill_failures_total{prefill="prefill-0",reason="hung"} 3.0' in page
         assert (await client.instance("prefill-0"))["in_flight"] == 0
+        _, found = await client.admin("GET", "/events")
+        assert any(each["text"].startswith("prefill-0 hangs") for each in found["events"])
 
     async def serves() -> bool:
         return (await client.states())["prefill-0"] == "healthy"

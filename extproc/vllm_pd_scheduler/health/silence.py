@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 from ..fleet.endpoint import Endpoint
 from .probe import Probe
-
-log = logging.getLogger(__name__)
 
 HUNG_TIMEOUTS = 5
 """For how many times the limit of a probe one more question must stay open for its instance to hang."""
@@ -65,9 +62,4 @@ class Silence:
         if silent:
             if watched:
                 self._found.add(endpoint)
-            log.warning(
-                "%s hangs: it has answered nothing for %g s; what waits there is given up",
-                endpoint.id,
-                self.seconds,
-            )
             self._hung(endpoint)

@@ -20,6 +20,7 @@ from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
+from ..fleet.endpoint import Endpoint
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.release import HandoffReleaser
 from ..handoff.traced_leg import TracedLeg
@@ -115,7 +116,13 @@ class App:
         self._stack.push_async_callback(leg.close)
         if router.tracer is not None:
             router.prefill_leg = TracedLeg(leg, time.monotonic)
-        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, leg.give_up)
+
+        def hung(endpoint: Endpoint) -> None:
+            text = f"{endpoint.id} hangs: it answers nothing; what waits there is given up"
+            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=endpoint.id, level=logging.WARNING)
+            leg.give_up(endpoint)
+
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
 
