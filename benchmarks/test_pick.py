@@ -112,4 +112,5 @@ def test_two_picks(
         return prefill, decode
 
     prefill, decode = benchmark.pedantic(two_picks, setup=setup, rounds=ROUNDS, warmup_rounds=20)
-    assert (len(prefill), len(decode)) == (1, 4)
+    assert len(prefill) == 1
+    assert 1 <= len(decode) <= 4, "with limits the others may be full"

@@ -17,9 +17,9 @@ import pytest
 import uvloop
 
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.handoff.prefill_leg import open_session
 from vllm_pd_scheduler.health import HealthMonitor
 from vllm_pd_scheduler.health.vllm_metrics import parse_metrics
+from vllm_pd_scheduler.instance_http.session import open_session
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.telemetry import Telemetry
 
