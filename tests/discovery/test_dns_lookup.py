@@ -191,7 +191,9 @@ class TestSystem:
     @pytest.fixture
     def resolv_conf(self, server: DnsServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
         path = tmp_path / "resolv.conf"
-        path.write_text("nameserver 127.0.0.1\nsearch llm.svc.cluster.local svc.cluster.local\noptions ndots:5\n")
+        path.write_text(
+            "nameserver 127.0.0.1\nsearch llm.svc.cluster.local svc.cluster.local\noptions ndots:5\n"
+        )
         real = dns.asyncresolver.Resolver
 
         def system(configure: bool) -> dns.asyncresolver.Resolver:

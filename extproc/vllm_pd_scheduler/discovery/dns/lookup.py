@@ -44,7 +44,7 @@ class Question:
     port: int | None
     """Port of every address; ``None`` asks for SRV records, which name it."""
     resolver: tuple[str, int] | None = None
-    """Address and port of the DNS server; ``None`` for those of ``/etc/resolv.conf``, with its search list."""
+    """Address and port of the DNS server; ``None``: as ``/etc/resolv.conf`` says, with its search list."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -79,6 +79,20 @@ class Container(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Something has happened to a container or its network."""
+
+    container: str
+    """Its id."""
+    stops: bool
+    """Whether it was asked to stop, and still runs."""
+    ends: bool
+    """Whether it has ended, or runs anew."""
+    after: str
+    """What to ask for to get the changes after this one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """How containers are reached from here."""
 
