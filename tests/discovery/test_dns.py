@@ -1,7 +1,6 @@
 """A DNS name as a source: what its answers make of the fleet, over time."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,43 +8,16 @@ import pytest
 import pytest_asyncio
 
 from tests.support.dns_server import DnsServer, dns_server
+from tests.support.followed import Followed
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ConfigError, parse_config
 from vllm_pd_scheduler.config.sources import resolver_address
 from vllm_pd_scheduler.discovery.dns import lookup, source
 from vllm_pd_scheduler.discovery.sources import Sources
-from vllm_pd_scheduler.router import PDRouter
 
 NAME = "decode.llm.svc"
 D = {"type": "dns", "role": "decode", "name": NAME, "port": 8000}
 P = {"type": "dns", "role": "prefill", "srv": "_http._tcp.prefill.llm.svc"}
-
-
-class Running:
-    """What a scheduler knows that follows sources."""
-
-    def __init__(self, router: PDRouter, sources: Sources) -> None:
-        self.router = router
-        self.sources = sources
-
-    @property
-    def ids(self) -> set[str]:
-        """Instances that do not leave."""
-        leaves = self.router.membership.leaves
-        return {endpoint.id for endpoint in self.router.registry if not leaves(endpoint.id)}
-
-    @property
-    def events(self) -> list[str]:
-        return [event.text for event in self.router.events.after(0)]
-
-    def age(self) -> float:
-        return max(self.router.membership.ages(time.monotonic()).values())
-
-    async def until(self, *ids: str) -> None:
-        await until(lambda: self.ids == set(ids))
-
-    async def until_event(self, text: str, times: int = 1) -> None:
-        await until(lambda: sum(text in event for event in self.events) == times)
 
 
 Follow = Callable[..., Any]
@@ -69,14 +41,11 @@ async def follow(server: DnsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         monkeypatch.setattr(source, name, seconds)
     started: list[Sources] = []
 
-    async def start(*entries: dict[str, Any], **more: Any) -> Running:
+    async def start(*entries: dict[str, Any], **more: Any) -> Followed:
         at = {"resolver": f"127.0.0.1:{server.port}"}
-        router = PDRouter(parse_config({"discovery": [{**at, **each} for each in entries], **more}))
-        sources = Sources(router.config, router.membership, time.monotonic)
-        sources.read()
-        started.append(sources)
-        await sources.follow()
-        return Running(router, sources)
+        followed = Followed(*({**at, **each} for each in entries), **more)
+        started.append(followed.sources)
+        return await followed.start()
 
     yield start
     for sources in started:
@@ -87,7 +56,7 @@ async def test_addresses_come_and_go(server: DnsServer, follow: Follow) -> None:
     server.set(NAME, "A", "10.0.0.1", "10.0.0.2")
     running = await follow(D)
     await running.until("decode-10.0.0.1-8000", "decode-10.0.0.2-8000")
-    instance = running.router.registry.get("decode-10.0.0.1-8000").instance
+    instance = running["decode-10.0.0.1-8000"]
     assert (instance.role, instance.host, instance.port) == ("decode", "10.0.0.1", 8000)
     server.set(NAME, "A", "10.0.0.2", "10.0.0.3")
     await running.until("decode-10.0.0.2-8000", "decode-10.0.0.3-8000")
@@ -184,9 +153,9 @@ async def test_addresses_that_are_no_servers_are_left_out(server: DnsServer, fol
     running = await follow(D)
     await running.until("decode-10.0.0.1-8000")
     await running.until_event("0.0.0.0 is no server's own address")
-    assert len(running.router.membership.refused) == 3
+    assert len(running.left_out) == 3
     server.set(NAME, "A", "10.0.0.1")
-    await until(lambda: not running.router.membership.refused)
+    await until(lambda: not running.left_out)
 
 
 async def test_two_thousand(server: DnsServer, follow: Follow) -> None:
@@ -204,7 +173,7 @@ async def test_keys_and_names_of_certificates(
     server.set("a.llm.svc", "A", "10.0.0.2")
     running = await follow({**D, "api_key": {"env": "DECODE_KEY"}}, P, instance_tls={})
     await running.until("decode-10.0.0.1-8000", "prefill-10.0.0.2-8001")
-    d, p = (running.router.registry.get(name).instance for name in sorted(running.ids))
+    d, p = (running[name] for name in sorted(running.ids))
     assert (d.api_key, d.tls_name) == ("sesame", NAME)
     assert (p.api_key, p.tls_name) == (None, "a.llm.svc")
 

@@ -96,10 +96,14 @@ class DockerTls(StrictModel):
 
 
 def _is_an_engine(host: str) -> str:
-    parts = urlsplit(host)
-    if parts.scheme == "unix" and parts.path.startswith("/"):
+    try:
+        parts = urlsplit(host)
+        name, _ = parts.hostname or "", parts.port
+    except ValueError:
+        parts, name = urlsplit(""), ""
+    if parts.scheme == "unix" and not name and parts.path.startswith("/"):
         return host
-    if parts.scheme == "tcp" and parts.hostname and is_host(parts.hostname) and not parts.path.strip("/"):
+    if parts.scheme == "tcp" and is_host(name) and not parts.path.strip("/"):
         return host
     raise ValueError("must be unix:///PATH or tcp://HOST:PORT")
 

@@ -76,6 +76,7 @@ class Engine:
         self.host = url.hostname if url.scheme in ("tcp", "http", "https") and url.hostname else "127.0.0.1"
         """Address of the machine that it runs on."""
         self._stream: CancellableStream | None = None
+        self._closed = False
 
     def containers(self) -> list[Any]:
         """Return the containers that can be instances now, as the engine lists them."""
@@ -94,6 +95,8 @@ class Engine:
         """
         try:
             self._stream = self._client.events(since=after, filters=_LISTENED_TO, decode=True)
+            if self._closed:
+                self._stream.close()
             for each in self._stream:
                 event = msgspec.convert(each, _Event)
                 if event.kind == "network" or ROLE_LABEL in event.actor.attributes:
@@ -103,6 +106,7 @@ class Engine:
 
     def close(self) -> None:
         """End all that goes on."""
+        self._closed = True
         with suppress(*_WRONG, AttributeError):  # the SDK looks for a socket that may be gone
             if self._stream is not None:
                 self._stream.close()
@@ -157,18 +161,26 @@ def _signal_number(text: str) -> int | None:
 
 def _why(error: BaseException) -> str:
     """Return what is wrong in words that stay the same: the SDK's own have addresses of objects."""
-    if isinstance(error, APIError):
-        return f"it answers {error.status_code}: {error.explanation or 'nothing more'}"
-    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        return f"no answer within {CALL_S:g} s"
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        nested = next((each for each in seen.args if isinstance(each, BaseException)), None)
-        seen = nested or getattr(seen, "reason", None) or seen.__cause__ or seen.__context__
-        if not isinstance(seen, BaseException):
-            break
-    if isinstance(error, ValueError | msgspec.ValidationError):
+    for each in _causes(error):
+        if isinstance(each, APIError):
+            return f"it answers {each.status_code}: {each.explanation or 'nothing more'}"
+        if isinstance(each, requests.Timeout | urllib3.exceptions.TimeoutError):
+            return f"no answer within {CALL_S:g} s"
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+    if isinstance(error, ValueError):
         return "its answer makes no sense"
     return str(error) if isinstance(error, DockerException) else type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what has led to it: the SDK, requests and urllib3 each wrap it in their own way."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        each = left.pop(0)
+        if id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            inner = (*each.args, getattr(each, "reason", None), each.__cause__, each.__context__)
+            left += [one for one in inner if isinstance(one, BaseException)]

@@ -30,6 +30,9 @@ SETTLE_S = 0.1
 SOONEST_S = 1.0
 """Seconds until an engine that was lost is asked again; then twice as long each time, up to ``LOOK_S``."""
 
+SHORT_S = 5.0
+"""Seconds in which a stream of events that is one does not end."""
+
 STOP_S = 600.0
 """Seconds that a container may take to stop, so that one which does at our start is known."""
 
@@ -83,12 +86,11 @@ class DockerContainers:
                 loop.call_soon_threadsafe(heard, change)
 
         def ended(listening: asyncio.Future[None]) -> None:
-            error = None if listening.cancelled() else listening.exception()
-            if error is not None:
-                self._complain(str(error))
+            if not listening.cancelled():
+                listening.exception()  # is looked at below, if anybody still looks
             news.set()
 
-        listening = in_daemon_thread(listen)
+        began, listening = loop.time(), in_daemon_thread(listen)
         listening.add_done_callback(ended)
         while not listening.done():
             news.clear()
@@ -97,6 +99,8 @@ class DockerContainers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), LOOK_S)
                 await asyncio.sleep(SETTLE_S)
+        if loop.time() - began < SHORT_S:  # the SDK makes an end of a refusal
+            self._complain(str(listening.exception() or "its events end at once"))
 
     def _tell(self, engine: Engine, report: Report) -> None:
         try:
