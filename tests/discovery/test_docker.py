@@ -177,11 +177,10 @@ class TestChanges:
         self, api: DockerApi, follow: Follow, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(source, "LOOK_S", 60)
-        monkeypatch.setattr(source, "SETTLE_S", 60)  # so that no list has told it
         api.containers = [container("a")]
         fleet = await follow()
         await fleet.until("a")
-        await until(lambda: api.listeners)
+        monkeypatch.setattr(source, "SETTLE_S", 60)  # so that no list has told it
         lists = api.calls.count("/containers/json")
         api.tell("kill", "a", signal="15")
         await fleet.until()

@@ -88,21 +88,27 @@ class Engine:
             raise EngineAway("its list of containers makes no sense")
         return found
 
-    def changes(self, after: str) -> Iterator[Change]:
-        """Yield what happens to containers with our labels, until the engine ends that or :meth:`close`.
+    def listen(self, after: str) -> None:
+        """Have the engine tell what happens from now on, and what has since a time in Unix seconds.
 
-        ``after`` is a time in Unix seconds; what has happened since comes first, as far as it is known.
+        Of what has happened it only knows the last few hundred things.
         """
         try:
             self._stream = self._client.events(since=after, filters=_LISTENED_TO, decode=True)
             if self._closed:
                 self._stream.close()
-            for each in self._stream:
+        except _WRONG as error:
+            raise EngineAway(f"its events cannot be listened to: {_why(error)}") from None
+
+    def changes(self) -> Iterator[Change]:
+        """Yield what happens to containers with our labels, until the engine ends that or :meth:`close`."""
+        try:
+            for each in self._stream or ():
                 event = msgspec.convert(each, _Event)
                 if event.kind == "network" or ROLE_LABEL in event.actor.attributes:
                     yield self._change(event)
         except _WRONG as error:
-            raise EngineAway(f"its events cannot be listened to: {_why(error)}") from None
+            raise EngineAway(f"its events make no sense: {_why(error)}") from None
 
     def close(self) -> None:
         """End all that goes on."""

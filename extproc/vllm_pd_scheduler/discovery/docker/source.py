@@ -30,6 +30,9 @@ SETTLE_S = 0.1
 SOONEST_S = 1.0
 """Seconds until an engine that was lost is asked again; then twice as long each time, up to ``LOOK_S``."""
 
+OPEN_S = 1.0
+"""Seconds in which a stream of events is there, with those of before."""
+
 SHORT_S = 5.0
 """Seconds in which a stream of events that is one does not end."""
 
@@ -82,7 +85,9 @@ class DockerContainers:
             news.set()
 
         def listen() -> None:
-            for change in engine.changes(self._after):
+            engine.listen(self._after)
+            loop.call_soon_threadsafe(news.set)
+            for change in engine.changes():
                 loop.call_soon_threadsafe(heard, change)
 
         def ended(listening: asyncio.Future[None]) -> None:
@@ -92,13 +97,17 @@ class DockerContainers:
 
         began, listening = loop.time(), in_daemon_thread(listen)
         listening.add_done_callback(ended)
-        while not listening.done():
+        patience = OPEN_S  # so that who was asked to stop before is known when the first list comes
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), patience)
+                await asyncio.sleep(SETTLE_S)
             news.clear()
             self._view.listed = await _answered(engine.containers)
             self._tell(engine, report)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), LOOK_S)
-                await asyncio.sleep(SETTLE_S)
+            if listening.done():
+                break
+            patience = LOOK_S
         if loop.time() - began < SHORT_S:  # the SDK makes an end of a refusal
             self._complain(str(listening.exception() or "its events end at once"))
 
