@@ -24,11 +24,6 @@ async def server() -> AsyncIterator[DnsServer]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "QUERY_S", 0.5)
-
-
 async def ask(server: DnsServer, name: str = NAME, port: int | None = 8000) -> Found:
     question = Question(name, port, ("127.0.0.1", server.port))
     return await in_daemon_thread(partial(look_up, question))
@@ -113,8 +108,9 @@ class TestFaults:
         ],
     )
     async def test_a_server_that_says_nothing_of_use(
-        self, server: DnsServer, fault: Fault, said: str
+        self, server: DnsServer, fault: Fault, said: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(lookup, "QUERY_S", 0.5)
         server.set(NAME, "A", "10.0.0.1")
         server.fault = fault
         assert await failure(server) == f"{NAME} A: 127.0.0.1:{server.port}: {said}"

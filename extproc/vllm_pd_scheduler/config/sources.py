@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ..models import InstanceRole, canonical_host, canonical_ip, is_ip
+from ..models import canonical_host, canonical_ip, is_ip
 from ..system.extras import install_command
 from .instances import INSTANCE_ID, Port, SecretSource, StrictModel, is_host
 from .tls import ServerName
@@ -57,7 +57,7 @@ class DnsSource(StrictModel):
 
     type: Literal["dns"]
     """`"dns"`."""
-    role: Annotated[InstanceRole, Field(strict=False)]
+    role: Literal["prefill", "decode"]
     """What the instances are for."""
     name: _DnsName | None = None
     """A name whose A or AAAA records are the instances, as that of a headless service. A dot at the end keeps

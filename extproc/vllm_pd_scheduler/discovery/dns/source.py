@@ -7,7 +7,7 @@ from functools import partial
 
 from ...config import InstanceConfig, SchedulerConfig
 from ...config.sources import DnsSource, resolver_address
-from ...models import PDInstance, canonical_ip
+from ...models import InstanceRole, PDInstance, canonical_ip
 from ...system.daemon_thread import in_daemon_thread
 from ..source import Report
 from .lookup import Found, LookUpFailed, Question, Server, look_up
@@ -89,4 +89,4 @@ class DnsNames:
             api_key=source.api_key,
             server_name=name,
         )
-        return self._config.instance(source.role, entry)
+        return self._config.instance(InstanceRole(source.role), entry)
