@@ -167,11 +167,11 @@ class TestServices:
         server.faults["A"] = "servfail"
         assert "pod-" in await failure(server, SRV, None)
 
-    async def test_a_thousand_targets(self, server: DnsServer) -> None:
-        server.set(SRV, "SRV", *(f"0 0 8000 p{n}.{NAME}." for n in range(1000)))
-        for n in range(1000):
+    async def test_many_targets(self, server: DnsServer) -> None:
+        server.set(SRV, "SRV", *(f"0 0 8000 p{n}.{NAME}." for n in range(200)))
+        for n in range(200):
             server.set(f"p{n}.{NAME}", "A", f"10.1.{n // 256}.{n % 256}")
-        assert len((await ask(server, SRV, None)).servers) == 1000
+        assert len((await ask(server, SRV, None)).servers) == 200
 
     async def test_the_root_as_target_says_that_there_is_none(self, server: DnsServer) -> None:
         server.set(SRV, "SRV", "0 0 0 .")

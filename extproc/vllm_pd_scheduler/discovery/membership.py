@@ -165,6 +165,16 @@ class Membership:
         if instance_id not in self._leaving:
             self._registry.undrain(instance_id, by)
 
+    def remember(self, drained: Iterable[str], removed: Iterable[PDInstance]) -> None:
+        """Take it that operators have drained and removed instances that no source has named yet."""
+        self._drained.update(drained)
+        self._removed.update((named(each), each) for each in removed)
+
+    def drained_and_away(self) -> list[str]:
+        """Return the ids of those that operators have drained and that are not there now."""
+        there = {endpoint.id for endpoint in self._registry}
+        return sorted(self._drained - there)
+
     def drained(self, instance_id: str) -> bool:
         """Whether operators have drained an instance."""
         return instance_id in self._drained
@@ -185,7 +195,8 @@ class Membership:
 
     def _settle(self, by: str) -> None:
         named_now = {named(each) for source, told in self._told.items() if source != ADMIN for each in told}
-        self._removed = {key: each for key, each in self._removed.items() if key in named_now}
+        if not self._silent:  # who has told nothing yet may name them
+            self._removed = {key: each for key, each in self._removed.items() if key in named_now}
         merged = merge(self._wanted(), self._members.values())
         before, self._members = self._members, merged.members
         with self._registry.as_one_change(by):
