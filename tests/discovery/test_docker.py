@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import pytest_asyncio
 from docker.context import ContextAPI
 
+from tests.support.certificates import make_certificates
 from tests.support.docker_api import DockerApi, container, docker_api
 from tests.support.followed import Followed
 from tests.support.waiting import until
-from vllm_pd_scheduler.config import ConfigError, parse_config
+from vllm_pd_scheduler.config import ConfigError, TlsConfig, parse_config
 from vllm_pd_scheduler.discovery.docker import engine, source
 
 Follow = Callable[..., Any]
@@ -379,3 +381,26 @@ class TestSettings:
         await fleet.until("a")
         missing = await follow(host=None, context="gpu2")
         await missing.until_event("docker:gpu2: there is no context 'gpu2'; the instances")
+
+    async def test_tls(self, directory: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
+        known = make_certificates(directory)
+        server = TlsConfig(**known.server, client_ca=known.ca).context()
+        async with docker_api(directory / "none", server) as api:
+            api.containers = [container("a", mode="host")]
+            ours, stranger = ({"ca": known.ca, **each} for each in (known.client, known.stranger))
+            fleet = await follow(host=api.url, tls=ours)
+            await fleet.until("a")
+            assert fleet["a"].host == "localhost"
+            refused = await follow(host=api.url, tls=stranger)
+            await refused.until_event("the instances that were known stay")
+            assert refused.ids == set()
+            (directory / "own").mkdir()
+            for name, path in {"ca": known.ca, **known.client}.items():
+                shutil.copy(path, directory / "own" / f"{name}.pem")
+            monkeypatch.setenv("DOCKER_HOST", api.url)
+            monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+            monkeypatch.setenv("DOCKER_CERT_PATH", str(directory / "own"))
+            from_environment = await follow(host=None)
+            await from_environment.until("a")
+            for each in (fleet, refused, from_environment):
+                await each.sources.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,19 @@ class DockerApi:
 
 
 @contextlib.asynccontextmanager
-async def docker_api(path: Path) -> AsyncIterator[DockerApi]:
-    """Run an engine's API at a socket, in this event loop."""
+async def docker_api(path: Path, tls: ssl.SSLContext | None = None) -> AsyncIterator[DockerApi]:
+    """Run an engine's API in this event loop: at a socket or, with ``tls``, at a port of 127.0.0.1."""
     api = DockerApi(path)
     app = web.Application()
     app.router.add_route("*", "/{rest:.*}", api.answer)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
-        await web.UnixSite(runner, str(path)).start()
+        if tls is None:
+            await web.UnixSite(runner, str(path)).start()
+        else:
+            await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+            api.url = f"tcp://localhost:{runner.addresses[0][1]}"
         yield api
     finally:
         api.hang_up()

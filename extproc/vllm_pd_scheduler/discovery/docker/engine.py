@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 from collections.abc import Iterator
@@ -63,13 +64,29 @@ class _Event(msgspec.Struct, frozen=True):
     time_ns: int = msgspec.field(name="timeNano", default=0)
 
 
+class _Client(APIClient):  # type: ignore[misc]  # the SDK has no types
+    """Goes straight to the engine, with the certificates that it was given.
+
+    Else requests would take a proxy and, in place of them, the authorities that the environment names.
+    """
+
+    @property
+    def trust_env(self) -> bool:
+        """What requests asks."""
+        return False
+
+    @trust_env.setter
+    def trust_env(self, _: bool) -> None:
+        """What requests sets when it begins."""
+
+
 class Engine:
     """One engine. Every method raises :exc:`EngineAway` when it cannot be asked."""
 
     def __init__(self, source: DockerSource) -> None:
         try:
             where = _where(source)
-            self._client = APIClient(version="auto", timeout=CALL_S, **where)
+            self._client = _Client(version="auto", timeout=CALL_S, **where)
         except _WRONG as error:
             raise EngineAway(_why(error)) from None
         url = urlsplit(str(where.get("base_url") or ""))
@@ -172,6 +189,8 @@ def _why(error: BaseException) -> str:
             return f"it answers {each.status_code}: {each.explanation or 'nothing more'}"
         if isinstance(each, requests.Timeout | urllib3.exceptions.TimeoutError):
             return f"no answer within {CALL_S:g} s"
+        if isinstance(each, http.client.RemoteDisconnected):
+            return "it ends the connection"
         if isinstance(each, OSError) and each.strerror:
             return each.strerror
     if isinstance(error, ValueError):
