@@ -19,7 +19,7 @@ _MOST_LOGGED = 5
 
 
 class LeftOut(Exception):
-    """Something is no instance, though it should be one; the text says why, for all such in the same words."""
+    """Something is no instance, though it should be one. The text, which says why, has no name in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class ListWatch(Generic[T]):
             return
         pause = self._backoff.pause()
         everyday = problem.kind in (CUT, SILENT) or problem.code == 410
-        if problem.kind != CUT:
+        if pause or problem.kind != CUT:
             self._version = None
         if (pause or not everyday) and problem.kind not in self._told:
             self._told.add(problem.kind)
