@@ -117,7 +117,7 @@ class ApiServer:
         """Listen, after :meth:`down` on the same port."""
         app = web.Application()
         app.router.add_get("/{path:.*}", self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._tls).start()
         self._port = self._runner.addresses[0][1]
@@ -228,7 +228,7 @@ class ApiServer:
         parameters = dict(request.query)
         parts = request.path.strip("/").split("/")
         version, rest = ("v1", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
-        namespace, plural, name = (rest[1:] + ["", "", ""])[:3]
+        namespace, plural, name = [*rest[1:], "", "", ""][:3]
         kind = (version, plural)
         verb = "get" if name else "watch" if parameters.get("watch") in ("1", "true") else "list"
         self.requests.append((verb, plural, parameters))
@@ -243,13 +243,7 @@ class ApiServer:
         if kind not in self.kinds:
             return web.Response(status=404, text="404 page not found\n")
         if (verb, plural) in self.forbidden:
-            group = version.rpartition("/")[0]
-            text = (
-                f'{plural}{"." + group if group else ""} is forbidden: User "test-user" cannot {verb} resource'
-                f' "{plural}" in API group "{group}" in the namespace "{namespace}"'
-            )
-            details = {"kind": plural} if not group else {"group": group, "kind": plural}
-            return answer(status_of(403, "Forbidden", text, details=details))
+            return answer(forbidden(verb, version.rpartition("/")[0], plural, namespace))
         if name:
             return self._one(kind, namespace, name)
         at = parameters.get("resourceVersion", "")
@@ -406,6 +400,15 @@ def status_of(code: int, reason: str | None, message: str, details: Json | None 
         found["details"] = details
     found["code"] = code
     return found
+
+
+def forbidden(verb: str, group: str, plural: str, namespace: str) -> Json:
+    text = (
+        f'{plural}{"." + group if group else ""} is forbidden: User "test-user" cannot {verb} resource "{plural}"'
+        f' in API group "{group}" in the namespace "{namespace}"'
+    )
+    details = {"group": group, "kind": plural} if group else {"kind": plural}
+    return status_of(403, "Forbidden", text, details=details)
 
 
 def too_large(asked: int, current: int) -> Json:

@@ -1,4 +1,4 @@
-"""Our API server answers as a real one did, byte for byte but for times, where recordings of that are there."""
+"""Our API server answers as a real one did, of which there are recordings."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -314,8 +313,6 @@ class TestRefused:
 class TestNonsense:
     """An object that makes no sense leaves the others."""
 
-    BAD = {"metadata": {"name": "p1", "resourceVersion": "7"}, "status": {"podIP": 7}}
-
     async def test_in_an_event(
         self, pods: ListWatch[Pod], server: ApiServer, heard: Heard, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -342,7 +339,8 @@ class TestNonsense:
         server.remove("pods", "p4")
 
     async def test_in_a_list(self, api: Api, server: ApiServer, heard: Heard) -> None:
-        items = [pod("p1"), self.BAD | {"metadata": {"name": "p2"}}, {}, 7, None, {"metadata": {}}, pod("p3")]
+        bad = {"metadata": {"name": "p2"}, "status": {"podIP": 7}}
+        items = [pod("p1"), bad, {}, 7, None, {"metadata": {}}, pod("p3")]
         server.refusals.append(Refusal(200, {"metadata": {"resourceVersion": "100"}, "items": items}))
         watch = ListWatch(api, PODS, "llm", heard)
         await followed(watch, lambda: watch.listed)

@@ -93,18 +93,22 @@ class Candidates:
 
 
 def _one_for_each_address(candidates: Iterable[Candidate], reasons: dict[str, list[str]]) -> list[Candidate]:
-    """Return the newest candidate of each role and address: the others have left it, or cannot have it."""
-    found: dict[tuple[InstanceRole, str, int], Candidate] = {}
-    for each in candidates:
-        place = (each.role, each.host, each.port)
-        other = found.get(place)
-        if other is not None:
-            newer, older = sorted((each, other), key=lambda one: (one.since, one.name), reverse=True)
+    """Return the candidates without those at whose address a newer one is: they cannot be there too."""
+    everyone = list(candidates)
+    newest: dict[tuple[str, int], Candidate] = {}
+    for each in everyone:
+        other = newest.setdefault((each.host, each.port), each)
+        if (other.since, other.name) < (each.since, each.name):
+            newest[each.host, each.port] = each
+    found: list[Candidate] = []
+    for each in everyone:
+        there = newest[each.host, each.port].name
+        if each.name == there:
+            found.append(each)
+        else:
             address = join_address(each.host, each.port)
-            reasons[f"{address} is also the address of {newer.name}, which is newer"].append(older.name)
-            each = newer
-        found[place] = each
-    return list(found.values())
+            reasons[f"{address} is also the address of {there}, which is newer"].append(each.name)
+    return found
 
 
 def _id(name: str, suffix: str) -> str:

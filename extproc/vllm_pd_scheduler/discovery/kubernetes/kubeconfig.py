@@ -97,7 +97,7 @@ def _user(
     if user.get("tokenFile"):
         return read_token(_beside(user, user["tokenFile"])), cert, key
     if user.get("token"):
-        return as_token(str(user["token"]), f"{user[_FILE]}: the user's token"), cert, key
+        return as_token(str(user["token"]), f"{user[_FILE]}: the user"), cert, key
     if isinstance(spec := user.get("exec"), dict):
         known = {name: value for name, value in cluster.items() if name != _FILE}
         found = plugin.credential(spec, known, os.path.dirname(os.path.abspath(user[_FILE])))

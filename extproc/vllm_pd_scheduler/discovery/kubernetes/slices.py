@@ -44,7 +44,7 @@ def read_slices(
             left_out[str(reason)].append(each.metadata.name)
             continue
         for endpoint in each.endpoints or ():
-            name, reference = _name(endpoint, service), endpoint.target_ref
+            name, reference = _name(endpoint), endpoint.target_ref
             for role in roles:
                 key = (role, (reference and reference.uid) or name, port)
                 if _is_ending(endpoint):
@@ -64,12 +64,12 @@ def _port(each: EndpointSlice) -> int:
     return chosen[0].port
 
 
-def _name(endpoint: Endpoint, service: str) -> str:
+def _name(endpoint: Endpoint) -> str:
     reference = endpoint.target_ref
     if reference is not None and reference.kind == "Pod" and reference.name:
         return reference.name
     address = (endpoint.addresses or [""])[0]
-    return f"{service}-{address.replace('.', '-').replace(':', '-')}"
+    return f"ip-{address.replace('.', '-').replace(':', '-')}"
 
 
 def _is_ending(endpoint: Endpoint) -> bool:
