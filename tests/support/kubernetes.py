@@ -404,8 +404,8 @@ def status_of(code: int, reason: str | None, message: str, details: Json | None 
 
 def forbidden(verb: str, group: str, plural: str, namespace: str) -> Json:
     text = (
-        f'{plural}{"." + group if group else ""} is forbidden: User "test-user" cannot {verb} resource "{plural}"'
-        f' in API group "{group}" in the namespace "{namespace}"'
+        f'{plural}{"." + group if group else ""} is forbidden: User "test-user" cannot {verb}'
+        f' resource "{plural}" in API group "{group}" in the namespace "{namespace}"'
     )
     details = {"group": group, "kind": plural} if group else {"kind": plural}
     return status_of(403, "Forbidden", text, details=details)

@@ -33,13 +33,18 @@ class Telling:
     def alive(self, part: Part) -> None:
         """Note that all is well with a part; if so with all, tell that all is as it was told."""
         self._problems.pop(part, None)
-        if not self._problems and self._told is not None and self._timer is None:
+        if self._problems:
+            self._tell_lost()
+        elif self._told is not None and self._timer is None:
             self._report.unchanged()
 
     def lost(self, part: Part, reason: str) -> None:
-        """Tell what is wrong with a part."""
+        """Note what is wrong with a part. Of several it is told of the first: they have mostly one cause."""
         self._problems[part] = reason
-        self._report.lost("; ".join(self._problems.values()))
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        self._report.lost(next(iter(self._problems.values())))
 
     def stop(self) -> None:
         """Tell no more."""
