@@ -45,9 +45,7 @@ class DockerSource(StrictModel):
 
 
 class KubernetesSource(StrictModel):
-    """Pods of one namespace: those that a label selector chooses, those of an `InferencePool`, or those
-    behind services. Give one of `selector`, `pool` and `services`.
-    """
+    """Pods of one namespace. Give one of `selector`, `pool` and `services`."""
 
     type: Literal["kubernetes"]
     """`"kubernetes"`."""
