@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 FIRST_S = 0.8
-MOST_S = 30.0
+MOST_S = 10.0
 """Seconds of the first pause, after one attempt that follows at once, and of the longest."""
 
 
