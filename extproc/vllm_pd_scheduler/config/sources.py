@@ -97,7 +97,7 @@ class KubernetesSource(StrictModel):
         elif self.selector is not None:
             what = f"{self.selector}:{','.join(map(str, self.ports))}"
         else:
-            what = ",".join(dict.fromkeys(self.services.values()))
+            what = ",".join(f"{role}={name}" for role, name in self.services.items())
         return "kubernetes:" + "/".join([*(each for each in where if each is not None), what])
 
 

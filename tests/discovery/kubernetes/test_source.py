@@ -319,7 +319,7 @@ class TestConfiguration:
             ({"pool": "chat", "namespace": "llm"}, "kubernetes:llm/pool/chat"),
             ({"pool": "chat", "namespace": "llm", "context": "eu"}, "kubernetes:eu/llm/pool/chat"),
             ({"selector": "app=vllm", "ports": [1, 2]}, "kubernetes:app=vllm:1,2"),
-            ({"services": {"prefill": "p", "decode": "d"}}, "kubernetes:p,d"),
+            ({"services": {"prefill": "p", "decode": "d"}}, "kubernetes:prefill=p,decode=d"),
         ],
     )
     def test_names(self, entry: dict[str, Any], name: str) -> None:
