@@ -6,6 +6,9 @@ import ipaddress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+ANY_MODEL = "*"
+"""Among an instance's configured models: it may serve any name, which its engine resolves."""
+
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _AFTER_IPV4_COMPATIBLE = ipaddress.IPv6Address("::1:0:0")
 
@@ -61,6 +64,11 @@ class PDInstance:
     """Its ``--api-key``: sent to it as a bearer token, and never shown."""
     tls_name: str | None = None
     """DNS name that its certificate must be for; ``None`` for plain HTTP."""
+    models: frozenset[str] | None = None
+    """Names that it serves, as configured; ``None``: what its ``/v1/models`` says. With :data:`ANY_MODEL`
+    it also serves names that it does not list."""
+    revision: str | None = None
+    """Of a roll-out: P hands over only to D of the same one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))
@@ -106,6 +114,10 @@ class MetricsSnapshot:
     """Mean seconds of the KV transfers; ``None`` if there were none."""
     latency_at: float | None = None
     """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters of requests that run or wait there, those that run last."""
+    adapter_slots: int = 0
+    """LoRA adapters that it holds at once (``--max-loras``); 0 if it has not said."""
 
 
 def join_address(host: str, port: int) -> str:

@@ -71,7 +71,7 @@ class SplicingTest(unittest.TestCase):
         raw = (space + json.dumps(document, **layout) + space).encode()
         for parse in WAYS:
             body = parse(raw)
-            self.assertFalse(body.stripped)
+            self.assertFalse(body.changed)
             sent = NixlConnector().splice(body, HANDOFF).into(raw)
             self.assertEqual(json.loads(sent), {**document, HANDOFF_KEY: PARAMS})
             self.assertEqual(list(json.loads(sent))[-1], HANDOFF_KEY)

@@ -55,8 +55,8 @@ class ModelsTest(Case):
                 forward.release()
 
     async def test_a_p_that_fails_is_not_replaced_by_one_without_the_model(self) -> None:
-        self.serves("p0", "m", "lora")
-        self.serves("p2", "m", "lora")
+        for name in ("p0", "p2", "d0", "d1", "d2"):
+            self.serves(name, "m", "lora")
         self.fail_all(answer(500, ERROR))
         forward = await self.route(LORA)
         self.assertIsNone(forward.prefill)

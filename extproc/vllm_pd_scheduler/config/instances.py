@@ -32,6 +32,9 @@ _SECRET_BYTES = 1 << 16
 MASK = "***"
 """What is shown in place of a secret."""
 
+ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
+"""The name of a model, as requests have it."""
+
 INSTANCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 Listed = tuple[InstanceRole, str, "InstanceConfig"]
@@ -101,6 +104,12 @@ class InstanceConfig(StrictModel):
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that this instance's certificate must be for. Needed when `host` is
     an IP address and `instance_tls` has no `server_name`."""
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=4096)] | None = None
+    """Names of the models that it serves. Without it, what its `/v1/models` says, [read every 15
+    s](models.md). With `"*"` among them it may also serve names that it does not list: for a vLLM that loads
+    adapters on request."""
+    revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
 
     @field_validator("host")
     @classmethod

@@ -73,6 +73,10 @@ class _Stream(msgspec.Struct):
     stream: Any = None
 
 
+class _Named(msgspec.Struct):
+    model: Any = None
+
+
 _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
@@ -81,6 +85,7 @@ _LONG = frozenset(
 )
 _decode = msgspec.json.Decoder(Fields).decode
 _decode_stream = msgspec.json.Decoder(_Stream).decode
+_decode_named = msgspec.json.Decoder(_Named).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -108,12 +113,13 @@ class _Walked(NamedTuple):
 class JsonBody(msgspec.Struct, frozen=True, eq=False):
     """A JSON object, split at its top level. Connectors, which may be code of the operator's, only read it.
 
-    ``raw`` is the body without a client's hand-off key at any depth; ``stripped`` says whether there was one.
+    ``raw`` is the body without a client's hand-off key at any depth; ``changed`` says whether it is another
+    one than the client's.
     """
 
     raw: bytes
     fields: Fields
-    stripped: bool = False
+    changed: bool = False
     walked: _Walked | None = None
 
     @classmethod
@@ -199,6 +205,11 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         end = raw.rindex(b"}")
         return end, raw[:end].rstrip().endswith(b"{")
 
+    def for_model(self, name: str) -> Steps[JsonBody]:
+        """Return the same request for another model, in steps."""
+        made = yield from JsonBody.read(self.replace(frozenset(), {"model": _encode(name)}))
+        return msgspec.structs.replace(made, changed=True)
+
     def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
         """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.
 
@@ -278,6 +289,25 @@ def asks_for_stream(body: bytes) -> Steps[bool]:
     except (Malformed, TooMany, TooDeep, *_UNREADABLE):
         return False  # the instance's to refuse
     return found
+
+
+def named_model(body: bytes) -> Steps[str | None]:
+    """Return the model that a body of any kind names; ``None`` if it is no JSON object, or names none."""
+    name: Any = None
+    try:
+        if len(body) <= AT_ONCE_BYTES:
+            name = _decode_named(body).model
+        else:
+            text = JsonText(body)
+            brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+            for member in text.members(brace) if body[brace : brace + 1] == b"{" else ():
+                if member is None:
+                    yield
+                elif member.key == "model":
+                    name = json.loads(member.value.copy()) if member.value.size <= _DECODED_BYTES else None
+    except (Malformed, TooMany, TooDeep, *_UNREADABLE):
+        return None  # the instance's to refuse
+    return name if isinstance(name, str) else None
 
 
 def _means_true(value: Any) -> bool:

@@ -19,6 +19,7 @@ from ..telemetry.failures import Failures
 from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
+from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
 from .shadow import Shadow
@@ -66,9 +67,12 @@ class Scheduler:
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
+        prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
+        self.pairing, of = Pairing(registry), self._availability
+        partners = Pools(registry, decode, of[decode], random, self.pairing)
         self._pools = {
-            role: Pools(registry, role, availability, random)
-            for role, availability in self._availability.items()
+            prefill: Pools(registry, prefill, of[prefill], random, self.pairing, partners),
+            decode: partners,
         }
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
@@ -182,6 +186,19 @@ class Scheduler:
         """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
         return self._pools[endpoint.instance.role].may_serve(endpoint, model)
 
+    def nobody_serves(self, role: InstanceRole, model: str | None) -> bool:
+        """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
+        return self._pools[role].nobody_serves(model)
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether it matters for D which model a request names."""
+        return self._pools[InstanceRole.DECODE].apart
+
+    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to."""
+        return self._pools[role].of(model).endpoints
+
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
 
@@ -209,27 +226,33 @@ class Scheduler:
         *,
         count: int = 1,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
-        request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
-        accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
+        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
+        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if self._took is None:
-            return self._pick(role, request, count, exclude)
+            return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
-        ranked = self._pick(role, request, count, exclude)
+        ranked = self._pick(role, request, count, exclude, beside)
         self._took[role](self._stopwatch() - began)
         return ranked
 
     def _pick(
-        self, role: InstanceRole, request: RequestContext, count: int, exclude: Collection[Endpoint]
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        count: int,
+        exclude: Collection[Endpoint],
+        beside: Endpoint | None,
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
+        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -277,20 +300,23 @@ class Scheduler:
         request: RequestContext,
         picked: Endpoint,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> None:
         """Ask the shadow strategy, if there is one, what it would have picked in place of ``picked``.
 
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model)
+            candidates = self._pools[role].of(request.model, beside)
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
-    def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
+    def preview(
+        self, role: InstanceRole, request: RequestContext, *, count: int = 1, beside: Endpoint | None = None
+    ) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
         with self._strategies[role].same_turn(), self._in_place[role].same_turn():
-            return self.pick(role, request, count=count)
+            return self.pick(role, request, count=count, beside=beside)
 
 
 def _offer(
