@@ -51,6 +51,16 @@ class By(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectorChoice:
+    """A KV hand-off protocol, and what is configured for it."""
+
+    name: str
+    """A built-in one's, an entry point's, or ``package.module:Class``."""
+    settings: tuple[tuple[str, str | int | float | bool], ...] = ()
+    """By their keys, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class PDInstance:
     """One vLLM server of the fleet."""
 
@@ -69,6 +79,8 @@ class PDInstance:
     it also serves names that it does not list."""
     revision: str | None = None
     """Of a roll-out: P hands over only to D of the same one."""
+    connector: ConnectorChoice | None = None
+    """The protocol by which it hands over; ``None``: that of the fleet."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))

@@ -17,9 +17,11 @@ from pydantic import (
     model_validator,
 )
 
-from ..models import InstanceRole, canonical_host, canonical_ip, is_ip
+from ..models import ConnectorChoice, InstanceRole, canonical_host, canonical_ip, is_ip
 from .tls import LABEL, ServerName
 
+ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
+"""The name of a model, as requests have it."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 _NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
@@ -31,9 +33,6 @@ _SECRET_BYTES = 1 << 16
 
 MASK = "***"
 """What is shown in place of a secret."""
-
-ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
-"""The name of a model, as requests have it."""
 
 INSTANCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
@@ -86,6 +85,24 @@ class SecretSource(StrictModel):
         return value
 
 
+class ConnectorConfig(StrictModel):
+    """A connector with settings of its own: they stand beside `type`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, str | int | float | bool] = Field(init=False)
+
+    type: str
+    """Name of the [connector](connectors.md)."""
+
+
+def connector_choice(setting: str | ConnectorConfig) -> ConnectorChoice:
+    """Return the connector that a setting names."""
+    if isinstance(setting, str):
+        return ConnectorChoice(setting)
+    return ConnectorChoice(setting.type, tuple(sorted((setting.model_extra or {}).items())))
+
+
 class InstanceConfig(StrictModel):
     """One vLLM server of the fleet."""
 
@@ -110,6 +127,8 @@ class InstanceConfig(StrictModel):
     adapters on request."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
+    connector: str | ConnectorConfig | None = None
+    """Its [connector](connectors.md), if it is not the `connector` of all."""
 
     @field_validator("host")
     @classmethod

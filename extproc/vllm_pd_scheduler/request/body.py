@@ -36,9 +36,10 @@ AT_ONCE_BYTES = 1 << 15
 UNREAD: Final = object()
 """In place of a value that is malformed, or too long for what is asked of it."""
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _ABSENT = msgspec.Raw()
-_DECODED_BYTES = 4096
+DECODED_BYTES = 4096
+"""A value up to this size is decoded."""
 _MOST_PLACES = 64
 
 _TOO_DEEP = f"The request body is nested too deeply: {MAX_DEPTH} levels are allowed."
@@ -69,23 +70,13 @@ class Fields(msgspec.Struct, frozen=True):
     prompt_embeds: msgspec.Raw = _ABSENT
 
 
-class _Stream(msgspec.Struct):
-    stream: Any = None
-
-
-class _Named(msgspec.Struct):
-    model: Any = None
-
-
 _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
-_UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
-_decode_stream = msgspec.json.Decoder(_Stream).decode
-_decode_named = msgspec.json.Decoder(_Named).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -155,17 +146,17 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         raw = getattr(self.fields, key)
         if raw is _ABSENT:
             return None
-        if memoryview(raw).nbytes > _DECODED_BYTES:
+        if memoryview(raw).nbytes > DECODED_BYTES:
             return UNREAD
         try:
             return msgspec.json.decode(raw)
-        except _UNREADABLE:
+        except UNREADABLE:
             return UNREAD
 
     @property
     def wants_stream(self) -> bool:
         """Whether the answer is to be a stream of events."""
-        return _means_true(self.get("stream"))
+        return means_true(self.get("stream"))
 
     def length(self, key: str) -> int:
         """Return the bytes of a field's text, without decoding it; 0 if it is absent."""
@@ -256,7 +247,7 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     if len(body) <= AT_ONCE_BYTES and not is_suspect(body) and not _may_be_deep(body):
         return body
     text = JsonText(body)
-    start = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    start = yield from text.space(len(BOM) if body.startswith(BOM) else 0)
     if body[start : start + 1] not in (b"[", b"{"):
         yield from refuse_name(body)
         return body
@@ -271,47 +262,8 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     return clean
 
 
-def asks_for_stream(body: bytes) -> Steps[bool]:
-    """Return whether a body of any kind is a JSON object that asks for a stream of events."""
-    try:
-        if len(body) <= AT_ONCE_BYTES:
-            return b"stream" in body and _means_true(_decode_stream(body).stream)
-        text, found = JsonText(body), False
-        brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
-        if body[brace : brace + 1] != b"{":
-            return False
-        for member in text.members(brace):
-            if member is None:
-                yield
-            elif member.key == "stream":
-                short = member.value.size <= _DECODED_BYTES
-                found = short and _means_true(json.loads(member.value.copy()))
-    except (Malformed, TooMany, TooDeep, *_UNREADABLE):
-        return False  # the instance's to refuse
-    return found
-
-
-def named_model(body: bytes) -> Steps[str | None]:
-    """Return the model that a body of any kind names; ``None`` if it is no JSON object, or names none."""
-    name: Any = None
-    try:
-        if len(body) <= AT_ONCE_BYTES:
-            name = _decode_named(body).model
-        else:
-            text = JsonText(body)
-            brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
-            for member in text.members(brace) if body[brace : brace + 1] == b"{" else ():
-                if member is None:
-                    yield
-                elif member.key == "model":
-                    name = json.loads(member.value.copy()) if member.value.size <= _DECODED_BYTES else None
-    except (Malformed, TooMany, TooDeep, *_UNREADABLE):
-        return None  # the instance's to refuse
-    return name if isinstance(name, str) else None
-
-
-def _means_true(value: Any) -> bool:
-    """Whether vLLM, which reads its fields with pydantic, takes a value for true."""
+def means_true(value: Any) -> bool:
+    """Return whether vLLM, which reads its fields with pydantic, takes a value for true."""
     return value.lower() in _TRUE_WORDS if isinstance(value, str) else value in (True, 1)
 
 
@@ -367,7 +319,7 @@ def _check_encoding(body: bytes) -> None:
 def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
     """Split a body of any size at its top level."""
     text = JsonText(body)
-    brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    brace = yield from text.space(len(BOM) if body.startswith(BOM) else 0)
     if body[brace : brace + 1] != b"{":
         raise Malformed("it does not begin with a brace")
     values: dict[str, Value] = {}
@@ -401,7 +353,7 @@ def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
 
 def _check_short(member: Member) -> None:
     """Raise :exc:`Malformed` for what D would refuse although P, which does not get it, would not."""
-    if member.value.size > _DECODED_BYTES:
+    if member.value.size > DECODED_BYTES:
         raise Malformed(f"{member.key!r} is too long")
     try:
         json.loads(member.value.copy())

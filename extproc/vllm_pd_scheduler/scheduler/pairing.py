@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 
-Kind = str | None
-"""What a P and a D have in common that fit together. During a roll-out it is their revision."""
-
-
-def kind_of(endpoint: Endpoint) -> Kind:
-    """Return what an instance must have in common with the other half of a pair."""
-    return endpoint.instance.revision
+Kind = tuple[str | None, str]
+"""What a P and a D have in common that fit together: their revision, and the name of their connector."""
 
 
 class Pairing:
-    """Tells the kinds of a fleet apart. A fleet in which all instances fit together has one."""
+    """Tells the kinds of a fleet apart. A fleet in which all instances fit together has one.
 
-    def __init__(self, registry: Registry) -> None:
+    ``connector`` returns the name of the connector of those that have none of their own.
+    """
+
+    def __init__(self, registry: Registry, connector: Callable[[], str]) -> None:
         self._registry = registry
-        self._version = -1
-        """Of the registry, for which the following holds."""
-        self._several = False
+        self._connector = connector
 
-    @property
+    def kind_of(self, endpoint: Endpoint) -> Kind:
+        """Return what an instance must have in common with the other half of a pair."""
+        instance = endpoint.instance
+        own = instance.connector
+        return instance.revision, self._connector() if own is None else own.name
+
     def several(self) -> bool:
-        """Whether there are instances that do not fit together."""
-        if self._version != self._registry.models_version:
-            self._version = self._registry.models_version
-            self._several = len(set(map(kind_of, self._registry))) > 1
-        return self._several
+        """Return whether there are instances that do not fit together."""
+        return len(set(map(self.kind_of, self._registry))) > 1

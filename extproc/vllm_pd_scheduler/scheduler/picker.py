@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 
-from ..config import SchedulerConfig
+from ..config import SchedulerConfig, connector_choice
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
@@ -68,10 +68,10 @@ class Scheduler:
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
         prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
-        self.pairing, of = Pairing(registry), self._availability
-        partners = Pools(registry, decode, of[decode], random, self.pairing)
+        pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
+        partners = Pools(registry, decode, of[decode], random, pairing)
         self._pools = {
-            prefill: Pools(registry, prefill, of[prefill], random, self.pairing, partners),
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
             decode: partners,
         }
         self._one_model = True
@@ -86,7 +86,8 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints as they are configured now."""
+        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
 
@@ -189,6 +190,11 @@ class Scheduler:
     def nobody_serves(self, role: InstanceRole, model: str | None) -> bool:
         """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
         return self._pools[role].nobody_serves(model)
+
+    @property
+    def several_kinds(self) -> bool:
+        """Whether there are instances that do not fit together as P and D."""
+        return self._pools[InstanceRole.DECODE].several_kinds
 
     @property
     def tells_apart(self) -> bool:

@@ -10,7 +10,7 @@ from ..models import InstanceRole
 from .affinity import AdapterCandidates
 from .availability import Availability
 from .candidates import Candidates
-from .pairing import Kind, Pairing, kind_of
+from .pairing import Kind, Pairing
 
 
 class Pools:
@@ -73,7 +73,13 @@ class Pools:
             pool = self._by_model.get(key) or self._of_model(key)
         if beside is None or not self._several:
             return pool
-        return self._of_kind(pool, model, kind_of(beside))
+        return self._of_kind(pool, model, self._pairing.kind_of(beside))
+
+    @property
+    def several_kinds(self) -> bool:
+        """Whether there are instances that do not fit together."""
+        self._refresh()
+        return self._several
 
     @property
     def apart(self) -> bool:
@@ -84,7 +90,7 @@ class Pools:
     def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
         """Whether an endpoint of the role, in whatever state, is not left out for a model."""
         self._refresh()
-        if not (self._partners is None or kind_of(endpoint) in self._kinds(model)):
+        if not (self._partners is None or self._pairing.kind_of(endpoint) in self._kinds(model)):
             return False
         if not model or model in self._named:
             return not model or _may_serve(endpoint, model)
@@ -105,7 +111,7 @@ class Pools:
         ):
             return
         self._routable, self._models_version = routable, version
-        self._several = self._pairing.several
+        self._several = self._pairing.several()
         paired = self._several and self._decode is not None
         self._partners = registry.routable(InstanceRole.DECODE) if paired else None
         # Also those that are down: that a model's only instance restarts does not send it to others.
@@ -142,7 +148,7 @@ class Pools:
     def _of_kind(self, pool: Candidates, model: str | None, kind: Kind) -> Candidates:
         found = self._beside.get((pool, kind))
         if found is None:
-            members = tuple(e for e in pool.endpoints if kind_of(e) == kind)
+            members = tuple(e for e in pool.endpoints if self._pairing.kind_of(e) == kind)
             adapter = model if any(model in e.adapters for e in members) else None
             found = self._beside[pool, kind] = self._pool(members, adapter)
         return found
@@ -152,10 +158,14 @@ class Pools:
         if self._partners is None:
             return members
         kinds = self._kinds(model)
-        return tuple(e for e in members if kind_of(e) in kinds)
+        return tuple(e for e in members if self._pairing.kind_of(e) in kinds)
 
     def _kinds(self, model: str | None) -> set[Kind]:
-        return set() if self._decode is None else {kind_of(e) for e in self._decode.of(model).endpoints}
+        return (
+            set()
+            if self._decode is None
+            else {self._pairing.kind_of(e) for e in self._decode.of(model).endpoints}
+        )
 
     def _pool(self, endpoints: tuple[Endpoint, ...], adapter: str | None) -> Candidates:
         if adapter is not None:
