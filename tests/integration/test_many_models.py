@@ -49,7 +49,9 @@ def up(fleet: Fleet, others: Fleet, stack: Stack) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def v2(session: aiohttp.ClientSession, stack: Stack, others: Fleet, up: Process) -> AsyncIterator[Client]:
+async def v2(
+    session: aiohttp.ClientSession, stack: Stack, others: Fleet, up: Process
+) -> AsyncIterator[Client]:
     """A client of the same stack that looks at the instances of the second model."""
     client = Client(session, stack, others)
     yield client
@@ -62,7 +64,9 @@ async def load(client: Client, *names: str, instances: tuple[str, ...] = ("prefi
     for name in names:
         for instance in instances:
             url = client.fleet[instance].url + "/v1/load_lora_adapter"
-            async with client.session.post(url, json={"lora_name": name, "lora_path": f"/lora/{name}"}) as answer:
+            async with client.session.post(
+                url, json={"lora_name": name, "lora_path": f"/lora/{name}"}
+            ) as answer:
                 assert answer.status == 200, await answer.text()
 
 
@@ -156,7 +160,9 @@ async def test_the_list_is_that_of_all_instances(client: Client) -> None:
     assert len(found) == len(answer.json["data"]), "each is there once"
     assert {V1, V2, OLD, "chat", "latest", "half-gone"} <= found.keys()
     assert "gone" not in found
-    own = {card["id"]: card for card in (await client.json(client.fleet["decode-0"].url + "/v1/models"))["data"]}
+    own = {
+        card["id"]: card for card in (await client.json(client.fleet["decode-0"].url + "/v1/models"))["data"]
+    }
     assert found[V1].keys() == own[V1].keys()
     assert (found[OLD]["parent"], found[OLD]["root"]) == (V1, "/lora/old")
     assert found["latest"]["max_model_len"] == found[V2]["max_model_len"] == 4096

@@ -280,6 +280,7 @@ class RoutingCore:
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
+            forward.only = self._scheduler.fitting(prefilled.prefill, forward.decode)
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:

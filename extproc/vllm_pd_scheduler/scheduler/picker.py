@@ -196,6 +196,10 @@ class Scheduler:
         """Whether there are instances that do not fit together as P and D."""
         return self._pools[InstanceRole.DECODE].several_kinds
 
+    def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
+        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+
     @property
     def tells_apart(self) -> bool:
         """Whether it matters for D which model a request names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from ..fleet.endpoint import Endpoint
@@ -74,6 +75,13 @@ class Pools:
         if beside is None or not self._several:
             return pool
         return self._of_kind(pool, model, self._pairing.kind_of(beside))
+
+    def fitting(self, beside: Endpoint, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those that fit one of the other role; ``None`` if all do, whoever there is."""
+        if not self._several:
+            return None
+        kind = self._pairing.kind_of(beside)
+        return [each for each in endpoints if self._pairing.kind_of(each) == kind]
 
     @property
     def several_kinds(self) -> bool:
