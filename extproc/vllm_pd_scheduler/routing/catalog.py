@@ -102,15 +102,16 @@ class Catalog:
 
         An adapter may have been loaded a moment ago, so the lists are read again before.
         """
-        decode = InstanceRole.DECODE
-        if self._scheduler.nobody_serves(decode, model):
+        if self.unknown(asked, model) is not None:
             await self.read_again()
-            if self._scheduler.nobody_serves(decode, model):
-                # In vLLM's words.
-                return reject(
-                    404, f"The model `{asked or model}` does not exist.", "unknown_model", param="model"
-                )
-        return None
+        return self.unknown(asked, model)
+
+    def unknown(self, asked: str | None, model: str | None) -> Reject | None:
+        """Return the same, by what is known already."""
+        if not self._scheduler.nobody_serves(InstanceRole.DECODE, model):
+            return None
+        message = f"The model `{asked or model}` does not exist."  # in vLLM's words
+        return reject(404, message, "unknown_model", param="model")
 
     def _list(self) -> OwnAnswer | None:
         version = self._registry.models_version, self._rewrites.version

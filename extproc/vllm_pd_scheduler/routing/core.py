@@ -205,7 +205,7 @@ class RoutingCore:
         if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
             refusal = await self.catalog.refusal(decision.asked_model, context.model)
             if refusal is not None or not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
-                return refusal or self._no_decode(context)
+                return refusal or self._no_decode(context, decision)
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
@@ -345,7 +345,7 @@ class RoutingCore:
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
-            return self._no_decode(context)
+            return self._no_decode(context, decision)
         decode = self._in_turn(context, picked[:count], count)
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
@@ -399,7 +399,10 @@ class RoutingCore:
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 
-    def _no_decode(self, context: RequestContext) -> Reject:
+    def _no_decode(self, context: RequestContext, decision: Decision) -> Reject:
+        unknown = self.catalog.unknown(decision.asked_model, context.model)
+        if unknown is not None:  # an adapter may have been unloaded meanwhile
+            return unknown
         endpoints = self.registry.endpoints(InstanceRole.DECODE)
         endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
