@@ -21,6 +21,10 @@ OWNER = "vllm-pd-scheduler"
 """``owned_by`` of what no instance has described."""
 
 
+_FIELD = "model"
+"""Of a request's body."""
+
+
 class Health(Enum):
     """How a model is."""
 
@@ -111,7 +115,7 @@ class Catalog:
         if not self._scheduler.nobody_serves(InstanceRole.DECODE, model):
             return None
         message = f"The model `{asked or model}` does not exist."  # in vLLM's words
-        return reject(404, message, "unknown_model", param="model")
+        return reject(404, message, "unknown_model", param=_FIELD)
 
     def _list(self) -> OwnAnswer | None:
         version = self._registry.models_version, self._rewrites.version
