@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-PAUSE_S = 1.0
-"""Seconds between the beginnings of two readings, at least: a choice. Who asks for what is not there waits as
-long at most for a 404, and whoever asks so all the time has each instance asked once a second."""
+PAUSE_S = 0.2
+"""Seconds between the beginnings of two readings, at least: a choice. Whoever asks all the time for what is
+not there has each instance of a small fleet asked so often."""
+PATIENCE_S = 1.0
+"""Seconds that a request waits for a reading to begin, at most."""
 MAX_A_SECOND = 200.0
 """Instances that are asked a second at most; a reading of a fleet that has more is made less often."""
 MAX_WAITING = 256
@@ -35,7 +37,7 @@ class Rereading:
         if self.read is None or self._waiting >= MAX_WAITING:
             return
         wait = self._began + max(PAUSE_S, self._size() / MAX_A_SECOND) - self._clock()
-        if wait > PAUSE_S:
+        if wait > PATIENCE_S:
             return
         if self._next is None:
             self._next = asyncio.get_running_loop().create_task(self._after(wait, self.read))
