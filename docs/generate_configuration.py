@@ -70,7 +70,7 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, and when they are bound to one.",
-        ("disaggregation", "late_binding"),
+        ("disaggregation", "prefill_leg", "late_binding"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(

@@ -98,6 +98,10 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
+    prefill_leg: Literal["scheduler", "sidecar"] = "scheduler"
+    """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
+    [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
+    `x-prefiller-host-port`, and calls no P itself."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""

@@ -69,8 +69,20 @@ EXPLAIN: Final = "x-pd-explain"
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
-STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
-"""Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
+PREFILLER: Final = "x-prefiller-host-port"
+"""``ip:port`` of the P that llm-d's sidecar at D asks for the prefill."""
+
+STEERING_PREFIXES: Final = (
+    "x-pd-",
+    DESTINATION,
+    PREFILLER,
+    "x-encoder-hosts-ports",
+    "x-kv-cache-source-host-port",
+    "x-data-parallel-host-port",
+    "x-data-parallel-rank",
+)
+"""Headers that only the scheduler sets, those that only it reads, and those by which a sidecar or vLLM would
+send a request elsewhere; a client's go no further."""
 
 TRACEPARENT: Final = "traceparent"
 """W3C Trace Context: the trace that a request belongs to, and its caller's span."""

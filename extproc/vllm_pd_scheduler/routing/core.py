@@ -35,6 +35,7 @@ from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
+from .sidecar import SidecarPrefill
 from .time_limits import first_byte_timeout, passed_timeout
 from .turns import Turns
 
@@ -82,6 +83,7 @@ class RoutingCore:
         self.prefill = PrefillStage(
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
+        self._sidecar = SidecarPrefill(config, self.prefill, self.in_flight.lost, clock)
 
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""
@@ -179,6 +181,8 @@ class RoutingCore:
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
             return await self._whole(context, changed, Served.ALONE, limit, decision, alone)
+        if self.config.prefill_leg == "sidecar":
+            return await self._by_sidecar(context, changed, limit, decision)
         prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
@@ -195,6 +199,30 @@ class RoutingCore:
         except Exception:
             self.in_flight.free(prefilled)
             raise
+
+    async def _by_sidecar(
+        self, context: RequestContext, body: bytes | None, limit: float, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request to a D whose sidecar has it prefilled on the P that is chosen here."""
+        claim = await self._sidecar.choose(context, decision)
+        if isinstance(claim, Reject):
+            return claim
+        if isinstance(claim, WithoutHandoff):
+            return self._without_handoff(context, body, limit, claim, decision)
+        self._local.take(False)
+        try:
+            # The first byte comes after the prefill.
+            forward = self._to_decode(
+                context, body, Served.SPLIT, limit + self.config.prefill_timeout, decision
+            )
+        except Exception:
+            claim.end(self._clock())
+            raise
+        if isinstance(forward, Reject):
+            claim.end(self._clock())
+        else:
+            self.in_flight.claimed(forward, claim)
+        return forward
 
     def _without_handoff(
         self,

@@ -15,6 +15,7 @@ from ..records.recording import Recorded
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+from .sidecar import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
@@ -37,6 +38,8 @@ class Forward:
     body: bytes | None = None
     splice: Splice | None = None
     pending: PendingHandoff | None = None
+    sidecar: PrefillClaim | None = None
+    """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
@@ -87,8 +90,10 @@ class Forward:
 
     @property
     def prefill(self) -> Endpoint | None:
-        """The instance that prefilled, if one did."""
-        return self.pending.prefill if self.pending else None
+        """The instance that prefilled, or that a sidecar asks to, if one does."""
+        if self.pending is not None:
+            return self.pending.prefill
+        return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
     def retried(self) -> frozenset[int]:
@@ -108,8 +113,10 @@ class Forward:
             names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode),
             names.ID: self.id,
         }
-        if self.pending is not None:
-            found[names.PREFILL] = self.pending.prefill.id
+        if self.prefill is not None:
+            found[names.PREFILL] = self.prefill.id
+        if self.sidecar is not None:
+            found[names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.explanation:

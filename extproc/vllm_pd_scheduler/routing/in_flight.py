@@ -33,6 +33,7 @@ from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
 from .result import Result
+from .sidecar import PrefillClaim
 
 SETTLE_S = 0.25
 """How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
@@ -116,6 +117,26 @@ class RequestsInFlight:
         self.patience.requested()
         return forward
 
+    def claimed(self, forward: Forward, claim: PrefillClaim) -> None:
+        """Note the claim of a forward on the P that the sidecar at its D asks."""
+        forward.sidecar = claim
+        claim.endpoint.keep_handoff()
+        self._later(claim.predicted, lambda: claim.expired(self._clock()))
+
+    def answer_began(self, forward: Forward, status: int) -> None:
+        """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
+        if forward.sidecar is not None:
+            if status == 200:
+                forward.sidecar.began(not forward.stream, self._queued_at(forward), self._clock())
+            else:
+                forward.sidecar.end(self._clock(), f"status_{status}")
+
+    @staticmethod
+    def _queued_at(forward: Forward) -> bool:
+        """Whether requests wait in the queue of a forward's D, as last scraped."""
+        metrics = forward.decode[0].metrics
+        return metrics is None or metrics.waiting > 0
+
     def attempt_failed(self, attempt: FailedAttempt) -> None:
         """Count what Envoy tells of an attempt that did not end in a whole answer with status 200.
 
@@ -152,8 +173,12 @@ class RequestsInFlight:
         elif attempt.status == 500:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
+        if forward.sidecar is not None and attempt.failure is Failure.STATUS:
+            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.id, self._clock())
         if forward.trace is not None:
             forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
+        if attempt.first and forward.sidecar is not None:
+            forward.sidecar.end(self._clock(), attempt.failure)
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
@@ -180,12 +205,19 @@ class RequestsInFlight:
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
         prefill = None if forward.failed_attempts else forward.prefill
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
-            self._telemetry.handed_off(prefill.id, endpoint.id, ttft - result.sent)
+            took = ttft - result.sent
+            if forward.sidecar is None:
+                self._telemetry.handed_off(prefill.id, endpoint.id, took)
+            else:
+                forward.sidecar.took(took, self._queued_at(forward))
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
         reason = f"decode: {failure}"
-        if failure is Failure.OVERLOADED:
+        claim = forward.sidecar if forward is not None and attempt.first else None
+        if claim is not None and claim.doubtful(attempt, f"prefill or {reason}", now):
+            registry.doubtful(endpoint, f"prefill or {reason}", now)
+        elif failure is Failure.OVERLOADED:
             registry.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:
             reason = f"decode: status {attempt.status}"
@@ -270,6 +302,9 @@ class RequestsInFlight:
             forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
+        if forward.sidecar is not None:
+            forward.sidecar.end(now)
+            forward.sidecar.endpoint.end_handoff()
         if forward.pending is not None:
             forward.pending.prefill.end_handoff()
             self._remembered_bytes += len(forward.pending.handoff.params)
@@ -335,6 +370,8 @@ class RequestsInFlight:
         if forward.answering is None:
             return
         self._registry.succeeded(forward.answering)
+        if forward.sidecar is not None and not forward.failed_attempts:
+            forward.sidecar.served()
         self.patience.answered()
         if self.lost:
             self.lost.answered(forward.prompt)

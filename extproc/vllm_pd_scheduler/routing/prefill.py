@@ -71,7 +71,7 @@ class PrefillStage:
         self.leg: PrefillLeg | None = None
         self._config = config
         self._scheduler = scheduler
-        self._registry = scheduler.registry
+        self.registry = scheduler.registry
         self._admission = admission
         self._connector = connector
         self._telemetry = telemetry
@@ -87,9 +87,9 @@ class PrefillStage:
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = _Tried(self._lost.spent(context.fingerprint), decision)
-        reservation = await self._admit(context, decision)
+        reservation = await self.admit(context, decision)
         while isinstance(reservation, Reservation):
-            self._trace_pick(reservation, context)
+            self.trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -102,13 +102,15 @@ class PrefillStage:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
-    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+    def trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        """Note in the request's trace that a P was chosen."""
         if (trace := current.get()) is not None:
             role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
             strategy, picked = self._scheduler.names[role], reservation.endpoint.id
             trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
-    async def _admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+    async def admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+        """Wait for a P and reserve it; return the refusal, or ``None`` if no P can serve."""
         ticket = Ticket(context, InstanceRole.PREFILL, context.body_bytes)
         try:
             return await self._admission.admit(ticket)
@@ -126,7 +128,7 @@ class PrefillStage:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self._admit(context, tried.decision)
+            return await self.admit(context, tried.decision)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
@@ -135,7 +137,7 @@ class PrefillStage:
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
-        return self._registry.reserve(picked[0], context) if picked else None
+        return self.registry.reserve(picked[0], context) if picked else None
 
     @property
     def _decode_may_not_prefill(self) -> bool:
@@ -204,12 +206,12 @@ class PrefillStage:
             self._telemetry.handoff_stranded(endpoint.id)  # there may be one
             raise
         if handoff is not None:
-            self._registry.succeeded(endpoint)
+            self.registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock())
             return PendingHandoff(handoff, endpoint, deadline, context.model, tried.losses)
         if self._connector.ended(answer.body):
-            self._registry.succeeded(endpoint)
+            self.registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
         noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
@@ -225,7 +227,7 @@ class PrefillStage:
         failure = failure_of_status(answer.status)
         if failure is Failure.OVERLOADED:
             self._telemetry.prefill_failed(endpoint.id, f"status_{answer.status}")
-            self._registry.overloaded(endpoint, self._clock(), answer.retry_after)
+            self.registry.overloaded(endpoint, self._clock(), answer.retry_after)
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
@@ -262,13 +264,13 @@ class PrefillStage:
         now = self._clock()
         self._telemetry.prefill_failed(endpoint.id, "status_500")
         self._lost.suspect(fingerprint, endpoint.id, now)
-        self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
+        self.registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
     def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
         tried.only_full = False
         self._telemetry.prefill_failed(endpoint.id, reason)
-        self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
+        self.registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
 
     def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
@@ -280,8 +282,8 @@ class PrefillStage:
             predicted = reservation.wait + reservation.cost
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
         self._telemetry.prompt_read(tokens, reservation.cached, handoff.cached_tokens)
-        self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
-        self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
+        self.registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
+        self.registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
         context.counted(tokens)
 
 
