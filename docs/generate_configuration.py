@@ -122,9 +122,12 @@ GROUPS = (
         (
             "grpc_host",
             "grpc_port",
+            "grpc_health_port",
             "grpc_socket",
             "admin_host",
             "admin_port",
+            "metrics_host",
+            "metrics_port",
             "prefill_listener",
             "state_file",
         ),

@@ -21,6 +21,7 @@ from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
+from .request.objectives import Objectives
 from .routing.core import RoutingCore
 from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
@@ -110,6 +111,11 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def objectives(self) -> Objectives:
+        """The priorities of requests that name an objective, by ``x-llm-d-inference-objective``."""
+        return self._core.objectives
 
     @property
     def tracer(self) -> RequestTracer | None:

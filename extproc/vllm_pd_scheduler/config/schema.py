@@ -186,6 +186,9 @@ class SchedulerConfig(InstancesFile):
     """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
     user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
     with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
+    grpc_health_port: Annotated[Port | None, _AT_START] = None
+    """A second port at `grpc_host`, without TLS, that answers [gRPC health checks](llm-d.md#health) and
+    nothing else. Kubernetes' gRPC probes need it where `grpc_tls` is set."""
     grpc_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
     admin_host: Annotated[str, _AT_START] = "127.0.0.1"
@@ -197,6 +200,11 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
+    metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
+    """Address that the listener of `metrics_port` listens on."""
+    metrics_port: Annotated[Port | None, _AT_START] = None
+    """Port of a second listener with `/metrics`, `/healthz` and `/readyz` and nothing else, for a Prometheus
+    that has no `admin_token`. The metrics name instances and models."""
     explain_header: bool = True
     """Whether a client that sends `x-pd-explain: 1` is told
     [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
@@ -227,7 +235,7 @@ class SchedulerConfig(InstancesFile):
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
-    @field_validator("grpc_host", "admin_host")
+    @field_validator("grpc_host", "admin_host", "metrics_host")
     @classmethod
     def _can_be_listened_at(cls, host: str) -> str:
         if not is_host(host):

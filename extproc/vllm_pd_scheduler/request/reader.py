@@ -13,10 +13,12 @@ from .body import JsonBody
 from .context import RequestContext
 from .fingerprint import fingerprint, fingerprint_of_all
 from .json_text import Steps
+from .objectives import MAX_PRIORITY, Objectives
 from .prompt import BLOCK_BYTES, read_prompt
 
-MAX_PRIORITY = 100
 _PRIORITY = re.compile(r"-?[0-9]{1,10}")
+_MILLISECONDS = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,10})?")
+"""As llm-d's clients write them."""
 _MAX_NAME = 256
 """Characters of a tenant or session that count; more is cut off."""
 
@@ -45,9 +47,13 @@ class RequestSettings(Protocol):
 
 
 class RequestReader:
-    """Reads requests; ``fleet`` says how long their prompts and answers will be."""
+    """Reads requests; ``fleet`` says how long their prompts and answers will be.
+
+    Of what a client asks for, our own headers count before those of llm-d.
+    """
 
     def __init__(self, config: RequestSettings, fleet: FleetLoad) -> None:
+        self.objectives = Objectives()
         self._config = config
         self._fleet = fleet
 
@@ -100,14 +106,19 @@ class RequestReader:
             path,
             body_bytes=size,
             headers=MappingProxyType(headers),
-            priority=_priority(headers[names.PRIORITY]) if names.PRIORITY in headers else 0,
-            tenant=headers.get(names.TENANT, "")[:_MAX_NAME],
-            ttft_slo=_seconds(headers, names.TTFT_SLO) or config.ttft_slo,
-            tpot_slo=_seconds(headers, names.TPOT_SLO) or config.tpot_slo,
+            priority=self._priority(headers),
+            tenant=_first(headers, names.TENANT, *names.FAIRNESS_ID)[:_MAX_NAME],
+            ttft_slo=_seconds(headers, names.TTFT_SLO, names.LLMD_TTFT_SLO) or config.ttft_slo,
+            tpot_slo=_seconds(headers, names.TPOT_SLO, names.LLMD_TPOT_SLO) or config.tpot_slo,
             arrived=now,
             now=now,
             **of_body,
         )
+
+    def _priority(self, headers: Mapping[str, str]) -> int:
+        if names.PRIORITY in headers:
+            return _priority(headers[names.PRIORITY])
+        return self.objectives.priority(_first(headers, *names.OBJECTIVE))
 
     def _output_tokens(self, body: JsonBody) -> float:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -131,10 +142,17 @@ def _priority(text: str) -> int:
     return value
 
 
-def _seconds(headers: Mapping[str, str], name: str) -> float | None:
+def _first(headers: Mapping[str, str], *wanted: str) -> str:
+    """Return the first of some headers that is there and not empty."""
+    return next((value for name in wanted if (value := headers.get(name))), "")
+
+
+def _seconds(headers: Mapping[str, str], name: str, llmds: tuple[str, ...]) -> float | None:
     text = headers.get(name)
     if text is None:
-        return None
+        # llm-d takes no notice of one that it cannot read, or that is 0.
+        text = _first(headers, *llmds)
+        return float(text) / 1000 or None if _MILLISECONDS.fullmatch(text) else None
     if not (text.isascii() and text.isdigit() and int(text[:10]) > 0 and len(text) <= 10):
         raise HeaderError(f"The header {name} must be a whole number of milliseconds above 0.")
     return int(text) / 1000

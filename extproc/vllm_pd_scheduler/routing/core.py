@@ -25,6 +25,7 @@ from ..request import headers as names
 from ..request.body import JsonBody, asks_for_stream, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
+from ..request.objectives import Objectives
 from ..request.path import SPLIT_PATHS, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
@@ -84,6 +85,11 @@ class RoutingCore:
             config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
         )
         self._sidecar = SidecarPrefill(config, self.prefill, self.in_flight.lost, clock)
+
+    @property
+    def objectives(self) -> Objectives:
+        """The priorities of requests that name an objective."""
+        return self._reader.objectives
 
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""
