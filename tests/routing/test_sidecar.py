@@ -299,6 +299,17 @@ class EjectionTest(SidecarCase):
         await self.serve(60, "d1")
         self.assertEqual(self.out(), {"d1"})
 
+    async def test_two_that_are_always_together(self) -> None:
+        """Three in turn of both: p1 is always with d1."""
+        await self.serve(30, "p1")
+        self.assertEqual(self.out(), {"p1"})
+
+    async def test_two_that_are_always_together_and_it_is_d(self) -> None:
+        """Its P goes first, and then it is with another one."""
+        await self.serve(60, "d1")
+        self.assertIn("d1", self.out())
+        self.assertFalse(self.out() & {"d0", "d2"})
+
     async def test_one_that_cannot_be_connected_is_d(self) -> None:
         for _ in range(9):
             forward = await self.route()

@@ -35,10 +35,14 @@ class HttpServer:
         raise NotImplementedError
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Listen on an address, without TLS if ``tls`` is ``None``; raise :exc:`OSError` if that fails."""
+        """Listen on an address, without TLS if ``tls`` is ``None``; raise :exc:`OSError` if that fails.
+
+        ``::`` is all addresses, those of IPv4 too.
+        """
         self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
-        await web.TCPSite(self._runner, host, port, ssl_context=tls).start()
+        everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
+        await web.TCPSite(self._runner, everywhere, port, ssl_context=tls).start()
 
     async def stop(self) -> None:
         """Stop listening and close open connections."""

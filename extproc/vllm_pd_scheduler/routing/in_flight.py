@@ -33,7 +33,7 @@ from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
 from .result import Result
-from .sidecar import PrefillClaim
+from .sidecar import MAY_BE_PREFILLS, PrefillClaim
 
 SETTLE_S = 0.25
 """How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
@@ -215,8 +215,8 @@ class RequestsInFlight:
         failure, registry, now = attempt.failure, self._registry, self._clock()
         reason = f"decode: {failure}"
         claim = forward.sidecar if forward is not None and attempt.first else None
-        if claim is not None and claim.doubtful(attempt, f"prefill or {reason}", now):
-            registry.doubtful(endpoint, f"prefill or {reason}", now)
+        if claim is not None and failure in MAY_BE_PREFILLS:
+            claim.doubtful(endpoint, f"prefill or {reason}", now)
         elif failure is Failure.OVERLOADED:
             registry.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:

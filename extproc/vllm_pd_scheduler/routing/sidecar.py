@@ -12,7 +12,7 @@ from ..fleet.registry import Registry
 from ..records.decision import OK, Attempt, Decision
 from ..request.context import RequestContext
 from ..request.errors import Reject
-from .attempts import FailedAttempt, Failure
+from .attempts import Failure
 from .lost import LostPrompts
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 
@@ -89,12 +89,15 @@ class PrefillClaim:
         self.noted.outcome = self.noted.outcome or OK
         self.registry.succeeded(self.endpoint)
 
-    def doubtful(self, attempt: FailedAttempt, reason: str, now: float) -> bool:
-        """Return whether an attempt at D may have failed because of P, and note that of P if so."""
-        if attempt.failure not in MAY_BE_PREFILLS:
-            return False
+    def doubtful(self, decode: Endpoint, reason: str, now: float) -> None:
+        """Note an end that may be due to P or D: who has many of them, where its peers have few, is ejected.
+
+        It says nothing of D if P does worse than its peers. Two that are always chosen together would else
+        both be ejected; so, if it is D's fault, the next P that D is with shows it.
+        """
         self.registry.doubtful(self.endpoint, reason, now)
-        return True
+        if not self.registry.stands_out(self.endpoint):
+            self.registry.doubtful(decode, reason, now)
 
     def _release(self, now: float) -> None:
         if self.reservation.active:
