@@ -15,7 +15,7 @@ from ..records.recording import Recorded
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
-from .sidecar import PrefillClaim
+from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace

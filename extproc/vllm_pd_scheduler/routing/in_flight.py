@@ -32,8 +32,8 @@ from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
+from .prefill_claim import MAY_BE_PREFILLS, PrefillClaim
 from .result import Result
-from .sidecar import MAY_BE_PREFILLS, PrefillClaim
 
 SETTLE_S = 0.25
 """How long after the end of a request its outcome is counted. Envoy tells of failures on another connection
