@@ -17,7 +17,16 @@ from pydantic import (
 from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
-from .instances import INSTANCE_ID, InstanceConfig, InstancesFile, Port, SecretSource, is_host
+from .instances import (
+    INSTANCE_ID,
+    ConnectorConfig,
+    InstanceConfig,
+    InstancesFile,
+    Port,
+    SecretSource,
+    connector_choice,
+    is_host,
+)
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -103,6 +112,9 @@ class SchedulerConfig(InstancesFile):
     """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
     [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
     `x-prefiller-host-port`, and calls no P itself."""
+    connector: str | ConnectorConfig = "nixl"
+    """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
+    prompt's KV cache over to D."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""
@@ -310,7 +322,15 @@ class SchedulerConfig(InstancesFile):
             raise ValueError(f"api_key: {error}") from None
         models = None if item.models is None else frozenset(item.models)
         return PDInstance(
-            item.id, role, item.host, item.port, key, self.tls_name(item), models, item.revision
+            item.id,
+            role,
+            item.host,
+            item.port,
+            key,
+            self.tls_name(item),
+            models,
+            item.revision,
+            None if item.connector is None else connector_choice(item.connector),
         )
 
     def tls_name(self, item: InstanceConfig) -> str | None:

@@ -115,6 +115,8 @@ class Forward:
         }
         if self.prefill is not None:
             found[names.PREFILL] = self.prefill.id
+        if self.pending is not None:
+            found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:

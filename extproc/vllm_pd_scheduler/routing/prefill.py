@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, ConnectorFence, Handoff
+from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
-from ..records.decision import OK, Attempt, Decision
+from ..records.decision import OK, Decision
+from ..records.decision import Attempt as NotedAttempt
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
@@ -62,7 +63,7 @@ class PrefillStage:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: ConnectorFence,
+        connectors: Connectors,
         telemetry: Telemetry,
         local: ShareLimit,
         lost: LostPrompts,
@@ -71,9 +72,9 @@ class PrefillStage:
         self.leg: PrefillLeg | None = None
         self._config = config
         self._scheduler = scheduler
-        self.registry = scheduler.registry
+        self._registry = scheduler.registry
         self._admission = admission
-        self._connector = connector
+        self._connectors = connectors
         self._telemetry = telemetry
         self._local = local
         self._lost = lost
@@ -137,7 +138,7 @@ class PrefillStage:
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
-        return self.registry.reserve(picked[0], context) if picked else None
+        return self._registry.reserve(picked[0], context) if picked else None
 
     @property
     def _decode_may_not_prefill(self) -> bool:
@@ -161,12 +162,13 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            tried.body = tried.body or self._connector.prefill_body(body)
+            attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+            sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, tried.body)
+                answer = await leg(endpoint, context.path, headers, sent, attempt)
             noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
             if answer.status == 200:
-                return self._handed_over(reservation, context, answer, tried, noted)
+                return self._handed_over(reservation, context, attempt, answer, tried, noted)
         except ConnectorFailed:  # which says nothing of the instance
             noted.outcome = "connector"
             return WithoutHandoff(failed=False)
@@ -195,23 +197,24 @@ class PrefillStage:
         self,
         reservation: Reservation,
         context: RequestContext,
+        attempt: Attempt,
         answer: PrefillAnswer,
         tried: _Tried,
-        noted: Attempt,
+        noted: NotedAttempt,
     ) -> Outcome | None:
         endpoint = reservation.endpoint
         try:
-            handoff = self._connector.handoff(answer.body)
+            handoff = attempt.handoff(answer.body)
         except ConnectorFailed:
             self._telemetry.handoff_stranded(endpoint.id)  # there may be one
             raise
         if handoff is not None:
-            self.registry.succeeded(endpoint)
+            self._registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
-            deadline = handoff_deadline(self._config, self._clock())
-            return PendingHandoff(handoff, endpoint, deadline, context.model, tried.losses)
-        if self._connector.ended(answer.body):
-            self.registry.succeeded(endpoint)
+            deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
+            return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)
+        if attempt.ended(answer.body):
+            self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
         noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
@@ -227,7 +230,7 @@ class PrefillStage:
         failure = failure_of_status(answer.status)
         if failure is Failure.OVERLOADED:
             self._telemetry.prefill_failed(endpoint.id, f"status_{answer.status}")
-            self.registry.overloaded(endpoint, self._clock(), answer.retry_after)
+            self._registry.overloaded(endpoint, self._clock(), answer.retry_after)
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
@@ -264,13 +267,13 @@ class PrefillStage:
         now = self._clock()
         self._telemetry.prefill_failed(endpoint.id, "status_500")
         self._lost.suspect(fingerprint, endpoint.id, now)
-        self.registry.errored(endpoint, tried.errors, "prefill: status_500", now)
+        self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
     def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
         tried.only_full = False
         self._telemetry.prefill_failed(endpoint.id, reason)
-        self.registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
+        self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
 
     def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
@@ -282,8 +285,8 @@ class PrefillStage:
             predicted = reservation.wait + reservation.cost
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
         self._telemetry.prompt_read(tokens, reservation.cached, handoff.cached_tokens)
-        self.registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
-        self.registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
+        self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
+        self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
         context.counted(tokens)
 
 
@@ -293,8 +296,6 @@ class _Tried:
     def __init__(self, losses: int, decision: Decision) -> None:
         self.decision = decision
         """Where all of it is noted."""
-        self.body = b""
-        """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = losses

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from ..config import SchedulerConfig
+from ..fleet.registry import Registry
 from ..records.decision import Decision
 from ..request.context import RequestContext
 from ..request.errors import Reject
@@ -18,10 +19,16 @@ class SidecarPrefill:
     """Chooses P, as the prefill stage does, for requests whose sidecar sends the prefill."""
 
     def __init__(
-        self, config: SchedulerConfig, stage: PrefillStage, lost: LostPrompts, clock: Callable[[], float]
+        self,
+        config: SchedulerConfig,
+        stage: PrefillStage,
+        registry: Registry,
+        lost: LostPrompts,
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._stage = stage
+        self._registry = registry
         self._lost = lost
         self._clock = clock
 
@@ -42,4 +49,4 @@ class SidecarPrefill:
         self._stage.trace_pick(reservation, context)
         predicted = reservation.wait + reservation.cost
         noted = decision.prefill_begins(reservation.endpoint.id, reservation.at, predicted)
-        return PrefillClaim(reservation, max(1, round(context.prompt_tokens)), self._stage.registry, noted)
+        return PrefillClaim(reservation, max(1, round(context.prompt_tokens)), self._registry, noted)
