@@ -121,14 +121,13 @@ async def test_new_connections_have_the_new_certificate(running: Running, made: 
         renew(made, **made.client)
         await running.until_shown(made.client["cert"])
         assert not watching.done(), "connections of before go on"
-    assert sum("read again" in text for text in running.events()) == 2
 
 
 async def test_a_pair_that_does_not_fit_is_refused(running: Running, made: Made) -> None:
     before = Path(made.server["cert"]).with_suffix(".before")
     shutil.copy(made.server["cert"], before)
     renew(made, key=made.stranger["key"])
-    await until(lambda: sum("certificates of before stay" in text for text in running.events()) == 2)
+    await until(lambda: sum("certificates of before stay" in text for text in running.events()) >= 2)
     await running.until_shown(str(before))
     renew(made, cert=__file__)
     os.remove(made.server["key"])
