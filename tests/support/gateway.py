@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ class Gateway:
     """What a gateway's Envoy is configured to do; the defaults are those of the file that ships.
 
     ``cluster``: ``decode`` (override_host) or ``original_dst``. ``source``: where override_host reads the
-    destination, ``header`` or ``metadata`` alone; ``None``: either. ``response_body``: the mode of the response's
-    body. ``subset``: of which endpoints ``ip:port`` it asks for one, as a list or one string with commas.
+    destination, ``header`` or ``metadata`` alone; ``None``: either. ``response_body``: the mode of the
+    response's body. ``subset``: of which endpoints it asks for one, as a list or one string with commas.
     ``tells_served``: whether override_host tells who has answered.
     """
 
@@ -172,7 +171,7 @@ async def gateway_ready(client: Client, running: Running) -> None:
             if status != 200 or {each["state"] for each in found["instances"]} != {"healthy"}:
                 return False
             return await reaches_scheduler(client)
-        except (aiohttp.ClientConnectionError, asyncio.TimeoutError):
+        except (TimeoutError, aiohttp.ClientConnectionError):
             return False
 
     await until(healthy)

@@ -124,6 +124,28 @@ class Forward:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
 
+    def gateway_headers(self, fallbacks: bool) -> dict[str, str]:
+        """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
+
+        With a hand-off there is one destination, and it is to be tried once: a gateway sends its retries with
+        the same body. Without one the further ones of ``decode`` follow, if the gateway takes ``fallbacks``.
+        """
+        decode = self.decode if fallbacks and self.pending is None else self.decode[:1]
+        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in decode)}
+        if self.pending is not None:
+            found[names.MAX_RETRIES] = "0"
+        if (key := self.decode[0].instance.api_key) is not None:
+            found["authorization"] = f"Bearer {key}"
+        if self.trace is not None:
+            found[names.TRACEPARENT] = self.trace.traceparent
+        return found
+
+    def taken_by(self, registry: Registry, endpoint: Endpoint) -> None:
+        """Count the request on another instance, which a gateway has chosen itself."""
+        self.decode, self.answering = [endpoint], endpoint
+        if self.reservation.active:
+            self.reservation = registry.move(self.reservation, endpoint)
+
     def moved(self, registry: Registry, address: str) -> None:
         """Count the request on the next of ``decode``, where Envoy sends it when the one before failed."""
         current = self.reservation
