@@ -17,7 +17,17 @@ from pydantic import (
 from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
-from .instances import INSTANCE_ID, InstanceConfig, InstancesFile, Port, SecretSource, is_host
+from .instances import (
+    INSTANCE_ID,
+    ConnectorConfig,
+    InstanceConfig,
+    InstancesFile,
+    Port,
+    SecretSource,
+    connector_choice,
+    is_host,
+)
+from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
@@ -98,6 +108,9 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
+    connector: str | ConnectorConfig = "nixl"
+    """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
+    prompt's KV cache over to D."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""
@@ -213,12 +226,14 @@ class SchedulerConfig(InstancesFile):
     """TLS to the instances; `{}` trusts the system's authorities. See [TLS to the
     instances](security.md#to-the-instances)."""
     prefill_instances: list[InstanceConfig] = []
-    """The P of the fleet, at least one, unless `instance_files` has some."""
+    """The P of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     decode_instances: list[InstanceConfig] = []
-    """The D of the fleet, at least one, unless `instance_files` has some."""
+    """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
     """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the two
     keys above."""
+    discovery: list[SourceConfig] = []
+    """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
     @field_validator("grpc_host", "admin_host")
     @classmethod
@@ -293,7 +308,18 @@ class SchedulerConfig(InstancesFile):
             key = source.read() if source else None
         except ValueError as error:
             raise ValueError(f"api_key: {error}") from None
-        return PDInstance(item.id, role, item.host, item.port, key, self.tls_name(item))
+        models = None if item.models is None else frozenset(item.models)
+        return PDInstance(
+            item.id,
+            role,
+            item.host,
+            item.port,
+            key,
+            self.tls_name(item),
+            models,
+            item.revision,
+            None if item.connector is None else connector_choice(item.connector),
+        )
 
     def tls_name(self, item: InstanceConfig) -> str | None:
         """Return the name that an instance's certificate must be for, ``None`` without TLS."""
