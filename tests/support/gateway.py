@@ -35,6 +35,7 @@ class Gateway:
     tls: bool = False
     failure_mode_allow: bool = True
     response_body: str = "FULL_DUPLEX_STREAMED"
+    response_trailers: str = "SEND"
     retry_on: str = UNDELIVERED
     subset: list[str] | str | None = None
     tells_served: bool = True
@@ -78,6 +79,7 @@ class Gateway:
         settings = ext_proc["typed_config"]
         settings["failure_mode_allow"] = self.failure_mode_allow
         settings["processing_mode"]["response_body_mode"] = self.response_body
+        settings["processing_mode"]["response_trailer_mode"] = self.response_trailers
         if not self.forwards_metadata:
             del settings["metadata_options"]
         if self.initial_metadata:

@@ -81,7 +81,7 @@ class AnswerWatch:
         if head.status != 200:
             if not head.own:
                 self._failed(failure_of_status(head.status))
-        elif head.attempts > 1 and forward.pending is not None:
+        elif head.attempts > 1 and forward.used_once:
             # The hand-off may have been used before, so this may be another prompt's text.
             forward.answering = None
             self._in_flight.leave_to_lease(forward)

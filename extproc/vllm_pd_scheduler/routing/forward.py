@@ -91,6 +91,11 @@ class Forward:
         return self.pending.prefill if self.pending else None
 
     @property
+    def used_once(self) -> bool:
+        """Whether it carries a hand-off that no second D may use."""
+        return self.pending is not None and self.pending.handoff.pinned
+
+    @property
     def retried(self) -> frozenset[int]:
         """Statuses of D after which Envoy tries another one."""
         return self.RETRIED | self.retried_refusals
@@ -131,9 +136,10 @@ class Forward:
         With a hand-off there is one destination, and it is to be tried once: a gateway sends its retries with
         the same body. Without one the further ones of ``decode`` follow, if the gateway takes ``fallbacks``.
         """
-        decode = self.decode if fallbacks and self.pending is None else self.decode[:1]
+        once = self.used_once
+        decode = self.decode if fallbacks and not once else self.decode[:1]
         found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in decode)}
-        if self.pending is not None:
+        if once:
             found[names.MAX_RETRIES] = "0"
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
