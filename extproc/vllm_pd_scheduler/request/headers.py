@@ -18,6 +18,36 @@ DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
 The name is that of the Gateway API inference extension."""
 
+SERVED: Final = "x-gateway-destination-endpoint-served"
+"""Metadata by which a gateway tells who has answered: ``ip:port``."""
+
+SUBSET: Final = "x-gateway-destination-endpoint-subset"
+"""Metadata by which a gateway tells to which endpoints a request may go: ``ip:port`` or ``ip``, a list or one
+string with commas."""
+
+LB_METADATA: Final = "envoy.lb"
+"""Namespace of the metadata that has the destination, as the header has it, and who has answered."""
+
+SUBSET_METADATA: Final = "envoy.lb.subset_hint"
+"""Namespace of the metadata that has the subset."""
+
+MAX_RETRIES: Final = "x-envoy-max-retries"
+"""How often a gateway's Envoy may try again, if it takes that from the scheduler. No instance sees it."""
+
+PREFILLER: Final = "x-prefiller-host-port"
+"""``ip:port`` of the P that llm-d's sidecar at D asks for the prefill."""
+
+STEERS_INSTANCES: Final = frozenset(
+    {
+        "x-data-parallel-rank",
+        "x-data-parallel-host-port",
+        PREFILLER,
+        "x-encoder-hosts-ports",
+        "x-kv-cache-source-host-port",
+    }
+)
+"""Headers by which vLLM, or a proxy before it, is told where work is to be done: no client's."""
+
 ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
 
@@ -84,20 +114,8 @@ EXPLAIN: Final = "x-pd-explain"
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
-PREFILLER: Final = "x-prefiller-host-port"
-"""``ip:port`` of the P that llm-d's sidecar at D asks for the prefill."""
-
-STEERING_PREFIXES: Final = (
-    "x-pd-",
-    DESTINATION,
-    PREFILLER,
-    "x-encoder-hosts-ports",
-    "x-kv-cache-source-host-port",
-    "x-data-parallel-host-port",
-    "x-data-parallel-rank",
-)
-"""Headers that only the scheduler sets, those that only it reads, and those by which a sidecar or vLLM would
-send a request elsewhere; a client's go no further."""
+STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, *STEERS_INSTANCES)
+"""Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
 TRACEPARENT: Final = "traceparent"
 """W3C Trace Context: the trace that a request belongs to, and its caller's span."""

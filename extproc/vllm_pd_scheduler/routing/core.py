@@ -96,8 +96,12 @@ class RoutingCore:
         self._local.share = self.config.max_local_prefill_share
         self._admission.wake()
 
-    async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
+    async def route(
+        self, headers: Mapping[str, str], body: bytes, subset: frozenset[str] | None = None
+    ) -> Forward | Reject:
         """Decide where a request goes, prefilling it first where that is possible.
+
+        ``subset`` limits to which D it may go (see :attr:`.RequestContext.subset`).
 
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
@@ -111,11 +115,11 @@ class RoutingCore:
             if path in SPLIT_PATHS and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body))
                 del body  # it is another one if a hand-off was cut out of it
-                outcome = await self._split(path, headers, parsed, decision)
+                outcome = await self._split(path, headers, parsed, subset, decision)
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
-                outcome = await self._passed(path, headers, body, decision)
+                outcome = await self._passed(path, headers, body, subset, decision)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
@@ -150,12 +154,18 @@ class RoutingCore:
         decision.refused(answer.status, answer.reason, self._clock())
 
     async def _passed(
-        self, path: str, headers: Mapping[str, str], body: bytes, decision: Decision
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        subset: frozenset[str] | None,
+        decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode as it is, but for a hand-off of the client's."""
         clean = await self._turns.take(strip_handoff(body))
         stream = await self._turns.take(asks_for_stream(clean))
         context = self._reader.passed(path, headers, clean, stream, self._clock())
+        context.limited_to(subset)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -164,11 +174,17 @@ class RoutingCore:
         return self._to_decode(context, changed, Served.PASSED, limit, decision)
 
     async def _split(
-        self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: JsonBody,
+        subset: frozenset[str] | None,
+        decision: Decision,
     ) -> Forward | Reject:
         reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
         reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
+        context.limited_to(subset)
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
         if context.model is not None and (trace := current.get()) is not None:
@@ -176,7 +192,7 @@ class RoutingCore:
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
-        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model, subset):
             return self._no_decode(context)
         changed = body.raw if body.stripped else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
@@ -324,13 +340,16 @@ class RoutingCore:
         picked = pick(InstanceRole.DECODE, context, count=count)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
+        outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
+        if preferred in outside:
+            preferred = None
         if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
             picked = [preferred, *(e for e in picked if e is not preferred)]
             if preferred is not own:  # else that was another pick
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
-        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
+        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
             return self._no_decode(context)
         decode = self._in_turn(context, picked[:count], count)
@@ -382,7 +401,8 @@ class RoutingCore:
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         if len(found) < count:
-            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked, context.model)
+            taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 

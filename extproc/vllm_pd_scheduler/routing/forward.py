@@ -96,6 +96,11 @@ class Forward:
         return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
+    def used_once(self) -> bool:
+        """Whether it carries a hand-off that no second D may use."""
+        return self.pending is not None and self.pending.handoff.pinned
+
+    @property
     def retried(self) -> frozenset[int]:
         """Statuses of D after which Envoy tries another one."""
         return self.RETRIED | self.retried_refusals
@@ -132,6 +137,31 @@ class Forward:
         if self.trace is not None:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
+
+    def gateway_headers(self, fallbacks: bool) -> dict[str, str]:
+        """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
+
+        With a hand-off there is one destination, and it is to be tried once: a gateway sends its retries with
+        the same body. Without one the further ones of ``decode`` follow, if the gateway takes ``fallbacks``.
+        """
+        once = self.used_once
+        decode = self.decode if fallbacks and not once else self.decode[:1]
+        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in decode)}
+        if once:
+            found[names.MAX_RETRIES] = "0"
+        if self.sidecar is not None:
+            found[names.PREFILLER] = str(self.sidecar.endpoint.address)
+        if (key := self.decode[0].instance.api_key) is not None:
+            found["authorization"] = f"Bearer {key}"
+        if self.trace is not None:
+            found[names.TRACEPARENT] = self.trace.traceparent
+        return found
+
+    def taken_by(self, registry: Registry, endpoint: Endpoint) -> None:
+        """Count the request on another instance, which a gateway has chosen itself."""
+        self.decode, self.answering = [endpoint], endpoint
+        if self.reservation.active:
+            self.reservation = registry.move(self.reservation, endpoint)
 
     def moved(self, registry: Registry, address: str) -> None:
         """Count the request on the next of ``decode``, where Envoy sends it when the one before failed."""

@@ -20,6 +20,7 @@ from ..records.recording import Recording
 from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
+    DOUBTS,
     HANDOFF_NOT_FETCHED,
     KEY_REFUSED,
     NOT_ANSWERED,
@@ -227,7 +228,7 @@ class RequestsInFlight:
                 registry.failed(endpoint, reason, now)
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
                 registry.doubtful(endpoint, reason, now)
-        elif failure in (Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT):
+        elif failure in DOUBTS:
             registry.doubtful(endpoint, reason, now)
             if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
                 self.patience.timed_out()
@@ -362,7 +363,12 @@ class RequestsInFlight:
         """Free the hand-off of a request that was never sent; leave it to the lease if that is not sure."""
         if forward.ended_by_envoy:
             self._free(forward)
-        elif forward.pending is not None and not forward.freed:
+        else:
+            self.leave_to_lease(forward)
+
+    def leave_to_lease(self, forward: Forward) -> None:
+        """Free the hand-off of a request by nothing but the end of its lease: its D may be using it."""
+        if forward.pending is not None and not forward.freed:
             forward.freed = True
             self._telemetry.handoff_stranded(forward.pending.prefill.id)
 

@@ -12,6 +12,13 @@ _MOST_FIELDS = 16
 _VARINT, _LENGTH_DELIMITED = 0, 2
 """Types of fields; a ``ProcessingRequest`` has no others."""
 
+_RESPONSE_BODY = bytes((pb.ProcessingRequest.RESPONSE_BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_METADATA = bytes((pb.ProcessingRequest.METADATA_CONTEXT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_BODY = bytes((pb.HttpBody.BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_END_OF_STREAM = bytes((pb.HttpBody.END_OF_STREAM_FIELD_NUMBER << 3 | _VARINT, 1))
+_ENDS = (b"", _END_OF_STREAM)
+"""What may come after the bytes in an ``HttpBody``; a ``StreamedBodyResponse`` has the same fields."""
+
 
 class Field(NamedTuple):
     """Where a field is in its message: its tag, and its content."""
@@ -40,6 +47,53 @@ def find(data: bytes | bytearray, number: int, start: int, end: int) -> Field | 
             return Field(at, content, after)
         at = after
     return None
+
+
+class BodyPart(NamedTuple):
+    """Where a message has a part of a response's body: its ``HttpBody``, and how that goes on."""
+
+    start: int
+    end: int
+    size: int
+    """Bytes of the body."""
+    end_of_stream: bool
+
+
+def response_part(data: bytes | bytearray) -> BodyPart | None:
+    """Return where a message has a part of a response's body; ``None`` if it is not seen at a glance.
+
+    It is in what Envoy writes: the part comes first, its bytes before ``end_of_stream``, and after it nothing
+    but the stream's metadata.
+    """
+    if data[:1] != _RESPONSE_BODY:
+        return None
+    size, start = _read_varint(data, 1)
+    end = at = start + size
+    if data[start : start + 1] == _BODY:
+        size, at = _read_varint(data, start + 1)
+        at += size
+    else:
+        size, at = 0, start
+    rest = data[at:end]
+    if rest not in _ENDS or at > end or end > len(data):
+        return None
+    if end < len(data):
+        length, after = _read_varint(data, end + 1)
+        if data[end : end + 1] != _METADATA or after + length != len(data):
+            return None
+    return BodyPart(start, end, size, rest == _END_OF_STREAM)
+
+
+def part_message(
+    numbers: Sequence[int], parts: Sequence[bytes | memoryview], last: bool
+) -> list[bytes | memoryview]:
+    """Return a message that sends these bytes as a part of a body, nested as :func:`prefix` does.
+
+    ``last`` is ``end_of_stream``. Nothing is copied.
+    """
+    size, end = sum(map(len, parts)), _END_OF_STREAM if last else b""
+    before = prefix((pb.StreamedBodyResponse.BODY_FIELD_NUMBER,), size) if size else b""
+    return [prefix(numbers, len(before) + size + len(end)) + before, *parts, end]
 
 
 def body_size(data: bytes | bytearray) -> int:
