@@ -221,6 +221,7 @@ class NamesTest(unittest.TestCase):
             if isinstance(name, str) and name.startswith(headers.STEERING_PREFIXES):
                 gone = name.startswith(prefixes) or name in removed
                 self.assertEqual(gone, name not in headers.ASKED, name)
+        self.assertLessEqual(headers.STEERS_INSTANCES, removed)
 
     def test_the_schedulers_own_answers_are_known_by_their_details(self) -> None:
         self.assertIn(f"response.code_details.startsWith('{DETAILS_PREFIX}')", json.dumps(RAW))

@@ -14,23 +14,13 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
-import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
+from tests.support.gateway import Gateway, GatewayStack
+from tests.support.processes import Client, Process, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
-from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.sim.profile import EngineProfile
-
-UNVERIFIED = {
-    "name": "envoy.transport_sockets.tls",
-    "typed_config": {
-        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-        "common_tls_context": {"alpn_protocols": ["h2"]},
-    },
-}
-"""How gateways connect: with TLS, and whoever answers."""
 
 
 @dataclass
@@ -47,17 +37,17 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Stack:
-    return Stack(tmp_path)
+def stack(tmp_path: Path) -> GatewayStack:
+    return GatewayStack(tmp_path, gateway=Gateway(tls=True))
 
 
 @pytest.fixture
-def ports(stack: Stack) -> Ports:
+def ports(stack: GatewayStack) -> Ports:
     return Ports(stack.ports.grpc, *unused_ports(2))
 
 
 @pytest.fixture
-def picker(stack: Stack, fleet: Fleet, ports: Ports) -> Iterator[Process]:
+def picker(stack: GatewayStack, fleet: Fleet, ports: Ports) -> Iterator[Process]:
     """The command line of the chart, but for the pool: what there is says the file."""
     config = stack.write_config({**fleet.config(), "admin_port": stack.admin_port})
     flags = [
@@ -85,19 +75,21 @@ async def status(stub: health_pb2_grpc.HealthStub, name: str) -> int:
 
 @pytest.fixture
 async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, picker: Process
+    session: aiohttp.ClientSession, stack: GatewayStack, fleet: Fleet, picker: Process
 ) -> AsyncIterator[Client]:
-    """Through an Envoy that encrypts to the picker and does not ask who it is."""
-    config = render_config(stack.ports)
-    for cluster in config["static_resources"]["clusters"]:
-        if cluster["name"] in ("scheduler", "xds"):
-            cluster["transport_socket"] = UNVERIFIED
-    command = stack.envoy()
-    (stack.directory / "envoy.yaml").write_text(yaml.safe_dump(config))
-    with spawned(command) as envoy:
+    """Through a gateway, which encrypts and does not ask whose certificate that is."""
+    with spawned(stack.envoy()) as envoy:
         client = Client(session, stack, fleet)
-        await ready(client, envoy)
-        await client.until_split()
+
+        async def reached() -> bool:
+            assert envoy.process.poll() is None, envoy.output
+            assert picker.process.poll() is None, picker.output
+            try:
+                return "x-pd-prefill" in (await client.complete()).headers
+            except aiohttp.ClientConnectionError:
+                return False
+
+        await until(reached)
         yield client
 
 
@@ -112,7 +104,7 @@ async def test_it_serves_encrypted_and_says_what_it_does_not_follow(client: Clie
 
 
 async def test_metrics_are_open_and_the_admin_interface_is_not(
-    client: Client, ports: Ports, stack: Stack
+    client: Client, ports: Ports, stack: GatewayStack
 ) -> None:
     url = f"http://127.0.0.1:{ports.metrics}"
     async with client.session.get(f"{url}/metrics") as answer:
@@ -146,7 +138,9 @@ async def test_a_drain_is_seen_before_it_ends(
     assert await asyncio.to_thread(picker.wait) == 0
 
 
-async def test_without_the_package_for_certificates(stack: Stack, fleet: Fleet, tmp_path: Path) -> None:
+async def test_without_the_package_for_certificates(
+    stack: GatewayStack, fleet: Fleet, tmp_path: Path
+) -> None:
     """It says what to install."""
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent" / "cryptography.py").write_text("raise ImportError")
