@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.routing import BODY, Case, D, P
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.models import InstanceState, MetricsSnapshot
 from vllm_pd_scheduler.records.decision import OK
 from vllm_pd_scheduler.request.errors import Reject
@@ -215,6 +216,37 @@ class AccountingTest(SidecarCase):
         self.router.in_flight.unused(forward)
         self.assertIdle()
         self.assertEqual(self.router.registry.get("p0").pending_handoffs, 0)
+
+
+class WaitingTest(SidecarCase):
+    """Who waits for P is served when the claim of another one ends, whatever ends it."""
+
+    CONFIG: Mapping[str, Any] = {"prefill_leg": "sidecar", "max_in_flight_tokens": 1_000}
+
+    async def test_each_end_wakes(self) -> None:
+        body = {**STREAM, "prompt": "long " * 2_000, "max_tokens": 1}
+        for end in ("expired", "began", "failed", "released"):
+            with self.subTest(end):
+                self.setUp()
+                self.down("p1", "p2")
+                first = await self.route(body)
+                first.sidecar.begins_told = end != "expired"
+                second = asyncio.ensure_future(self.route({**body, "prompt": "other " * 2_000}))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                self.assertFalse(second.done())
+                if end == "expired":
+                    self.let_pass(first.sidecar.predicted)
+                elif end == "began":
+                    self.router.in_flight.answer_began(first, 200)
+                elif end == "failed":
+                    self.fails(first, Failure.STATUS, 502)
+                else:
+                    first.release()
+                forward = await asyncio.wait_for(second, HUNG_S)
+                self.assertEqual(forward.prefill.id, "p0")
+                first.release()
+                forward.release()
 
 
 class LearningTest(SidecarCase):

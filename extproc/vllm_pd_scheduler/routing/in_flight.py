@@ -122,7 +122,11 @@ class RequestsInFlight:
         """Note the claim of a forward on the P that the sidecar at its D asks."""
         forward.sidecar = claim
         claim.endpoint.keep_handoff()
-        self._later(claim.predicted, lambda: claim.expired(self._clock()))
+        self._later(claim.predicted, partial(self._expired, claim))
+
+    def _expired(self, claim: PrefillClaim) -> None:
+        claim.expired(self._clock())
+        self._changed()
 
     def answer_began(self, forward: Forward, status: int) -> None:
         """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
@@ -131,6 +135,7 @@ class RequestsInFlight:
                 forward.sidecar.began(not forward.stream, self._queued_at(forward), self._clock())
             else:
                 forward.sidecar.end(self._clock(), f"status_{status}")
+            self._changed()
 
     @staticmethod
     def _queued_at(forward: Forward) -> bool:
@@ -180,6 +185,7 @@ class RequestsInFlight:
             forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
         if attempt.first and forward.sidecar is not None:
             forward.sidecar.end(self._clock(), attempt.failure)
+            self._changed()
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
