@@ -130,16 +130,21 @@ class Forward:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
 
-    def gateway_headers(self, fallbacks: bool) -> dict[str, str]:
+    def for_gateway(self, fallbacks: bool) -> None:
+        """Leave in ``decode`` what a gateway is told: more than one only if it takes ``fallbacks``.
+
+        With a hand-off there is one in any case, since a gateway sends its retries with the same body.
+        """
+        if len(self.decode) > 1 and (self.used_once or not fallbacks):
+            self.decode = self.decision.decode_to = self.decode[:1]
+
+    def gateway_headers(self) -> dict[str, str]:
         """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
 
-        With a hand-off there is one destination, and it is to be tried once: a gateway sends its retries with
-        the same body. Without one the further ones of ``decode`` follow, if the gateway takes ``fallbacks``.
+        A hand-off is to be tried once.
         """
-        once = self.used_once
-        decode = self.decode if fallbacks and not once else self.decode[:1]
-        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in decode)}
-        if once:
+        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
+        if self.used_once:
             found[names.MAX_RETRIES] = "0"
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from envoy.config.core.v3 import base_pb2
@@ -202,14 +203,20 @@ def pass_on(data: bytes | bytearray) -> PassedOn | None:
     part = response_part(data)
     if part is None or part.size > PART_BYTES:
         return None
-    before = prefix(_RESPONSE_PART, part.end - part.start)
-    return PassedOn((before, bytes(data[part.start : part.end])), part.size, part.end_of_stream)
+    start, end, size, last = part
+    return PassedOn(_before_part(end - start), bytes(data[start:end]), size, last)
+
+
+@lru_cache(1024)
+def _before_part(size: int) -> bytes:
+    return prefix(_RESPONSE_PART, size)
 
 
 class PassedOn(NamedTuple):
-    """The reply to a part of a response's body, and the ``size`` of that."""
+    """The reply to a part of a response's body, in two pieces, and how many bytes of the body it has."""
 
-    reply: tuple[bytes, bytes]
+    before: bytes
+    part: bytes
     size: int
     end_of_stream: bool
 
@@ -223,13 +230,10 @@ def encode(action: Continue | Answer) -> tuple[bytes, ...]:
     return _forward(action.phase, action.outcome)
 
 
-def encode_streamed(action: StreamedAnswer, fallbacks: bool) -> list[list[Bytes]]:
-    """Write where a request goes for a gateway, and the whole body: one message after another, in parts.
-
-    ``fallbacks``: whether it takes a list of destinations.
-    """
+def encode_streamed(action: StreamedAnswer) -> list[list[Bytes]]:
+    """Write where a request goes for a gateway, and the whole body: one message after another, in parts."""
     forward = action.forward
-    messages: list[list[Bytes]] = [[_gateway_headers(forward, action.steering, fallbacks)]]
+    messages: list[list[Bytes]] = [[_gateway_headers(forward, action.steering)]]
     if action.body is None:
         return messages
     chunks = _chunks(action.body, forward.splice)
@@ -276,10 +280,10 @@ def _chunks(body: Bytes, splice: Splice | None) -> list[list[Bytes]]:
     return chunks
 
 
-def _gateway_headers(forward: Forward, steering: Sequence[str], fallbacks: bool) -> bytes:
+def _gateway_headers(forward: Forward, steering: Sequence[str]) -> bytes:
     response = pb.ProcessingResponse()
     common = response.request_headers.response
-    headers = forward.gateway_headers(fallbacks)
+    headers = forward.gateway_headers()
     _set(common.header_mutation.set_headers, headers)
     common.header_mutation.remove_headers.extend([*forward.remove_headers, *steering])
     common.clear_route_cache = True  # routes that name a cluster by the destination's header
