@@ -12,6 +12,7 @@ from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
 from ..records.recording import Recorded
+from ..request import gateway_names
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
@@ -145,7 +146,7 @@ class Forward:
         """
         found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
         if self.used_once:
-            found[names.MAX_RETRIES] = "0"
+            found[gateway_names.MAX_RETRIES] = "0"
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         if self.trace is not None:

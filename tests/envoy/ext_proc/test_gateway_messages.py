@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.envoy.ext_proc.messages import PART_BYTES, decode, pass_on
-from vllm_pd_scheduler.routing.answer_watch import AnswerHead
+from vllm_pd_scheduler.routing.answer_head import AnswerHead
 
 FULL_DUPLEX = ProcessingMode.FULL_DUPLEX_STREAMED
 

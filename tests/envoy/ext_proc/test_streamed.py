@@ -31,7 +31,7 @@ from vllm_pd_scheduler.envoy.ext_proc.stream import (
     Wait,
 )
 from vllm_pd_scheduler.request.errors import reject
-from vllm_pd_scheduler.routing.answer_watch import AnswerHead
+from vllm_pd_scheduler.routing.answer_head import AnswerHead
 
 HEADERS = fleet.COMPLETION
 FIRST = Message(Phase.REQUEST_HEADERS, headers=HEADERS, streamed=True, answer_streamed=True)

@@ -15,9 +15,10 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...connectors import Splice
+from ...request import gateway_names
 from ...request import headers as names
 from ...request.errors import Reject
-from ...routing.answer_watch import AnswerHead
+from ...routing.answer_head import AnswerHead
 from ...routing.forward import Forward
 from ..access_log import retry_after
 from ..limits import MAX_MESSAGE_BYTES, check_size, parse
@@ -133,12 +134,12 @@ def _headers(message: Any) -> dict[str, str]:
 
 def _subset(metadata: Any) -> frozenset[str] | None:
     """Return the endpoints to which a request may go, in either of the two forms; ``None``: to all."""
-    if names.SUBSET_METADATA not in metadata.filter_metadata:
+    if gateway_names.SUBSET_METADATA not in metadata.filter_metadata:
         return None
-    fields = metadata.filter_metadata[names.SUBSET_METADATA].fields
-    if names.SUBSET not in fields:
+    fields = metadata.filter_metadata[gateway_names.SUBSET_METADATA].fields
+    if gateway_names.SUBSET not in fields:
         return None
-    value = fields[names.SUBSET]
+    value = fields[gateway_names.SUBSET]
     found = [each.string_value for each in value.list_value.values] or [value.string_value]
     return frozenset(name.strip() for each in found for name in each.split(",")) - {""}
 
@@ -147,10 +148,10 @@ def _answer_head(request: Any) -> AnswerHead:
     headers = _headers(request.response_headers)
     status, attempts = headers.get(":status", ""), headers.get(names.ATTEMPT, "")
     served = ""
-    if names.LB_METADATA in request.metadata_context.filter_metadata:
-        fields = request.metadata_context.filter_metadata[names.LB_METADATA].fields
-        if names.SERVED in fields:
-            served = fields[names.SERVED].string_value
+    if gateway_names.LB_METADATA in request.metadata_context.filter_metadata:
+        fields = request.metadata_context.filter_metadata[gateway_names.LB_METADATA].fields
+        if gateway_names.SERVED in fields:
+            served = fields[gateway_names.SERVED].string_value
     return AnswerHead(
         int(status[:3]) if status.isdecimal() else 0,
         served,
@@ -287,7 +288,7 @@ def _gateway_headers(forward: Forward, steering: Sequence[str]) -> bytes:
     _set(common.header_mutation.set_headers, headers)
     common.header_mutation.remove_headers.extend([*forward.remove_headers, *steering])
     common.clear_route_cache = True  # routes that name a cluster by the destination's header
-    fields = response.dynamic_metadata.fields[names.LB_METADATA].struct_value.fields
+    fields = response.dynamic_metadata.fields[gateway_names.LB_METADATA].struct_value.fields
     fields[names.DESTINATION].string_value = headers[names.DESTINATION]
     return bytes(response.SerializeToString())
 

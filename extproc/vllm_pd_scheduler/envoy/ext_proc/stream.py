@@ -24,9 +24,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from ...request import headers as names
+from ...request import gateway_names
 from ...request.errors import Reject
-from ...routing.answer_watch import AnswerHead
+from ...routing.answer_head import AnswerHead
 from ...routing.forward import Forward
 
 
@@ -266,7 +266,7 @@ class Stream:
         if not self.streamed:
             return Answer(self._phase, outcome)
         changed, body = outcome.body, self._body
-        steering = [name for name in names.STEERS_INSTANCES if name in self.headers]
+        steering = [name for name in gateway_names.STEERS_INSTANCES if name in self.headers]
         return StreamedAnswer(outcome, body if changed is None else changed, self._trailers, steering)
 
     def sent(self) -> None:
