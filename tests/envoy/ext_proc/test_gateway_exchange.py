@@ -221,6 +221,20 @@ class RequestTest(Case):
         self.assertFalse(other.exchange.accepts(1 << 18))
         self.assertEqual(other.written[0].immediate_response.status.code, 429)
 
+    async def test_a_part_of_an_answer_for_which_there_is_no_room(self) -> None:
+        """Nothing can be answered in its place any more."""
+        call = self.open()
+        await self.routed(call)
+        call.send(head())
+        self.router.body_memory.resize(1 << 17, 1 << 17)
+        self.assertTrue(call.exchange.accepts(1 << 17))
+        call.send(token(b"x" * (1 << 17)))
+        self.assertEqual(call.kinds[3:], ["response_body"] * 3)
+        self.assertEqual(self.router.body_memory.used, 0)
+        self.router.body_memory.used = 1 << 17
+        self.assertFalse(call.exchange.accepts(1 << 17))
+        self.assertEqual(len(call.kinds), 6)
+
     async def test_a_client_that_leaves_while_it_is_routed(self) -> None:
         for leave in ("half_closed", "cancelled"):
             call = self.open()

@@ -118,7 +118,7 @@ class Exchange:
         size = min(stream.received + size, self._router.body_memory.largest)
         if size - UNANNOUNCED_BYTES <= self._hold.size or self._hold.resize(size):
             return True
-        if stream.state is not State.FORWARDED:
+        if stream.state in (State.AWAIT_HEADERS, State.AWAIT_BODY):
             self._answer(stream.refused(self._router.no_memory(size, stream.headers)))
         return False
 
