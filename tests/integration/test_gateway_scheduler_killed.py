@@ -77,6 +77,8 @@ async def test_before_a_request_it_passes_to_any_d(client: Client, running: Runn
     await until(found_out)
     answers = await asyncio.gather(*(complete(client) for _ in range(20)))
     assert {answer.status for answer in answers} == {200}
+    answer = await complete(client, kv_transfer_params={"do_remote_prefill": True})
+    assert answer.status == 400, "nobody has cut it out"
     await split_again(client, running)
 
 

@@ -27,7 +27,7 @@ class Gateway:
     ``cluster``: ``decode`` (override_host) or ``original_dst``. ``source``: where override_host reads the
     destination, ``header`` or ``metadata`` alone; ``None``: either. ``response_body``: the mode of the
     response's body. ``subset``: of which endpoints it asks for one, as a list or one string with commas.
-    ``tells_served``: whether override_host tells who has answered.
+    ``tells_served``: whether override_host tells who has answered. ``trailers``: whether HTTP/1 has them.
     """
 
     cluster: str = "decode"
@@ -40,6 +40,7 @@ class Gateway:
     subset: list[str] | str | None = None
     tells_served: bool = True
     forwards_metadata: bool = True
+    trailers: bool = False
     initial_metadata: dict[str, str] = field(default_factory=dict)
     ext_proc: dict[str, Any] = field(default_factory=dict)
     """Settings of the filter that are put over the file's."""
@@ -56,6 +57,8 @@ class Gateway:
         route["route"]["cluster"] = self.cluster
         route["route"]["retry_policy"]["retry_on"] = self.retry_on
         self._filter(manager["http_filters"])
+        if self.trailers:
+            manager["http_protocol_options"] = {"enable_trailers": True}
         for cluster in config["static_resources"]["clusters"]:
             if cluster["name"] in ("scheduler", "xds"):
                 (locality,) = cluster["load_assignment"]["endpoints"]
@@ -72,6 +75,9 @@ class Gateway:
                     override["override_host_sources"] = [each for each in sources if self.source in each]
                 if not self.tells_served:
                     del override["selected_host_key"]
+                if self.trailers:
+                    (options,) = cluster["typed_extension_protocol_options"].values()
+                    options["explicit_http_config"] = {"http_protocol_options": {"enable_trailers": True}}
         return config
 
     def _filter(self, filters: list[dict[str, Any]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from .gateway_names import STEERS_INSTANCES
+
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
@@ -17,36 +19,6 @@ ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2"})
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
 The name is that of the Gateway API inference extension."""
-
-SERVED: Final = "x-gateway-destination-endpoint-served"
-"""Metadata by which a gateway tells who has answered: ``ip:port``."""
-
-SUBSET: Final = "x-gateway-destination-endpoint-subset"
-"""Metadata by which a gateway tells to which endpoints a request may go: ``ip:port`` or ``ip``, a list or one
-string with commas."""
-
-LB_METADATA: Final = "envoy.lb"
-"""Namespace of the metadata that has the destination, as the header has it, and who has answered."""
-
-SUBSET_METADATA: Final = "envoy.lb.subset_hint"
-"""Namespace of the metadata that has the subset."""
-
-MAX_RETRIES: Final = "x-envoy-max-retries"
-"""How often a gateway's Envoy may try again, if it takes that from the scheduler. No instance sees it."""
-
-PREFILLER: Final = "x-prefiller-host-port"
-"""``ip:port`` of the P that llm-d's sidecar at D asks for the prefill."""
-
-STEERS_INSTANCES: Final = frozenset(
-    {
-        "x-data-parallel-rank",
-        "x-data-parallel-host-port",
-        PREFILLER,
-        "x-encoder-hosts-ports",
-        "x-kv-cache-source-host-port",
-    }
-)
-"""Headers by which vLLM, or a proxy before it, is told where work is to be done: no client's."""
 
 ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..request import headers as names
 from ..request.errors import Reject, reject
 from ..telemetry import Ending
+from .answer_head import AnswerHead
 from .attempts import FailedAttempt, Failure, failure_of_status
 from .forward import Forward
 from .in_flight import RequestsInFlight
 from .result import Result
-
-
-class AnswerHead(NamedTuple):
-    """The headers of an answer, as far as they matter here."""
-
-    status: int
-    served: str = ""
-    """``ip:port`` of the instance that has answered, if the gateway tells."""
-    own: bool = False
-    """Whether the gateway has written the answer itself, as far as can be seen."""
-    attempts: int = 1
-    """How often the gateway has sent the request, if it tells."""
-    retry_after: float | None = None
-
 
 _OWN_REASONS = (
     ("connection termination", Failure.RESET),

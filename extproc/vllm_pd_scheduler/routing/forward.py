@@ -12,6 +12,7 @@ from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
 from ..records.recording import Recorded
+from ..request import gateway_names
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
@@ -123,7 +124,7 @@ class Forward:
         if self.pending is not None:
             found |= self.pending.handoff.headers
         if self.sidecar is not None:
-            found[names.PREFILLER] = str(self.sidecar.endpoint.address)
+            found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.explanation:
@@ -138,19 +139,24 @@ class Forward:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
 
-    def gateway_headers(self, fallbacks: bool) -> dict[str, str]:
+    def for_gateway(self, fallbacks: bool) -> None:
+        """Leave in ``decode`` what a gateway is told: more than one only if it takes ``fallbacks``.
+
+        With a hand-off there is one in any case, since a gateway sends its retries with the same body.
+        """
+        if len(self.decode) > 1 and (self.used_once or not fallbacks):
+            self.decode = self.decision.decode_to = self.decode[:1]
+
+    def gateway_headers(self) -> dict[str, str]:
         """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
 
-        With a hand-off there is one destination, and it is to be tried once: a gateway sends its retries with
-        the same body. Without one the further ones of ``decode`` follow, if the gateway takes ``fallbacks``.
+        A hand-off is to be tried once.
         """
-        once = self.used_once
-        decode = self.decode if fallbacks and not once else self.decode[:1]
-        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in decode)}
-        if once:
-            found[names.MAX_RETRIES] = "0"
+        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
+        if self.used_once:
+            found[gateway_names.MAX_RETRIES] = "0"
         if self.sidecar is not None:
-            found[names.PREFILLER] = str(self.sidecar.endpoint.address)
+            found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         if self.trace is not None:

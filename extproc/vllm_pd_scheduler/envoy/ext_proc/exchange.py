@@ -118,7 +118,7 @@ class Exchange:
         size = min(stream.received + size, self._router.body_memory.largest)
         if size - UNANNOUNCED_BYTES <= self._hold.size or self._hold.resize(size):
             return True
-        if stream.state is not State.FORWARDED:
+        if stream.state in (State.AWAIT_HEADERS, State.AWAIT_BODY):
             self._answer(stream.refused(self._router.no_memory(size, stream.headers)))
         return False
 
@@ -126,12 +126,13 @@ class Exchange:
         """Take a message of Envoy's."""
         watch = self._watch
         if watch is not None and (passed := pass_on(data)) is not None:
+            before, part, size, last = passed
             if watch.awaits_body:
-                watch.body_begun(passed.reply[1], self._router.clock())
-            watch.bytes += passed.size
-            if passed.end_of_stream:
+                watch.body_begun(part, self._router.clock())
+            watch.bytes += size
+            if last:
                 self._stream.complete = True
-            self._call.write(*passed.reply)
+            self._call.write(before, part)
             return
         if self._stream.state is State.ROUTED:
             self._early = data
@@ -223,7 +224,8 @@ class Exchange:
 
     def _answer(self, reply: Reply) -> None:
         if isinstance(reply, StreamedAnswer):
-            self._call.write_all(encode_streamed(reply, self._owner.takes_list(self._call.connection)))
+            reply.forward.for_gateway(self._owner.takes_list(self._call.connection))
+            self._call.write_all(encode_streamed(reply))
         elif isinstance(reply, AnswerBegins):
             self._begin_answer(reply)
         elif isinstance(reply, PassOn):

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from envoy.config.core.v3 import base_pb2
@@ -14,9 +15,10 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from ...connectors import Splice
+from ...request import gateway_names
 from ...request import headers as names
 from ...request.errors import Reject
-from ...routing.answer_watch import AnswerHead
+from ...routing.answer_head import AnswerHead
 from ...routing.forward import Forward
 from ..access_log import retry_after
 from ..limits import MAX_MESSAGE_BYTES, check_size, parse
@@ -132,12 +134,12 @@ def _headers(message: Any) -> dict[str, str]:
 
 def _subset(metadata: Any) -> frozenset[str] | None:
     """Return the endpoints to which a request may go, in either of the two forms; ``None``: to all."""
-    if names.SUBSET_METADATA not in metadata.filter_metadata:
+    if gateway_names.SUBSET_METADATA not in metadata.filter_metadata:
         return None
-    fields = metadata.filter_metadata[names.SUBSET_METADATA].fields
-    if names.SUBSET not in fields:
+    fields = metadata.filter_metadata[gateway_names.SUBSET_METADATA].fields
+    if gateway_names.SUBSET not in fields:
         return None
-    value = fields[names.SUBSET]
+    value = fields[gateway_names.SUBSET]
     found = [each.string_value for each in value.list_value.values] or [value.string_value]
     return frozenset(name.strip() for each in found for name in each.split(",")) - {""}
 
@@ -146,10 +148,10 @@ def _answer_head(request: Any) -> AnswerHead:
     headers = _headers(request.response_headers)
     status, attempts = headers.get(":status", ""), headers.get(names.ATTEMPT, "")
     served = ""
-    if names.LB_METADATA in request.metadata_context.filter_metadata:
-        fields = request.metadata_context.filter_metadata[names.LB_METADATA].fields
-        if names.SERVED in fields:
-            served = fields[names.SERVED].string_value
+    if gateway_names.LB_METADATA in request.metadata_context.filter_metadata:
+        fields = request.metadata_context.filter_metadata[gateway_names.LB_METADATA].fields
+        if gateway_names.SERVED in fields:
+            served = fields[gateway_names.SERVED].string_value
     return AnswerHead(
         int(status[:3]) if status.isdecimal() else 0,
         served,
@@ -202,14 +204,20 @@ def pass_on(data: bytes | bytearray) -> PassedOn | None:
     part = response_part(data)
     if part is None or part.size > PART_BYTES:
         return None
-    before = prefix(_RESPONSE_PART, part.end - part.start)
-    return PassedOn((before, bytes(data[part.start : part.end])), part.size, part.end_of_stream)
+    start, end, size, last = part
+    return PassedOn(_before_part(end - start), bytes(data[start:end]), size, last)
+
+
+@lru_cache(1024)
+def _before_part(size: int) -> bytes:
+    return prefix(_RESPONSE_PART, size)
 
 
 class PassedOn(NamedTuple):
-    """The reply to a part of a response's body, and the ``size`` of that."""
+    """The reply to a part of a response's body, in two pieces, and how many bytes of the body it has."""
 
-    reply: tuple[bytes, bytes]
+    before: bytes
+    part: bytes
     size: int
     end_of_stream: bool
 
@@ -223,13 +231,10 @@ def encode(action: Continue | Answer) -> tuple[bytes, ...]:
     return _forward(action.phase, action.outcome)
 
 
-def encode_streamed(action: StreamedAnswer, fallbacks: bool) -> list[list[Bytes]]:
-    """Write where a request goes for a gateway, and the whole body: one message after another, in parts.
-
-    ``fallbacks``: whether it takes a list of destinations.
-    """
+def encode_streamed(action: StreamedAnswer) -> list[list[Bytes]]:
+    """Write where a request goes for a gateway, and the whole body: one message after another, in parts."""
     forward = action.forward
-    messages: list[list[Bytes]] = [[_gateway_headers(forward, action.steering, fallbacks)]]
+    messages: list[list[Bytes]] = [[_gateway_headers(forward)]]
     if action.body is None:
         return messages
     chunks = _chunks(action.body, forward.splice)
@@ -276,14 +281,14 @@ def _chunks(body: Bytes, splice: Splice | None) -> list[list[Bytes]]:
     return chunks
 
 
-def _gateway_headers(forward: Forward, steering: Sequence[str], fallbacks: bool) -> bytes:
+def _gateway_headers(forward: Forward) -> bytes:
     response = pb.ProcessingResponse()
     common = response.request_headers.response
-    headers = forward.gateway_headers(fallbacks)
+    headers = forward.gateway_headers()
     _set(common.header_mutation.set_headers, headers)
-    common.header_mutation.remove_headers.extend([*forward.remove_headers, *steering])
+    common.header_mutation.remove_headers.extend(forward.remove_headers)
     common.clear_route_cache = True  # routes that name a cluster by the destination's header
-    fields = response.dynamic_metadata.fields[names.LB_METADATA].struct_value.fields
+    fields = response.dynamic_metadata.fields[gateway_names.LB_METADATA].struct_value.fields
     fields[names.DESTINATION].string_value = headers[names.DESTINATION]
     return bytes(response.SerializeToString())
 

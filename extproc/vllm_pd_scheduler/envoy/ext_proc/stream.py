@@ -24,9 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from ...request import headers as names
 from ...request.errors import Reject
-from ...routing.answer_watch import AnswerHead
+from ...routing.answer_head import AnswerHead
 from ...routing.forward import Forward
 
 
@@ -121,15 +120,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class StreamedAnswer:
-    """Reply with where the request goes, with its whole body (``None``: it has none) and its trailers.
-
-    ``steering`` are headers of the client's that go no further, beside those that ``forward`` removes.
-    """
+    """Reply with where the request goes, with its whole body (``None``: it has none) and its trailers."""
 
     forward: Forward
     body: bytes | None
     trailers: bool
-    steering: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +261,7 @@ class Stream:
         if not self.streamed:
             return Answer(self._phase, outcome)
         changed, body = outcome.body, self._body
-        steering = [name for name in names.STEERS_INSTANCES if name in self.headers]
-        return StreamedAnswer(outcome, body if changed is None else changed, self._trailers, steering)
+        return StreamedAnswer(outcome, body if changed is None else changed, self._trailers)
 
     def sent(self) -> None:
         """Record that Envoy may have the outcome, and let go of its body."""

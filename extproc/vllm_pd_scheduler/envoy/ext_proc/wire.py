@@ -13,11 +13,10 @@ _VARINT, _LENGTH_DELIMITED = 0, 2
 """Types of fields; a ``ProcessingRequest`` has no others."""
 
 _RESPONSE_BODY = bytes((pb.ProcessingRequest.RESPONSE_BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
-_METADATA = bytes((pb.ProcessingRequest.METADATA_CONTEXT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
-_BODY = bytes((pb.HttpBody.BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_METADATA = pb.ProcessingRequest.METADATA_CONTEXT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_BODY = pb.HttpBody.BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _END_OF_STREAM = bytes((pb.HttpBody.END_OF_STREAM_FIELD_NUMBER << 3 | _VARINT, 1))
-_ENDS = (b"", _END_OF_STREAM)
-"""What may come after the bytes in an ``HttpBody``; a ``StreamedBodyResponse`` has the same fields."""
+"""As a field of an ``HttpBody`` and, under the same number, of a ``StreamedBodyResponse``."""
 
 
 class Field(NamedTuple):
@@ -67,21 +66,22 @@ def response_part(data: bytes | bytearray) -> BodyPart | None:
     """
     if data[:1] != _RESPONSE_BODY:
         return None
-    size, start = _read_varint(data, 1)
+    size, start = _read_length(data, 1)
     end = at = start + size
-    if data[start : start + 1] == _BODY:
-        size, at = _read_varint(data, start + 1)
+    if end > len(data) or start < 2 or data[start - 1] > 0x7F:
+        return None
+    if size and data[start] == _BODY:
+        size, at = _read_length(data, start + 1)
         at += size
     else:
         size, at = 0, start
-    rest = data[at:end]
-    if rest not in _ENDS or at > end or end > len(data):
+    if at != end and (at > end or data[at:end] != _END_OF_STREAM):
         return None
-    if end < len(data):
-        length, after = _read_varint(data, end + 1)
-        if data[end : end + 1] != _METADATA or after + length != len(data):
+    if end != len(data):
+        length, after = _read_length(data, end + 1)
+        if data[end] != _METADATA or after + length != len(data):
             return None
-    return BodyPart(start, end, size, rest == _END_OF_STREAM)
+    return BodyPart(start, end, size, at != end)
 
 
 def part_message(
@@ -130,6 +130,17 @@ def _varint(value: int) -> bytes:
         value >>= 7
     written.append(value)
     return bytes(written)
+
+
+def _read_length(data: bytes | bytearray, at: int) -> tuple[int, int]:
+    """Return the number at an offset, as :func:`_read_varint` does; of one or two bytes it is faster."""
+    if at + 1 < len(data):
+        low, high = data[at], data[at + 1]
+        if low < 0x80:
+            return low, at + 1
+        if high < 0x80:
+            return low & 0x7F | high << 7, at + 2
+    return _read_varint(data, at)
 
 
 def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
