@@ -65,7 +65,7 @@ class NamedTest(SidecarCase):
     async def test_what_is_not_split_has_no_p(self) -> None:
         for body, path, method in (
             ({**BODY, "n": 2}, "/v1/completions", "POST"),
-            ({"input": "x"}, "/v1/responses", "POST"),
+            ({"input": "x"}, "/v1/embeddings", "POST"),
             (b"", "/v1/models", "GET"),
         ):
             forward = await self.route(body, path, method)

@@ -18,7 +18,7 @@ from tests.support.processes import unused_ports
 from tests.support.sim_fleet import Fleet
 
 PREFILLER = "x-prefiller-host-port"
-SPLIT = ("/v1/chat/completions", "/v1/completions")
+SPLIT = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 DO_PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
