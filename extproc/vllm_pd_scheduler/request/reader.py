@@ -106,7 +106,7 @@ class RequestReader:
             body_bytes=size,
             headers=MappingProxyType(headers),
             priority=self._priority(headers),
-            tenant=_first(headers, names.TENANT, *names.FAIRNESS_ID)[:_MAX_NAME],
+            tenant=(headers.get(names.TENANT) or _either(headers, names.FAIRNESS_ID) or "")[:_MAX_NAME],
             ttft_slo=_seconds(headers, names.TTFT_SLO, names.LLMD_TTFT_SLO) or config.ttft_slo,
             tpot_slo=_seconds(headers, names.TPOT_SLO, names.LLMD_TPOT_SLO) or config.tpot_slo,
             arrived=now,
@@ -117,7 +117,8 @@ class RequestReader:
     def _priority(self, headers: Mapping[str, str]) -> int:
         if names.PRIORITY in headers:
             return _priority(headers[names.PRIORITY])
-        return self.objectives.priority(_first(headers, *names.OBJECTIVE))
+        objective = _either(headers, names.OBJECTIVE)
+        return self.objectives.priority(objective) if objective else 0
 
     def _output_tokens(self, body: JsonBody) -> float:
         mean, limit = self._fleet.output_tokens, body.answer_limit
@@ -140,17 +141,17 @@ def _priority(text: str) -> int:
     return value
 
 
-def _first(headers: Mapping[str, str], *wanted: str) -> str:
-    """Return the first of some headers that is there and not empty."""
-    return next((value for name in wanted if (value := headers.get(name))), "")
+def _either(headers: Mapping[str, str], wanted: tuple[str, str]) -> str | None:
+    """Return the first of two headers that is there and not empty."""
+    return headers.get(wanted[0]) or headers.get(wanted[1])
 
 
-def _seconds(headers: Mapping[str, str], name: str, llmds: tuple[str, ...]) -> float | None:
+def _seconds(headers: Mapping[str, str], name: str, llmds: tuple[str, str]) -> float | None:
     text = headers.get(name)
     if text is None:
         # llm-d takes no notice of one that it cannot read, or that is 0.
-        text = _first(headers, *llmds)
-        return float(text) / 1000 or None if _MILLISECONDS.fullmatch(text) else None
+        text = _either(headers, llmds)
+        return float(text) / 1000 or None if text and _MILLISECONDS.fullmatch(text) else None
     if not (text.isascii() and text.isdigit() and int(text[:10]) > 0 and len(text) <= 10):
         raise HeaderError(f"The header {name} must be a whole number of milliseconds above 0.")
     return int(text) / 1000
