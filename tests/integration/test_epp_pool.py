@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 
 import aiohttp
-import pytest
 
+from tests.support import kubernetes
 from tests.support.gateway import Gateway, GatewayStack
 from tests.support.processes import Client, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
-
-kubernetes = pytest.importorskip("tests.support.kubernetes")
 
 
 async def test_from_a_pool_to_a_split_answer(session: aiohttp.ClientSession, tmp_path: Path) -> None:
