@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from asyncio import AbstractEventLoop, TimerHandle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,9 @@ MAX_UNFINISHED_BYTES = 256 << 20
 
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+
+
+Bytes = bytes | memoryview
 
 
 class Receiver(Protocol):
@@ -140,6 +143,11 @@ class Call:
         """What all calls of one connection have in common."""
         return self._host
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client can still be reached; if not, it may not know that the call is over."""
+        return self._host.is_open
+
     def metadata(self, name: str) -> str | None:
         """Return a field of the call's head, the last one of that name."""
         value = self.head.fields.get(name.encode())
@@ -150,18 +158,25 @@ class Call:
         self._asked = True
         self._deliver()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, *parts: Bytes) -> None:
         """Send a message. The receiver's ``written`` is called when it is out, perhaps before this returns.
 
         The parts must not change until then, nor may another message be written.
         """
+        self._write((prefix(sum(map(len, parts))), *parts))
+
+    def write_all(self, messages: Iterable[Sequence[Bytes]]) -> None:
+        """Send several messages, each in parts, as :meth:`write` does one: ``written`` is called once."""
+        self._write([part for parts in messages for part in (prefix(sum(map(len, parts))), *parts)])
+
+    def _write(self, parts: Sequence[Bytes]) -> None:
         if self.is_over or not self._host.is_open:
             return
         connection = self._host.connection
         if not self._begun:
             self._begun = True
             connection.send_headers(self.stream_id, HEADERS)
-        out = connection.send_content(self.stream_id, (prefix(sum(map(len, parts))), *parts))
+        out = connection.send_content(self.stream_id, parts)
         self._host.flush()
         if out:
             self._receiver.written()
