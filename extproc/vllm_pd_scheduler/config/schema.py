@@ -178,7 +178,7 @@ class SchedulerConfig(InstancesFile):
     `envoy/envoy.yaml`."""
 
     public_paths: Annotated[list[Annotated[str, Field(pattern=PUBLIC_PATH)]], _AT_START] = list(PUBLIC_PATHS)
-    """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
+    """[Paths that clients may ask for](security.md#public-paths), beside the two for completions, `/health`
     and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
     list: `envoy-config --config` prints its configuration with it."""
     prefill_listener: Annotated[str | None, _AT_START] = None
