@@ -345,6 +345,7 @@ class SchedulerConfig(InstancesFile):
     def api_keys(self) -> list[SecretSource]:
         """Every source of an API key that is named, for all instances or for one."""
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
+        sources += [getattr(source, "api_key", None) for source in self.discovery]
         return [source for source in sources if source is not None]
 
 
