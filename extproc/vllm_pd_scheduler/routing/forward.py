@@ -144,9 +144,10 @@ class Forward:
     def for_gateway(self, fallbacks: bool) -> None:
         """Leave in ``decode`` what a gateway is told: more than one only if it takes ``fallbacks``.
 
-        With a hand-off there is one in any case, since a gateway sends its retries with the same body.
+        With a body that is made for the first there is one in any case, since a gateway sends its retries
+        with the same one.
         """
-        if len(self.decode) > 1 and (self.used_once or not fallbacks):
+        if len(self.decode) > 1 and (self.splice is not None or self.used_once or not fallbacks):
             self.decode = self.decision.decode_to = self.decode[:1]
 
     def gateway_headers(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ..http2 import Connection
 from ..http2.header_block import RequestHead
-from .messages import MessageReader, prefix
+from .messages import MessageReader, TooLarge, prefix
 from .status import HEADERS, CallError, StatusCode, trailers
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class Receiver(Protocol):
     def accepts(self, size: int) -> bool:
         """Whether there is room for a large message of so many bytes, which has not come.
 
-        A receiver that ends the call itself need not care what it returns.
+        It is also asked of one that is over the limit, whatever it returns then. A receiver that ends the
+        call itself need not care what it returns.
         """
         ...
 
@@ -267,6 +268,8 @@ class Call:
                     self._receiver.half_closed()
                 break
         except CallError as error:
+            if isinstance(error, TooLarge):
+                self._receiver.accepts(error.size)  # it may answer itself
             if not self.is_over:
                 self._host.complain(self, error)
                 self._refuse(error)

@@ -221,6 +221,14 @@ class RequestTest(Case):
         self.assertFalse(other.exchange.accepts(1 << 18))
         self.assertEqual(other.written[0].immediate_response.status.code, 429)
 
+    async def test_a_part_that_is_larger_than_any_body(self) -> None:
+        self.router.body_memory.resize(1 << 20, 1 << 18)
+        call = self.open()
+        call.send(first())
+        self.assertFalse(call.exchange.accepts(2 << 20))
+        self.assertEqual(call.written[0].immediate_response.status.code, 413)
+        self.assert_nothing_left()
+
     async def test_a_part_of_an_answer_for_which_there_is_no_room(self) -> None:
         """Nothing can be answered in its place any more."""
         call = self.open()

@@ -15,6 +15,7 @@ from ...router import PDRouter
 from ...routing.answer_watch import AnswerWatch
 from ...routing.forward import Forward
 from ...rpc import Call, CallError, StatusCode
+from ..limits import MAX_MESSAGE_BYTES
 from .messages import decode, encode, encode_begin, encode_part, encode_streamed, pass_on
 from .stream import (
     AnswerBegins,
@@ -114,8 +115,10 @@ class Exchange:
 
     def accepts(self, size: int) -> bool:
         """Ask for the memory of a body that was not announced, and answer in its place if there is none."""
-        stream = self._stream
-        size = min(stream.received + size, self._router.body_memory.largest)
+        stream, largest = self._stream, self._router.body_memory.largest
+        size += stream.received
+        if size <= largest + MAX_MESSAGE_BYTES or not (stream.streamed and stream.state is State.AWAIT_BODY):
+            size = min(size, largest)
         if size - UNANNOUNCED_BYTES <= self._hold.size or self._hold.resize(size):
             return True
         if stream.state in (State.AWAIT_HEADERS, State.AWAIT_BODY):
