@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.instances import InstanceConfig, SecretSource
+from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
 
@@ -35,7 +36,7 @@ GROUPS = (
         "Instances",
         "The fleet. It needs at least one P and one D; everything else has a default. More of it can be in"
         " files that are watched: [Discovery](discovery.md).",
-        ("prefill_instances", "decode_instances", "instance_files"),
+        ("prefill_instances", "decode_instances", "instance_files", "discovery"),
         {
             "prefill_instances": [{"id": "prefill-0", "host": "10.0.0.11", "port": 8100}],
             "decode_instances": [
@@ -164,6 +165,9 @@ OBJECTS: dict[type[BaseModel], str] = {
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
     TracingConfig: "tracing",
+    DnsSource: "DNS source",
+    DockerSource: "Docker source",
+    KubernetesSource: "Kubernetes source",
 }
 """What a value that is an object is called, and where its keys are listed."""
 
@@ -227,7 +231,7 @@ def _table(model: type[BaseModel], keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return "\N{EN DASH}"
     size = f" ({value >> 20} MiB)" if isinstance(value, int) and value >> 20 else ""
     return f"`{json.dumps(value)}`{size}"
@@ -235,8 +239,10 @@ def _default(value: Any) -> str:
 
 def _kind(schema: dict[str, Any]) -> str:
     """Return what a value may be, in words."""
-    if "anyOf" in schema:
-        return " or ".join(_kind(one) for one in schema["anyOf"] if one != {"type": "null"})
+    if choice := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_kind(one) for one in choice if one != {"type": "null"})
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
     if "$ref" in schema:
         names = {model.__name__: name for model, name in OBJECTS.items()}
         name = names[schema["$ref"].rpartition("/")[2]]
@@ -245,6 +251,8 @@ def _kind(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if schema["type"] == "array":
         return f"list of {_kind(schema['items'])}"
+    if schema["type"] == "object":
+        return f"object with a {_kind(schema['additionalProperties'])} a key"
     words = {"boolean": "true or false", "integer": "whole number"}
     return words.get(schema["type"], str(schema["type"])) + _bounds(schema)
 

@@ -61,6 +61,10 @@ class PDInstance:
     """Its ``--api-key``: sent to it as a bearer token, and never shown."""
     tls_name: str | None = None
     """DNS name that its certificate must be for; ``None`` for plain HTTP."""
+    models: frozenset[str] | None = None
+    """Models that it serves, as its operator says; ``None``: as its ``/v1/models`` says."""
+    revision: str | None = None
+    """Of its roll-out: what P has computed is for D of the same revision only, where P has one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))

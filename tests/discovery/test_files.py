@@ -15,7 +15,8 @@ from tests.support.config import fleet as configured
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ConfigError, load_config, load_instances, parse_config
 from vllm_pd_scheduler.discovery import watch
-from vllm_pd_scheduler.discovery.files import InstanceFiles, source_of
+from vllm_pd_scheduler.discovery.files import source_of
+from vllm_pd_scheduler.discovery.sources import Sources
 from vllm_pd_scheduler.discovery.watch import WatchedFile
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.router import PDRouter
@@ -127,8 +128,8 @@ def router(path: Path) -> PDRouter:
 
 
 @pytest_asyncio.fixture
-async def files(router: PDRouter) -> AsyncIterator[InstanceFiles]:
-    made = InstanceFiles(router.config, router.membership, time.monotonic)
+async def files(router: PDRouter) -> AsyncIterator[Sources]:
+    made = Sources(router.config, router.membership, time.monotonic)
     made.read()
     await made.follow()
     yield made
@@ -230,7 +231,7 @@ class TestWatched:
         assert router.membership.ages(time.monotonic())[source_of(str(path))] < 60.0
 
     async def test_files_that_the_configuration_drops_and_names(
-        self, router: PDRouter, path: Path, files: InstanceFiles, tmp_path: Path
+        self, router: PDRouter, path: Path, files: Sources, tmp_path: Path
     ) -> None:
         other = tmp_path / "other.yaml"
         in_place(other, YAML)
@@ -266,6 +267,6 @@ async def test_half_a_file_is_not_taken(path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_file_that_is_broken_at_the_start(router: PDRouter, path: Path) -> None:
     in_place(path, "[]")
-    files: Any = InstanceFiles(router.config, router.membership, time.monotonic)
+    files: Any = Sources(router.config, router.membership, time.monotonic)
     with pytest.raises(ConfigError, match="must be an object"):
         files.read()

@@ -83,6 +83,14 @@ class SubscriptionTest(unittest.TestCase):
         self.ask("decode", "prefill")
         self.assertEqual(self.answer(), {"prefill": ["p0"]}, "decode it has")
 
+    def test_a_role_of_which_nothing_is_known_is_not_told(self) -> None:
+        unknown = {"prefill": LoadAssignment("prefill", partial(self.registry.endpoints, P))}
+        subscription = Subscription(unknown, Told())
+        subscription.asked(request("prefill"))
+        self.assertIsNone(subscription.response())
+        unknown["prefill"].refresh()
+        self.assertIsNotNone(subscription.response())
+
     def test_an_acknowledgement_is_not_answered(self) -> None:
         self.ask("decode")
         self.answer()

@@ -12,7 +12,7 @@ from tests.support.certificates import make_certificates
 from tests.support.config import fleet
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, load_config
 from vllm_pd_scheduler.discovery import CONFIG
-from vllm_pd_scheduler.discovery.files import InstanceFiles
+from vllm_pd_scheduler.discovery.sources import Sources
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.service.reload import ConfigFile, Reload
@@ -64,9 +64,9 @@ class Running:
         self.router = PDRouter(started.model_copy())
         self.applied = 0
         membership = self.router.membership
-        self.files = InstanceFiles(self.router.config, membership, time.monotonic)
+        self.sources = Sources(self.router.config, membership, time.monotonic)
         self.reloads = Reload(
-            ConfigFile(self.path, started, lambda config: config), self.router, self.files, self._apply
+            ConfigFile(self.path, started, lambda config: config), self.router, self.sources, self._apply
         )
 
     def _apply(self) -> None:
@@ -80,7 +80,7 @@ class Running:
         try:
             outcome = await self.reloads.reload("signal")
         finally:
-            await self.files.stop()
+            await self.sources.stop()
         return outcome.changed, outcome.needs_restart
 
     def events(self) -> list[str]:
@@ -105,6 +105,8 @@ def another(key: str, directory: Path) -> Any:
     if key == "instance_files":
         (directory / "more.yaml").write_text("decode_instances: [{id: d7, host: 10.0.0.7, port: 1}]")
         return [str(directory / "more.yaml")]
+    if key == "discovery":
+        return [{"type": "kubernetes", "selector": "app=vllm", "ports": [8000]}]
     if key in ("state_file", "grpc_socket"):
         return str(directory / key)
     return getattr(SchedulerConfig(), key) + 1

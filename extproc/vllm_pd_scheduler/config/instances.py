@@ -20,6 +20,7 @@ from pydantic import (
 from ..models import InstanceRole, canonical_host, canonical_ip, is_ip
 from .tls import LABEL, ServerName
 
+ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 _NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
@@ -101,6 +102,10 @@ class InstanceConfig(StrictModel):
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that this instance's certificate must be for. Needed when `host` is
     an IP address and `instance_tls` has no `server_name`."""
+    models: list[ModelName] | None = None
+    """Models that it serves. Without it they are read from its `/v1/models`."""
+    revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Name of the roll-out that it belongs to. P hands over only to D of the same revision, if it has one."""
 
     @field_validator("host")
     @classmethod

@@ -54,7 +54,8 @@ def find_problems(
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
-        if not config.instance_files and not any(role is item_role for item_role, _, _ in items):
+        elsewhere = config.instance_files or config.discovery
+        if not elsewhere and not any(role is item_role for item_role, _, _ in items):
             problems.append(
                 f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
             )

@@ -18,6 +18,7 @@ from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
 from .instances import INSTANCE_ID, InstanceConfig, InstancesFile, Port, SecretSource, is_host
+from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
@@ -213,12 +214,14 @@ class SchedulerConfig(InstancesFile):
     """TLS to the instances; `{}` trusts the system's authorities. See [TLS to the
     instances](security.md#to-the-instances)."""
     prefill_instances: list[InstanceConfig] = []
-    """The P of the fleet, at least one, unless `instance_files` has some."""
+    """The P of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     decode_instances: list[InstanceConfig] = []
-    """The D of the fleet, at least one, unless `instance_files` has some."""
+    """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
     """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the two
     keys above."""
+    discovery: list[SourceConfig] = []
+    """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
     @field_validator("grpc_host", "admin_host")
     @classmethod
@@ -293,7 +296,10 @@ class SchedulerConfig(InstancesFile):
             key = source.read() if source else None
         except ValueError as error:
             raise ValueError(f"api_key: {error}") from None
-        return PDInstance(item.id, role, item.host, item.port, key, self.tls_name(item))
+        models = None if item.models is None else frozenset(item.models)
+        return PDInstance(
+            item.id, role, item.host, item.port, key, self.tls_name(item), models, item.revision
+        )
 
     def tls_name(self, item: InstanceConfig) -> str | None:
         """Return the name that an instance's certificate must be for, ``None`` without TLS."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 
 from ..fleet.registry import DuplicateInstance, Registry, UnknownInstance
-from ..models import By, PDInstance
+from ..models import By, InstanceRole, PDInstance
 from ..records.events import EventKind, Events
 from .merge import Member, Named, merge, named, place_of
 
@@ -30,6 +30,7 @@ class Membership:
         self._told: dict[str, tuple[PDInstance, ...]] = {ADMIN: (), CONFIG: ()}
         self._told_at: dict[str, float] = {}
         self._problems: dict[str, str] = {}
+        self._silent: set[str] = set()
         self._members: dict[str, Member] = {}
         self._leaving: set[str] = set()
         self._drained: set[str] = set()
@@ -39,16 +40,38 @@ class Membership:
 
     # -- what sources tell
 
+    def expect(self, source: str) -> None:
+        """Take it that there is a source, which has told nothing yet."""
+        if source not in self._told:
+            self._told[source] = ()
+            self._silent.add(source)
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Sources that have told nothing yet."""
+        return frozenset(self._silent)
+
+    def knows(self, role: InstanceRole) -> bool:
+        """Whether what is known of a role is more than that nobody has told anything."""
+        return not self._silent or bool(self._registry.endpoints(role))
+
     def update(self, source: str, instances: Iterable[PDInstance], by: str = By.START) -> None:
         """Take the whole set of instances that a source knows."""
         self._told[source] = tuple(instances)
+        self._has_spoken(source)
         self._settle(by)
 
     def forget(self, source: str, by: str = By.START) -> None:
         """Take it that there is no such source any more: nobody but the others names its instances."""
         for known in (self._told, self._told_at, self._problems):
             known.pop(source, None)
+        self._has_spoken(source)
         self._settle(by)
+
+    def _has_spoken(self, source: str) -> None:
+        if source in self._silent:
+            self._silent.discard(source)
+            self._registry.tell()  # that a role has no instance is a word too
 
     def heard(self, source: str, now: float) -> None:
         """Note that what a source has told is how it is now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -69,7 +69,8 @@ class Subscription:
 
     def response(self) -> bytes | None:
         """Return what Envoy does not have yet of the clusters that it asked for, if there is something."""
-        asked = {name: each for name, each in self._assignments.items() if name in self._names}
+        known = {name: each for name, each in self._assignments.items() if each.version}
+        asked = {name: each for name, each in known.items() if name in self._names}
         news = {name: each for name, each in asked.items() if self._sent.get(name) != each.version}
         if not self._told.union(news) >= _ROLES:
             news.pop(SERVING, None)
@@ -96,9 +97,11 @@ class EndpointDiscovery:
     """Serves ``envoy.service.endpoint.v3.EndpointDiscoveryService`` (gRPC, state of the world).
 
     A change in the registry is encoded once, for all streams, and told to those that asked for its role.
+    A role of which nothing is known yet (``knows``) is not told: an Envoy that has run for longer knows more.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, knows: Callable[[InstanceRole], bool] = lambda _: True) -> None:
+        self._knows = knows
         self._assignments = {
             role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
         }
@@ -134,8 +137,9 @@ class EndpointDiscovery:
     def _response(self, subscription: Subscription) -> bytes | None:
         if self._stale:
             self._stale = False
-            for assignment in self._assignments.values():
-                assignment.refresh()
+            for name, assignment in self._assignments.items():
+                if name not in _ROLES or self._knows(InstanceRole(name)):
+                    assignment.refresh()
         return subscription.response()
 
     async def _stream(self, stream: ServerStream) -> None:

@@ -29,7 +29,7 @@ _Key = tuple[str, str, InstanceState, str | None]
 class LoadAssignment:
     """The resource of one of Envoy's clusters, from whoever its endpoints are at the moment.
 
-    ``version`` grows by one with each change in what Envoy is told, and with no other.
+    ``version`` grows by one with each change in what Envoy is told, and with no other. 0: it was never told.
     """
 
     def __init__(self, cluster: str, endpoints: Callable[[], Iterable[Endpoint]]) -> None:

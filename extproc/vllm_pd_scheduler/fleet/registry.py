@@ -205,6 +205,10 @@ class Registry:
         """
         self._listeners.append(listener)
 
+    def tell(self) -> None:
+        """Tell the listeners, though no endpoint has changed."""
+        self._changed(self.changed_by)
+
     def watch(self, role: InstanceRole) -> set[Endpoint]:
         """Return a new set to which each endpoint of a role is added when its load changes.
 

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
 from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
-from ..discovery.files import InstanceFiles
+from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
 from ..envoy.ext_proc import ExtProcService
@@ -72,7 +72,7 @@ class App:
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
-        self._files = InstanceFiles(config, self.router.membership, time.monotonic)
+        self._sources = Sources(config, self.router.membership, time.monotonic)
         self._file = file
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()
@@ -95,7 +95,7 @@ class App:
         return_large_blocks()
         raise_open_files_limit()
         try:
-            self._files.read()
+            self._sources.read()
         except ConfigError as error:
             raise StartupError(str(error)) from None
         self.changes.restore()
@@ -131,24 +131,21 @@ class App:
             monitor.reconfigured(config)
 
         if self._file is not None:
-            self._reload = Reload(self._file, router, self._files, reconfigured)
+            self._reload = Reload(self._file, router, self._sources, reconfigured)
         await self._start_admin()
+        await self._sources.follow()
+        self._stack.push_async_callback(self._sources.stop)
+        await self._sources.first_words()
         await self._start_grpc()
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
-        await self._follow()
+        if self._reload is not None:
+            watch = asyncio.ensure_future(self._reload.watch())
+            self._stack.push_async_callback(_ended, watch)
         grpc = config.grpc_socket or join_address(config.grpc_host, config.grpc_port)
         admin = join_address(config.admin_host, config.admin_port)
         text = f"serving ext_proc and EDS on {grpc}, admin on {admin}"
         router.events.add(EventKind.STARTED, text, by=By.START)
-
-    async def _follow(self) -> None:
-        """Follow the files from now on: the configuration, and those with instances."""
-        await self._files.follow()
-        self._stack.push_async_callback(self._files.stop)
-        if self._reload is not None:
-            watch = asyncio.ensure_future(self._reload.watch())
-            self._stack.push_async_callback(_ended, watch)
 
     def hang_up(self) -> None:
         """Read the configuration again, as SIGHUP asks; not while the scheduler starts or ends."""
@@ -195,7 +192,7 @@ class App:
         config = self.config
         access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
         retries = RetryCheck(self.router.in_flight.may_try_again)
-        discovery = EndpointDiscovery(self.router.registry)
+        discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)
         services = (self.ext_proc, discovery, access_log, retries, HealthService())
         server = Server({path: method for each in services for path, method in each.methods().items()})
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config import ConfigError, Reloaded, SchedulerConfig, compare, find_problems, load_config
 from ..discovery import CONFIG
-from ..discovery.files import InstanceFiles
+from ..discovery.sources import Sources
 from ..discovery.watch import WatchedFile
 from ..models import By
 from ..records.events import EventKind
@@ -49,11 +49,11 @@ class Reload:
     """
 
     def __init__(
-        self, file: ConfigFile, router: PDRouter, files: InstanceFiles, applied: Callable[[], None]
+        self, file: ConfigFile, router: PDRouter, sources: Sources, applied: Callable[[], None]
     ) -> None:
         self._file = file
         self._router = router
-        self._files = files
+        self._sources = sources
         self._applied = applied
         self._known = file.started.model_copy()
         """What the file and the command line say, of keys that need a restart what they said at the start."""
@@ -74,7 +74,7 @@ class Reload:
                 self._router.events.add(EventKind.CONFIG, text, by=by, level=logging.ERROR)
                 raise
             self._router.membership.heard(CONFIG, time.monotonic())
-            await self._files.follow(by)
+            await self._sources.follow(by)
         if asked or outcome.changed or outcome.needs_restart:
             self._router.events.add(EventKind.CONFIG, _said(outcome), by=by)
         return outcome
