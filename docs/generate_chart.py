@@ -1,16 +1,19 @@
-"""Writes what the Helm chart says twice: ``make docs`` runs it.
+"""Writes what is made of the Helm chart and for it: ``make docs`` runs it.
 
-The chart's README has a table of its values, made of ``values.yaml`` and its comments. ``values.schema.json`` has
-the schema of the scheduler's configuration, so that Helm refuses a wrong one.
+The chart's README has a table of its values, made of ``values.yaml`` and its comments. ``values.schema.json``
+has the schema of the configuration, so that Helm refuses a wrong one. The kustomize bases are what
+Helm renders.
 """
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.support.helm import NAMESPACE, ToolMissing, objects, template
 
 from vllm_pd_scheduler.config import SchedulerConfig
 
@@ -18,10 +21,17 @@ CHART = Path(__file__).parents[1] / "deploy" / "helm" / "vllm-pd-scheduler"
 README = CHART / "README.md"
 SCHEMA = CHART / "values.schema.json"
 VALUES = CHART / "values.yaml"
+BASES = CHART.parents[1] / "kustomize"
+NAME = "vllm-pd-scheduler"
+"""Of all objects of the bases."""
+VALUES_OF_BASES: dict[str, dict[str, Any]] = {
+    "standalone": {},
+    "epp": {"mode": "epp", "httpRoute": {"parentRefs": [{"name": "inference-gateway"}]}},
+}
 
 CHARTS_OWN = (
     *("grpc_host", "grpc_port", "grpc_socket", "grpc_tls", "grpc_health_port"),
-    *("admin_host", "admin_port", "admin_token", "admin_tls", "instance_tls"),
+    *("admin_host", "admin_port", "admin_token", "admin_tls", "metrics_host", "metrics_port", "instance_tls"),
 )
 """Keys of the configuration that the chart sets from other values."""
 
@@ -81,7 +91,7 @@ def rows() -> Iterator[str]:
             for key in path:
                 value = value[key]
             if comment or (depth == 0 and told and match[3]):
-                yield f"| `{'.'.join(path)}` | {_shown(value)} | {told} |\n".replace("` | {} |", "` | `{}` |")
+                yield f"| `{'.'.join(path)}` | {_shown(value)} | {told} |\n"
             comment = []
 
 
@@ -89,6 +99,55 @@ def _shown(value: Any) -> str:
     return "\N{EN DASH}" if value in (None, "", [], {}) else f"`{json.dumps(value)}`"
 
 
+def base(mode: str) -> dict[str, str]:
+    """Return the files of a kustomize base, by name; raises :exc:`ToolMissing` without Helm."""
+    done = template({**VALUES_OF_BASES[mode], "fullnameOverride": NAME}, release=NAME)
+    done.check_returncode()
+    found = [each for each in objects(done.stdout) if "helm.sh/hook" not in _annotations(each)]
+    (config,) = (each for each in found if each["kind"] == "ConfigMap")
+    found.remove(config)
+    for each in found:
+        _make_kustomize_s(each)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": NAMESPACE,
+        "resources": ["resources.yaml"],
+        "configMapGenerator": [{"name": NAME, "files": ["config.json"]}],
+    }
+    return {
+        "config.json": config["data"]["config.json"],
+        "kustomization.yaml": _WRITTEN + yaml.safe_dump(kustomization, sort_keys=False),
+        "resources.yaml": _WRITTEN + yaml.safe_dump_all(found, sort_keys=False, width=110),
+    }
+
+
+_WRITTEN = "# Written by docs/generate_chart.py from deploy/helm. Change that and run `make docs`.\n"
+
+
+def _annotations(each: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = each["metadata"].get("annotations", {})
+    return found
+
+
+def _make_kustomize_s(each: dict[str, Any]) -> None:
+    """Take out of an object what is Helm's, and what kustomize does by itself."""
+    for subject in each.get("subjects", ()):
+        subject.pop("namespace")
+    each["metadata"].pop("namespace")
+    for label in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
+        each["metadata"]["labels"].pop(label)
+    if each["kind"] == "Deployment":
+        each["spec"]["template"]["metadata"]["annotations"].pop("checksum/config")
+
+
 if __name__ == "__main__":
     README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     SCHEMA.write_text(schema(SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")
+    try:
+        for mode in VALUES_OF_BASES:
+            for name, text in base(mode).items():
+                (BASES / mode / name).parent.mkdir(parents=True, exist_ok=True)
+                (BASES / mode / name).write_text(text, encoding="utf-8")
+    except ToolMissing as error:
+        sys.exit(f"deploy/kustomize is left as it is: {error}")

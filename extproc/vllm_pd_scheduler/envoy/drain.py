@@ -26,8 +26,8 @@ async def begin_drain(admin: str) -> None:
                 await session.post(admin + path)
 
 
-async def finish_drain(admin: str, timeout: float) -> int:
-    """Wait until Envoy has no request of a client, at most ``timeout`` s; return how many it has then.
+async def finish_drain(admin: str, within: float) -> int:
+    """Wait until Envoy has no request of a client, ``within`` s at most; return how many it has then.
 
     Before ``DRAIN_TIME_S`` new ones may come, so it takes as long at least. An Envoy that does not answer
     has none.
@@ -35,7 +35,7 @@ async def finish_drain(admin: str, timeout: float) -> int:
     clock = asyncio.get_running_loop().time
     start, active = clock(), 0
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
-        while (elapsed := clock() - start) < timeout:
+        while (elapsed := clock() - start) < within:
             try:
                 async with session.get(admin + _ACTIVE) as response:
                     found = re.search(r": (\d+)", await response.text())

@@ -2,12 +2,12 @@
 
 {{- define "vllm-pd-scheduler.mounts" -}}/etc/vllm-pd-scheduler{{- end }}
 
-{{- define "vllm-pd-scheduler.adminPort" -}}
-{{- ternary 9090 9003 (eq .Values.mode "epp") }}
-{{- end }}
-
 {{- define "vllm-pd-scheduler.drainTimeout" -}}
 {{- if hasKey .Values.config "drain_timeout" }}{{ ceil .Values.config.drain_timeout | int }}{{ else }}30{{ end }}
+{{- end }}
+
+{{- define "vllm-pd-scheduler.fleetLabels" -}}
+{{- .Values.fleet.matchLabels | default (dict "llm-d.ai/inference-serving" "true") | toYaml }}
 {{- end }}
 
 {{/* The sources of instances, as JSON: those of `config`, else the pods of `fleet`. */}}
@@ -19,7 +19,7 @@
 {{- list (dict "type" "kubernetes" "pool" (include "vllm-pd-scheduler.poolName" .)) | toJson }}
 {{- else }}
 {{- $labels := list }}
-{{- range $key, $value := .Values.fleet.matchLabels }}
+{{- range $key, $value := include "vllm-pd-scheduler.fleetLabels" . | fromYaml }}
 {{- $labels = append $labels (printf "%s=%s" $key $value) }}
 {{- end }}
 {{- list (dict "type" "kubernetes" "selector" (join "," $labels) "ports" .Values.fleet.ports) | toJson }}
@@ -27,23 +27,16 @@
 {{- end }}
 
 {{- define "vllm-pd-scheduler.config" -}}
-{{- $root := . }}
 {{- $config := deepCopy .Values.config }}
-{{- range list "grpc_host" "grpc_port" "grpc_socket" "grpc_tls" "grpc_health_port" "admin_host" "admin_port" "admin_token" "admin_tls" "instance_tls" }}
-{{- if hasKey $config . }}
-{{- fail (printf "config.%s: the chart sets it; see `admin`, `tls` and `service` of its values" .) }}
-{{- end }}
-{{- end }}
 {{- if and .Values.tls.admin (not .Values.admin.existingSecret) }}
 {{- fail "tls.admin: needs admin.existingSecret, a Secret with a token: without it the admin interface can be reached from within the pod only" }}
 {{- end }}
 {{- $mounts := include "vllm-pd-scheduler.mounts" . }}
 {{- $_ := set $config "discovery" (include "vllm-pd-scheduler.discovery" . | fromJsonArray) }}
-{{- $_ = set $config "admin_port" (include "vllm-pd-scheduler.adminPort" . | int) }}
+{{- $_ = set $config "metrics_host" .Values.listenHost }}
+{{- $_ = set $config "metrics_port" 9090 }}
 {{- if eq .Values.mode "epp" }}
-{{- $_ = set $config "grpc_host" "0.0.0.0" }}
-{{- $_ = set $config "grpc_port" 9002 }}
-{{- $_ = set $config "grpc_health_port" 9003 }}
+{{- $_ = set $config "grpc_host" .Values.listenHost }}
 {{- if .Values.tls.grpc }}
 {{- $_ = set $config "grpc_tls" (dict "cert" (printf "%s/grpc-tls/tls.crt" $mounts) "key" (printf "%s/grpc-tls/tls.key" $mounts)) }}
 {{- else }}
@@ -53,7 +46,7 @@
 {{- $_ = set $config "grpc_socket" "/run/vllm-pd-scheduler/grpc" }}
 {{- end }}
 {{- if .Values.admin.existingSecret }}
-{{- $_ = set $config "admin_host" "0.0.0.0" }}
+{{- $_ = set $config "admin_host" .Values.listenHost }}
 {{- $_ = set $config "admin_token" (dict "file" (printf "%s/admin/%s" $mounts .Values.admin.secretKey)) }}
 {{- end }}
 {{- if .Values.tls.admin }}

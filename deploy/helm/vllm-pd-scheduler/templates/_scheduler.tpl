@@ -20,24 +20,22 @@
   env:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- if or (not $standalone) .Values.admin.existingSecret }}
   ports:
     {{- if not $standalone }}
     - {name: grpc, containerPort: 9002}
-    - {name: grpc-health, containerPort: 9003}
     {{- end }}
+    - {name: metrics, containerPort: 9090}
     {{- if .Values.admin.existingSecret }}
-    - {name: admin, containerPort: {{ include "vllm-pd-scheduler.adminPort" . }}}
+    - {name: admin, containerPort: 9003}
     {{- end }}
-  {{- end }}
   startupProbe:
-    {{- include "vllm-pd-scheduler.ask" (list . "/healthz" "liveness") | nindent 4 }}
+    httpGet: {path: /healthz, port: metrics}
     {{- toYaml .Values.probes.startup | nindent 4 }}
   livenessProbe:
-    {{- include "vllm-pd-scheduler.ask" (list . "/healthz" "liveness") | nindent 4 }}
+    httpGet: {path: /healthz, port: metrics}
     {{- toYaml .Values.probes.liveness | nindent 4 }}
   readinessProbe:
-    {{- include "vllm-pd-scheduler.ask" (list . "/readyz" "readiness") | nindent 4 }}
+    httpGet: {path: /readyz, port: metrics}
     {{- toYaml .Values.probes.readiness | nindent 4 }}
   {{- if not $standalone }}
   lifecycle:

@@ -3,7 +3,7 @@
 static_resources:
   listeners:
     - name: statistics
-      address: {socket_address: {address: {{ .Values.envoy.host | quote }}, port_value: {{ .Values.envoy.statistics.port }}{{ if eq .Values.envoy.host "::" }}, ipv4_compat: true{{ end }}}}
+      address: {socket_address: {address: {{ .Values.listenHost | quote }}, port_value: {{ .Values.envoy.statistics.port }}{{ if eq .Values.listenHost "::" }}, ipv4_compat: true{{ end }}}}
       filter_chains:
         - filters:
             - name: envoy.filters.network.http_connection_manager
