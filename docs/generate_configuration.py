@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.config.instances import InstanceConfig, SecretSource
+from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
@@ -70,8 +70,8 @@ GROUPS = (
     ),
     Group(
         "Splitting and binding",
-        "Which requests P prefills, and when they are bound to one.",
-        ("disaggregation", "late_binding"),
+        "Which requests P prefills, when they are bound to one, and how it hands them over.",
+        ("disaggregation", "late_binding", "connector"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(
@@ -162,6 +162,7 @@ GROUPS = (
 OBJECTS: dict[type[BaseModel], str] = {
     InstanceConfig: "instance",
     SecretSource: "secret",
+    ConnectorConfig: "connector",
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
     TracingConfig: "tracing",

@@ -48,6 +48,16 @@ class By(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectorChoice:
+    """A KV hand-off protocol, and what is configured for it."""
+
+    name: str
+    """A built-in one's, an entry point's, or ``package.module:Class``."""
+    settings: tuple[tuple[str, str | int | float | bool], ...] = ()
+    """By their keys, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class PDInstance:
     """One vLLM server of the fleet."""
 
@@ -65,6 +75,8 @@ class PDInstance:
     """Models that it serves, as its operator says; ``None``: as its ``/v1/models`` says."""
     revision: str | None = None
     """Of its roll-out: what P has computed is for D of the same revision only, where P has one."""
+    connector: ConnectorChoice | None = None
+    """The protocol by which it hands over; ``None``: that of the fleet."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .admission.body_memory import BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
-from .config import SchedulerConfig
-from .connectors import Connector, ConnectorFence, NixlConnector
+from .config import SchedulerConfig, connector_choice
+from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
@@ -63,7 +63,7 @@ class PDRouter:
         took = {role: self.telemetry.picks(role) for role in InstanceRole}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
-        self.connector = ConnectorFence(connector or NixlConnector())
+        self.connectors = Connectors(lambda: connector_choice(config.connector), connector)
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
@@ -75,7 +75,7 @@ class PDRouter:
             config,
             self.scheduler,
             admission,
-            self.connector,
+            self.connectors,
             self.telemetry,
             self.decisions,
             self.recording,

@@ -6,6 +6,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
+from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector, Splice
 from vllm_pd_scheduler.connectors.fence import CHECKED_BYTES
 from vllm_pd_scheduler.request.body import JsonBody
@@ -15,8 +16,9 @@ BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
 HANDOFF = Handoff(b"{}", 1, 0)
 CALLS: dict[str, tuple[Any, ...]] = {
     "can_split": (BODY,),
-    "prefill_body": (BODY,),
-    "handoff": (b"{}",),
+    "prefill_body": (BODY, LEGS),
+    "prefill_headers": (LEGS,),
+    "handoff": (b"{}", LEGS),
     "ended": (b"{}",),
     "splice": (BODY, HANDOFF),
     "release_body": (HANDOFF, "m"),
@@ -89,9 +91,15 @@ class ConnectorFenceTest(unittest.TestCase):
         answers = {
             "prefill_body": [None, *bodies, *NO_OBJECTS],
             "release_body": [*bodies, *NO_OBJECTS],
-            "handoff": [b"{}", {}, Handoff(b""), *(Handoff(b"{}", *each) for each in tokens)],
+            "prefill_headers": [None, {"A": "x"}, {"a": "\n"}, {"a": 5}, {str(n): "" for n in range(17)}],
+            "handoff": [
+                b"{}",
+                {},
+                Handoff(b"{}", lease=0.0),
+                Handoff(b"{}", headers={"a": "\r"}),
+                *(Handoff(b"{}", *each) for each in tokens),
+            ],
             "splice": [
-                None,
                 b"body",
                 *(Splice(at, b"}") for at in (-1, 0, 99, None)),
                 Splice(1, "}"),
@@ -132,10 +140,10 @@ class ConnectorFenceTest(unittest.TestCase):
         fence = ConnectorFence(nixl)
         handoff = Handoff(b'{"a":1}', 5, 2)
         self.assertTrue(fence.can_split(BODY))
-        self.assertEqual(fence.prefill_body(BODY), nixl.prefill_body(BODY))
+        self.assertEqual(fence.prefill_body(BODY, LEGS), nixl.prefill_body(BODY, LEGS))
         self.assertEqual(fence.splice(BODY, handoff), nixl.splice(BODY, handoff))
         self.assertEqual(fence.release_body(handoff, "m"), nixl.release_body(handoff, "m"))
-        self.assertIsNone(fence.handoff(b"{}"))
+        self.assertIsNone(fence.handoff(b"{}", LEGS))
         self.assertEqual(set(fence.failures.counts.values()), {0}, "each series exists from the start")
 
 
@@ -184,5 +192,5 @@ if __name__ == "__main__":
                     body = JsonBody.parse(raw)
                 except BodyError:
                     continue
-                self.assertEqual(fence.prefill_body(body), nixl.prefill_body(body))
+                self.assertEqual(fence.prefill_body(body, LEGS), nixl.prefill_body(body, LEGS))
                 self.assertEqual(fence.splice(body, HANDOFF), nixl.splice(body, HANDOFF))

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 from vllm_pd_scheduler.connectors.base import MAX_TOKENS
 from vllm_pd_scheduler.request.body import JsonBody
@@ -114,7 +115,8 @@ class PrefillBodyTest(unittest.TestCase):
                         "temperature": 0.0,
                         "stop": ["x"],
                     }
-                )
+                ),
+                LEGS,
             )
         )
         self.assertEqual(
@@ -137,29 +139,31 @@ class PrefillBodyTest(unittest.TestCase):
         )
 
     def test_chat_has_a_second_limit_when_the_client_set_it(self) -> None:
-        self.assertNotIn("max_completion_tokens", json.loads(nixl.prefill_body(body(CHAT))))
-        sent = json.loads(nixl.prefill_body(body(CHAT | {"max_completion_tokens": 50, "tools": []})))
+        self.assertNotIn("max_completion_tokens", json.loads(nixl.prefill_body(body(CHAT), LEGS)))
+        sent = json.loads(nixl.prefill_body(body(CHAT | {"max_completion_tokens": 50, "tools": []}), LEGS))
         self.assertEqual((sent["max_completion_tokens"], sent["max_tokens"]), (1, 1))
         self.assertEqual((sent["messages"], sent["tools"]), (CHAT["messages"], []))
 
     def test_the_client_is_not_heard_on_the_hand_off(self) -> None:
         raw = body(TEXT | {"kv_transfer_params": {"do_remote_prefill": True}})
-        self.assertIs(json.loads(nixl.prefill_body(raw))["kv_transfer_params"]["do_remote_decode"], True)
+        self.assertIs(
+            json.loads(nixl.prefill_body(raw, LEGS))["kv_transfer_params"]["do_remote_decode"], True
+        )
 
     def test_unusual_numbers_and_letters_pass_as_they_are_written(self) -> None:
         raw = JsonBody.parse(b'{"prompt": "\\u4f60", "temperature": 1.10, "seed": 18446744073709551617}')
-        sent = nixl.prefill_body(raw)
+        sent = nixl.prefill_body(raw, LEGS)
         for text in (b'"\\u4f60"', b":1.10,", b":18446744073709551617,"):
             self.assertIn(text, sent)
 
 
 class HandoffTest(unittest.TestCase):
     def handoff(self, params: Any, **more: Any) -> Handoff | None:
-        return nixl.handoff(json.dumps({**ANSWER, **more, "kv_transfer_params": params}).encode())
+        return nixl.handoff(json.dumps({**ANSWER, **more, "kv_transfer_params": params}).encode(), LEGS)
 
     def test_it_is_copied_whole(self) -> None:
         raw = json.dumps(ANSWER, indent=1).encode()
-        found = nixl.handoff(raw)
+        found = nixl.handoff(raw, LEGS)
         assert found is not None
         self.assertEqual(found.prompt_tokens, 283)
         self.assertIn(found.params, raw)
@@ -224,7 +228,7 @@ class HandoffTest(unittest.TestCase):
     def test_text_that_is_none_is_no_hand_off(self) -> None:
         """The parts that nobody reads here are copied to D as they are."""
         raw = json.dumps(ANSWER).encode().replace(b'"pull"', b'"\xff"')
-        self.assertIsNone(nixl.handoff(raw))
+        self.assertIsNone(nixl.handoff(raw, LEGS))
 
     @given(st.data())
     @settings(derandomize=True, deadline=None, max_examples=300)
@@ -237,7 +241,7 @@ class HandoffTest(unittest.TestCase):
         raw = bytearray(json.dumps(answer).encode())
         for _ in range(data.draw(st.integers(0, 2))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        found = nixl.handoff(bytes(raw))
+        found = nixl.handoff(bytes(raw), LEGS)
         if found is None:
             return
         for count in (found.prompt_tokens, found.cached_tokens):
@@ -254,7 +258,7 @@ class HandoffTest(unittest.TestCase):
         deep = b'{"kv_transfer_params":' + b"[" * 100_000
         for raw in (json.dumps(without).encode(), b"", b"null", b"[]", b"Bad Gateway", b"\xff", deep):
             with self.subTest(raw[:30]):
-                self.assertIsNone(nixl.handoff(raw))
+                self.assertIsNone(nixl.handoff(raw, LEGS))
 
     def test_usage_is_not_needed(self) -> None:
         """It is there to learn from; whatever it says, the hand-off is not lost by it."""

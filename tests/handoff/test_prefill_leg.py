@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
+from tests.support.connectors import attempt
 from tests.support.given import give
 from tests.support.raw_server import Peer, raw_server
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -65,7 +66,7 @@ async def prefill(instance: Instance, body: bytes = b"{}", host: str = "127.0.0.
     endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, host, instance.port))
     give(endpoint, address=f"127.0.0.1:{instance.port}")
     async with ConnectionPool() as pool:
-        return await HttpPrefill(pool, None, 10.0)(endpoint, "/v1/completions", {}, body)
+        return await HttpPrefill(pool, None, 10.0)(endpoint, "/v1/completions", {}, body, attempt())
 
 
 class TestSize:
@@ -151,7 +152,7 @@ class TestRequest:
             endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1, key), server.to[0])
             url = f"http://{server.to[0]}" if listener else None
             prefill = asyncio.ensure_future(
-                HttpPrefill(pool, url, 10.0)(endpoint, "/v1/completions", headers, b"{}")
+                HttpPrefill(pool, url, 10.0)(endpoint, "/v1/completions", headers, b"{}", attempt())
             )
             peer = await server.accept()
             request = await peer.request()
@@ -197,9 +198,9 @@ class TestLeaving:
         unwanted: list[PrefillAnswer] = []
         async with raw_server() as server, ConnectionPool() as pool:
             endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
-            take = None if wanted else lambda _, answer: unwanted.append(answer)
+            take = None if wanted else lambda _, answer, __: unwanted.append(answer)
             leg = HttpPrefill(pool, None, 10.0, take)
-            prefill = asyncio.ensure_future(leg(endpoint, "/v1/completions", {}, b"{}"))
+            prefill = asyncio.ensure_future(leg(endpoint, "/v1/completions", {}, b"{}", attempt()))
             peer = await server.accept()
             await peer.request()
             prefill.cancel()
@@ -242,7 +243,7 @@ class TestHung:
                 Endpoint(PDInstance(name, InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
                 for name in ("p0", "p1")
             )
-            legs = [asyncio.ensure_future(leg(each, "/", {}, b"{}")) for each in (hung, other)]
+            legs = [asyncio.ensure_future(leg(each, "/", {}, b"{}", attempt())) for each in (hung, other)]
             peers = [await server.accept() for _ in legs]
             for peer in peers:
                 await peer.request()
@@ -266,7 +267,7 @@ class TestAnswersTwice:
             p0 = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
             peer = None
             for sent, told in ((first, first), (second, answered)):
-                prefill = asyncio.ensure_future(leg(p0, "/", {"x-request-id": sent}, b"{}"))
+                prefill = asyncio.ensure_future(leg(p0, "/", {"x-request-id": sent}, b"{}", attempt()))
                 peer = peer or await server.accept()
                 await peer.request()
                 body = b'{"id":"chatcmpl-%s"}' % told.encode()

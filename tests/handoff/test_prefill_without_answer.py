@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.connectors import attempt
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.handoff.interfaces import LocalShortage, PrefillFailed, PrefillNotSent
 from vllm_pd_scheduler.handoff.prefill_leg import HttpPrefill
@@ -60,7 +61,7 @@ class Pool:
 async def send(outcome: Outcome, listener: str | None) -> Any:
     endpoint = Registry().add(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 8100))
     leg = HttpPrefill(cast(ConnectionPool, Pool(outcome)), listener, 5.0)
-    return await leg(endpoint, "/v1/completions", {}, b"{}")
+    return await leg(endpoint, "/v1/completions", {}, b"{}", attempt())
 
 
 OURS: list[tuple[Outcome, str]] = [

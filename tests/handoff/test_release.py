@@ -46,7 +46,7 @@ class ReleaseTest(InFlightCase):
     async def release(self, *statuses: int) -> list[int]:
         """Free a hand-off with D that answer so; return the answers that nobody has asked for."""
         pool, router = Pool(*statuses), self.router
-        releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)  # type: ignore[arg-type]
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry)  # type: ignore[arg-type]
         forward = await self.forward()
         assert forward.pending is not None
         self.assertEqual(forward.pending.prefill.id, "p0")
@@ -69,7 +69,7 @@ class ReleaseTest(InFlightCase):
     async def test_the_end_waits_for_no_second_try(self) -> None:
         release.SECOND_TRY_S = 3600.0
         pool, router = Pool(503, 503, 503, 400), self.router
-        releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)  # type: ignore[arg-type]
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry)  # type: ignore[arg-type]
         forward = await self.forward()
         assert forward.pending is not None
         releaser(forward.pending)

@@ -19,6 +19,7 @@ from tests.request.documents import (
     walked,
     with_field,
 )
+from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import NixlConnector
 from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, UNREAD, JsonBody, asks_for_stream
 from vllm_pd_scheduler.request.errors import BodyError
@@ -87,7 +88,7 @@ class SplicingTest(unittest.TestCase):
         random.Random(len(members)).shuffle(members)
         raw = json.dumps(dict(members), **layout).encode()
         for parse in WAYS:
-            sent = json.loads(NixlConnector().prefill_body(parse(raw)))
+            sent = json.loads(NixlConnector().prefill_body(parse(raw), LEGS))
             self.assertIs(sent.pop(HANDOFF_KEY)["do_remote_decode"], True)
             self.assertEqual((sent.pop("max_tokens"), sent.pop("stream")), (1, False))
             dropped = {"min_tokens", "stream_options", "max_tokens", "stream"}

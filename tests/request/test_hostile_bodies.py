@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.support.bodies import HARMLESS, REFUSED, SHAPES
+from tests.support.connectors import LEGS
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 from vllm_pd_scheduler.prediction.load_model import FleetLoad
@@ -30,7 +31,7 @@ def serve(body: bytes) -> Steps[None]:
     parsed = yield from JsonBody.read(body)
     context = yield from reader.read("/v1/completions", {}, parsed, 0.0, prefixes=True)
     nixl.can_split(parsed)
-    nixl.prefill_body(parsed)
+    nixl.prefill_body(parsed, LEGS)
     nixl.splice(parsed, HANDOFF)
     assert len(context.blocks) <= MAX_BYTES // 1024
 

@@ -32,14 +32,14 @@ class ConnectorFailsTest(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        self.odd: set[str] = self.router.connector._connector.odd
+        self.odd: set[str] = self.router.connectors.of(None)._connector.odd
         self.freed: list[PendingHandoff] = []
         self.router.in_flight.release_handoff = self.freed.append
         logging.disable(logging.ERROR)
         self.addCleanup(logging.disable, logging.NOTSET)
 
     def failures(self, call: str) -> int:
-        return self.router.connector.failures.counts["Odd", call]
+        return self.router.connectors.failures.counts["Odd", call]
 
     def stranded(self) -> float:
         return self.count("pd_scheduler_handoffs_unused_total", prefill="p0", outcome="stranded")
@@ -100,7 +100,9 @@ class ConnectorFailsTest(Case):
     async def test_an_answer_for_a_client_that_has_left(self) -> None:
         self.odd.add("handoff")
         releaser = self.releaser()
-        releaser.unwanted(self.router.registry.get("p0"), answer())
+        endpoint = self.router.registry.get("p0")
+        attempt = self.router.connectors.attempt(endpoint.instance, endpoint.host)
+        releaser.unwanted(endpoint, answer(), attempt)
         await releaser.close()
         self.assertEqual(self.stranded(), 1.0)
         self.assertEqual(self.failures("handoff"), 1)
@@ -108,4 +110,4 @@ class ConnectorFailsTest(Case):
     def releaser(self) -> HandoffReleaser:
         """One that sends nothing."""
         router, session = self.router, None
-        return HandoffReleaser(session, router.registry, router.connector, router.telemetry)  # type: ignore[arg-type]
+        return HandoffReleaser(session, router.registry, router.telemetry)  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, ClassVar
 
+from tests.support.connectors import LEGS
 from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.connectors import ConnectorFence, NixlConnector
+from vllm_pd_scheduler.connectors import ConnectorFence, Legs, NixlConnector
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.prediction.load_model import FleetLoad
@@ -91,9 +92,9 @@ class HeadersTest(unittest.TestCase):
 class Scribbles(NixlConnector):
     act: ClassVar[Callable[[JsonBody], Any]]
 
-    def prefill_body(self, body: JsonBody) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         type(self).act(body)
-        return super().prefill_body(body)
+        return super().prefill_body(body, legs)
 
 
 class ConnectorTest(unittest.TestCase):
@@ -116,7 +117,7 @@ class ConnectorTest(unittest.TestCase):
                 for number, act in enumerate(acts, 1):
                     Scribbles.act = staticmethod(act)
                     with self.assertRaises(Exception):  # noqa: B017
-                        connector.prefill_body(body)
+                        connector.prefill_body(body, LEGS)
                     self.assertEqual(connector.failures.counts["Scribbles", "prefill_body"], number)
             self.assertEqual((body.raw, body.get("model")), (raw, "m"))
 

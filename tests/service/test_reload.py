@@ -105,6 +105,8 @@ def another(key: str, directory: Path) -> Any:
     if key == "instance_files":
         (directory / "more.yaml").write_text("decode_instances: [{id: d7, host: 10.0.0.7, port: 1}]")
         return [str(directory / "more.yaml")]
+    if key == "connector":
+        return "shared-store"
     if key == "discovery":
         return [{"type": "kubernetes", "selector": "app=vllm", "ports": [8000]}]
     if key in ("state_file", "grpc_socket"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.connectors import Connector, NixlConnector
+from vllm_pd_scheduler.connectors import Attempt, Connector, NixlConnector
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -45,9 +45,9 @@ class Leg:
         self.entered = asyncio.Event()
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
     ) -> PrefillAnswer:
-        self.sent.append((endpoint.id, path, dict(headers), json.loads(body)))
+        self.sent.append((endpoint.id, path, {**headers, **attempt.prefill_headers()}, json.loads(body)))
         self.in_flight.append(endpoint.in_flight)
         self.entered.set()
         if self.hold is not None:

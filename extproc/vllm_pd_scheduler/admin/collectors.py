@@ -36,7 +36,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_DiscoveryCollector(router.membership, clock))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
-    registry.register(_FailureCollector(router.scheduler.failures, router.connector.failures))
+    registry.register(_FailureCollector(router.scheduler.failures, router.connectors.failures))
     return registry
 
 

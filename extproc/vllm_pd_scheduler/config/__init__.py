@@ -1,6 +1,6 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
-from .instances import InstanceConfig, SecretSource
+from .instances import InstanceConfig, SecretSource, connector_choice
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
@@ -10,6 +10,6 @@ from .tracing import TracingConfig
 
 __all__ = [
     "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
-    "TlsConfig", "TracingConfig", "compare", "describe_error", "find_problems", "is_loopback", "load_config",
-    "load_instances", "parse_config", "read_instances",
+    "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error", "find_problems",
+    "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

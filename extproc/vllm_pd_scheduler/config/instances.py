@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..models import InstanceRole, canonical_host, canonical_ip, is_ip
+from ..models import ConnectorChoice, InstanceRole, canonical_host, canonical_ip, is_ip
 from .tls import LABEL, ServerName
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -84,6 +84,24 @@ class SecretSource(StrictModel):
         return value
 
 
+class ConnectorConfig(StrictModel):
+    """A connector with settings of its own: they stand beside `type`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, str | int | float | bool] = Field(init=False)
+
+    type: str
+    """Name of the [connector](connectors.md)."""
+
+
+def connector_choice(setting: str | ConnectorConfig) -> ConnectorChoice:
+    """Return the connector that a setting names."""
+    if isinstance(setting, str):
+        return ConnectorChoice(setting)
+    return ConnectorChoice(setting.type, tuple(sorted((setting.model_extra or {}).items())))
+
+
 class InstanceConfig(StrictModel):
     """One vLLM server of the fleet."""
 
@@ -106,6 +124,8 @@ class InstanceConfig(StrictModel):
     """Models that it serves. Without it they are read from its `/v1/models`."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Name of the roll-out that it belongs to. P hands over only to D of the same revision, if it has one."""
+    connector: str | ConnectorConfig | None = None
+    """Its [connector](connectors.md), if it is not the `connector` of all."""
 
     @field_validator("host")
     @classmethod

@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..connectors import UnknownConnector, settings_of
 from ..models import InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
-from .instances import InstanceConfig, Listed, SecretSource
+from .instances import ConnectorConfig, InstanceConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
 from .schema import MEANING, SchedulerConfig, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
@@ -27,11 +28,12 @@ def find_problems(
     that is open to others without a token. For a file in which something is malformed, ``listed`` replaces
     its instances, and ``malformed`` has the keys whose values are not known.
     """
-    problems = _unknown_strategies(config)
+    problems = _unknown_strategies(config) + _unknown_connector("connector", config.connector)
     items = list(config.listed() if listed is None else listed)
     problems += duplicates(items)
     for _, key, item in items:
         problems += _unreadable(f"{key}.api_key", item.api_key)
+        problems += _unknown_connector(f"{key}.connector", item.connector)
         try:
             if "instance_tls" not in malformed:
                 config.tls_name(item)
@@ -72,6 +74,15 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
         except UnknownStrategy as error:
             problems.append(f"{key}: {error}")
     return problems
+
+
+def _unknown_connector(key: str, setting: str | ConnectorConfig | None) -> list[str]:
+    try:
+        if setting is not None:
+            settings_of(connector_choice(setting))
+    except UnknownConnector as error:
+        return [f"{key}: {error}"]
+    return []
 
 
 def duplicates(items: Iterable[Listed]) -> list[str]:

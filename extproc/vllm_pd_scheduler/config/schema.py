@@ -17,7 +17,16 @@ from pydantic import (
 from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..telemetry.log_lines import LogFormat
-from .instances import INSTANCE_ID, InstanceConfig, InstancesFile, Port, SecretSource, is_host
+from .instances import (
+    INSTANCE_ID,
+    ConnectorConfig,
+    InstanceConfig,
+    InstancesFile,
+    Port,
+    SecretSource,
+    connector_choice,
+    is_host,
+)
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -99,6 +108,9 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
+    connector: str | ConnectorConfig = "nixl"
+    """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
+    prompt's KV cache over to D."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""
@@ -298,7 +310,15 @@ class SchedulerConfig(InstancesFile):
             raise ValueError(f"api_key: {error}") from None
         models = None if item.models is None else frozenset(item.models)
         return PDInstance(
-            item.id, role, item.host, item.port, key, self.tls_name(item), models, item.revision
+            item.id,
+            role,
+            item.host,
+            item.port,
+            key,
+            self.tls_name(item),
+            models,
+            item.revision,
+            None if item.connector is None else connector_choice(item.connector),
         )
 
     def tls_name(self, item: InstanceConfig) -> str | None:

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import msgspec
 
 from ..request.body import JsonBody
 
 MAX_TOKENS = 100_000_000
 """Of a prompt: ten times the longest context that any model has."""
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is configured of an instance for its connector. A connector with settings has a subclass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """An instance as its connector sees it."""
+
+    id: str
+    host: str
+    """IP address at which the scheduler reaches it, or its name as long as that has none."""
+    port: int
+    """Of its HTTP server."""
+    settings: Any
+    """Of the connector's :attr:`Connector.settings_type`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Legs:
+    """One attempt to split a request."""
+
+    id: str
+    """Letters, digits and `-`, and no other attempt's, also after a restart."""
+    prefill: Peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +53,17 @@ class Handoff:
     """
 
     params: bytes
-    """JSON text of the field ``kv_transfer_params`` of the decode request."""
+    """JSON text of the field ``kv_transfer_params`` of the decode request; empty if D needs none."""
     prompt_tokens: int | None = None
     """Tokens of the prompt as P counted them; ``None`` if it does not say."""
     cached_tokens: int | None = None
     """How many of them P had in its prefix cache; ``None`` if it does not say."""
+    lease: float | None = None
+    """Seconds for which it may be used; ``None``: as configured. ``inf`` if it cannot be too old."""
+    pinned: bool = True
+    """Whether P keeps the blocks for it, so that it must be used or freed."""
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
+    """Those of the decode request that belong to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +83,45 @@ class Splice:
         return body[: self.at] + self.text
 
 
-class Connector(Protocol):
+class Connector(ABC):
     """Makes the requests of the two legs, prefill and decode, from the client's body. Does no I/O."""
 
+    settings_type: ClassVar[type[Settings]] = Settings
+    """What can be configured of an instance."""
+
+    @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
-        ...
 
-    def prefill_body(self, body: JsonBody) -> bytes:
+    @abstractmethod
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the body of the request to P."""
-        ...
 
-    def handoff(self, answer: bytes) -> Handoff | None:
+    def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
+        """Return headers of the request to P, by lower-case names, that the client's cannot replace."""
+        return NO_HEADERS
+
+    @abstractmethod
+    def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return the hand-off in P's answer (of status 200), or ``None`` if it has none that D could use."""
-        ...
 
     def ended(self, answer: bytes) -> bool:
         """Whether prefill's answer (status 200) was whole with its first token, so that nothing is left.
 
         That is not the instance's failure: an instance without its connector answers in full length.
         """
-        ...
+        return False
 
-    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
-        """Return how the hand-off goes into the client's body (``body.raw``), for D."""
-        ...
+    @abstractmethod
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
+        """Return how the hand-off goes into the client's body (``body.raw``), for D.
+
+        ``None``: D gets the client's body as it is.
+        """
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
         """Return the body of a completion request that makes D refuse the hand-off and P free its blocks.
 
         ``None`` if there is none: the hand-off is left to its lease.
         """
-        ...
+        return None

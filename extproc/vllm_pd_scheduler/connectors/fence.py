@@ -5,7 +5,8 @@ A connector may be code of the operator's. A request for which it fails is serve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, Connector, Handoff, Splice
+from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Splice
 
 T = TypeVar("T")
 
@@ -27,7 +28,10 @@ class _Object(msgspec.Struct):
 
 
 _check_object = msgspec.json.Decoder(_Object).decode
-_CALLS = ("can_split", "prefill_body", "handoff", "ended", "splice", "release_body")
+_CALLS = ("can_split", "prefill_body", "prefill_headers", "handoff", "ended", "splice", "release_body")
+_MOST_HEADERS = 16
+_HEADER = re.compile(r"[a-z0-9-]{1,100}")
+_HEADER_VALUE = re.compile(r"[!-~]{0,1000}")
 
 
 class ConnectorFailed(Exception):
@@ -37,16 +41,19 @@ class ConnectorFailed(Exception):
     """
 
 
+def connector_failures() -> Failures:
+    """Return what counts the failures of connectors."""
+    return Failures("connector %s failed in %s()", "A decode instance serves such requests alone")
+
+
 class ConnectorFence:
     """A connector whose calls raise nothing but :exc:`ConnectorFailed`, where they say so.
 
     What is no :exc:`Exception` (:exc:`KeyboardInterrupt`, a cancelled task) passes.
     """
 
-    def __init__(self, connector: Connector) -> None:
-        self.failures = Failures(
-            "connector %s failed in %s()", "A decode instance serves such requests alone"
-        )
+    def __init__(self, connector: Connector, failures: Failures | None = None) -> None:
+        self.failures = failures or connector_failures()
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
@@ -59,22 +66,30 @@ class ConnectorFence:
             return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
         return False
 
-    def prefill_body(self, body: JsonBody) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("prefill_body", lambda: _checked_prefill(self._connector.prefill_body(body), body))
 
-    def handoff(self, answer: bytes) -> Handoff | None:
+        def ask() -> bytes:
+            return _checked_prefill(self._connector.prefill_body(body, legs), body)
+
+        return self._ask("prefill_body", ask)
+
+    def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
+        """See :meth:`Connector.prefill_headers`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("prefill_headers", lambda: _checked_headers(self._connector.prefill_headers(legs)))
+
+    def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """See :meth:`Connector.handoff`; raise :exc:`ConnectorFailed` if it fails.
 
         That is not ``None``, which says that P has failed.
         """
-        return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer)))
+        return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer, legs)))
 
     def ended(self, answer: bytes) -> bool:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("ended", lambda: bool(self._connector.ended(answer)))
 
-    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
         """See :meth:`Connector.splice`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("splice", lambda: _checked_splice(self._connector.splice(body, handoff), body))
 
@@ -119,14 +134,33 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
         return None
     if not isinstance(handoff, Handoff):
         raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
-    _checked_body(handoff.params)
+    if handoff.params != b"":
+        _checked_body(handoff.params)
+    _checked_headers(handoff.headers)
+    lease = handoff.lease
+    if lease is not None and not (isinstance(lease, int | float) and lease > 0):
+        raise ValueError("it returned a lease that makes no sense")
     for tokens in (handoff.prompt_tokens, handoff.cached_tokens):
         if tokens is not None and not (isinstance(tokens, int) and 0 <= tokens <= MAX_TOKENS):
             raise ValueError("it returned a number of tokens that makes no sense")
     return handoff
 
 
-def _checked_splice(splice: Any, body: JsonBody) -> Splice:
+def _checked_headers(given: Any) -> Mapping[str, str]:
+    headers: Mapping[str, str] = given
+    if headers is NO_HEADERS:
+        return NO_HEADERS
+    if not isinstance(headers, Mapping) or len(headers) > _MOST_HEADERS:
+        raise TypeError(f"it returned {type(headers).__name__} in place of a few headers")
+    for name, value in headers.items():
+        if not (_HEADER.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
+            raise ValueError("it returned a header that cannot be sent")
+    return headers
+
+
+def _checked_splice(splice: Any, body: JsonBody) -> Splice | None:
+    if splice is None:
+        return None
     if not isinstance(splice, Splice):
         raise TypeError(f"it returned {type(splice).__name__} in place of a Splice")
     if not isinstance(splice.at, int) or not 0 < splice.at <= len(body.raw):

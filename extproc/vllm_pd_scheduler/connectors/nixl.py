@@ -14,48 +14,24 @@ import msgspec
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
-from .base import MAX_TOKENS, Handoff, Splice
+from .base import Connector, Handoff, Legs, Splice
+from .one_token import UNREADABLE, Tokens, can_split, counted_in, has_stopped, one_token
 
 _PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
 )
 """``kv_transfer_params`` that ask P to keep the blocks for a D."""
-_DROPPED_FOR_PREFILL = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
-"""Fields that P gets without, or with another value.
-
-vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``.
-"""
-
-
 _MAX_PARAMS_DEPTH = 32
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Block = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: _Tokens | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: _Tokens | None = None
-    prompt_tokens_details: _Details | None = None
-
-
 class _Answer(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Choices(msgspec.Struct):
-    choices: list[_Choice] = []
 
 
 class _TransferParams(msgspec.Struct):
@@ -72,49 +48,33 @@ class _TransferParams(msgspec.Struct):
     remote_host: _Text
     remote_port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
     remote_request_id: str | None = None
-    remote_num_tokens: _Tokens | None = None
+    remote_num_tokens: Tokens | None = None
     tp_size: _Size | None = None
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
 
 
 class _Cached(msgspec.Struct):
-    remote_prefill_cached_tokens: _Tokens | None = None
+    remote_prefill_cached_tokens: Tokens | None = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_choices = msgspec.json.Decoder(_Choices).decode
 _decode_params = msgspec.json.Decoder(_TransferParams).decode
-_decode_usage = msgspec.json.Decoder(_Usage | None).decode
 _decode_cached = msgspec.json.Decoder(_Cached).decode
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class NixlConnector:
+class NixlConnector(Connector):
     """The protocol as vLLM 0.32 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
 
     def can_split(self, body: JsonBody) -> bool:
-        """Whether the request has one prompt and one answer, and wants nothing that only P would know.
+        """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
+        return can_split(body)
 
-        P's answer holds one hand-off, whatever ``n`` is and however many prompts there are. For ``echo`` and
-        ``prompt_logprobs`` D would have to compute the whole prompt again.
-        """
-        if any(body.get(key) not in (None, 1) for key in ("n", "best_of")):
-            return False
-        if any(body.get(key) for key in ("use_beam_search", "echo")):
-            return False
-        if any(body.get(key) is not None for key in ("prompt_logprobs", "prompt_embeds")):
-            return False
-        return not body.has("prompt") or body.only_prompt() is not None
-
-    def prefill_body(self, body: JsonBody) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        add = {"max_tokens": b"1", "stream": b"false", HANDOFF_KEY: _PREFILL_PARAMS}
-        if body.has("max_completion_tokens"):
-            add["max_completion_tokens"] = b"1"
-        return body.replace(_DROPPED_FOR_PREFILL, add)
+        return one_token(body, {HANDOFF_KEY: _PREFILL_PARAMS})
 
-    def handoff(self, answer: bytes) -> Handoff | None:
+    def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
 
         They are copied whole, with fields that are unknown here: a later vLLM may need them.
@@ -124,7 +84,7 @@ class NixlConnector:
             params = _decode_params(decoded.kv_transfer_params)
             text = bytes(decoded.kv_transfer_params)
             text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
-        except _UNREADABLE:
+        except UNREADABLE:
             return None
         blocks = params.remote_block_ids
         grouped = any(isinstance(group, list) and group for group in blocks)
@@ -136,11 +96,7 @@ class NixlConnector:
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was an end of the text, or a stop: older releases then hand nothing over."""
-        try:
-            choices = _decode_choices(answer).choices
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return False
-        return any(choice.finish_reason == "stop" for choice in choices)
+        return has_stopped(answer)
 
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
         """Make the hand-off the body's last field."""
@@ -159,16 +115,8 @@ class NixlConnector:
 
 
 def _counted(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None]:
-    """Return the tokens of the prompt, and how many of them were cached; ``None`` for what makes no sense.
-
-    They are for learning only: without them the hand-off is as good.
-    """
-    tokens = cached = None
-    with suppress(*_UNREADABLE):
+    """Return the tokens of the prompt, and how many of them were cached; ``None`` for what makes no sense."""
+    cached = None
+    with suppress(*UNREADABLE):
         cached = _decode_cached(params).remote_prefill_cached_tokens
-    with suppress(*_UNREADABLE):
-        found = _decode_usage(usage) or _Usage()
-        tokens = found.prompt_tokens or None
-        if cached is None and found.prompt_tokens_details is not None:
-            cached = found.prompt_tokens_details.cached_tokens
-    return tokens, cached if tokens is None or cached is None else min(cached, tokens)
+    return counted_in(usage, cached)

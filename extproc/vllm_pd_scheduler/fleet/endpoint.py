@@ -100,6 +100,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         return f"{self.instance.scheme}://{self.address}"
 
     @property
+    def host(self) -> str:
+        """IP address without brackets, or the name as long as it has none."""
+        return self.instance.host if self.address is None else self.address.rpartition(":")[0].strip("[]")
+
+    @property
     def state(self) -> InstanceState:
         """Draining wins over health, since it is what the operator asked for."""
         if self.draining:

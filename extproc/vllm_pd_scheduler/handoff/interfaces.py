@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..connectors import Attempt
 from ..fleet.endpoint import Endpoint
 from .pending import PendingHandoff
 
@@ -46,9 +47,11 @@ class PrefillLeg(Protocol):
     """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
     ) -> PrefillAnswer:
         """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none.
+
+        ``headers`` are the client's, ``attempt`` has more and tells what hand-off an answer has.
 
         :exc:`PrefillNotSent` and :exc:`LocalShortage`, which are that too, are not the instance's fault.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..connectors import Handoff
+from ..connectors import Attempt, Handoff
 from ..fleet.endpoint import Endpoint
 
 
@@ -14,6 +14,8 @@ class PendingHandoff:
 
     handoff: Handoff
     prefill: Endpoint
+    attempt: Attempt
+    """Of which it has come."""
     deadline: float
     """Monotonic seconds after which P's blocks may be someone else's."""
     model: str | None = None

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
+from ..connectors import Attempt
 from ..fleet.endpoint import Endpoint
 from ..instance_http.errors import AnswerRefused, GivenUp, NotConnected, RequestFailed, TimedOut
 from ..instance_http.exchange import Answer, Destination
@@ -56,7 +57,7 @@ class HttpPrefill:
         pool: ConnectionPool,
         listener: str | None,
         timeout: float,
-        unwanted: Callable[[Endpoint, PrefillAnswer], None] | None = None,
+        unwanted: Callable[[Endpoint, PrefillAnswer, Attempt], None] | None = None,
     ) -> None:
         self._pool = pool
         self._listener = None if listener is None else _destination(listener)
@@ -67,10 +68,10 @@ class HttpPrefill:
         self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
-        sent = self._send(endpoint, path, headers, body)
+        sent = self._send(endpoint, path, headers, body, attempt.prefill_headers())
         self._under_way[sent] = endpoint
         sent.add_done_callback(self._under_way.pop)
         if self._unwanted is None:
@@ -78,7 +79,7 @@ class HttpPrefill:
         try:
             return await self._read(asyncio.shield(sent))
         except asyncio.CancelledError:
-            task = asyncio.ensure_future(self._linger(endpoint, sent, self._unwanted))
+            task = asyncio.ensure_future(self._linger(endpoint, sent, attempt, self._unwanted))
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
@@ -97,17 +98,24 @@ class HttpPrefill:
         self,
         endpoint: Endpoint,
         sent: asyncio.Future[Answer],
-        unwanted: Callable[[Endpoint, PrefillAnswer], None],
+        attempt: Attempt,
+        unwanted: Callable[[Endpoint, PrefillAnswer, Attempt], None],
     ) -> None:
         with contextlib.suppress(TimeoutError, PrefillFailed):
-            unwanted(endpoint, await asyncio.wait_for(self._read(sent), LINGER_S))
+            unwanted(endpoint, await asyncio.wait_for(self._read(sent), LINGER_S), attempt)
 
     def _send(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
     ) -> asyncio.Future[Answer]:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
         # What is not ASCII means nothing here, and P would read it as other characters.
         kept = {name: value for name, value in given if _SENDABLE.fullmatch(value)}
+        kept.update(own)
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")
@@ -117,8 +125,8 @@ class HttpPrefill:
         else:  # TLS to the instance is Envoy's
             to = (self._listener, None)
             kept[names.DESTINATION] = address
-        own = kept.get(names.REQUEST_ID, "")
-        name = b"cmpl-" + own.encode() if _NAME.fullmatch(own) else b""
+        request_id = kept.get(names.REQUEST_ID, "")
+        name = b"cmpl-" + request_id.encode() if _NAME.fullmatch(request_id) else b""
         limit = largest_answer(body)
         return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name)
 

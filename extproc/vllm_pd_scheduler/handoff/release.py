@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from ..connectors import ConnectorFailed, ConnectorFence
+from ..connectors import Attempt, ConnectorFailed
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..instance_http.errors import RequestFailed
@@ -36,12 +36,10 @@ class HandoffReleaser:
         self,
         pool: ConnectionPool,
         registry: Registry,
-        connector: ConnectorFence,
         telemetry: Telemetry,
     ) -> None:
         self._pool = pool
         self._registry = registry
-        self._connector = connector
         self._telemetry = telemetry
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -52,15 +50,15 @@ class HandoffReleaser:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def unwanted(self, prefill: Endpoint, answer: PrefillAnswer) -> None:
+    def unwanted(self, prefill: Endpoint, answer: PrefillAnswer, attempt: Attempt) -> None:
         """Release what a prefill has left, if anything, whose client did not wait for it."""
         try:
-            handoff = self._connector.handoff(answer.body) if answer.status == 200 else None
+            handoff = attempt.handoff(answer.body) if answer.status == 200 else None
         except ConnectorFailed:
             self._telemetry.handoff_stranded(prefill.id)  # there may be one
             return
-        if handoff is not None:
-            self(PendingHandoff(handoff, prefill, deadline=0.0))
+        if handoff is not None and handoff.pinned:
+            self(PendingHandoff(handoff, prefill, attempt, deadline=0.0))
 
     async def close(self) -> None:
         """Wait for the releases that are under way; those that wait for their second try have it now."""
@@ -69,7 +67,7 @@ class HandoffReleaser:
 
     async def _release(self, pending: PendingHandoff) -> None:
         """Free a hand-off, at the second try if need be: those that nobody uses come of D that fail."""
-        body = self._connector.release_body(pending.handoff, pending.model)
+        body = pending.attempt.release_body(pending.handoff, pending.model)
         if body is None:
             self._telemetry.handoff_stranded(pending.prefill.id)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ..connectors import Attempt
 from ..fleet.endpoint import Endpoint
 from ..request import headers as names
 from ..tracing import current
@@ -18,15 +19,16 @@ class TracedLeg:
         self._clock = clock
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
     ) -> PrefillAnswer:
         """Send the request, with the ``traceparent`` of this attempt in place of the client's."""
         trace = current.get()
         if trace is None:
-            return await self._leg(endpoint, path, headers, body)
+            return await self._leg(endpoint, path, headers, body, attempt)
         parent = trace.prefill_sent(endpoint.id, endpoint.url, self._clock())
         try:
-            answer = await self._leg(endpoint, path, {**headers, names.TRACEPARENT: parent}, body)
+            headers = {**headers, names.TRACEPARENT: parent}
+            answer = await self._leg(endpoint, path, headers, body, attempt)
         except PrefillFailed as error:
             trace.prefill_answered(self._clock(), failure=str(error))
             raise

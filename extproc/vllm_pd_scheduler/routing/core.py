@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, ConnectorFence
+from ..connectors import ConnectorFailed, Connectors
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -56,7 +56,7 @@ class RoutingCore:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: ConnectorFence,
+        connectors: Connectors,
         telemetry: Telemetry,
         decisions: Decisions,
         recording: Recording,
@@ -66,7 +66,7 @@ class RoutingCore:
         self.tracer: RequestTracer | None = None
         self.config = config
         self.registry = scheduler.registry
-        self.connector = connector
+        self.connectors = connectors
         self.telemetry = telemetry
         self._decisions = decisions
         self._recording = recording
@@ -80,7 +80,7 @@ class RoutingCore:
         self._local = ShareLimit(config.max_local_prefill_share)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
-            config, scheduler, admission, connector, telemetry, self._local, self.in_flight.lost, clock
+            config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )
 
     def reconfigured(self) -> None:
@@ -174,7 +174,7 @@ class RoutingCore:
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
-        if not (named and self.connector.can_split(body)):
+        if not (named and self.connectors.can_split(body)):
             return await self._whole(context, changed, Served.WHOLE, limit, decision)
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
@@ -224,9 +224,9 @@ class RoutingCore:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
         changed = body.raw if body.stripped else None
         try:
-            splice = self.connector.splice(body, prefilled.handoff)
+            splice = prefilled.attempt.splice(body, prefilled.handoff)
             # Else Envoy would answer 413 in D's place.
-            usable = splice.at + len(splice.text) <= self.config.max_body_bytes
+            usable = splice is None or splice.at + len(splice.text) <= self.config.max_body_bytes
         except ConnectorFailed:
             usable = False
         if not usable:
@@ -240,7 +240,8 @@ class RoutingCore:
         else:
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
-            prefilled.prefill.keep_handoff()
+            if prefilled.handoff.pinned:
+                prefilled.prefill.keep_handoff()
         return forward
 
     async def _whole(

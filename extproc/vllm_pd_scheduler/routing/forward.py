@@ -110,6 +110,7 @@ class Forward:
         }
         if self.pending is not None:
             found[names.PREFILL] = self.pending.prefill.id
+            found |= self.pending.handoff.headers
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.explanation:

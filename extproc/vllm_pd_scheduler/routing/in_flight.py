@@ -251,6 +251,8 @@ class RequestsInFlight:
 
     def free(self, pending: PendingHandoff) -> None:
         """Free a hand-off that nobody will use."""
+        if not pending.handoff.pinned:
+            return
         if self.release_handoff is not None:
             self.release_handoff(pending)
         else:
@@ -271,7 +273,8 @@ class RequestsInFlight:
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.pending is not None:
-            forward.pending.prefill.end_handoff()
+            if forward.pending.handoff.pinned:
+                forward.pending.prefill.end_handoff()
             self._remembered_bytes += len(forward.pending.handoff.params)
         self._remembered.append((now, forward))
         self.settle()

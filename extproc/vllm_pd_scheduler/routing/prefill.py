@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, ConnectorFence, Handoff
+from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
-from ..records.decision import OK, Attempt, Decision
+from ..records.decision import OK, Decision
+from ..records.decision import Attempt as NotedAttempt
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
@@ -62,7 +63,7 @@ class PrefillStage:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
-        connector: ConnectorFence,
+        connectors: Connectors,
         telemetry: Telemetry,
         local: ShareLimit,
         lost: LostPrompts,
@@ -73,7 +74,7 @@ class PrefillStage:
         self._scheduler = scheduler
         self._registry = scheduler.registry
         self._admission = admission
-        self._connector = connector
+        self._connectors = connectors
         self._telemetry = telemetry
         self._local = local
         self._lost = lost
@@ -159,12 +160,13 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            tried.body = tried.body or self._connector.prefill_body(body)
+            attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+            sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, tried.body)
+                answer = await leg(endpoint, context.path, headers, sent, attempt)
             noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
             if answer.status == 200:
-                return self._handed_over(reservation, context, answer, tried, noted)
+                return self._handed_over(reservation, context, attempt, answer, tried, noted)
         except ConnectorFailed:  # which says nothing of the instance
             noted.outcome = "connector"
             return WithoutHandoff(failed=False)
@@ -193,22 +195,23 @@ class PrefillStage:
         self,
         reservation: Reservation,
         context: RequestContext,
+        attempt: Attempt,
         answer: PrefillAnswer,
         tried: _Tried,
-        noted: Attempt,
+        noted: NotedAttempt,
     ) -> Outcome | None:
         endpoint = reservation.endpoint
         try:
-            handoff = self._connector.handoff(answer.body)
+            handoff = attempt.handoff(answer.body)
         except ConnectorFailed:
             self._telemetry.handoff_stranded(endpoint.id)  # there may be one
             raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
-            deadline = handoff_deadline(self._config, self._clock())
-            return PendingHandoff(handoff, endpoint, deadline, context.model, tried.losses)
-        if self._connector.ended(answer.body):
+            deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
+            return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)
+        if attempt.ended(answer.body):
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
         noted.outcome = "no_handoff"
@@ -291,8 +294,6 @@ class _Tried:
     def __init__(self, losses: int, decision: Decision) -> None:
         self.decision = decision
         """Where all of it is noted."""
-        self.body = b""
-        """What they are sent, once it was made."""
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = losses

@@ -18,9 +18,12 @@ UNKNOWN_TOKENS = 32_768
 """What an answer in one piece may have whose client names no limit, before its D is taken to hang."""
 
 
-def handoff_deadline(config: SchedulerConfig, now: float) -> float:
-    """Return until when a hand-off that has come at ``now`` may be used, in the same clock's seconds."""
-    return now + config.kv_lease_duration * LEASE_SHARE
+def handoff_deadline(config: SchedulerConfig, now: float, lease: float | None = None) -> float:
+    """Return until when a hand-off that has come at ``now`` may be used, in the same clock's seconds.
+
+    ``lease`` is for how long P keeps it, in seconds, if its connector says so.
+    """
+    return now + (config.kv_lease_duration if lease is None else lease) * LEASE_SHARE
 
 
 def first_byte_timeout(

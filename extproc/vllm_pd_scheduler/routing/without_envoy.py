@@ -87,7 +87,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
         leg, release = core.prefill.leg, core.in_flight.release_handoff
-        releaser = HandoffReleaser(pool, core.registry, core.connector, core.telemetry)
+        releaser = HandoffReleaser(pool, core.registry, core.telemetry)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.in_flight.release_handoff = releaser
         try:

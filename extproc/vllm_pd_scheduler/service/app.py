@@ -104,7 +104,7 @@ class App:
         trusted = config.instance_tls.context() if config.instance_tls else None
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
-        releaser = HandoffReleaser(pool, router.registry, router.connector, router.telemetry)
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
         leg_pool = pool

@@ -1,0 +1,42 @@
+"""One attempt to split a request, by the connector of the P that was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..request.body import JsonBody
+from .base import Handoff, Legs, Splice
+from .fence import ConnectorFence
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A connector's words for one attempt; each call raises :exc:`.fence.ConnectorFailed` as the fence's."""
+
+    connector: ConnectorFence
+    legs: Legs
+
+    def prefill_body(self, body: JsonBody) -> bytes:
+        """Return the body of the request to P."""
+        return self.connector.prefill_body(body, self.legs)
+
+    def prefill_headers(self) -> Mapping[str, str]:
+        """Return headers of the request to P."""
+        return self.connector.prefill_headers(self.legs)
+
+    def handoff(self, answer: bytes) -> Handoff | None:
+        """Return the hand-off in P's answer."""
+        return self.connector.handoff(answer, self.legs)
+
+    def ended(self, answer: bytes) -> bool:
+        """Whether P's answer was whole with its first token."""
+        return self.connector.ended(answer)
+
+    def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
+        """Return how the hand-off goes into the client's body."""
+        return self.connector.splice(body, handoff)
+
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
+        """Return the body of a request that makes P free the hand-off."""
+        return self.connector.release_body(handoff, model)

@@ -1,0 +1,69 @@
+"""The connectors of a fleet: which of them each instance speaks."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable
+
+from ..models import ConnectorChoice, PDInstance
+from ..request.body import JsonBody
+from .attempt import Attempt
+from .base import Connector, Legs, Peer, Settings
+from .fence import ConnectorFence, connector_failures
+from .names import load_connector, settings_of
+
+_NONE = Settings()
+
+
+class Connectors:
+    """Finds the connector of an instance: its own, or that of the fleet, as ``of_the_fleet`` tells.
+
+    ``given`` is used for all instances, whatever they say: a script's own.
+    """
+
+    def __init__(self, of_the_fleet: Callable[[], ConnectorChoice], given: Connector | None = None) -> None:
+        self.failures = connector_failures()
+        """By a connector's class and the call."""
+        self._of_the_fleet = of_the_fleet
+        self._given = None if given is None else ConnectorFence(given, self.failures)
+        self._fences: dict[str, ConnectorFence] = {}
+        self._settings: dict[ConnectorChoice, Settings] = {}
+        self._run = secrets.token_hex(8)
+        self._numbers = itertools.count()
+        self.of(None)
+
+    def of(self, instance: PDInstance | None) -> ConnectorFence:
+        """Return an instance's connector, or that of the fleet."""
+        if self._given is not None:
+            return self._given
+        return self._fence((instance and instance.connector) or self._of_the_fleet())
+
+    def _fence(self, choice: ConnectorChoice) -> ConnectorFence:
+        fence = self._fences.get(choice.name)
+        if fence is None:
+            made = load_connector(choice.name)()
+            fence = self._fences[choice.name] = ConnectorFence(made, self.failures)
+        return fence
+
+    def can_split(self, body: JsonBody) -> bool:
+        """Whether a request can be split whoever gets it."""
+        return all(fence.can_split(body) for fence in self._in_use())
+
+    def attempt(self, prefill: PDInstance, host: str) -> Attempt:
+        """Return a new attempt to split a request, with a P that is reached at ``host``."""
+        choice = prefill.connector or self._of_the_fleet()
+        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice))
+        connector = self._given or self._fence(choice)
+        return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
+
+    def _settings_of(self, choice: ConnectorChoice) -> Settings:
+        if self._given is not None:
+            return _NONE
+        found = self._settings.get(choice)
+        if found is None:
+            found = self._settings[choice] = settings_of(choice)
+        return found
+
+    def _in_use(self) -> tuple[ConnectorFence, ...]:
+        return (self._given,) if self._given is not None else tuple(self._fences.values())

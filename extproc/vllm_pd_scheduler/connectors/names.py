@@ -1,0 +1,57 @@
+"""Connectors by name: built-in ones, entry points of other packages, and dotted paths."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import msgspec
+
+from ..models import ConnectorChoice
+from ..system.loading import CannotLoad, load_class
+from .base import Connector, Settings
+from .nixl import NixlConnector
+from .shared_store import SharedStoreConnector
+
+ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
+"""Group of entry points in which other packages name their connectors."""
+
+_BUILT_IN: dict[str, type[Connector]] = {
+    "nixl": NixlConnector,
+    "shared-store": SharedStoreConnector,
+}
+
+
+class UnknownConnector(ValueError):
+    """The name stands for no connector, or for one that cannot be imported, or its settings are wrong."""
+
+
+def connector_names() -> list[str]:
+    """Return the names that :func:`load_connector` accepts besides dotted paths."""
+    return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP))]
+
+
+def load_connector(name: str) -> type[Connector]:
+    """Return a connector class by its built-in name, its entry point or as ``package.module:Class``.
+
+    Raise :exc:`UnknownConnector`, which lists the known names or says what went wrong on import.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    try:
+        base: Any = Connector
+        loaded: type[Connector] = load_class(name, ENTRY_POINT_GROUP, base, "connector", connector_names)
+    except CannotLoad as error:
+        raise UnknownConnector(str(error)) from error.__cause__
+    return loaded
+
+
+def settings_of(choice: ConnectorChoice) -> Settings:
+    """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
+    wanted = load_connector(choice.name).settings_type
+    given: dict[str, Any] = dict(choice.settings)
+    try:
+        return msgspec.convert(given, wanted)
+    except msgspec.ValidationError as error:
+        known = ", ".join(wanted.__struct_fields__) or "no settings"
+        raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None

@@ -1,0 +1,123 @@
+"""Connectors by name, each instance's own, and what the configuration may say of them."""
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from tests.support.config import decode, fleet
+from vllm_pd_scheduler.config import ConfigError, parse_config
+from vllm_pd_scheduler.connectors import (
+    Connectors,
+    NixlConnector,
+    Settings,
+    SharedStoreConnector,
+    UnknownConnector,
+    connector_names,
+    load_connector,
+    settings_of,
+)
+from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
+
+NIXL = ConnectorChoice("nixl")
+
+
+class Port(Settings, frozen=True):
+    port: int = 5
+
+
+class Custom(NixlConnector):
+    settings_type = Port
+
+
+@pytest.fixture
+def custom(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a connector of the operator's own."""
+    module = types.ModuleType("operators_own")
+    module.Custom = Custom  # type: ignore[attr-defined]
+    module.NoConnector = int  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "operators_own", module)
+    return "operators_own:Custom"
+
+
+def test_built_in_ones() -> None:
+    assert load_connector("nixl") is NixlConnector
+    assert load_connector("shared-store") is SharedStoreConnector
+    for name in connector_names():
+        assert isinstance(load_connector(name)().settings_type, type)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nixI", "unknown connector 'nixI'; choose one of nixl, shared-store"),
+        ("operators_own:None", "defines no 'None'"),
+        ("operators_own:NoConnector", "is not a subclass of vllm_pd_scheduler.connectors.Connector"),
+        ("not_there:Custom", "No module named 'not_there'"),
+    ],
+)
+def test_what_is_none(custom: str, name: str, problem: str) -> None:
+    with pytest.raises(UnknownConnector) as caught:
+        load_connector(name)
+    assert problem in str(caught.value)
+
+
+def test_settings_are_checked(custom: str) -> None:
+    assert settings_of(ConnectorChoice(custom)) == Port()
+    assert settings_of(ConnectorChoice(custom, (("port", 7),))) == Port(7)
+    for settings in ((("prot", 7),), (("port", "7"),)):
+        with pytest.raises(UnknownConnector, match="has port:"):
+            settings_of(ConnectorChoice(custom, settings))
+    with pytest.raises(UnknownConnector, match="has no settings: Object contains unknown field `port`"):
+        settings_of(ConnectorChoice("nixl", (("port", 7),)))
+
+
+class TestConfiguration:
+    def problems(self, raw: dict[str, Any]) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(raw)
+        return caught.value.problems
+
+    def test_each_instance_may_have_its_own(self, custom: str) -> None:
+        config = parse_config(decode(connector={"type": custom, "port": 9}))
+        p, d = config.instances()
+        assert p.connector is None
+        assert d.connector == ConnectorChoice(custom, (("port", 9),))
+
+    def test_every_problem_names_its_key(self, custom: str) -> None:
+        raw = fleet(connector="nope")
+        raw["decode_instances"][0]["connector"] = {"type": custom, "prot": 9}
+        first, second = self.problems(raw)
+        assert first.startswith("connector: unknown connector 'nope'")
+        assert second.startswith(f"decode_instances[0].connector: {custom!r} has port: ")
+
+    def test_a_connector_without_a_name(self) -> None:
+        (problem, *_) = self.problems(fleet(connector={"port": 9}))
+        assert "connector" in problem
+
+
+class TestInUse:
+    def instance(self, choice: ConnectorChoice | None = None) -> PDInstance:
+        return PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 8000, connector=choice)
+
+    def test_that_of_the_fleet_or_its_own(self, custom: str) -> None:
+        connectors = Connectors(lambda: NIXL)
+        own = connectors.of(self.instance(ConnectorChoice(custom)))
+        assert own is not connectors.of(self.instance())
+        assert own is connectors.of(self.instance(ConnectorChoice(custom, (("port", 3),))))
+
+    def test_an_attempt_has_a_name_of_its_own_and_the_settings(self, custom: str) -> None:
+        connectors = Connectors(lambda: NIXL)
+        choice = ConnectorChoice(custom, (("port", 3),))
+        first, second = (connectors.attempt(self.instance(choice), "10.9.9.9") for _ in range(2))
+        assert first.legs.id != second.legs.id
+        assert first.legs.prefill.settings == Port(3)
+        assert first.legs.prefill.host == "10.9.9.9"
+        assert Connectors(lambda: NIXL).attempt(self.instance(), "h").legs.id != first.legs.id
+
+    def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
+        given = Custom()
+        connectors = Connectors(lambda: ConnectorChoice("nope"), given)
+        assert connectors.of(self.instance(NIXL)) is connectors.of(None)
+        assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
