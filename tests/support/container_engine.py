@@ -25,6 +25,9 @@ from tests.support.compose_file import ROOT
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""
 
+_EXTRAS = ("envoy", "self-signed", "tracing")
+"""What the image has besides, as the Dockerfile says."""
+
 _NOT_NEEDED = (
     "dev/*",
     "var/cache/*",
@@ -128,8 +131,7 @@ def wheels() -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [
         *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["envoy"],
-        *project["project"]["optional-dependencies"]["tracing"],
+        *(each for extra in _EXTRAS for each in project["project"]["optional-dependencies"].get(extra, ())),
         *project["build-system"]["requires"],
     ]
     version = hashlib.sha256(" ".join([_PYTHON, *needed]).encode()).hexdigest()[:12]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import platform
 import shutil
 import subprocess
@@ -74,8 +75,11 @@ def _unpacked(wheel: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the tools."""
-    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, timeout=60)
+    """Run one of the tools, which end before they need to collect garbage."""
+    environment = {**os.environ, "GOGC": "off"}
+    return subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
 
 
 def template(values: dict[str, Any], release: str = RELEASE) -> subprocess.CompletedProcess[str]:
