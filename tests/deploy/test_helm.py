@@ -338,6 +338,7 @@ SOURCES: dict[str, tuple[Values, Values]] = {
         {
             "": {"pods"},
             "inference.networking.k8s.io": {"inferencepools"},
+            "inference.networking.x-k8s.io": {"inferenceobjectives"},
             "llm-d.ai": {"inferencemodelrewrites", "inferenceobjectives"},
         },
     ),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,13 +24,21 @@ _accepted: set[str] = set()
 """Objects that have been checked."""
 
 
+@cache
+def _validate() -> Any:
+    """Return the validator, which from then on reads each of its files once; skip the test without it."""
+    utils = pytest.importorskip("kubernetes_validate.utils")
+    utils.schema_contents = cache(utils.schema_contents)
+    return utils.validate
+
+
 def check_schema(found: list[dict[str, Any]]) -> None:
     """Fail if an object of Kubernetes itself has an unknown field or a wrong value."""
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    validate = _validate()
     for each in found:
         text = json.dumps(each, sort_keys=True)
         if each["apiVersion"] in CORE and text not in _accepted:
-            kubernetes_validate.validate(each, VERSION, strict=True)
+            validate(each, VERSION, strict=True)
             _accepted.add(text)
 
 

@@ -101,6 +101,8 @@
 {{- if .pool }}
 {{- $_ := set $groups "inference.networking.k8s.io" (list "inferencepools") }}
 {{- $_ = set $groups "llm-d.ai" (list "inferencemodelrewrites" "inferenceobjectives") }}
+{{- /* where they were once */}}
+{{- $_ = set $groups "inference.networking.x-k8s.io" (list "inferenceobjectives") }}
 {{- end }}
 {{- $_ := set $reads $namespace $groups }}
 {{- end }}
