@@ -496,6 +496,7 @@ def test_envoy_is_one_that_can_drain_and_choose() -> None:
 )
 def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tmp_path: Path) -> None:
     found = render(values)
+    config = accepted(found, mounted)
     text = the_only(found, "ConfigMap")["data"]["config.json"].replace(MOUNTS, str(mounted))
     (mounted / "config").mkdir(exist_ok=True)
     (mounted / "config" / "config.json").write_text(text)
@@ -514,7 +515,6 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
     )
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load((tmp_path / "envoy.yaml").read_text())
-    config = accepted(found, mounted)
     ports = EnvoyPorts(
         prefill=None, address=values.get("listenHost", "0.0.0.0"), grpc_socket=config.grpc_socket
     )

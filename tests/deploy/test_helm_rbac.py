@@ -9,15 +9,30 @@ from typing import Any
 import pytest
 
 from tests.support.helm import NAMESPACE, ToolMissing, rendered
-from tests.support.kubernetes import KINDS, OLD_OBJECTIVES, ApiServer, endpoint, endpoint_slice, pod, pool
 from tests.support.kubernetes_schema import the_only
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.discovery.sources import Sources
 from vllm_pd_scheduler.router import PDRouter
 
-BY_NAME = {"inferenceobjectives", "inferencemodelrewrites"}
-"""What is read of a pool besides, where the cluster has it."""
+kubernetes = pytest.importorskip("tests.support.kubernetes")
+
+
+def _group(version: str) -> str:
+    return version.rpartition("/")[0]
+
+
+OF_A_POOL = {
+    (_group(version), plural)
+    for version, plural in (
+        kubernetes.OLD_OBJECTIVES,
+        *(
+            (kubernetes.KINDS[plural][0], plural)
+            for plural in ("inferenceobjectives", "inferencemodelrewrites")
+        ),
+    )
+}
+"""What is read besides by who wants priorities and rewrites."""
 
 
 def granted(entry: dict[str, Any]) -> set[tuple[str, str, str]]:
@@ -46,10 +61,12 @@ def granted(entry: dict[str, Any]) -> set[tuple[str, str, str]]:
 )
 async def test_it_is_what_a_source_needs_and_no_more(keys: dict[str, Any], tmp_path: Path) -> None:
     entry = {"type": "kubernetes", "namespace": NAMESPACE, **keys}
-    async with ApiServer() as server:
-        server.put("pods", pod("d", "10.0.0.1", role="decode"))
-        server.put("inferencepools", pool("chat", {"app": "vllm"}, [8000]))
-        server.put("endpointslices", endpoint_slice("d-1", "d", [endpoint("10.0.0.1")]))
+    async with kubernetes.ApiServer() as server:
+        server.put("pods", kubernetes.pod("d", "10.0.0.1", role="decode"))
+        server.put("inferencepools", kubernetes.pool("chat", 8000, app="vllm"))
+        server.put(
+            "endpointslices", kubernetes.endpoint_slice("d-1", "d", kubernetes.endpoint("10.0.0.1", "d"))
+        )
         kubeconfig = server.kubeconfig(tmp_path / "kubeconfig", namespace=NAMESPACE)
         router = PDRouter(parse_config({"discovery": [{**entry, "kubeconfig": kubeconfig}]}))
         sources = Sources(router.config, router.membership, time.monotonic)
@@ -63,16 +80,7 @@ async def test_it_is_what_a_source_needs_and_no_more(keys: dict[str, Any], tmp_p
             await until(found)
         finally:
             await sources.stop()
-        asked = {(_group(plural), plural, verb) for verb, plural, _ in server.requests}
+        asked = {(_group(kubernetes.KINDS[plural][0]), plural, verb) for verb, plural, _ in server.requests}
     assert asked <= granted(entry)
-    unused = {(group, plural) for group, plural, _ in granted(entry)} - {each[:2] for each in asked}
-    besides = {(_group(plural), plural) for plural in BY_NAME} | {(_group_of(OLD_OBJECTIVES[0]), OLD_OBJECTIVES[1])}
-    assert unused <= (besides if "pool" in keys else set())
-
-
-def _group(plural: str) -> str:
-    return _group_of(KINDS[plural][0])
-
-
-def _group_of(version: str) -> str:
-    return version.rpartition("/")[0]
+    unused = {each[:2] for each in granted(entry)} - {each[:2] for each in asked}
+    assert unused <= (OF_A_POOL if "pool" in keys else set())

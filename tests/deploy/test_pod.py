@@ -45,6 +45,8 @@ def pod(stack: Stack, fleet: Fleet, tmp_path: Path) -> dict[str, list[str]]:
     del config["metrics_port"]  # others may have it here
     config |= {"admin_port": stack.admin_port, "grpc_socket": str(tmp_path / "grpc")}
     (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    name = the_only(found, "Service")["metadata"]["name"]
+    (_, _, asks) = the_only(found, "Pod")["spec"]["containers"][0]["command"]
     spec = the_only(found, "Deployment")["spec"]["template"]["spec"]
     prints, scheduler = spec["initContainers"]
     (envoy,) = spec["containers"]
@@ -60,6 +62,7 @@ def pod(stack: Stack, fleet: Fleet, tmp_path: Path) -> dict[str, list[str]]:
     return {
         "scheduler": ours + here(scheduler["args"]),
         "envoy": [find_envoy(), *here(envoy["args"])],
+        "helm test": [sys.executable, "-c", asks.replace(f"http://{name}:80", stack.url)],
         "preStop": ours + envoy["lifecycle"]["preStop"]["exec"]["command"][1:],
     }
 
@@ -82,6 +85,8 @@ async def test_it_serves_and_its_end_cuts_no_answer(
         await until(healthy)
         split = {"x-pd-prefill", "x-pd-decode"}
         assert (await client.complete()).headers.keys() >= split
+        with spawned(pod["helm test"]) as test:
+            assert await asyncio.to_thread(test.wait) == 0, test.output
         async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
             with spawned(pod["preStop"]) as hook:
