@@ -207,7 +207,7 @@ class TestPool:
             await fleet.until(d="decode 10.0.0.2:8000")
             server.put("inferencepools", pool("chat", 8000, app="new", tier="gold"))
             await fleet.until(e="decode 10.0.0.3:8000")
-            await until(lambda: server.watches == 5)  # pool, pods, objectives in two groups, rewrites
+            await until(lambda: server.watches == 4)  # pool, pods, objectives, rewrites
 
     async def test_one_that_is_not_there_yet(self, server: ApiServer, follow: Following) -> None:
         server.put("pods", pod("d", "10.0.0.2"))
