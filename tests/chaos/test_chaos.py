@@ -12,6 +12,7 @@ from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
+each_connector = pytest.mark.parametrize("fleet", ["nixl", "mooncake"], indirect=True, scope="module")
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 
@@ -27,6 +28,7 @@ async def _serving_again(client: Client, header: str, name: str) -> None:
     await until(serving)
 
 
+@each_connector
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_killed_instance(client: Client, role: str, stream: bool) -> None:
@@ -49,6 +51,7 @@ async def test_killed_instance(client: Client, role: str, stream: bool) -> None:
         seen.assert_clean()
 
 
+@each_connector
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_hung_instance(client: Client, role: str) -> None:
     """SIGSTOP: those who wait there get an answer from another one when the limit (1 s here) is over."""
@@ -127,6 +130,7 @@ async def test_a_stream_that_is_cut_is_an_error_and_counted(client: Client, stac
     await until(counted)
 
 
+@each_connector
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, "killed"])
 async def test_a_hand_off_that_nobody_fetches_is_freed(client: Client, fault: object) -> None:
     """D fails before it fetched: P's blocks are given back, not left to the lease (30 s)."""

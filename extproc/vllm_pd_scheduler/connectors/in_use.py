@@ -13,8 +13,6 @@ from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
 from .names import load_connector, settings_of
 
-_NONE = Settings()
-
 
 class Connectors:
     """Finds the connector of an instance: its own, or that of the fleet, as ``of_the_fleet`` tells.
@@ -27,6 +25,7 @@ class Connectors:
         """By a connector's class and the call."""
         self._of_the_fleet = of_the_fleet
         self._given = None if given is None else ConnectorFence(given, self.failures)
+        self._given_settings = None if given is None else given.settings_type()
         self._fences: dict[str, ConnectorFence] = {}
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
@@ -58,8 +57,8 @@ class Connectors:
         return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
-        if self._given is not None:
-            return _NONE
+        if self._given_settings is not None:
+            return self._given_settings
         found = self._settings.get(choice)
         if found is None:
             found = self._settings[choice] = settings_of(choice)

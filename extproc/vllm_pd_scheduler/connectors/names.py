@@ -10,6 +10,7 @@ import msgspec
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
 from .base import Connector, Settings
+from .mooncake import MooncakeConnector
 from .nixl import NixlConnector
 from .shared_store import SharedStoreConnector
 
@@ -19,6 +20,7 @@ ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
 _BUILT_IN: dict[str, type[Connector]] = {
     "nixl": NixlConnector,
     "shared-store": SharedStoreConnector,
+    "mooncake": MooncakeConnector,
 }
 
 

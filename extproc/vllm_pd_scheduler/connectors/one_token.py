@@ -79,6 +79,18 @@ def one_token(body: JsonBody, more: Mapping[str, bytes], *, past_stop: bool = Fa
     return body.replace(drop, add)
 
 
+def was_cut(answer: bytes) -> bool:
+    """Whether an answer is one token that was cut off at its limit, as after ``past_stop`` it must be.
+
+    A chat's can be part of a call of a tool as well.
+    """
+    try:
+        choices = _decode_choices(answer).choices
+    except UNREADABLE:
+        return False
+    return len(choices) == 1 and choices[0].finish_reason in ("length", "tool_calls")
+
+
 def has_stopped(answer: bytes) -> bool:
     """Whether the one token of an answer was an end of the text, or a stop."""
     try:
@@ -86,6 +98,15 @@ def has_stopped(answer: bytes) -> bool:
     except UNREADABLE:
         return False
     return any(choice.finish_reason == "stop" for choice in choices)
+
+
+def never_served(params: bytes, model: str | None) -> bytes:
+    """Return a completion request for more tokens than any context has, with ``kv_transfer_params``.
+
+    vLLM answers it with 400, has its connector tell P that the hand-off was rejected, and transfers nothing.
+    """
+    name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
+    return b"".join((b"{", name, b'"prompt":"x","max_tokens":2147483647,"kv_transfer_params":', params, b"}"))
 
 
 def counted(answer: bytes) -> tuple[int | None, int | None]:

@@ -12,7 +12,14 @@ from ..admission.queue import Ticket
 from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
-from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
+from ..handoff.interfaces import (
+    AskPrefill,
+    LocalShortage,
+    PrefillAnswer,
+    PrefillFailed,
+    PrefillLeg,
+    PrefillNotSent,
+)
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import OK, Decision
@@ -54,8 +61,8 @@ Outcome = PendingHandoff | WithoutHandoff | Reject
 class PrefillStage:
     """Has requests prefilled: on one P after another, up to ``max_retries`` more.
 
-    ``leg`` sends a prefill; without one, decode does all prefills itself. ``local`` counts those that it
-    does because P failed.
+    ``leg`` sends a prefill; without one, decode does all prefills itself. ``ask`` asks P what some protocols
+    must know before. ``local`` counts those that decode does because P failed.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class PrefillStage:
         clock: Callable[[], float],
     ) -> None:
         self.leg: PrefillLeg | None = None
+        self.ask: AskPrefill | None = None
         self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
@@ -160,7 +168,7 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+            attempt = await self._prepared(endpoint)
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
@@ -182,6 +190,8 @@ class PrefillStage:
         except PrefillFailed as error:
             noted.outcome = str(error)
             self._failed(endpoint, str(error), tried)
+            if self.ask is not None:
+                self.ask.forget(endpoint)
             return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         finally:
             now = self._clock()
@@ -190,6 +200,16 @@ class PrefillStage:
             # Soon, since this request itself is about to take a place at decode.
             asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
+
+    async def _prepared(self, endpoint: Endpoint) -> Attempt:
+        """Return a new attempt, with what must be known of its P."""
+        attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+        question = attempt.question()
+        if question is None:
+            return attempt
+        if self.ask is None:
+            raise PrefillNotSent("nobody asks its connector's question")
+        return attempt.knowing(await self.ask(endpoint, question, attempt))
 
     def _handed_over(
         self,
