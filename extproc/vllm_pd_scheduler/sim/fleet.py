@@ -94,7 +94,7 @@ class Fleet:
         self._counts: dict[Literal["prefill", "decode"], int] = {"prefill": prefill, "decode": decode}
         self._host = host
         self._base_port = base_port
-        self._connector = connector
+        self.connector = connector
         common = [
             f"--model={model}",
             f"--kv-connector={connector}",
@@ -141,9 +141,9 @@ class Fleet:
             return [{"id": each.id, "host": each.host, "port": each.port} | own(each) for each in instances]
 
         def own(instance: SimInstance) -> dict[str, Any]:
-            if self._connector == "mooncake":
+            if self.connector == "mooncake":
                 return {"connector": {"type": "mooncake", "bootstrap_port": instance.port}}
-            return {} if self._connector in ("nixl", "none") else {"connector": self._connector}
+            return {} if self.connector in ("nixl", "none") else {"connector": self.connector}
 
         return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
 
