@@ -12,7 +12,9 @@ from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
-each_connector = pytest.mark.parametrize("fleet", ["nixl", "mooncake"], indirect=True, scope="module")
+each_connector = pytest.mark.parametrize(
+    "fleet", ["nixl", "mooncake", "ascend-mooncake"], indirect=True, scope="module"
+)
 WAITS_FOR_THE_DEAD = {"mooncake"}
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 

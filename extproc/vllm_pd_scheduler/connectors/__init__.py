@@ -1,5 +1,6 @@
 """KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
+from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .base import Connector, Handoff, Legs, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
@@ -10,7 +11,7 @@ from .nixl import NixlConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs",
-    "MooncakeConnector", "NixlConnector", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
-    "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "AscendMooncakeConnector", "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff",
+    "Legs", "MooncakeConnector", "NixlConnector", "Peer", "Question", "Settings", "SharedStoreConnector",
+    "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

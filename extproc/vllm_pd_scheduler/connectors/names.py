@@ -9,6 +9,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
+from .ascend_mooncake import AscendMooncakeConnector
 from .base import Connector, Settings
 from .mooncake import MooncakeConnector
 from .nixl import NixlConnector
@@ -21,6 +22,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "nixl": NixlConnector,
     "shared-store": SharedStoreConnector,
     "mooncake": MooncakeConnector,
+    "ascend-mooncake": AscendMooncakeConnector,
 }
 
 

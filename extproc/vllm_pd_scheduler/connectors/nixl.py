@@ -17,7 +17,7 @@ from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Splice
 from .one_token import UNREADABLE, Tokens, can_split, counted_in, has_stopped, never_served, one_token
 
-_PREFILL_PARAMS = (
+PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
 )
@@ -72,7 +72,7 @@ class NixlConnector(Connector):
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        return one_token(body, {HANDOFF_KEY: _PREFILL_PARAMS})
+        return one_token(body, {HANDOFF_KEY: PREFILL_PARAMS})
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.

@@ -1,5 +1,6 @@
 """The hand-off protocols that a simulated server can speak."""
 
+from .ascend import AscendConnector
 from .handoff import Connector
 from .mooncake import MooncakeConnector
 from .options import Options
@@ -10,5 +11,7 @@ def connector_of(options: Options) -> Connector:
     match options.kv_connector:
         case "mooncake":
             return MooncakeConnector(options.role, options.profile.lease)
+        case "ascend-mooncake":
+            return AscendConnector()
         case _:
             return Connector()
