@@ -13,7 +13,10 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 each_connector = pytest.mark.parametrize(
-    "fleet", ["nixl", "mooncake", "ascend-mooncake"], indirect=True, scope="module"
+    "fleet",
+    ["nixl", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write"],
+    indirect=True,
+    scope="module",
 )
 WAITS_FOR_THE_DEAD = {"mooncake"}
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}

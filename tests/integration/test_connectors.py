@@ -18,7 +18,7 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-CONNECTORS = ["mooncake", "ascend-mooncake"]
+CONNECTORS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),

@@ -6,12 +6,14 @@ from .base import Connector, Handoff, Legs, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendMooncakeConnector", "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff",
-    "Legs", "MooncakeConnector", "NixlConnector", "Peer", "Question", "Settings", "SharedStoreConnector",
-    "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "AscendMooncakeConnector", "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors",
+    "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector", "Peer", "Question",
+    "Settings", "SharedStoreConnector", "Splice", "UnknownConnector",
+    "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

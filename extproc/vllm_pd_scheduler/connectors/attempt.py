@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..request.body import JsonBody
-from .base import Handoff, Legs, Question, Splice
+from .base import Handoff, Legs, Peer, Question, Splice
 from .fence import ConnectorFence
 
 
@@ -17,6 +17,14 @@ class Attempt:
 
     connector: ConnectorFence
     legs: Legs
+
+    def needs_decode(self) -> bool:
+        """Whether D must be chosen before P does anything."""
+        return self.connector.needs_decode(self.legs.prefill)
+
+    def towards(self, decode: Peer) -> Attempt:
+        """Return the attempt, with the D that is to get the hand-off."""
+        return replace(self, legs=replace(self.legs, decode=decode))
 
     def question(self) -> Question | None:
         """Return what P is to be asked before anything is sent to it."""

@@ -52,6 +52,8 @@ class Legs:
     prefill: Peer
     known: Any = None
     """What :meth:`Connector.understood` has made of P's answer to the connector's question."""
+    decode: Peer | None = None
+    """The D that gets the hand-off, if the connector needs to know it before P does anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,10 @@ class Connector(ABC):
     @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
+
+    def needs_decode(self, prefill: Peer) -> bool:
+        """Whether D must be chosen before P does anything. No other D gets the hand-off then."""
+        return False
 
     def question(self, prefill: Peer) -> Question | None:
         """Return what a P is to be asked before anything is sent to it; ``None`` if nothing is."""

@@ -29,8 +29,8 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "question", "understood", "prefill_body", "prefill_headers", "handoff", "ended", "splice",
-    "release_body",
+    "can_split", "needs_decode", "question", "understood", "prefill_body", "prefill_headers", "handoff",
+    "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -69,6 +69,10 @@ class ConnectorFence:
         with suppress(ConnectorFailed):
             return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
         return False
+
+    def needs_decode(self, prefill: Peer) -> bool:
+        """See :meth:`Connector.needs_decode`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("needs_decode", lambda: bool(self._connector.needs_decode(prefill)))
 
     def question(self, prefill: Peer) -> Question | None:
         """See :meth:`Connector.question`; raise :exc:`ConnectorFailed` if it fails."""

@@ -51,10 +51,13 @@ class Connectors:
 
     def attempt(self, prefill: PDInstance, host: str) -> Attempt:
         """Return a new attempt to split a request, with a P that is reached at ``host``."""
-        choice = prefill.connector or self._of_the_fleet()
-        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice))
-        connector = self._given or self._fence(choice)
-        return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
+        legs = Legs(f"{self._run}-{next(self._numbers)}", self.peer(prefill, host))
+        return Attempt(self.of(prefill), legs)
+
+    def peer(self, instance: PDInstance, host: str) -> Peer:
+        """Return an instance that is reached at ``host`` as its connector sees it."""
+        choice = instance.connector or self._of_the_fleet()
+        return Peer(instance.instance_id, host, instance.port, self._settings_of(choice))
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given_settings is not None:

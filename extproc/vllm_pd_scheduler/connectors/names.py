@@ -12,6 +12,7 @@ from ..system.loading import CannotLoad, load_class
 from .ascend_mooncake import AscendMooncakeConnector
 from .base import Connector, Settings
 from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .shared_store import SharedStoreConnector
 
@@ -23,6 +24,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "shared-store": SharedStoreConnector,
     "mooncake": MooncakeConnector,
     "ascend-mooncake": AscendMooncakeConnector,
+    "moriio": MoriioConnector,
 }
 
 

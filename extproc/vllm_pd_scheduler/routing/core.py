@@ -227,6 +227,7 @@ class RoutingCore:
             splice = prefilled.attempt.splice(body, prefilled.handoff)
             # Else Envoy would answer 413 in D's place.
             usable = splice is None or splice.at + len(splice.text) <= self.config.max_body_bytes
+            usable = usable and (prefilled.decode is None or prefilled.decode.routable)
         except ConnectorFailed:
             usable = False
         if not usable:
@@ -234,7 +235,7 @@ class RoutingCore:
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
             return self._to_decode(context, changed, Served.LOCAL, limit, decision)
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
-        forward = self._to_decode(context, changed, Served.SPLIT, limit, decision)
+        forward = self._to_decode(context, changed, Served.SPLIT, limit, decision, only=prefilled.decode)
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
@@ -279,18 +280,23 @@ class RoutingCore:
         decision: Decision,
         preferred: Endpoint | None = None,
         own: Endpoint | None = None,
+        only: Endpoint | None = None,
     ) -> Forward | Reject:
         """Send a request to ``preferred``, if that has room, else to the strategy's choice.
 
-        ``own`` is what the strategy chose for it, if it was asked already.
+        ``own`` is what the strategy chose for it, if it was asked already. ``only`` gets it whether it has
+        room or not: it is the strategy's choice of a while ago.
         """
         context.at(self._clock())
+        preferred, own = only or preferred, only or own
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
-        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
+        if preferred is not None and (
+            only is not None or (preferred.routable and not self._scheduler.saturated(preferred, now))
+        ):
             picked = [preferred, *(e for e in picked if e is not preferred)]
             if preferred is not own:  # else that was another pick
                 decision.decode = choice

@@ -168,7 +168,10 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = await self._prepared(endpoint)
+            attempt = await self._prepared(endpoint, context, tried)
+            if attempt is None:
+                noted.outcome = "no_decode"
+                return WithoutHandoff(failed=False)
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
@@ -201,15 +204,30 @@ class PrefillStage:
             asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
 
-    async def _prepared(self, endpoint: Endpoint) -> Attempt:
-        """Return a new attempt, with what must be known of its P."""
+    async def _prepared(self, endpoint: Endpoint, context: RequestContext, tried: _Tried) -> Attempt | None:
+        """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
         attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+        tried.decode = None
+        if attempt.needs_decode():
+            tried.decode = decode = self._decode_for(attempt, context, tried)
+            if decode is None:
+                return None
+            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
         question = attempt.question()
         if question is None:
             return attempt
         if self.ask is None:
             raise PrefillNotSent("nobody asks its connector's question")
         return attempt.knowing(await self.ask(endpoint, question, attempt))
+
+    def _decode_for(self, attempt: Attempt, context: RequestContext, tried: _Tried) -> Endpoint | None:
+        """Choose the D of a hand-off that is for one only, among those that speak its protocol."""
+        context.at(self._clock())
+        for decode in self._scheduler.pick(InstanceRole.DECODE, context):
+            if self._connectors.of(decode.instance) is attempt.connector:
+                tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
+                return decode
+        return None
 
     def _handed_over(
         self,
@@ -230,7 +248,9 @@ class PrefillStage:
             self._registry.succeeded(endpoint)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
-            return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)
+            return PendingHandoff(
+                handoff, endpoint, attempt, deadline, context.model, tried.decode, tried.losses
+            )
         if attempt.ended(answer.body):
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
@@ -317,6 +337,8 @@ class _Tried:
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = losses
+        self.decode: Endpoint | None = None
+        """The only D that the newest attempt is for, if it is for one only."""
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""

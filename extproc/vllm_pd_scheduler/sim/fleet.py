@@ -141,8 +141,13 @@ class Fleet:
             return [{"id": each.id, "host": each.host, "port": each.port} | own(each) for each in instances]
 
         def own(instance: SimInstance) -> dict[str, Any]:
-            if self.connector == "mooncake":
-                return {"connector": {"type": "mooncake", "bootstrap_port": instance.port}}
+            port = instance.port
+            match self.connector:
+                case "mooncake":
+                    return {"connector": {"type": "mooncake", "bootstrap_port": port}}
+                case "moriio-read" | "moriio-write":
+                    ports = {"handshake_port": port, "notify_port": port}
+                    return {"connector": {"type": "moriio", "mode": self.connector[7:], **ports}}
             return {} if self.connector in ("nixl", "none") else {"connector": self.connector}
 
         return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}

@@ -34,6 +34,8 @@ class Offer:
     host: str
     port: int
     block_ids: list[int]
+    receiver: str | None = None
+    """Address of the receiving engine, if the sender is to write to it."""
 
     def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
         """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.32's.
@@ -85,6 +87,7 @@ class FetchCall(msgspec.Struct):
     engine_id: str
     request_id: str
     block_ids: list[int] = []
+    receiver: str | None = None
     agent: str | None = None
 
 
@@ -123,6 +126,10 @@ class Connector:
 
     def request_id(self, params: dict[str, Any]) -> str | None:
         """Return the name under which a prefill is kept, if the request gives one."""
+        return None
+
+    def receiver(self, params: dict[str, Any]) -> str | None:
+        """Return the address of the only engine that may have a prefill."""
         return None
 
     def read(self, params: dict[str, Any], blocks_needed: int) -> Any:

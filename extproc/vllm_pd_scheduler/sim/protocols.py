@@ -3,6 +3,7 @@
 from .ascend import AscendConnector
 from .handoff import Connector
 from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .options import Options
 
 
@@ -13,5 +14,8 @@ def connector_of(options: Options) -> Connector:
             return MooncakeConnector(options.role, options.profile.lease)
         case "ascend-mooncake":
             return AscendConnector()
+        case "moriio-read" | "moriio-write":
+            address = f"{options.kv_host}:{options.port}"
+            return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
         case _:
             return Connector()

@@ -91,6 +91,8 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._digests: dict[str, str] = {}
         """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
+        self._receivers: dict[str, str] = {}
+        """Of prefills that are for one engine only, its address."""
         self._wake = asyncio.Event()
         self._steps = asyncio.Event()
         """Whether the engine makes steps."""
@@ -148,6 +150,8 @@ class Worker:
         """Return the answer to another engine's fetch; None if it is meant for another process."""
         if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
             return None
+        if self._receivers.get(call.request_id, call.receiver) != call.receiver:
+            return None  # it writes somewhere else
         self.observe()
         found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
         if found is Fetch.INVALID:
@@ -219,6 +223,8 @@ class Worker:
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
             self._digests[job.request.request_id] = job.prompt.digest
+            if receiver := self.connector.receiver(job.params):
+                self._receivers[job.request.request_id] = receiver
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
@@ -318,6 +324,7 @@ class Worker:
 
     def _forget(self, request_id: str, outcome: str) -> str | None:
         digest = self._digests.pop(request_id, None)
+        self._receivers.pop(request_id, None)
         if digest:
             self.hand_offs[outcome] += 1
         return digest
