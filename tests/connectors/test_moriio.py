@@ -57,6 +57,12 @@ def test_d_is_needed_only_where_p_writes() -> None:
     assert moriio.needs_decode(WRITE.prefill)
 
 
+def test_no_leg_has_the_clients_request_id() -> None:
+    found = moriio.handoff(answer(), READ)
+    assert found is not None
+    assert moriio.prefill_headers(READ) == found.headers == {"x-request-id": "run-7"}
+
+
 def test_prefill_that_d_reads() -> None:
     assert prefill(READ) == {
         **TEXT,

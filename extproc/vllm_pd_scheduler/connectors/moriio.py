@@ -6,12 +6,14 @@ before, so D is chosen first. Source: ``vllm/distributed/kv_transfer/kv_connecto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
+from ..request.headers import REQUEST_ID
 from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Peer, Settings, Splice
 from .one_token import UNREADABLE, can_split, counted_in, has_stopped, never_served, one_token
@@ -101,6 +103,10 @@ class MoriioConnector(Connector):
             }
         return one_token(body, {HANDOFF_KEY: _encode(params)}, past_stop=True)
 
+    def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
+        """Return a request id of our own: out of a client's the engine would read addresses of peers."""
+        return _own_id(legs)
+
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs and are this attempt's."""
         try:
@@ -113,7 +119,8 @@ class MoriioConnector(Connector):
         own = params.do_remote_prefill and params.transfer_id == _transfer_id(legs)
         if not (own and params.remote_block_ids) or depth(text) > _MAX_PARAMS_DEPTH:
             return None
-        return Handoff(text, *counted_in(decoded.usage), lease=legs.prefill.settings.lease)
+        lease = legs.prefill.settings.lease
+        return Handoff(text, *counted_in(decoded.usage), lease=lease, headers=_own_id(legs))
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing."""
@@ -126,6 +133,10 @@ class MoriioConnector(Connector):
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request that D refuses: it tells P, which frees the blocks."""
         return never_served(handoff.params, model)
+
+
+def _own_id(legs: Legs) -> Mapping[str, str]:
+    return {REQUEST_ID: legs.id}
 
 
 def _transfer_id(legs: Legs) -> str:
