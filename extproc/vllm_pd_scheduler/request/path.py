@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Final
 
 SPLIT_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
-"""Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
+"""Paths that are always public."""
 
 PUBLIC_PATHS: Final = (
     "/v1/models",

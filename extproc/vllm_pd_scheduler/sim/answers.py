@@ -31,7 +31,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Makes the JSON of the answer to one request, a completion or (``chat``) a chat completion."""
+    """Makes the JSON of the answer to one request, a completion or (``chat``) a chat completion.
+
+    Those of other APIs are in :mod:`.other_answers`.
+    """
 
     request_id: str
     model: str
@@ -69,6 +72,8 @@ class Shape:
 
     def opening(self, index: int) -> bytes:
         """Return the first event of a choice of a chat completion; completions have none."""
+        if not self.chat:
+            return b""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
@@ -80,9 +85,9 @@ class Shape:
             choice["stop_reason"] = None
         return self._event([choice])
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the event that ``stream_options.include_usage`` asks for."""
-        return self._event([], usage=usage.body())
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
+        """Return the last events; ``wanted`` says whether ``stream_options.include_usage`` asks for usage."""
+        return (self._event([], usage=usage.body()) if wanted else b"") + DONE
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

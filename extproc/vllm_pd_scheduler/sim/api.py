@@ -19,11 +19,16 @@ from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
 from .metrics import Metrics
 from .options import Options
+from .other_answers import GenerateShape, MessagesShape, ResponsesShape
 from .protocol import (
+    AnyBody,
     ApiError,
     ChatBody,
     CompletionBody,
     EmbeddingBody,
+    GenerateBody,
+    MessagesBody,
+    ResponsesBody,
     TokenizeBody,
     TooLong,
     choose_length,
@@ -48,6 +53,16 @@ HALF = "half"
 """Key of the request object: whether the fault cuts this answer in half."""
 MUTE = "mute"
 """Key of the request object: after how many tokens of a stream the fault sends nothing more."""
+
+
+_APIS: dict[str, tuple[type[AnyBody], type[Shape]]] = {
+    "/v1/completions": (CompletionBody, Shape),
+    "/v1/chat/completions": (ChatBody, Shape),
+    "/v1/responses": (ResponsesBody, ResponsesShape),
+    "/v1/messages": (MessagesBody, MessagesShape),
+    "/inference/v1/generate": (GenerateBody, GenerateShape),
+}
+"""What generates: the body that each path reads, and the answers that it gives."""
 
 
 class Api:
@@ -81,8 +96,7 @@ class Api:
         }
         post = {
             "/ping": self._health,
-            "/v1/completions": self._completions,
-            "/v1/chat/completions": self._chat,
+            **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/_sim/fault": self._set_fault,
@@ -137,18 +151,14 @@ class Api:
 
     # -- generation -----------------------------------------------------------------------------------
 
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, CompletionBody)
-
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, ChatBody)
-
-    async def _generate(
-        self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
-    ) -> web.StreamResponse:
-        body = read_body(await request.read(), request.content_type, kind)
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        kind, shaped = _APIS[request.path]
+        body: AnyBody = read_body(await request.read(), request.content_type, kind)
         model = self._model(body.model)
-        shape = Shape(_request_id(request), model, kind is ChatBody)
+        name = _request_id(request)
+        if isinstance(body, ResponsesBody):
+            name = body.request_id or f"resp_{uuid.uuid4().hex}"
+        shape = shaped(name, model, kind in (ChatBody, MessagesBody))
         jobs = self._make_jobs(body, shape, request[ENTRY])
         self._active_requests += 1
         try:
@@ -164,7 +174,7 @@ class Api:
             raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
         return self._options.model
 
-    def _make_jobs(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
+    def _make_jobs(self, body: AnyBody, shape: Shape, entry: Entry) -> list[Job]:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
@@ -253,7 +263,7 @@ class Api:
         return self._worker.connector.answer(offer, job.params, request.computed, request.cached)
 
     async def _stream(
-        self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]
+        self, request: web.Request, body: AnyBody, shape: Shape, jobs: list[Job]
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As with vLLM, status 200 is sent before anything can fail.
@@ -264,19 +274,18 @@ class Api:
                 async for token in tokens:
                     if sent == request.get(MUTE):
                         await asyncio.Event().wait()
-                    if not sent and shape.chat:
+                    if not sent:
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))
                     sent += 1
                     if sent == 2 and request.get(HALF):
                         await drop_connection(request, flush=True)
-            if body.stream_options and body.stream_options.include_usage:
-                await response.write(shape.usage(_usage(jobs)))
+            wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
+            await response.write(shape.closing(_usage(jobs), wanted))
         except EngineFailed as error:
-            await response.write(event(ApiError(500, str(error), "InternalServerError").body()))
+            await response.write(event(ApiError(500, str(error), "InternalServerError").body()) + DONE)
         except ConnectionError:
             return response  # the client has left; closing the generator has aborted its request
-        await response.write(DONE)
         await response.write_eof()
         return response
 
