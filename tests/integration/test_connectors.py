@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
@@ -107,6 +108,29 @@ async def test_a_first_token_that_ends_the_text(client: Client) -> None:
     (choice,) = answer.json["choices"]
     assert (choice["finish_reason"], answer.json["usage"]["completion_tokens"]) == ("stop", 1)
     assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_other_apis(client: Client, path: str) -> None:
+    expected = said(await undivided(client, path))
+    for stream in (False, True):
+        answer = await client.post(path, {**REQUESTS[path], "stream": stream})
+        assert said(answer) == expected
+        assert "x-pd-prefill" in answer.headers
+        assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
+    client: Client, path: str
+) -> None:
+    """P has kept nothing: D computes the prompt, rather than wait for it."""
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, eos=True)
+    answer = await client.post(path, REQUESTS[path])
+    assert answer.status == 200
+    assert "x-pd-prefill" not in answer.headers
+    assert answer.json["usage"]["output_tokens"] == 1
 
 
 async def test_a_client_that_leaves(client: Client) -> None:

@@ -18,6 +18,8 @@ class ProbeAnswer(Shown):
     """That all is well."""
 
     status: str
+    discovery: str | None = None
+    """How many of the sources of instances cannot be asked: what they told before is used."""
 
 
 class ProbesApi:
@@ -52,8 +54,11 @@ class ProbesApi:
     async def _readyz(self, _: web.Request) -> web.Response:
         if not self._is_ready():
             raise Refused(503, "draining")
+        no_news = self._router.membership.no_news
         if not self._router.registry.routable(InstanceRole.DECODE):
-            raise Refused(503, "no decode instance can serve")
+            raise Refused(503, f"no decode instance can serve{f'; {no_news}' if no_news else ''}")
+        if no_news:
+            return json_answer(ProbeAnswer(status="ready", discovery=no_news))
         return json_answer(ProbeAnswer(status="ready"))
 
     async def _metrics(self, _: web.Request) -> web.Response:
