@@ -14,7 +14,7 @@ from tests.support.waiting import until
 
 each_connector = pytest.mark.parametrize(
     "fleet",
-    ["nixl", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write"],
+    ["nixl", "mooncake", "ascend-mooncake", "moriio-write"],
     indirect=True,
     scope="module",
 )
