@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config.aliases import AliasConfig
 from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
@@ -47,6 +48,12 @@ GROUPS = (
         },
     ),
     Group(
+        "Models",
+        "Names that stand for others. What models there are is read from the instances: [Models](models.md).",
+        ("models",),
+        {"models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}},
+    ),
+    Group(
         "Strategies",
         "Who serves a request: [Strategies](strategies.md) helps to choose.",
         (
@@ -71,7 +78,7 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
-        ("disaggregation", "late_binding", "connector"),
+        ("disaggregation", "prefill_leg", "late_binding", "connector"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(
@@ -122,9 +129,12 @@ GROUPS = (
         (
             "grpc_host",
             "grpc_port",
+            "grpc_health_port",
             "grpc_socket",
             "admin_host",
             "admin_port",
+            "metrics_host",
+            "metrics_port",
             "prefill_listener",
             "state_file",
         ),
@@ -166,6 +176,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
     TracingConfig: "tracing",
+    AliasConfig: "alias",
     DnsSource: "DNS source",
     DockerSource: "Docker source",
     DockerTls: "Docker TLS",

@@ -21,6 +21,10 @@ from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
+from .request.objectives import Objectives
+from .request.rewrites import Rewrites
+from .routing.answer_watch import AnswerWatch
+from .routing.catalog import Catalog
 from .routing.core import RoutingCore
 from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
@@ -82,7 +86,10 @@ class PDRouter:
             clock,
             later,
         )
+        self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg
+        self.clock = clock
+        """Monotonic seconds."""
         self._later = later
         self._ids = self._present()
         self.registry.subscribe(self._forget_the_removed)
@@ -103,6 +110,16 @@ class PDRouter:
         return self._core.in_flight
 
     @property
+    def rewrites(self) -> Rewrites:
+        """Which model a request gets that asks for an alias: each source updates its own rules."""
+        return self._core.rewrites
+
+    @property
+    def catalog(self) -> Catalog:
+        """Which models clients can ask for."""
+        return self._core.catalog
+
+    @property
     def prefill_leg(self) -> PrefillLeg | None:
         """Sends the prefills; without one, decode does them itself."""
         return self._core.prefill.leg
@@ -119,6 +136,11 @@ class PDRouter:
     @ask_prefill.setter
     def ask_prefill(self, ask: AskPrefill | None) -> None:
         self._core.prefill.ask = ask
+
+    @property
+    def objectives(self) -> Objectives:
+        """The priorities of requests that name an objective, by ``x-llm-d-inference-objective``."""
+        return self._core.objectives
 
     @property
     def tracer(self) -> RequestTracer | None:
@@ -185,16 +207,23 @@ class PDRouter:
         scheduler.reconfigured()
         self.dispatcher.reconfigured()
         self.membership.update(CONFIG, instances, by)
+        self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 
     # -- requests
 
-    def route(self, headers: Mapping[str, str], body: bytes) -> Coroutine[Any, Any, Forward | Reject]:
+    def route(
+        self, headers: Mapping[str, str], body: bytes, subset: frozenset[str] | None = None
+    ) -> Coroutine[Any, Any, Forward | Reject]:
         """Decide where a request goes: see :meth:`.routing.core.RoutingCore.route`.
 
         Nothing here keeps the body, which that lets go of as soon as it can.
         """
-        return self._core.route(headers, body)
+        return self._core.route(headers, body, subset)
+
+    def watch(self, forward: Forward, began: float) -> AnswerWatch:
+        """Return what watches the answer of a request that a gateway sends on, which came at ``began``."""
+        return AnswerWatch(self.in_flight, self.registry, forward, began)
 
     def no_memory(self, size: int, headers: Mapping[str, str]) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes has no room in :attr:`body_memory`."""

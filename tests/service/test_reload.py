@@ -42,6 +42,10 @@ OTHERS: dict[str, Any] = {
     "grpc_host": "127.0.0.2",
     "admin_host": "127.0.0.2",
     "grpc_port": 9999,
+    "grpc_health_port": 9998,
+    "metrics_host": "127.0.0.2",
+    "metrics_port": 9997,
+    "prefill_leg": "sidecar",
     "explain_header": False,
     "tracing": {},
     "log_format": "json",
@@ -105,6 +109,8 @@ def another(key: str, directory: Path) -> Any:
     if key == "instance_files":
         (directory / "more.yaml").write_text("decode_instances: [{id: d7, host: 10.0.0.7, port: 1}]")
         return [str(directory / "more.yaml")]
+    if key == "models":
+        return {"chat": {"targets": {"m": 1}}}
     if key == "connector":
         return "shared-store"
     if key == "discovery":

@@ -16,12 +16,15 @@ from pydantic import (
 
 from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
+from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
+from .aliases import AliasConfig
 from .instances import (
     INSTANCE_ID,
     ConnectorConfig,
     InstanceConfig,
     InstancesFile,
+    ModelName,
     Port,
     SecretSource,
     connector_choice,
@@ -108,6 +111,10 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
+    prefill_leg: Literal["scheduler", "sidecar"] = "scheduler"
+    """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
+    [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
+    `x-prefiller-host-port`, and calls no P itself."""
     connector: str | ConnectorConfig = "nixl"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D."""
@@ -194,6 +201,9 @@ class SchedulerConfig(InstancesFile):
     """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
     user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
     with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
+    grpc_health_port: Annotated[Port | None, _AT_START] = None
+    """A second port at `grpc_host`, without TLS, that answers [gRPC health checks](llm-d.md#health) and
+    nothing else. Kubernetes' gRPC probes need it where `grpc_tls` is set."""
     grpc_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
     admin_host: Annotated[str, _AT_START] = "127.0.0.1"
@@ -205,6 +215,15 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
+    models: Annotated[dict[ModelName, AliasConfig], Field(max_length=10_000)] = {}
+    """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
+    that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
+    to `chat-v2`."""
+    metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
+    """Address that the listener of `metrics_port` listens on."""
+    metrics_port: Annotated[Port | None, _AT_START] = None
+    """Port of a second listener with `/metrics`, `/healthz` and `/readyz` and nothing else, for a Prometheus
+    that has no `admin_token`. The metrics name instances and models."""
     explain_header: bool = True
     """Whether a client that sends `x-pd-explain: 1` is told
     [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
@@ -235,7 +254,7 @@ class SchedulerConfig(InstancesFile):
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
-    @field_validator("grpc_host", "admin_host")
+    @field_validator("grpc_host", "admin_host", "metrics_host")
     @classmethod
     def _can_be_listened_at(cls, host: str) -> str:
         if not is_host(host):
@@ -284,6 +303,10 @@ class SchedulerConfig(InstancesFile):
         """Return the name of a role's strategy."""
         own = self.prefill_strategy if role is InstanceRole.PREFILL else self.decode_strategy
         return own or self.strategy
+
+    def rewrites(self) -> list[Rewrite]:
+        """Return the rules that the aliases are."""
+        return [alias.rewrite(name) for name, alias in self.models.items()]
 
     def may_use(self, strategy: str) -> bool:
         """Whether a strategy may be used from now on by those who do not write the configuration.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from .headers import REASON
+from .headers import DROPPED_REASON, REASON
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when nothing can serve it; an instance can be back within 2 s."""
@@ -19,6 +19,18 @@ _TYPES = {
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
 }
+
+_DROPPED = {
+    "no_decode": "rejected-no-endpoints",
+    "no_prefill": "rejected-no-endpoints",
+    "queue_full": "rejected-saturated",
+    "memory": "rejected-saturated",
+    "slo_missed": "rejected-saturated",
+    "queue_timeout": "rejected-ttl-expired",
+    "queue_displaced": "evicted-priority",
+    "draining": "rejected-shutting-down",
+}
+"""What llm-d calls some of our reasons."""
 
 
 class BodyError(ValueError):
@@ -40,15 +52,32 @@ class Reject:
         return f"refused with {self.status}, {self.reason}"
 
 
-def reject(status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S) -> Reject:
-    """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help."""
+@dataclass(frozen=True, slots=True)
+class OwnAnswer(Reject):
+    """What the scheduler answers of itself, as it was asked to: no request was refused."""
+
+
+def own_answer(status: int, body: bytes) -> OwnAnswer:
+    """Return JSON that the scheduler answers with."""
+    return OwnAnswer(status, body, {"content-type": "application/json"}, "own")
+
+
+def reject(
+    status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S, param: str | None = None
+) -> Reject:
+    """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help.
+
+    ``param`` is the field of the request that is wrong.
+    """
     error = {
         "message": message,
         "type": _TYPES.get(status, "InternalServerError"),
-        "param": None,
+        "param": param,
         "code": status,
     }
     headers = {"content-type": "application/json", REASON: reason}
     if status in (429, 503):
         headers["retry-after"] = str(retry_after)
+    if reason in _DROPPED:
+        headers[DROPPED_REASON] = _DROPPED[reason]
     return Reject(status, msgspec.json.encode({"error": error}), headers, reason)

@@ -96,9 +96,9 @@ class PrefillStage:
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = _Tried(self._lost.spent(context.fingerprint), decision)
-        reservation = await self._admit(context, decision)
+        reservation = await self.admit(context, decision)
         while isinstance(reservation, Reservation):
-            self._trace_pick(reservation, context)
+            self.trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -111,13 +111,15 @@ class PrefillStage:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
-    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+    def trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        """Note in the request's trace that a P was chosen."""
         if (trace := current.get()) is not None:
             role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
             strategy, picked = self._scheduler.names[role], reservation.endpoint.id
             trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
-    async def _admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+    async def admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+        """Wait for a P and reserve it; return the refusal, or ``None`` if no P can serve."""
         ticket = Ticket(context, InstanceRole.PREFILL, context.body_bytes)
         try:
             return await self._admission.admit(ticket)
@@ -135,7 +137,7 @@ class PrefillStage:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self._admit(context, tried.decision)
+            return await self.admit(context, tried.decision)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
@@ -209,9 +211,12 @@ class PrefillStage:
         attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
         tried.decode = None
         if attempt.needs_decode():
-            tried.decode = decode = self._decode_for(attempt, context, tried)
-            if decode is None:
+            context.at(self._clock())
+            picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
+            if not picked:
                 return None
+            tried.decode = decode = picked[0]
+            tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
             attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
         question = attempt.question()
         if question is None:
@@ -219,15 +224,6 @@ class PrefillStage:
         if self.ask is None:
             raise PrefillNotSent("nobody asks its connector's question")
         return attempt.knowing(await self.ask(endpoint, question, attempt))
-
-    def _decode_for(self, attempt: Attempt, context: RequestContext, tried: _Tried) -> Endpoint | None:
-        """Choose the D of a hand-off that is for one only, among those that speak its protocol."""
-        context.at(self._clock())
-        for decode in self._scheduler.pick(InstanceRole.DECODE, context):
-            if self._connectors.of(decode.instance) is attempt.connector:
-                tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
-                return decode
-        return None
 
     def _handed_over(
         self,

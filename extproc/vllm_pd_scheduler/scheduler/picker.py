@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 
-from ..config import SchedulerConfig
+from ..config import SchedulerConfig, connector_choice
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
@@ -19,6 +19,7 @@ from ..telemetry.failures import Failures
 from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
+from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
 from .shadow import Shadow
@@ -66,9 +67,12 @@ class Scheduler:
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
+        prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
+        pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
+        partners = Pools(registry, decode, of[decode], random, pairing)
         self._pools = {
-            role: Pools(registry, role, availability, random)
-            for role, availability in self._availability.items()
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
+            decode: partners,
         }
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
@@ -82,7 +86,8 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints as they are configured now."""
+        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
 
@@ -174,13 +179,42 @@ class Scheduler:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
         return min(availability.room_at(now) for availability in self._availability.values())
 
-    def can_serve(self, role: InstanceRole, model: str | None) -> bool:
-        """Whether an endpoint of a role could serve a model now, be it as a last resort."""
-        return bool(self._pools[role].of(model).endpoints or self.last_resorts(role, (), model))
+    def can_serve(self, role: InstanceRole, model: str | None, subset: frozenset[str] | None = None) -> bool:
+        """Whether an endpoint of a role could serve a model now, be it as a last resort.
+
+        ``subset`` are the addresses to which the request may go (see :attr:`.RequestContext.subset`).
+        """
+        endpoints = self._pools[role].of(model).endpoints
+        if subset is None:
+            return bool(endpoints or self.last_resorts(role, (), model))
+        outside = self.outside(role, subset)
+        return any(e not in outside for e in endpoints) or bool(self.last_resorts(role, outside, model))
 
     def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
         """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
         return self._pools[endpoint.instance.role].may_serve(endpoint, model)
+
+    def nobody_serves(self, role: InstanceRole, model: str | None) -> bool:
+        """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
+        return self._pools[role].nobody_serves(model)
+
+    @property
+    def several_kinds(self) -> bool:
+        """Whether there are instances that do not fit together as P and D."""
+        return self._pools[InstanceRole.DECODE].several_kinds
+
+    def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
+        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether it matters for D which model a request names."""
+        return self._pools[InstanceRole.DECODE].apart
+
+    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to."""
+        return self._pools[role].of(model).endpoints
 
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
@@ -209,27 +243,35 @@ class Scheduler:
         *,
         count: int = 1,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
-        request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
-        accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
+        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
+        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
+        if request.subset is not None:
+            exclude = (*exclude, *self.outside(role, request.subset))
         if self._took is None:
-            return self._pick(role, request, count, exclude)
+            return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
-        ranked = self._pick(role, request, count, exclude)
+        ranked = self._pick(role, request, count, exclude, beside)
         self._took[role](self._stopwatch() - began)
         return ranked
 
     def _pick(
-        self, role: InstanceRole, request: RequestContext, count: int, exclude: Collection[Endpoint]
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        count: int,
+        exclude: Collection[Endpoint],
+        beside: Endpoint | None,
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
+        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -256,6 +298,12 @@ class Scheduler:
         last = self._last
         return None if last is None else last.choice(self.registry, role, request)
 
+    def outside(self, role: InstanceRole, subset: frozenset[str] | None) -> Collection[Endpoint]:
+        """Return the endpoints of a role that are left out by the subset that a request may go to."""
+        if subset is None or role is InstanceRole.PREFILL:
+            return ()
+        return frozenset(e for e in self.registry.endpoints(role) if not _is_in(subset, e))
+
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
     ) -> list[Endpoint]:
@@ -277,20 +325,30 @@ class Scheduler:
         request: RequestContext,
         picked: Endpoint,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> None:
         """Ask the shadow strategy, if there is one, what it would have picked in place of ``picked``.
 
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model)
+            candidates = self._pools[role].of(request.model, beside)
+            if request.subset is not None:
+                exclude = (*exclude, *self.outside(role, request.subset))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
-    def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
+    def preview(
+        self, role: InstanceRole, request: RequestContext, *, count: int = 1, beside: Endpoint | None = None
+    ) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
         with self._strategies[role].same_turn(), self._in_place[role].same_turn():
-            return self.pick(role, request, count=count)
+            return self.pick(role, request, count=count, beside=beside)
+
+
+def _is_in(subset: frozenset[str], endpoint: Endpoint) -> bool:
+    address = endpoint.address
+    return address is not None and (address in subset or address.rpartition(":")[0].strip("[]") in subset)
 
 
 def _offer(
