@@ -9,12 +9,18 @@ from .gateway_names import STEERS_INSTANCES
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
-ENVOY_CONFIG_VERSION: Final = "3"
+ENVOY_CONFIG_VERSION: Final = "4"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
-dynamic metadata, 3 the log of results."""
+dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them."""
 
-ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2"})
-"""Earlier versions, with which all works but what Envoy tells of a request's end."""
+_NO_MODELS: Final = (
+    "the health of a model is not known, and P and D of several revisions must not run together"
+)
+ENVOY_CONFIGS_THAT_WORK: Final = {
+    "2": f"how they end and when their first token comes is not known, {_NO_KINDS}",
+    "3": _NO_KINDS,
+}
+"""Earlier versions, and what does not work with them."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
