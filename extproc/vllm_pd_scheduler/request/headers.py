@@ -13,9 +13,7 @@ ENVOY_CONFIG_VERSION: Final = "4"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
 dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them."""
 
-_NO_MODELS: Final = (
-    "the health of a model is not known, and P and D of several revisions must not run together"
-)
+_NO_KINDS: Final = "the health of a model is not known, and P and D of several revisions must not be mixed"
 ENVOY_CONFIGS_THAT_WORK: Final = {
     "2": f"how they end and when their first token comes is not known, {_NO_KINDS}",
     "3": _NO_KINDS,
