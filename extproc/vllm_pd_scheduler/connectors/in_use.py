@@ -13,8 +13,6 @@ from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
 from .names import load_connector, settings_of
 
-_NONE = Settings()
-
 
 class Connectors:
     """Finds the connector of an instance: its own, or that of the fleet, as ``of_the_fleet`` tells.
@@ -27,6 +25,7 @@ class Connectors:
         """By a connector's class and the call."""
         self._of_the_fleet = of_the_fleet
         self._given = None if given is None else ConnectorFence(given, self.failures)
+        self._given_settings = None if given is None else given.settings_type()
         self._fences: dict[str, ConnectorFence] = {}
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
@@ -52,14 +51,17 @@ class Connectors:
 
     def attempt(self, prefill: PDInstance, host: str) -> Attempt:
         """Return a new attempt to split a request, with a P that is reached at ``host``."""
-        choice = prefill.connector or self._of_the_fleet()
-        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice))
-        connector = self._given or self._fence(choice)
-        return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
+        legs = Legs(f"{self._run}-{next(self._numbers)}", self.peer(prefill, host))
+        return Attempt(self.of(prefill), legs)
+
+    def peer(self, instance: PDInstance, host: str) -> Peer:
+        """Return an instance that is reached at ``host`` as its connector sees it."""
+        choice = instance.connector or self._of_the_fleet()
+        return Peer(instance.instance_id, host, instance.port, self._settings_of(choice))
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
-        if self._given is not None:
-            return _NONE
+        if self._given_settings is not None:
+            return self._given_settings
         found = self._settings.get(choice)
         if found is None:
             found = self._settings[choice] = settings_of(choice)

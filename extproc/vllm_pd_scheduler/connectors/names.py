@@ -9,7 +9,10 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
+from .ascend_mooncake import AscendMooncakeConnector
 from .base import Connector, Settings
+from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .shared_store import SharedStoreConnector
 
@@ -19,6 +22,9 @@ ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
 _BUILT_IN: dict[str, type[Connector]] = {
     "nixl": NixlConnector,
     "shared-store": SharedStoreConnector,
+    "mooncake": MooncakeConnector,
+    "ascend-mooncake": AscendMooncakeConnector,
+    "moriio": MoriioConnector,
 }
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from .request import HandOff
+
 FETCH_PATH = "/_sim/kv/fetch"
 RELEASE_PATH = "/_sim/kv/release"
 
@@ -32,6 +34,8 @@ class Offer:
     host: str
     port: int
     block_ids: list[int]
+    receiver: str | None = None
+    """Address of the receiving engine, if the sender is to write to it."""
 
     def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
         """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.32's.
@@ -83,6 +87,7 @@ class FetchCall(msgspec.Struct):
     engine_id: str
     request_id: str
     block_ids: list[int] = []
+    receiver: str | None = None
     agent: str | None = None
 
 
@@ -96,20 +101,52 @@ class FetchReply(msgspec.Struct):
     agent: str
     digest: str | None = None
     invalid: bool = False
+    late: bool = False
+    """Whether the sender has waited for the hand-off in vain."""
 
 
 class Connector:
-    """Fetches and releases hand-offs of other engines. ``timeout`` in seconds, for each call."""
+    """What an engine says and reads of hand-offs, and how it fetches them: here as NIXL does.
+
+    ``timeout`` in seconds, for each call to another engine.
+    """
+
+    sends_stopped = True
+    """Whether a prefill that has ended by a stop is handed over too."""
 
     def __init__(self, timeout: float = 10.0) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout))
         self._agents: dict[str, str] = {}
 
+    def kind(self, params: dict[str, Any]) -> HandOff:
+        """Return what a request's ``kv_transfer_params`` ask for; raise FatalHandOff if the engine dies."""
+        if params.get("do_remote_prefill"):
+            return HandOff.RECEIVE
+        return HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
+
+    def request_id(self, params: dict[str, Any]) -> str | None:
+        """Return the name under which a prefill is kept, if the request gives one."""
+        return None
+
+    def receiver(self, params: dict[str, Any]) -> str | None:
+        """Return the address of the only engine that may have a prefill."""
+        return None
+
+    def read(self, params: dict[str, Any], blocks_needed: int) -> Any:
+        """Return the hand-off that a decode request names; see :func:`read_offer`."""
+        return read_offer(params, blocks_needed)
+
+    def answer(
+        self, offer: Offer, params: dict[str, Any], num_tokens: int, cached: int
+    ) -> dict[str, Any] | None:
+        """Return the ``kv_transfer_params`` of a prefill's answer."""
+        return offer.answer(num_tokens, cached)
+
     async def close(self) -> None:
         """Close the connections to other engines."""
         await self._session.close()
 
-    async def fetch(self, offer: Offer) -> str | None:
+    async def fetch(self, offer: Any) -> str | None:
         """Fetch the blocks of a hand-off and return the digest of their prompt, None for other blocks.
 
         Raise TransferFailed if the sender cannot be reached, FatalHandOff if it has no such blocks.
@@ -126,7 +163,7 @@ class Connector:
             raise FatalHandOff(f"block ids that {offer.engine_id} does not have")
         return reply.digest
 
-    async def release(self, offer: Offer) -> None:
+    async def release(self, offer: Any) -> None:
         """Tell the sender that nobody will fetch a hand-off; it does not matter if that fails."""
         with suppress(TransferFailed):
             await self._post(offer, RELEASE_PATH, asdict(offer))

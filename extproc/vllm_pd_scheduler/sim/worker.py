@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
-from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, Offer, TransferFailed
+from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
+from .mooncake import PullCall, sent_as
 from .text import Answer, Prompt
 
 
@@ -36,7 +37,9 @@ class Job:
     choice: int
     finish_reason: str
     answer: Answer
-    offer: Offer | None = None
+    offer: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+    """``kv_transfer_params`` of the request."""
     remote_cached: int | None = None
     """Prompt tokens that the hand-off's sender had in its cache, if it says so."""
     on_hand_off: Callable[[str], None] = lambda outcome: None
@@ -79,8 +82,8 @@ class Worker:
         self.hand_offs: Counter[str] = Counter()
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
+        self.connector = connector
         self._metrics = metrics
-        self._connector = connector
         self._agent = agent
         self._recompute = recompute
         self._fail_delay = fail_delay
@@ -88,11 +91,15 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._digests: dict[str, str] = {}
         """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
+        self._receivers: dict[str, str] = {}
+        """Of prefills that are for one engine only, its address."""
         self._wake = asyncio.Event()
         self._steps = asyncio.Event()
         """Whether the engine makes steps."""
         self._steps.set()
         self._aborted: list[Job] = []
+        self._pulled: dict[str, asyncio.Event] = {}
+        """By the name of a prefill that is not there yet and for which somebody waits."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- called by the HTTP server ---------------------------------------------------------------------
@@ -135,14 +142,16 @@ class Worker:
             for job in jobs:
                 self._drop(job)
 
-    def release(self, offer: Offer) -> None:
+    def release(self, offer: Any) -> None:
         """Tell a hand-off's sender, in the background, that nobody will fetch it."""
-        self._spawn(self._connector.release(offer))
+        self._spawn(self.connector.release(offer))
 
     def serve_fetch(self, call: FetchCall) -> FetchReply | None:
         """Return the answer to another engine's fetch; None if it is meant for another process."""
         if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
             return None
+        if self._receivers.get(call.request_id, call.receiver) != call.receiver:
+            return None  # it writes somewhere else
         self.observe()
         found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
         if found is Fetch.INVALID:
@@ -150,6 +159,23 @@ class Worker:
         digest = self._forget(call.request_id, "fetched")
         self._wake.set()
         return FetchReply(self._agent, digest if found is Fetch.GOOD else None)
+
+    async def serve_pull(self, call: PullCall) -> FetchReply | None:
+        """Return the answer to a pull, as soon as there is a hand-off of its name; None as above."""
+        request_id, engine = sent_as(call.transfer_id), self.engine
+        if call.engine_id != self.engine_id or self.dead:
+            return None
+        self.observe()
+        try:
+            async with asyncio.timeout(engine.profile.lease):
+                while not engine.pinned_blocks(request_id):
+                    await self._pulled.setdefault(request_id, asyncio.Event()).wait()
+        except TimeoutError:
+            return FetchReply(self._agent, late=True)
+        engine.release(request_id)
+        digest = self._forget(request_id, "released" if call.release else "fetched")
+        self._wake.set()
+        return FetchReply(self._agent, digest)
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
@@ -197,6 +223,8 @@ class Worker:
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
             self._digests[job.request.request_id] = job.prompt.digest
+            if receiver := self.connector.receiver(job.params):
+                self._receivers[job.request.request_id] = receiver
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
@@ -235,6 +263,8 @@ class Worker:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
                 self._metrics.finished(request, reason)
+                if there := self._pulled.pop(request.request_id, None):
+                    there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
 
     async def _wait_for_work(self, now: float) -> None:
@@ -254,13 +284,13 @@ class Worker:
         if job.offer:
             job.loading = self._spawn(self._transfer(job, job.offer))
 
-    async def _transfer(self, job: Job, offer: Offer) -> None:
+    async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
         self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
-            digest = await self._connector.fetch(offer)
+            digest = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
             return
@@ -294,6 +324,7 @@ class Worker:
 
     def _forget(self, request_id: str, outcome: str) -> str | None:
         digest = self._digests.pop(request_id, None)
+        self._receivers.pop(request_id, None)
         if digest:
             self.hand_offs[outcome] += 1
         return digest
