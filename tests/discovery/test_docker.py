@@ -188,6 +188,21 @@ class TestChanges:
         await fleet.until()
         assert api.calls.count("/containers/json") == lists
 
+    async def test_who_has_stopped_before_the_first_list_does_not_make_it_empty(
+        self, api: DockerApi, follow: Follow, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source, "SETTLE_S", 0.2)
+        api.containers = [container("a"), container("b", networks={"llm": "10.0.0.2"})]
+        api.past = [api.event("kill", "gone", signal="15"), api.event("kill", "b", signal="15")]
+        fleet = await follow()
+        changes: list[set[str]] = []
+        fleet.router.registry.subscribe(lambda: changes.append(fleet.ids))
+        for _ in range(2):
+            await fleet.sources.first_words()
+            await fleet.until("a")
+            await fleet.sources.follow()  # as a reload does
+        assert set() not in changes
+
     async def test_one_that_runs_anew_serves_again(self, api: DockerApi, follow: Follow) -> None:
         api.containers = [container("a")]
         fleet = await follow()

@@ -64,10 +64,12 @@ class DockerApi:
         self.calls: list[str] = []
         self.listeners: list[asyncio.Queue[bytes | None]] = []
         self.since: list[str | None] = []
+        self.past: list[bytes] = []
+        """Events that whoever begins to listen hears first, as they were before."""
         self._nanoseconds = 1_700_000_000_000_000_000
 
-    def tell(self, action: str, name: str, kind: str = "container", **attributes: str) -> None:
-        """Send an event to all who listen."""
+    def event(self, action: str, name: str, kind: str = "container", **attributes: str) -> bytes:
+        """Return a new event, as it is sent."""
         self._nanoseconds += 1_000_000
         key = name.ljust(64, "0")
         actor = {"ID": key, "Attributes": {ROLE: "decode", "name": name, **attributes}}
@@ -80,8 +82,13 @@ class DockerApi:
             "time": self._nanoseconds // 10**9,
             "timeNano": self._nanoseconds,
         }
+        return json.dumps(event).encode() + b"\n"
+
+    def tell(self, action: str, name: str, kind: str = "container", **attributes: str) -> None:
+        """Send an event to all who listen."""
+        event = self.event(action, name, kind, **attributes)
         for each in self.listeners:
-            each.put_nowait(json.dumps(event).encode() + b"\n")
+            each.put_nowait(event)
 
     def set(self, *containers: dict[str, Any], quiet: bool = False) -> None:
         """Have these containers, and say that something has happened."""
@@ -137,6 +144,8 @@ class DockerApi:
         await response.prepare(request)
         if self.events_fault == "nonsense":
             await response.write(b'{"Type": 1}\n')
+        for event in self.past:
+            await response.write(event)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.listeners.append(queue)
         try:

@@ -67,19 +67,20 @@ class Membership:
         """Take the whole set of instances that a source knows, and a line for each that is of no use."""
         self._told[source] = tuple(instances)
         self._left_out[source] = tuple(left_out)
-        self._has_spoken(source)
-        self._settle(by)
+        self._heard_of(source, by)
 
     def forget(self, source: str, by: str = By.START) -> None:
         """Take it that there is no such source any more: nobody but the others names its instances."""
         for known in (self._told, self._left_out, self._told_at, self._problems):
             known.pop(source, None)
-        self._has_spoken(source)
-        self._settle(by)
+        self._heard_of(source, by)
 
-    def _has_spoken(self, source: str) -> None:
-        if source in self._silent:
-            self._silent.discard(source)
+    def _heard_of(self, source: str, by: str) -> None:
+        """Settle what a source has told, or that it tells nothing any more."""
+        first = source in self._silent
+        self._silent.discard(source)
+        self._settle(by)
+        if first:
             self._registry.tell()  # that a role has no instance is a word too
 
     def heard(self, source: str, now: float) -> None:

@@ -117,6 +117,8 @@ class DockerContainers:
         except ValueError as error:
             report.lost(f"{self.name}: {error}")
             return
+        if told is None:  # an event has come before the first list
+            return
         if told == self._told:
             report.unchanged()
         else:

@@ -20,8 +20,8 @@ class View:
         self._source = source
         self._config = config
         self._stopping: set[str] = set()
-        self.listed: Sequence[Any] = ()
-        """What the engine has listed last."""
+        self.listed: Sequence[Any] | None = None
+        """What the engine has listed last; ``None``: nothing yet."""
 
     def note(self, change: Change) -> bool:
         """Note what has happened; return whether a container is about to stop, and gets nothing new."""
@@ -31,11 +31,15 @@ class View:
             self._stopping.add(change.container)
         return change.stops
 
-    def instances(self, host: str) -> tuple[list[PDInstance], list[str]]:
+    def instances(self, host: str) -> tuple[list[PDInstance], list[str]] | None:
         """Return the instances, and a line for each container that is none; ``host`` is the engine's address.
+
+        That is not known, ``None``, as long as nothing was listed.
 
         Raise :exc:`ValueError` if the source's own settings cannot be used, so that none can be made.
         """
+        if self.listed is None:
+            return None
         entries: list[tuple[InstanceRole, InstanceConfig]] = []
         left_out: list[str] = []
         for each in self.listed:
