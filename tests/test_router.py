@@ -1,6 +1,8 @@
 """The library's interface: instances that are registered, removed and drained."""
 
-from tests.support.routing import Case, P
+import asyncio
+
+from tests.support.routing import Case, D, P
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PDInstance
 
@@ -23,3 +25,39 @@ class InstancesTest(Case):
             (await self.route()).release()
         self.assertNotIn("p0", self.leg.tried)
         self.assertEqual(len(self.leg.tried), 4)
+
+    async def test_one_that_no_source_names_goes_with_its_last_request(self) -> None:
+        """No probe is needed to see that: the next one may be a minute away."""
+        for endpoint in list(self.router.registry):
+            self.router.unregister_instance(endpoint.id)
+        told = [PDInstance("p", P, "10.0.1.1", 1), PDInstance("d", D, "10.0.1.2", 1)]
+        self.router.membership.update("file:a", told)
+        for endpoint in self.router.registry:
+            self.router.registry.probed(endpoint, None)
+        self.leg.hold = asyncio.Event()
+        routing = asyncio.ensure_future(self.route())
+        await self.leg.entered.wait()
+        self.router.membership.update("file:a", told[1:])
+        self.leg.hold.set()
+        forward = await routing
+        self.assertSplit(forward, "p")
+        await asyncio.sleep(0)
+        self.assertEqual([e.id for e in self.router.registry], ["p", "d"], "p has a hand-off for it")
+        self.router.membership.update("file:a", [])
+        forward.release()
+        self.assertEqual(list(self.router.registry), [])
+
+    async def test_one_that_prefills_for_nobody_any_more_goes_too(self) -> None:
+        """Its client has left."""
+        self.router.unregister_instance("p0")
+        self.router.membership.update("file:a", [PDInstance("p", P, "10.0.1.1", 1)])
+        self.down("p1", "p2")
+        self.router.registry.probed(self.router.registry.get("p"), None)
+        self.leg.hold = asyncio.Event()
+        routing = asyncio.ensure_future(self.route())
+        await self.leg.entered.wait()
+        self.router.membership.update("file:a", [])
+        routing.cancel()
+        await asyncio.wait([routing])
+        await asyncio.sleep(0)
+        self.assertNotIn("p", [e.id for e in self.router.registry])

@@ -42,9 +42,9 @@ def busy(registry: Registry, name: str) -> Reservation:
 
 
 def end(registry: Registry, reservation: Reservation) -> None:
-    """End a request, and probe the instance: that is when the end of a drain is seen."""
+    """End a request, and say that something has ended."""
     reservation.release()
-    registry.probed(reservation.endpoint, None)
+    registry.tell_drained()
 
 
 def test_an_instance_that_is_dropped_drains_and_is_removed_when_its_requests_have_ended(

@@ -67,7 +67,11 @@ class AdmissionController:
             trace.waited(ticket.role, outcome, since, now)
 
     def wake(self) -> None:
-        """Serve waiting requests that can be served now. Call it when load or health of the fleet changed."""
+        """Serve waiting requests that can be served now. Call it when load or health of the fleet changed.
+
+        That an instance which drains has nothing left is told as well: whatever ends comes by here.
+        """
+        self._dispatcher.registry.tell_drained()
         if len(self._dispatcher.queue):
             self._dispatcher.dispatch(self._clock())
             self._set_timer()

@@ -79,7 +79,7 @@ class Dispatcher:
         config = scheduler.config
         self.queue = RequestQueue(config.queue_size, config.queue_bytes)
         self._scheduler = scheduler
-        self._registry = scheduler.registry
+        self.registry = scheduler.registry
         self._config = config
         self._events = events
         self._full_at = -math.inf
@@ -257,7 +257,7 @@ class Dispatcher:
             ticket.choice = self._scheduler.explain(role, request)
             if role is InstanceRole.PREFILL:
                 self._scheduler.compare_shadow(role, request, picked[0])
-            outcome = self._registry.reserve(picked[0], request)
+            outcome = self.registry.reserve(picked[0], request)
         if ticket in self.queue:
             self.queue.remove(ticket, served=True)
         ticket.settle(outcome)
@@ -265,8 +265,8 @@ class Dispatcher:
 
     def _predicted_work(self, request: RequestContext) -> float:
         """Return the least predicted seconds of prefill, on whichever instance that would be."""
-        routable = self._registry.routable(InstanceRole.PREFILL)
-        request.look_up_in(self._registry.prefixes)
+        routable = self.registry.routable(InstanceRole.PREFILL)
+        request.look_up_in(self.registry.prefixes)
         best = self._scheduler.most_cached(InstanceRole.PREFILL, request)
         new = max(1.0, request.prompt_tokens) if best is None else request.uncached(best.holder)
         costs = (e.prefill.cost(new, request.prompt_tokens) for e in routable[:_MAX_COSTED])
@@ -274,7 +274,7 @@ class Dispatcher:
 
     def _refusal(self, ticket: Ticket, reason: str, message: str) -> Reject:
         # When the queue is done, if all instances share what waits now.
-        serving = max(1, len(self._registry.routable(InstanceRole.PREFILL)))
+        serving = max(1, len(self.registry.routable(InstanceRole.PREFILL)))
         retry_after = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self.queue.work / serving)))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
 

@@ -77,6 +77,7 @@ class Registry:
     _watchers: dict[InstanceRole, list[set[Endpoint]]] = field(
         default_factory=lambda: {role: [] for role in InstanceRole}
     )
+    _draining: tuple[Endpoint, ...] = ()
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
@@ -212,13 +213,21 @@ class Registry:
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after each change in membership, address, health or draining.
 
-        The end of a drain is told at the next probe.
+        The end of a drain is told by :meth:`tell_drained`.
         """
         self._listeners.append(listener)
 
     def tell(self) -> None:
         """Tell the listeners, though no endpoint has changed."""
         self._changed(self.changed_by)
+
+    def tell_drained(self) -> None:
+        """Tell the listeners if the last that was left on an instance which drains has ended.
+
+        Whoever ends something calls it, but not at once: a request may go on with what P holds for it.
+        """
+        if any([endpoint.drain_ended() for endpoint in self._draining]):
+            self._changed(By.REQUEST)
 
     def watch(self, role: InstanceRole) -> set[Endpoint]:
         """Return a new set to which each endpoint of a role is added when its load changes.
@@ -245,8 +254,7 @@ class Registry:
         ejected instance a trial, once its pause is over.
         """
         policy, ok = self.policy, problem is None
-        if endpoint.drain_ended():
-            self._changed(By.REQUEST)
+        self.tell_drained()
         revived = ok and endpoint.breaker.probed(now)
         threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
         if endpoint.probed(problem, threshold) or revived:
@@ -437,6 +445,7 @@ class Registry:
             self._ejected[role] = tuple(e for e in endpoints if e.ejected)
             self._out_of_service[role] = tuple((e, e.shown_state) for e in endpoints if not e.routable)
             self._by_address[role] = {e.address: e for e in reversed(endpoints) if e.address is not None}
+        self._draining = tuple(e for e in self._endpoints.values() if e.draining)
         self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
         for listener in self._listeners:
             listener()
