@@ -130,6 +130,65 @@ async def test_one_that_stays_keeps_them_when_it_begins_again(
     assert not router.membership.silent
 
 
+async def test_what_one_that_was_stopped_still_says_is_not_heard(
+    source: Told, router: PDRouter, sources: Sources
+) -> None:
+    """A thread of its may have something under way."""
+    tell = await followed(source)
+    tell("d1")
+    router.config.take(parse_config(configured()), ["discovery"])
+    await sources.follow()
+    tell("d1", "d2")
+    assert source.report is not None
+    source.report.unchanged()
+    source.report.lost("it is no more")
+    assert ids(router) == set()
+    assert router.membership.ages(time.monotonic()) == {}
+    assert router.membership.no_news is None
+
+
+async def test_what_another_source_names_from_now_on_does_not_drain(
+    router: PDRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not what operators have removed comes back."""
+    old, new = Told(), Told()
+    new.name = "new"
+    monkeypatch.setattr(module, "_made", lambda *_: old)
+    sources = Sources(router.config, router.membership, time.monotonic)
+    await sources.follow()
+    await until(lambda: old.report is not None)
+    old.d("d1", "d2", "d3")
+    router.unregister_instance("d2")
+    changes: list[set[str]] = []
+    router.registry.subscribe(lambda: changes.append({e.id for e in router.registry if not e.draining}))
+    monkeypatch.setattr(module, "_made", lambda *_: new)
+    following = asyncio.ensure_future(sources.follow())
+    await until(lambda: new.report is not None)
+    new.d("d1", "d2")
+    await following
+    await until(lambda: ids(router) == {"d1"})
+    assert all("d1" in each for each in changes)
+    assert [each.instance_id for each in router.membership.removed()] == ["d2"]
+    await sources.stop()
+
+
+async def test_one_that_takes_the_place_of_another_is_not_waited_for_for_ever(
+    router: PDRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_WORD_S", 0.01)
+    old, new = Told(), Told()
+    new.name = "new"
+    monkeypatch.setattr(module, "_made", lambda *_: old)
+    sources = Sources(router.config, router.membership, time.monotonic)
+    await sources.follow()
+    await until(lambda: old.report is not None)
+    old.d("d1")
+    monkeypatch.setattr(module, "_made", lambda *_: new)
+    await sources.follow()
+    await until(lambda: not ids(router))
+    await sources.stop()
+
+
 async def test_a_bug_in_one_is_reported_and_it_begins_again(
     source: Told, router: PDRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,9 +22,16 @@ class Report:
         self._clock = clock
         self.first_word = asyncio.Event()
         """Set once something was found, be it that there is nothing."""
+        self._over = False
+
+    def end(self) -> None:
+        """Take nothing more: the source is followed no more, and a thread of its may still have a word."""
+        self._over = True
 
     def found(self, instances: Iterable[PDInstance], left_out: Iterable[str] = ()) -> None:
         """Tell the whole set of instances that there are now, and a line for each that is of no use."""
+        if self._over:
+            return
         lines = [f"{self._source}: {line}" for line in left_out]
         self._membership.update(self._source, instances, f"{By.DISCOVERY} {self._source}", lines)
         self.unchanged()
@@ -32,11 +39,13 @@ class Report:
 
     def unchanged(self) -> None:
         """Tell that what was told last is so still."""
-        self._membership.heard(self._source, self._clock())
+        if not self._over:
+            self._membership.heard(self._source, self._clock())
 
     def lost(self, reason: str) -> None:
         """Tell that nothing can be found out, or nothing of use: what was told last stays."""
-        self._membership.lost(self._source, reason)
+        if not self._over:
+            self._membership.lost(self._source, reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from .source import Beside, Report, Source
 log = logging.getLogger(__name__)
 
 FIRST_WORD_S = 10.0
-"""Seconds that a start waits for sources that have told nothing yet."""
+"""Seconds that a start waits for sources that have told nothing yet, and those that they replace stay."""
 
 AGAIN_S = 5.0
 """Seconds until a source that has ended for a bug is followed again."""
@@ -41,6 +41,9 @@ class Sources:
         self._clock = clock
         self._running: dict[str, asyncio.Task[None]] = {}
         self._reports: dict[str, Report] = {}
+        self._gone: set[str] = set()
+        """Sources that are named no more, whose instances stay until those that are have had their word."""
+        self._replacing: asyncio.Task[None] | None = None
 
     def read(self) -> None:
         """Read the files once, at the start; raise :exc:`ConfigError` if one cannot be used."""
@@ -51,35 +54,59 @@ class Sources:
             self._membership.expect(source.name)
 
     async def follow(self, by: str = By.START) -> None:
-        """Follow the sources that the configuration names now, all from the beginning."""
+        """Follow the sources that the configuration names now, all from the beginning.
+
+        What only those tell of that it names no more drains: now or, if a new one may tell of it as well,
+        when that has had its first word, or ``FIRST_WORD_S`` for it.
+        """
         named = {source.name: source for source in self._named()}
-        before = set(self._running)
+        gone = (self._gone | set(self._running)).difference(named)
         await self.stop()
-        for name in before.difference(named):
-            self._membership.forget(name, by)
-            self._beside.forget(name)
+        self._gone = gone
         for name, source in named.items():
             self._membership.expect(name)
             self._reports[name] = report = Report(name, self._membership, self._clock)
             self._running[name] = asyncio.ensure_future(_follow(source, report))
+        if gone and self._membership.silent:
+            self._replacing = asyncio.ensure_future(self._replace(by))
+        else:
+            self._forget_the_gone(by)
+
+    async def _replace(self, by: str) -> None:
+        await self._spoken()
+        self._forget_the_gone(by)
+
+    def _forget_the_gone(self, by: str) -> None:
+        for name in self._gone:
+            self._membership.forget(name, by)
+            self._beside.forget(name)
+        self._gone = set()
 
     async def first_words(self) -> None:
         """Wait until each source has told something, or for ``FIRST_WORD_S``."""
+        if not await self._spoken():
+            silent = ", ".join(sorted(self._membership.silent))
+            log.warning("no word yet from %s: Envoy is not told of a role without instances", silent)
+
+    async def _spoken(self) -> bool:
+        """Wait as :meth:`first_words`; return whether each has."""
         try:
             async with asyncio.timeout(FIRST_WORD_S):
                 for report in self._reports.values():
                     await report.first_word.wait()
         except TimeoutError:
-            silent = ", ".join(sorted(self._membership.silent))
-            log.warning("no word yet from %s: Envoy is not told of a role without instances", silent)
+            return False
+        return True
 
     async def stop(self) -> None:
         """Follow none any more."""
-        running = list(self._running.values())
-        self._running, self._reports = {}, {}
-        for task in running:
+        ending = [*self._running.values(), *((self._replacing,) if self._replacing else ())]
+        for report in self._reports.values():
+            report.end()
+        self._running, self._reports, self._replacing = {}, {}, None
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def _named(self) -> Iterator[Source]:
         for path in dict.fromkeys(self._config.instance_files):
