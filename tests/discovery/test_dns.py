@@ -16,6 +16,7 @@ from vllm_pd_scheduler.discovery.dns import lookup, source
 from vllm_pd_scheduler.discovery.sources import Sources
 
 NAME = "decode.llm.svc"
+K = {"type": "kubernetes", "namespace": "llm", "selector": "app=vllm", "ports": [8000]}
 D = {"type": "dns", "role": "decode", "name": NAME, "port": 8000}
 P = {"type": "dns", "role": "prefill", "srv": "_http._tcp.prefill.llm.svc"}
 
@@ -219,9 +220,22 @@ def test_settings_that_make_no_sense(entry: dict[str, Any], said: str) -> None:
     assert caught.value.problems[0].startswith("discovery[0]")
 
 
-def test_a_source_that_is_named_twice() -> None:
-    with pytest.raises(ConfigError, match=r"discovery\[1\]: is the same as discovery\[0\]"):
-        parse_config({"discovery": [D, D]})
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        (D, D, "dns:"),
+        (D, {**D, "role": "prefill"}, "dns:"),
+        ({"type": "docker"}, {"type": "docker", "network": "llm"}, "docker"),
+        (K, {**K, "role_label": "role"}, "kubernetes:llm/app=vllm:8000"),
+    ],
+)
+def test_two_sources_that_would_be_one(first: dict[str, Any], second: dict[str, Any], name: str) -> None:
+    """Of two by one name only one would be followed."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"discovery": [first, second]})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"discovery[1]: is {name}")
+    assert problem.endswith(" as well as discovery[0]")
 
 
 @pytest.mark.parametrize(

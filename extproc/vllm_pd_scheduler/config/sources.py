@@ -93,6 +93,11 @@ class DnsSource(StrictModel):
     """With `instance_tls`: the DNS name that their certificates must be for. Without it the one of
     `instance_tls`, else `name`, else the target of each SRV record."""
 
+    @property
+    def label(self) -> str:
+        """What operators call it: ``dns:decode.llm.svc:8000``."""
+        return f"dns:{self.srv}" if self.port is None else f"dns:{self.name}:{self.port}"
+
     @model_validator(mode="after")
     def _one_question(self) -> DnsSource:
         if (self.name is None) == (self.srv is None):
@@ -151,6 +156,12 @@ class DockerSource(StrictModel):
     """Where the `--api-key` of these instances is kept, if it is not the `api_key` of all."""
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that their certificates must be for."""
+
+    @property
+    def label(self) -> str:
+        """What operators call it: ``docker``, ``docker:gpu1``."""
+        where = self.name or self.host or self.context
+        return "docker" if where is None else f"docker:{where}"
 
     @model_validator(mode="after")
     def _one_engine(self) -> DockerSource:
@@ -213,7 +224,7 @@ class KubernetesSource(StrictModel):
         return self
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """What operators call it: ``kubernetes:llm/pool/chat``."""
         where = [self.kubeconfig, self.context, self.namespace]
         if self.pool is not None:
@@ -231,12 +242,12 @@ SourceConfig = Annotated[DnsSource | DockerSource | KubernetesSource, Field(disc
 def source_problems(sources: Iterable[SourceConfig]) -> list[str]:
     """Return a line for each source that cannot be followed here, or that is there already."""
     problems: list[str] = []
-    seen: list[SourceConfig] = []
+    seen: list[str] = []
     for index, source in enumerate(sources):
         key = f"discovery[{index}]"
-        if source in seen:
-            problems.append(f"{key}: is the same as discovery[{seen.index(source)}]")
-        seen.append(source)
+        if source.label in seen:  # an instance has one role, and a source is known by its name
+            problems.append(f"{key}: is {source.label} as well as discovery[{seen.index(source.label)}]")
+        seen.append(source.label)
         try:
             if isinstance(source, DockerSource):
                 source.check()

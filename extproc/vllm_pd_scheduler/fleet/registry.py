@@ -226,7 +226,7 @@ class Registry:
 
         Whoever ends something calls it, but not at once: a request may go on with what P holds for it.
         """
-        if any([endpoint.drain_ended() for endpoint in self._draining]):
+        if [endpoint for endpoint in self._draining if endpoint.drain_ended()]:
             self._changed(By.REQUEST)
 
     def watch(self, role: InstanceRole) -> set[Endpoint]:

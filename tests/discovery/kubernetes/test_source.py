@@ -68,7 +68,7 @@ async def test_what_a_pool_has_beside_pods(server: ApiServer, kubeconfig: str) -
         other = parse_config({"discovery": [{**entry, "pool": None, **SELECTOR}]})
         router.config.take(other, ["discovery"])
         await sources.follow()
-        assert router.objectives.priority("batch") == 0
+        await until(lambda: router.objectives.priority("batch") == 0)
         assert not router.rewrites.active
     finally:
         await sources.stop()
@@ -352,4 +352,4 @@ class TestConfiguration:
     )
     def test_names(self, entry: dict[str, Any], name: str) -> None:
         [found] = parse_config({"discovery": [{"type": "kubernetes", **entry}]}).discovery
-        assert getattr(found, "name", None) == name
+        assert found.label == name

@@ -26,10 +26,9 @@ class DnsNames:
     """Follows a name; see :class:`..source.Source`."""
 
     def __init__(self, source: DnsSource, config: SchedulerConfig) -> None:
-        name = source.srv or source.name or ""
-        self.name = f"dns:{name}" if source.port is None else f"dns:{name}:{source.port}"
+        self.name = source.label
         resolver = resolver_address(source.resolver) if source.resolver is not None else None
-        self._question = Question(name, source.port, resolver)
+        self._question = Question(source.srv or source.name or "", source.port, resolver)
         self._source = source
         self._config = config
         self._known: dict[Server, PDInstance] = {}

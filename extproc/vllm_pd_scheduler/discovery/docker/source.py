@@ -49,8 +49,7 @@ class DockerContainers:
     """Follows an engine; see :class:`..source.Source`."""
 
     def __init__(self, source: DockerSource, config: SchedulerConfig) -> None:
-        where = source.name or source.host or source.context
-        self.name = "docker" if where is None else f"docker:{where}"
+        self.name = source.label
         self._source = source
         self._view = View(source, config)
         self._after = f"{time.time() - STOP_S:.9f}"

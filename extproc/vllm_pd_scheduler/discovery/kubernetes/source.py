@@ -31,7 +31,7 @@ class KubernetesPods:
     """Follows pods of a namespace, as an entry of the configuration names them."""
 
     def __init__(self, entry: KubernetesSource, config: SchedulerConfig, beside: Beside) -> None:
-        self.name = entry.name
+        self.name = entry.label
         self._beside = beside
         self._entry = entry
         self._config = config
