@@ -41,6 +41,18 @@ class ModelsTest(Case):
             forward.release()
         self.assertEqual(served, {"p0", "p1", "p2", "d0", "d1", "d2"})
 
+    async def test_one_that_runs_anew_may_serve_another_one(self) -> None:
+        """Also if it could not serve before, nor can yet: which models it has is not known."""
+        for name in ("d1", "d2"):
+            self.router.unregister_instance(name)
+        self.down("d0")
+        outcome = await self.route(LORA)
+        self.assertEqual((outcome.status, outcome.reason), (404, "unknown_model"))
+        endpoint = self.router.registry.get("d0")
+        for started_at in (1.0, 2.0):
+            self.router.registry.started(endpoint, started_at)
+        self.assertEqual((await self.route(LORA)).status, 503)
+
     async def test_a_request_that_names_none_is_not_split_where_models_differ(self) -> None:
         """It would be one model's for P, and perhaps another one's for D."""
         unnamed = [

@@ -428,6 +428,7 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
+        self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True
 
