@@ -1,4 +1,4 @@
-"""Any history of sources, operators, requests and restarts: nobody is lost, doubled or there without a name."""
+"""Any history of sources, operators, requests and restarts: nobody is lost, doubled or there unnamed."""
 
 from typing import Any
 

@@ -92,6 +92,19 @@ def test_one_that_operators_have_drained_stays_so(fleet: Membership, registry: R
     assert states(registry) == {"x": False}
 
 
+def test_a_request_that_comes_to_one_that_is_drained_already_does_not_keep_it(
+    fleet: Membership, registry: Registry
+) -> None:
+    """Envoy may retry there what it was told before the drain."""
+    fleet.update(FILE, [X])
+    fleet.drain("x")
+    running = busy(registry, "x")
+    fleet.update(FILE, [])
+    assert states(registry) == {"x": True}
+    end(registry, running)
+    assert states(registry) == {}
+
+
 def test_an_undrain_does_not_keep_what_no_source_names(fleet: Membership, registry: Registry) -> None:
     fleet.update(FILE, [X])
     busy(registry, "x")

@@ -320,6 +320,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     def take(self, reservation: Reservation) -> None:
         """Count a request from now on."""
         self._load_changes()
+        _set(self, "drain_told", False)
         _set(self, "in_flight", self.in_flight + 1)
         _set(self, "tokens", self.tokens + reservation.tokens)
         if self.breaker.state is BreakerState.HALF_OPEN and not self.on_trial:
@@ -333,6 +334,7 @@ class Endpoint(Struct, frozen=True, eq=False):
 
     def keep_handoff(self) -> None:
         """Count a hand-off that it holds for a decode instance."""
+        _set(self, "drain_told", False)
         _set(self, "pending_handoffs", self.pending_handoffs + 1)
 
     def end_handoff(self) -> None:
