@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from docs import generate_chart
 from tests.support.certificates import make_certificates
-from tests.support.helm import CHART, NAMESPACE, RELEASE, ToolMissing, rendered, run, template, tool
+from tests.support.helm import CHART, NAMESPACE, RELEASE, ToolMissing, objects, rendered, run, template, tool
 from tests.support.kubernetes_schema import check_schema, containers, of_kind, pods, the_only
 from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.cli import app
@@ -214,6 +214,26 @@ def test_lint() -> None:
     for values in ("mode=standalone", "mode=epp"):
         done = run("helm", "lint", "--strict", str(CHART), "--set", values)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["123", "0x10", "true", "null"])
+@pytest.mark.parametrize("values", [POLICY, ROUTED], ids=["standalone", "epp"])
+def test_a_name_that_yaml_would_take_for_something_else(values: Values, name: str) -> None:
+    """Kubernetes takes all of them for names, of releases, accounts and pools."""
+    more: Values = {"fullnameOverride": name, "nameOverride": name, "serviceAccount": {"name": name}}
+    more |= {"admin": {"existingSecret": name}}
+    if values is ROUTED:
+        more |= {
+            "inferencePool": {"create": True, "name": name},
+            "objectives": [{"name": name, "priority": 1}],
+        }
+    done = template(merged(values, more), release=name)
+    assert done.returncode == 0, done.stderr
+    found = objects(done.stdout)
+    check_schema(found)
+    for each in found:
+        metadata = each["metadata"]
+        assert all(isinstance(text, str) for text in (metadata["name"], *metadata["labels"].values()))
 
 
 def test_its_version_is_the_schedulers() -> None:

@@ -16,8 +16,8 @@
 {{- end }}
 
 {{- define "vllm-pd-scheduler.selector" -}}
-app.kubernetes.io/name: {{ include "vllm-pd-scheduler.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "vllm-pd-scheduler.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "vllm-pd-scheduler.labels" -}}
@@ -33,8 +33,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* metadata of an object; call with (list $ "suffix of the name") */}}
 {{- define "vllm-pd-scheduler.metadata" -}}
 {{- $root := index . 0 -}}
-name: {{ include "vllm-pd-scheduler.fullname" $root }}{{ index . 1 }}
-namespace: {{ $root.Release.Namespace }}
+name: {{ printf "%s%s" (include "vllm-pd-scheduler.fullname" $root) (index . 1) | quote }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "vllm-pd-scheduler.labels" $root | nindent 2 }}
 {{- end }}
