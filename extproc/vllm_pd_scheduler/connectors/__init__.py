@@ -6,10 +6,11 @@ from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
+from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
     "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs",
-    "NixlConnector", "Peer", "Settings", "SharedStoreConnector", "Splice", "UnknownConnector",
+    "NixlConnector", "NixlPushConnector", "Peer", "Settings", "SharedStoreConnector", "Splice", "UnknownConnector",
     "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

@@ -33,6 +33,8 @@ class Peer:
     """Of its HTTP server."""
     settings: Any
     """Of the connector's :attr:`Connector.settings_type`."""
+    speaks: str = ""
+    """The protocol of its last hand-off, as :attr:`Handoff.protocol`; empty before the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Handoff:
     """Whether P keeps the blocks for it, so that it must be used or freed."""
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     """Those of the decode request that belong to it."""
+    protocol: str = ""
+    """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
 
 @dataclass(frozen=True, slots=True)

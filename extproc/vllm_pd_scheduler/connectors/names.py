@@ -11,6 +11,7 @@ from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
 from .base import Connector, Settings
 from .nixl import NixlConnector
+from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -18,6 +19,7 @@ ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
 
 _BUILT_IN: dict[str, type[Connector]] = {
     "nixl": NixlConnector,
+    "nixl-push": NixlPushConnector,
     "shared-store": SharedStoreConnector,
 }
 

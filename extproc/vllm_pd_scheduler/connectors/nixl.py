@@ -1,13 +1,13 @@
 """vLLM's ``NixlConnector``: P keeps the blocks and says where they are, D pulls them.
 
-Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32, and for the flow of the two
+Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32 and 0.33, and for the flow of the two
 requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ _PREFILL_PARAMS = (
 )
 """``kv_transfer_params`` that ask P to keep the blocks for a D."""
 _MAX_PARAMS_DEPTH = 32
+PULL, PUSH = "pull", "push"
 
 _Block = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
@@ -52,6 +53,8 @@ class _TransferParams(msgspec.Struct):
     tp_size: _Size | None = None
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
+    transfer_mode: str = PULL
+    """Said from vLLM 0.32 on."""
 
 
 class _Cached(msgspec.Struct):
@@ -64,7 +67,10 @@ _decode_cached = msgspec.json.Decoder(_Cached).decode
 
 
 class NixlConnector(Connector):
-    """The protocol as vLLM 0.32 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
+    """The protocol as vLLM 0.33 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
+
+    transfer_mode: ClassVar[str] = PULL
+    """What P must say of itself: the protocols differ in what D needs, and mixed ones give wrong texts."""
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
@@ -77,7 +83,8 @@ class NixlConnector(Connector):
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
 
-        They are copied whole, with fields that are unknown here: a later vLLM may need them.
+        They are copied whole, with fields that are unknown here: a later vLLM may need them. Raise
+        :exc:`ValueError` if they are another protocol's.
         """
         try:
             decoded = _decode_answer(answer)
@@ -91,6 +98,10 @@ class NixlConnector(Connector):
         if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
             return None
         if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
+            return None
+        if params.transfer_mode != self.transfer_mode:
+            raise ValueError(f"P's transfer_mode is {params.transfer_mode!r:.40}: set its connector to what it is")
+        if self.transfer_mode == PUSH and params.tp_size is None:
             return None
         return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params))
 

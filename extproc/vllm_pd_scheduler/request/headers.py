@@ -7,12 +7,13 @@ from typing import Final
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
-ENVOY_CONFIG_VERSION: Final = "3"
+ENVOY_CONFIG_VERSION: Final = "4"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
-dynamic metadata, 3 the log of results."""
+dynamic metadata, 3 the log of results, 4 the client's request id beside D's."""
 
-ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2"})
-"""Earlier versions, with which all works but what Envoy tells of a request's end."""
+ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2", "3"})
+"""Earlier versions, with which all works but what Envoy tells of a request's end (before 3), and that a client
+gets its own ``X-Request-Id`` back where D has another one."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
@@ -23,6 +24,9 @@ ID: Final = "x-pd-id"
 
 REQUEST_ID: Final = "x-request-id"
 """The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
+
+CLIENT_REQUEST_ID: Final = "x-pd-request-id"
+"""The client's ``REQUEST_ID`` on a request to decode that has another one, since the hand-off needs that."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""

@@ -111,6 +111,8 @@ class Forward:
         if self.pending is not None:
             found[names.PREFILL] = self.pending.prefill.id
             found |= self.pending.handoff.headers
+            if names.REQUEST_ID in found and self.request_id:
+                found[names.CLIENT_REQUEST_ID] = self.request_id
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.explanation:
