@@ -20,6 +20,7 @@ _DROPPED = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
 
 vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``.
 """
+_STOPS = frozenset({"stop", "stop_token_ids"})
 
 
 class _Details(msgspec.Struct):
@@ -63,12 +64,19 @@ def can_split(body: JsonBody) -> bool:
     return not body.has("prompt") or body.only_prompt() is not None
 
 
-def one_token(body: JsonBody, more: Mapping[str, bytes]) -> bytes:
-    """Return the client's body with ``max_tokens`` 1, not streamed, and ``more`` fields (JSON texts)."""
-    add = {"max_tokens": b"1", "stream": b"false", **more}
+def one_token(body: JsonBody, more: Mapping[str, bytes], *, past_stop: bool = False) -> bytes:
+    """Return the client's body with ``max_tokens`` 1, not streamed, and ``more`` fields (JSON texts).
+
+    ``past_stop``: the token is neither an end of the text nor a stop. It is for engines that hand nothing
+    over then. D gets the client's own fields, and finds the end by itself.
+    """
+    drop, add = _DROPPED, {"max_tokens": b"1", "stream": b"false", **more}
     if body.has("max_completion_tokens"):
         add["max_completion_tokens"] = b"1"
-    return body.replace(_DROPPED, add)
+    if past_stop:
+        drop |= _STOPS
+        add["min_tokens"] = b"1"
+    return body.replace(drop, add)
 
 
 def has_stopped(answer: bytes) -> bool:

@@ -59,6 +59,8 @@ class Fields(msgspec.Struct, frozen=True):
     max_tokens: msgspec.Raw = _ABSENT
     max_completion_tokens: msgspec.Raw = _ABSENT
     min_tokens: msgspec.Raw = _ABSENT
+    stop: msgspec.Raw = _ABSENT
+    stop_token_ids: msgspec.Raw = _ABSENT
     stream: msgspec.Raw = _ABSENT
     stream_options: msgspec.Raw = _ABSENT
     n: msgspec.Raw = _ABSENT
@@ -77,8 +79,11 @@ _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
-    {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
-)
+    {
+        "prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt",
+        "stop", "stop_token_ids",
+    }
+)  # fmt: skip
 _decode = msgspec.json.Decoder(Fields).decode
 _decode_stream = msgspec.json.Decoder(_Stream).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
