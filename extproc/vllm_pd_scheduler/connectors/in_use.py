@@ -50,10 +50,13 @@ class Connectors:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._in_use())
 
-    def attempt(self, prefill: PDInstance, host: str) -> Attempt:
-        """Return a new attempt to split a request, with a P that is reached at ``host``."""
+    def attempt(self, prefill: PDInstance, host: str, speaks: str = "") -> Attempt:
+        """Return a new attempt to split a request, with a P that is reached at ``host``.
+
+        ``speaks`` is the protocol of that P's last hand-off.
+        """
         choice = prefill.connector or self._of_the_fleet()
-        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice))
+        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice), speaks)
         connector = self._given or self._fence(choice)
         return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
 

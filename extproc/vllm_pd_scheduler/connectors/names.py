@@ -9,6 +9,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
+from .auto import AutoConnector
 from .base import Connector, Settings
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
@@ -18,6 +19,7 @@ ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
 """Group of entry points in which other packages name their connectors."""
 
 _BUILT_IN: dict[str, type[Connector]] = {
+    "auto": AutoConnector,
     "nixl": NixlConnector,
     "nixl-push": NixlPushConnector,
     "shared-store": SharedStoreConnector,

@@ -35,7 +35,7 @@ class _Answer(msgspec.Struct):
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _TransferParams(msgspec.Struct):
+class TransferParams(msgspec.Struct):
     """The part of P's ``kv_transfer_params`` that D's engine uses without a check.
 
     With one of them missing or malformed the engine hangs or dies. ``remote_block_ids`` is a list for each
@@ -53,24 +53,28 @@ class _TransferParams(msgspec.Struct):
     tp_size: _Size | None = None
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
-    transfer_mode: str = PULL
-    """Said from vLLM 0.32 on."""
+    transfer_mode: str | None = None
+    """Who moves the blocks; releases before 0.32, where D does, do not say."""
+    num_prompt_blocks: msgspec.Raw = msgspec.Raw()
+    """vllm-ascend's alone."""
 
 
 class _Cached(msgspec.Struct):
     remote_prefill_cached_tokens: Tokens | None = None
 
 
+_NOTHING = TransferParams(False, "", [], "", 0)
+
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_params = msgspec.json.Decoder(_TransferParams).decode
+_decode_params = msgspec.json.Decoder(TransferParams).decode
 _decode_cached = msgspec.json.Decoder(_Cached).decode
 
 
 class NixlConnector(Connector):
     """The protocol as vLLM 0.33 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
 
-    transfer_mode: ClassVar[str] = PULL
-    """What P must say of itself: the protocols differ in what D needs, and mixed ones give wrong texts."""
+    past_stop: ClassVar[bool] = False
+    """Whether P hands over only what did not end by an end of the text, or a stop."""
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
@@ -78,32 +82,18 @@ class NixlConnector(Connector):
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        return one_token(body, {HANDOFF_KEY: _PREFILL_PARAMS})
+        return one_token(body, {HANDOFF_KEY: _PREFILL_PARAMS}, past_stop=self.past_stop)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
 
         They are copied whole, with fields that are unknown here: a later vLLM may need them. Raise
-        :exc:`ValueError` if they are another protocol's.
+        :exc:`ValueError` if P pushes.
         """
-        try:
-            decoded = _decode_answer(answer)
-            params = _decode_params(decoded.kv_transfer_params)
-            text = bytes(decoded.kv_transfer_params)
-            text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
-        except UNREADABLE:
-            return None
-        blocks = params.remote_block_ids
-        grouped = any(isinstance(group, list) and group for group in blocks)
-        if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
-            return None
-        if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
-            return None
-        if params.transfer_mode != self.transfer_mode:
-            raise ValueError(f"P's transfer_mode is {params.transfer_mode!r:.40}: set its connector to what it is")
-        if self.transfer_mode == PUSH and params.tp_size is None:
-            return None
-        return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params))
+        found, params = read_handoff(answer)
+        if params.transfer_mode not in (None, PULL):
+            raise another_mode(params)
+        return found
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was an end of the text, or a stop: older releases then hand nothing over."""
@@ -123,6 +113,30 @@ class NixlConnector(Connector):
         return b"".join(
             (b"{", name, b'"prompt":"x","max_tokens":2147483647,"kv_transfer_params":', handoff.params, b"}")
         )
+
+
+def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
+    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself."""
+    try:
+        decoded = _decode_answer(answer)
+        params = _decode_params(decoded.kv_transfer_params)
+        text = bytes(decoded.kv_transfer_params)
+        text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
+    except UNREADABLE:
+        return None, _NOTHING
+    blocks = params.remote_block_ids
+    grouped = any(isinstance(group, list) and group for group in blocks)
+    if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+        return None, _NOTHING
+    if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
+        return None, _NOTHING
+    return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params)), params
+
+
+def another_mode(params: TransferParams) -> ValueError:
+    """Return what is wrong with a P whose hand-offs are another connector's."""
+    mode = f"P's transfer_mode is {params.transfer_mode!r:.40}"
+    return ValueError(f'{mode}, so this is not its connector: "nixl" is for pull, "nixl-push" for push')
 
 
 def _counted(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None]:

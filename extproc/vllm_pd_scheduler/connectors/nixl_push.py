@@ -13,24 +13,35 @@ from dataclasses import replace
 
 from ..request.headers import REQUEST_ID
 from .base import Handoff, Legs
-from .nixl import PUSH, NixlConnector
+from .nixl import PUSH, NixlConnector, TransferParams, another_mode, read_handoff
 
 
 class NixlPushConnector(NixlConnector):
     """NIXL's bodies, and a request id of its own for the two legs of each attempt."""
 
-    transfer_mode = PUSH
-
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the id of this attempt."""
-        return _of_its_own(legs)
+        return of_its_own(legs)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
-        """Return P's ``kv_transfer_params``, and the same id for D."""
-        found = super().handoff(answer, legs)
-        return None if found is None else replace(found, headers=_of_its_own(legs))
+        """Return P's ``kv_transfer_params`` if they have all that D needs, and the same id for D.
+
+        Raise :exc:`ValueError` if P does not push.
+        """
+        found, params = read_handoff(answer)
+        if found is not None and params.transfer_mode != PUSH:
+            raise another_mode(params)
+        return pushed(found, params, legs)
 
 
-def _of_its_own(legs: Legs) -> Mapping[str, str]:
-    # The number at the end of an attempt's id could be taken for the 8 hex digits.
+def pushed(found: Handoff | None, params: TransferParams, legs: Legs) -> Handoff | None:
+    """Return a hand-off of a P that pushes; ``None`` without ``tp_size``, of which D's engine would die."""
+    if found is None or params.tp_size is None:
+        return None
+    return replace(found, headers=of_its_own(legs))
+
+
+def of_its_own(legs: Legs) -> Mapping[str, str]:
+    """Return the request id of an attempt's legs."""
+    # The number at the end of the attempt's own could be taken for the 8 hex digits.
     return {REQUEST_ID: f"{legs.id}-push"}

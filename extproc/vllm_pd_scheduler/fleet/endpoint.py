@@ -70,6 +70,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
     generation: int = 0
     """How often it was seen to restart. Reservations of an earlier generation count no more."""
+    speaks: str = ""
+    """The protocol of its last hand-off, where its connector finds that out; empty: not known."""
     pending_handoffs: int = 0
     """Hand-offs that a P holds for requests whose answer has not ended."""
     tokens: float = 0.0
@@ -274,6 +276,13 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "models", models)
         return True
 
+    def speaks_now(self, protocol: str) -> bool:
+        """Note of which protocol its last hand-off was; return whether that is a change."""
+        if self.speaks == protocol:
+            return False
+        _set(self, "speaks", protocol)
+        return True
+
     def take(self, reservation: Reservation) -> None:
         """Count a request from now on."""
         self._load_changes()
@@ -325,7 +334,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         anew = {
             "generation": self.generation + 1, "doubts": DoubtfulEnds(), "models": None,
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
-            "busy_until": 0.0, "busy_answers": 0,
+            "busy_until": 0.0, "busy_answers": 0, "speaks": "",
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)

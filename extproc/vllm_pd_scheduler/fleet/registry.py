@@ -310,6 +310,11 @@ class Registry:
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
+    def speaks(self, endpoint: Endpoint, protocol: str) -> None:
+        """Record of which protocol a P's hand-off was; empty: its connector does not find out."""
+        if endpoint.speaks_now(protocol):
+            self._changed(By.REQUEST)
+
     def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """Record a request that an instance failed; it may be ejected for that.
 

@@ -160,7 +160,7 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+            attempt = self._connectors.attempt(endpoint.instance, endpoint.host, endpoint.speaks)
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
@@ -208,6 +208,7 @@ class PrefillStage:
             raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
+            self._registry.speaks(endpoint, handoff.protocol)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
             return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)

@@ -1,0 +1,55 @@
+"""Find out by its answers which protocol a P speaks, of those that ask for a hand-off as NIXL does.
+
+The first request to a P asks for it as NIXL does, under a request id of its own, which pushing needs and no other
+protocol minds. The answer shows the protocol, which the registry remembers, and from then on P gets what that
+one needs. What answers without a hand-off, as with a shared store, cannot be told from a P without a connector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..request.body import JsonBody
+from .base import Connector, Handoff, Legs
+from .nixl import PUSH, NixlConnector, read_handoff
+from .nixl_push import NixlPushConnector, of_its_own, pushed
+
+TOO_LATE_S = 1e-9
+"""The lease of a hand-off that must not be used."""
+
+_PULLS, _PUSHES, _ASCEND = "nixl", "nixl-push", "ascend-mooncake"
+
+
+class _PastStop(NixlConnector):
+    past_stop = True
+
+
+class AutoConnector(NixlConnector):
+    """NIXL, and from P's first answer on what that shows."""
+
+    def __init__(self) -> None:
+        self._speaking: dict[str, Connector] = {_PUSHES: NixlPushConnector(), _ASCEND: _PastStop()}
+
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
+        """Return what the protocol that P speaks needs, as far as that is known."""
+        known = self._speaking.get(legs.prefill.speaks)
+        return super().prefill_body(body, legs) if known is None else known.prefill_body(body, legs)
+
+    def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
+        """Return the headers of the protocol that P speaks; before that is known, those of pushing."""
+        return of_its_own(legs) if legs.prefill.speaks in ("", _PUSHES) else super().prefill_headers(legs)
+
+    def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
+        """Return the hand-off as the protocol that P's answer shows needs it, and the name of that."""
+        found, params = read_handoff(answer)
+        if found is None:
+            return None
+        if params.transfer_mode != PUSH:
+            return replace(found, protocol=_ASCEND if params.num_prompt_blocks else _PULLS)
+        found = pushed(found, params, legs)
+        if found is None:
+            return None
+        # P has another connector than a moment ago, and knows the request by an id that others may have.
+        lease = None if legs.prefill.speaks in ("", _PUSHES) else TOO_LATE_S
+        return replace(found, protocol=_PUSHES, lease=lease)
