@@ -22,6 +22,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 from tests.support.bodies import SHAPES
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.envoy.ext_proc import ExtProcService
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -58,7 +59,9 @@ def test_body(benchmark: Any, shape: str, path: str) -> None:
     print(f"\n{shape:20} {path:16}", ", ".join(f"{key} {value}" for key, value in measured.items()))
 
 
-async def prefill(endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes) -> PrefillAnswer:
+async def prefill(
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+) -> PrefillAnswer:
     """Answer as vLLM does, after a moment."""
     await asyncio.sleep(0.05)
     return PrefillAnswer(200, "application/json", json.dumps({"kv_transfer_params": PARAMS}).encode())

@@ -13,6 +13,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.handoff.traced_leg import TracedLeg
@@ -41,7 +42,9 @@ class Nowhere(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-async def prefill(endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes) -> PrefillAnswer:
+async def prefill(
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+) -> PrefillAnswer:
     return PrefillAnswer(200, "application/json", ANSWER)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -24,7 +25,9 @@ PARAMS = {
 }
 
 
-async def prefill(endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes) -> PrefillAnswer:
+async def prefill(
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+) -> PrefillAnswer:
     return PrefillAnswer(200, "application/json", json.dumps({"kv_transfer_params": PARAMS}).encode())
 
 
