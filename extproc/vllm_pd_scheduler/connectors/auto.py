@@ -1,8 +1,9 @@
 """Find out by its answers which protocol a P speaks, of those that ask for a hand-off as NIXL does.
 
-The first request to a P asks for it as NIXL does, under a request id of its own, which pushing needs and no other
-protocol minds. The answer shows the protocol, which the registry remembers, and from then on P gets what that
-one needs. What answers without a hand-off, as with a shared store, cannot be told from a P without a connector.
+The first request to a P asks for it as NIXL does, under a request id of its own, which pushing needs and no
+other protocol minds. The answer shows the protocol, which the registry remembers, and from then on P gets
+what that one needs. A P that answers without a hand-off, as with a shared store, cannot be told from one that
+has no connector at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """vLLM's ``NixlConnector``: P keeps the blocks and says where they are, D pulls them.
 
-Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32 and 0.33, and for the flow of the two
-requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
+Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32 and 0.33, and for the flow of the
+two requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """vLLM's ``NixlPushConnector``: D says where its blocks are, and P writes into them.
 
 Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/push_scheduler.py`` and ``push_worker.py`` of vLLM
-0.32 and 0.33. P finds what D asks for by the request's id. vLLM makes that of the ``X-Request-Id``, with 8 random
-hex digits after it, which P does not compare. So both legs of an attempt have one id, and no other attempt has
-it: P would write another prompt's blocks.
+0.32 and 0.33. P finds what D asks for by the request's id. vLLM makes that of the ``X-Request-Id``, with 8
+random hex digits after it, which P does not compare. So both legs of an attempt have one id, and no other
+attempt has it: P would write another prompt's blocks.
 """
 
 from __future__ import annotations

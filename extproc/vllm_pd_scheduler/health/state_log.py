@@ -86,6 +86,5 @@ def _place(endpoint: Endpoint) -> str:
 
 
 def _seen(endpoint: Endpoint) -> _Seen:
-    return _Seen(
-        endpoint.told_state, endpoint.address, endpoint.generation, endpoint.drained, endpoint.speaks
-    )
+    state, address = endpoint.told_state, endpoint.address
+    return _Seen(state, address, endpoint.generation, endpoint.drained, endpoint.speaks)

@@ -12,8 +12,8 @@ ENVOY_CONFIG_VERSION: Final = "4"
 dynamic metadata, 3 the log of results, 4 the client's request id beside D's."""
 
 ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2", "3"})
-"""Earlier versions, with which all works but what Envoy tells of a request's end (before 3), and that a client
-gets its own ``X-Request-Id`` back where D has another one."""
+"""Earlier versions, with which all works but what Envoy tells of a request's end (before 3), and the client's
+own ``X-Request-Id`` on the answer where D has another one."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.
