@@ -13,7 +13,7 @@ from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 from vllm_pd_scheduler.connectors.base import MAX_TOKENS
 from vllm_pd_scheduler.request.body import JsonBody
 
-# As vLLM 0.32 answered a prefill request, key for key.
+# As vLLM 0.33 answers a prefill request, key for key.
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,
     "do_remote_decode": False,
@@ -27,6 +27,7 @@ PARAMS: dict[str, Any] = {
     "pp_size": 1,
     "remote_num_tokens": 283,
     "remote_blocks_expiry_time": None,
+    "remote_registration_generation": 0,
     "transfer_mode": "pull",
     "remote_prefill_cached_tokens": 0,
 }
@@ -175,6 +176,16 @@ class HandoffTest(unittest.TestCase):
         assert found is not None
         self.assertEqual(json.loads(found.params)["more"], {"deep": [1]})
 
+    def test_releases_that_do_not_say_who_moves_the_blocks(self) -> None:
+        older = {key: value for key, value in PARAMS.items() if key != "transfer_mode"}
+        self.assertIsNotNone(self.handoff(older))
+        self.assertIsNotNone(self.handoff(PARAMS | {"transfer_mode": None}))
+
+    def test_a_hand_off_that_is_pushed_is_another_connectors(self) -> None:
+        """P would look for the client's request id, which another request may have too."""
+        with self.assertRaisesRegex(ValueError, "'push', so this is not its connector"):
+            self.handoff(PARAMS | {"transfer_mode": "push"})
+
     def test_several_groups_of_blocks(self) -> None:
         self.assertIsNotNone(self.handoff(PARAMS | {"remote_block_ids": [[1, 2], [], [3]]}))
 
@@ -241,7 +252,10 @@ class HandoffTest(unittest.TestCase):
         raw = bytearray(json.dumps(answer).encode())
         for _ in range(data.draw(st.integers(0, 2))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        found = nixl.handoff(bytes(raw), LEGS)
+        try:
+            found = nixl.handoff(bytes(raw), LEGS)
+        except ValueError:  # another transfer_mode
+            return
         if found is None:
             return
         for count in (found.prompt_tokens, found.cached_tokens):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..request.body import JsonBody
-from .base import Connector, Handoff, Legs
+from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, read_handoff
 from .nixl_push import NixlPushConnector, of_its_own, pushed
 
@@ -30,7 +30,7 @@ class AutoConnector(NixlConnector):
     """NIXL, and from P's first answer on what that shows."""
 
     def __init__(self) -> None:
-        self._speaking: dict[str, Connector] = {_PUSHES: NixlPushConnector(), _ASCEND: _PastStop()}
+        self._speaking: dict[str, NixlConnector] = {_PUSHES: NixlPushConnector(), _ASCEND: _PastStop()}
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return what the protocol that P speaks needs, as far as that is known."""
@@ -54,3 +54,12 @@ class AutoConnector(NixlConnector):
         # P has another connector than a moment ago, and knows the request by an id that others may have.
         lease = None if legs.prefill.speaks in ("", _PUSHES) else TOO_LATE_S
         return replace(found, protocol=_PUSHES, lease=lease)
+
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes:
+        """Return the body of the release of the hand-off's own protocol."""
+        speaking = self._speaking.get(handoff.protocol)
+        return (
+            super().release_body(handoff, model)
+            if speaking is None
+            else speaking.release_body(handoff, model)
+        )

@@ -66,6 +66,8 @@ class Handoff:
     """Whether P keeps the blocks for it, so that it must be used or freed."""
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     """Those of the decode request that belong to it."""
+    released_by: int = 400
+    """HTTP status with which D answers the request that makes P free it (:meth:`Connector.release_body`)."""
     protocol: str = ""
     """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
@@ -124,8 +126,8 @@ class Connector(ABC):
         """
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
-        """Return the body of a completion request that makes D refuse the hand-off and P free its blocks.
+        """Return the body of a completion request to D, with which P frees the blocks of the hand-off.
 
-        ``None`` if there is none: the hand-off is left to its lease.
+        It goes with the hand-off's headers. ``None`` if there is none: the hand-off is left to its lease.
         """
         return None

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
+
 from ..request.headers import REQUEST_ID
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, TransferParams, another_mode, read_handoff
@@ -33,12 +35,23 @@ class NixlPushConnector(NixlConnector):
             raise another_mode(params)
         return pushed(found, params, legs)
 
+    def release_body(self, handoff: Handoff, model: str | None) -> bytes:
+        """Return a completion request for one token after a short prompt, which has another text than P's.
+
+        P writes the one block that D has for that, and frees all. A request that D refuses tells P nothing in
+        this protocol. Measured on vLLM 0.32.
+        """
+        name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
+        return b"".join(
+            (b"{", name, b'"prompt":"x","max_tokens":1,"kv_transfer_params":', handoff.params, b"}")
+        )
+
 
 def pushed(found: Handoff | None, params: TransferParams, legs: Legs) -> Handoff | None:
     """Return a hand-off of a P that pushes; ``None`` without ``tp_size``, of which D's engine would die."""
     if found is None or params.tp_size is None:
         return None
-    return replace(found, headers=of_its_own(legs))
+    return replace(found, headers=of_its_own(legs), released_by=200)
 
 
 def of_its_own(legs: Legs) -> Mapping[str, str]:

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from .answers import DONE, Shape, Usage, event, model_list
 from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
-from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer
+from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer, read_registration
 from .metrics import Metrics
 from .options import Options
 from .protocol import (
@@ -33,7 +33,7 @@ from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
 
-VERSION = "0.32.0"
+VERSION = "0.33.0"
 """Of vLLM, whose behaviour is simulated."""
 MAX_BODY = 128 * 1024 * 1024
 """Bytes of a request body: twice the scheduler's default limit, so that it is never this one that counts."""
@@ -168,7 +168,7 @@ class Api:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        params = (body.kv_transfer_params if self._options.kv_connector else None) or {}
+        params = (body.kv_transfer_params if self._options.kv_connector != "none" else None) or {}
         hand_off = HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
         if params.get("do_remote_prefill"):
             hand_off = HandOff.RECEIVE
@@ -198,14 +198,23 @@ class Api:
     def _attach_hand_off(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
         for job in jobs:
             try:
-                job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
+                if self._pushes:
+                    job.offer = read_registration(params, job.request.request_id)
+                else:
+                    job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
             except FatalHandOff as error:
                 self._worker.die(str(error))
             cached = params.get("remote_prefill_cached_tokens")
             job.remote_cached = cached if type(cached) is int else None
             job.on_hand_off = entry.outcomes.append
 
+    @property
+    def _pushes(self) -> bool:
+        return self._options.kv_connector == "nixl-push"
+
     def _release_hand_off(self, params: dict[str, Any], entry: Entry) -> None:
+        if self._pushes:  # a request that is rejected tells the sender nothing
+            return
         try:
             offer = read_offer(params, blocks_needed=0)
         except FatalHandOff:
@@ -238,7 +247,7 @@ class Api:
             return None
         blocks = self._worker.engine.pinned_blocks(request.request_id)
         offer = Offer(self._worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
-        return offer.answer(request.computed, request.cached)
+        return offer.answer(request.computed, request.cached, push=self._pushes)
 
     async def _stream(
         self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]

@@ -4,6 +4,7 @@ Real engines read each other's blocks by NIXL. Here the decode side posts the id
 read to ``/_sim/kv/fetch`` of the prefill side, whose answer says of which prompt they are.
 """
 
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$", re.IGNORECASE)
 FETCH_PATH = "/_sim/kv/fetch"
 RELEASE_PATH = "/_sim/kv/release"
 
@@ -33,11 +35,12 @@ class Offer:
     port: int
     block_ids: list[int]
 
-    def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
-        """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.32's.
+    def answer(self, num_tokens: int, cached: int, *, push: bool = False) -> dict[str, Any]:
+        """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.33's.
 
         They are for ``num_tokens`` tokens of KV, of which ``cached`` were in the sender's prefix cache.
         """
+        pull_alone = {"remote_blocks_expiry_time": None, "remote_registration_generation": 0}
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -50,8 +53,8 @@ class Offer:
             "dcp_size": 1,
             "pp_size": 1,
             "remote_num_tokens": num_tokens,
-            "remote_blocks_expiry_time": None,
-            "transfer_mode": "pull",
+            **({} if push else pull_alone),
+            "transfer_mode": "push" if push else "pull",
             "remote_prefill_cached_tokens": cached,
         }
 
@@ -77,6 +80,24 @@ def read_offer(params: dict[str, Any], blocks_needed: int) -> Offer | None:
     return Offer(engine_id, request_id, host, port, blocks) if type(port) is int else None
 
 
+def read_registration(params: dict[str, Any], own_id: str) -> Offer:
+    """Return what a decode engine to which is pushed needs of ``kv_transfer_params``, under its request's id.
+
+    Raise FatalHandOff for keys that vLLM reads without a check.
+    """
+    try:
+        engine_id, host, port = (params[f"remote_{key}"] for key in ("engine_id", "host", "port"))
+        params["tp_size"]
+    except KeyError as error:
+        raise FatalHandOff(f"KeyError: {error}") from None
+    return Offer(engine_id, own_id, host, port, [])
+
+
+def base_id(request_id: str) -> str:
+    """Return an engine's request id without the random digits at its end, as an engine that pushes does."""
+    return _RANDOM_SUFFIX.sub("", request_id)
+
+
 class FetchCall(msgspec.Struct):
     """Body of a fetch or a release. ``agent``: the sender's process, as known from the handshake."""
 
@@ -96,6 +117,10 @@ class FetchReply(msgspec.Struct):
     agent: str
     digest: str | None = None
     invalid: bool = False
+    unmatched: bool = False
+    """The sender, which pushes, has no finished request of this id yet, and may never have."""
+    tokens: int = 0
+    """Of the prompt whose blocks were sent."""
 
 
 class Connector:
@@ -109,8 +134,8 @@ class Connector:
         """Close the connections to other engines."""
         await self._session.close()
 
-    async def fetch(self, offer: Offer) -> str | None:
-        """Fetch the blocks of a hand-off and return the digest of their prompt, None for other blocks.
+    async def fetch(self, offer: Offer) -> FetchReply:
+        """Fetch the blocks of a hand-off, or ask to be pushed them, and return what the sender says of them.
 
         Raise TransferFailed if the sender cannot be reached, FatalHandOff if it has no such blocks.
         """
@@ -124,7 +149,7 @@ class Connector:
         self._agents[offer.engine_id] = reply.agent
         if reply.invalid:
             raise FatalHandOff(f"block ids that {offer.engine_id} does not have")
-        return reply.digest
+        return reply
 
     async def release(self, offer: Offer) -> None:
         """Tell the sender that nobody will fetch a hand-off; it does not matter if that fails."""

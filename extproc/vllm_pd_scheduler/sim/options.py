@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
+KvConnector = Literal["nixl", "nixl-push", "none"]
 DEFAULT_MAX_MODEL_LEN = 32_768
 
 
@@ -26,7 +27,7 @@ class Options:
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
-    kv_connector: bool = True
+    kv_connector: KvConnector = "nixl"
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
@@ -83,7 +84,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--api-key", help="ask for it on /v1/*")
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
-    add("--kv-connector", choices=("nixl", "none"), default="nixl")
+    add("--kv-connector", choices=get_args(KvConnector), default="nixl")
     add(
         "--load-fail-policy",
         choices=("fail", "recompute"),
@@ -130,7 +131,7 @@ def _options(given: argparse.Namespace) -> Options:
         api_key=given.api_key,
         allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
-        kv_connector=given.kv_connector == "nixl",
+        kv_connector=given.kv_connector,
         recompute=given.load_fail_policy == "recompute",
         fail_delay=given.load_fail_delay,
         profile=profile,

@@ -37,6 +37,7 @@ async def serve(options: Options) -> int:
         connector,
         engine_id=options.engine_id or str(uuid.uuid4()),
         agent=uuid.uuid4().hex,
+        push=options.kv_connector == "nixl-push",
         recompute=options.recompute,
         fail_delay=options.fail_delay,
         on_death=stop.set,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
-from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, Offer, TransferFailed
+from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, Offer, TransferFailed, base_id
 from .metrics import Metrics
 from .text import Answer, Prompt
 
@@ -55,6 +55,7 @@ class Worker:
     """Drives an engine and delivers the tokens of its requests.
 
     - ``agent`` identifies this process to other engines.
+    - ``push``: P writes, as by ``NixlPushConnector``, and finds what D asks for by D's request id.
     - ``recompute``: prefill a request here if its KV does not come; else it fails.
     - ``fail_delay``: seconds until a transfer from a dead sender fails.
     - ``on_death`` is called soon after the engine has died of a bad hand-off.
@@ -68,6 +69,7 @@ class Worker:
         *,
         engine_id: str,
         agent: str,
+        push: bool = False,
         recompute: bool = False,
         fail_delay: float = 0.5,
         on_death: Callable[[], None] = lambda: None,
@@ -82,12 +84,15 @@ class Worker:
         self._metrics = metrics
         self._connector = connector
         self._agent = agent
+        self._push = push
         self._recompute = recompute
         self._fail_delay = fail_delay
         self._on_death = on_death
         self._jobs: dict[str, Job] = {}
-        self._digests: dict[str, str] = {}
-        """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
+        self._sent: dict[str, Prompt] = {}
+        """Prompts whose blocks are, or will be, pinned, by request id."""
+        self._registered: set[str] = set()
+        """Ids for which another engine has asked before anything was there for it to be sent."""
         self._wake = asyncio.Event()
         self._steps = asyncio.Event()
         """Whether the engine makes steps."""
@@ -144,12 +149,27 @@ class Worker:
         if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
             return None
         self.observe()
+        if self._push:
+            return self._serve_registration(call.request_id)
         found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
         if found is Fetch.INVALID:
             return FetchReply(self._agent, invalid=True)
-        digest = self._forget(call.request_id, "fetched")
+        prompt = self._forget(call.request_id, "fetched")
         self._wake.set()
-        return FetchReply(self._agent, digest if found is Fetch.GOOD else None)
+        return FetchReply(self._agent, prompt.digest if prompt and found is Fetch.GOOD else None)
+
+    def _serve_registration(self, request_id: str) -> FetchReply:
+        """Return of which prompt the blocks are that are pushed to another engine's request."""
+        base = base_id(request_id)
+        found = next(
+            (each for each in self._sent if base_id(each) == base and self.engine.release(each)), None
+        )
+        prompt = found and self._forget(found, "fetched")
+        if not prompt or base in self._registered:  # in the second case they went to whoever asked first
+            self._registered.add(base)
+            return FetchReply(self._agent, unmatched=True)
+        self._wake.set()
+        return FetchReply(self._agent, prompt.digest, tokens=prompt.tokens)
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
@@ -196,7 +216,7 @@ class Worker:
         self.engine.add(job.request, time.monotonic())
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
-            self._digests[job.request.request_id] = job.prompt.digest
+            self._sent[job.request.request_id] = job.prompt
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
@@ -207,14 +227,16 @@ class Worker:
         request_id = job.request.request_id
         if self._jobs.pop(request_id, None) is None:
             return
-        self._digests.pop(request_id, None)
+        self._sent.pop(request_id, None)
         if job.loading and not job.loading.done():
             job.loading.cancel()
         if self.engine.abort(request_id):
             self._metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
-            if job.offer:
+            if self._push:
+                pass  # the sender hears nothing, and pushes or waits for its lease
+            elif job.offer:
                 self._record_hand_off(job, "released")
                 self.release(job.offer)
             elif not self.dead:
@@ -260,7 +282,9 @@ class Worker:
         self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
-            digest = await self._connector.fetch(offer)
+            reply = await self._connector.fetch(offer)
+            if reply.unmatched:
+                await asyncio.Event().wait()  # for what may be pushed later: here, nothing
         except FatalHandOff as error:
             self.die(str(error))
             return
@@ -268,9 +292,12 @@ class Worker:
             await asyncio.sleep(self._fail_delay)
             self._transfer_failed(job, error)
             return
-        if digest != job.prompt.digest:
+        outcome = "good"
+        if reply.digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
-        self._record_hand_off(job, "good" if digest == job.prompt.digest else "stale")
+            # A short prompt takes a part of what was pushed, and gives back the whole.
+            outcome = "released" if job.prompt.tokens < reply.tokens else "stale"
+        self._record_hand_off(job, outcome)
         self._metrics.transferred(request.transfer_tokens, seconds)
         self._metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
@@ -292,11 +319,11 @@ class Worker:
         for request_id in request_ids:
             self._forget(request_id, "expired")
 
-    def _forget(self, request_id: str, outcome: str) -> str | None:
-        digest = self._digests.pop(request_id, None)
-        if digest:
+    def _forget(self, request_id: str, outcome: str) -> Prompt | None:
+        prompt = self._sent.pop(request_id, None)
+        if prompt:
             self.hand_offs[outcome] += 1
-        return digest
+        return prompt
 
     def _record_hand_off(self, job: Job, outcome: str) -> None:
         job.on_hand_off(outcome)
