@@ -61,6 +61,14 @@ def test_a_p_that_does_not_push_is_another_connectors(mode: str | None) -> None:
 def test_it_is_given_back_by_a_request_that_d_serves() -> None:
     found = handoff(PUSHED)
     assert found is not None
-    assert found.released_by == 200
+    assert (found.release_path, found.released_by) == ("/v1/completions", 200)
     sent = json.loads(push.release_body(found, "m"))
     assert sent == {"model": "m", "prompt": "x", "max_tokens": 1, "kv_transfer_params": PUSHED}
+
+
+def test_a_chat_is_given_back_as_a_chat() -> None:
+    """P knows the request by an id that begins with the kind of its path."""
+    found = handoff(PUSHED | {"remote_request_id": "chatcmpl-run-0-push-1a2b3c4d"})
+    assert found is not None
+    assert found.release_path == "/v1/chat/completions"
+    assert json.loads(push.release_body(found, None))["messages"] == [{"role": "user", "content": "x"}]

@@ -108,9 +108,9 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
-    connector: str | ConnectorConfig = "nixl"
+    connector: str | ConnectorConfig = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
-    prompt's KV cache over to D."""
+    prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""

@@ -66,8 +66,10 @@ class Handoff:
     """Whether P keeps the blocks for it, so that it must be used or freed."""
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     """Those of the decode request that belong to it."""
+    release_path: str = "/v1/completions"
+    """Path of the request to D that makes P free it (:meth:`Connector.release_body`)."""
     released_by: int = 400
-    """HTTP status with which D answers the request that makes P free it (:meth:`Connector.release_body`)."""
+    """HTTP status with which D answers that request."""
     protocol: str = ""
     """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
@@ -126,8 +128,9 @@ class Connector(ABC):
         """
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
-        """Return the body of a completion request to D, with which P frees the blocks of the hand-off.
+        """Return the body of a request to D by which P frees the blocks of the hand-off.
 
-        It goes with the hand-off's headers. ``None`` if there is none: the hand-off is left to its lease.
+        It goes to the hand-off's ``release_path``, with its headers. ``None`` if there is none: the hand-off is
+        left to its lease.
         """
         return None

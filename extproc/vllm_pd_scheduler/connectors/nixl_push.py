@@ -2,8 +2,8 @@
 
 Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/push_scheduler.py`` and ``push_worker.py`` of vLLM
 0.32 and 0.33. P finds what D asks for by the request's id. vLLM makes that of the ``X-Request-Id``, with 8
-random hex digits after it, which P does not compare. So both legs of an attempt have one id, and no other
-attempt has it: P would write another prompt's blocks.
+random hex digits after it, which P does not compare, and the kind of the path before it. So both legs of an
+attempt have one id, and no other attempt has it: P would write another prompt's blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import msgspec
 from ..request.headers import REQUEST_ID
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, TransferParams, another_mode, read_handoff
+
+_CHAT_PATH = "/v1/chat/completions"
+_SHORT_CHAT = b'"messages":[{"role":"user","content":"x"}]'
 
 
 class NixlPushConnector(NixlConnector):
@@ -36,22 +39,24 @@ class NixlPushConnector(NixlConnector):
         return pushed(found, params, legs)
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
-        """Return a completion request for one token after a short prompt, which has another text than P's.
+        """Return a request for one token after a short prompt, in place of P's.
 
         P writes the one block that D has for that, and frees all. A request that D refuses tells P nothing in
         this protocol. Measured on vLLM 0.32.
         """
         name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
-        return b"".join(
-            (b"{", name, b'"prompt":"x","max_tokens":1,"kv_transfer_params":', handoff.params, b"}")
-        )
+        prompt = _SHORT_CHAT if handoff.release_path == _CHAT_PATH else b'"prompt":"x"'
+        return b"".join((b"{", name, prompt, b',"max_tokens":1,"kv_transfer_params":', handoff.params, b"}"))
 
 
 def pushed(found: Handoff | None, params: TransferParams, legs: Legs) -> Handoff | None:
     """Return a hand-off of a P that pushes; ``None`` without ``tp_size``, of which D's engine would die."""
     if found is None or params.tp_size is None:
         return None
-    return replace(found, headers=of_its_own(legs), released_by=200)
+    # vLLM begins the ids of its requests with the kind of their path.
+    chat = (params.remote_request_id or "").startswith("chatcmpl-")
+    path = _CHAT_PATH if chat else found.release_path
+    return replace(found, headers=of_its_own(legs), release_path=path, released_by=200)
 
 
 def of_its_own(legs: Legs) -> Mapping[str, str]:

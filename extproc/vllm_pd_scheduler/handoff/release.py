@@ -23,7 +23,6 @@ SECOND_TRY_S = 5.0
 """Seconds after which a release that no D has taken is tried once more."""
 MAX_ANSWER_BYTES = 1 << 20
 """Of the answer, a refusal or one token."""
-PATH = "/v1/completions"
 
 
 class HandoffReleaser:
@@ -91,7 +90,7 @@ class HandoffReleaser:
             to = (str(endpoint.address), endpoint.instance.tls_name)
             try:
                 answer = await self._pool.post(
-                    to, PATH, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
+                    to, pending.handoff.release_path, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
                 )
                 if answer.status == pending.handoff.released_by:
                     return True
