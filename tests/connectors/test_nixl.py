@@ -2,6 +2,7 @@
 
 import json
 import unittest
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -156,6 +157,47 @@ class PrefillBodyTest(unittest.TestCase):
         sent = nixl.prefill_body(raw, LEGS)
         for text in (b'"\\u4f60"', b":1.10,", b":18446744073709551617,"):
             self.assertIn(text, sent)
+
+
+IDS = list(range(283))
+
+
+class TokenIdsTest(unittest.TestCase):
+    """P tells the prompt's tokens, and D reads them: where P says who moves the blocks, D can."""
+
+    def found(self, ids: Any, **params: Any) -> Handoff:
+        raw = {**ANSWER, "prompt_token_ids": ids, "kv_transfer_params": PARAMS | params}
+        found = nixl.handoff(json.dumps(raw).encode(), LEGS)
+        assert found is not None
+        return found
+
+    def test_p_is_asked_for_them(self) -> None:
+        legs = replace(LEGS, token_ids=True)
+        for more in ({}, {"return_token_ids": False}):
+            sent = json.loads(nixl.prefill_body(body(CHAT | more), legs))
+            self.assertIs(sent["return_token_ids"], True)
+        self.assertNotIn("return_token_ids", json.loads(nixl.prefill_body(body(CHAT), LEGS)))
+
+    def test_d_gets_them_with_the_hand_off(self) -> None:
+        sent = json.loads(spliced(body(CHAT), self.found(IDS)))
+        self.assertEqual(sent, CHAT | {"kv_transfer_params": PARAMS | {"prompt_token_ids": IDS}})
+
+    def test_the_release_has_them_not(self) -> None:
+        self.assertNotIn(b"prompt_token_ids", nixl.release_body(self.found(IDS), "m"))
+
+    def test_what_is_no_list_of_them_is_left_out(self) -> None:
+        """D would answer 400, or decode another prompt."""
+        short = IDS[:-1]
+        others = [[*short, last] for last in (-1, 1.5, None, [1], "1", True)]
+        for ids in (None, [], "1", 1, {}, short, [*IDS, 1], [IDS], *others):
+            with self.subTest(str(ids)[-30:]):
+                self.assertEqual(self.found(ids).token_ids, b"")
+        self.assertEqual(json.loads(self.found(IDS).token_ids), IDS)
+
+    def test_releases_that_would_not_read_them(self) -> None:
+        found = self.found(IDS, transfer_mode=None)
+        self.assertEqual((found.token_ids, found.takes_token_ids), (b"", False))
+        self.assertTrue(self.found(None).takes_token_ids)
 
 
 class HandoffTest(unittest.TestCase):

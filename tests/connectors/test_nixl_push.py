@@ -52,8 +52,8 @@ def test_without_what_d_needs_there_is_no_hand_off(key: str) -> None:
     assert handoff(PUSHED | {key: None}) is None
 
 
-@pytest.mark.parametrize("mode", ["pull", None, "READ"])
-def test_a_p_that_does_not_push_is_another_connectors(mode: str | None) -> None:
+@pytest.mark.parametrize("mode", ["pull", "READ"])
+def test_a_p_that_does_not_push_is_another_connectors(mode: str) -> None:
     with pytest.raises(ValueError, match="this is not its connector"):
         handoff(PUSHED | {"transfer_mode": mode})
 
@@ -72,3 +72,7 @@ def test_a_chat_is_given_back_as_a_chat() -> None:
     assert found is not None
     assert found.release_path == "/v1/chat/completions"
     assert json.loads(push.release_body(found, None))["messages"] == [{"role": "user", "content": "x"}]
+
+
+def test_a_release_that_does_not_say_that_it_pushes() -> None:
+    assert handoff({key: value for key, value in PUSHED.items() if key != "transfer_mode"}) is not None

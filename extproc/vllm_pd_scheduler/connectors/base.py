@@ -35,6 +35,8 @@ class Peer:
     """Of the connector's :attr:`Connector.settings_type`."""
     speaks: str = ""
     """The protocol of its last hand-off, as :attr:`Handoff.protocol`; empty before the first."""
+    takes_token_ids: bool = False
+    """As :attr:`Handoff.takes_token_ids` of its last hand-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Legs:
     id: str
     """Letters, digits and `-`, and no other attempt's, also after a restart."""
     prefill: Peer
+    token_ids: bool = False
+    """Whether P is to tell the token ids of the prompt, so that D need not find them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,10 @@ class Handoff:
     """Path of the request to D that makes P free it (:meth:`Connector.release_body`)."""
     released_by: int = 400
     """HTTP status with which D answers that request."""
+    token_ids: bytes = b""
+    """JSON list of the prompt's token ids, for D; empty if it is to find them itself."""
+    takes_token_ids: bool = False
+    """Whether the answer shows that P's D reads token ids in ``kv_transfer_params``."""
     protocol: str = ""
     """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
@@ -130,7 +138,7 @@ class Connector(ABC):
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
         """Return the body of a request to D by which P frees the blocks of the hand-off.
 
-        It goes to the hand-off's ``release_path``, with its headers. ``None`` if there is none: the hand-off is
-        left to its lease.
+        It goes to the hand-off's ``release_path``, with its headers. ``None`` if there is none, and the
+        hand-off is left to its lease.
         """
         return None

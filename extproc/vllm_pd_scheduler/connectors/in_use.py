@@ -50,15 +50,28 @@ class Connectors:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._in_use())
 
-    def attempt(self, prefill: PDInstance, host: str, speaks: str = "") -> Attempt:
+    def attempt(
+        self,
+        prefill: PDInstance,
+        host: str,
+        *,
+        speaks: str = "",
+        takes_token_ids: bool = False,
+        token_ids: bool = False,
+    ) -> Attempt:
         """Return a new attempt to split a request, with a P that is reached at ``host``.
 
-        ``speaks`` is the protocol of that P's last hand-off.
+        ``speaks`` and ``takes_token_ids`` are what that P's last hand-off has shown, and ``token_ids`` says
+        whether D is to get the prompt's, if it takes them.
         """
         choice = prefill.connector or self._of_the_fleet()
-        peer = Peer(prefill.instance_id, host, prefill.port, self._settings_of(choice), speaks)
+        peer = Peer(
+            prefill.instance_id, host, prefill.port, self._settings_of(choice), speaks, takes_token_ids
+        )
         connector = self._given or self._fence(choice)
-        return Attempt(connector, Legs(f"{self._run}-{next(self._numbers)}", peer))
+        return Attempt(
+            connector, Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids and takes_token_ids)
+        )
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given is not None:

@@ -31,6 +31,7 @@ _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
 
 class _Answer(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -54,7 +55,7 @@ class TransferParams(msgspec.Struct):
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
     transfer_mode: str | None = None
-    """Who moves the blocks; releases before 0.32, where D does, do not say."""
+    """Who moves the blocks; releases before 0.28 do not say."""
     num_prompt_blocks: msgspec.Raw = msgspec.Raw()
     """vllm-ascend's alone."""
 
@@ -82,7 +83,10 @@ class NixlConnector(Connector):
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        return one_token(body, {HANDOFF_KEY: _PREFILL_PARAMS}, past_stop=self.past_stop)
+        wanted = {HANDOFF_KEY: _PREFILL_PARAMS}
+        if legs.token_ids:
+            wanted["return_token_ids"] = b"true"
+        return one_token(body, wanted, past_stop=self.past_stop)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
@@ -100,8 +104,13 @@ class NixlConnector(Connector):
         return has_stopped(answer)
 
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
-        """Make the hand-off the body's last field."""
-        return Splice(*body.one_more(HANDOFF_KEY, handoff.params))
+        """Make the hand-off the body's last field, with the token ids in it if D is to get them."""
+        params = handoff.params
+        if handoff.token_ids:
+            params = b"".join(
+                (params[: params.rindex(b"}")], b',"prompt_token_ids":', handoff.token_ids, b"}")
+            )
+        return Splice(*body.one_more(HANDOFF_KEY, params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request for more tokens than any context has.
@@ -130,7 +139,21 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
         return None, _NOTHING
     if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
         return None, _NOTHING
-    return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params)), params
+    tokens, cached = _counted(decoded.usage, decoded.kv_transfer_params)
+    # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
+    # do not connect with each other, so D has P's.
+    takes = params.transfer_mode is not None
+    ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
+    return Handoff(text, tokens, cached, token_ids=ids, takes_token_ids=takes), params
+
+
+def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:
+    """Return the JSON list of a prompt's token ids; empty if it is not one of so many."""
+    text = bytes(ids)
+    # As JSON with no other letters, it can be nothing but a flat list of whole numbers.
+    if not text.startswith(b"[") or text.translate(None, b"0123456789, ") != b"[]":
+        return b""
+    return text if text.count(b",") + 1 == tokens else b""
 
 
 def another_mode(params: TransferParams) -> ValueError:

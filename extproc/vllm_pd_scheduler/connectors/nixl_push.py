@@ -1,9 +1,11 @@
 """vLLM's ``NixlPushConnector``: D says where its blocks are, and P writes into them.
 
 Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/push_scheduler.py`` and ``push_worker.py`` of vLLM
-0.32 and 0.33. P finds what D asks for by the request's id. vLLM makes that of the ``X-Request-Id``, with 8
-random hex digits after it, which P does not compare, and the kind of the path before it. So both legs of an
-attempt have one id, and no other attempt has it: P would write another prompt's blocks.
+0.32 and 0.33. Releases before 0.28 do not say that they push.
+
+P finds what D asks for by the request's id. vLLM makes that of the kind of the path, the ``X-Request-Id``
+and 8 random hex digits, which P does not compare. So both legs of an attempt have one ``X-Request-Id``, and no
+other attempt has it: P would write another prompt's blocks.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from dataclasses import replace
 import msgspec
 
 from ..request.headers import REQUEST_ID
+from ..request.path import CHAT_PATH
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, TransferParams, another_mode, read_handoff
 
-_CHAT_PATH = "/v1/chat/completions"
 _SHORT_CHAT = b'"messages":[{"role":"user","content":"x"}]'
 
 
@@ -34,7 +36,7 @@ class NixlPushConnector(NixlConnector):
         Raise :exc:`ValueError` if P does not push.
         """
         found, params = read_handoff(answer)
-        if found is not None and params.transfer_mode != PUSH:
+        if found is not None and params.transfer_mode not in (None, PUSH):
             raise another_mode(params)
         return pushed(found, params, legs)
 
@@ -45,7 +47,7 @@ class NixlPushConnector(NixlConnector):
         this protocol. Measured on vLLM 0.32.
         """
         name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
-        prompt = _SHORT_CHAT if handoff.release_path == _CHAT_PATH else b'"prompt":"x"'
+        prompt = _SHORT_CHAT if handoff.release_path == CHAT_PATH else b'"prompt":"x"'
         return b"".join((b"{", name, prompt, b',"max_tokens":1,"kv_transfer_params":', handoff.params, b"}"))
 
 
@@ -55,7 +57,7 @@ def pushed(found: Handoff | None, params: TransferParams, legs: Legs) -> Handoff
         return None
     # vLLM begins the ids of its requests with the kind of their path.
     chat = (params.remote_request_id or "").startswith("chatcmpl-")
-    path = _CHAT_PATH if chat else found.release_path
+    path = CHAT_PATH if chat else found.release_path
     return replace(found, headers=of_its_own(legs), release_path=path, released_by=200)
 
 

@@ -72,6 +72,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     """How often it was seen to restart. Reservations of an earlier generation count no more."""
     speaks: str = ""
     """The protocol of its last hand-off, where its connector finds that out; empty: not known."""
+    takes_token_ids: bool = False
+    """Whether that has shown that its D read token ids in a hand-off."""
     pending_handoffs: int = 0
     """Hand-offs that a P holds for requests whose answer has not ended."""
     tokens: float = 0.0
@@ -276,8 +278,9 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "models", models)
         return True
 
-    def speaks_now(self, protocol: str) -> bool:
-        """Note of which protocol its last hand-off was; return whether that is a change."""
+    def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
+        """Note what its last hand-off shows; return whether its protocol is another one."""
+        _set(self, "takes_token_ids", takes_token_ids)
         if self.speaks == protocol:
             return False
         _set(self, "speaks", protocol)
@@ -335,6 +338,7 @@ class Endpoint(Struct, frozen=True, eq=False):
             "generation": self.generation + 1, "doubts": DoubtfulEnds(), "models": None,
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
             "busy_until": 0.0, "busy_answers": 0, "speaks": "",
+            "takes_token_ids": False,
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)

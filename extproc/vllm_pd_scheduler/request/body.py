@@ -69,6 +69,7 @@ class Fields(msgspec.Struct, frozen=True):
     echo: msgspec.Raw = _ABSENT
     prompt_logprobs: msgspec.Raw = _ABSENT
     prompt_embeds: msgspec.Raw = _ABSENT
+    return_token_ids: msgspec.Raw = _ABSENT
 
 
 class _Stream(msgspec.Struct):

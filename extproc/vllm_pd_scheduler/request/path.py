@@ -11,7 +11,9 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-SPLIT_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
+CHAT_PATH: Final = "/v1/chat/completions"
+
+SPLIT_PATHS: Final = (CHAT_PATH, "/v1/completions")
 """Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
 
 PUBLIC_PATHS: Final = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, Connectors
+from ..connectors import ConnectorFailed, Connectors, Splice
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -226,7 +226,12 @@ class RoutingCore:
         try:
             splice = prefilled.attempt.splice(body, prefilled.handoff)
             # Else Envoy would answer 413 in D's place.
-            usable = splice is None or splice.at + len(splice.text) <= self.config.max_body_bytes
+            usable = self._fits(splice)
+            if prefilled.handoff.token_ids:  # they are long, and of no more use
+                prefilled.handoff = replace(prefilled.handoff, token_ids=b"")
+                if not usable:
+                    splice = prefilled.attempt.splice(body, prefilled.handoff)
+                    usable = self._fits(splice)
         except ConnectorFailed:
             usable = False
         if not usable:
@@ -243,6 +248,9 @@ class RoutingCore:
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
         return forward
+
+    def _fits(self, splice: Splice | None) -> bool:
+        return splice is None or splice.at + len(splice.text) <= self.config.max_body_bytes
 
     async def _whole(
         self,

@@ -28,6 +28,7 @@ from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
+from .tokens_once import tokens_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,13 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = self._connectors.attempt(endpoint.instance, endpoint.host, endpoint.speaks)
+            attempt = self._connectors.attempt(
+                endpoint.instance,
+                endpoint.host,
+                speaks=endpoint.speaks,
+                takes_token_ids=endpoint.takes_token_ids,
+                token_ids=self._config.tokenize_once and tokens_once(context.path, body),
+            )
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
@@ -208,7 +215,7 @@ class PrefillStage:
             raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
-            self._registry.speaks(endpoint, handoff.protocol)
+            self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
             return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)

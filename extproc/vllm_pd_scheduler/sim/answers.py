@@ -43,14 +43,24 @@ class Shape:
         """The request's id, with a prefix for the kind of answer."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}"
 
-    def whole(self, choices: list[dict[str, Any]], usage: Usage, params: dict[str, Any] | None) -> bytes:
-        """Return an answer that is not streamed; ``params`` are its ``kv_transfer_params``."""
+    def whole(
+        self,
+        choices: list[dict[str, Any]],
+        usage: Usage,
+        params: dict[str, Any] | None,
+        token_ids: list[int] | None = None,
+    ) -> bytes:
+        """Return an answer that is not streamed; ``params`` are its ``kv_transfer_params``.
+
+        ``token_ids`` are the prompt's, which only a chat has at its top level.
+        """
         body = self._head("chat.completion" if self.chat else "text_completion", choices)
         body |= {
             "service_tier": None,
             "system_fingerprint": None,
             "usage": usage.body(),
             "prompt_logprobs": None,
+            **({"prompt_token_ids": token_ids} if self.chat else {}),
         }
         return msgspec.json.encode(body | {"kv_transfer_params": params})
 

@@ -154,7 +154,8 @@ class Api:
         try:
             if body.stream:
                 return await self._stream(request, body, shape, jobs)
-            return await self._whole(request, shape, jobs)
+            ids = jobs[0].prompt.token_ids() if body.return_token_ids else None
+            return await self._whole(request, shape, jobs, ids)
         finally:
             self._active_requests -= 1
 
@@ -223,7 +224,9 @@ class Api:
             entry.outcomes.append("released")
             self._worker.release(offer)
 
-    async def _whole(self, request: web.Request, shape: Shape, jobs: list[Job]) -> web.StreamResponse:
+    async def _whole(
+        self, request: web.Request, shape: Shape, jobs: list[Job], token_ids: list[int] | None
+    ) -> web.StreamResponse:
         words: list[list[str]] = [[] for _ in jobs]
         try:
             async with aclosing(self._worker.generate(jobs)) as tokens:
@@ -232,7 +235,7 @@ class Api:
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
-        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request))
+        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request), token_ids)
         if not request.get(HALF):
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(
