@@ -4,8 +4,8 @@ Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/push_scheduler.py`` 
 0.32 and 0.33. Releases before 0.28 do not say that they push.
 
 P finds what D asks for by the request's id. vLLM makes that of the kind of the path, the ``X-Request-Id``
-and 8 random hex digits, which P does not compare. So both legs of an attempt have one ``X-Request-Id``, and no
-other attempt has it: P would write another prompt's blocks.
+and 8 random hex digits, which P does not compare. So both legs of an attempt have one ``X-Request-Id``, and
+no other attempt has it: P would write another prompt's blocks.
 """
 
 from __future__ import annotations
