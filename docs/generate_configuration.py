@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
-from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, KubernetesSource
+from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
 
@@ -71,7 +71,7 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
-        ("disaggregation", "late_binding", "connector"),
+        ("disaggregation", "late_binding", "connector", "tokenize_once"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(
@@ -168,6 +168,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     TracingConfig: "tracing",
     DnsSource: "DNS source",
     DockerSource: "Docker source",
+    DockerTls: "Docker TLS",
     KubernetesSource: "Kubernetes source",
 }
 """What a value that is an object is called, and where its keys are listed."""

@@ -288,6 +288,29 @@ class OvertakenTest(Case):
         self.assertIn("drained: no instance has the id 'x'", logged.output[0])
         self.assertTrue(router.registry.get("d0").draining, "the rest counts")
 
+    def test_a_drain_and_a_removal_of_those_that_a_source_names_later(self) -> None:
+        source = {"type": "dns", "role": "decode", "name": "decode.llm.svc", "port": 8000}
+        found = [PDInstance(name, D, f"10.0.1.{n}", 8000) for n, name in enumerate(("d7", "d8", "d9"))]
+        with self.assertNoLogs(LOGGER, "WARNING"):
+            router, kept = self.start(discovery=[source])
+            router.membership.update("dns", found)
+            asyncio.run(kept.drain("d7"))
+            asyncio.run(kept.remove("d8"))
+            for _ in range(2):  # and a change while the source is silent loses nothing
+                router = PDRouter(config(state_file=str(self.path), discovery=[source]))
+                router.membership.expect("dns")
+                kept = AdminChanges(router)
+                kept.restore()
+                rewrite(router, kept)
+                asyncio.run(kept.drain("d0"))
+            router.membership.update("dns", found)
+        self.assertEqual(ids(router), {"p0", "d0", "d1", "d7", "d9"})
+        drained = {endpoint.id for endpoint in router.registry if endpoint.draining}
+        self.assertEqual(drained, {"d0", "d7"})
+        router.membership.update("dns", [])
+        router.membership.update("dns", found)
+        self.assertIn("d8", ids(router), "it was named no more")
+
     def test_an_unknown_strategy(self) -> None:
         self.keep(strategy="gone")
         self.assertIn("strategy: unknown strategy 'gone'", self.warnings()[0])

@@ -10,8 +10,10 @@ import pytest
 from tests.connectors.test_nixl import ANSWER, PARAMS, TEXT, body
 from tests.connectors.test_nixl_push import PUSHED
 from tests.support.connectors import LEGS
-from tests.support.routing import Case, answer
-from vllm_pd_scheduler.connectors import AutoConnector, Handoff, Legs, NixlConnector
+from tests.support.routing import Case, Leg, answer
+from vllm_pd_scheduler.connectors import Attempt, AutoConnector, Handoff, Legs, NixlConnector
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.records.events import Event
 
 auto = AutoConnector()
@@ -55,7 +57,7 @@ def test_a_p_that_pushes() -> None:
 
 def test_a_p_that_pushes_of_which_that_was_not_known() -> None:
     """It knows the request by the client's id: that hand-off is not used, and the next one is right."""
-    found = handoff(PUSHED, speaking("nixl"))
+    found = handoff(PUSHED | {"remote_request_id": "cmpl-of-the-client-0-1a2b3c4d"}, speaking("nixl"))
     assert found is not None
     assert found.lease is not None
     assert 0 < found.lease < 1e-6
@@ -75,6 +77,19 @@ def test_an_ascend_p_may_not_stop() -> None:
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, PUSHED | {"tp_size": None}])
 def test_without_a_hand_off_nothing_is_known(params: Any) -> None:
     assert handoff(params) is None
+
+
+class Pushing(Leg):
+    """A P that knows requests by the id that it gets."""
+
+    async def __call__(
+        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+    ) -> PrefillAnswer:
+        known_as = {**headers, **attempt.prefill_headers()}["x-request-id"]
+        self.answers[endpoint.id] = answer(
+            params=PUSHED | {"remote_request_id": f"cmpl-{known_as}-0-1a2b3c4d"}
+        )
+        return await super().__call__(endpoint, path, headers, body, attempt)
 
 
 class RememberedTest(Case):
@@ -107,7 +122,7 @@ class RememberedTest(Case):
         self.assertEqual(len(self.told()), 3)
 
     async def test_pushed(self) -> None:
-        self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), answer(params=PUSHED))
+        self.leg = self.router.prefill_leg = Pushing()
         for _ in range(2):
             ids = await self.ids(3)
             self.assertEqual(len({*ids, "own"}), 4)
@@ -127,8 +142,9 @@ class RememberedTest(Case):
 
     async def test_another_connector_without_a_restart_that_was_seen(self) -> None:
         await self.ids(3)
-        self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), answer(params=PUSHED))
+        self.router.prefill_leg = Pushing()
+        own = {"x-request-id": "own"}
         for _ in range(3):
-            self.assertLocal(await self.route())
-        self.assertIsNotNone((await self.route()).prefill)
+            self.assertLocal(await self.route(**own))
+        self.assertIsNotNone((await self.route(**own)).prefill)
         self.assertEqual(self.count("pd_scheduler_handoffs_unused_total", prefill="p0", outcome="late"), 1.0)

@@ -10,13 +10,15 @@ import pytest
 from tests.connectors.test_nixl import ANSWER, PARAMS, TEXT, body
 from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import Handoff, NixlPushConnector
+from vllm_pd_scheduler.request.api import APIS, CHAT, COMPLETIONS
+from vllm_pd_scheduler.request.body import JsonBody
 
 push = NixlPushConnector()
 
 # As vLLM 0.32 and 0.33 answer, key for key.
 PUSHED: dict[str, Any] = {key: value for key, value in PARAMS.items() if key != "remote_blocks_expiry_time"}
 PUSHED.pop("remote_registration_generation")
-PUSHED["transfer_mode"] = "push"
+PUSHED |= {"transfer_mode": "push", "remote_request_id": "cmpl-run-0-push-0-1a2b3c4d"}
 
 
 def handoff(params: Any) -> Handoff | None:
@@ -56,6 +58,24 @@ def test_without_what_d_needs_there_is_no_hand_off(key: str) -> None:
 def test_a_p_that_does_not_push_is_another_connectors(mode: str) -> None:
     with pytest.raises(ValueError, match="this is not its connector"):
         handoff(PUSHED | {"transfer_mode": mode})
+
+
+@pytest.mark.parametrize(
+    "known_as", ["cmpl-of-the-client-0-1a2b3c4d", "resp_7", "cmpl-run-1-push-0-1a2b3c4d"]
+)
+def test_what_p_knows_by_another_id_is_not_used(known_as: str) -> None:
+    found = handoff(PUSHED | {"remote_request_id": known_as})
+    assert found is not None
+    assert not found.pinned
+    assert found.lease is not None
+    assert 0 < found.lease < 1e-6
+
+
+def test_requests_that_vllm_does_not_know_by_their_header_are_not_split() -> None:
+    raw = json.dumps({"model": "m", "input": "x", "token_ids": [1], "sampling_params": {}}).encode()
+    for api in APIS.values():
+        request = JsonBody.parse(raw, api)
+        assert push.can_split(request) is (api in (CHAT, COMPLETIONS)), api.path
 
 
 def test_it_is_given_back_by_a_request_that_d_serves() -> None:

@@ -7,7 +7,7 @@ import pkgutil
 import socket
 import tempfile
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request import headers
+from vllm_pd_scheduler.request.api import APIS
 from vllm_pd_scheduler.request.path import PUBLIC_PATHS, SPLIT_PATHS, path_regex
 
 RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
@@ -257,7 +258,12 @@ class PathsTest(unittest.TestCase):
 
     def test_split_paths(self) -> None:
         for split in self.routes(RAW, "split"):
-            self.assertEqual(set(split["match"]["safe_regex"]["regex"].split("|")), set(SPLIT_PATHS))
+            self.assertEqual(split["match"]["safe_regex"]["regex"].split("|"), self.split(PUBLIC_PATHS))
+
+    @staticmethod
+    def split(public: Sequence[str]) -> list[str]:
+        """The paths that are tried again, since their requests have no other effect than an answer."""
+        return [*SPLIT_PATHS, *(path for path in public if path in APIS)]
 
     def test_public_paths_by_default(self) -> None:
         self.assertEqual(self.public(RAW), [path_regex(path) for path in PUBLIC_PATHS])
@@ -269,7 +275,10 @@ class PathsTest(unittest.TestCase):
         self.assertEqual(self.routes(config, "websocket"), self.routes(RAW, "websocket"))
         config = render_config(EnvoyPorts(), public_paths=[])
         self.assertEqual(self.public(config) + self.routes(config, "websocket"), [])
-        self.assertEqual(self.routes(config, "split"), self.routes(RAW, "split"))
+        for path in ("/v1/messages", "/inference/v1/generate"):
+            config = render_config(EnvoyPorts(), public_paths=[path])
+            for split in self.routes(config, "split"):
+                self.assertEqual(split["match"]["safe_regex"]["regex"], "|".join(self.split([path])))
 
     def test_the_route_for_websockets_is_one_of_a_public_path(self) -> None:
         (route,) = self.routes(RAW, "websocket")

@@ -66,7 +66,8 @@ class RequestReaderTest(unittest.TestCase):
         for fields, expected in (
             ({}, OUTPUT_TOKENS),
             ({"max_tokens": 10}, 10),
-            ({"max_tokens": 10, "max_completion_tokens": 20}, 20),
+            ({"max_tokens": 10, "max_completion_tokens": 20}, 10),
+            ({"max_tokens": 10, "max_completion_tokens": 20, "messages": []}, 20),
             ({"max_tokens": 10**9}, OUTPUT_TOKENS),
             ({"max_tokens": 0}, OUTPUT_TOKENS),
             ({"max_tokens": -1}, OUTPUT_TOKENS),

@@ -160,7 +160,7 @@ class WholeTest(Case):
                 self.assertEqual(self.count("pd_scheduler_requests_total", decode="d0", served="passed"), 1.0)
 
     async def test_they_have_a_time_limit_too(self) -> None:
-        config, path = self.router.config, "/v1/responses"
+        config, path = self.router.config, "/v1/embeddings"
         first = config.decode_first_byte_timeout
         whole = first + 32_768 * config.decode_seconds_per_token
         for body, expected, stream in (

@@ -5,6 +5,7 @@ repository. Whatever a machine lacks for it ends in :exc:`Unavailable`, which sa
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ from tests.support.compose_file import ROOT
 
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""
+
+_EXTRAS = ("docker", "envoy", "tracing")
+"""What the image has of the project."""
 
 _NOT_NEEDED = (
     "dev/*",
@@ -127,8 +131,7 @@ def wheels() -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [
         *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["envoy"],
-        *project["project"]["optional-dependencies"]["tracing"],
+        *itertools.chain(*(project["project"]["optional-dependencies"][extra] for extra in _EXTRAS)),
         *project["build-system"]["requires"],
     ]
     version = hashlib.sha256(" ".join([_PYTHON, *needed]).encode()).hexdigest()[:12]

@@ -78,6 +78,8 @@ class Steered:
     """What it removed, and some source still names."""
     named: set[str]
     """Ids of what others name."""
+    away: list[str]
+    """Ids of instances that drain if they come back."""
 
     @classmethod
     def of(cls, router: PDRouter, added: Iterable[SavedInstance]) -> Steered:
@@ -90,6 +92,7 @@ class Steered:
             {item.id: item for item in added},
             router.membership.removed(),
             set(router.membership.named()),
+            router.membership.drained_and_away(),
         )
 
 
@@ -109,7 +112,10 @@ def difference(steered: Steered, config: SchedulerConfig) -> AdminState:
         **_strategies(steered, config),
         removed=[item.model_copy(update={"api_key": None}) for item in gone.values()],
         added=list(new.values()),
-        drained=[name for name, drains in steered.draining.items() if drains and name in known],
+        drained=[
+            *(name for name, drains in steered.draining.items() if drains and name in known),
+            *steered.away,
+        ],
     )
 
 
@@ -125,8 +131,16 @@ def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], lis
         try:
             router.drain_instance(name)
         except UnknownInstance as error:
-            problems.append(f"drained: {error}")
+            if _may_come(router):
+                router.membership.remember([name], [])
+            else:
+                problems.append(f"drained: {error}")
     return added, problems
+
+
+def _may_come(router: PDRouter) -> bool:
+    """Whether sources can name instances that are not there now."""
+    return bool(router.config.instance_files or router.config.discovery)
 
 
 def _strategies(steered: Steered, config: SchedulerConfig) -> dict[str, str]:
@@ -169,7 +183,10 @@ def _remove(removed: list[SavedInstance], router: PDRouter) -> list[str]:
         try:
             instance = router.registry.get(item.id).instance
         except UnknownInstance:
-            continue  # not in the configuration any more either
+            if _may_come(router):
+                gone = PDInstance(item.id, item.role, item.host, item.port)
+                router.membership.remember([], [gone])
+            continue  # else it is not in the configuration any more either
         if item.is_at(instance):
             router.unregister_instance(item.id)
         else:

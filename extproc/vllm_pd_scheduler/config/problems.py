@@ -15,6 +15,7 @@ from ..strategies import UnknownStrategy, load_strategy
 from .instances import ConnectorConfig, InstanceConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
 from .schema import MEANING, SchedulerConfig, is_loopback
+from .sources import source_problems
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
@@ -42,7 +43,7 @@ def find_problems(
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
-    problems += _untraceable(config.tracing)
+    problems += _untraceable(config.tracing) + source_problems(config.discovery)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
@@ -56,7 +57,7 @@ def find_problems(
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
     for role in InstanceRole:
-        elsewhere = config.instance_files or config.discovery
+        elsewhere = config.instance_files or config.discovery or "discovery" in malformed
         if not elsewhere and not any(role is item_role for item_role, _, _ in items):
             problems.append(
                 f'{role}_instances: there are none; list at least one {{"id": …, "host": …, "port": …}}'
@@ -136,7 +137,9 @@ def _untraceable(tracing: TracingConfig | None) -> list[str]:
 def describe_error(detail: Any) -> str:
     """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong."""
     path = ""
-    for part in detail["loc"]:
+    for depth, part in enumerate(detail["loc"]):
+        if depth == 2 and detail["loc"][0] == "discovery":
+            continue  # which kind of source it is, which the entry says itself
         name = part if isinstance(part, int) or part.isprintable() else repr(part)
         path += f"[{name}]" if isinstance(part, int) else f".{name}" if path else name
     kind, context = detail["type"], detail.get("ctx", {})

@@ -181,7 +181,7 @@ class SchedulerConfig(InstancesFile):
     `envoy/envoy.yaml`."""
 
     public_paths: Annotated[list[Annotated[str, Field(pattern=PUBLIC_PATH)]], _AT_START] = list(PUBLIC_PATHS)
-    """[Paths that clients may ask for](security.md#public-paths), beside the two that are split, `/health`
+    """[Paths that clients may ask for](security.md#public-paths), beside the two for completions, `/health`
     and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
     list: `envoy-config --config` prints its configuration with it."""
     prefill_listener: Annotated[str | None, _AT_START] = None
@@ -348,6 +348,7 @@ class SchedulerConfig(InstancesFile):
     def api_keys(self) -> list[SecretSource]:
         """Every source of an API key that is named, for all instances or for one."""
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
+        sources += [getattr(source, "api_key", None) for source in self.discovery]
         return [source for source in sources if source is not None]
 
 

@@ -2,27 +2,152 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from .instances import Port, StrictModel
+from ..models import canonical_host, canonical_ip, is_ip
+from ..system.extras import install_command
+from .instances import INSTANCE_ID, Port, SecretSource, StrictModel, is_host
+from .tls import ServerName
 
 _Name = Annotated[str, Field(min_length=1, max_length=253)]
 
+_RESOLVER = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})")
+_DNS_PORT = 53
+
+
+def _is_a_dns_name(name: str) -> str:
+    if is_ip(name) or not is_host(name):
+        raise ValueError("must be a DNS name")
+    return name.lower()
+
+
+def _is_an_address(host: str) -> str:
+    if not is_host(host):
+        raise ValueError("must be an IP address or a DNS name, without scheme or port")
+    return canonical_host(host)
+
+
+def _is_a_resolver(text: str) -> str:
+    resolver_address(text)
+    return text
+
+
+def resolver_address(text: str) -> tuple[str, int]:
+    """Return address and port of a DNS server; raises :exc:`ValueError`."""
+    found = _RESOLVER.fullmatch(text)
+    host, port = (found[1] or found[2], int(found[3])) if found else (text, _DNS_PORT)
+    address = canonical_ip(host)
+    if address is None or not 1 <= port <= 65535:
+        raise ValueError("must be the IP address of a DNS server, with a port if not 53: 10.96.0.10:5353")
+    return address, port
+
+
+_DnsName = Annotated[str, Field(max_length=253), AfterValidator(_is_a_dns_name)]
+_Address = Annotated[str, Field(max_length=253), AfterValidator(_is_an_address)]
+
 
 class DnsSource(StrictModel):
-    """Instances of one role behind a DNS name."""
+    """Instances of one role behind a DNS name. Give `name` and `port`, or `srv`."""
 
     type: Literal["dns"]
     """`"dns"`."""
+    role: Literal["prefill", "decode"]
+    """What the instances are for."""
+    name: _DnsName | None = None
+    """A name whose A or AAAA records are the instances, as that of a headless service. A dot at the end keeps
+    the search list of `/etc/resolv.conf` out of it."""
+    port: Port | None = None
+    """With `name`: the port of each."""
+    srv: _DnsName | None = None
+    """A name whose SRV records are the instances, with their ports: `_http._tcp.vllm-decode.llm.svc`."""
+    resolver: Annotated[str, AfterValidator(_is_a_resolver)] | None = None
+    """Address of the DNS server, with a port if that is not 53. Names are then complete as they stand.
+    Without it, the system's own."""
+    api_key: SecretSource | None = None
+    """Where the `--api-key` of these instances is kept, if it is not the `api_key` of all."""
+    server_name: ServerName | None = None
+    """With `instance_tls`: the DNS name that their certificates must be for. Without it the one of
+    `instance_tls`, else `name`, else the target of each SRV record."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> DnsSource:
+        if (self.name is None) == (self.srv is None):
+            raise ValueError('give either "name" and "port", or "srv"')
+        if (self.name is None) != (self.port is None):
+            raise ValueError('"port" belongs to "name": SRV records have their own')
+        return self
+
+
+class DockerTls(StrictModel):
+    """PEM files for a Docker engine that is reached by TCP."""
+
+    ca: str
+    """Authority that has signed the engine's certificate."""
+    cert: str
+    """The scheduler's certificate."""
+    key: str
+    """Its private key."""
+
+
+def _is_an_engine(host: str) -> str:
+    try:
+        parts = urlsplit(host)
+        name, _ = parts.hostname or "", parts.port
+    except ValueError:
+        parts, name = urlsplit(""), ""
+    if parts.scheme == "unix" and not name and parts.path.startswith("/"):
+        return host
+    if parts.scheme == "tcp" and is_host(name) and not parts.path.strip("/"):
+        return host
+    raise ValueError("must be unix:///PATH or tcp://HOST:PORT")
 
 
 class DockerSource(StrictModel):
-    """Containers with labels."""
+    """Containers of a Docker engine that have the label `vllm-pd.role`."""
 
     type: Literal["docker"]
     """`"docker"`."""
+    name: Annotated[str, Field(pattern=INSTANCE_ID)] | None = None
+    """What this engine is called, if there are several: `gpu1` makes `gpu1.vllm-decode-0` of a container."""
+    host: Annotated[str, AfterValidator(_is_an_engine)] | None = None
+    """Where the engine listens: `unix:///var/run/docker.sock`, `tcp://gpu1:2376`. Without it as for the
+    command `docker`: `DOCKER_HOST`, else the current context, else the socket of this machine."""
+    tls: DockerTls | None = None
+    """With `host`: certificates."""
+    context: _Name | None = None
+    """A context of the command `docker`, in place of `host`."""
+    network: _Name | None = None
+    """Name of the network in which the containers are reached. Needed when they are in several."""
+    published: bool = False
+    """Whether they are reached by the ports that the engine's host publishes."""
+    address: _Address | None = None
+    """Address of the engine's host, for published ports and for containers in the host's network. Without it
+    the one in `host`, and `127.0.0.1` for a socket."""
+    api_key: SecretSource | None = None
+    """Where the `--api-key` of these instances is kept, if it is not the `api_key` of all."""
+    server_name: ServerName | None = None
+    """With `instance_tls`: the DNS name that their certificates must be for."""
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> DockerSource:
+        if self.host is not None and self.context is not None:
+            raise ValueError('give either "host" or "context"')
+        if self.tls is not None and not (self.host or "").startswith("tcp:"):
+            raise ValueError('"tls" needs a "host" that begins with tcp://')
+        if self.published and self.network is not None:
+            raise ValueError('give either "network" or "published"')
+        return self
+
+    def check(self) -> None:
+        """Raise :exc:`ValueError` if no engine can be asked from here."""
+        if find_spec("docker") is None:
+            raise ValueError(f"the Docker SDK is not installed: `{install_command('docker')}` installs it")
 
 
 class KubernetesSource(StrictModel):
@@ -43,3 +168,25 @@ class KubernetesSource(StrictModel):
 
 
 SourceConfig = Annotated[DnsSource | DockerSource | KubernetesSource, Field(discriminator="type")]
+
+
+def source_problems(sources: Iterable[SourceConfig]) -> list[str]:
+    """Return a line for each source that cannot be followed here, or that is there already."""
+    problems: list[str] = []
+    seen: list[SourceConfig] = []
+    for index, source in enumerate(sources):
+        key = f"discovery[{index}]"
+        if source in seen:
+            problems.append(f"{key}: is the same as discovery[{seen.index(source)}]")
+        seen.append(source)
+        try:
+            if isinstance(source, DockerSource):
+                source.check()
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+        try:
+            if isinstance(source, DnsSource | DockerSource) and source.api_key is not None:
+                source.api_key.read()
+        except ValueError as error:
+            problems.append(f"{key}.api_key: {error}")
+    return problems

@@ -16,9 +16,6 @@ from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, read_handoff
 from .nixl_push import NixlPushConnector, of_its_own, pushed
 
-TOO_LATE_S = 1e-9
-"""The lease of a hand-off that must not be used."""
-
 _PULLS, _PUSHES, _ASCEND = "nixl", "nixl-push", "ascend-mooncake"
 
 
@@ -49,11 +46,7 @@ class AutoConnector(NixlConnector):
         if params.transfer_mode != PUSH:
             return replace(found, protocol=_ASCEND if params.num_prompt_blocks else _PULLS)
         found = pushed(found, params, legs)
-        if found is None:
-            return None
-        # P has another connector than a moment ago, and knows the request by an id that others may have.
-        lease = None if legs.prefill.speaks in ("", _PUSHES) else TOO_LATE_S
-        return replace(found, protocol=_PUSHES, lease=lease)
+        return None if found is None else replace(found, protocol=_PUSHES)
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return the body of the release of the hand-off's own protocol."""

@@ -15,16 +15,23 @@ from dataclasses import replace
 
 import msgspec
 
+from ..request.api import CHAT, COMPLETIONS
+from ..request.body import JsonBody
 from ..request.headers import REQUEST_ID
-from ..request.path import CHAT_PATH
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, TransferParams, another_mode, read_handoff
 
+TOO_LATE_S = 1e-9
+"""The lease of a hand-off that must not be used."""
 _SHORT_CHAT = b'"messages":[{"role":"user","content":"x"}]'
 
 
 class NixlPushConnector(NixlConnector):
     """NIXL's bodies, and a request id of its own for the two legs of each attempt."""
+
+    def can_split(self, body: JsonBody) -> bool:
+        """Whether the request can be split, and vLLM knows it by its header: not so those of other APIs."""
+        return body.api in (CHAT, COMPLETIONS) and super().can_split(body)
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the id of this attempt."""
@@ -47,18 +54,24 @@ class NixlPushConnector(NixlConnector):
         this protocol. Measured on vLLM 0.32.
         """
         name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
-        prompt = _SHORT_CHAT if handoff.release_path == CHAT_PATH else b'"prompt":"x"'
+        prompt = _SHORT_CHAT if handoff.release_path == CHAT.path else b'"prompt":"x"'
         return b"".join((b"{", name, prompt, b',"max_tokens":1,"kv_transfer_params":', handoff.params, b"}"))
 
 
 def pushed(found: Handoff | None, params: TransferParams, legs: Legs) -> Handoff | None:
-    """Return a hand-off of a P that pushes; ``None`` without ``tp_size``, of which D's engine would die."""
+    """Return a hand-off of a P that pushes; ``None`` without ``tp_size``, of which D's engine would die.
+
+    One that P knows by another id than the attempt's is there, and may not be used: D would wait for what P
+    never finds, or get what another request has left.
+    """
     if found is None or params.tp_size is None:
         return None
+    own, known_as = of_its_own(legs), params.remote_request_id or ""
+    if own[REQUEST_ID] not in known_as:
+        return replace(found, lease=TOO_LATE_S, pinned=False)
     # vLLM begins the ids of its requests with the kind of their path.
-    chat = (params.remote_request_id or "").startswith("chatcmpl-")
-    path = CHAT_PATH if chat else found.release_path
-    return replace(found, headers=of_its_own(legs), release_path=path, released_by=200)
+    path = CHAT.path if known_as.startswith("chatcmpl-") else found.release_path
+    return replace(found, headers=own, release_path=path, released_by=200)
 
 
 def of_its_own(legs: Legs) -> Mapping[str, str]:

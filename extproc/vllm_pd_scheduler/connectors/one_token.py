@@ -1,4 +1,4 @@
-"""What all protocols have in common in which P answers one token of the client's own request."""
+"""What all protocols have in common in which P answers one token of the client's own request, in any API."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 
+from ..request.api import GENERATE, RESPONSES
 from ..request.body import JsonBody
 from .base import MAX_TOKENS
 
@@ -15,11 +16,6 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding an answer may raise."""
 
-_DROPPED = frozenset({"min_tokens", "stream_options", "max_completion_tokens"})
-"""Fields that P gets without, or with another value.
-
-vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``.
-"""
 _STOPS = frozenset({"stop", "stop_token_ids"})
 
 
@@ -28,8 +24,13 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
+    """Tokens, as each API calls them."""
+
     prompt_tokens: Tokens | None = None
     prompt_tokens_details: _Details | None = None
+    input_tokens: Tokens | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: Tokens | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -40,12 +41,23 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Choices(msgspec.Struct):
+class _End(msgspec.Struct):
+    """Why an answer has ended, as each API says it."""
+
     choices: list[_Choice] = []
+    status: str | None = None
+    stop_reason: str | None = None
 
 
+class _Tool(msgspec.Struct):
+    type: str | None = None
+
+
+_MOST_TOOL_BYTES = 1 << 20
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_choices = msgspec.json.Decoder(_Choices).decode
+_decode_end = msgspec.json.Decoder(_End).decode
+_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
 
@@ -61,31 +73,73 @@ def can_split(body: JsonBody) -> bool:
         return False
     if any(body.get(key) is not None for key in ("prompt_logprobs", "prompt_embeds")):
         return False
+    if body.api is RESPONSES:
+        return _is_one_turn(body)
+    if body.api is GENERATE:
+        return _has_one_answer(body)
     return not body.has("prompt") or body.only_prompt() is not None
 
 
+def _is_one_turn(body: JsonBody) -> bool:
+    """Whether a response is one run of the engine, whose prompt is in the request.
+
+    With a tool of its own (``code_interpreter``, ``mcp``), vLLM runs the engine again with what the tool has
+    said, and the same hand-off.
+    """
+    if body.get("background") or body.get("previous_response_id") is not None:
+        return False
+    tools = body.value("tools")
+    if tools is None:
+        return True
+    try:
+        found = _decode_tools(tools.copy()) if tools.size <= _MOST_TOOL_BYTES else [_Tool()]
+    except UNREADABLE:
+        return False
+    return all(tool.type == "function" for tool in found or ())
+
+
+def _has_one_answer(body: JsonBody) -> bool:
+    params = body.get("sampling_params")
+    if not isinstance(params, dict) or not body.has("token_ids"):
+        return False
+    return params.get("n") in (None, 1) and params.get("prompt_logprobs") is None
+
+
 def one_token(body: JsonBody, more: Mapping[str, bytes], *, past_stop: bool = False) -> bytes:
-    """Return the client's body with ``max_tokens`` 1, not streamed, and ``more`` fields (JSON texts).
+    """Return the client's body for one token, not streamed, with ``more`` fields (JSON texts).
 
     ``past_stop``: the token is neither an end of the text nor a stop. It is for engines that hand nothing
     over then. D gets the client's own fields, and finds the end by itself.
     """
-    drop, add = _DROPPED, {"max_tokens": b"1", "stream": b"false", **more}
+    api = body.api
+    drop, add = api.dropped, {**api.one_token, **more}
     if body.has("max_completion_tokens"):
         add["max_completion_tokens"] = b"1"
-    if past_stop:
+    if api is GENERATE:
+        add["sampling_params"] = _of_one_token(body, past_stop)
+    elif past_stop:
         drop |= _STOPS
         add["min_tokens"] = b"1"
     return body.replace(drop, add)
 
 
+def _of_one_token(body: JsonBody, past_stop: bool) -> bytes:
+    """Return the text of ``sampling_params`` for one token."""
+    params = _decode_object(bytes(body.fields.sampling_params))
+    dropped = {"min_tokens", *(_STOPS if past_stop else ())}
+    kept = {key: value for key, value in params.items() if key not in dropped}
+    return msgspec.json.encode({**kept, "max_tokens": 1, **({"min_tokens": 1} if past_stop else {})})
+
+
 def has_stopped(answer: bytes) -> bool:
     """Whether the one token of an answer was an end of the text, or a stop."""
     try:
-        choices = _decode_choices(answer).choices
+        end = _decode_end(answer)
     except UNREADABLE:
         return False
-    return any(choice.finish_reason == "stop" for choice in choices)
+    if end.status == "completed" or end.stop_reason in ("end_turn", "stop_sequence", "tool_use"):
+        return True
+    return any(choice.finish_reason == "stop" for choice in end.choices)
 
 
 def counted(answer: bytes) -> tuple[int | None, int | None]:
@@ -103,7 +157,8 @@ def counted_in(usage: msgspec.Raw, cached: int | None = None) -> tuple[int | Non
     tokens = None
     with suppress(*UNREADABLE):
         found = _decode_usage(usage) or _Usage()
-        tokens = found.prompt_tokens or None
-        if cached is None and found.prompt_tokens_details is not None:
-            cached = found.prompt_tokens_details.cached_tokens
+        tokens = found.prompt_tokens or found.input_tokens or None
+        details = found.prompt_tokens_details or found.input_tokens_details
+        if cached is None:
+            cached = details.cached_tokens if details is not None else found.cache_read_input_tokens
     return tokens, cached if tokens is None or cached is None else min(cached, tokens)

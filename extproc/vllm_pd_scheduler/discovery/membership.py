@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -28,6 +29,7 @@ class Membership:
         self._registry = registry
         self._events = events
         self._told: dict[str, tuple[PDInstance, ...]] = {ADMIN: (), CONFIG: ()}
+        self._left_out: dict[str, tuple[str, ...]] = {}
         self._told_at: dict[str, float] = {}
         self._problems: dict[str, str] = {}
         self._silent: set[str] = set()
@@ -55,15 +57,22 @@ class Membership:
         """Whether what is known of a role is more than that nobody has told anything."""
         return not self._silent or bool(self._registry.endpoints(role))
 
-    def update(self, source: str, instances: Iterable[PDInstance], by: str = By.START) -> None:
-        """Take the whole set of instances that a source knows."""
+    def update(
+        self,
+        source: str,
+        instances: Iterable[PDInstance],
+        by: str = By.START,
+        left_out: Iterable[str] = (),
+    ) -> None:
+        """Take the whole set of instances that a source knows, and a line for each that is of no use."""
         self._told[source] = tuple(instances)
+        self._left_out[source] = tuple(left_out)
         self._has_spoken(source)
         self._settle(by)
 
     def forget(self, source: str, by: str = By.START) -> None:
         """Take it that there is no such source any more: nobody but the others names its instances."""
-        for known in (self._told, self._told_at, self._problems):
+        for known in (self._told, self._left_out, self._told_at, self._problems):
             known.pop(source, None)
         self._has_spoken(source)
         self._settle(by)
@@ -156,6 +165,16 @@ class Membership:
         if instance_id not in self._leaving:
             self._registry.undrain(instance_id, by)
 
+    def remember(self, drained: Iterable[str], removed: Iterable[PDInstance]) -> None:
+        """Take it that operators have drained and removed instances that no source has named yet."""
+        self._drained.update(drained)
+        self._removed.update((named(each), each) for each in removed)
+
+    def drained_and_away(self) -> list[str]:
+        """Return the ids of those that operators have drained and that are not there now."""
+        there = {endpoint.id for endpoint in self._registry}
+        return sorted(self._drained - there)
+
     def drained(self, instance_id: str) -> bool:
         """Whether operators have drained an instance."""
         return instance_id in self._drained
@@ -176,7 +195,8 @@ class Membership:
 
     def _settle(self, by: str) -> None:
         named_now = {named(each) for source, told in self._told.items() if source != ADMIN for each in told}
-        self._removed = {key: each for key, each in self._removed.items() if key in named_now}
+        if not self._silent:  # who has told nothing yet may name them
+            self._removed = {key: each for key, each in self._removed.items() if key in named_now}
         merged = merge(self._wanted(), self._members.values())
         before, self._members = self._members, merged.members
         with self._registry.as_one_change(by):
@@ -184,7 +204,7 @@ class Membership:
             for member in self._members.values():
                 self._have(member.instance, by)
         self._let_go()
-        self._tell_refused(merged.refused, by)
+        self._tell_refused((*merged.refused, *itertools.chain(*self._left_out.values())), by)
 
     def _part(self, before: dict[str, Member], by: str) -> None:
         """Let those go that are not members any more: at once if another one needs their id or place."""

@@ -20,9 +20,10 @@ class Report:
         self.first_word = asyncio.Event()
         """Set once something was found, be it that there is nothing."""
 
-    def found(self, instances: Iterable[PDInstance]) -> None:
-        """Tell the whole set of instances that there are now."""
-        self._membership.update(self._source, instances, f"{By.DISCOVERY} {self._source}")
+    def found(self, instances: Iterable[PDInstance], left_out: Iterable[str] = ()) -> None:
+        """Tell the whole set of instances that there are now, and a line for each that is of no use."""
+        lines = [f"{self._source}: {line}" for line in left_out]
+        self._membership.update(self._source, instances, f"{By.DISCOVERY} {self._source}", lines)
         self.unchanged()
         self.first_word.set()
 

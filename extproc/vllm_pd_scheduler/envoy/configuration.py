@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from ..config.tls import InstanceTlsConfig
-from ..request.path import PUBLIC_PATHS, PublicPaths, path_regex
+from ..request.api import APIS
+from ..request.path import PUBLIC_PATHS, SPLIT_PATHS, PublicPaths, path_regex
 from .ports import EnvoyPorts
 
 WEBSOCKET_PATH = "/v1/realtime"
@@ -95,6 +96,10 @@ def _make_public(routes: list[dict[str, Any]], paths: Sequence[str]) -> None:
     given = [route for route in routes if route.get("name") == "public"]
     at = routes.index(given[0])
     routes[at : at + len(given)] = [{**given[0], "match": _path_match(path)} for path in paths]
+    split = "|".join((*SPLIT_PATHS, *(path for path in paths if path in APIS)))
+    for route in routes:
+        if route.get("name") == "split":
+            route["match"]["safe_regex"]["regex"] = split
     if WEBSOCKET_PATH not in PublicPaths(paths):
         routes[:] = [route for route in routes if route.get("name") != "websocket"]
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from .api import CHAT, COMPLETIONS, GENERATE, Api
 from .errors import BodyError
 from .handoff_key import is_suspect, refuse_name, without_key
 from .json_text import (
@@ -70,6 +71,16 @@ class Fields(msgspec.Struct, frozen=True):
     prompt_logprobs: msgspec.Raw = _ABSENT
     prompt_embeds: msgspec.Raw = _ABSENT
     return_token_ids: msgspec.Raw = _ABSENT
+    instructions: msgspec.Raw = _ABSENT
+    input: msgspec.Raw = _ABSENT
+    max_output_tokens: msgspec.Raw = _ABSENT
+    background: msgspec.Raw = _ABSENT
+    store: msgspec.Raw = _ABSENT
+    previous_response_id: msgspec.Raw = _ABSENT
+    request_id: msgspec.Raw = _ABSENT
+    system: msgspec.Raw = _ABSENT
+    token_ids: msgspec.Raw = _ABSENT
+    sampling_params: msgspec.Raw = _ABSENT
 
 
 class _Stream(msgspec.Struct):
@@ -80,11 +91,9 @@ _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
-    {
-        "prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt",
-        "stop", "stop_token_ids",
-    }
-)  # fmt: skip
+    {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
+    | {"instructions", "input", "system", "token_ids", "sampling_params", "stop", "stop_token_ids"}
+)
 _decode = msgspec.json.Decoder(Fields).decode
 _decode_stream = msgspec.json.Decoder(_Stream).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -115,26 +124,31 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
     """A JSON object, split at its top level. Connectors, which may be code of the operator's, only read it.
 
     ``raw`` is the body without a client's hand-off key at any depth; ``stripped`` says whether there was one.
+    ``api`` is what it is a request of.
     """
 
     raw: bytes
     fields: Fields
     stripped: bool = False
     walked: _Walked | None = None
+    api: Api = COMPLETIONS
 
     @classmethod
-    def parse(cls, body: bytes) -> JsonBody:
-        """Split ``body`` without a stop; raises :exc:`.errors.BodyError` if it is not a JSON object."""
-        return finish(cls.read(body))
+    def parse(cls, body: bytes, api: Api | None = None) -> JsonBody:
+        """Split ``body`` without a stop; raises :exc:`.errors.BodyError` if it is not a JSON object.
+
+        Without an ``api`` it is a chat completion if it has messages, else a completion.
+        """
+        return finish(cls.read(body, api))
 
     @classmethod
-    def read(cls, body: bytes) -> Steps[JsonBody]:
-        """Split ``body`` in steps; raises :exc:`.errors.BodyError` if it is not a JSON object."""
+    def read(cls, body: bytes, api: Api | None = None) -> Steps[JsonBody]:
+        """Do the same in steps."""
         if not body:
             raise BodyError("The request has no body; a JSON object is needed.")
         try:
             if len(body) <= AT_ONCE_BYTES and (fields := _at_once(body)) is not None:
-                return cls(body, fields)
+                return cls(body, fields, api=api or _usual(fields))
             _check_encoding(body)
             clean = yield from _without_key(body)
             fields, walked = yield from _walk(clean)
@@ -144,7 +158,7 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
             raise BodyError(_TOO_MANY) from None
         except TooDeep:
             raise BodyError(_TOO_DEEP) from None
-        return cls(clean, fields, clean is not body, walked)
+        return cls(clean, fields, clean is not body, walked, api or _usual(fields))
 
     def has(self, key: str) -> bool:
         """Whether the body has a field, null or not."""
@@ -166,6 +180,14 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
     def wants_stream(self) -> bool:
         """Whether the answer is to be a stream of events."""
         return _means_true(self.get("stream"))
+
+    @property
+    def answer_limit(self) -> int | None:
+        """Tokens that the client allows the answer; ``None`` without a limit."""
+        given = next(filter(None, map(self.get, self.api.limits)), None)
+        if self.api is GENERATE and isinstance(params := self.get("sampling_params"), dict):
+            given = params.get("max_tokens")
+        return given if type(given) is int and given > 0 else None
 
     def length(self, key: str) -> int:
         """Return the bytes of a field's text, without decoding it; 0 if it is absent."""
@@ -238,6 +260,10 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         if begin < walked.end:
             yield text[begin : walked.end]
             yield b","
+
+
+def _usual(fields: Fields) -> Api:
+    return COMPLETIONS if fields.messages is _ABSENT else CHAT
 
 
 def strip_handoff(body: bytes) -> Steps[bytes]:

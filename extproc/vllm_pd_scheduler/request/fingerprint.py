@@ -12,7 +12,7 @@ a while, once the other one has ended two instances."""
 
 def fingerprint(body: JsonBody) -> int:
     """Return a number by which the same prompt is known again in this process; 0 if there is none."""
-    prompt = body.value("messages") or body.value("prompt")
+    prompt = body.value(body.api.prompt[-1])
     if prompt is None:
         return 0
     return _of(prompt.text, prompt.start, prompt.end)

@@ -11,10 +11,8 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-CHAT_PATH: Final = "/v1/chat/completions"
-
-SPLIT_PATHS: Final = (CHAT_PATH, "/v1/completions")
-"""Paths whose POST requests are split in prefill and decode. All others go to decode as they are."""
+SPLIT_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
+"""Paths that are always public."""
 
 PUBLIC_PATHS: Final = (
     "/v1/models",

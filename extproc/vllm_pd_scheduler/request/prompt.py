@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
+from .api import COMPLETIONS, GENERATE, RESPONSES
 from .body import AT_ONCE_BYTES, UNREAD, JsonBody
 from .json_string import string_content
 from .json_text import JsonText, Malformed, Steps, Value
@@ -41,6 +42,7 @@ _HASH_MASK = (1 << 60) - 1
 # Marks in a chat's stream are bytes that UTF-8 never has. A fixed-length digest follows _MEDIA.
 _MESSAGE, _NAME, _TOOL_CALLS, _TOOL_CALL_ID, _CONTENT = b"\xff", b"\xfe", b"\xfd", b"\xfc", b"\xfb"
 _TOOLS, _MEDIA = b"\xfa", b"\xf9"
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_PADDING = bytes(MEDIA_BYTES - len(_MEDIA) - 8)
 
 Pieces = Iterator[bytes | None]
@@ -70,29 +72,41 @@ class _Message(msgspec.Struct):
     tool_call_id: str | None = None
 
 
+class _Item(msgspec.Struct):
+    """A message of a response, or what was called in it and has come of that."""
+
+    role: str = ""
+    content: str | list[Any] | None = None
+    name: str | None = None
+    call_id: str | None = None
+    arguments: str | None = None
+    output: str | list[Any] | None = None
+
+
 _NOTHING = Prompt(0, None, ())
 _STEP: Final = object()
 
 _decode = msgspec.json.decode
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_messages = msgspec.json.Decoder(list[_Message]).decode
+_decode_item = msgspec.json.Decoder(_Item).decode
 _decode_message = msgspec.json.Decoder(_Message).decode
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 def read_prompt(body: JsonBody) -> Steps[Prompt]:
-    """Return what is known of the prompt of a request for a completion or a chat completion.
+    """Return what is known of the prompt of a request.
 
     One that is malformed, which vLLM will refuse, has no size and no blocks. Several prompts in a request
     have no blocks.
     """
     try:
-        if body.has("messages"):
+        if body.api is not COMPLETIONS and body.api is not GENERATE:
             return (yield from _hashed(body, "chat", _chat(body)))
-        prompt = body.only_prompt()
+        prompt = body.only_prompt() if body.api is COMPLETIONS else body.value("token_ids")
         if prompt is None:
             return Prompt(min(body.length("prompt"), MAX_BYTES), None, ())
-        if prompt.first == b'"':
+        if prompt.first == b'"' and body.api is COMPLETIONS:
             return (yield from _hashed(body, "text", _text(prompt)))
         if prompt.first == b"[":
             tokens = yield from _count_ids(prompt)
@@ -201,7 +215,12 @@ def _stream(body: JsonBody) -> Pieces:
     if tools := _loaded(body.value("tools")):
         yield _TOOLS
         yield from _canonical(tools)
-    messages = body.value("messages")
+    for key in body.api.prompt[:-1]:  # what stands before the conversation
+        yield from _said(b"system", body.value(key))
+    messages = body.value(body.api.prompt[-1])
+    if body.api is RESPONSES and messages is not None:
+        yield from _input(messages)
+        return
     if messages is None or messages.size <= AT_ONCE_BYTES:
         for message in _decode_messages(messages.copy() if messages else b""):
             yield from _message(message)
@@ -213,6 +232,47 @@ def _stream(body: JsonBody) -> Pieces:
             yield from _message(_decode_message(element.copy()))
         else:
             yield from _long_message(element)
+
+
+def _input(given: Value) -> Pieces:
+    """Yield the input of a response: a text, or items."""
+    if given.first == b'"':
+        yield from _said(b"user", given)
+        return
+    for element in _elements(given):
+        if element is None:
+            yield None
+        elif element.size <= AT_ONCE_BYTES:
+            yield from _item(_decode_item(element.copy()))
+        elif element.first == b"{":
+            yield _MESSAGE
+            yield from _as_written(element)
+        else:
+            raise Malformed("an item of the input is no object")
+
+
+def _said(role: bytes, given: Value | None) -> Pieces:
+    """Yield what somebody has said, if anything: a text, or parts."""
+    content = _loaded(given)
+    if not content:
+        return
+    if not isinstance(content, str | list | Value):
+        raise Malformed("neither a text nor parts")
+    yield _MESSAGE + role
+    yield _CONTENT
+    yield from _contents(content)
+
+
+def _item(item: _Item) -> Pieces:
+    yield _MESSAGE + item.role.encode()
+    if item.name:
+        yield _NAME + item.name.encode()
+    if item.call_id:
+        yield _TOOL_CALL_ID + item.call_id.encode()
+    for content in (item.content, item.arguments, item.output):
+        if content:
+            yield _CONTENT
+            yield from _contents(content)
 
 
 def _message(message: _Message) -> Pieces:
@@ -293,7 +353,7 @@ def _part(part: Any, number: int) -> Pieces:
     text = part
     if isinstance(part, Value):
         text = yield from _long_text(part)
-    elif isinstance(part, dict) and part.get("type", "text") == "text":
+    elif isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
         text = part.get("text")
     if isinstance(text, str | Value):
         if number:
@@ -326,7 +386,7 @@ def _long_text(part: Value) -> Steps[str | Value | None]:
         elif member.key == "text":
             text = _loaded(member.value)
     is_text = isinstance(text, str) or (isinstance(text, Value) and text.first == b'"')
-    return text if kind == "text" and is_text else None
+    return text if kind in _TEXT_PARTS and is_text else None
 
 
 def _elements(array: Value) -> Iterator[Value | None]:

@@ -58,7 +58,6 @@ class RequestReader:
 
         Raises :exc:`HeaderError`.
         """
-        model = body.get("model")
         name = body.get("model")
         model = name if isinstance(name, str) else None
         ratio = self._fleet.bytes_per_token(model)
@@ -66,7 +65,7 @@ class RequestReader:
             prompt = yield from read_prompt(body)
             blocks, size, exact = prompt.blocks, prompt.size, prompt.tokens
         else:
-            blocks, size, exact = (), body.length("messages") or body.length("prompt"), None
+            blocks, size, exact = (), sum(map(body.length, body.api.prompt)), None
         tokens = size / ratio if exact is None else exact
         return self._context(
             path,
@@ -110,9 +109,8 @@ class RequestReader:
         )
 
     def _output_tokens(self, body: JsonBody) -> float:
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        mean = self._fleet.output_tokens
-        return min(mean, limit) if type(limit) is int and limit > 0 else mean
+        mean, limit = self._fleet.output_tokens, body.answer_limit
+        return mean if limit is None else min(mean, limit)
 
     def _session(self, headers: Mapping[str, str], body: JsonBody) -> str | None:
         if found := headers.get(self._config.session_header):

@@ -22,10 +22,11 @@ from ..records.decisions import Decisions
 from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
+from ..request.api import APIS
 from ..request.body import JsonBody, asks_for_stream, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, Reject, reject
-from ..request.path import SPLIT_PATHS, PublicPaths
+from ..request.path import PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
@@ -34,6 +35,7 @@ from ..tracing import current
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
+from .response_ids import ResponseIds
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout, passed_timeout
 from .turns import Turns
@@ -78,6 +80,7 @@ class RoutingCore:
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self._local = ShareLimit(config.max_local_prefill_share)
+        self._response_ids = ResponseIds(self.registry)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
@@ -100,12 +103,14 @@ class RoutingCore:
         outcome: Forward | Reject
         trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:
-            if path in SPLIT_PATHS and headers.get(":method") == "POST":
-                parsed = await self._turns.take(JsonBody.read(body))
+            if path not in self._public:
+                outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
+            elif path in APIS and headers.get(":method") == "POST":
+                parsed = await self._turns.take(JsonBody.read(body, APIS[path]))
                 del body  # it is another one if a hand-off was cut out of it
                 outcome = await self._split(path, headers, parsed, decision)
-            elif path not in self._public:
-                outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
+                if isinstance(outcome, Forward):
+                    outcome.splice = self._response_ids.named(parsed, outcome.decode[0], outcome.splice)
             else:
                 outcome = await self._passed(path, headers, body, decision)
         except BodyError as error:
@@ -153,7 +158,10 @@ class RoutingCore:
             return lost_twice(math.ceil(refused_for))
         limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
         changed = None if clean is body else clean
-        return self._to_decode(context, changed, Served.PASSED, limit, decision)
+        keeper = self._response_ids.keeper_of_path(path)
+        return self._to_decode(
+            context, changed, Served.PASSED, limit, decision, keeper, bound=keeper is not None
+        )
 
     async def _split(
         self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
@@ -175,7 +183,10 @@ class RoutingCore:
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
         if not (named and self.connectors.can_split(body)):
-            return await self._whole(context, changed, Served.WHOLE, limit, decision)
+            keeper = self._response_ids.keeper(body.get("previous_response_id"))
+            return await self._whole(
+                context, changed, Served.WHOLE, limit, decision, keeper, bound=keeper is not None
+            )
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
             return await self._whole(context, changed, Served.ALONE, limit, decision, alone)
@@ -260,8 +271,9 @@ class RoutingCore:
         limit: float | None,
         decision: Decision,
         preferred: Endpoint | None = None,
+        bound: bool = False,
     ) -> Forward | Reject:
-        """Send a request to decode alone, as soon as there is room."""
+        """Send a request to decode alone, as soon as there is room; see :meth:`_to_decode`."""
         ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
         try:
             outcome = await self._admission.admit(ticket)
@@ -276,7 +288,7 @@ class RoutingCore:
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, self._clock())
         if refused_for:  # others with its prompt were lost while it has waited
             return lost_twice(math.ceil(refused_for))
-        return self._to_decode(context, body, served, limit, decision, preferred or own, own)
+        return self._to_decode(context, body, served, limit, decision, preferred or own, own, bound)
 
     def _to_decode(
         self,
@@ -287,10 +299,12 @@ class RoutingCore:
         decision: Decision,
         preferred: Endpoint | None = None,
         own: Endpoint | None = None,
+        bound: bool = False,
     ) -> Forward | Reject:
         """Send a request to ``preferred``, if that has room, else to the strategy's choice.
 
-        ``own`` is what the strategy chose for it, if it was asked already.
+        ``own`` is what the strategy chose for it, if it was asked already. A request that is ``bound`` goes
+        to ``preferred`` as it is.
         """
         context.at(self._clock())
         pick = self._scheduler.preview if preferred else self._scheduler.pick
@@ -298,7 +312,10 @@ class RoutingCore:
         picked = pick(InstanceRole.DECODE, context, count=count)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
-        if preferred is not None and preferred.routable and not self._scheduler.saturated(preferred, now):
+        has_room = preferred is not None and (
+            bound or (preferred.routable and not self._scheduler.saturated(preferred, now))
+        )
+        if preferred is not None and has_room:
             picked = [preferred, *(e for e in picked if e is not preferred)]
             if preferred is not own:  # else that was another pick
                 decision.decode = choice

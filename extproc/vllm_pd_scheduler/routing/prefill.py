@@ -166,7 +166,7 @@ class PrefillStage:
                 endpoint.host,
                 speaks=endpoint.speaks,
                 takes_token_ids=endpoint.takes_token_ids,
-                token_ids=self._config.tokenize_once and tokens_once(context.path, body),
+                token_ids=self._config.tokenize_once and tokens_once(body),
             )
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):

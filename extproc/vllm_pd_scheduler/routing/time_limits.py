@@ -38,9 +38,7 @@ def first_byte_timeout(
     limit = config.decode_first_byte_timeout * factor
     if body.wants_stream:
         return min(limit, left)
-    tokens = body.get("max_completion_tokens") or body.get("max_tokens")
-    if type(tokens) is not int or tokens < 1:
-        tokens = UNKNOWN_TOKENS
+    tokens = body.answer_limit or UNKNOWN_TOKENS
     decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token * factor
     return limit + decoding if decoding > left else min(limit + decoding, left)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..request.api import CHAT
 from ..request.body import JsonBody
-from ..request.path import CHAT_PATH
 
 MIN_BYTES = 2048
 """Of a body. To template and tokenize a shorter one takes D less than the ids take everybody on the way."""
@@ -15,11 +15,11 @@ _OTHER_PARTS = (b'"image', b'"audio', b'"video', b'"input_', b'"file')
 """How the kinds of parts of a message begin that are no text. D must look at those itself."""
 
 
-def tokens_once(path: str, body: JsonBody) -> bool:
+def tokens_once(body: JsonBody) -> bool:
     """Whether P should tell the token ids of a request's prompt: of a chat of text, neither short nor huge.
 
     vLLM reads them in chats alone. Text that looks like another kind of part is taken for one.
     """
-    if path != CHAT_PATH or not MIN_BYTES <= len(body.raw) <= MAX_BYTES:
+    if body.api is not CHAT or not MIN_BYTES <= len(body.raw) <= MAX_BYTES:
         return False
     return not any(kind in body.raw for kind in _OTHER_PARTS)

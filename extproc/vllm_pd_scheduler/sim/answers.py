@@ -31,36 +31,32 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Makes the JSON of the answer to one request, a completion or (``chat``) a chat completion."""
+    """Makes the JSON of the answer to one request, a completion or (``chat``) a chat completion.
+
+    Those of other APIs are in :mod:`.other_answers`.
+    """
 
     request_id: str
     model: str
     chat: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    token_ids: list[int] | None = None
+    """Of the prompt, if they are asked for: a chat has them at its top level."""
 
     @property
     def answer_id(self) -> str:
         """The request's id, with a prefix for the kind of answer."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}"
 
-    def whole(
-        self,
-        choices: list[dict[str, Any]],
-        usage: Usage,
-        params: dict[str, Any] | None,
-        token_ids: list[int] | None = None,
-    ) -> bytes:
-        """Return an answer that is not streamed; ``params`` are its ``kv_transfer_params``.
-
-        ``token_ids`` are the prompt's, which only a chat has at its top level.
-        """
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, params: dict[str, Any] | None) -> bytes:
+        """Return an answer that is not streamed; ``params`` are its ``kv_transfer_params``."""
         body = self._head("chat.completion" if self.chat else "text_completion", choices)
         body |= {
             "service_tier": None,
             "system_fingerprint": None,
             "usage": usage.body(),
             "prompt_logprobs": None,
-            **({"prompt_token_ids": token_ids} if self.chat else {}),
+            **({"prompt_token_ids": self.token_ids} if self.chat else {}),
         }
         return msgspec.json.encode(body | {"kv_transfer_params": params})
 
@@ -79,6 +75,8 @@ class Shape:
 
     def opening(self, index: int) -> bytes:
         """Return the first event of a choice of a chat completion; completions have none."""
+        if not self.chat:
+            return b""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
@@ -90,9 +88,9 @@ class Shape:
             choice["stop_reason"] = None
         return self._event([choice])
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the event that ``stream_options.include_usage`` asks for."""
-        return self._event([], usage=usage.body())
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
+        """Return the last events; ``wanted`` says whether ``stream_options.include_usage`` asks for usage."""
+        return (self._event([], usage=usage.body()) if wanted else b"") + DONE
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,11 +19,16 @@ from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer, read_registration
 from .metrics import Metrics
 from .options import Options
+from .other_answers import GenerateShape, MessagesShape, ResponsesShape
 from .protocol import (
+    AnyBody,
     ApiError,
     ChatBody,
     CompletionBody,
     EmbeddingBody,
+    GenerateBody,
+    MessagesBody,
+    ResponsesBody,
     TokenizeBody,
     TooLong,
     choose_length,
@@ -47,6 +53,16 @@ HALF = "half"
 """Key of the request object: whether the fault cuts this answer in half."""
 MUTE = "mute"
 """Key of the request object: after how many tokens of a stream the fault sends nothing more."""
+
+
+_APIS: dict[str, tuple[type[AnyBody], type[Shape]]] = {
+    "/v1/completions": (CompletionBody, Shape),
+    "/v1/chat/completions": (ChatBody, Shape),
+    "/v1/responses": (ResponsesBody, ResponsesShape),
+    "/v1/messages": (MessagesBody, MessagesShape),
+    "/inference/v1/generate": (GenerateBody, GenerateShape),
+}
+"""What generates: the body that each path reads, and the answers that it gives."""
 
 
 class Api:
@@ -80,8 +96,7 @@ class Api:
         }
         post = {
             "/ping": self._health,
-            "/v1/completions": self._completions,
-            "/v1/chat/completions": self._chat,
+            **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/_sim/fault": self._set_fault,
@@ -137,25 +152,22 @@ class Api:
 
     # -- generation -----------------------------------------------------------------------------------
 
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, CompletionBody)
-
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, ChatBody)
-
-    async def _generate(
-        self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
-    ) -> web.StreamResponse:
-        body = read_body(await request.read(), request.content_type, kind)
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        kind, shaped = _APIS[request.path]
+        body: AnyBody = read_body(await request.read(), request.content_type, kind)
         model = self._model(body.model)
-        shape = Shape(_request_id(request), model, kind is ChatBody)
+        name = _request_id(request)
+        if isinstance(body, ResponsesBody):
+            name = body.request_id or f"resp_{uuid.uuid4().hex}"
+        shape = shaped(name, model, kind in (ChatBody, MessagesBody))
         jobs = self._make_jobs(body, shape, request[ENTRY])
         self._active_requests += 1
         try:
             if body.stream:
                 return await self._stream(request, body, shape, jobs)
-            ids = jobs[0].prompt.token_ids() if body.return_token_ids else None
-            return await self._whole(request, shape, jobs, ids)
+            if body.return_token_ids:
+                shape = replace(shape, token_ids=jobs[0].prompt.token_ids())
+            return await self._whole(request, shape, jobs)
         finally:
             self._active_requests -= 1
 
@@ -165,7 +177,7 @@ class Api:
             raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
         return self._options.model
 
-    def _make_jobs(self, body: CompletionBody | ChatBody, shape: Shape, entry: Entry) -> list[Job]:
+    def _make_jobs(self, body: AnyBody, shape: Shape, entry: Entry) -> list[Job]:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
@@ -224,9 +236,7 @@ class Api:
             entry.outcomes.append("released")
             self._worker.release(offer)
 
-    async def _whole(
-        self, request: web.Request, shape: Shape, jobs: list[Job], token_ids: list[int] | None
-    ) -> web.StreamResponse:
+    async def _whole(self, request: web.Request, shape: Shape, jobs: list[Job]) -> web.StreamResponse:
         words: list[list[str]] = [[] for _ in jobs]
         try:
             async with aclosing(self._worker.generate(jobs)) as tokens:
@@ -235,7 +245,7 @@ class Api:
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
-        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request), token_ids)
+        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request))
         if not request.get(HALF):
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(
@@ -253,7 +263,7 @@ class Api:
         return offer.answer(request.computed, request.cached, push=self._pushes)
 
     async def _stream(
-        self, request: web.Request, body: CompletionBody | ChatBody, shape: Shape, jobs: list[Job]
+        self, request: web.Request, body: AnyBody, shape: Shape, jobs: list[Job]
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As with vLLM, status 200 is sent before anything can fail.
@@ -264,19 +274,18 @@ class Api:
                 async for token in tokens:
                     if sent == request.get(MUTE):
                         await asyncio.Event().wait()
-                    if not sent and shape.chat:
+                    if not sent:
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))
                     sent += 1
                     if sent == 2 and request.get(HALF):
                         await drop_connection(request, flush=True)
-            if body.stream_options and body.stream_options.include_usage:
-                await response.write(shape.usage(_usage(jobs)))
+            wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
+            await response.write(shape.closing(_usage(jobs), wanted))
         except EngineFailed as error:
-            await response.write(event(ApiError(500, str(error), "InternalServerError").body()))
+            await response.write(event(ApiError(500, str(error), "InternalServerError").body()) + DONE)
         except ConnectionError:
             return response  # the client has left; closing the generator has aborted its request
-        await response.write(DONE)
         await response.write_eof()
         return response
 

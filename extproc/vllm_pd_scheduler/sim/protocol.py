@@ -94,6 +94,72 @@ class ChatBody(Body, kw_only=True):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class ResponsesBody(Body, kw_only=True):
+    """Body of ``/v1/responses``. There is no store, so nothing can be continued or run in the background."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+    request_id: str | None = None
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """Return the one prompt that instructions and input make; raise ApiError for an unknown response."""
+        if self.previous_response_id is not None:
+            message = f"Response with id '{self.previous_response_id}' not found."
+            raise ApiError(404, message, "invalid_request_error", "response_id")
+        before = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        given = self.input if isinstance(self.input, list) else [{"role": "user", "content": self.input}]
+        return [_prompt(model, render_chat([*before, *given]))]
+
+    def limit(self) -> int | None:
+        """Return the tokens that the client asks for at most."""
+        return self.max_output_tokens
+
+
+class MessagesBody(Body, kw_only=True):
+    """Body of ``/v1/messages``, Anthropic's API."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int
+    system: str | list[dict[str, Any]] | None = None
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """Return the one prompt that the messages make."""
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [_prompt(model, render_chat([*before, *self.messages]))]
+
+    def limit(self) -> int | None:
+        """Return the tokens that the client asks for at most."""
+        return self.max_tokens
+
+
+class SamplingParams(msgspec.Struct):
+    """The field ``sampling_params``."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = 0
+    n: int | None = 1
+
+
+class GenerateBody(Body, kw_only=True):
+    """Body of ``/inference/v1/generate``: token ids in, token ids out."""
+
+    token_ids: list[int]
+    sampling_params: SamplingParams
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """Return the one prompt."""
+        return [_prompt(model, self.token_ids)]
+
+    def limit(self) -> int | None:
+        """Return the tokens that the client asks for at most."""
+        return self.sampling_params.max_tokens
+
+
+AnyBody = CompletionBody | ChatBody | ResponsesBody | MessagesBody | GenerateBody
+
+
 class TokenizeBody(msgspec.Struct):
     """Body of ``/tokenize``: a prompt, or messages."""
 
@@ -173,9 +239,7 @@ class Length:
     finish_reason: str
 
 
-def choose_length(
-    body: CompletionBody | ChatBody, prompt: Prompt, natural: int, max_model_len: int
-) -> Length:
+def choose_length(body: AnyBody, prompt: Prompt, natural: int, max_model_len: int) -> Length:
     """Return the length of an answer that by itself would end after ``natural`` tokens.
 
     Raise ApiError for a limit below 1, and TooLong if prompt and answer do not fit into the context.

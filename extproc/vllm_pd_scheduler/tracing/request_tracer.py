@@ -15,7 +15,13 @@ from .current import current
 from .request_trace import RequestTrace
 
 _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-_OPERATIONS: Final = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
+_OPERATIONS: Final = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/inference/v1/generate": "text_completion",
+}
 _W3C = TraceContextTextMapPropagator()
 
 

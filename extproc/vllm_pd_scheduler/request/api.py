@@ -1,0 +1,70 @@
+"""The APIs whose requests are split: what each calls the prompt, and what bounds its answer.
+
+Sources: vLLM's ``entrypoints/openai/completion``, ``chat_completion`` and ``responses``, ``anthropic`` and
+``scale_out/token_in_token_out``, version 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Api:
+    """What routing and connectors need to know of an API."""
+
+    path: str
+    prompt: tuple[str, ...]
+    """Fields that have the prompt, in the order in which it is read; what has none of them, vLLM refuses."""
+    limits: tuple[str, ...]
+    """Fields that bound the answer's tokens, the one that counts first."""
+    one_token: Mapping[str, bytes]
+    """Fields, with JSON texts, that make the answer one token in one piece."""
+    dropped: frozenset[str]
+    """Fields that a request for one token has without: with it, vLLM would refuse them."""
+
+
+_STREAM_OF_ONE: Final = frozenset({"min_tokens", "stream_options"})
+"""vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``."""
+
+COMPLETIONS: Final = Api(
+    "/v1/completions",
+    ("prompt",),
+    ("max_tokens",),
+    {"max_tokens": b"1", "stream": b"false"},
+    _STREAM_OF_ONE,
+)
+CHAT: Final = Api(
+    "/v1/chat/completions",
+    ("messages",),
+    ("max_completion_tokens", "max_tokens"),
+    {"max_tokens": b"1", "stream": b"false"},
+    _STREAM_OF_ONE | {"max_completion_tokens"},
+)
+RESPONSES: Final = Api(
+    "/v1/responses",
+    ("instructions", "input"),
+    ("max_output_tokens",),
+    {"max_output_tokens": b"1", "stream": b"false", "store": b"false"},
+    _STREAM_OF_ONE,
+)
+MESSAGES: Final = Api(
+    "/v1/messages",
+    ("system", "messages"),
+    ("max_tokens",),
+    {"max_tokens": b"1", "stream": b"false"},
+    frozenset(),
+)
+GENERATE: Final = Api(
+    "/inference/v1/generate",
+    ("token_ids",),
+    (),
+    {"stream": b"false"},
+    frozenset({"stream_options"}),
+)
+"""Token ids in, token ids out. What bounds the answer is in ``sampling_params``."""
+
+APIS: Final = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE)}
+"""By their paths."""
