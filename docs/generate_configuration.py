@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config.aliases import AliasConfig
 from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
@@ -45,6 +46,12 @@ GROUPS = (
             ],
             "instance_files": ["/etc/pd/instances.yaml"],
         },
+    ),
+    Group(
+        "Models",
+        "Names that stand for others. What models there are is read from the instances: [Models](models.md).",
+        ("models",),
+        {"models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}},
     ),
     Group(
         "Strategies",
@@ -166,6 +173,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
     TracingConfig: "tracing",
+    AliasConfig: "alias",
     DnsSource: "DNS source",
     DockerSource: "Docker source",
     DockerTls: "Docker TLS",

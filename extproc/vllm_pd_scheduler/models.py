@@ -6,6 +6,9 @@ import ipaddress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+ANY_MODEL = "*"
+"""Among an instance's configured models: it may serve any name, which its engine resolves."""
+
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _AFTER_IPV4_COMPATIBLE = ipaddress.IPv6Address("::1:0:0")
 
@@ -72,9 +75,10 @@ class PDInstance:
     tls_name: str | None = None
     """DNS name that its certificate must be for; ``None`` for plain HTTP."""
     models: frozenset[str] | None = None
-    """Models that it serves, as its operator says; ``None``: as its ``/v1/models`` says."""
+    """Names that it serves, as configured; ``None``: what its ``/v1/models`` says. With :data:`ANY_MODEL`
+    it also serves names that it does not list."""
     revision: str | None = None
-    """Of its roll-out: what P has computed is for D of the same revision only, where P has one."""
+    """Of a roll-out: P hands over only to D of the same one."""
     connector: ConnectorChoice | None = None
     """The protocol by which it hands over; ``None``: that of the fleet."""
 
@@ -122,6 +126,10 @@ class MetricsSnapshot:
     """Mean seconds of the KV transfers; ``None`` if there were none."""
     latency_at: float | None = None
     """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters of requests that run or wait there, those that run last."""
+    adapter_slots: int = 0
+    """LoRA adapters that it holds at once (``--max-loras``); 0 if it has not said."""
 
 
 def join_address(host: str, port: int) -> str:

@@ -21,6 +21,8 @@ from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
+from .request.rewrites import Rewrites
+from .routing.catalog import Catalog
 from .routing.core import RoutingCore
 from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
@@ -82,6 +84,7 @@ class PDRouter:
             clock,
             later,
         )
+        self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg
         self._later = later
         self._ids = self._present()
@@ -101,6 +104,16 @@ class PDRouter:
     def in_flight(self) -> RequestsInFlight:
         """What was sent to decode and has not ended."""
         return self._core.in_flight
+
+    @property
+    def rewrites(self) -> Rewrites:
+        """Which model a request gets that asks for an alias: each source updates its own rules."""
+        return self._core.rewrites
+
+    @property
+    def catalog(self) -> Catalog:
+        """Which models clients can ask for."""
+        return self._core.catalog
 
     @property
     def prefill_leg(self) -> PrefillLeg | None:
@@ -176,6 +189,7 @@ class PDRouter:
         scheduler.reconfigured()
         self.dispatcher.reconfigured()
         self.membership.update(CONFIG, instances, by)
+        self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 
     # -- requests

@@ -75,6 +75,7 @@ async def followed(source: Told) -> Callable[..., None]:
 async def test_a_start_waits_for_the_first_word(source: Told, router: PDRouter, sources: Sources) -> None:
     assert router.membership.silent == {"told"}
     assert not router.membership.knows(InstanceRole.DECODE)
+    assert router.membership.no_news == "no news from 1 of 2 sources of instances"
     tell = await followed(source)
     waiting = asyncio.ensure_future(sources.first_words())
     await asyncio.sleep(0)
@@ -83,6 +84,7 @@ async def test_a_start_waits_for_the_first_word(source: Told, router: PDRouter, 
     await waiting
     assert ids(router) == {"d1", "d2"}
     assert router.membership.knows(InstanceRole.PREFILL)  # that there is none
+    assert router.membership.no_news is None
 
 
 async def test_but_not_for_ever(

@@ -96,8 +96,8 @@ class SettingsTest(unittest.TestCase):
             with self.subTest(name):
                 self.assertTrue(kind and text)
                 found, real = default(re.sub(r" \(.* MiB\)$", "", stated)), getattr(SchedulerConfig(), name)
-                self.assertEqual(found, real or None if isinstance(real, list) else real)
-                self.assertIs(type(found), type(real) if real != [] else type(None))
+                self.assertEqual(found, real or None if isinstance(real, list | dict) else real)
+                self.assertIs(type(found), type(real) if real not in ([], {}) else type(None))
         self.assertEqual(sorted(documented), sorted(SchedulerConfig.model_fields))
 
     def test_every_example_is_accepted(self) -> None:

@@ -314,7 +314,7 @@ class AnswersTest(unittest.TestCase):
                 each["header"]["key"]: each["header"]["value"] for each in mapper.get("headers_to_add", ())
             }
             with self.subTest(expression=expression, status=status):
-                of_p = expression.endswith("'pd_prefill_4xx'")
+                of_p = expression.endswith(("'pd_prefill_4xx'", "'pd_own'"))
                 below_400 = status["op"] == "LE" and status["value"]["default_value"] < 400
                 if of_p or below_400:
                     self.assertEqual(added, {})

@@ -41,8 +41,10 @@ json_values = st.recursive(
 
 class ParseTest(unittest.TestCase):
     def test_the_base_model_and_its_adapters(self) -> None:
-        self.assertEqual(parse_models(json.dumps(VLLM).encode()), {"base", "adapter-1"})
-        self.assertEqual(parse_models(b'{"data": []}'), frozenset())
+        found = parse_models(json.dumps(VLLM).encode())
+        self.assertEqual((found.names, found.adapters), ({"base", "adapter-1"}, {"adapter-1"}))
+        self.assertEqual([json.loads(card) for card in found.cards.values()], VLLM["data"])
+        self.assertEqual(parse_models(b'{"data": []}').names, frozenset())
 
     def test_what_is_none(self) -> None:
         for body in (
@@ -74,7 +76,11 @@ class ParseTest(unittest.TestCase):
             found = parse_models(body)
         except NotAListOfModels:
             return
-        self.assertTrue(all(isinstance(name, str) and name for name in found))
+        self.assertTrue(all(isinstance(name, str) and name for name in found.names))
+        self.assertLessEqual(found.adapters, found.names)
+        self.assertEqual(found.cards.keys(), found.names)
+        for card in found.cards.values():
+            json.loads(card)
 
 
 class OddOnesTest(unittest.TestCase):

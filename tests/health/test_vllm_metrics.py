@@ -73,6 +73,45 @@ vllm:time_to_first_token_seconds_count{engine="1"} 20.0
 """
 
 
+LORA = """\
+# HELP vllm:lora_requests_info Running stats on lora requests.
+# TYPE vllm:lora_requests_info gauge
+vllm:lora_requests_info{max_lora="4",running_lora_adapters="",waiting_lora_adapters="old"} 1.7e+09
+vllm:lora_requests_info{max_lora="4",running_lora_adapters="a,b/c",waiting_lora_adapters="d"} 1.7898284988e+09
+vllm:lora_requests_info{max_lora="4",running_lora_adapters="older",waiting_lora_adapters=""} 1.7898284985e+09
+"""
+
+
+class AdaptersTest(unittest.TestCase):
+    def test_the_newest_series_counts(self) -> None:
+        found = parse_metrics(CURRENT + LORA)
+        self.assertEqual((found.adapters, found.adapter_slots), (("d", "a", "b/c"), 4))
+        taken = snapshot(found, None, None, D, 1.0)
+        self.assertEqual((taken.adapters, taken.adapter_slots), (("d", "a", "b/c"), 4))
+
+    def test_there_is_none(self) -> None:
+        found = parse_metrics(CURRENT)
+        self.assertEqual((found.adapters, found.adapter_slots), ((), 0))
+
+    def test_many_series(self) -> None:
+        """One for each set that there ever was; that is no reason not to believe the rest."""
+        line = (
+            'vllm:lora_requests_info{max_lora="2",running_lora_adapters="%d",waiting_lora_adapters=""} %d.5'
+        )
+        found = parse_metrics(CURRENT + "\n".join(line % (number, number) for number in range(20_000)))
+        self.assertEqual((found.adapters, found.running), (("19999",), 3.0))
+
+    def test_junk(self) -> None:
+        for labels, value in (
+            ('max_lora="-1"', "1"), ('max_lora="99999999999"', "1"), ("", "1"), ('x="', "1"), ("}{", "1"),
+            ('running_lora_adapters=",, ,"', "1"), ('running_lora_adapters="a"', "NaN"),
+            ('running_lora_adapters="a"', "1.2.3"), ('running_lora_adapters="a"', "-1"),
+        ):  # fmt: skip
+            with self.subTest(labels, value=value):
+                found = parse_metrics(f"{CURRENT}vllm:lora_requests_info{{{labels}}} {value}\n")
+                self.assertEqual((found.adapters, found.adapter_slots, found.running), ((), 0, 3.0))
+
+
 class ParseTest(unittest.TestCase):
     def test_current_names(self) -> None:
         self.assertEqual(

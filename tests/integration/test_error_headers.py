@@ -68,7 +68,7 @@ async def strict(session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path) -
 
 
 async def test_so_are_errors_of_p(strict: Client) -> None:
-    for body in ({"prompt": 17}, {"prompt": "p", "model": "none"}):
+    for body in ({"prompt": 17}, {"prompt": {"no": "text"}}):
         answer = await from_page(strict, PAGE, "/v1/completions", body)
         assert (answer.status in (400, 404), answer.headers[ALLOW]) == (True, PAGE)
         assert "x-pd-decode" not in answer.headers
@@ -76,7 +76,7 @@ async def test_so_are_errors_of_p(strict: Client) -> None:
 
 
 async def test_so_are_errors_of_d(client: Client) -> None:
-    for body in ({"prompt": 17}, {"prompt": "p", "model": "none"}, {"prompt": "p", "n": 0}):
+    for body in ({"prompt": 17}, {"prompt": "p", "n": 0}):
         answer = await from_page(client, PAGE, "/v1/completions", body)
         assert (answer.status in (400, 404), answer.headers[ALLOW]) == (True, PAGE)
         assert ALLOW not in (await from_page(client, OTHER, "/v1/completions", body)).headers
@@ -95,6 +95,8 @@ async def test_errors_of_the_schedulers(client: Client) -> None:
     for path, body in (("/v1/completions", b"{"), ("/tokenize", b"[" * 1000)):
         answer = await from_page(client, PAGE, path, body)
         assert (answer.status, readable(answer)) == (400, True)
+    answer = await from_page(client, PAGE, "/v1/completions", {"prompt": "p", "model": "none"})
+    assert (answer.status, readable(answer)) == (404, True)
 
 
 async def test_errors_of_envoys(client: Client) -> None:

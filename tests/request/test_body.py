@@ -21,10 +21,11 @@ from tests.request.documents import (
 )
 from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import NixlConnector
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, UNREAD, JsonBody, asks_for_stream
+from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, UNREAD, JsonBody
 from vllm_pd_scheduler.request.errors import BodyError
 from vllm_pd_scheduler.request.handoff_key import HANDOFF_KEY
 from vllm_pd_scheduler.request.json_text import MAX_MEMBERS, finish
+from vllm_pd_scheduler.request.passed_body import asks_for_stream
 
 
 class StreamTest(unittest.TestCase):
@@ -72,7 +73,7 @@ class SplicingTest(unittest.TestCase):
         raw = (space + json.dumps(document, **layout) + space).encode()
         for parse in WAYS:
             body = parse(raw)
-            self.assertFalse(body.stripped)
+            self.assertFalse(body.changed)
             sent = NixlConnector().splice(body, HANDOFF).into(raw)
             self.assertEqual(json.loads(sent), {**document, HANDOFF_KEY: PARAMS})
             self.assertEqual(list(json.loads(sent))[-1], HANDOFF_KEY)

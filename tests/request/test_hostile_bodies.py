@@ -108,7 +108,7 @@ class HostileBodiesTest(unittest.TestCase):
                 held, _ = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
                 with self.subTest(name, size=size):
-                    self.assertLess(held, 20_000 + (size if kept.stripped else 0))
+                    self.assertLess(held, 20_000 + (size if kept.changed else 0))
 
     def test_small_bodies_are_read_in_one_step(self) -> None:
         """Unless something in them is unusual: then there are no more steps than their size asks for."""

@@ -58,9 +58,13 @@ def expected(
     scheduler: Scheduler, now: float, exclude: Sequence[Endpoint], model: str | None = None
 ) -> list[Endpoint]:
     """The rule, read from all endpoints."""
-    known = any(model in (e.models or ()) for e in scheduler.registry.endpoints(P))
-    chosen = [e for e in scheduler.registry.routable(P) if e not in exclude]
-    chosen = [e for e in chosen if not known or not e.models or model in e.models]
+    endpoints = scheduler.registry.endpoints(P)
+    known = any(model in (e.models or ()) for e in endpoints)
+    chosen = list(scheduler.registry.routable(P))
+    if model is not None:
+        serve = [e for e in chosen if not e.models or model in e.models]
+        chosen = serve if known or serve or all(e.models for e in endpoints) else chosen
+    chosen = [e for e in chosen if e not in exclude]
     chosen = [e for e in chosen if not e.on_trial] or chosen
     return [e for e in chosen if not scheduler.saturated(e, now)] or chosen
 

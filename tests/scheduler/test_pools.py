@@ -1,6 +1,7 @@
 """Who is known to lack a model gets no request for it while others serve it."""
 
 import unittest
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -8,7 +9,7 @@ from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
-from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.models import ANY_MODEL, InstanceRole
 from vllm_pd_scheduler.scheduler import pools
 from vllm_pd_scheduler.strategies import strategy_names
 
@@ -56,14 +57,48 @@ class PoolsTest(unittest.TestCase):
             self.assertEqual(self.chosen(OTHER, role), {f"{role[0]}1"})
             self.assertNotIn(f"{role[0]}1", self.chosen(BASE, role))
 
-    def test_a_model_that_nobody_lists_reaches_all(self) -> None:
-        """The engine says what is wrong, or loads it."""
+    def test_a_model_that_nobody_lists_reaches_nobody(self) -> None:
+        for role in InstanceRole:
+            self.all_serve(BASE)
+            self.serves(f"{role[0]}1", OTHER)
+            self.assertEqual(self.scheduler.pick(role, prompt(model="unheard of")), [])
+            self.assertTrue(self.scheduler.nobody_serves(role, "unheard of"))
+            self.assertFalse(self.scheduler.can_serve(role, "unheard of"))
+            for model in (None, "", BASE, OTHER):
+                self.assertFalse(self.scheduler.nobody_serves(role, model))
+            self.assertEqual(len(self.chosen(None, role)), 4)
+            self.assertEqual(len(self.chosen("", role)), 4)
+
+    def test_a_model_that_nobody_lists_while_not_all_have_said(self) -> None:
+        """One of those may have it; if none of them can serve, the engines say what is wrong."""
         self.all_serve(BASE)
-        self.serves("p1", OTHER)
-        everyone = {"p0", "p1", "p2", "p3"}
-        self.assertEqual(self.chosen("unheard of"), everyone)
-        self.assertEqual(self.chosen(None), everyone)
-        self.assertEqual(self.chosen(""), everyone)
+        self.registry.serves(self.registry.get("p1"), None)
+        self.assertFalse(self.scheduler.nobody_serves(P, "unheard of"))
+        self.assertEqual(self.chosen("unheard of"), {"p1"})
+        self.registry.drain("p1")
+        self.assertEqual(self.chosen("unheard of"), {"p0", "p2", "p3"})
+
+    def test_names_that_nobody_has_take_no_memory(self) -> None:
+        self.all_serve(BASE)
+        pools = self.scheduler._pools[D]
+        for number in range(1000):
+            self.assertEqual(self.scheduler.pick(D, prompt(model=f"made up {number}")), [])
+        self.assertLess(len(pools._by_model), 5)
+
+    def test_configured_models(self) -> None:
+        """What an instance lists does not count then, but for one that may serve any."""
+        self.all_serve(BASE)
+        for name, models in (("p0", {OTHER}), ("p1", {ANY_MODEL, LORA}), ("p2", {BASE, LORA})):
+            instance = replace(self.registry.get(name).instance, models=frozenset(models))
+            self.registry.describe(name, instance)
+        self.assertEqual(self.chosen(OTHER), {"p0", "p1"})
+        self.assertEqual(self.chosen(LORA), {"p1", "p2"})
+        self.assertEqual(self.chosen(BASE), {"p1", "p2", "p3"})
+        self.assertEqual(self.chosen("unheard of"), {"p1"})
+        self.assertFalse(self.scheduler.nobody_serves(P, "unheard of"))
+        self.registry.started(self.registry.get("p0"), 1.0)
+        self.registry.started(self.registry.get("p0"), 2.0)
+        self.assertEqual(self.registry.get("p0").models, {OTHER}, "a restart changes nothing of that")
 
     def test_one_that_does_not_say_may_serve_all(self) -> None:
         self.all_serve(BASE)
@@ -75,20 +110,20 @@ class PoolsTest(unittest.TestCase):
 
     def test_an_adapter_that_is_loaded_counts_from_the_next_probe_on(self) -> None:
         self.all_serve(BASE)
-        self.assertEqual(len(self.chosen(LORA)), 4)
+        self.assertTrue(self.scheduler.nobody_serves(P, LORA))
         self.serves("p0", BASE, LORA)
         self.assertEqual(self.chosen(LORA), {"p0"})
         self.serves("p3", BASE, LORA)
         self.assertEqual(self.chosen(LORA), {"p0", "p3"})
         for name in ("p0", "p3"):
             self.registry.serves(self.registry.get(name), None)
-        self.assertEqual(len(self.chosen(LORA)), 4)
+        self.assertEqual(self.chosen(LORA), {"p0", "p3"})
 
     def test_the_roles_are_apart(self) -> None:
         self.all_serve(BASE)
         self.serves("d0", BASE, LORA)
         self.assertEqual(self.chosen(LORA, D), {"d0"})
-        self.assertEqual(len(self.chosen(LORA, P)), 4)
+        self.assertEqual(self.scheduler.pick(P, prompt(model=LORA)), [])
 
     def test_a_models_only_instance_that_is_away_is_not_replaced_by_a_404(self) -> None:
         self.all_serve(BASE)
@@ -138,7 +173,7 @@ class PoolsTest(unittest.TestCase):
             mock.patch.object(pools, "_may_serve", side_effect=AssertionError),
             mock.patch.object(pools.Pools, "_pool", autospec=True, side_effect=pools.Pools._pool) as made,
         ):
-            for model in (BASE, LORA, "unheard of", None):
+            for model in (BASE, LORA, None):
                 self.chosen(model)
             self.assertEqual(made.call_count, 1)
             self.all_serve(BASE, LORA)

@@ -105,6 +105,8 @@ def another(key: str, directory: Path) -> Any:
     if key == "instance_files":
         (directory / "more.yaml").write_text("decode_instances: [{id: d7, host: 10.0.0.7, port: 1}]")
         return [str(directory / "more.yaml")]
+    if key == "models":
+        return {"chat": {"targets": {"m": 1}}}
     if key == "connector":
         return "shared-store"
     if key == "discovery":

@@ -98,6 +98,9 @@ class DecisionAnswer(Shown):
     """The scheduler's own, `x-pd-id`; `null` if it was not sent to decode."""
     path: str
     model: str | None
+    """The one that served it."""
+    asked_model: str | None
+    """The name that its client has used, if that is an alias."""
     stream: bool
     prompt_tokens: int
     served: Served | str | None

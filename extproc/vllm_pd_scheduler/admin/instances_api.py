@@ -104,6 +104,10 @@ class InstanceAnswer(Shown):
     """Seconds since the last scrape that succeeded."""
     models: list[str] | None
     """Names of the models that it serves; null: not known."""
+    adapters_loaded: list[str]
+    """LoRA adapters that are taken for loaded there, the one used last at the end."""
+    revision: str | None
+    """Of its roll-out."""
 
 
 class InstancesAnswer(Shown):
@@ -158,6 +162,8 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
         "failures": endpoint.breaker.failures,
         "metrics_age_s": None if endpoint.scraped_at is None else now - endpoint.scraped_at,
         "models": None if endpoint.models is None else sorted(endpoint.models),
+        "adapters_loaded": list(endpoint.loaded),
+        "revision": instance.revision,
     }
 
 

@@ -9,15 +9,25 @@ from aiohttp import web
 
 from ..models import InstanceRole
 from ..router import PDRouter
+from ..routing.catalog import Health
 from .collectors import collectors
 from .metrics_page import metrics_page
-from .route import Refused, Route, Shown, json_answer
+from .route import Query, Refused, Route, Shown, json_answer
 
 
 class ProbeAnswer(Shown):
     """That all is well."""
 
     status: str
+    discovery: str | None = None
+    """How many of the sources of instances cannot be asked: what they told before is used."""
+
+
+class ReadyQuery(Query):
+    """What is to be ready."""
+
+    model: str | None = None
+    """A model, or an alias; without it, the scheduler."""
 
 
 class ProbesApi:
@@ -38,10 +48,10 @@ class ProbesApi:
         yield Route(
             "GET",
             "/readyz",
-            "Whether the scheduler can serve: it is not draining, and a D can serve",
+            "Whether the scheduler can serve, or can serve one model: it is not draining, and a D can serve",
             self._readyz,
             healthy,
-            refusals=(503,),
+            refusals=(404, 503),
             open=True,
         )
         yield Route("GET", "/metrics", "Prometheus metrics", self._metrics, {200: "text/plain"})
@@ -49,11 +59,23 @@ class ProbesApi:
     async def _healthz(self, _: web.Request) -> web.Response:
         return json_answer(ProbeAnswer(status="ok"))
 
-    async def _readyz(self, _: web.Request) -> web.Response:
+    async def _readyz(self, _: web.Request, query: ReadyQuery) -> web.Response:
         if not self._is_ready():
             raise Refused(503, "draining")
+        if query.model is not None:
+            health = self._router.catalog.health(query.model)
+            if health is not Health.SERVED:
+                raise Refused(
+                    health.value,
+                    "the model is not served by any instance"
+                    if health is Health.UNKNOWN
+                    else "no instances that serve the model can serve now",
+                )
+        no_news = self._router.membership.no_news
         if not self._router.registry.routable(InstanceRole.DECODE):
-            raise Refused(503, "no decode instance can serve")
+            raise Refused(503, f"no decode instance can serve{f'; {no_news}' if no_news else ''}")
+        if no_news:
+            return json_answer(ProbeAnswer(status="ready", discovery=no_news))
         return json_answer(ProbeAnswer(status="ready"))
 
     async def _metrics(self, _: web.Request) -> web.Response:

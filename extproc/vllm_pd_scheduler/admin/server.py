@@ -18,6 +18,7 @@ from .events_api import EventsApi
 from .index_api import IndexApi
 from .instances_api import InstancesApi
 from .live_api import LiveApi
+from .models_api import ModelsApi
 from .origin import foreign_host, foreign_origin
 from .page import wants_page
 from .probes_api import ProbesApi
@@ -73,6 +74,7 @@ class AdminServer:
             StrategyApi(router, changes),
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
+            ModelsApi(router),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),

@@ -19,7 +19,7 @@ from .connection import (
     UrlOption,
     connected,
 )
-from .tables import instances, overview, show
+from .tables import instances, models, overview, show
 
 RELOAD_S = 60.0
 """How long a reload may take: it reads files, and tries the strategies."""
@@ -45,6 +45,9 @@ def status(
             return
         show(*overview(client.parsed(text)))
         found = client.parsed(client.get("/instances"))["instances"]
+        if len({name for each in found for name in each.get("models") or ()}) > 1:
+            named = client.parsed(client.get("/models"))["models"]
+            show("", models(named if show_all else named[:_MOST_ROWS]))
         shown = found
         if len(found) > _MOST_ROWS and not show_all:
             shown = [each for each in found if each.get("shown_state", each["state"]) != "healthy"]

@@ -149,6 +149,25 @@ def instances(found: Iterable[Mapping[str, Any]]) -> Table:
     return fitting(heads, [_instance(each) for each in found], spare, {"REASON": 20})
 
 
+def models(found: Iterable[Mapping[str, Any]]) -> Table:
+    """Return a table of models."""
+    made = table("MODEL", "KIND", "STATE", ">P", ">D", "GETS")
+    for each in found:
+        total = sum(each["targets"].values())
+        gets = ", ".join(f"{name} {share(weight / total)}" for name, weight in each["targets"].items())
+        style = "green" if each["health"] == "served" else "red"
+        alias = each["kind"] == "alias"
+        counts = ("", "") if alias else (number(each["prefill"]), number(each["decode"]))
+        made.add_row(
+            plain(each["name"]),
+            each["kind"],
+            plain(each["health"], style),
+            *counts,
+            plain(gets) if gets else "",
+        )
+    return made
+
+
 def _instance(each: Mapping[str, Any]) -> tuple[Text | str, ...]:
     predicted = each.get("predicted") or {}
     age = each.get("metrics_age_s")

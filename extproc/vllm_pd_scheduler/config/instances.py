@@ -21,6 +21,7 @@ from ..models import ConnectorChoice, InstanceRole, canonical_host, canonical_ip
 from .tls import LABEL, ServerName
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
+"""The name of a model, as requests have it."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 _NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
@@ -120,10 +121,12 @@ class InstanceConfig(StrictModel):
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that this instance's certificate must be for. Needed when `host` is
     an IP address and `instance_tls` has no `server_name`."""
-    models: list[ModelName] | None = None
-    """Models that it serves. Without it they are read from its `/v1/models`."""
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=4096)] | None = None
+    """Names of the models that it serves. Without it, what its `/v1/models` says, [read every 15
+    s](models.md). With `"*"` among them it may also serve names that it does not list: for a vLLM that loads
+    adapters on request."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Name of the roll-out that it belongs to. P hands over only to D of the same revision, if it has one."""
+    """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
     connector: str | ConnectorConfig | None = None
     """Its [connector](connectors.md), if it is not the `connector` of all."""
 

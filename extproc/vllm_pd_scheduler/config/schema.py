@@ -16,12 +16,15 @@ from pydantic import (
 
 from ..models import InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
+from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
+from .aliases import AliasConfig
 from .instances import (
     INSTANCE_ID,
     ConnectorConfig,
     InstanceConfig,
     InstancesFile,
+    ModelName,
     Port,
     SecretSource,
     connector_choice,
@@ -208,6 +211,10 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
+    models: Annotated[dict[ModelName, AliasConfig], Field(max_length=10_000)] = {}
+    """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
+    that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
+    to `chat-v2`."""
     explain_header: bool = True
     """Whether a client that sends `x-pd-explain: 1` is told
     [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
@@ -287,6 +294,10 @@ class SchedulerConfig(InstancesFile):
         """Return the name of a role's strategy."""
         own = self.prefill_strategy if role is InstanceRole.PREFILL else self.decode_strategy
         return own or self.strategy
+
+    def rewrites(self) -> list[Rewrite]:
+        """Return the rules that the aliases are."""
+        return [alias.rewrite(name) for name, alias in self.models.items()]
 
     def may_use(self, strategy: str) -> bool:
         """Whether a strategy may be used from now on by those who do not write the configuration.

@@ -97,6 +97,12 @@ class Membership:
         text = f"{reason}; the instances that were known stay"
         self._events.add(EventKind.DISCOVERY, text, by=f"{By.DISCOVERY} {source}", level=logging.WARNING)
 
+    @property
+    def no_news(self) -> str | None:
+        """How many of the sources cannot be asked, or have told nothing yet, for people; ``None`` if none."""
+        quiet = self._silent | self._problems.keys()
+        return f"no news from {len(quiet)} of {len(self._told) - 1} sources of instances" if quiet else None
+
     def ages(self, now: float) -> dict[str, float]:
         """Return for how many seconds nothing was heard of each source that can change."""
         return {source: now - at for source, at in self._told_at.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import Struct, field
 from msgspec.structs import force_setattr as _set
 
-from ..models import InstanceState, MetricsSnapshot, PDInstance
+from ..models import ANY_MODEL, InstanceState, MetricsSnapshot, PDInstance
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
 from ..request.context import RequestContext
@@ -44,8 +44,16 @@ class Endpoint(Struct, frozen=True, eq=False):
     """What the last scrape said; ``None`` before the first, and when that is too long ago to be believed."""
     scraped_at: float | None = None
     """When it was last scraped, in the caller's time."""
+    listed: frozenset[str] | None = None
+    """Names that its ``/v1/models`` has, LoRA adapters among them; ``None``: not known."""
     models: frozenset[str] | None = None
-    """Names of the models that it serves, LoRA adapters among them; ``None``: not known."""
+    """Names of the models that it serves: those configured, else ``listed``; ``None``: not known."""
+    adapters: frozenset[str] = frozenset()
+    """Those of ``listed`` that are LoRA adapters."""
+    loaded: tuple[str, ...] = ()
+    """Adapters that are taken for loaded there, the one used last at the end."""
+    adapter_slots: int = 1
+    """How many it holds at once: as scraped, else vLLM's default for ``--max-loras``."""
     in_flight: int = 0
     """Requests that we sent there and that have not ended."""
     draining: bool = False
@@ -90,6 +98,10 @@ class Endpoint(Struct, frozen=True, eq=False):
     _trial: Reservation | None = None
     """The request that was sent to see whether it works again, if it was ejected."""
 
+    def __post_init__(self) -> None:
+        if self.models is None:
+            _set(self, "models", self._names())
+
     def __repr__(self) -> str:
         return f"Endpoint({self.id!r})"
 
@@ -131,6 +143,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         if shown == InstanceState.HEALTHY and self.breaker.state is BreakerState.HALF_OPEN:
             return TRIAL
         return shown
+
+    @property
+    def serves_any(self) -> bool:
+        """Whether it may serve a model that it does not list, as the configuration says."""
+        return self.instance.models is not None and ANY_MODEL in self.instance.models
 
     @property
     def decode_step(self) -> float:
@@ -214,8 +231,9 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "resolved_at", now)
 
     def described(self, instance: PDInstance) -> None:
-        """Take how it is spoken with now."""
+        """Take how it is described now: its key, TLS name, models and revision."""
         _set(self, "instance", instance)
+        _set(self, "models", self._names())
 
     def move(self, address: str, breaker: Breaker) -> None:
         """Put it at another address, where this breaker counts."""
@@ -263,6 +281,8 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens_at_scrape", tokens)
         if snapshot.kv_capacity is not None:
             _set(self, "kv_capacity", snapshot.kv_capacity)
+        if snapshot.adapter_slots:
+            _set(self, "adapter_slots", snapshot.adapter_slots)
 
     def forget_metrics(self) -> None:
         """Take its load for not known any more."""
@@ -271,11 +291,14 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "in_flight_at_scrape", 0)
         _set(self, "tokens_at_scrape", 0.0)
 
-    def serves(self, models: frozenset[str] | None) -> bool:
-        """Note which models it serves; return whether that is a change."""
-        if self.models == models:
+    def lists(self, models: frozenset[str] | None, adapters: frozenset[str] = frozenset()) -> bool:
+        """Note which models it lists, and which of them are adapters; return whether that is a change."""
+        if self.listed == models and self.adapters == adapters:
             return False
-        _set(self, "models", models)
+        _set(self, "listed", models)
+        _set(self, "adapters", adapters)
+        _set(self, "models", self._names())
+        _set(self, "loaded", tuple(each for each in self.loaded if each in adapters))
         return True
 
     def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
@@ -285,6 +308,26 @@ class Endpoint(Struct, frozen=True, eq=False):
             return False
         _set(self, "speaks", protocol)
         return True
+
+    def adapter_used(self, name: str) -> bool:
+        """Note that a request uses an adapter; return whether another set is loaded now.
+
+        vLLM holds ``adapter_slots`` of them, and replaces the one that was used the longest time ago.
+        """
+        before = self.loaded
+        if before and before[-1] == name:
+            return False
+        _set(self, "loaded", (*(e for e in before if e != name), name)[-self.adapter_slots :])
+        return name not in before
+
+    def _names(self) -> frozenset[str] | None:
+        """Return the names that it is known to serve."""
+        configured, listed = self.instance.models, self.listed
+        if configured is None:
+            return listed
+        if ANY_MODEL in configured:
+            return (configured - {ANY_MODEL}) | (listed or frozenset())
+        return configured
 
     def take(self, reservation: Reservation) -> None:
         """Count a request from now on."""
@@ -335,13 +378,15 @@ class Endpoint(Struct, frozen=True, eq=False):
         self.holder.clear()
         self.breaker.restarted()
         anew = {
-            "generation": self.generation + 1, "doubts": DoubtfulEnds(), "models": None,
+            "generation": self.generation + 1, "doubts": DoubtfulEnds(),
+            "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
             "busy_until": 0.0, "busy_answers": 0, "speaks": "",
             "takes_token_ids": False,
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)
+        _set(self, "models", self._names())
         return True
 
     def _load_changes(self) -> None:

@@ -5,9 +5,10 @@ Synchronous, does no I/O, and takes every time it needs as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ..models import By, InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
@@ -52,7 +53,11 @@ class Registry:
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
-    """Changes when an instance serves other models than before."""
+    """Changes when an instance serves other models than before, and when there are others than before."""
+    adapters_version: int = 0
+    """Changes when other LoRA adapters are loaded on an instance than before."""
+    cards: dict[str, bytes] = field(default_factory=dict)
+    """By name, what an instance that lists a model says of it: JSON."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     changed_by: str = By.START
@@ -112,6 +117,7 @@ class Registry:
         self._endpoints[instance.instance_id] = endpoint
         self._places[_place(instance)] = instance.instance_id
         self.learning.joined(endpoint)
+        self.models_version += 1
         self._changed(by)
         return endpoint
 
@@ -133,12 +139,17 @@ class Registry:
         self.learning.left(endpoint)
         endpoint.drain(True)
         endpoint.holder.close()
+        self.models_version += 1
         self._changed(by)
         return endpoint
 
     def describe(self, instance_id: str, instance: PDInstance, by: str = By.START) -> None:
-        """Change how an instance is spoken with: its key or TLS name. Its id, role and place stay."""
+        """Change how an instance is described: its key, TLS name, models or revision.
+
+        Its id, role and place stay.
+        """
         self.get(instance_id).described(instance)
+        self.models_version += 1
         self._changed(by)
 
     @contextmanager
@@ -251,6 +262,8 @@ class Registry:
         """Record a scrape, and what of ours was there when it was asked for: requests and their tokens."""
         before = endpoint.metrics
         endpoint.scraped(snapshot, in_flight_at_scrape, tokens_at_scrape)
+        for adapter in snapshot.adapters:
+            self._adapter_used(endpoint, adapter)
         self.learning.scraped(endpoint, before, snapshot)
         if self.on_scraped is not None:
             self.on_scraped()
@@ -268,10 +281,32 @@ class Registry:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
         endpoint.forget_metrics()
 
-    def serves(self, endpoint: Endpoint, models: frozenset[str] | None) -> None:
-        """Record which models an instance serves; ``None``: it has not said so for too long."""
-        if endpoint.serves(models):
+    def serves(
+        self,
+        endpoint: Endpoint,
+        models: frozenset[str] | None,
+        adapters: frozenset[str] = frozenset(),
+        cards: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
+        """Record which models an instance lists; ``None``: it has not said so for too long.
+
+        ``adapters`` are those of them that are LoRA adapters, ``cards`` is what it says of each.
+        """
+        self.cards.update(cards)
+        if endpoint.lists(models, adapters):
             self.models_version += 1
+            self.adapters_version += 1
+            if len(self.cards) > len(cards):
+                self._drop_cards()
+
+    def _drop_cards(self) -> None:
+        """Forget what was said of models that nobody lists any more."""
+        listed = frozenset[str]().union(*(e.listed for e in self._endpoints.values() if e.listed))
+        self.cards = {name: card for name, card in self.cards.items() if name in listed}
+
+    def _adapter_used(self, endpoint: Endpoint, name: str) -> None:
+        if name in endpoint.adapters and endpoint.adapter_used(name):
+            self.adapters_version += 1
 
     def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
         """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
@@ -280,6 +315,8 @@ class Registry:
             self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
         endpoint.take(reservation)
         if request is not None:
+            if endpoint.adapters and request.model is not None:
+                self._adapter_used(endpoint, request.model)
             if request.blocks:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:

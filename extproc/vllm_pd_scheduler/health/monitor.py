@@ -35,6 +35,9 @@ MODELS_INTERVALS = 2.5
 """An instance that serves is asked for its models after ``MODELS_S`` seconds or so many intervals: at every
 third probe. They seldom change, and to ask takes as long as to ask for its health."""
 
+MODELS_AT_ONCE = 32
+"""Instances that are asked for their models at the same time, when all of them are: a choice."""
+
 KEPT_S = 30.0
 KEPT_INTERVALS = 5
 """What an instance said of its load and its models is believed for ``KEPT_S`` seconds and so many intervals
@@ -147,6 +150,21 @@ class HealthMonitor:
         self._take_models(endpoint, watched, answers)
         self._take_metrics(endpoint, watched, answers, in_flight, tokens)
 
+    async def read_models(self) -> None:
+        """Ask every instance that serves for its models, now; some at a time. Raises nothing."""
+        at_once = asyncio.Semaphore(MODELS_AT_ONCE)
+
+        async def read(endpoint: Endpoint) -> None:
+            async with at_once:
+                models = await self._probe.models(endpoint)
+            watched = self._watched.get(endpoint)
+            if watched is not None and endpoint in self._registry and not isinstance(models, NoAnswer):
+                watched.models_at = self._clock()
+                self._registry.serves(endpoint, models.names, models.adapters, models.cards)
+
+        serving = [each for role in InstanceRole for each in self._registry.routable(role)]
+        await asyncio.gather(*map(read, serving))
+
     # -- the loops
 
     def _follow(self) -> None:
@@ -165,9 +183,9 @@ class HealthMonitor:
         pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
         while True:
             await asyncio.sleep(pause)
-            models = endpoint.models
+            models = endpoint.listed
             await self._check_fenced(endpoint)
-            if endpoint.models != models:
+            if endpoint.listed != models:
                 self._compare_models()
             pause = self._pause(endpoint)
 
@@ -260,7 +278,7 @@ class HealthMonitor:
 
     def _wants_models(self, endpoint: Endpoint, watched: _Watched) -> bool:
         """Whether it is time to ask for them, or the instance may be another one than before."""
-        known = endpoint.models is not None and endpoint.healthy is True and not endpoint.streak
+        known = endpoint.listed is not None and endpoint.healthy is True and not endpoint.streak
         pause = min(MODELS_S, MODELS_INTERVALS * self._interval)
         return not known or self._clock() >= watched.models_at + pause
 
@@ -270,7 +288,7 @@ class HealthMonitor:
             return
         if not isinstance(models, NoAnswer):
             watched.models_at = now
-            self._registry.serves(endpoint, models)
+            self._registry.serves(endpoint, models.names, models.adapters, models.cards)
             watched.say(endpoint, "models", None)
             return
         if self._too_old(watched.models_at, now):
@@ -307,7 +325,7 @@ class HealthMonitor:
                     "%s does not serve the models of most %s instances: it %s", endpoint.id, role, difference
                 )
         for endpoint in self._odd.keys() - odd.keys():
-            if endpoint in self._registry and endpoint.models is not None:
+            if endpoint in self._registry and endpoint.listed is not None:
                 log.info("%s serves the models of its role again", endpoint.id)
         self._odd = odd
 

@@ -16,7 +16,7 @@ from yarl import URL
 from ..fleet.endpoint import Endpoint
 from ..instance_http.bounded_read import AnswerEncoded, read_at_most
 from ..instance_http.shortage import is_our_shortage
-from .served_models import parse_models
+from .served_models import ServedModels, parse_models
 from .vllm_metrics import Scrape, parse_metrics
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Answers:
     health: NoAnswer | None
     """``None``: it is well."""
     metrics: Scrape | NoAnswer
-    models: frozenset[str] | NoAnswer | None
+    models: ServedModels | NoAnswer | None
     """``None``: it was not asked."""
 
     @property
@@ -98,7 +98,13 @@ class Probe:
             with suppress(AnswerEncoded):  # what it says beside its status does not matter
                 await read_at_most(response, _MAX_HEALTH_BYTES)
 
-    async def _models(self, endpoint: Endpoint, health: asyncio.Future[None]) -> frozenset[str]:
+    async def models(self, endpoint: Endpoint) -> ServedModels | NoAnswer:
+        """Ask for the models alone. Raises nothing."""
+        asked = asyncio.ensure_future(self._read(endpoint, "/v1/models", MAX_MODELS_BYTES, parse_models))
+        await _wait_for(self.timeout, asked)
+        return self._problem(asked, endpoint, "/v1/models") or asked.result()
+
+    async def _models(self, endpoint: Endpoint, health: asyncio.Future[None]) -> ServedModels:
         await asyncio.wait({health})
         if health.cancelled() or health.exception() is not None:
             raise NoAnswer("it is not healthy")

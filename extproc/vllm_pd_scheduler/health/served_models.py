@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,33 +24,51 @@ class NotAListOfModels(ValueError):
 
 class _Model(msgspec.Struct):
     id: _Name
+    parent: Any = None
 
 
 class _Models(msgspec.Struct):
-    data: Annotated[list[_Model], msgspec.Meta(max_length=MAX_MODELS)]
+    data: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_MODELS)]
 
 
 _decode = msgspec.json.Decoder(_Models).decode
+_decode_model = msgspec.json.Decoder(_Model).decode
 
 
-def parse_models(body: bytes) -> frozenset[str]:
-    """Return the names in an answer to ``GET /v1/models``: the base model's, all of them, and LoRA adapters'.
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """What an instance lists."""
 
-    Raises :exc:`NotAListOfModels`.
-    """
+    names: frozenset[str]
+    """The base model's, all of them, and LoRA adapters'."""
+    adapters: frozenset[str]
+    """Those that have a parent."""
+    cards: Mapping[str, bytes]
+    """What it says of each, as it says it: JSON."""
+
+
+def parse_models(body: bytes) -> ServedModels:
+    """Return what is in an answer to ``GET /v1/models``; raises :exc:`NotAListOfModels`."""
     try:
-        return frozenset(model.id for model in _decode(body).data)
+        cards = [(_decode_model(raw), bytes(raw)) for raw in _decode(body).data]
+        body.decode()  # what nobody has looked at goes to clients
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise NotAListOfModels(f"it is not a list of models: {error}") from None
+    return ServedModels(
+        frozenset(model.id for model, _ in cards),
+        frozenset(model.id for model, _ in cards if model.parent),
+        {model.id: card for model, card in cards},
+    )
 
 
 def odd_ones(registry: Registry) -> Iterator[tuple[Endpoint, str]]:
-    """Yield who serves other models than most of its role, and in words which.
+    """Yield who serves other models than most of its role, and in words which, where none are configured.
 
     Where no set is served by more than any other, that of the first endpoint counts.
     """
     for role in InstanceRole:
-        known = [(each, each.models) for each in registry.endpoints(role) if each.models is not None]
+        endpoints = (each for each in registry.endpoints(role) if each.instance.models is None)
+        known = [(each, each.listed) for each in endpoints if each.listed is not None]
         if not known:
             continue
         usual = Counter(models for _, models in known).most_common(1)[0][0]

@@ -75,6 +75,12 @@ _LINE = re.compile(
 
 A page has some 600 lines, of which we want twenty: to find and read them takes 0.1 ms.
 """
+_ADAPTERS = re.compile(
+    rb"^vllm:lora_requests_info\{(.*)\} (\d{1,20}(?:\.\d{0,20})?(?:e\+?\d{1,3})?)\r?$", re.MULTILINE
+)
+_ADAPTER_LABEL = re.compile(rb'(?:^|,)[ \t]*(\w+)="([^"\\\n]*)"')
+_MAX_ADAPTERS = 4096
+"""Of one label that are read."""
 _CACHE_LABEL = re.compile(rb'(?:^|,)[ \t]*(block_size|num_gpu_blocks|kv_cache_size_tokens)="(\d{1,15})"')
 
 
@@ -96,6 +102,10 @@ class Scrape:
     """Requests that ended since the start."""
     steps: float = 0.0
     """Steps of the engine since the start; 0 if it does not count them."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters of requests that wait, then those of requests that run."""
+    adapter_slots: int = 0
+    """LoRA adapters that it holds at once; 0 if it does not say."""
 
 
 class NotVllmMetrics(ValueError):
@@ -143,7 +153,26 @@ def parse_metrics(page: bytes | str) -> Scrape:
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),
         counts.get(_STEPS, 0.0),
+        *_adapters(page.encode(errors="replace") if isinstance(page, str) else page),
     )
+
+
+def _adapters(page: bytes) -> tuple[tuple[str, ...], int]:
+    """Return the LoRA adapters in use, and how many the instance holds at once.
+
+    vLLM makes a series of each set of adapters that there ever was, with the time as its value: the newest
+    one tells of now.
+    """
+    if b"\nvllm:lora_requests_info{" not in page:
+        return (), 0
+    newest = max(_ADAPTERS.finditer(page), key=lambda line: float(line[2]), default=None)
+    if newest is None:
+        return (), 0
+    labels = {key: value.decode(errors="replace") for key, value in _ADAPTER_LABEL.findall(newest[1])}
+    names = [labels.get(b"waiting_lora_adapters", ""), labels.get(b"running_lora_adapters", "")]
+    adapters = [name.strip() for each in names for name in each.split(",")[:_MAX_ADAPTERS]]
+    slots = labels.get(b"max_lora", "")
+    return tuple(filter(None, adapters)), int(slots) if slots.isdecimal() and len(slots) <= 4 else 0
 
 
 def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
@@ -206,6 +235,8 @@ def snapshot(
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
         latency_at,
+        scrape.adapters,
+        scrape.adapter_slots,
     )
 
 

@@ -82,6 +82,8 @@ class Decision(Struct, gc=False, eq=False):
     id: str = ""
     """Our own, ``x-pd-id``; empty if it was not sent to decode."""
     model: str | None = None
+    asked_model: str | None = None
+    """The name that its client has used, if a rule has given it ``model`` for that."""
     stream: bool = False
     prompt_tokens: float = 0.0
     served: Served | None = None

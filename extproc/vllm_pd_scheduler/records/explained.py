@@ -29,6 +29,7 @@ def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
         "id": decision.id or None,
         "path": decision.path,
         "model": decision.model,
+        "asked_model": decision.asked_model,
         "stream": decision.stream,
         "prompt_tokens": round(decision.prompt_tokens),
         "served": _served(decision),

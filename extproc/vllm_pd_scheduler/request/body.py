@@ -37,9 +37,10 @@ AT_ONCE_BYTES = 1 << 15
 UNREAD: Final = object()
 """In place of a value that is malformed, or too long for what is asked of it."""
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _ABSENT = msgspec.Raw()
-_DECODED_BYTES = 4096
+DECODED_BYTES = 4096
+"""A value up to this size is decoded."""
 _MOST_PLACES = 64
 
 _TOO_DEEP = f"The request body is nested too deeply: {MAX_DEPTH} levels are allowed."
@@ -83,19 +84,14 @@ class Fields(msgspec.Struct, frozen=True):
     sampling_params: msgspec.Raw = _ABSENT
 
 
-class _Stream(msgspec.Struct):
-    stream: Any = None
-
-
 _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
-_UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
     | {"instructions", "input", "system", "token_ids", "sampling_params", "stop", "stop_token_ids"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
-_decode_stream = msgspec.json.Decoder(_Stream).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -123,13 +119,14 @@ class _Walked(NamedTuple):
 class JsonBody(msgspec.Struct, frozen=True, eq=False):
     """A JSON object, split at its top level. Connectors, which may be code of the operator's, only read it.
 
-    ``raw`` is the body without a client's hand-off key at any depth; ``stripped`` says whether there was one.
+    ``raw`` is the body without a client's hand-off key at any depth; ``changed`` says whether it is another
+    one than the client's.
     ``api`` is what it is a request of.
     """
 
     raw: bytes
     fields: Fields
-    stripped: bool = False
+    changed: bool = False
     walked: _Walked | None = None
     api: Api = COMPLETIONS
 
@@ -169,17 +166,17 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         raw = getattr(self.fields, key)
         if raw is _ABSENT:
             return None
-        if memoryview(raw).nbytes > _DECODED_BYTES:
+        if memoryview(raw).nbytes > DECODED_BYTES:
             return UNREAD
         try:
             return msgspec.json.decode(raw)
-        except _UNREADABLE:
+        except UNREADABLE:
             return UNREAD
 
     @property
     def wants_stream(self) -> bool:
         """Whether the answer is to be a stream of events."""
-        return _means_true(self.get("stream"))
+        return means_true(self.get("stream"))
 
     @property
     def answer_limit(self) -> int | None:
@@ -226,6 +223,11 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
             return walked.end, walked.start == walked.end
         end = raw.rindex(b"}")
         return end, raw[:end].rstrip().endswith(b"{")
+
+    def for_model(self, name: str) -> Steps[JsonBody]:
+        """Return the same request for another model, in steps."""
+        made = yield from JsonBody.read(self.replace(frozenset(), {"model": _encode(name)}), self.api)
+        return msgspec.structs.replace(made, changed=True)
 
     def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
         """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.
@@ -277,7 +279,7 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     if len(body) <= AT_ONCE_BYTES and not is_suspect(body) and not _may_be_deep(body):
         return body
     text = JsonText(body)
-    start = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    start = yield from text.space(len(BOM) if body.startswith(BOM) else 0)
     if body[start : start + 1] not in (b"[", b"{"):
         yield from refuse_name(body)
         return body
@@ -292,28 +294,8 @@ def strip_handoff(body: bytes) -> Steps[bytes]:
     return clean
 
 
-def asks_for_stream(body: bytes) -> Steps[bool]:
-    """Return whether a body of any kind is a JSON object that asks for a stream of events."""
-    try:
-        if len(body) <= AT_ONCE_BYTES:
-            return b"stream" in body and _means_true(_decode_stream(body).stream)
-        text, found = JsonText(body), False
-        brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
-        if body[brace : brace + 1] != b"{":
-            return False
-        for member in text.members(brace):
-            if member is None:
-                yield
-            elif member.key == "stream":
-                short = member.value.size <= _DECODED_BYTES
-                found = short and _means_true(json.loads(member.value.copy()))
-    except (Malformed, TooMany, TooDeep, *_UNREADABLE):
-        return False  # the instance's to refuse
-    return found
-
-
-def _means_true(value: Any) -> bool:
-    """Whether vLLM, which reads its fields with pydantic, takes a value for true."""
+def means_true(value: Any) -> bool:
+    """Return whether vLLM, which reads its fields with pydantic, takes a value for true."""
     return value.lower() in _TRUE_WORDS if isinstance(value, str) else value in (True, 1)
 
 
@@ -369,7 +351,7 @@ def _check_encoding(body: bytes) -> None:
 def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
     """Split a body of any size at its top level."""
     text = JsonText(body)
-    brace = yield from text.space(len(_BOM) if body.startswith(_BOM) else 0)
+    brace = yield from text.space(len(BOM) if body.startswith(BOM) else 0)
     if body[brace : brace + 1] != b"{":
         raise Malformed("it does not begin with a brace")
     values: dict[str, Value] = {}
@@ -403,7 +385,7 @@ def _walk(body: bytes) -> Steps[tuple[Fields, _Walked]]:
 
 def _check_short(member: Member) -> None:
     """Raise :exc:`Malformed` for what D would refuse although P, which does not get it, would not."""
-    if member.value.size > _DECODED_BYTES:
+    if member.value.size > DECODED_BYTES:
         raise Malformed(f"{member.key!r} is too long")
     try:
         json.loads(member.value.copy())

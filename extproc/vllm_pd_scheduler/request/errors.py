@@ -40,12 +40,27 @@ class Reject:
         return f"refused with {self.status}, {self.reason}"
 
 
-def reject(status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S) -> Reject:
-    """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help."""
+@dataclass(frozen=True, slots=True)
+class OwnAnswer(Reject):
+    """What the scheduler answers of itself, as it was asked to: no request was refused."""
+
+
+def own_answer(status: int, body: bytes) -> OwnAnswer:
+    """Return JSON that the scheduler answers with."""
+    return OwnAnswer(status, body, {"content-type": "application/json"}, "own")
+
+
+def reject(
+    status: int, message: str, reason: str, retry_after: int = RETRY_AFTER_S, param: str | None = None
+) -> Reject:
+    """Return an OpenAI-shaped error, with ``Retry-After`` (seconds) where trying again can help.
+
+    ``param`` is the field of the request that is wrong.
+    """
     error = {
         "message": message,
         "type": _TYPES.get(status, "InternalServerError"),
-        "param": None,
+        "param": param,
         "code": status,
     }
     headers = {"content-type": "application/json", REASON: reason}

@@ -14,6 +14,12 @@ from typing import Final
 SPLIT_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 """Paths that are always public."""
 
+MODELS_PATH: Final = "/v1/models"
+"""Path of the list of models."""
+
+HEALTH_PATH: Final = "/health"
+"""Path of the health of the fleet, which Envoy answers; of a model, with the query ``model=``."""
+
 PUBLIC_PATHS: Final = (
     "/v1/models",
     "/v1/chat/completions/batch",

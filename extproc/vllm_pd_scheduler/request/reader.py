@@ -80,15 +80,21 @@ class RequestReader:
             block_tokens=tokens * BLOCK_BYTES / max(1, size) if prefixes else 0.0,
             fingerprint=fingerprint(body),
             stream=body.wants_stream,
-            session=self._session(headers, body),
+            session=self.session(headers, body),
         )
 
     def passed(
-        self, path: str, headers: Mapping[str, str], body: bytes, stream: bool, now: float
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        stream: bool,
+        now: float,
+        model: str | None = None,
     ) -> RequestContext:
         """Return the context of a request that is not split, nor read further; raises :exc:`HeaderError`."""
         return self._context(
-            path, headers, len(body), now, stream=stream, fingerprint=fingerprint_of_all(body)
+            path, headers, len(body), now, stream=stream, model=model, fingerprint=fingerprint_of_all(body)
         )
 
     def _context(
@@ -112,7 +118,8 @@ class RequestReader:
         mean, limit = self._fleet.output_tokens, body.answer_limit
         return mean if limit is None else min(mean, limit)
 
-    def _session(self, headers: Mapping[str, str], body: JsonBody) -> str | None:
+    def session(self, headers: Mapping[str, str], body: JsonBody) -> str | None:
+        """Return what the requests of its conversation have in common, if it says so."""
         if found := headers.get(self._config.session_header):
             return found[:_MAX_NAME]
         for key in ("prompt_cache_key", "user"):

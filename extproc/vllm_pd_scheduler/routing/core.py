@@ -23,18 +23,22 @@ from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
 from ..request.api import APIS
-from ..request.body import JsonBody, asks_for_stream, strip_handoff
+from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
-from ..request.errors import BodyError, Reject, reject
-from ..request.path import PublicPaths
+from ..request.errors import BodyError, OwnAnswer, Reject, reject
+from ..request.passed_body import asks_for_stream, named_model
+from ..request.path import HEALTH_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
+from ..request.rewrites import Rewrites
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
+from .catalog import Catalog
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
+from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
 from .time_limits import first_byte_timeout, passed_timeout
@@ -44,6 +48,10 @@ if TYPE_CHECKING:
     from ..tracing.request_tracer import RequestTracer
 
 log = logging.getLogger(__name__)
+
+
+class NoPartner(Exception):
+    """No D that fits P can serve any more: its hand-off cannot be used."""
 
 
 class RoutingCore:
@@ -79,6 +87,9 @@ class RoutingCore:
         self._public = PublicPaths(config.public_paths)
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
+        self.rewrites = Rewrites()
+        self.catalog = Catalog(scheduler, self.rewrites, clock)
+        self._renaming = Renaming(self.rewrites, scheduler, self._reader, telemetry)
         self._local = ShareLimit(config.max_local_prefill_share)
         self._response_ids = ResponseIds(self.registry)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
@@ -103,14 +114,20 @@ class RoutingCore:
         outcome: Forward | Reject
         trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:
-            if path not in self._public:
-                outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
-            elif path in APIS and headers.get(":method") == "POST":
+            if path in APIS and path in self._public and headers.get(":method") == "POST":
                 parsed = await self._turns.take(JsonBody.read(body, APIS[path]))
                 del body  # it is another one if a hand-off was cut out of it
+                if self.rewrites.active:
+                    parsed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
                 outcome = await self._split(path, headers, parsed, decision)
                 if isinstance(outcome, Forward):
-                    outcome.splice = self._response_ids.named(parsed, outcome.decode[0], outcome.splice)
+                    self._response_ids.name(outcome, parsed)
+            elif (own := self._own_answer(path, headers)) is not None:
+                if trace is not None:
+                    trace.rejected(own.status, own.reason, self._clock())
+                return own
+            elif path not in self._public:
+                outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
                 outcome = await self._passed(path, headers, body, decision)
         except BodyError as error:
@@ -135,6 +152,11 @@ class RoutingCore:
             log.debug("%.200s: %s", path, outcome)
         return outcome
 
+    def _own_answer(self, path: str, headers: Mapping[str, str]) -> OwnAnswer | None:
+        """Return the answer to a question about models that instances would answer for themselves alone."""
+        public = path == HEALTH_PATH or path in self._public
+        return self.catalog.own_answer(path, headers) if public else None
+
     def refused(self, headers: Mapping[str, str], answer: Reject) -> None:
         """Note a request that was refused before it was routed."""
         path = headers.get(":path", "/").partition("?")[0]
@@ -152,7 +174,19 @@ class RoutingCore:
         """Send a request to decode as it is, but for a hand-off of the client's."""
         clean = await self._turns.take(strip_handoff(body))
         stream = await self._turns.take(asks_for_stream(clean))
-        context = self._reader.passed(path, headers, clean, stream, self._clock())
+        model = None
+        if self._scheduler.tells_apart or self.rewrites.active:
+            model = await self._turns.take(named_model(clean))
+            if model is not None and self.rewrites.active:
+                parsed = await self._turns.take(JsonBody.read(clean))
+                renamed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
+                if renamed is not parsed:
+                    clean, model = renamed.raw, renamed.get("model")
+            decision.model = model and model[:MAX_TEXT]
+            refusal = await self.catalog.refusal(decision.asked_model, model)
+            if refusal is not None:
+                return refusal
+        context = self._reader.passed(path, headers, clean, stream, self._clock(), model)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -172,13 +206,15 @@ class RoutingCore:
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
         if context.model is not None and (trace := current.get()) is not None:
-            trace.asks_for(context.model)
+            trace.asks_for(decision.asked_model or context.model)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
         if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
-            return self._no_decode(context)
-        changed = body.raw if body.stripped else None
+            refusal = await self.catalog.refusal(decision.asked_model, context.model)
+            if refusal is not None or not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+                return refusal or self._no_decode(context, decision)
+        changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
@@ -233,7 +269,7 @@ class RoutingCore:
         decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
-        changed = body.raw if body.stripped else None
+        changed = body.raw if body.changed else None
         try:
             splice = prefilled.attempt.splice(body, prefilled.handoff)
             # Else Envoy would answer 413 in D's place.
@@ -245,15 +281,22 @@ class RoutingCore:
                     usable = self._fits(splice)
         except ConnectorFailed:
             usable = False
+        if usable:
+            limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
+            try:
+                forward = self._to_decode(
+                    context, changed, Served.SPLIT, limit, decision, beside=prefilled.prefill
+                )
+            except NoPartner:
+                usable = False
         if not usable:
             self.in_flight.free(prefilled)
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
             return self._to_decode(context, changed, Served.LOCAL, limit, decision)
-        limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
-        forward = self._to_decode(context, changed, Served.SPLIT, limit, decision)
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
+            forward.only = self._scheduler.fitting(prefilled.prefill, forward.decode)
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
@@ -300,16 +343,18 @@ class RoutingCore:
         preferred: Endpoint | None = None,
         own: Endpoint | None = None,
         bound: bool = False,
+        beside: Endpoint | None = None,
     ) -> Forward | Reject:
         """Send a request to ``preferred``, if that has room, else to the strategy's choice.
 
         ``own`` is what the strategy chose for it, if it was asked already. A request that is ``bound`` goes
-        to ``preferred`` as it is.
+        to ``preferred`` as it is. ``beside`` is the P that hands it over: only a D that fits it gets the
+        hand-off, and further attempts, which have none, may go to all.
         """
         context.at(self._clock())
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self.config.max_retries
-        picked = pick(InstanceRole.DECODE, context, count=count)
+        picked = pick(InstanceRole.DECODE, context, count=count, beside=beside)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
         has_room = preferred is not None and (
@@ -321,12 +366,14 @@ class RoutingCore:
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
+        if not picked and beside is not None and self._scheduler.several_kinds:
+            raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
         if not picked:
-            return self._no_decode(context)
+            return self._no_decode(context, decision)
         decode = self._in_turn(context, picked[:count], count)
         if decode[0] is own:  # not what another rule has chosen
-            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own)
+            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self.telemetry.forwarded(decode[0].id, served)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
         trace = current.get()
@@ -377,7 +424,10 @@ class RoutingCore:
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 
-    def _no_decode(self, context: RequestContext) -> Reject:
+    def _no_decode(self, context: RequestContext, decision: Decision) -> Reject:
+        unknown = self.catalog.unknown(decision.asked_model, context.model)
+        if unknown is not None:  # an adapter may have been unloaded meanwhile
+            return unknown
         endpoints = self.registry.endpoints(InstanceRole.DECODE)
         endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"

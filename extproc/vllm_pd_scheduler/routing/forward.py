@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,6 +37,8 @@ class Forward:
     body: bytes | None = None
     splice: Splice | None = None
     pending: PendingHandoff | None = None
+    only: Sequence[Endpoint] | None = None
+    """The D that can use the hand-off; ``None``: all."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None

@@ -17,6 +17,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole, PDInstance, join_address
 from ..request.api import RESPONSES
 from ..request.body import JsonBody
+from .forward import Forward
 
 _ID = re.compile(r"resp_pd([0-9a-f]{8})[0-9a-f]{24}")
 
@@ -32,15 +33,20 @@ class ResponseIds:
     def _forget(self) -> None:
         self._keepers = None
 
-    def named(self, body: JsonBody, keeper: Endpoint, splice: Splice | None) -> Splice | None:
-        """Return a splice that also gives D the id of the response; the same one where D needs none."""
+    def name(self, forward: Forward, body: JsonBody) -> None:
+        """Have D keep the response to a request under an id of ours, if it keeps it under one of its own."""
         if body.api is not RESPONSES or body.get("store") is False or body.has("request_id"):
-            return splice
+            return
+        keeper = forward.decode[0]
         text = f'"resp_pd{_key(keeper.instance)}{secrets.token_hex(12)}"'.encode()
+        splice = forward.splice
         if splice is None:
-            return Splice(*body.one_more("request_id", text))
-        end = splice.text.rindex(b"}")
-        return Splice(splice.at, splice.text[:end] + b',"request_id":' + text + splice.text[end:])
+            forward.splice = Splice(*body.one_more("request_id", text))
+        else:
+            end = splice.text.rindex(b"}")
+            named = splice.text[:end] + b',"request_id":' + text + splice.text[end:]
+            forward.splice = Splice(splice.at, named)
+        forward.only = [keeper]
 
     def keeper(self, response: object) -> Endpoint | None:
         """Return who keeps a response; ``None`` if its id does not tell, or that D is not there."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 
-from ..config import SchedulerConfig
+from ..config import SchedulerConfig, connector_choice
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
@@ -19,6 +19,7 @@ from ..telemetry.failures import Failures
 from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
+from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
 from .shadow import Shadow
@@ -66,9 +67,12 @@ class Scheduler:
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
+        prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
+        pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
+        partners = Pools(registry, decode, of[decode], random, pairing)
         self._pools = {
-            role: Pools(registry, role, availability, random)
-            for role, availability in self._availability.items()
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
+            decode: partners,
         }
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
@@ -82,7 +86,8 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints as they are configured now."""
+        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
 
@@ -182,6 +187,28 @@ class Scheduler:
         """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
         return self._pools[endpoint.instance.role].may_serve(endpoint, model)
 
+    def nobody_serves(self, role: InstanceRole, model: str | None) -> bool:
+        """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
+        return self._pools[role].nobody_serves(model)
+
+    @property
+    def several_kinds(self) -> bool:
+        """Whether there are instances that do not fit together as P and D."""
+        return self._pools[InstanceRole.DECODE].several_kinds
+
+    def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
+        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether it matters for D which model a request names."""
+        return self._pools[InstanceRole.DECODE].apart
+
+    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to."""
+        return self._pools[role].of(model).endpoints
+
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
 
@@ -209,27 +236,33 @@ class Scheduler:
         *,
         count: int = 1,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> list[Endpoint]:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model, if others serve it. Saturated ones, and ones whose trial
-        request runs, are offered to it only if there are no others. Of many it is offered a sample, if it
-        accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
+        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
+        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if self._took is None:
-            return self._pick(role, request, count, exclude)
+            return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
-        ranked = self._pick(role, request, count, exclude)
+        ranked = self._pick(role, request, count, exclude, beside)
         self._took[role](self._stopwatch() - began)
         return ranked
 
     def _pick(
-        self, role: InstanceRole, request: RequestContext, count: int, exclude: Collection[Endpoint]
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        count: int,
+        exclude: Collection[Endpoint],
+        beside: Endpoint | None,
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model)
+        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -277,20 +310,23 @@ class Scheduler:
         request: RequestContext,
         picked: Endpoint,
         exclude: Collection[Endpoint] = (),
+        beside: Endpoint | None = None,
     ) -> None:
         """Ask the shadow strategy, if there is one, what it would have picked in place of ``picked``.
 
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model)
+            candidates = self._pools[role].of(request.model, beside)
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
-    def preview(self, role: InstanceRole, request: RequestContext, *, count: int = 1) -> list[Endpoint]:
+    def preview(
+        self, role: InstanceRole, request: RequestContext, *, count: int = 1, beside: Endpoint | None = None
+    ) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
         with self._strategies[role].same_turn(), self._in_place[role].same_turn():
-            return self.pick(role, request, count=count)
+            return self.pick(role, request, count=count, beside=beside)
 
 
 def _offer(

@@ -125,6 +125,8 @@ class App:
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
+        router.catalog.read_again.read = monitor.read_models
+        self._stack.push_async_callback(router.catalog.read_again.close)
 
         def reconfigured() -> None:
             leg.timeout = config.prefill_timeout

@@ -1,7 +1,9 @@
 """Answers of the OpenAI API, whole and as events of a stream, with the fields that vLLM 0.32 sends."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -113,8 +115,10 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
-def model_list(model: str, max_model_len: int, created: int) -> dict[str, Any]:
-    """Return the answer of ``/v1/models``; ``created`` in Unix seconds."""
+def model_list(
+    model: str, max_model_len: int, created: int, adapters: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the answer of ``/v1/models``; ``created`` in Unix seconds, ``adapters`` with their paths."""
     card = {
         "id": model,
         "object": "model",
@@ -123,4 +127,8 @@ def model_list(model: str, max_model_len: int, created: int) -> dict[str, Any]:
         "root": model,
         "parent": None,
     }
-    return {"object": "list", "data": [card | {"max_model_len": max_model_len, "permission": []}]}
+    data = [card | {"max_model_len": max_model_len, "permission": []}]
+    for name, path in adapters.items():
+        adapter = {"id": name, "root": path, "parent": model}
+        data.append(card | adapter | {"max_model_len": None, "permission": []})
+    return {"object": "list", "data": data}

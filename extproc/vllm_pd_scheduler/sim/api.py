@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .adapters import Adapters
 from .answers import DONE, Shape, Usage, event, model_list
 from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
@@ -21,6 +22,7 @@ from .metrics import Metrics
 from .options import Options
 from .other_answers import GenerateShape, MessagesShape, ResponsesShape
 from .protocol import (
+    AdapterBody,
     AnyBody,
     ApiError,
     ChatBody,
@@ -76,6 +78,7 @@ class Api:
         self._journal = Journal()
         self._fault = Fault()
         self._cors = Cors(options.allowed_origins)
+        self._adapters = Adapters(options.enable_lora, options.max_loras, dict(options.lora_modules))
         self._active_requests = 0
         self._started = int(time.time())
 
@@ -100,6 +103,8 @@ class Api:
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/_sim/fault": self._set_fault,
+            "/v1/load_lora_adapter": self._load_adapter,
+            "/v1/unload_lora_adapter": self._unload_adapter,
             FETCH_PATH: self._fetch,
             RELEASE_PATH: self._release,
         }
@@ -161,6 +166,8 @@ class Api:
             name = body.request_id or f"resp_{uuid.uuid4().hex}"
         shape = shaped(name, model, kind in (ChatBody, MessagesBody))
         jobs = self._make_jobs(body, shape, request[ENTRY])
+        requests = [job.request for job in jobs]
+        self._adapters.begin(model, requests)
         self._active_requests += 1
         try:
             if body.stream:
@@ -170,12 +177,15 @@ class Api:
             return await self._whole(request, shape, jobs)
         finally:
             self._active_requests -= 1
+            self._adapters.end(model, requests)
 
     def _model(self, model: str | None) -> str:
-        """Return the served model; raise ApiError if a request names another one."""
-        if model not in (None, self._options.model):
+        """Return the model that serves a request, which may be an adapter; raise ApiError for another one."""
+        if not model or model == self._options.model:
+            return self._options.model
+        if model not in self._adapters.paths:
             raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
-        return self._options.model
+        return model
 
     def _make_jobs(self, body: AnyBody, shape: Shape, entry: Entry) -> list[Job]:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
@@ -188,7 +198,7 @@ class Api:
         profile = self._worker.engine.profile
         jobs: list[Job] = []
         try:
-            for prompt in body.prompts(self._options.model):
+            for prompt in body.prompts(shape.model):
                 for number in range(body.n or 1):
                     answer = Answer(prompt, number)
                     length = choose_length(body, prompt, answer.natural_length, self._options.max_model_len)
@@ -304,10 +314,27 @@ class Api:
 
     async def _scrape(self, request: web.Request) -> web.Response:
         self._worker.observe()
+        if self._adapters.enabled:
+            self._metrics.adapters(self._adapters)
         return web.Response(body=self._metrics.expose(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response(model_list(self._options.model, self._options.max_model_len, self._started))
+        length, adapters = self._options.max_model_len, self._adapters.paths
+        return web.json_response(model_list(self._options.model, length, self._started, adapters))
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        body = read_body(await self._of_adapters(request), request.content_type, AdapterBody)
+        return web.Response(text=self._adapters.load(body.lora_name, body.lora_path, body.load_inplace))
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        body = read_body(await self._of_adapters(request), request.content_type, AdapterBody)
+        return web.Response(text=self._adapters.unload(body.lora_name))
+
+    async def _of_adapters(self, request: web.Request) -> bytes:
+        """Return the body of a request about adapters; there is no such path without ``--enable-lora``."""
+        if not self._adapters.enabled:
+            raise web.HTTPNotFound
+        return await request.read()
 
     async def _realtime(self, request: web.Request) -> web.StreamResponse:
         """A WebSocket that says hello and gives back what it gets."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
+from .adapters import Adapters
 from .engine import Engine, EngineRequest
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -35,6 +36,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._labels = {"engine": "0", "model_name": model}
         ProcessCollector(registry=self._registry)
+        self._adapters: Gauge | None = None
         self._gauges()
         self._counters()
         self._histograms()
@@ -119,6 +121,15 @@ class Metrics:
         self._e2e = make("e2e_request_latency_seconds", "End to end request latency", _REQUEST)
         self._transfer_time = make("nixl_xfer_time_seconds", "Duration of NIXL KV transfers", _TRANSFER)
         self._transfer_bytes = make("nixl_bytes_transferred", "Bytes of a NIXL KV transfer", _BYTES)
+
+    def adapters(self, adapters: Adapters) -> None:
+        """Tell which LoRA adapters have requests now. A set that there was stays, with an older time."""
+        names = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        if self._adapters is None:
+            help = "Running stats on lora requests."
+            self._adapters = Gauge("vllm:lora_requests_info", help, names, registry=self._registry)
+        values = (str(adapters.slots), ",".join(adapters.waiting()), ",".join(adapters.running()))
+        self._adapters.labels(*values).set_to_current_time()
 
     def expose(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

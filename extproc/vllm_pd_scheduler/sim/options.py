@@ -37,6 +37,9 @@ class Options:
     ssl_cert_reqs: int = ssl.CERT_NONE
     reuse_port: bool = False
     parent: int | None = None
+    enable_lora: bool = False
+    max_loras: int = 1
+    lora_modules: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError if the longest request would not fit into the KV cache."""
@@ -93,6 +96,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--load-fail-delay", type=float, default=0.5, help="seconds until a dead sender is given up")
     add("--instant", action="store_true", help="an engine whose steps and transfers take no time")
+    add("--enable-lora", action="store_true", help="have LoRA adapters, which can be loaded as it runs")
+    add("--max-loras", type=int, default=1, help="adapters in use at once, as the metrics tell")
+    add("--lora-modules", type=_module, nargs="+", default=[], metavar="NAME=PATH", help="adapters at start")
     add("--ssl-certfile", help="serve TLS with this certificate (PEM)")
     add("--ssl-keyfile", help="its key, if it is in another file")
     add("--ssl-ca-certs", help="who signs the certificates of clients")
@@ -112,6 +118,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         return _options(given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _module(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise argparse.ArgumentTypeError("must be NAME=PATH")
+    return name, path
 
 
 def _options(given: argparse.Namespace) -> Options:
@@ -141,4 +154,7 @@ def _options(given: argparse.Namespace) -> Options:
         ssl_cert_reqs=given.ssl_cert_reqs,
         reuse_port=given.reuse_port,
         parent=given.die_with_parent,
+        enable_lora=given.enable_lora,
+        max_loras=given.max_loras,
+        lora_modules=tuple(given.lora_modules),
     )

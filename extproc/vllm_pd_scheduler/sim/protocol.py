@@ -168,6 +168,14 @@ class TokenizeBody(msgspec.Struct):
     messages: list[dict[str, Any]] | None = None
 
 
+class AdapterBody(msgspec.Struct):
+    """Body of ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+
+    lora_name: str | None = None
+    lora_path: str | None = None
+    load_inplace: bool = False
+
+
 class EmbeddingBody(msgspec.Struct):
     """Body of ``/v1/embeddings``."""
 

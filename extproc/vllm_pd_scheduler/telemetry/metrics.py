@@ -122,6 +122,12 @@ class Telemetry:
         )
         for outcome in QueueOutcome:  # all series exist from the start, so that rate() has a first value
             self._queue_seconds.labels(outcome)
+        self._rewrites = Counter(
+            "pd_scheduler_rewrites",
+            "Requests whose model was chosen by a rule, by the rule's name and the model that they got.",
+            ["rule", "model"],
+            registry=self.prometheus,
+        )
         self._prefill_seconds = Histogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
@@ -270,6 +276,10 @@ class Telemetry:
         self._rejected.labels(str(status), reason).inc()
         self.totals.requests += 1
         self.totals.errors[reason] += 1
+
+    def rewritten(self, rule: str, model: str) -> None:
+        """Count a request that has got a model by a rule."""
+        self._rewrites.labels(rule, model).inc()
 
     def picks(self, role: str) -> Callable[[float], None]:
         """Return what records how long a pick for a role took, in seconds."""

@@ -128,6 +128,8 @@ def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
     if forward.splice is not None:
         handoff = response.dynamic_metadata.fields[METADATA].struct_value.fields
         handoff["at"].number_value = forward.splice.at
+        if forward.only is not None:
+            handoff["only"].string_value = ",".join(str(each.address) for each in forward.only)
         handoff["text"].string_value = forward.splice.text
     data: bytes = response.SerializeToString()
     if forward.body is None:

@@ -1,0 +1,40 @@
+"""An API server, and no patience with it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.support.kubernetes import ApiServer
+from vllm_pd_scheduler.discovery.kubernetes import api as api_module
+from vllm_pd_scheduler.discovery.kubernetes import backoff, telling, watch
+from vllm_pd_scheduler.discovery.kubernetes.api import Api
+from vllm_pd_scheduler.discovery.kubernetes.credentials import Credentials
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all pauses be short."""
+    monkeypatch.setattr(backoff, "FIRST_S", 0.01)
+    monkeypatch.setattr(backoff, "MOST_S", 0.03)
+    monkeypatch.setattr(watch, "STEADY_S", 0.1)
+    monkeypatch.setattr(telling, "JOIN_S", 0.01)
+    monkeypatch.setattr(api_module, "MAX_RETRY_AFTER_S", 0.05)
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[ApiServer]:
+    async with ApiServer() as running:
+        yield running
+
+
+@pytest.fixture
+def kubeconfig(server: ApiServer, tmp_path: Path) -> str:
+    return server.kubeconfig(tmp_path / "kubeconfig")
+
+
+@pytest_asyncio.fixture
+async def api(kubeconfig: str) -> AsyncIterator[Api]:
+    async with Api(Credentials(kubeconfig)) as opened:
+        yield opened
