@@ -78,7 +78,7 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
-        ("disaggregation", "late_binding", "connector", "tokenize_once"),
+        ("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(
@@ -129,9 +129,12 @@ GROUPS = (
         (
             "grpc_host",
             "grpc_port",
+            "grpc_health_port",
             "grpc_socket",
             "admin_host",
             "admin_port",
+            "metrics_host",
+            "metrics_port",
             "prefill_listener",
             "state_file",
         ),

@@ -21,7 +21,9 @@ from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
+from .request.objectives import Objectives
 from .request.rewrites import Rewrites
+from .routing.answer_watch import AnswerWatch
 from .routing.catalog import Catalog
 from .routing.core import RoutingCore
 from .routing.forward import Forward
@@ -86,6 +88,8 @@ class PDRouter:
         )
         self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg
+        self.clock = clock
+        """Monotonic seconds."""
         self._later = later
         self._ids = self._present()
         self.registry.subscribe(self._forget_the_removed)
@@ -123,6 +127,11 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def objectives(self) -> Objectives:
+        """The priorities of requests that name an objective, by ``x-llm-d-inference-objective``."""
+        return self._core.objectives
 
     @property
     def tracer(self) -> RequestTracer | None:
@@ -194,12 +203,18 @@ class PDRouter:
 
     # -- requests
 
-    def route(self, headers: Mapping[str, str], body: bytes) -> Coroutine[Any, Any, Forward | Reject]:
+    def route(
+        self, headers: Mapping[str, str], body: bytes, subset: frozenset[str] | None = None
+    ) -> Coroutine[Any, Any, Forward | Reject]:
         """Decide where a request goes: see :meth:`.routing.core.RoutingCore.route`.
 
         Nothing here keeps the body, which that lets go of as soon as it can.
         """
-        return self._core.route(headers, body)
+        return self._core.route(headers, body, subset)
+
+    def watch(self, forward: Forward, began: float) -> AnswerWatch:
+        """Return what watches the answer of a request that a gateway sends on, which came at ``began``."""
+        return AnswerWatch(self.in_flight, self.registry, forward, began)
 
     def no_memory(self, size: int, headers: Mapping[str, str]) -> Reject:
         """Return the answer to a request whose body of ``size`` bytes has no room in :attr:`body_memory`."""

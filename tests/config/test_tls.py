@@ -80,7 +80,7 @@ class ConfigTest(Case):
             ({**good, "client_ca": absent}, "absent.pem cannot be read"),
             ({**good, "client_ca": str(text)}, "text.pem has no PEM certificate"),
             ({**good, "cert": "a\0b"}, "cannot be read: embedded null"),
-            ({"cert": good["cert"]}, "key: missing"),
+            ({"cert": good["cert"]}, '"cert" and "key" belong together'),
             ({**good, "ca": self.made.ca}, "ca: unknown key"),
             ("yes", "must be "),
         ]

@@ -15,6 +15,7 @@ from vllm_pd_scheduler.connectors import Attempt, AutoConnector, Handoff, Legs, 
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.records.events import Event
+from vllm_pd_scheduler.routing.answer_watch import AnswerWatch
 
 auto = AutoConnector()
 ASCEND = PARAMS | {"num_prompt_blocks": 3, "remote_multi_nodes_meta_mapping": {}, "last_token_id": 5}
@@ -107,6 +108,8 @@ class RememberedTest(Case):
         for _ in range(count):
             forward = await self.route(**{"x-request-id": "own"})
             self.sent_to_d = forward.headers()
+            watch = AnswerWatch(self.router.in_flight, self.router.registry, forward, 0.0)
+            self.given_back = watch.client_headers().get("x-request-id")
             forward.release()
         return [headers["x-request-id"] for _, _, headers, _ in self.leg.sent[before:]]
 
@@ -115,6 +118,7 @@ class RememberedTest(Case):
         self.assertEqual(len({*first, "own"}), 4)
         self.assertEqual(await self.ids(6), ["own"] * 6)
         self.assertNotIn("x-request-id", self.sent_to_d)
+        self.assertIsNone(self.given_back)
         self.assertEqual(
             {each.text for each in self.told()},
             {f"p{n} hands over by nixl, as its answer shows" for n in range(3)},
@@ -129,6 +133,7 @@ class RememberedTest(Case):
             self.assertEqual(
                 (self.sent_to_d["x-request-id"], self.sent_to_d["x-pd-request-id"]), (ids[-1], "own")
             )
+        self.assertEqual(self.given_back, "own")
         self.assertEqual(len(self.told()), 3)
 
     async def test_a_restart(self) -> None:

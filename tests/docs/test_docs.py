@@ -18,6 +18,7 @@ from tests.support.certificates import make_certificates
 from tests.support.known_metrics import filled_router, real_metrics
 from vllm_pd_scheduler.admin import AdminServer
 from vllm_pd_scheduler.cli import app
+from vllm_pd_scheduler.cli.llmd_flags import IGNORED, REFUSED
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
 from vllm_pd_scheduler.replay.peers import PEERS
 from vllm_pd_scheduler.replay.variant import LOWER_BOUND
@@ -217,13 +218,19 @@ class CommandsTest(unittest.TestCase):
 
     def test_every_option_has_a_row(self) -> None:
         named = {name for row in rows(section("docs/cli.md", "## Options")) for name in quoted(row[0])}
-        others = {name: found for name, found in self.options.items() if name != "replay"}
+        others = {name: found for name, found in self.options.items() if name not in ("replay", "epp")}
         self.assertEqual(named, set().union(*others.values()))
 
     def test_replay_has_a_row_for_each_option(self) -> None:
         text = section("docs/replay.md", "## Options")
         self.assertEqual({name for row in rows(text) for name in quoted(row[0])}, self.options["replay"])
         self.assertLessEqual({*NAMES, *PEERS, LOWER_BOUND}, set(quoted(text)))
+
+    def test_epp_has_a_row_for_each_flag_and_for_each_that_is_not_followed(self) -> None:
+        table = rows(section("docs/llm-d.md", "## Flags"))
+        named = [name for row in table for name in quoted(row[0])]
+        ignored = [f"--{name}" for name in (*IGNORED, *REFUSED)]
+        self.assertEqual(sorted(named), sorted([*self.options["epp"], *ignored]))
 
 
 class AdminTest(unittest.TestCase):

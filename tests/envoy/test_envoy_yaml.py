@@ -30,6 +30,7 @@ from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.request.api import APIS
+from vllm_pd_scheduler.request.gateway_names import STEERS_INSTANCES
 from vllm_pd_scheduler.request.path import PUBLIC_PATHS, SPLIT_PATHS, path_regex
 
 RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
@@ -222,6 +223,7 @@ class NamesTest(unittest.TestCase):
             if isinstance(name, str) and name.startswith(headers.STEERING_PREFIXES):
                 gone = name.startswith(prefixes) or name in removed
                 self.assertEqual(gone, name not in headers.ASKED, name)
+        self.assertLessEqual(STEERS_INSTANCES, removed)
 
     def test_the_schedulers_own_answers_are_known_by_their_details(self) -> None:
         self.assertIn(f"response.code_details.startsWith('{DETAILS_PREFIX}')", json.dumps(RAW))

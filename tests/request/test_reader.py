@@ -12,8 +12,9 @@ from vllm_pd_scheduler.prediction.load_model import BYTES_PER_TOKEN, OUTPUT_TOKE
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.request.json_text import finish
+from vllm_pd_scheduler.request.objectives import MAX_PRIORITY
 from vllm_pd_scheduler.request.prompt import BLOCK_BYTES
-from vllm_pd_scheduler.request.reader import MAX_PRIORITY, HeaderError, RequestReader
+from vllm_pd_scheduler.request.reader import HeaderError, RequestReader
 
 TEXT = "word " * 800
 
@@ -118,6 +119,48 @@ class RequestReaderTest(unittest.TestCase):
             for value in values:
                 with self.subTest(name, value=value[:20]), self.assertRaisesRegex(HeaderError, name):
                     self.read({name: value})
+
+    def test_llmds_headers(self) -> None:
+        """As it names them now, and has named them before."""
+        self.reader.objectives.take({"batch": -5, "chat": 7})
+        for now, before in ((True, False), (False, True), (True, True)):
+            headers = {}
+            if before:
+                headers |= {
+                    "x-gateway-inference-objective": "batch" if not now else "nobody's",
+                    "x-gateway-inference-fairness-id": "t" if not now else "another",
+                    "x-slo-ttft-ms": "250.5" if not now else "1",
+                    "x-slo-tpot-ms": "20" if not now else "1",
+                }
+            if now:
+                headers |= {
+                    "x-llm-d-inference-objective": "batch",
+                    "x-llm-d-inference-fairness-id": "t",
+                    "x-llm-d-slo-ttft-ms": "250.5",
+                    "x-llm-d-slo-tpot-ms": "20",
+                }
+            request = self.read(headers)
+            self.assertEqual((request.priority, request.tenant), (-5, "t"))
+            self.assertEqual((request.ttft_slo, request.tpot_slo), (0.2505, 0.02))
+
+    def test_our_own_headers_come_first(self) -> None:
+        self.reader.objectives.take({"batch": -5})
+        request = self.read(
+            {
+                "x-llm-d-inference-objective": "batch",
+                "x-pd-priority": "0",
+                "x-llm-d-inference-fairness-id": "theirs",
+                "x-pd-tenant": "ours",
+                "x-llm-d-slo-ttft-ms": "1",
+                "x-pd-ttft-slo-ms": "2",
+            }
+        )
+        self.assertEqual((request.priority, request.tenant, request.ttft_slo), (0, "ours", 0.002))
+
+    def test_what_llmd_could_not_read_asks_for_nothing(self) -> None:
+        for text in ("", "0", "0.0", "fast", "-1", "1e9", "nan", "inf", "²", "1" * 11, " 5"):
+            request = self.read({"x-llm-d-slo-ttft-ms": text, "x-llm-d-inference-objective": text})
+            self.assertEqual((request.ttft_slo, request.priority), (3.0, 0), text)
 
     @given(text=st.text(max_size=30), name=st.sampled_from(["priority", "ttft-slo-ms", "tpot-slo-ms"]))
     @settings(derandomize=True, deadline=None, max_examples=300)

@@ -69,6 +69,8 @@ class FailedAttemptTest(InFlightCase):
                 Failure.TIMEOUT: False,
                 Failure.CUT: False,
                 Failure.ABANDONED: False,
+                Failure.BROKEN_OFF: False,
+                Failure.PASSED_OVER: False,  # another has what was sent to it, then
                 Failure.LEFT: False,  # at once
             },
         )

@@ -15,6 +15,7 @@ from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.routing.forward import Forward
+from vllm_pd_scheduler.routing.in_flight import in_this_loop
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 PARAMS = {
@@ -82,6 +83,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
             prefill_leg=self.leg,
             connector=self.CONNECTOR(),
             clock=lambda: time.monotonic() + self.ahead,
+            later=self.later,
         )
         for role, name, host in ((P, "p", "10.0.0.1"), (D, "d", "10.0.0.2")):
             for number in range(3):
@@ -89,6 +91,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
                 self.router.register_instance(PDInstance(one, role, host, 8000 + number, self.KEYS.get(one)))
         for endpoint in self.router.registry:
             self.router.registry.probed(endpoint, None)
+
+    def later(self, delay: float, call: Callable[[], None]) -> object:
+        return in_this_loop(delay, call)
 
     def down(self, *names: str) -> None:
         for name in names:

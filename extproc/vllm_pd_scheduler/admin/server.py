@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hmac
-import logging
-import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from aiohttp import web
 
-from ..fleet.registry import UnknownInstance
 from ..router import PDRouter
-from .changes import AdminChanges, LastRoutable, Leaving, NotKept
+from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
 from .events_api import EventsApi
+from .http_server import Handler, HttpServer, add_routes, errors_as_json
 from .index_api import IndexApi
 from .instances_api import InstancesApi
 from .live_api import LiveApi
@@ -24,26 +22,15 @@ from .page import wants_page
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
-from .route import Api, Refused, Route, error_answer
+from .route import Api, Route, error_answer
 from .strategy_api import StrategyApi
 from .trace_api import TraceApi
-
-log = logging.getLogger(__name__)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-SHUTDOWN_S = 1.0
-"""Seconds that running calls get to end when the server stops.
-
-Only streams, which end at once, and those that wait for a drain run longer than a moment; the latter notice
-the shutdown within :data:`.instances_api.DRAIN_POLL_S`.
-"""
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
 
 
-class AdminServer:
+class AdminServer(HttpServer):
     """Serves the admin interface of a router.
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
@@ -62,6 +49,7 @@ class AdminServer:
         token: str | None = None,
         reload: Reload | None = None,
     ) -> None:
+        super().__init__()
         changes = changes or AdminChanges(router)
         self._streams = Streams()
         process = ProcessApi(router, is_ready)
@@ -83,28 +71,14 @@ class AdminServer:
         self._open = frozenset(route.path for route in self.routes if route.open)
         self._own_host = router.config.admin_host
         self._token = token
-        self._runner: web.AppRunner | None = None
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        app = web.Application(middlewares=[_errors_as_json, self._from_here, self._authenticated])
-        for route in self.routes:
-            for method in (route.method, "HEAD") if route.reads_only else (route.method,):
-                app.router.add_route(method, route.path, route.checked())
+        app = web.Application(middlewares=[errors_as_json, self._from_here, self._authenticated])
+        add_routes(app, self.routes)
         app.cleanup_ctx.append(self._live.sample)
         app.on_shutdown.append(self._streams.end)
         return app
-
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Listen on an address, without TLS if ``tls`` is ``None``; raise :exc:`OSError` if that fails."""
-        self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, host, port, ssl_context=tls).start()
-
-    async def stop(self) -> None:
-        """Stop listening and close open connections."""
-        if self._runner is not None:
-            await self._runner.cleanup()
 
     def _is_open(self, request: web.Request) -> bool:
         """Whether anybody may ask for this. A browser gets the page, which then asks for the token."""
@@ -130,24 +104,3 @@ class AdminServer:
                     return error_answer(401, "the admin token is not the right one")
                 return error_answer(401, "this needs the admin token: Authorization: Bearer …")
         return await handler(request)
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except Refused as error:
-        return error_answer(*error.args)
-    except UnknownInstance as error:
-        return error_answer(404, str(error))
-    except (LastRoutable, Leaving) as error:
-        return error_answer(409, str(error))
-    except NotKept as error:
-        return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")
-    except web.HTTPException as error:
-        headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
-        more = "; GET / lists what there is" if error.status == 404 else ""
-        return error_answer(error.status, f"{request.method} {request.path}: {error.reason}{more}", headers)
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        return error_answer(500, "the scheduler has failed: its log says where")

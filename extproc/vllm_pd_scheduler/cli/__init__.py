@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from .envoy_config import envoy_config
+from .epp import GoCommand, epp
 from .history import decisions, events, explain
 from .operating import add, drain, reload, remove, status, strategy, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
@@ -77,6 +78,7 @@ _PANELS = {
 for panel, commands in _PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.command(rich_help_panel="Run", cls=GoCommand)(epp)
 
 
 def main() -> None:

@@ -102,8 +102,7 @@ def read_config(path: Path) -> SchedulerConfig:
     try:
         return load_config(path)
     except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+        fail_with_2(str(error))
 
 
 def prefill_port_of(config: SchedulerConfig, given: int | None) -> int | None:
@@ -175,6 +174,12 @@ def run(main: Coroutine[Any, Any, int]) -> None:
         fail(str(error))
     if status:
         raise typer.Exit(status)
+
+
+def fail_with_2(problems: str) -> NoReturn:
+    """Print what is wrong with what was given, and exit with status 2."""
+    typer.echo(problems, err=True)
+    raise typer.Exit(2) from None
 
 
 def fail(message: str) -> NoReturn:

@@ -19,6 +19,10 @@ def listeners_of(config: SchedulerConfig) -> list[Listener]:
     listeners = [("admin_port", config.admin_host, config.admin_port)]
     if config.grpc_socket is None:
         listeners.insert(0, ("grpc_port", config.grpc_host, config.grpc_port))
+    if config.grpc_health_port is not None:
+        listeners.append(("grpc_health_port", config.grpc_host, config.grpc_health_port))
+    if config.metrics_port is not None:
+        listeners.append(("metrics_port", config.metrics_host, config.metrics_port))
     prefill = urlsplit(config.prefill_listener or "")
     if prefill.hostname is not None and is_loopback(prefill.hostname):
         listeners.append(("prefill_listener", prefill.hostname, prefill.port or 80))

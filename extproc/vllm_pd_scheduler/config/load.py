@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,19 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def load_config(path: str | os.PathLike[str]) -> SchedulerConfig:
-    """Return the checked configuration of a JSON file.
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
+"""Puts into a configuration, as ``json.loads`` returns it, what else there is to say."""
+
+
+def load_config(path: str | os.PathLike[str], complete: Complete | None = None) -> SchedulerConfig:
+    """Return the checked configuration of a JSON file, completed if there is more than that says.
 
     Raise :exc:`ConfigError` with every problem at once, each with the path of its key.
     """
     source = os.fspath(path)
     raw = _read(path)
+    if complete is not None and isinstance(raw, dict):
+        raw = complete(raw)
     config = parse_config(raw, source)
     if config.state_file is not None and _is_same_file(config.state_file, path):
         raise ConfigError(source, ["state_file: that is this file itself, which it would replace"])

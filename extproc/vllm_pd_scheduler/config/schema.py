@@ -111,6 +111,10 @@ class SchedulerConfig(InstancesFile):
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
     many prompt tokens, `auto` those that cost less so. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
+    prefill_leg: Literal["scheduler", "sidecar"] = "scheduler"
+    """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
+    [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
+    `x-prefiller-host-port`, and calls no P itself."""
     connector: str | ConnectorConfig = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
@@ -200,6 +204,9 @@ class SchedulerConfig(InstancesFile):
     """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
     user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
     with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
+    grpc_health_port: Annotated[Port | None, _AT_START] = None
+    """A second port at `grpc_host`, without TLS, that answers [gRPC health checks](llm-d.md#health) and
+    nothing else. Kubernetes' gRPC probes need it where `grpc_tls` is set."""
     grpc_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
     admin_host: Annotated[str, _AT_START] = "127.0.0.1"
@@ -215,6 +222,11 @@ class SchedulerConfig(InstancesFile):
     """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
     that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
     to `chat-v2`."""
+    metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
+    """Address that the listener of `metrics_port` listens on."""
+    metrics_port: Annotated[Port | None, _AT_START] = None
+    """Port of a second listener with `/metrics`, `/healthz` and `/readyz` and nothing else, for a Prometheus
+    that has no `admin_token`. The metrics name instances and models."""
     explain_header: bool = True
     """Whether a client that sends `x-pd-explain: 1` is told
     [why its request went where it went](scheduling.md#why-did-this-request-go-there), by the header
@@ -245,7 +257,7 @@ class SchedulerConfig(InstancesFile):
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
-    @field_validator("grpc_host", "admin_host")
+    @field_validator("grpc_host", "admin_host", "metrics_host")
     @classmethod
     def _can_be_listened_at(cls, host: str) -> str:
         if not is_host(host):

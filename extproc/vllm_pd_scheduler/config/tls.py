@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..models import is_ip
+from .self_signed import show_self_signed
 
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 """One part of a DNS name, as a regular expression."""
@@ -34,36 +35,53 @@ _SYSTEM_CA = (
 
 
 class TlsConfig(BaseModel):
-    """PEM files of one of the scheduler's servers, read at start: new ones need a restart."""
+    """PEM files of one of the scheduler's servers, which are [read again](security.md#tls) when they change,
+    or a certificate that nobody has signed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    cert: str
+    cert: str | None = None
     """The server's certificate, with the chain to its authority."""
-    key: str
-    """Its private key, not encrypted."""
+    key: str | None = None
+    """Its private key, not encrypted; belongs to `cert`."""
+    self_signed: bool = False
+    """In place of the two: `true` makes a certificate at each start, for clients that check none, as
+    inference gateways do. Needs the package `cryptography` (extra `self-signed`)."""
     client_ca: str | None = None
     """Authorities whose certificates clients must show. Without it any client is admitted."""
+
+    @model_validator(mode="after")
+    def _one_certificate(self) -> TlsConfig:
+        if self.self_signed:
+            if self.cert is not None or self.key is not None:
+                raise ValueError('"self_signed" takes the place of "cert" and "key": leave them out')
+        elif self.cert is None or self.key is None:
+            raise ValueError('"cert" and "key" belong together: give both, or "self_signed": true')
+        return self
 
     def context(self) -> ssl.SSLContext:
         """Return a server's context, TLS 1.2 or later; raises :exc:`ValueError` naming a bad file."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.read()
-        _show(context, self.cert, self.key)
+        for path in self.files():
+            _read(path)
+        if self.cert is None or self.key is None:
+            show_self_signed(context)
+        else:
+            _show(context, self.cert, self.key)
         if self.client_ca is not None:
             _trust(context, self.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def read(self) -> tuple[bytes, bytes, bytes | None]:
-        """Return the certificate chain, the key and who signs the clients; raises likewise."""
-        cert, key = _read(self.cert), _read(self.key)
-        return cert, key, None if self.client_ca is None else _read(self.client_ca)
+    def files(self) -> tuple[str, ...]:
+        """Return the paths of the files."""
+        return tuple(path for path in (self.cert, self.key, self.client_ca) if path is not None)
 
 
 class InstanceTlsConfig(BaseModel):
-    """TLS to the instances. The PEM files are read at start, by the scheduler and by Envoy."""
+    """TLS to the instances. The PEM files are read at start by the scheduler and by Envoy; the scheduler
+    [reads them again](security.md#tls) when they change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -95,14 +113,16 @@ class InstanceTlsConfig(BaseModel):
         """Return a client's context, TLS 1.2 or later; raises :exc:`ValueError` naming a bad file."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and its name
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        ca = self.ca_file()
-        _read(ca)
-        _trust(context, ca)
+        for path in self.files():
+            _read(path)
+        _trust(context, self.ca_file())
         if self.cert is not None and self.key is not None:
-            _read(self.cert)
-            _read(self.key)
             _show(context, self.cert, self.key)
         return context
+
+    def files(self) -> tuple[str, ...]:
+        """Return the paths of the files; raises likewise."""
+        return tuple(path for path in (self.ca_file(), self.cert, self.key) if path is not None)
 
 
 def _show(context: ssl.SSLContext, cert: str, key: str) -> None:

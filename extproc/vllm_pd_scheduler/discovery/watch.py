@@ -1,4 +1,4 @@
-"""Tells when the content of a file is another one than before."""
+"""Tells when the content of files is another one than before."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ SETTLE_S = 0.3
 class WatchedFile:
     """A file that others write: in place, by renaming another one, or by moving a symbolic link to it.
 
-    The directory is watched, not the file, so it may vanish and come back.
+    The directory is watched, not the file, so it may vanish and come back. Several files that belong together
+    count as one.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
+    def __init__(self, *paths: str) -> None:
+        self._paths = [Path(path) for path in paths]
+        self._names = {path.name for path in self._paths}
+        self._directories = {path.absolute().parent for path in self._paths}
 
     async def looks(self) -> AsyncGenerator[bool, None]:
         """Yield ``True`` each time that the content has changed and settled, also if it cannot be read now.
@@ -51,7 +54,7 @@ class WatchedFile:
         while True:
             try:
                 async for _ in awatch(
-                    self._path.absolute().parent,
+                    *self._directories,
                     watch_filter=self._concerns,
                     recursive=False,
                     debounce=200,
@@ -69,11 +72,15 @@ class WatchedFile:
         Kubernetes moves a link to a directory, through which the file is found; its name begins with dots.
         """
         name = os.path.basename(changed)
-        return name == self._path.name or name.startswith("..")
+        return name in self._names or name.startswith("..")
 
     async def _content(self) -> bytes:
         """Return what stands for the content, or for the reason why there is none."""
-        return await in_daemon_thread(partial(_digest, self._path))
+        return await in_daemon_thread(partial(_digests, self._paths))
+
+
+def _digests(paths: list[Path]) -> bytes:
+    return b" ".join(map(_digest, paths))
 
 
 def _digest(path: Path) -> bytes:

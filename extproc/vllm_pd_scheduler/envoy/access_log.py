@@ -110,7 +110,7 @@ def read_attempt(entry: Any) -> FailedAttempt | None:
         headers.get(names.ID),
         headers.get(names.ATTEMPT, "1") == "1",
         entry.response.response_code.value,
-        _retry_after(entry.response.response_headers.get("retry-after", "")),
+        retry_after(entry.response.response_headers.get("retry-after", "")),
         headers.get(names.CLIENT_REQUEST_ID) or entry.request.request_id,
     )
 
@@ -201,6 +201,6 @@ def _address(entry: Any) -> str:
     return join_address(socket.address, socket.port_value) if socket.port_value else ""
 
 
-def _retry_after(retry_after: str) -> float | None:
+def retry_after(value: str) -> float | None:
     """Return a ``Retry-After`` in seconds; a date, which no vLLM sends, counts as none."""
-    return min(float(retry_after), MAX_RETRY_AFTER_S) if retry_after.isdecimal() else None
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isdecimal() else None

@@ -324,7 +324,7 @@ class Connection:
             self._output.control(frames.headers_frame(stream_id, self._first_block + block))
             self._first_block = b""
 
-    def send_content(self, stream_id: int, parts: Sequence[bytes]) -> bool:
+    def send_content(self, stream_id: int, parts: Sequence[bytes | memoryview]) -> bool:
         """Send content; return whether all of it is among the bytes to send.
 
         Otherwise, if the stream is not over, :class:`~.events.DataWritten` tells when it is. The rest of it

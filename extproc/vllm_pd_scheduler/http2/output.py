@@ -67,7 +67,7 @@ class Output:
         if self._held_frames > MAX_HELD_FRAMES:
             raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "what was asked for is not read")
 
-    def content(self, stream: Stream, parts: Sequence[bytes]) -> bool:
+    def content(self, stream: Stream, parts: Sequence[bytes | memoryview]) -> bool:
         """Add content of a stream; return whether all of it can go now."""
         size = sum(map(len, parts))
         if (

@@ -52,6 +52,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     """Higher is served first when requests have to wait."""
     tenant: str = ""
     """Whom a request counts for when those who wait are served in turn."""
+    subset: frozenset[str] | None = None
+    """To which D it may go, by ``ip:port`` or ``ip``, if whoever asks says so. Its P may be any."""
     session: str | None = None
     """What the requests of one conversation have in common."""
     ttft_slo: float | None = None
@@ -92,6 +94,11 @@ class RequestContext(Struct, frozen=True, eq=False):
             force_setattr(self, "_match", found)
             return found
         return self._match
+
+    def limited_to(self, subset: frozenset[str] | None) -> None:
+        """Set to which D it may go; ``None``: to all."""
+        if subset is not None:
+            force_setattr(self, "subset", subset)
 
     def at(self, now: float) -> None:
         """Set the time of the next pick."""

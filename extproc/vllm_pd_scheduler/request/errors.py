@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from .headers import REASON
+from .headers import DROPPED_REASON, REASON
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when nothing can serve it; an instance can be back within 2 s."""
@@ -19,6 +19,18 @@ _TYPES = {
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
 }
+
+_DROPPED = {
+    "no_decode": "rejected-no-endpoints",
+    "no_prefill": "rejected-no-endpoints",
+    "queue_full": "rejected-saturated",
+    "memory": "rejected-saturated",
+    "slo_missed": "rejected-saturated",
+    "queue_timeout": "rejected-ttl-expired",
+    "queue_displaced": "evicted-priority",
+    "draining": "rejected-shutting-down",
+}
+"""What llm-d calls some of our reasons."""
 
 
 class BodyError(ValueError):
@@ -66,4 +78,6 @@ def reject(
     headers = {"content-type": "application/json", REASON: reason}
     if status in (429, 503):
         headers["retry-after"] = str(retry_after)
+    if reason in _DROPPED:
+        headers[DROPPED_REASON] = _DROPPED[reason]
     return Reject(status, msgspec.json.encode({"error": error}), headers, reason)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from .gateway_names import STEERS_INSTANCES
+
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
@@ -67,13 +69,28 @@ TTFT_SLO: Final = "x-pd-ttft-slo-ms"
 TPOT_SLO: Final = "x-pd-tpot-slo-ms"
 """A client's: milliseconds for each further token that it asks for."""
 
+OBJECTIVE: Final = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
+"""A client's, as llm-d names it now, and before: the objective whose priority it has, if it says none."""
+
+FAIRNESS_ID: Final = ("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
+"""A client's likewise: its tenant, if none is said."""
+
+LLMD_TTFT_SLO: Final = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
+"""A client's likewise: ``TTFT_SLO``, and may have a fraction."""
+
+LLMD_TPOT_SLO: Final = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
+"""A client's likewise: ``TPOT_SLO``, and may have a fraction."""
+
+DROPPED_REASON: Final = "x-llm-d-request-dropped-reason"
+"""Why the scheduler refused a request that it could serve at another time, in llm-d's words."""
+
 EXPLAIN: Final = "x-pd-explain"
 """A client's: ``1`` asks for ``DECISION`` on the answer."""
 
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
-STEERING_PREFIXES: Final = ("x-pd-", DESTINATION)
+STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, *STEERS_INSTANCES)
 """Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
 
 TRACEPARENT: Final = "traceparent"

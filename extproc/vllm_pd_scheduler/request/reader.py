@@ -13,10 +13,12 @@ from .body import JsonBody
 from .context import RequestContext
 from .fingerprint import fingerprint, fingerprint_of_all
 from .json_text import Steps
+from .objectives import MAX_PRIORITY, Objectives
 from .prompt import BLOCK_BYTES, read_prompt
 
-MAX_PRIORITY = 100
 _PRIORITY = re.compile(r"-?[0-9]{1,10}")
+_MILLISECONDS = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,10})?")
+"""As llm-d's clients write them."""
 _MAX_NAME = 256
 """Characters of a tenant or session that count; more is cut off."""
 
@@ -45,9 +47,13 @@ class RequestSettings(Protocol):
 
 
 class RequestReader:
-    """Reads requests; ``fleet`` says how long their prompts and answers will be."""
+    """Reads requests; ``fleet`` says how long their prompts and answers will be.
+
+    Of what a client asks for, our own headers count before those of llm-d.
+    """
 
     def __init__(self, config: RequestSettings, fleet: FleetLoad) -> None:
+        self.objectives = Objectives()
         self._config = config
         self._fleet = fleet
 
@@ -105,14 +111,20 @@ class RequestReader:
             path,
             body_bytes=size,
             headers=MappingProxyType(headers),
-            priority=_priority(headers[names.PRIORITY]) if names.PRIORITY in headers else 0,
-            tenant=headers.get(names.TENANT, "")[:_MAX_NAME],
-            ttft_slo=_seconds(headers, names.TTFT_SLO) or config.ttft_slo,
-            tpot_slo=_seconds(headers, names.TPOT_SLO) or config.tpot_slo,
+            priority=self._priority(headers),
+            tenant=(headers.get(names.TENANT) or _either(headers, names.FAIRNESS_ID) or "")[:_MAX_NAME],
+            ttft_slo=_seconds(headers, names.TTFT_SLO, names.LLMD_TTFT_SLO) or config.ttft_slo,
+            tpot_slo=_seconds(headers, names.TPOT_SLO, names.LLMD_TPOT_SLO) or config.tpot_slo,
             arrived=now,
             now=now,
             **of_body,
         )
+
+    def _priority(self, headers: Mapping[str, str]) -> int:
+        if names.PRIORITY in headers:
+            return _priority(headers[names.PRIORITY])
+        objective = _either(headers, names.OBJECTIVE)
+        return self.objectives.priority(objective) if objective else 0
 
     def _output_tokens(self, body: JsonBody) -> float:
         mean, limit = self._fleet.output_tokens, body.answer_limit
@@ -136,10 +148,17 @@ def _priority(text: str) -> int:
     return value
 
 
-def _seconds(headers: Mapping[str, str], name: str) -> float | None:
+def _either(headers: Mapping[str, str], wanted: tuple[str, str]) -> str | None:
+    """Return the first of two headers that is there and not empty."""
+    return headers.get(wanted[0]) or headers.get(wanted[1])
+
+
+def _seconds(headers: Mapping[str, str], name: str, llmds: tuple[str, str]) -> float | None:
     text = headers.get(name)
     if text is None:
-        return None
+        # llm-d takes no notice of one that it cannot read, or that is 0.
+        text = _either(headers, llmds)
+        return float(text) / 1000 or None if text and _MILLISECONDS.fullmatch(text) else None
     if not (text.isascii() and text.isdigit() and int(text[:10]) > 0 and len(text) <= 10):
         raise HeaderError(f"The header {name} must be a whole number of milliseconds above 0.")
     return int(text) / 1000

@@ -27,6 +27,10 @@ class Failure(StrEnum):
     """The client left before an answer began."""
     ABANDONED = "abandoned"
     """The client left after the status had come, and nothing of the answer's body had."""
+    BROKEN_OFF = "broken_off"
+    """The answer had begun, and a gateway that does not say why has ended it: cut, or its client has left."""
+    PASSED_OVER = "passed_over"
+    """A gateway that does not say why has gone on to another instance."""
     UNSENT = "unsent"
     """No attempt was made: Envoy answered itself, or the client left, after the scheduler's answer."""
 
@@ -44,8 +48,13 @@ HANDOFF_NOT_FETCHED = frozenset(
 """How an attempt must have failed for nobody to be fetching its hand-off. Not after a time-out: that D may
 still be at it, and freeing the blocks then would give it another prompt's."""
 
-NOT_ANSWERED = frozenset({Failure.CONNECT, Failure.RESET, Failure.TIMEOUT, Failure.CUT})
+NOT_ANSWERED = frozenset({Failure.CONNECT, Failure.RESET, Failure.TIMEOUT, Failure.CUT, Failure.PASSED_OVER})
 """Where no whole answer has come, whatever the status."""
+
+DOUBTS = frozenset(
+    {Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT, Failure.BROKEN_OFF, Failure.PASSED_OVER}
+)
+"""What may be the instance's failure or not: it counts when its peers have few of them."""
 
 KEY_REFUSED = frozenset({401, 403})
 """Statuses that speak of the API key."""

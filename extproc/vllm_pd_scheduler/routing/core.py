@@ -26,6 +26,7 @@ from ..request.api import APIS
 from ..request.body import JsonBody, strip_handoff
 from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
+from ..request.objectives import Objectives
 from ..request.passed_body import asks_for_stream, named_model
 from ..request.path import HEALTH_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
@@ -41,6 +42,7 @@ from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
 from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
+from .sidecar import SidecarPrefill
 from .time_limits import first_byte_timeout, passed_timeout
 from .turns import Turns
 
@@ -96,14 +98,24 @@ class RoutingCore:
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )
+        self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
+
+    @property
+    def objectives(self) -> Objectives:
+        """The priorities of requests that name an objective."""
+        return self._reader.objectives
 
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""
         self._local.share = self.config.max_local_prefill_share
         self._admission.wake()
 
-    async def route(self, headers: Mapping[str, str], body: bytes) -> Forward | Reject:
+    async def route(
+        self, headers: Mapping[str, str], body: bytes, subset: frozenset[str] | None = None
+    ) -> Forward | Reject:
         """Decide where a request goes, prefilling it first where that is possible.
+
+        ``subset`` limits to which D it may go (see :attr:`.RequestContext.subset`).
 
         ``headers`` has lower-case names, with the pseudo headers ``:method`` and ``:path``. Cancelling
         the call cancels the prefill.
@@ -119,7 +131,7 @@ class RoutingCore:
                 del body  # it is another one if a hand-off was cut out of it
                 if self.rewrites.active:
                     parsed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
-                outcome = await self._split(path, headers, parsed, decision)
+                outcome = await self._split(path, headers, parsed, subset, decision)
                 if isinstance(outcome, Forward):
                     self._response_ids.name(outcome, parsed)
             elif (own := self._own_answer(path, headers)) is not None:
@@ -129,7 +141,7 @@ class RoutingCore:
             elif path not in self._public:
                 outcome = reject(404, f"There is no {path} here: it is not in public_paths.", "not_public")
             else:
-                outcome = await self._passed(path, headers, body, decision)
+                outcome = await self._passed(path, headers, body, subset, decision)
         except BodyError as error:
             outcome = reject(400, str(error), "bad_body")
         except HeaderError as error:
@@ -169,7 +181,12 @@ class RoutingCore:
         decision.refused(answer.status, answer.reason, self._clock())
 
     async def _passed(
-        self, path: str, headers: Mapping[str, str], body: bytes, decision: Decision
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        subset: frozenset[str] | None,
+        decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode as it is, but for a hand-off of the client's."""
         clean = await self._turns.take(strip_handoff(body))
@@ -187,6 +204,7 @@ class RoutingCore:
             if refusal is not None:
                 return refusal
         context = self._reader.passed(path, headers, clean, stream, self._clock(), model)
+        context.limited_to(subset)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
@@ -198,11 +216,17 @@ class RoutingCore:
         )
 
     async def _split(
-        self, path: str, headers: Mapping[str, str], body: JsonBody, decision: Decision
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: JsonBody,
+        subset: frozenset[str] | None,
+        decision: Decision,
     ) -> Forward | Reject:
         reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
         reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
+        context.limited_to(subset)
         decision.model = context.model and context.model[:MAX_TEXT]
         decision.stream, decision.prompt_tokens = context.stream, context.prompt_tokens
         if context.model is not None and (trace := current.get()) is not None:
@@ -210,9 +234,12 @@ class RoutingCore:
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
             return lost_twice(math.ceil(refused_for))
-        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+        if not self._scheduler.can_serve(InstanceRole.DECODE, context.model, subset):
             refusal = await self.catalog.refusal(decision.asked_model, context.model)
-            if refusal is not None or not self._scheduler.can_serve(InstanceRole.DECODE, context.model):
+            can_serve = refusal is None and self._scheduler.can_serve(
+                InstanceRole.DECODE, context.model, subset
+            )
+            if not can_serve:
                 return refusal or self._no_decode(context, decision)
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
@@ -226,6 +253,8 @@ class RoutingCore:
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
             return await self._whole(context, changed, Served.ALONE, limit, decision, alone)
+        if self.config.prefill_leg == "sidecar":
+            return await self._by_sidecar(context, changed, limit, decision)
         prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
@@ -242,6 +271,38 @@ class RoutingCore:
         except Exception:
             self.in_flight.free(prefilled)
             raise
+
+    async def _by_sidecar(
+        self, context: RequestContext, body: bytes | None, limit: float, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request to a D whose sidecar has it prefilled on the P that is chosen here."""
+        claim = await self._sidecar.choose(context, decision)
+        if isinstance(claim, Reject):
+            return claim
+        if isinstance(claim, WithoutHandoff):
+            return self._without_handoff(context, body, limit, claim, decision)
+        self._local.take(False)
+        try:
+            # The first byte comes after the prefill.
+            forward = self._to_decode(
+                context,
+                body,
+                Served.SPLIT,
+                limit + self.config.prefill_timeout,
+                decision,
+                beside=claim.endpoint,
+            )
+        except NoPartner:
+            claim.end(self._clock())
+            return self._to_decode(context, body, Served.LOCAL, limit, decision)
+        except Exception:
+            claim.end(self._clock())
+            raise
+        if isinstance(forward, Reject):
+            claim.end(self._clock())
+        else:
+            self.in_flight.claimed(forward, claim)
+        return forward
 
     def _without_handoff(
         self,
@@ -357,6 +418,9 @@ class RoutingCore:
         picked = pick(InstanceRole.DECODE, context, count=count, beside=beside)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         now = context.now
+        outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
+        if preferred in outside:
+            preferred = None
         has_room = preferred is not None and (
             bound or (preferred.routable and not self._scheduler.saturated(preferred, now))
         )
@@ -368,7 +432,7 @@ class RoutingCore:
             own, decision.decode = picked[0] if picked else None, choice
         if not picked and beside is not None and self._scheduler.several_kinds:
             raise NoPartner
-        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, (), context.model)
+        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
             return self._no_decode(context, decision)
         decode = self._in_turn(context, picked[:count], count)
@@ -420,7 +484,8 @@ class RoutingCore:
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
         if len(found) < count:
-            others = self._scheduler.last_resorts(InstanceRole.DECODE, picked, context.model)
+            taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
         return found[:count]
 

@@ -12,9 +12,11 @@ from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
 from ..records.recording import Recorded
+from ..request import gateway_names
 from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
@@ -39,6 +41,8 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    sidecar: PrefillClaim | None = None
+    """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
@@ -89,8 +93,15 @@ class Forward:
 
     @property
     def prefill(self) -> Endpoint | None:
-        """The instance that prefilled, if one did."""
-        return self.pending.prefill if self.pending else None
+        """The instance that prefilled, or that a sidecar asks to, if one does."""
+        if self.pending is not None:
+            return self.pending.prefill
+        return self.sidecar.endpoint if self.sidecar is not None else None
+
+    @property
+    def used_once(self) -> bool:
+        """Whether it carries a hand-off that no second D may use."""
+        return self.pending is not None and self.pending.handoff.pinned
 
     @property
     def retried(self) -> frozenset[int]:
@@ -104,17 +115,26 @@ class Forward:
             return OF_THE_INSTANCE
         return KEY_REFUSED if self.decode[0].instance.api_key is not None else frozenset()
 
+    @property
+    def id_of_client(self) -> str:
+        """The client's ``X-Request-Id`` where D gets another one; else empty."""
+        another = self.pending is not None and names.REQUEST_ID in self.pending.handoff.headers
+        return self.request_id if another else ""
+
     def headers(self) -> dict[str, str]:
         """Headers to set on the request to decode."""
         found = {
             names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode),
             names.ID: self.id,
         }
+        if self.prefill is not None:
+            found[names.PREFILL] = self.prefill.id
         if self.pending is not None:
-            found[names.PREFILL] = self.pending.prefill.id
             found |= self.pending.handoff.headers
-            if names.REQUEST_ID in found and self.request_id:
-                found[names.CLIENT_REQUEST_ID] = self.request_id
+        if self.id_of_client:
+            found[names.CLIENT_REQUEST_ID] = self.id_of_client
+        if self.sidecar is not None:
+            found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
         if self.explanation:
@@ -128,6 +148,37 @@ class Forward:
         if self.trace is not None:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
+
+    def for_gateway(self, fallbacks: bool) -> None:
+        """Leave in ``decode`` what a gateway is told: more than one only if it takes ``fallbacks``.
+
+        With a body that is made for the first there is one in any case, since a gateway sends its retries
+        with the same one.
+        """
+        if len(self.decode) > 1 and (self.splice is not None or self.used_once or not fallbacks):
+            self.decode = self.decision.decode_to = self.decode[:1]
+
+    def gateway_headers(self) -> dict[str, str]:
+        """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
+
+        A hand-off is to be tried once.
+        """
+        found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
+        if self.used_once:
+            found[gateway_names.MAX_RETRIES] = "0"
+        if self.sidecar is not None:
+            found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
+        if (key := self.decode[0].instance.api_key) is not None:
+            found["authorization"] = f"Bearer {key}"
+        if self.trace is not None:
+            found[names.TRACEPARENT] = self.trace.traceparent
+        return found
+
+    def taken_by(self, registry: Registry, endpoint: Endpoint) -> None:
+        """Count the request on another instance, which a gateway has chosen itself."""
+        self.decode, self.answering = [endpoint], endpoint
+        if self.reservation.active:
+            self.reservation = registry.move(self.reservation, endpoint)
 
     def moved(self, registry: Registry, address: str) -> None:
         """Count the request on the next of ``decode``, where Envoy sends it when the one before failed."""

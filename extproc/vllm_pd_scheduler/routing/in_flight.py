@@ -20,6 +20,7 @@ from ..records.recording import Recording
 from ..telemetry import Ending, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
+    DOUBTS,
     HANDOFF_NOT_FETCHED,
     KEY_REFUSED,
     NOT_ANSWERED,
@@ -32,6 +33,7 @@ from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
 from .patience import Patience
+from .prefill_claim import MAY_BE_PREFILLS, PrefillClaim
 from .result import Result
 
 SETTLE_S = 0.25
@@ -116,6 +118,31 @@ class RequestsInFlight:
         self.patience.requested()
         return forward
 
+    def claimed(self, forward: Forward, claim: PrefillClaim) -> None:
+        """Note the claim of a forward on the P that the sidecar at its D asks."""
+        forward.sidecar = claim
+        claim.endpoint.keep_handoff()
+        self._later(claim.predicted, partial(self._expired, claim))
+
+    def _expired(self, claim: PrefillClaim) -> None:
+        claim.expired(self._clock())
+        self._changed()
+
+    def answer_began(self, forward: Forward, status: int) -> None:
+        """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
+        if forward.sidecar is not None:
+            if status == 200:
+                forward.sidecar.began(not forward.stream, self._queued_at(forward), self._clock())
+            else:
+                forward.sidecar.end(self._clock(), f"status_{status}")
+            self._changed()
+
+    @staticmethod
+    def _queued_at(forward: Forward) -> bool:
+        """Whether requests wait in the queue of a forward's D, as last scraped."""
+        metrics = forward.decode[0].metrics
+        return metrics is None or metrics.waiting > 0
+
     def attempt_failed(self, attempt: FailedAttempt) -> None:
         """Count what Envoy tells of an attempt that did not end in a whole answer with status 200.
 
@@ -152,8 +179,13 @@ class RequestsInFlight:
         elif attempt.status == 500:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
+        if forward.sidecar is not None and attempt.failure is Failure.STATUS:
+            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.id, self._clock())
         if forward.trace is not None:
             forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
+        if attempt.first and forward.sidecar is not None:
+            forward.sidecar.end(self._clock(), attempt.failure)
+            self._changed()
         self._follow(forward, attempt)
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
@@ -182,12 +214,19 @@ class RequestsInFlight:
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
         prefill = None if forward.failed_attempts else forward.prefill
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
-            self._telemetry.handed_off(prefill.id, endpoint.id, ttft - result.sent)
+            took = ttft - result.sent
+            if forward.sidecar is None:
+                self._telemetry.handed_off(prefill.id, endpoint.id, took)
+            else:
+                forward.sidecar.took(took, self._queued_at(forward))
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
         reason = f"decode: {failure}"
-        if failure is Failure.OVERLOADED:
+        claim = forward.sidecar if forward is not None and attempt.first else None
+        if claim is not None and failure in MAY_BE_PREFILLS:
+            claim.doubtful(endpoint, f"prefill or {reason}", now)
+        elif failure is Failure.OVERLOADED:
             registry.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:
             reason = f"decode: status {attempt.status}"
@@ -197,7 +236,7 @@ class RequestsInFlight:
                 registry.failed(endpoint, reason, now)
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
                 registry.doubtful(endpoint, reason, now)
-        elif failure in (Failure.LEFT, Failure.ABANDONED, Failure.TIMEOUT):
+        elif failure in DOUBTS:
             registry.doubtful(endpoint, reason, now)
             if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
                 self.patience.timed_out()
@@ -274,6 +313,9 @@ class RequestsInFlight:
             forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
+        if forward.sidecar is not None:
+            forward.sidecar.end(now)
+            forward.sidecar.endpoint.end_handoff()
         if forward.pending is not None:
             if forward.pending.handoff.pinned:
                 forward.pending.prefill.end_handoff()
@@ -329,7 +371,12 @@ class RequestsInFlight:
         """Free the hand-off of a request that was never sent; leave it to the lease if that is not sure."""
         if forward.ended_by_envoy:
             self._free(forward)
-        elif forward.pending is not None and not forward.freed:
+        else:
+            self.leave_to_lease(forward)
+
+    def leave_to_lease(self, forward: Forward) -> None:
+        """Free the hand-off of a request by nothing but the end of its lease: its D may be using it."""
+        if forward.pending is not None and not forward.freed:
             forward.freed = True
             self._telemetry.handoff_stranded(forward.pending.prefill.id)
 
@@ -340,6 +387,8 @@ class RequestsInFlight:
         if forward.answering is None:
             return
         self._registry.succeeded(forward.answering)
+        if forward.sidecar is not None and not forward.failed_attempts:
+            forward.sidecar.served()
         self.patience.answered()
         if self.lost:
             self.lost.answered(forward.prompt)

@@ -89,9 +89,9 @@ class PrefillStage:
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = _Tried(self._lost.spent(context.fingerprint), decision)
-        reservation = await self._admit(context, decision)
+        reservation = await self.admit(context, decision)
         while isinstance(reservation, Reservation):
-            self._trace_pick(reservation, context)
+            self.trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
@@ -104,13 +104,15 @@ class PrefillStage:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
-    def _trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+    def trace_pick(self, reservation: Reservation, context: RequestContext) -> None:
+        """Note in the request's trace that a P was chosen."""
         if (trace := current.get()) is not None:
             role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
             strategy, picked = self._scheduler.names[role], reservation.endpoint.id
             trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
-    async def _admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+    async def admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
+        """Wait for a P and reserve it; return the refusal, or ``None`` if no P can serve."""
         ticket = Ticket(context, InstanceRole.PREFILL, context.body_bytes)
         try:
             return await self._admission.admit(ticket)
@@ -128,7 +130,7 @@ class PrefillStage:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self._admit(context, tried.decision)
+            return await self.admit(context, tried.decision)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:

@@ -20,6 +20,7 @@ from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
 from ..instance_http.shortage import is_our_shortage
 from ..models import InstanceState, PDInstance
+from ..request import gateway_names
 from ..request.errors import Reject
 from .attempts import NOT_ANSWERED, FailedAttempt, Failure, Retry, failure_of_status
 from .core import RoutingCore
@@ -138,6 +139,8 @@ async def _decode(
     headers = {"content-type": "application/json"}
     if endpoint.instance.api_key is not None:
         headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+    if forward.sidecar is not None:
+        headers[gateway_names.PREFILLER] = str(forward.sidecar.endpoint.address)
     to = (str(endpoint.address), endpoint.instance.tls_name)
     limit = forward.first_byte_timeout or _DECODE_TIMEOUT_S
     status = 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from asyncio import AbstractEventLoop, TimerHandle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..http2 import Connection
 from ..http2.header_block import RequestHead
-from .messages import MessageReader, prefix
+from .messages import MessageReader, TooLarge, prefix
 from .status import HEADERS, CallError, StatusCode, trailers
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,17 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 
+Bytes = bytes | memoryview
+
+
 class Receiver(Protocol):
     """What serves one call. All methods are called in the event loop and must not block it."""
 
     def accepts(self, size: int) -> bool:
         """Whether there is room for a large message of so many bytes, which has not come.
 
-        A receiver that ends the call itself need not care what it returns.
+        It is also asked of one that is over the limit, whatever it returns then. A receiver that ends the
+        call itself need not care what it returns.
         """
         ...
 
@@ -140,6 +144,11 @@ class Call:
         """What all calls of one connection have in common."""
         return self._host
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client can still be reached; if not, it may not know that the call is over."""
+        return self._host.is_open
+
     def metadata(self, name: str) -> str | None:
         """Return a field of the call's head, the last one of that name."""
         value = self.head.fields.get(name.encode())
@@ -150,18 +159,25 @@ class Call:
         self._asked = True
         self._deliver()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, *parts: Bytes) -> None:
         """Send a message. The receiver's ``written`` is called when it is out, perhaps before this returns.
 
         The parts must not change until then, nor may another message be written.
         """
+        self._write((prefix(sum(map(len, parts))), *parts))
+
+    def write_all(self, messages: Iterable[Sequence[Bytes]]) -> None:
+        """Send several messages, each in parts, as :meth:`write` does one: ``written`` is called once."""
+        self._write([part for parts in messages for part in (prefix(sum(map(len, parts))), *parts)])
+
+    def _write(self, parts: Sequence[Bytes]) -> None:
         if self.is_over or not self._host.is_open:
             return
         connection = self._host.connection
         if not self._begun:
             self._begun = True
             connection.send_headers(self.stream_id, HEADERS)
-        out = connection.send_content(self.stream_id, (prefix(sum(map(len, parts))), *parts))
+        out = connection.send_content(self.stream_id, parts)
         self._host.flush()
         if out:
             self._receiver.written()
@@ -252,6 +268,8 @@ class Call:
                     self._receiver.half_closed()
                 break
         except CallError as error:
+            if isinstance(error, TooLarge):
+                self._receiver.accepts(error.size)  # it may answer itself
             if not self.is_over:
                 self._host.complain(self, error)
                 self._refuse(error)

@@ -7,6 +7,16 @@ from .status import CallError, StatusCode
 PREFIX_BYTES = 5
 
 
+class TooLarge(CallError):
+    """A message of ``size`` bytes is over the limit."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            StatusCode.RESOURCE_EXHAUSTED, f"a message of {size} bytes: at most {limit} are read"
+        )
+        self.size = size
+
+
 class MessageReader:
     """Finds the messages in the content of one call.
 
@@ -77,8 +87,7 @@ class MessageReader:
         if flag:
             raise CallError(StatusCode.INTERNAL, "a message has an unknown flag")
         if size > self._limit:
-            reason = f"a message of {size} bytes: at most {self._limit} are read"
-            raise CallError(StatusCode.RESOURCE_EXHAUSTED, reason)
+            raise TooLarge(size, self._limit)
 
     def _begin(self, size: int, first: bytes) -> None:
         """Read a message as it comes; ``first`` is what there is of it."""

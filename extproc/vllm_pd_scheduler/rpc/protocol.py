@@ -98,6 +98,7 @@ class GrpcProtocol(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The client is gone."""
+        self.connection.ended = True
         self._cancel_calls()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -179,9 +179,16 @@ class Scheduler:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
         return min(availability.room_at(now) for availability in self._availability.values())
 
-    def can_serve(self, role: InstanceRole, model: str | None) -> bool:
-        """Whether an endpoint of a role could serve a model now, be it as a last resort."""
-        return bool(self._pools[role].of(model).endpoints or self.last_resorts(role, (), model))
+    def can_serve(self, role: InstanceRole, model: str | None, subset: frozenset[str] | None = None) -> bool:
+        """Whether an endpoint of a role could serve a model now, be it as a last resort.
+
+        ``subset`` are the addresses to which the request may go (see :attr:`.RequestContext.subset`).
+        """
+        endpoints = self._pools[role].of(model).endpoints
+        if subset is None:
+            return bool(endpoints or self.last_resorts(role, (), model))
+        outside = self.outside(role, subset)
+        return any(e not in outside for e in endpoints) or bool(self.last_resorts(role, outside, model))
 
     def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
         """Whether an endpoint, in whatever state, is not known to lack a model that others serve."""
@@ -245,6 +252,8 @@ class Scheduler:
         whose trial request runs, are offered to it only if there are no others. Of many it is offered a
         sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
+        if request.subset is not None:
+            exclude = (*exclude, *self.outside(role, request.subset))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
@@ -289,6 +298,12 @@ class Scheduler:
         last = self._last
         return None if last is None else last.choice(self.registry, role, request)
 
+    def outside(self, role: InstanceRole, subset: frozenset[str] | None) -> Collection[Endpoint]:
+        """Return the endpoints of a role that are left out by the subset that a request may go to."""
+        if subset is None or role is InstanceRole.PREFILL:
+            return ()
+        return frozenset(e for e in self.registry.endpoints(role) if not _is_in(subset, e))
+
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
     ) -> list[Endpoint]:
@@ -318,6 +333,8 @@ class Scheduler:
         """
         if self.shadow is not None:
             candidates = self._pools[role].of(request.model, beside)
+            if request.subset is not None:
+                exclude = (*exclude, *self.outside(role, request.subset))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
@@ -327,6 +344,11 @@ class Scheduler:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
         with self._strategies[role].same_turn(), self._in_place[role].same_turn():
             return self.pick(role, request, count=count, beside=beside)
+
+
+def _is_in(subset: frozenset[str], endpoint: Endpoint) -> bool:
+    address = endpoint.address
+    return address is not None and (address in subset or address.rpartition(":")[0].strip("[]") in subset)
 
 
 def _offer(

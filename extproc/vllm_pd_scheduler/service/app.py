@@ -8,11 +8,13 @@ import gc
 import logging
 import os
 import socket
+import ssl
 import time
 from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
+from ..admin.probes_server import ProbesServer
 from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -27,13 +29,14 @@ from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
-from ..models import By, join_address
+from ..models import By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
 from ..rpc import ListenError, Server
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
+from .certificates import Certificates, TlsSettings
 from .listen_advice import listen_advice
 from .reload import ConfigFile, Reload
 from .watchdog import LoopWatchdog
@@ -72,6 +75,9 @@ class App:
         self.changes = AdminChanges(self.router)
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
+        self._health = HealthService(
+            lambda: self.router.membership.knows(InstanceRole.DECODE), lambda: self.draining
+        )
         self._sources = Sources(config, self.router.membership, time.monotonic)
         self._file = file
         self._reload: Reload | None = None
@@ -101,7 +107,8 @@ class App:
         self.changes.restore()
         if config.tracing is not None:
             self._start_tracing(config.tracing)
-        trusted = config.instance_tls.context() if config.instance_tls else None
+        await self._start_health()
+        trusted = self._certificates("instance_tls", config.instance_tls)
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
         releaser = HandoffReleaser(pool, router.registry, router.telemetry)
@@ -160,6 +167,30 @@ class App:
         with contextlib.suppress(ConfigError):  # an event has told it
             await reload.reload(By.SIGNAL)
 
+    def _certificates(self, key: str, settings: TlsSettings | None) -> ssl.SSLContext | None:
+        """Return the context for a setting, whose files are followed from now on."""
+        if settings is None:
+            return None
+        certificates = Certificates(key, settings, self.router.events)
+        self._stack.push_async_callback(_ended, asyncio.ensure_future(certificates.follow()))
+        return certificates.context
+
+    async def _start_health(self) -> None:
+        """Listen where health is asked for and nothing else, before the sources have told anything."""
+        config = self.config
+        if config.metrics_port is not None:
+            probes = ProbesServer(self.router, lambda: not self.draining)
+            await self._listen("metrics", probes, config.metrics_host, config.metrics_port)
+        if config.grpc_health_port is None:
+            return
+        server = Server(self._health.methods())
+        try:
+            await server.listen(config.grpc_host, config.grpc_health_port)
+        except ListenError as error:
+            advice = listen_advice("grpc_health", config.grpc_health_port, error.errno, "grpc_host")
+            raise StartupError(f"grpc_health_port: {error}{advice}") from None
+        self._stack.push_async_callback(server.stop)
+
     def _start_tracing(self, config: TracingConfig) -> None:
         try:
             config.check()
@@ -175,33 +206,43 @@ class App:
     async def _start_admin(self) -> None:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
-        tls = config.admin_tls.context() if config.admin_tls else None
+        tls = self._certificates("admin_tls", config.admin_tls)
         reload = self._reload.reload if self._reload is not None else None
         admin = AdminServer(
             self.router, self.changes, is_ready=lambda: not self.draining, token=token, reload=reload
         )
+        await self._listen("admin", admin, config.admin_host, config.admin_port, tls)
+
+    async def _listen(
+        self,
+        name: str,
+        server: AdminServer | ProbesServer,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         try:
-            await admin.start(config.admin_host, config.admin_port, tls)
+            await server.start(host, port, tls)
         except OSError as error:
-            address = join_address(config.admin_host, config.admin_port)
             # Not error.strerror of a server that asyncio could not start: it has the address once more.
             why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-            advice = listen_advice("admin", config.admin_port, error.errno)
-            raise StartupError(f"admin_port: cannot listen on {address}: {why}{advice}") from None
-        self._stack.push_async_callback(admin.stop)
+            advice = listen_advice(name, port, error.errno)
+            where = join_address(host, port)
+            raise StartupError(f"{name}_port: cannot listen on {where}: {why}{advice}") from None
+        self._stack.push_async_callback(server.stop)
 
     async def _start_grpc(self) -> None:
         config = self.config
         access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
         retries = RetryCheck(self.router.in_flight.may_try_again)
         discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)
-        services = (self.ext_proc, discovery, access_log, retries, HealthService())
+        services = (self.ext_proc, discovery, access_log, retries, self._health)
         server = Server({path: method for each in services for path, method in each.methods().items()})
         try:
             if config.grpc_socket is not None:
                 await server.listen_on_socket(config.grpc_socket)
             else:
-                tls = config.grpc_tls.context() if config.grpc_tls else None
+                tls = self._certificates("grpc_tls", config.grpc_tls)
                 await server.listen(config.grpc_host, config.grpc_port, tls)
         except ListenError as error:
             if config.grpc_socket is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError, Reloaded, SchedulerConfig, compare, find_problems, load_config
 from ..discovery import CONFIG
@@ -33,10 +34,12 @@ class ConfigFile:
     """What the scheduler was started with."""
     adjust: Callable[[SchedulerConfig], SchedulerConfig]
     """Puts in what the command line says in place of the file."""
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Puts in what the file needs of the command line to be a configuration at all."""
 
     def load(self) -> SchedulerConfig:
         """Read it; raise :exc:`ConfigError` with all that the command ``check`` would say."""
-        found = self.adjust(load_config(self.path))
+        found = self.adjust(load_config(self.path, self.complete))
         if problems := rehearse(found):
             raise ConfigError(str(self.path), problems)
         return found

@@ -248,7 +248,7 @@ class RequestTrace:
         return self._offset + int(seconds * 1e9)
 
 
-_LEFT = ("left", "abandoned")
+_LEFT = ("left", "abandoned", "broken_off")
 """Failures that are the client's doing."""
 _NO_FAILED_ATTEMPT = (*_LEFT, "unsent")
 """What Envoy tells of a request, not of an instance that has failed it."""

@@ -229,7 +229,12 @@ class EncodeTest(unittest.TestCase):
             self.assertEqual((immediate.status.code, immediate.details), (503, f"{DETAILS_PREFIX}no_decode"))
             self.assertEqual(
                 headers_of(immediate.headers),
-                {"content-type": "application/json", "retry-after": "1", "x-pd-reason": "no_decode"},
+                {
+                    "content-type": "application/json",
+                    "retry-after": "1",
+                    "x-llm-d-request-dropped-reason": "rejected-no-endpoints",
+                    "x-pd-reason": "no_decode",
+                },
             )
             error = json.loads(immediate.body)["error"]
             self.assertEqual(

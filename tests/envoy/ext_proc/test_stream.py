@@ -134,7 +134,7 @@ class ConversationsTest(Case):
             stream.receive(Message(Phase.REQUEST_HEADERS, headers=HEADERS)), Continue(Phase.REQUEST_HEADERS)
         )
         self.assertEqual(
-            stream.receive(Message(Phase.REQUEST_BODY, True, body=b'{"a":1}')), Route(HEADERS, b'{"a":1}')
+            stream.receive(Message(Phase.REQUEST_BODY, True, body=b'{"a":1}')), Route(HEADERS, [b'{"a":1}'])
         )
         forward = self.forward()
         self.assertEqual(stream.routed(forward), Answer(Phase.REQUEST_BODY, forward))
@@ -149,17 +149,17 @@ class ConversationsTest(Case):
     def test_headers_only(self) -> None:
         stream = Stream()
         headers = {":method": "GET", ":path": "/v1/models"}
-        self.assertEqual(stream.receive(Message(Phase.REQUEST_HEADERS, True, headers)), Route(headers, b""))
+        self.assertEqual(stream.receive(Message(Phase.REQUEST_HEADERS, True, headers)), Route(headers))
         forward = self.forward()
         self.assertEqual(stream.routed(forward), Answer(Phase.REQUEST_HEADERS, forward))
 
     def test_an_empty_body(self) -> None:
         stream = Stream()
         stream.receive(Message(Phase.REQUEST_HEADERS, headers=HEADERS))
-        self.assertEqual(stream.receive(Message(Phase.REQUEST_BODY, True)), Route(HEADERS, b""))
+        self.assertEqual(stream.receive(Message(Phase.REQUEST_BODY, True)), Route(HEADERS))
 
     def test_headers_that_are_missing(self) -> None:
-        self.assertEqual(Stream().receive(Message(Phase.REQUEST_HEADERS, True)), Route({}, b""))
+        self.assertEqual(Stream().receive(Message(Phase.REQUEST_HEADERS, True)), Route({}))
 
     def test_a_body_with_trailers(self) -> None:
         stream = Stream()

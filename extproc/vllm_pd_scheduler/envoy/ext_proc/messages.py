@@ -6,17 +6,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from envoy.config.core.v3 import base_pb2
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
+from ...connectors import Splice
+from ...request import gateway_names
+from ...request import headers as names
 from ...request.errors import Reject
+from ...routing.answer_head import AnswerHead
 from ...routing.forward import Forward
+from ..access_log import retry_after
 from ..limits import MAX_MESSAGE_BYTES, check_size, parse
-from .stream import Continue, Message, Phase, Reply, StreamError
-from .wire import body_size, find, prefix
+from .stream import (
+    Answer,
+    Bytes,
+    Continue,
+    Message,
+    PassOn,
+    Phase,
+    StreamedAnswer,
+    StreamError,
+)
+from .wire import body_size, find, part_message, prefix, response_part
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
@@ -32,6 +48,9 @@ LARGE_BYTES = 1 << 16
 LONG_VALUE_BYTES = 256
 """A header's value that is longer takes no more memory than its bytes, whatever its letters are."""
 
+PART_BYTES = 62_000
+"""The longest part of a body that is sent to a gateway: 64 KiB are its limit, with what is around it."""
+
 _PHASES = {phase.name.lower(): phase for phase in Phase}
 _RESPONSES = pb.ProcessingResponse.DESCRIPTOR.fields_by_name
 _BODY = {
@@ -44,6 +63,16 @@ _BODY = {
     for phase in (Phase.REQUEST_HEADERS, Phase.REQUEST_BODY)
 }
 """Where a response has the new body, by field numbers."""
+_REQUEST_PART, _RESPONSE_PART = (
+    (
+        _RESPONSES[name].number,
+        pb.BodyResponse.RESPONSE_FIELD_NUMBER,
+        pb.CommonResponse.BODY_MUTATION_FIELD_NUMBER,
+        pb.BodyMutation.STREAMED_RESPONSE_FIELD_NUMBER,
+    )
+    for name in ("request_body", "response_body")
+)
+"""Where a response has a part of a body."""
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -60,16 +89,80 @@ def decode(data: bytes | bytearray) -> Message:
     request = parse(pb.ProcessingRequest, bytes(data))
     kind = request.WhichOneof("request")
     if kind == "request_headers":
-        headers = {
-            header.key: _text(header.raw_value or header.value.encode())
-            for header in request.request_headers.headers.headers
-        }
-        return Message(Phase.REQUEST_HEADERS, not _body_follows(request), headers)
+        return _request_headers(request)
     if kind == "request_body":
         return Message(Phase.REQUEST_BODY, request.request_body.end_of_stream, body=request.request_body.body)
+    if kind == "response_headers":
+        return Message(
+            Phase.RESPONSE_HEADERS, request.response_headers.end_of_stream, head=_answer_head(request)
+        )
+    if kind == "response_body":
+        body = request.response_body
+        return Message(Phase.RESPONSE_BODY, body.end_of_stream, body=body.body)
     if kind not in _PHASES:
         raise StreamError(f"a message of the unknown kind {kind}")
     return Message(_PHASES[kind])
+
+
+def _request_headers(request: Any) -> Message:
+    headers = _headers(request.request_headers)
+    # A gateway that is no Envoy may not tell its mode.
+    streamed, answer_streamed = None, False
+    if request.HasField("protocol_config"):
+        modes = request.protocol_config
+        streamed = modes.request_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
+        answer_streamed = modes.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
+    subset = None
+    if request.HasField("metadata_context"):
+        subset = _subset(request.metadata_context)
+    last = not _body_follows(request)
+    return Message(
+        Phase.REQUEST_HEADERS,
+        last,
+        headers,
+        streamed=streamed,
+        answer_streamed=answer_streamed,
+        subset=subset,
+    )
+
+
+def _headers(message: Any) -> dict[str, str]:
+    return {
+        header.key: _text(header.raw_value or header.value.encode()) for header in message.headers.headers
+    }
+
+
+def _subset(metadata: Any) -> frozenset[str] | None:
+    """Return the endpoints to which a request may go, in either of the two forms; ``None``: to all."""
+    if gateway_names.SUBSET_METADATA not in metadata.filter_metadata:
+        return None
+    fields = metadata.filter_metadata[gateway_names.SUBSET_METADATA].fields
+    if gateway_names.SUBSET not in fields:
+        return None
+    value = fields[gateway_names.SUBSET]
+    found = [each.string_value for each in value.list_value.values] or [value.string_value]
+    return frozenset(name.strip() for each in found for name in each.split(",")) - {""}
+
+
+def _answer_head(request: Any) -> AnswerHead:
+    headers = _headers(request.response_headers)
+    status, attempts = headers.get(":status", ""), headers.get(names.ATTEMPT, "")
+    served = ""
+    if gateway_names.LB_METADATA in request.metadata_context.filter_metadata:
+        fields = request.metadata_context.filter_metadata[gateway_names.LB_METADATA].fields
+        if gateway_names.SERVED in fields:
+            served = fields[gateway_names.SERVED].string_value
+    return AnswerHead(
+        int(status[:3]) if status.isdecimal() else 0,
+        served,
+        not headers.keys() & _INSTANCES_OWN,
+        int(attempts[:9]) if attempts.isdecimal() else 1,
+        retry_after(headers.get("retry-after", "")),
+    )
+
+
+_INSTANCES_OWN = frozenset({"date", "server", "x-envoy-upstream-service-time"})
+"""Headers of an instance's answer, or of Envoy for it. Envoy's own answers get them later, if at all."""
 
 
 def _text(value: bytes) -> str:
@@ -90,7 +183,7 @@ def _body_follows(request: Any) -> bool:
 
 
 def _large_body(data: bytes | bytearray) -> Message | None:
-    """Read a message with a body, and copy that once; ``None`` if it is another one."""
+    """Read a message with a body, which stays where it is; ``None`` if it is another one."""
     outer = find(data, pb.ProcessingRequest.REQUEST_BODY_FIELD_NUMBER, 0, len(data))
     inner = outer and find(data, pb.HttpBody.BODY_FIELD_NUMBER, outer.start, outer.end)
     if outer is None or inner is None:
@@ -102,17 +195,102 @@ def _large_body(data: bytes | bytearray) -> Message | None:
         return None
     if rest.body or others.WhichOneof("request"):
         return None
-    body = bytes(memoryview(data)[inner.start : inner.end])
+    body = memoryview(data)[inner.start : inner.end]
     return Message(Phase.REQUEST_BODY, rest.end_of_stream, body=body)
 
 
-def encode(action: Reply) -> tuple[bytes, ...]:
+def pass_on(data: bytes | bytearray) -> PassedOn | None:
+    """Answer a part of a response's body with the same part, without a look at it; ``None`` if that fails."""
+    part = response_part(data)
+    if part is None or part.size > PART_BYTES:
+        return None
+    start, end, size, last = part
+    return PassedOn(_before_part(end - start), bytes(data[start:end]), size, last)
+
+
+@lru_cache(1024)
+def _before_part(size: int) -> bytes:
+    return prefix(_RESPONSE_PART, size)
+
+
+class PassedOn(NamedTuple):
+    """The reply to a part of a response's body, in two pieces, and how many bytes of the body it has."""
+
+    before: bytes
+    part: bytes
+    size: int
+    end_of_stream: bool
+
+
+def encode(action: Continue | Answer) -> tuple[bytes, ...]:
     """Write the ``ProcessingResponse`` for an action, in parts: a body is not copied."""
     if isinstance(action, Continue):
         return (_CONTINUE[action.phase],)
     if isinstance(action.outcome, Reject):
         return (_immediate(action.outcome),)
     return _forward(action.phase, action.outcome)
+
+
+def encode_streamed(action: StreamedAnswer) -> list[list[Bytes]]:
+    """Write where a request goes for a gateway, and the whole body: one message after another, in parts."""
+    forward = action.forward
+    messages: list[list[Bytes]] = [[_gateway_headers(forward)]]
+    if action.body is None:
+        return messages
+    chunks = _chunks(action.body, forward.splice)
+    for number, parts in enumerate(chunks, 1):
+        last = number == len(chunks) and not action.trailers
+        messages.append(part_message(_REQUEST_PART, parts, last))
+    if action.trailers:
+        messages.append([_CONTINUE[Phase.REQUEST_TRAILERS]])
+    return messages
+
+
+def encode_part(action: PassOn) -> list[list[Bytes]]:
+    """Write a part of a response's body, in as many messages as it takes."""
+    chunks = _chunks(action.body, None)
+    return [
+        part_message(_RESPONSE_PART, parts, action.end_of_stream and number == len(chunks))
+        for number, parts in enumerate(chunks, 1)
+    ]
+
+
+def encode_begin(headers: Mapping[str, str]) -> bytes:
+    """Write the reply that lets a response begin, with these headers beside its own."""
+    if not headers:
+        return _CONTINUE[Phase.RESPONSE_HEADERS]
+    response = pb.ProcessingResponse()
+    _set(response.response_headers.response.header_mutation.set_headers, headers)
+    return bytes(response.SerializeToString())
+
+
+def _chunks(body: Bytes, splice: Splice | None) -> list[list[Bytes]]:
+    """Return the parts in which a body goes, each of pieces that are sent one after another."""
+    view = memoryview(body)
+    pieces = [view] if splice is None else [view[: splice.at], memoryview(splice.text)]
+    chunks: list[list[Bytes]] = [[]]
+    room = PART_BYTES
+    for piece in pieces:
+        while piece:
+            if not room:
+                chunks.append([])
+                room = PART_BYTES
+            chunks[-1].append(piece[:room])
+            taken = len(chunks[-1][-1])
+            piece, room = piece[taken:], room - taken
+    return chunks
+
+
+def _gateway_headers(forward: Forward) -> bytes:
+    response = pb.ProcessingResponse()
+    common = response.request_headers.response
+    headers = forward.gateway_headers()
+    _set(common.header_mutation.set_headers, headers)
+    common.header_mutation.remove_headers.extend(forward.remove_headers)
+    common.clear_route_cache = True  # routes that name a cluster by the destination's header
+    fields = response.dynamic_metadata.fields[gateway_names.LB_METADATA].struct_value.fields
+    fields[names.DESTINATION].string_value = headers[names.DESTINATION]
+    return bytes(response.SerializeToString())
 
 
 def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
@@ -148,7 +326,7 @@ def _immediate(answer: Reject) -> bytes:
     return bytes(response.SerializeToString())
 
 
-def _set(options: Any, headers: dict[str, str]) -> None:
+def _set(options: Any, headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
         option = options.add(append_action=_OVERWRITE)
         option.header.key = name

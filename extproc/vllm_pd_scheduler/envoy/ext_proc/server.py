@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from weakref import WeakSet
 
-from ...request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION, ENVOY_CONFIGS_THAT_WORK
+from ...request.headers import ENVOY_CONFIG_VERSION, ENVOY_CONFIGS_THAT_WORK
 from ...router import PDRouter
 from ...rpc import Call, Method
 from ..limits import MAX_MESSAGE_BYTES
@@ -27,6 +28,10 @@ class ExtProcService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next_complaint = 0.0
+        self._take_lists: WeakSet[object] = WeakSet()
+        """Connections of gateways that have told who has served a request."""
+        self._tell_answers: WeakSet[object] = WeakSet()
+        """Connections of gateways that have told of an answer."""
         self._old_configs: set[str] = set()
         """Versions that work and that were complained of."""
 
@@ -41,18 +46,38 @@ class ExtProcService:
         await self._idle.wait()
 
     def _open(self, call: Call) -> Exchange:
-        version = call.metadata(ENVOY_CONFIG)
-        if version != ENVOY_CONFIG_VERSION:
-            self._complain_of_config(version)
         self.open_streams += 1
         self._idle.clear()
         return Exchange(call, self)
+
+    def speaks_buffered(self, version: str | None) -> None:
+        """Complain of an Envoy that should be as ``envoy/envoy.yaml`` says, if of another ``version``."""
+        if version != ENVOY_CONFIG_VERSION:
+            self._complain_of_config(version)
 
     def ended(self) -> None:
         """Count a stream that has ended."""
         self.open_streams -= 1
         if not self.open_streams:
             self._idle.set()
+
+    def takes_list(self, connection: object) -> bool:
+        """Whether the gateway at a connection takes a list of destinations.
+
+        An Envoy whose cluster is an ORIGINAL_DST takes one only, and answers 503 to a list. So there is one
+        until a gateway has told who has served a request, as the protocol wants it: such an Envoy does not.
+        """
+        return connection in self._take_lists
+
+    def tells_answers(self, connection: object) -> bool:
+        """Whether the gateway at a connection has told of an answer."""
+        return connection in self._tell_answers
+
+    def told_answer(self, connection: object, served: bool) -> None:
+        """Learn that the gateway at a connection tells of an answer, and perhaps who has ``served`` it."""
+        self._tell_answers.add(connection)
+        if served:
+            self._take_lists.add(connection)
 
     def complain(self, error: Exception) -> None:
         """Log what an Envoy sends that it should not."""

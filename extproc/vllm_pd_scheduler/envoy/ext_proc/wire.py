@@ -12,6 +12,12 @@ _MOST_FIELDS = 16
 _VARINT, _LENGTH_DELIMITED = 0, 2
 """Types of fields; a ``ProcessingRequest`` has no others."""
 
+_RESPONSE_BODY = bytes((pb.ProcessingRequest.RESPONSE_BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_METADATA = pb.ProcessingRequest.METADATA_CONTEXT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_BODY = pb.HttpBody.BODY_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_END_OF_STREAM = bytes((pb.HttpBody.END_OF_STREAM_FIELD_NUMBER << 3 | _VARINT, 1))
+"""As a field of an ``HttpBody`` and, under the same number, of a ``StreamedBodyResponse``."""
+
 
 class Field(NamedTuple):
     """Where a field is in its message: its tag, and its content."""
@@ -40,6 +46,54 @@ def find(data: bytes | bytearray, number: int, start: int, end: int) -> Field | 
             return Field(at, content, after)
         at = after
     return None
+
+
+class BodyPart(NamedTuple):
+    """Where a message has a part of a response's body: its ``HttpBody``, and how that goes on."""
+
+    start: int
+    end: int
+    size: int
+    """Bytes of the body."""
+    end_of_stream: bool
+
+
+def response_part(data: bytes | bytearray) -> BodyPart | None:
+    """Return where a message has a part of a response's body; ``None`` if it is not seen at a glance.
+
+    It is in what Envoy writes: the part comes first, its bytes before ``end_of_stream``, and after it nothing
+    but the stream's metadata.
+    """
+    if data[:1] != _RESPONSE_BODY:
+        return None
+    size, start = _read_length(data, 1)
+    end = at = start + size
+    if end > len(data) or start < 2 or data[start - 1] > 0x7F:
+        return None
+    if size and data[start] == _BODY:
+        size, at = _read_length(data, start + 1)
+        at += size
+    else:
+        size, at = 0, start
+    if at != end and (at > end or data[at:end] != _END_OF_STREAM):
+        return None
+    if end != len(data):
+        length, after = _read_length(data, end + 1)
+        if data[end] != _METADATA or after + length != len(data):
+            return None
+    return BodyPart(start, end, size, at != end)
+
+
+def part_message(
+    numbers: Sequence[int], parts: Sequence[bytes | memoryview], last: bool
+) -> list[bytes | memoryview]:
+    """Return a message that sends these bytes as a part of a body, nested as :func:`prefix` does.
+
+    ``last`` is ``end_of_stream``. Nothing is copied.
+    """
+    size, end = sum(map(len, parts)), _END_OF_STREAM if last else b""
+    before = prefix((pb.StreamedBodyResponse.BODY_FIELD_NUMBER,), size) if size else b""
+    return [prefix(numbers, len(before) + size + len(end)) + before, *parts, end]
 
 
 def body_size(data: bytes | bytearray) -> int:
@@ -76,6 +130,17 @@ def _varint(value: int) -> bytes:
         value >>= 7
     written.append(value)
     return bytes(written)
+
+
+def _read_length(data: bytes | bytearray, at: int) -> tuple[int, int]:
+    """Return the number at an offset, as :func:`_read_varint` does; of one or two bytes it is faster."""
+    if at + 1 < len(data):
+        low, high = data[at], data[at + 1]
+        if low < 0x80:
+            return low, at + 1
+        if high < 0x80:
+            return low & 0x7F | high << 7, at + 2
+    return _read_varint(data, at)
 
 
 def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
