@@ -43,6 +43,7 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python -m docs.generate_chart
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 $(VENV)/bin/python:

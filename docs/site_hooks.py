@@ -12,7 +12,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("deploy/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "envoy/envoy.yaml")
+OUTSIDE = (
+    *("deploy/README.md", "deploy/helm/vllm-pd-scheduler/README.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "envoy/envoy.yaml"),
+)
 
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 _ROLE = re.compile(r":[a-z]+:<code>(~?)([\w.]+)</code>")

@@ -28,7 +28,7 @@ PARAMS: dict[str, Any] = {
     "pp_size": 1,
     "remote_num_tokens": 283,
     "remote_blocks_expiry_time": None,
-    "remote_registration_generation": 0,
+    "remote_registration_generation": 1,
     "transfer_mode": "pull",
     "remote_prefill_cached_tokens": 0,
 }

@@ -33,7 +33,7 @@ READMES = ("README.md", "README.zh-CN.md")
 """The same text in two languages."""
 TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/README.md"))
 }
 CONFIGURATION = "docs/configuration.md"
 STRATEGIES = ("docs/strategies.md", "## Choose one")

@@ -176,7 +176,6 @@ def with_envoy(stack: Stack) -> Iterator[ExitStack]:
         yield processes
 
 
-@pytest.mark.xfail(reason="the scheduler says that it serves before it knows whom to", strict=False)
 async def test_a_scheduler_that_starts_without_the_api_server_spoils_nothing(
     session: aiohttp.ClientSession, stack: Stack, server: ApiServer, pods: Pods, tmp_path: Path
 ) -> None:

@@ -42,9 +42,9 @@ class ObjectivesTest(unittest.TestCase):
     def test_the_newest_set_counts(self) -> None:
         objectives = Objectives()
         self.assertEqual(objectives.priority("chat"), 0)
-        objectives.take({"chat": 10, "batch": -1})
+        objectives.update("cluster", {"chat": 10, "batch": -1})
         self.assertEqual([objectives.priority(name) for name in ("chat", "batch", "", "x")], [10, -1, 0, 0])
-        objectives.take({"batch": -2})
+        objectives.update("cluster", {"batch": -2})
         self.assertEqual([objectives.priority(name) for name in ("chat", "batch")], [0, -2])
 
 

@@ -122,7 +122,7 @@ class RequestReaderTest(unittest.TestCase):
 
     def test_llmds_headers(self) -> None:
         """As it names them now, and has named them before."""
-        self.reader.objectives.take({"batch": -5, "chat": 7})
+        self.reader.objectives.update("cluster", {"batch": -5, "chat": 7})
         for now, before in ((True, False), (False, True), (True, True)):
             headers = {}
             if before:
@@ -144,7 +144,7 @@ class RequestReaderTest(unittest.TestCase):
             self.assertEqual((request.ttft_slo, request.tpot_slo), (0.2505, 0.02))
 
     def test_our_own_headers_come_first(self) -> None:
-        self.reader.objectives.take({"batch": -5})
+        self.reader.objectives.update("cluster", {"batch": -5})
         request = self.read(
             {
                 "x-llm-d-inference-objective": "batch",

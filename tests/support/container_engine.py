@@ -13,20 +13,21 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import docker
 from docker.errors import DockerException
 
+from tests.support.cache import cached
 from tests.support.compose_file import ROOT
 
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""
 
-_EXTRAS = ("docker", "envoy", "tracing")
-"""What the image has of the project."""
+_EXTRAS = ("docker", "envoy", "self-signed", "tracing")
+"""What the image has besides, as the Dockerfile says."""
 
 _NOT_NEEDED = (
     "dev/*",
@@ -112,8 +113,8 @@ def _connect(url: str, daemon: "subprocess.Popen[bytes]", log: Path) -> docker.D
 
 def base_image(client: docker.DockerClient, name: str) -> str:
     """Import a base image with Python, made by debootstrap where it was not before; return its name."""
-    cached = _cached(f"{_SUITE}-python.tar", _make_base)
-    client.api.import_image_from_file(str(cached), repository=name, tag="latest")
+    base = cached(f"{_SUITE}-python.tar", _make_base)
+    client.api.import_image_from_file(str(base), repository=name, tag="latest")
     return name
 
 
@@ -140,19 +141,7 @@ def wheels() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(target)]
         _run(*command, "--only-binary", ":all:", "--python-version", _PYTHON, *needed)
 
-    return _cached(f"wheels-{version}", download)
-
-
-def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Return what is kept under a name, made now if it is not there; one that was cut short is not kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-pd-scheduler-tests"
-    found = cache / name
-    if not found.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as directory:
-            make(Path(directory) / name)
-            os.replace(Path(directory) / name, found)
-    return found
+    return cached(f"wheels-{version}", download)
 
 
 def _run(*command: str) -> None:

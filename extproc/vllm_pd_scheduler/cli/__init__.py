@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
 from .history import decisions, events, explain
@@ -58,7 +59,7 @@ def default(
 
 
 _PANELS = {
-    "Run": (serve, up, check, envoy_config),
+    "Run": (serve, up, check, envoy_config, drain_envoy),
     "Operate": (
         status,
         top,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..models import By, PDInstance
+from ..request.objectives import Objectives
+from ..request.rewrites import Rewrites
 from .membership import Membership
 
 
@@ -34,6 +37,19 @@ class Report:
     def lost(self, reason: str) -> None:
         """Tell that nothing can be found out, or nothing of use: what was told last stays."""
         self._membership.lost(self._source, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a source may tell of beside instances."""
+
+    objectives: Objectives = field(default_factory=Objectives)
+    rewrites: Rewrites = field(default_factory=Rewrites)
+
+    def forget(self, source: str) -> None:
+        """Have nothing of a source any more."""
+        self.objectives.update(source, {})
+        self.rewrites.update(source, ())
 
 
 class Source(Protocol):

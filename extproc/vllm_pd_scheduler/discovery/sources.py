@@ -11,7 +11,7 @@ from ..config.sources import DnsSource, DockerSource, KubernetesSource
 from ..models import By
 from .files import InstanceFile, source_of
 from .membership import Membership
-from .source import Report, Source
+from .source import Beside, Report, Source
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,19 @@ AGAIN_S = 5.0
 
 
 class Sources:
-    """Follows what the configuration names; ``clock`` returns monotonic seconds."""
+    """Follows what the configuration names; ``clock`` returns monotonic seconds.
 
-    def __init__(self, config: SchedulerConfig, membership: Membership, clock: Callable[[], float]) -> None:
+    What sources tell of beside instances goes to ``beside``.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        membership: Membership,
+        clock: Callable[[], float],
+        beside: Beside | None = None,
+    ) -> None:
+        self._beside = beside or Beside()
         self._config = config
         self._membership = membership
         self._clock = clock
@@ -47,6 +57,7 @@ class Sources:
         await self.stop()
         for name in before.difference(named):
             self._membership.forget(name, by)
+            self._beside.forget(name)
         for name, source in named.items():
             self._membership.expect(name)
             self._reports[name] = report = Report(name, self._membership, self._clock)
@@ -74,7 +85,7 @@ class Sources:
         for path in dict.fromkeys(self._config.instance_files):
             yield InstanceFile(path, self._config)
         for entry in self._config.discovery:
-            yield _made(entry, self._config)
+            yield _made(entry, self._config, self._beside)
 
 
 async def _follow(source: Source, report: Report) -> None:
@@ -87,7 +98,9 @@ async def _follow(source: Source, report: Report) -> None:
         await asyncio.sleep(AGAIN_S)
 
 
-def _made(entry: DnsSource | DockerSource | KubernetesSource, config: SchedulerConfig) -> Source:
+def _made(
+    entry: DnsSource | DockerSource | KubernetesSource, config: SchedulerConfig, beside: Beside
+) -> Source:
     """Return the source that an entry describes. What it needs is only imported if it is used."""
     if isinstance(entry, DnsSource):
         from .dns import DnsNames
@@ -99,4 +112,4 @@ def _made(entry: DnsSource | DockerSource | KubernetesSource, config: SchedulerC
         return DockerContainers(entry, config)
     from .kubernetes import KubernetesPods
 
-    return KubernetesPods(entry, config)
+    return KubernetesPods(entry, config, beside)

@@ -21,12 +21,11 @@ from ..system import parent_death
 from ..system.extras import install_command
 from ..system.output import Outlet, StandardStreams, pour
 from .configuration import render_config
+from .drain import DRAIN_TIME_S, begin_drain
 from .ports import EnvoyPorts
 
 _STARTUP_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
-_DRAIN_TIME_S = 5
-"""Seconds of a drain in which Envoy still takes new connections: load balancers notice a drain late."""
 
 _ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
 """The variables that Envoy gets. Others may hold keys and tokens. ``envoy`` can be a script in Python."""
@@ -111,7 +110,7 @@ class EnvoyProcess:
             arguments = ["-c", f"/dev/fd/{config.fileno()}", "--log-level", self._log_level]
             if self._json_log:
                 arguments += ["--log-format", _JSON_LOG]
-            arguments += ["--disable-hot-restart", "--drain-time-s", str(_DRAIN_TIME_S)]
+            arguments += ["--disable-hot-restart", "--drain-time-s", str(DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),
                 *(*arguments, "--concurrency", str(_workers())),
@@ -151,10 +150,7 @@ class EnvoyProcess:
 
     async def drain(self) -> None:
         """Make Envoy answer ``GET /health`` with 503, close idle connections, and stop listening later."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
-            for path in ("/healthcheck/fail", "/drain_listeners?graceful"):
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    await session.post(self._admin(path))
+        await begin_drain(self._admin(""))
 
     async def stop(self) -> None:
         """End the process, by force if it has not ended after ``_STOP_TIMEOUT_S``."""

@@ -11,11 +11,18 @@ ENVOY_CONFIG: Final = "pd-envoy-config"
 
 ENVOY_CONFIG_VERSION: Final = "4"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
-dynamic metadata, 3 the log of results, 4 the client's request id beside D's."""
+dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them, and the client's
+request id beside D's."""
 
-ENVOY_CONFIGS_THAT_WORK: Final = frozenset({"2", "3"})
-"""Earlier versions, with which all works but what Envoy tells of a request's end (before 3), and the client's
-own ``X-Request-Id`` on the answer where D has another one."""
+_NOT_BEFORE_4: Final = (
+    "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of "
+    "several revisions must not run together"
+)
+ENVOY_CONFIGS_THAT_WORK: Final = {
+    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}",
+    "3": _NOT_BEFORE_4,
+}
+"""Earlier versions, and what does not work with them."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy sends a request: ``ip:port,ip:port``, the first that works.

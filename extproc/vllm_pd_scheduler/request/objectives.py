@@ -12,11 +12,19 @@ class Objectives:
     """The priority of each objective that there is; one that is not known has 0, as without any."""
 
     def __init__(self) -> None:
+        self._told: dict[str, Mapping[str, int]] = {}
         self._priorities: dict[str, int] = {}
 
-    def take(self, priorities: Mapping[str, int]) -> None:
-        """Have these, and no others. Any whole numbers may be given; see :func:`in_our_range`."""
-        self._priorities = in_our_range(priorities)
+    def update(self, source: str, priorities: Mapping[str, int]) -> None:
+        """Have these of a source in place of those that it had.
+
+        Any whole numbers may be given; see :func:`in_our_range`. Of one name the first source's counts.
+        """
+        self._told[source] = priorities
+        merged: dict[str, int] = {}
+        for told in reversed(self._told.values()):
+            merged |= told
+        self._priorities = in_our_range(merged)
 
     def priority(self, name: str) -> int:
         """Return the priority of an objective."""

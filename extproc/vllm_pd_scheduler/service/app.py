@@ -16,6 +16,7 @@ from ..admin import AdminServer
 from ..admin.changes import AdminChanges
 from ..admin.probes_server import ProbesServer
 from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
+from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
 from ..envoy.eds import EndpointDiscovery
@@ -78,7 +79,8 @@ class App:
         self._health = HealthService(
             lambda: self.router.membership.knows(InstanceRole.DECODE), lambda: self.draining
         )
-        self._sources = Sources(config, self.router.membership, time.monotonic)
+        beside = Beside(self.router.objectives, self.router.rewrites)
+        self._sources = Sources(config, self.router.membership, time.monotonic, beside)
         self._file = file
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()

@@ -40,7 +40,7 @@ class Offer:
 
         They are for ``num_tokens`` tokens of KV, of which ``cached`` were in the sender's prefix cache.
         """
-        pull_alone = {"remote_blocks_expiry_time": None, "remote_registration_generation": 0}
+        pull_alone = {"remote_blocks_expiry_time": None, "remote_registration_generation": 1}
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,

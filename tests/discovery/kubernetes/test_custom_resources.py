@@ -16,7 +16,9 @@ from vllm_pd_scheduler.discovery.kubernetes import watch
 from vllm_pd_scheduler.discovery.kubernetes.api import Api
 from vllm_pd_scheduler.discovery.kubernetes.objectives import Objectives, Priorities
 from vllm_pd_scheduler.discovery.kubernetes.objects import InferenceModelRewrite
-from vllm_pd_scheduler.discovery.kubernetes.rewrites import ModelRewrites, Rule, Rules, Target, rules_of
+from vllm_pd_scheduler.discovery.kubernetes.rewrites import ModelRewrites, Rules, rules_of
+from vllm_pd_scheduler.request.rewrites import Rewrite as Rule
+from vllm_pd_scheduler.request.rewrites import Target
 
 OLD = OLD_OBJECTIVES[0]
 

@@ -14,6 +14,7 @@ import pytest
 from tests.support.kubernetes import ApiServer, Refusal, endpoint, endpoint_slice, pod, pool, status_of
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ConfigError, parse_config
+from vllm_pd_scheduler.discovery.source import Beside
 from vllm_pd_scheduler.discovery.sources import Sources
 from vllm_pd_scheduler.router import PDRouter
 
@@ -44,6 +45,33 @@ class Fleet:
 
 
 Following = Callable[..., Any]
+
+
+async def test_what_a_pool_has_beside_pods(server: ApiServer, kubeconfig: str) -> None:
+    """Objectives and rewrites, until the configuration does not name the pool any more."""
+    server.put("inferencepools", pool("chat", {"app": "vllm"}, 8000))
+    objective = {"metadata": {"name": "batch"}, "spec": {"priority": -3, "poolRef": {"name": "chat"}}}
+    server.put("inferenceobjectives", objective)
+    rule = {"matches": [{"model": {"value": "chat"}}], "targets": [{"modelRewrite": "chat-v2"}]}
+    server.put(
+        "inferencemodelrewrites",
+        {"metadata": {"name": "r"}, "spec": {"poolRef": {"name": "chat"}, "rules": [rule]}},
+    )
+    entry = {"type": "kubernetes", "namespace": "llm", "kubeconfig": kubeconfig, "pool": "chat"}
+    router = PDRouter(parse_config({"discovery": [entry]}))
+    beside = Beside(router.objectives, router.rewrites)
+    sources = Sources(router.config, router.membership, time.monotonic, beside)
+    await sources.follow()
+    try:
+        await until(lambda: router.objectives.priority("batch") == -3 and router.rewrites.active)
+        assert router.rewrites.targets("chat") == ["chat-v2"]
+        other = parse_config({"discovery": [{**entry, "pool": None, **SELECTOR}]})
+        router.config.take(other, ["discovery"])
+        await sources.follow()
+        assert router.objectives.priority("batch") == 0
+        assert not router.rewrites.active
+    finally:
+        await sources.stop()
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
+from ...request.rewrites import Rewrite, Target
 from .api import Api
 from .objects import InferenceModelRewrite, RewriteRule
 from .watch import ListWatch, Resource
@@ -15,25 +15,7 @@ log = logging.getLogger(__name__)
 REWRITES = Resource("llm-d.ai/v1alpha2", "inferencemodelrewrites", InferenceModelRewrite)
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A name that is used in place of the one that was asked for."""
-
-    model: str
-    weight: int
-    """Its share of the requests is this, by the sum of all weights of the rule."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What becomes of the requests for a model."""
-
-    model: str | None
-    """The name that is asked for; ``None``: any that no other rule names."""
-    targets: tuple[Target, ...]
-
-
-Rules = tuple[Rule, ...]
+Rules = tuple[Rewrite, ...]
 """At most one for each model."""
 
 
@@ -70,12 +52,12 @@ class ModelRewrites:
 
 def rules_of(rewrites: Iterable[InferenceModelRewrite]) -> Rules:
     """Return the rule that counts for each model: the first one of the oldest rewrite that names it."""
-    rules: dict[str | None, Rule] = {}
+    rules: dict[str | None, Rewrite] = {}
     for rewrite in sorted(rewrites, key=_age):
         for each in rewrite.spec.rules:
             if targets := _targets(each):
                 for model in _models(each):
-                    rules.setdefault(model, Rule(model, targets))
+                    rules.setdefault(model, Rewrite(model, targets))
     return tuple(rules.values())
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 from ...config import SchedulerConfig
 from ...config.sources import KubernetesSource
 from ...models import InstanceRole, PDInstance
-from ..source import Report
+from ..source import Beside, Report
 from .api import Api, Problem
 from .backoff import Backoff
 from .candidates import Candidate, Candidates
 from .credentials import Credentials
+from .objectives import Objectives
 from .pods import PODS, PodLabels, PodReader
 from .pool import PoolWatch
+from .rewrites import ModelRewrites
 from .slices import SLICES, read_slices, selector_of
 from .telling import Part, Telling
 from .watch import ListWatch
@@ -27,8 +30,9 @@ Found = tuple[list[Candidate], Mapping[str, list[str]]]
 class KubernetesPods:
     """Follows pods of a namespace, as an entry of the configuration names them."""
 
-    def __init__(self, entry: KubernetesSource, config: SchedulerConfig) -> None:
+    def __init__(self, entry: KubernetesSource, config: SchedulerConfig, beside: Beside) -> None:
         self.name = entry.name
+        self._beside = beside
         self._entry = entry
         self._config = config
 
@@ -45,9 +49,19 @@ class KubernetesPods:
             namespace = entry.namespace or await _namespace(api, report)
             finder = _finder(entry, api, namespace, telling)
             try:
-                await finder.follow()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(finder.follow())
+                    if entry.pool is not None:
+                        for each in self._of_pool(api, namespace, entry.pool):
+                            tasks.create_task(each.follow())
             finally:
                 telling.stop()
+
+    def _of_pool(self, api: Api, namespace: str, pool: str) -> tuple[Objectives, ModelRewrites]:
+        """Return what follows the objects that a pool may have beside pods."""
+        objectives = partial(self._beside.objectives.update, self.name)
+        rewrites = partial(self._beside.rewrites.update, self.name)
+        return Objectives(api, namespace, pool, objectives), ModelRewrites(api, namespace, pool, rewrites)
 
 
 class Finder(Protocol):

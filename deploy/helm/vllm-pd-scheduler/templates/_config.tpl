@@ -1,0 +1,111 @@
+{{/* The scheduler's configuration: the values' `config`, and what the chart decides. */}}
+
+{{- define "vllm-pd-scheduler.mounts" -}}/etc/vllm-pd-scheduler{{- end }}
+
+{{- define "vllm-pd-scheduler.drainTimeout" -}}
+{{- if hasKey .Values.config "drain_timeout" }}{{ ceil .Values.config.drain_timeout | int }}{{ else }}30{{ end }}
+{{- end }}
+
+{{- define "vllm-pd-scheduler.fleetLabels" -}}
+{{- .Values.fleet.matchLabels | default (dict "llm-d.ai/inference-serving" "true") | toYaml }}
+{{- end }}
+
+{{/* The sources of instances, as JSON: those of `config`, else the pods of `fleet`. */}}
+{{- define "vllm-pd-scheduler.discovery" -}}
+{{- $config := .Values.config }}
+{{- if or (hasKey $config "discovery") $config.prefill_instances $config.decode_instances $config.instance_files }}
+{{- $config.discovery | default list | toJson }}
+{{- else if eq .Values.mode "epp" }}
+{{- list (dict "type" "kubernetes" "pool" (include "vllm-pd-scheduler.poolName" .)) | toJson }}
+{{- else }}
+{{- $labels := list }}
+{{- range $key, $value := include "vllm-pd-scheduler.fleetLabels" . | fromYaml }}
+{{- $labels = append $labels (printf "%s=%s" $key $value) }}
+{{- end }}
+{{- list (dict "type" "kubernetes" "selector" (join "," $labels) "ports" .Values.fleet.ports) | toJson }}
+{{- end }}
+{{- end }}
+
+{{- define "vllm-pd-scheduler.config" -}}
+{{- $config := deepCopy .Values.config }}
+{{- if and .Values.tls.admin (not .Values.admin.existingSecret) }}
+{{- fail "tls.admin: needs admin.existingSecret, a Secret with a token: without it the admin interface can be reached from within the pod only" }}
+{{- end }}
+{{- $mounts := include "vllm-pd-scheduler.mounts" . }}
+{{- $_ := set $config "discovery" (include "vllm-pd-scheduler.discovery" . | fromJsonArray) }}
+{{- $_ = set $config "metrics_host" .Values.listenHost }}
+{{- $_ = set $config "metrics_port" 9090 }}
+{{- if eq .Values.mode "epp" }}
+{{- $_ = set $config "grpc_host" .Values.listenHost }}
+{{- if .Values.tls.grpc }}
+{{- $_ = set $config "grpc_tls" (dict "cert" (printf "%s/grpc-tls/tls.crt" $mounts) "key" (printf "%s/grpc-tls/tls.key" $mounts)) }}
+{{- else }}
+{{- $_ = set $config "grpc_tls" (dict "self_signed" true) }}
+{{- end }}
+{{- else }}
+{{- $_ = set $config "grpc_socket" "/run/vllm-pd-scheduler/grpc" }}
+{{- end }}
+{{- if .Values.admin.existingSecret }}
+{{- $_ = set $config "admin_host" .Values.listenHost }}
+{{- $_ = set $config "admin_token" (dict "file" (printf "%s/admin/%s" $mounts .Values.admin.secretKey)) }}
+{{- end }}
+{{- if .Values.tls.admin }}
+{{- $_ = set $config "admin_tls" (dict "cert" (printf "%s/admin-tls/tls.crt" $mounts) "key" (printf "%s/admin-tls/tls.key" $mounts)) }}
+{{- end }}
+{{- if .Values.apiKey.existingSecret }}
+{{- $_ = set $config "api_key" (dict "file" (printf "%s/api-key/%s" $mounts .Values.apiKey.secretKey)) }}
+{{- end }}
+{{- with .Values.tls.instances }}
+{{- if .enabled }}
+{{- $tls := dict }}
+{{- if .existingSecret }}
+{{- $_ = set $tls "ca" (printf "%s/instance-tls/ca.crt" $mounts) }}
+{{- if .clientCertificate }}
+{{- $_ = set $tls "cert" (printf "%s/instance-tls/tls.crt" $mounts) }}
+{{- $_ = set $tls "key" (printf "%s/instance-tls/tls.key" $mounts) }}
+{{- end }}
+{{- end }}
+{{- with .serverName }}
+{{- $_ = set $tls "server_name" . }}
+{{- end }}
+{{- $_ = set $config "instance_tls" $tls }}
+{{- end }}
+{{- end }}
+{{- toPrettyJson $config }}
+{{- end }}
+
+{{/* Secrets that are mounted, as a JSON object: folder below the mounts -> name of the Secret. */}}
+{{- define "vllm-pd-scheduler.secrets" -}}
+{{- $secrets := dict }}
+{{- with .Values.admin.existingSecret }}{{ $_ := set $secrets "admin" . }}{{ end }}
+{{- with .Values.tls.admin }}{{ $_ := set $secrets "admin-tls" . }}{{ end }}
+{{- with .Values.apiKey.existingSecret }}{{ $_ := set $secrets "api-key" . }}{{ end }}
+{{- if eq .Values.mode "epp" }}{{ with .Values.tls.grpc }}{{ $_ := set $secrets "grpc-tls" . }}{{ end }}{{ end }}
+{{- if .Values.tls.instances.enabled }}{{ with .Values.tls.instances.existingSecret }}{{ $_ := set $secrets "instance-tls" . }}{{ end }}{{ end }}
+{{- toJson $secrets }}
+{{- end }}
+
+{{/* What the sources of instances need to read, as a JSON object: namespace -> API group -> resources. */}}
+{{- define "vllm-pd-scheduler.reads" -}}
+{{- $root := . }}
+{{- $reads := dict }}
+{{- range include "vllm-pd-scheduler.discovery" . | fromJsonArray }}
+{{- if and (eq .type "kubernetes") (not .kubeconfig) }}
+{{- $namespace := default $root.Release.Namespace .namespace }}
+{{- $groups := get $reads $namespace | default dict }}
+{{- if .services }}
+{{- $_ := set $groups "discovery.k8s.io" (list "endpointslices") }}
+{{- else }}
+{{- $_ := set $groups "" (list "pods") }}
+{{- end }}
+{{- if .pool }}
+{{- $_ := set $groups "inference.networking.k8s.io" (list "inferencepools") }}
+{{- $_ = set $groups "llm-d.ai" (list "inferencemodelrewrites" "inferenceobjectives") }}
+{{- /* where they were once */}}
+{{- $_ = set $groups "inference.networking.x-k8s.io" (list "inferenceobjectives") }}
+{{- end }}
+{{- $_ := set $reads $namespace $groups }}
+{{- end }}
+{{- end }}
+{{- toJson $reads }}
+{{- end }}
