@@ -15,8 +15,8 @@ dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can u
 request id beside D's."""
 
 _NOT_BEFORE_4: Final = (
-    "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of "
-    "several revisions must not run together"
+    "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of"
+    " several revisions must not run together"
 )
 ENVOY_CONFIGS_THAT_WORK: Final = {
     "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}",

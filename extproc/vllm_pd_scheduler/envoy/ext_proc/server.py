@@ -92,8 +92,8 @@ class ExtProcService:
         elif version not in self._old_configs:
             self._old_configs.add(version)
             log.warning(
-                "Envoy's configuration is of the earlier version %s: requests are served, but %s: see what has "
-                "changed in envoy/envoy.yaml",
+                "Envoy's configuration is of the earlier version %s: requests are served, but %s: see what "
+                "has changed in envoy/envoy.yaml",
                 version,
                 ENVOY_CONFIGS_THAT_WORK[version],
             )
