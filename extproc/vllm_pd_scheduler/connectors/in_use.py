@@ -70,7 +70,8 @@ class Connectors:
         )
         connector = self._given or self._fence(choice)
         return Attempt(
-            connector, Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids and takes_token_ids)
+            connector,
+            Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids),
         )
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
