@@ -1,93 +1,217 @@
-"""What holds where D pulls by NIXL holds by other connectors: the same tests, on engines that speak them."""
+"""Each hand-off protocol through real processes: texts, P that stop, restart or leave, clients that leave."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+import pytest_asyncio
 
-from tests.integration.test_path import (
-    test_a_client_that_leaves_during_prefill_cancels_it,
-    test_a_clients_hand_off_never_gets_through,
-    test_a_hand_off_that_decode_had_not_begun_with_is_freed,
-    test_the_text_is_that_of_one_instance,
-    test_what_a_prefill_leaves_whose_client_has_left_is_freed,
-)
-from tests.integration.test_rescue import test_another_decode_instance_answers
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
+from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
+from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-__all__ = [
-    "test_a_client_that_leaves_during_prefill_cancels_it",
-    "test_a_clients_hand_off_never_gets_through",
-    "test_a_hand_off_that_decode_had_not_begun_with_is_freed",
-    "test_another_decode_instance_answers",
-    "test_the_text_is_that_of_one_instance",
-    "test_what_a_prefill_leaves_whose_client_has_left_is_freed",
-]
-
-SPOKEN = {"nixl-push": "nixl-push", "auto": "nixl-push"}
-"""What the engines speak, by the connector that is configured."""
-
-
-@pytest.fixture(scope="module", params=SPOKEN)
-def connector(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+CONNECTORS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}),
+    "stopped": (
+        "/v1/completions",
+        {"prompt": PROMPT, "max_tokens": 40, "min_tokens": 3, "stop": ["never"], "stop_token_ids": [1]},
+    ),
+}
 
 
-@pytest.fixture(scope="module")
-def fleet(connector: str) -> Iterator[Fleet]:
-    arguments = ["--max-model-len=4096", f"--kv-connector={SPOKEN[connector]}"]
-    with Fleet(2, 2, profile=EngineProfile.instant(), arguments=arguments) as running:
+@pytest.fixture(scope="module", params=CONNECTORS)
+def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    profile = replace(EngineProfile.instant(), lease=480.0)
+    arguments = ["--max-model-len=4096"]
+    with Fleet(2, 2, profile=profile, arguments=arguments, connector=request.param) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, connector: str) -> Stack:
-    return Stack(tmp_path_factory.mktemp("stack"))
+def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
+    return Stack(Path(tmp_path_factory.mktemp("stack")))
 
 
 @pytest.fixture(scope="module")
-def up(fleet: Fleet, stack: Stack, connector: str) -> Iterator[Process]:
-    config = {"strategy": "round_robin", "connector": connector, **NO_EJECTION, **fleet.config()}
-    with spawned(stack.up(config)) as process:
+def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
+    limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    with spawned(stack.up({**limits, **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_requests_that_have_one_id_get_their_own_text(client: Client, stream: bool) -> None:
-    """And their id back, whatever D was told."""
-    ids, body = {"x-request-id": "one-for-all"}, {"max_tokens": 9, "stream": stream}
-    prompts = [f"Number {number} of those with one id. " * 9 for number in range(4)]
-    alone = [
-        await client.session.post(
-            client.fleet.decode[0].url + "/v1/completions", json={**body, "stream": False, "prompt": each}
-        )
-        for each in prompts
-    ]
-    expected = [(await each.json())["choices"][0]["text"] for each in alone]
-    for prompt, text in zip(prompts, expected, strict=True):
-        answer = await client.post("/v1/completions", {**body, "prompt": prompt}, ids)
-        assert answer.text == text
-        assert "x-pd-prefill" in answer.headers
-        assert answer.headers["x-request-id"] == "one-for-all"
-        at_d = await client.request_of(answer)
-        at_p = (await client.seen(answer.headers["x-pd-prefill"]))[-1]
-        told = [{key.lower(): value for key, value in each["headers"].items()} for each in (at_p, at_d)]
-        assert told[0]["x-request-id"] == told[1]["x-request-id"] != "one-for-all"
+@pytest_asyncio.fixture
+async def client(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
+) -> AsyncIterator[Client]:
+    """A client of a stack that is ready; afterwards nothing may be in flight or pinned."""
+    client = Client(session, stack, fleet)
+    await ready(client, up)
+    await client.until_split()
+    yield client
+    for instance in fleet.instances:
+        await client.fault(instance.id)
+    await client.until_in_flight(0)
     await client.until_freed()
 
 
-async def test_envoys_log_has_the_clients_id(client: Client, up: Process) -> None:
-    await client.post("/v1/completions", {"prompt": "p", "max_tokens": 2}, {"x-request-id": "of-a-client"})
-    for method, path in (
-        ("GET", "/nowhere"),
-        ("GET", "/health"),
-        ("GET", "/v1/models"),
-        ("POST", "/v1/completions"),
-    ):
-        answer = await client.send(
-            method, path, b"{" if method == "POST" else None, {"x-request-id": "of-another"}
-        )
-        assert answer.headers["x-request-id"] == "of-another", path
+async def alone(client: Client, path: str, body: dict[str, Any]) -> str:
+    """Return the text that a D gives which computes the prompt itself."""
+    async with client.session.post(client.fleet["decode-1"].url + path, json=body) as response:
+        (choice,) = (await response.json())["choices"]
+        return str(choice.get("text") or choice["message"]["content"])
+
+
+async def restarted(client: Client, name: str) -> None:
+    """Restart an instance, as slowly as an engine starts: probes have found it gone."""
+
+    async def gone() -> bool:
+        return (await client.states())[name] == "unhealthy"
+
+    client.fleet.kill(name)
+    await until(gone)
+    await asyncio.to_thread(client.fleet.restart, name)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", BODIES)
+async def test_the_text_is_that_of_an_engine_alone(client: Client, name: str, stream: bool) -> None:
+    path, body = BODIES[name]
+    expected = await alone(client, path, body)
+    for _ in range(4):  # each P and each D
+        answer = await client.post(path, {**body, "stream": stream})
+        assert (answer.status, answer.text) == (200, expected)
+        assert "x-pd-prefill" in answer.headers
+        seen = await client.request_of(answer)
+        assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
+        (own,) = [json.loads(seen["body"])]
+        own.pop("kv_transfer_params")
+        assert own == {**body, "stream": stream}, "D gets the client's own fields"
+
+
+async def test_a_first_token_that_ends_the_text(client: Client) -> None:
+    """P is kept from stopping there, where it would keep no blocks; D stops by itself."""
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, eos=True)
+    answer = await client.complete(max_tokens=8)
+    (choice,) = answer.json["choices"]
+    assert (choice["finish_reason"], answer.json["usage"]["completion_tokens"]) == ("stop", 1)
+    assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_other_apis(client: Client, path: str) -> None:
+    expected = said(await undivided(client, path))
+    for stream in (False, True):
+        answer = await client.post(path, {**REQUESTS[path], "stream": stream})
+        assert said(answer) == expected
+        assert "x-pd-prefill" in answer.headers
+        assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
+    client: Client, path: str
+) -> None:
+    """P has kept nothing: D computes the prompt, rather than wait for it."""
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, eos=True)
+    answer = await client.post(path, REQUESTS[path])
+    assert answer.status == 200
+    assert "x-pd-prefill" not in answer.headers
+    assert answer.json["usage"]["output_tokens"] == 1
+
+
+async def test_a_client_that_leaves(client: Client) -> None:
+    """P's blocks are free at once, not when the lease is over."""
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, delay=30)
+    before = await client.seen_by_all()
+    request = asyncio.ensure_future(client.complete(prompt=PROMPT + "left"))
+
+    async def forwarded() -> bool:
+        return any([await client.seen_since(each.id, before[each.id]) for each in client.fleet.decode])
+
+    await until(forwarded)
+    request.cancel()
+    for instance in client.fleet.decode:
+        await client.fault(instance.id)
+    await client.until_freed()
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}])
+async def test_a_d_that_fails(client: Client, fault: dict[str, Any]) -> None:
+    """Another one computes the prompt, and P's blocks are free at once."""
+    path, body = BODIES["completion"]
+    expected = await alone(client, path, body)
+    await client.fault("decode-0", **fault)
+    answers = [await client.post(path, body) for _ in range(4)]
+    assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
+    assert "x-pd-prefill" not in answers[0].headers or "x-pd-prefill" not in answers[1].headers
+    await client.until_freed()
+
+
+async def test_a_p_that_was_restarted(client: Client) -> None:
+    """What is known of the process before is not used."""
+    path, body = BODIES["completion"]
+    expected = await alone(client, path, body)
+    await restarted(client, "prefill-0")
+
+    async def hands_over() -> bool:
+        answer = await client.post(path, body)
+        assert (answer.status, answer.text) == (200, expected)
+        if answer.headers.get("x-pd-prefill") != "prefill-0":
+            return False
+        return (await client.request_of(answer))["outcomes"] == ["good"]
+
+    await until(hands_over)
+
+
+QUERY = ["/query"]
+
+
+@pytest.mark.parametrize("fleet", ["mooncake"], indirect=True, scope="module")
+class TestBootstrapServer:
+    async def test_it_is_asked_once(self, client: Client) -> None:
+        before = await client.seen_by_all()
+        for _ in range(4):
+            assert "x-pd-prefill" in (await client.complete()).headers
+        for instance in client.fleet.prefill:
+            seen = await client.seen_since(instance.id, before[instance.id])
+            assert "/query" not in [each["path"] for each in seen]
+
+    @pytest.mark.parametrize(
+        ("fault", "reason"),
+        [({"status": 500}, "status"), ({"reset": True}, "reset"), ({"delay": 30}, "timeout")],
+    )
+    async def test_one_that_fails(self, client: Client, fault: dict[str, Any], reason: str) -> None:
+        """Another P gets the request; where there is none, D computes the prompt."""
+        await restarted(client, "prefill-0")
+        await client.fault("prefill-0", paths=QUERY, **fault)
+
+        async def counted() -> bool:
+            answer = await client.complete()
+            assert answer.status == 200
+            assert answer.headers.get("x-pd-prefill") in (None, "prefill-1")
+            _, page = await client.admin("GET", "/metrics")
+            return (
+                f'pd_scheduler_prefill_failures_total{{prefill="prefill-0",reason="question_{reason}"}}'
+                in page
+            )
+
+        async def other() -> bool:
+            return (await client.complete()).headers.get("x-pd-prefill") == "prefill-1"
+
+        await until(counted)
+        await until(other)
