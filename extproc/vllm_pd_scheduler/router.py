@@ -14,7 +14,7 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import PrefillLeg
+from .handoff.interfaces import AskPrefill, PrefillLeg
 from .health import StateLog
 from .models import By, InstanceRole, PDInstance
 from .records.decisions import Decisions
@@ -127,6 +127,15 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def ask_prefill(self) -> AskPrefill | None:
+        """Asks P what some connectors must know; without it, no request is split by those."""
+        return self._core.prefill.ask
+
+    @ask_prefill.setter
+    def ask_prefill(self, ask: AskPrefill | None) -> None:
+        self._core.prefill.ask = ask
 
     @property
     def objectives(self) -> Objectives:

@@ -15,11 +15,13 @@ from tests.support.sim_fleet import Fleet
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
+def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    """Two P and two D, which hand over by NIXL; a test may name other connectors."""
     arguments = ["--decode-base=0.01", "--step-overhead=0.001"]
     # As docs/reliability.md advises for decode: prefill locally when P dies before its blocks were fetched.
     policy = ["--load-fail-policy=recompute"]
-    with Fleet(2, 2, arguments=arguments, decode_arguments=policy) as running:
+    connector = getattr(request, "param", "nixl")
+    with Fleet(2, 2, arguments=arguments, decode_arguments=policy, connector=connector) as running:
         yield running
 
 

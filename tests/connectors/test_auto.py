@@ -75,6 +75,11 @@ def test_an_ascend_p_may_not_stop() -> None:
     assert auto.prefill_headers(speaking(found.protocol)) == {}
 
 
+def test_a_p_that_must_be_configured() -> None:
+    with pytest.raises(ValueError, match='set its connector to "moriio"'):
+        handoff({"do_remote_prefill": True, "remote_notify_port": 61005, "remote_handshake_port": 6301})
+
+
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, PUSHED | {"tp_size": None}])
 def test_without_a_hand_off_nothing_is_known(params: Any) -> None:
     assert handoff(params) is None

@@ -6,8 +6,15 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from tests.support.connectors import LEGS
-from vllm_pd_scheduler.connectors import ConnectorFailed, ConnectorFence, Handoff, NixlConnector, Splice
+from tests.support.connectors import LEGS, PEER
+from vllm_pd_scheduler.connectors import (
+    ConnectorFailed,
+    ConnectorFence,
+    Handoff,
+    NixlConnector,
+    Question,
+    Splice,
+)
 from vllm_pd_scheduler.connectors.fence import CHECKED_BYTES
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.errors import BodyError
@@ -16,6 +23,9 @@ BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
 HANDOFF = Handoff(b"{}", 1, 0)
 CALLS: dict[str, tuple[Any, ...]] = {
     "can_split": (BODY,),
+    "needs_decode": (PEER,),
+    "question": (PEER,),
+    "understood": (b"{}", PEER),
     "prefill_body": (BODY, LEGS),
     "prefill_headers": (LEGS,),
     "handoff": (b"{}", LEGS),
@@ -38,6 +48,15 @@ NO_TAILS = [
     b"]}",
 ]
 """What makes no object of ``BODY`` when it takes the place of its last brace."""
+NO_QUESTIONS: list[Any] = [
+    (0, "/a"),
+    (1 << 16, "/a"),
+    ("80", "/a"),
+    (80, "a"),
+    (80, "/a b"),
+    (80, "/\r\n"),
+    (80, None),
+]
 DEFAULTS = {"can_split": False, "release_body": None}
 """What stands for an answer; the other calls raise ``ConnectorFailed``."""
 
@@ -89,6 +108,7 @@ class ConnectorFenceTest(unittest.TestCase):
         bodies: list[Any] = ["text", b"", 5]
         tokens: list[Any] = [("5",), (-1,), (10**400,), (5, math.nan), (5, math.inf), (5, "0")]
         answers = {
+            "question": [5, *(Question(*each) for each in NO_QUESTIONS)],
             "prefill_body": [None, *bodies, *NO_OBJECTS],
             "release_body": [*bodies, *NO_OBJECTS],
             "prefill_headers": [None, {"A": "x"}, {"a": "\n"}, {"a": 5}, {str(n): "" for n in range(17)}],

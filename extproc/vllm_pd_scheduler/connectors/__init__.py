@@ -1,17 +1,21 @@
 """KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
+from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
-from .base import Connector, Handoff, Legs, Peer, Settings, Splice
+from .base import Connector, Handoff, Legs, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
+from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff",
-    "Legs", "NixlConnector", "NixlPushConnector", "Peer", "Settings", "SharedStoreConnector", "Splice",
+    "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
+    "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
+    "NixlPushConnector", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
     "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

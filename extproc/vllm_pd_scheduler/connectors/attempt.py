@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..request.body import JsonBody
-from .base import Handoff, Legs, Splice
+from .base import Handoff, Legs, Peer, Question, Splice
 from .fence import ConnectorFence
 
 
@@ -16,6 +17,26 @@ class Attempt:
 
     connector: ConnectorFence
     legs: Legs
+
+    def needs_decode(self) -> bool:
+        """Whether D must be chosen before P does anything."""
+        return self.connector.needs_decode(self.legs.prefill)
+
+    def towards(self, decode: Peer) -> Attempt:
+        """Return the attempt, with the D that is to get the hand-off."""
+        return replace(self, legs=replace(self.legs, decode=decode))
+
+    def question(self) -> Question | None:
+        """Return what P is to be asked before anything is sent to it."""
+        return self.connector.question(self.legs.prefill)
+
+    def understood(self, answer: bytes) -> Any | None:
+        """Return what P's answer to the question says; ``None`` if that is nonsense."""
+        return self.connector.understood(answer, self.legs.prefill)
+
+    def knowing(self, known: Any) -> Attempt:
+        """Return the attempt, with what P's answer to the question says."""
+        return replace(self, legs=replace(self.legs, known=known))
 
     def prefill_body(self, body: JsonBody) -> bytes:
         """Return the body of the request to P."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..request.body import JsonBody
+from .ascend_mooncake import AscendMooncakeConnector, AscendMooncakeSettings
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, read_handoff
 from .nixl_push import NixlPushConnector, of_its_own, pushed
@@ -19,15 +20,17 @@ from .nixl_push import NixlPushConnector, of_its_own, pushed
 _PULLS, _PUSHES, _ASCEND = "nixl", "nixl-push", "ascend-mooncake"
 
 
-class _PastStop(NixlConnector):
-    past_stop = True
+_OF_MORIIO = b'"remote_notify_port"'
 
 
 class AutoConnector(NixlConnector):
     """NIXL, and from P's first answer on what that shows."""
 
     def __init__(self) -> None:
-        self._speaking: dict[str, NixlConnector] = {_PUSHES: NixlPushConnector(), _ASCEND: _PastStop()}
+        self._speaking: dict[str, NixlConnector] = {
+            _PUSHES: NixlPushConnector(),
+            _ASCEND: AscendMooncakeConnector(),
+        }
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return what the protocol that P speaks needs, as far as that is known."""
@@ -39,12 +42,20 @@ class AutoConnector(NixlConnector):
         return of_its_own(legs) if legs.prefill.speaks in ("", _PUSHES) else super().prefill_headers(legs)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
-        """Return the hand-off as the protocol that P's answer shows needs it, and the name of that."""
+        """Return the hand-off as the protocol that P's answer shows needs it, and the name of that.
+
+        Raise :exc:`ValueError` if it shows one that must be configured.
+        """
         found, params = read_handoff(answer)
         if found is None:
+            if _OF_MORIIO in answer:
+                raise ValueError('P speaks MoRI-IO, which has settings: set its connector to "moriio"')
             return None
+        if params.transfer_mode != PUSH and params.num_prompt_blocks:
+            found = self._speaking[_ASCEND].handoff(answer, _with_defaults(legs))
+            return None if found is None else replace(found, protocol=_ASCEND)
         if params.transfer_mode != PUSH:
-            return replace(found, protocol=_ASCEND if params.num_prompt_blocks else _PULLS)
+            return replace(found, protocol=_PULLS)
         found = pushed(found, params, legs)
         return None if found is None else replace(found, protocol=_PUSHES)
 
@@ -56,3 +67,8 @@ class AutoConnector(NixlConnector):
             if speaking is None
             else speaking.release_body(handoff, model)
         )
+
+
+def _with_defaults(legs: Legs) -> Legs:
+    """Return an attempt's legs with the settings that vllm-ascend has by itself."""
+    return replace(legs, prefill=replace(legs.prefill, settings=AscendMooncakeSettings()))

@@ -40,12 +40,24 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it."""
+
+    port: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Legs:
     """One attempt to split a request."""
 
     id: str
     """Letters, digits and `-`, and no other attempt's, also after a restart."""
     prefill: Peer
+    known: Any = None
+    """What :meth:`Connector.understood` has made of P's answer to the connector's question."""
+    decode: Peer | None = None
+    """The D that gets the hand-off, if the connector needs to know it before P does anything."""
     token_ids: bool = False
     """Whether P is to tell the token ids of the prompt, so that D need not find them again."""
 
@@ -108,6 +120,21 @@ class Connector(ABC):
     @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
+
+    def needs_decode(self, prefill: Peer) -> bool:
+        """Whether D must be chosen before P does anything. No other D gets the hand-off then."""
+        return False
+
+    def question(self, prefill: Peer) -> Question | None:
+        """Return what a P is to be asked before anything is sent to it; ``None`` if nothing is."""
+        return None
+
+    def understood(self, answer: bytes, prefill: Peer) -> Any | None:
+        """Return what P's answer to the question (of status 200) says, or ``None`` if that is nonsense.
+
+        It is kept as long as the process of P lives, and attempts have it as :attr:`Legs.known`.
+        """
+        return None
 
     @abstractmethod
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:

@@ -14,7 +14,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Splice
+from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Splice
 
 T = TypeVar("T")
 
@@ -28,9 +28,13 @@ class _Object(msgspec.Struct):
 
 
 _check_object = msgspec.json.Decoder(_Object).decode
-_CALLS = ("can_split", "prefill_body", "prefill_headers", "handoff", "ended", "splice", "release_body")
+_CALLS = (
+    "can_split", "needs_decode", "question", "understood", "prefill_body", "prefill_headers", "handoff",
+    "ended", "splice", "release_body",
+)  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
+_PATH = re.compile(r"/[!-~]{0,1000}")
 _HEADER_VALUE = re.compile(r"[!-~]{0,1000}")
 
 
@@ -65,6 +69,18 @@ class ConnectorFence:
         with suppress(ConnectorFailed):
             return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
         return False
+
+    def needs_decode(self, prefill: Peer) -> bool:
+        """See :meth:`Connector.needs_decode`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("needs_decode", lambda: bool(self._connector.needs_decode(prefill)))
+
+    def question(self, prefill: Peer) -> Question | None:
+        """See :meth:`Connector.question`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("question", lambda: _checked_question(self._connector.question(prefill)))
+
+    def understood(self, answer: bytes, prefill: Peer) -> Any | None:
+        """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("understood", lambda: self._connector.understood(answer, prefill))
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
@@ -105,6 +121,18 @@ class ConnectorFence:
         except Exception as error:  # someone else's code, which may raise anything
             self.failures.add(self._name, call, self._connector, error)
             raise ConnectorFailed(call) from None
+
+
+def _checked_question(question: Any) -> Question | None:
+    if question is None:
+        return None
+    if not isinstance(question, Question):
+        raise TypeError(f"it returned {type(question).__name__} in place of a Question")
+    if not (isinstance(question.port, int) and 0 < question.port < 1 << 16):
+        raise ValueError("it returned a port that does not exist")
+    if not _PATH.fullmatch(question.path):
+        raise ValueError("it returned a path that cannot be sent")
+    return question
 
 
 def _checked_body(body: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..models import ConnectorChoice, PDInstance
 from ..request.body import JsonBody
@@ -12,8 +13,6 @@ from .attempt import Attempt
 from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
 from .names import load_connector, settings_of
-
-_NONE = Settings()
 
 
 class Connectors:
@@ -27,6 +26,7 @@ class Connectors:
         """By a connector's class and the call."""
         self._of_the_fleet = of_the_fleet
         self._given = None if given is None else ConnectorFence(given, self.failures)
+        self._given_settings = None if given is None else given.settings_type()
         self._fences: dict[str, ConnectorFence] = {}
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
@@ -64,19 +64,18 @@ class Connectors:
         ``speaks`` and ``takes_token_ids`` are what that P's last hand-off has shown, and ``token_ids`` says
         whether D is to get the prompt's, if it takes them.
         """
-        choice = prefill.connector or self._of_the_fleet()
-        peer = Peer(
-            prefill.instance_id, host, prefill.port, self._settings_of(choice), speaks, takes_token_ids
-        )
-        connector = self._given or self._fence(choice)
-        return Attempt(
-            connector,
-            Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids),
-        )
+        peer = replace(self.peer(prefill, host), speaks=speaks, takes_token_ids=takes_token_ids)
+        legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids)
+        return Attempt(self.of(prefill), legs)
+
+    def peer(self, instance: PDInstance, host: str) -> Peer:
+        """Return an instance that is reached at ``host`` as its connector sees it."""
+        choice = instance.connector or self._of_the_fleet()
+        return Peer(instance.instance_id, host, instance.port, self._settings_of(choice))
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
-        if self._given is not None:
-            return _NONE
+        if self._given_settings is not None:
+            return self._given_settings
         found = self._settings.get(choice)
         if found is None:
             found = self._settings[choice] = settings_of(choice)

@@ -9,8 +9,11 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
+from .ascend_mooncake import AscendMooncakeConnector
 from .auto import AutoConnector
 from .base import Connector, Settings
+from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
@@ -23,6 +26,9 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "nixl": NixlConnector,
     "nixl-push": NixlPushConnector,
     "shared-store": SharedStoreConnector,
+    "mooncake": MooncakeConnector,
+    "ascend-mooncake": AscendMooncakeConnector,
+    "moriio": MoriioConnector,
 }
 
 

@@ -15,9 +15,9 @@ from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Splice
-from .one_token import UNREADABLE, Tokens, can_split, counted_in, has_stopped, one_token
+from .one_token import UNREADABLE, Tokens, can_split, counted_in, has_stopped, never_served, one_token
 
-_PREFILL_PARAMS = (
+PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
 )
@@ -83,7 +83,7 @@ class NixlConnector(Connector):
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        wanted = {HANDOFF_KEY: _PREFILL_PARAMS}
+        wanted = {HANDOFF_KEY: PREFILL_PARAMS}
         if legs.token_ids:
             wanted["return_token_ids"] = b"true"
         return one_token(body, wanted, past_stop=self.past_stop)
@@ -113,15 +113,8 @@ class NixlConnector(Connector):
         return Splice(*body.one_more(HANDOFF_KEY, params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
-        """Return a completion request for more tokens than any context has.
-
-        vLLM answers it with 400, tells P that the hand-off was rejected, and transfers nothing. Measured on
-        vLLM 0.32: P's blocks are free at once.
-        """
-        name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
-        return b"".join(
-            (b"{", name, b'"prompt":"x","max_tokens":2147483647,"kv_transfer_params":', handoff.params, b"}")
-        )
+        """Return a completion request that D refuses. Measured on vLLM 0.32: P's blocks are free at once."""
+        return never_served(handoff.params, model)
 
 
 def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,8 +15,6 @@ from .base import MAX_TOKENS
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding an answer may raise."""
-
-_STOPS = frozenset({"stop", "stop_token_ids"})
 
 
 class _Details(msgspec.Struct):
@@ -108,8 +106,8 @@ def _has_one_answer(body: JsonBody) -> bool:
 def one_token(body: JsonBody, more: Mapping[str, bytes], *, past_stop: bool = False) -> bytes:
     """Return the client's body for one token, not streamed, with ``more`` fields (JSON texts).
 
-    ``past_stop``: the token is neither an end of the text nor a stop. It is for engines that hand nothing
-    over then. D gets the client's own fields, and finds the end by itself.
+    ``past_stop``: the token is neither an end of the text nor a stop, as far as the API can ask for that. It
+    is for engines that hand nothing over then. D gets the client's own fields, and finds the end by itself.
     """
     api = body.api
     drop, add = api.dropped, {**api.one_token, **more}
@@ -117,18 +115,34 @@ def one_token(body: JsonBody, more: Mapping[str, bytes], *, past_stop: bool = Fa
         add["max_completion_tokens"] = b"1"
     if api is GENERATE:
         add["sampling_params"] = _of_one_token(body, past_stop)
-    elif past_stop:
-        drop |= _STOPS
-        add["min_tokens"] = b"1"
+    if past_stop:
+        drop |= api.stops
+        add |= api.past_stop
     return body.replace(drop, add)
 
 
 def _of_one_token(body: JsonBody, past_stop: bool) -> bytes:
     """Return the text of ``sampling_params`` for one token."""
-    params = _decode_object(bytes(body.fields.sampling_params))
-    dropped = {"min_tokens", *(_STOPS if past_stop else ())}
-    kept = {key: value for key, value in params.items() if key not in dropped}
-    return msgspec.json.encode({**kept, "max_tokens": 1, **({"min_tokens": 1} if past_stop else {})})
+    params: dict[str, Any] = dict(_decode_object(bytes(body.fields.sampling_params)))
+    params.pop("min_tokens", None)
+    if past_stop:
+        params = {key: value for key, value in params.items() if key not in ("stop", "stop_token_ids")}
+        params["min_tokens"] = 1
+    return msgspec.json.encode({**params, "max_tokens": 1})
+
+
+def was_cut(answer: bytes) -> bool:
+    """Whether an answer is one token that was cut off at its limit.
+
+    A chat's can be part of a call of a tool as well.
+    """
+    try:
+        end = _decode_end(answer)
+    except UNREADABLE:
+        return False
+    if end.status == "incomplete" or end.stop_reason == "max_tokens":
+        return True
+    return len(end.choices) == 1 and end.choices[0].finish_reason in ("length", "tool_calls")
 
 
 def has_stopped(answer: bytes) -> bool:
@@ -140,6 +154,15 @@ def has_stopped(answer: bytes) -> bool:
     if end.status == "completed" or end.stop_reason in ("end_turn", "stop_sequence", "tool_use"):
         return True
     return any(choice.finish_reason == "stop" for choice in end.choices)
+
+
+def never_served(params: bytes, model: str | None) -> bytes:
+    """Return a completion request for more tokens than any context has, with ``kv_transfer_params``.
+
+    vLLM answers it with 400, has its connector tell P that the hand-off was rejected, and transfers nothing.
+    """
+    name = b"" if model is None else b'"model":' + msgspec.json.encode(model) + b","
+    return b"".join((b"{", name, b'"prompt":"x","max_tokens":2147483647,"kv_transfer_params":', params, b"}"))
 
 
 def counted(answer: bytes) -> tuple[int | None, int | None]:

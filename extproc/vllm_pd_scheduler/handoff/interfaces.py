@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..connectors import Attempt
+from ..connectors import Attempt, Question
 from ..fleet.endpoint import Endpoint
 from .pending import PendingHandoff
 
@@ -55,6 +55,22 @@ class PrefillLeg(Protocol):
 
         :exc:`PrefillNotSent` and :exc:`LocalShortage`, which are that too, are not the instance's fault.
         """
+        ...
+
+
+class AskPrefill(Protocol):
+    """Asks a P what a connector must know of it before a request is split with it."""
+
+    async def __call__(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
+        """Return what the answer says, as ``attempt`` understands it.
+
+        Raises :exc:`PrefillFailed` if there is none that makes sense, :exc:`LocalShortage`, and
+        :exc:`~vllm_pd_scheduler.connectors.ConnectorFailed`.
+        """
+        ...
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Ask again before the next request."""
         ...
 
 

@@ -19,5 +19,7 @@ class PendingHandoff:
     deadline: float
     """Monotonic seconds after which P's blocks may be someone else's."""
     model: str | None = None
+    decode: Endpoint | None = None
+    """The only D that it is for; ``None``: any."""
     losses: int = 0
     """Connections that the request has lost at other P after it was delivered there."""

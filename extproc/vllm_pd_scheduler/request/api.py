@@ -24,10 +24,16 @@ class Api:
     """Fields, with JSON texts, that make the answer one token in one piece."""
     dropped: frozenset[str]
     """Fields that a request for one token has without: with it, vLLM would refuse them."""
+    stops: frozenset[str]
+    """Fields that name what ends an answer."""
+    past_stop: Mapping[str, bytes]
+    """Fields, with JSON texts, by which the first token cannot be an end; none if the API cannot say it."""
 
 
 _STREAM_OF_ONE: Final = frozenset({"min_tokens", "stream_options"})
 """vLLM refuses ``min_tokens`` above ``max_tokens``, and ``stream_options`` without ``stream``."""
+_STOPS: Final = frozenset({"stop", "stop_token_ids"})
+_NO_END: Final = {"min_tokens": b"1"}
 
 COMPLETIONS: Final = Api(
     "/v1/completions",
@@ -35,6 +41,8 @@ COMPLETIONS: Final = Api(
     ("max_tokens",),
     {"max_tokens": b"1", "stream": b"false"},
     _STREAM_OF_ONE,
+    _STOPS,
+    _NO_END,
 )
 CHAT: Final = Api(
     "/v1/chat/completions",
@@ -42,6 +50,8 @@ CHAT: Final = Api(
     ("max_completion_tokens", "max_tokens"),
     {"max_tokens": b"1", "stream": b"false"},
     _STREAM_OF_ONE | {"max_completion_tokens"},
+    _STOPS,
+    _NO_END,
 )
 RESPONSES: Final = Api(
     "/v1/responses",
@@ -49,6 +59,8 @@ RESPONSES: Final = Api(
     ("max_output_tokens",),
     {"max_output_tokens": b"1", "stream": b"false", "store": b"false"},
     _STREAM_OF_ONE,
+    _STOPS,
+    {},
 )
 MESSAGES: Final = Api(
     "/v1/messages",
@@ -56,6 +68,8 @@ MESSAGES: Final = Api(
     ("max_tokens",),
     {"max_tokens": b"1", "stream": b"false"},
     frozenset(),
+    frozenset({"stop_sequences"}),
+    {},
 )
 GENERATE: Final = Api(
     "/inference/v1/generate",
@@ -63,8 +77,10 @@ GENERATE: Final = Api(
     (),
     {"stream": b"false"},
     frozenset({"stream_options"}),
+    frozenset(),
+    {},
 )
-"""Token ids in, token ids out. What bounds the answer is in ``sampling_params``."""
+"""Token ids in, token ids out. What bounds or ends the answer is in ``sampling_params``."""
 
 APIS: Final = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE)}
 """By their paths."""

@@ -63,6 +63,7 @@ class Fields(msgspec.Struct, frozen=True):
     min_tokens: msgspec.Raw = _ABSENT
     stop: msgspec.Raw = _ABSENT
     stop_token_ids: msgspec.Raw = _ABSENT
+    stop_sequences: msgspec.Raw = _ABSENT
     stream: msgspec.Raw = _ABSENT
     stream_options: msgspec.Raw = _ABSENT
     n: msgspec.Raw = _ABSENT
@@ -89,7 +90,8 @@ UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
-    | {"instructions", "input", "system", "token_ids", "sampling_params", "stop", "stop_token_ids"}
+    | {"instructions", "input", "system", "token_ids", "sampling_params"}
+    | {"stop", "stop_token_ids", "stop_sequences"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

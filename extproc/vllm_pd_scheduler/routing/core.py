@@ -330,7 +330,7 @@ class RoutingCore:
         decision: Decision,
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
-        changed = body.raw if body.changed else None
+        changed, only = body.raw if body.changed else None, prefilled.decode
         try:
             splice = prefilled.attempt.splice(body, prefilled.handoff)
             # Else Envoy would answer 413 in D's place.
@@ -340,13 +340,22 @@ class RoutingCore:
                 if not usable:
                     splice = prefilled.attempt.splice(body, prefilled.handoff)
                     usable = self._fits(splice)
+            usable = usable and (only is None or only.routable)
         except ConnectorFailed:
             usable = False
         if usable:
             limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
             try:
                 forward = self._to_decode(
-                    context, changed, Served.SPLIT, limit, decision, beside=prefilled.prefill
+                    context,
+                    changed,
+                    Served.SPLIT,
+                    limit,
+                    decision,
+                    only,
+                    only,
+                    bound=only is not None,
+                    beside=prefilled.prefill,
                 )
             except NoPartner:
                 usable = False
@@ -357,7 +366,8 @@ class RoutingCore:
         if isinstance(forward, Reject):
             self.in_flight.free(prefilled)
         else:
-            forward.only = self._scheduler.fitting(prefilled.prefill, forward.decode)
+            fitting = self._scheduler.fitting(prefilled.prefill, forward.decode)
+            forward.only = fitting if only is None else [only]
             forward.splice, forward.pending = splice, prefilled
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:

@@ -12,7 +12,14 @@ from ..admission.queue import Ticket
 from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff
 from ..fleet.endpoint import Endpoint, Reservation
-from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillLeg, PrefillNotSent
+from ..handoff.interfaces import (
+    AskPrefill,
+    LocalShortage,
+    PrefillAnswer,
+    PrefillFailed,
+    PrefillLeg,
+    PrefillNotSent,
+)
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import OK, Decision
@@ -55,8 +62,8 @@ Outcome = PendingHandoff | WithoutHandoff | Reject
 class PrefillStage:
     """Has requests prefilled: on one P after another, up to ``max_retries`` more.
 
-    ``leg`` sends a prefill; without one, decode does all prefills itself. ``local`` counts those that it
-    does because P failed.
+    ``leg`` sends a prefill; without one, decode does all prefills itself. ``ask`` asks P what some protocols
+    must know before. ``local`` counts those that decode does because P failed.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class PrefillStage:
         clock: Callable[[], float],
     ) -> None:
         self.leg: PrefillLeg | None = None
+        self.ask: AskPrefill | None = None
         self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
@@ -163,13 +171,10 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = self._connectors.attempt(
-                endpoint.instance,
-                endpoint.host,
-                speaks=endpoint.speaks,
-                takes_token_ids=endpoint.takes_token_ids,
-                token_ids=self._config.tokenize_once and tokens_once(body),
-            )
+            attempt = await self._prepared(endpoint, context, body, tried)
+            if attempt is None:
+                noted.outcome = "no_decode"
+                return WithoutHandoff(failed=False)
             sent = attempt.prefill_body(body)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
@@ -191,6 +196,8 @@ class PrefillStage:
         except PrefillFailed as error:
             noted.outcome = str(error)
             self._failed(endpoint, str(error), tried)
+            if self.ask is not None:
+                self.ask.forget(endpoint)
             return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         finally:
             now = self._clock()
@@ -199,6 +206,33 @@ class PrefillStage:
             # Soon, since this request itself is about to take a place at decode.
             asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
+
+    async def _prepared(
+        self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: _Tried
+    ) -> Attempt | None:
+        """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
+        attempt = self._connectors.attempt(
+            endpoint.instance,
+            endpoint.host,
+            speaks=endpoint.speaks,
+            takes_token_ids=endpoint.takes_token_ids,
+            token_ids=self._config.tokenize_once and tokens_once(body),
+        )
+        tried.decode = None
+        if attempt.needs_decode():
+            context.at(self._clock())
+            picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
+            if not picked:
+                return None
+            tried.decode = decode = picked[0]
+            tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
+            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
+        question = attempt.question()
+        if question is None:
+            return attempt
+        if self.ask is None:
+            raise PrefillNotSent("nobody asks its connector's question")
+        return attempt.knowing(await self.ask(endpoint, question, attempt))
 
     def _handed_over(
         self,
@@ -220,7 +254,9 @@ class PrefillStage:
             self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
-            return PendingHandoff(handoff, endpoint, attempt, deadline, context.model, tried.losses)
+            return PendingHandoff(
+                handoff, endpoint, attempt, deadline, context.model, tried.decode, tried.losses
+            )
         if attempt.ended(answer.body):
             self._registry.succeeded(endpoint)
             return WithoutHandoff(failed=False)
@@ -307,6 +343,8 @@ class _Tried:
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = losses
+        self.decode: Endpoint | None = None
+        """The only D that the newest attempt is for, if it is for one only."""
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from ..handoff.prefill_leg import HttpPrefill
+from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
 from ..health import HealthMonitor
 from ..instance_http.errors import ConnectionLost, NotConnected, RequestFailed, TimedOut
@@ -87,16 +88,18 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
     async with open_session(trusted) as session, ConnectionPool(trusted) as pool:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
-        leg, release = core.prefill.leg, core.in_flight.release_handoff
+        leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
         releaser = HandoffReleaser(pool, core.registry, core.telemetry)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
+        core.prefill.ask = questions = Questions(session, core.registry)
         core.in_flight.release_handoff = releaser
         try:
             return await _attempts(core, pool, headers, data)
         finally:
             core.in_flight.settle(0.0)
+            await questions.close()
             await releaser.close()
-            core.prefill.leg, core.in_flight.release_handoff = leg, release
+            core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff = leg, ask, release
 
 
 async def _attempts(

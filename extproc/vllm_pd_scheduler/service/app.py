@@ -25,6 +25,7 @@ from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..fleet.endpoint import Endpoint
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
+from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
 from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
@@ -123,6 +124,8 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
+        router.ask_prefill = questions = Questions(session, router.registry)
+        self._stack.push_async_callback(questions.close)
         if router.tracer is not None:
             router.prefill_leg = TracedLeg(leg, time.monotonic)
 

@@ -17,7 +17,8 @@ from .adapters import Adapters
 from .answers import DONE, Shape, Usage, event, model_list
 from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
-from .handoff import FETCH_PATH, RELEASE_PATH, FatalHandOff, FetchCall, Offer, read_offer, read_registration
+from .handoff import FatalHandOff, Offer
+from .kv_api import KvApi
 from .metrics import Metrics
 from .options import Options
 from .other_answers import GenerateShape, MessagesShape, ResponsesShape
@@ -105,11 +106,10 @@ class Api:
             "/_sim/fault": self._set_fault,
             "/v1/load_lora_adapter": self._load_adapter,
             "/v1/unload_lora_adapter": self._unload_adapter,
-            FETCH_PATH: self._fetch,
-            RELEASE_PATH: self._release,
         }
         handlers = {("GET", path): handler for path, handler in get.items()}
         handlers |= {("POST", path): handler for path, handler in post.items()}
+        handlers |= KvApi(self._options, self._worker, lambda: self.port).handlers()
         app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
         return app
 
@@ -192,21 +192,24 @@ class Api:
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
         params = (body.kv_transfer_params if self._options.kv_connector != "none" else None) or {}
-        hand_off = HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
-        if params.get("do_remote_prefill"):
-            hand_off = HandOff.RECEIVE
-        profile = self._worker.engine.profile
+        connector, profile = self._worker.connector, self._worker.engine.profile
+        hand_off = self._kind_of(params)
         jobs: list[Job] = []
         try:
             for prompt in body.prompts(shape.model):
                 for number in range(body.n or 1):
                     answer = Answer(prompt, number)
-                    length = choose_length(body, prompt, answer.natural_length, self._options.max_model_len)
+                    natural = 1 if self._fault.eos else answer.natural_length
+                    length = choose_length(body, prompt, natural, self._options.max_model_len)
+                    if hand_off is HandOff.SEND and length.finish_reason == "stop":
+                        hand_off = HandOff.SEND if connector.sends_stopped else HandOff.NONE
                     # A name of its own, even if a client sends the same X-Request-Id twice.
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
+                    if hand_off is HandOff.SEND:
+                        name = connector.request_id(params) or name
                     hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
                     request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
-                    jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer))
+                    jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer, params=params))
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
@@ -218,28 +221,30 @@ class Api:
             self._attach_hand_off(jobs, params, entry)
         return jobs
 
+    def _kind_of(self, params: dict[str, Any]) -> HandOff:
+        try:
+            return self._worker.connector.kind(params)
+        except FatalHandOff as error:
+            self._worker.die(str(error))
+            return HandOff.NONE
+
     def _attach_hand_off(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
         for job in jobs:
             try:
-                if self._pushes:
-                    job.offer = read_registration(params, job.request.request_id)
-                else:
-                    job.offer = read_offer(params, self._worker.engine.profile.blocks_for(job.prompt.tokens))
+                blocks = self._worker.engine.profile.blocks_for(job.prompt.tokens)
+                connector = self._worker.connector
+                job.offer = connector.named(connector.read(params, blocks), job.request.request_id)
             except FatalHandOff as error:
                 self._worker.die(str(error))
             cached = params.get("remote_prefill_cached_tokens")
             job.remote_cached = cached if type(cached) is int else None
             job.on_hand_off = entry.outcomes.append
 
-    @property
-    def _pushes(self) -> bool:
-        return self._options.kv_connector == "nixl-push"
-
     def _release_hand_off(self, params: dict[str, Any], entry: Entry) -> None:
-        if self._pushes:  # a request that is rejected tells the sender nothing
+        if self._worker.connector.pushes:  # a request that is rejected tells the sender nothing
             return
         try:
-            offer = read_offer(params, blocks_needed=0)
+            offer = self._worker.connector.read(params, blocks_needed=0)
         except FatalHandOff:
             return
         if offer:
@@ -255,7 +260,7 @@ class Api:
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
-        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0].request))
+        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0]))
         if not request.get(HALF):
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(
@@ -265,12 +270,13 @@ class Api:
         await response.write(data[: len(data) // 2])
         await drop_connection(request, flush=True)
 
-    def _offer(self, request: EngineRequest) -> dict[str, Any] | None:
+    def _offer(self, job: Job) -> dict[str, Any] | None:
+        request = job.request
         if request.hand_off is not HandOff.SEND:
             return None
         blocks = self._worker.engine.pinned_blocks(request.request_id)
         offer = Offer(self._worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
-        return offer.answer(request.computed, request.cached, push=self._pushes)
+        return self._worker.connector.answer(offer, job.params, request.computed, request.cached)
 
     async def _stream(
         self, request: web.Request, body: AnyBody, shape: Shape, jobs: list[Job]
@@ -368,15 +374,7 @@ class Api:
         usage = Usage(sum(prompt.tokens for prompt in prompts), 0).body()
         return web.json_response({"object": "list", "model": model, "data": data, "usage": usage})
 
-    # -- for other engines, and for tests -------------------------------------------------------------
-
-    async def _fetch(self, request: web.Request) -> web.Response:
-        reply = self._worker.serve_fetch(await _read_call(request))
-        return web.Response(status=409) if reply is None else web.Response(body=msgspec.json.encode(reply))
-
-    async def _release(self, request: web.Request) -> web.Response:
-        self._worker.serve_release(await _read_call(request))
-        return web.Response()
+    # -- for tests ------------------------------------------------------------------------------------
 
     async def _requests(self, request: web.Request) -> web.Response:
         return web.json_response(self._journal.as_json())
@@ -412,14 +410,6 @@ def _is_a_probe(request: web.BaseRequest) -> bool:
     """Whether nobody's request but a scheduler's question: Envoy gives an id to each that a client sends."""
     of_nobody = "X-Request-Id" not in request.headers
     return request.path in UNRECORDED_PATHS or (request.path == "/v1/models" and of_nobody)
-
-
-async def _read_call(request: web.Request) -> FetchCall:
-    """Return the body of a fetch or a release."""
-    try:
-        return msgspec.json.decode(await request.read(), type=FetchCall)
-    except msgspec.DecodeError as error:
-        raise web.HTTPBadRequest(text=str(error)) from error
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:

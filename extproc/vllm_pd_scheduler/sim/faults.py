@@ -28,6 +28,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     - ``health``: status that ``/health`` answers.
     - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
     - ``stuck``: the engine makes no step. Only the server still answers.
+    - ``eos``: each answer ends with its first token, if the request allows that.
     - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
     """
 
@@ -37,6 +38,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     half: bool = False
     mute: int | None = None
     stuck: bool = False
+    eos: bool = False
     poison: str | None = None
     abrupt: bool = False
     health: int | None = None

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Self
 
+from .options import KvConnector
 from .profile import EngineProfile
 
 DECODE_PORT_OFFSET = 100
@@ -63,6 +64,7 @@ class Fleet:
     - ``arguments`` are command line arguments of all servers, ``prefill_arguments`` and
       ``decode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
       trusts the servers.
+    - ``connector`` is the hand-off protocol of all of them.
     - ``timeout`` is the time in which an instance must become healthy, in seconds.
 
     Example::
@@ -83,6 +85,7 @@ class Fleet:
         arguments: Sequence[str] = (),
         prefill_arguments: Sequence[str] = (),
         decode_arguments: Sequence[str] = (),
+        connector: KvConnector = "nixl",
         tls: ssl.SSLContext | None = None,
         timeout: float = 30.0,
     ) -> None:
@@ -91,7 +94,13 @@ class Fleet:
         self._counts: dict[Literal["prefill", "decode"], int] = {"prefill": prefill, "decode": decode}
         self._host = host
         self._base_port = base_port
-        common = [f"--model={model}", *(profile.arguments() if profile else ()), *arguments]
+        self.connector = connector
+        common = [
+            f"--model={model}",
+            f"--kv-connector={connector}",
+            *(profile.arguments() if profile else ()),
+            *arguments,
+        ]
         self._arguments = {"prefill": [*common, *prefill_arguments], "decode": [*common, *decode_arguments]}
         self._tls = tls
         self._timeout = timeout
@@ -129,7 +138,17 @@ class Fleet:
         """Return the instances as keys of the scheduler's configuration."""
 
         def entries(instances: Iterable[SimInstance]) -> list[dict[str, Any]]:
-            return [{"id": each.id, "host": each.host, "port": each.port} for each in instances]
+            return [{"id": each.id, "host": each.host, "port": each.port} | own(each) for each in instances]
+
+        def own(instance: SimInstance) -> dict[str, Any]:
+            port = instance.port
+            match self.connector:
+                case "mooncake":
+                    return {"connector": {"type": "mooncake", "bootstrap_port": port}}
+                case "moriio-read" | "moriio-write":
+                    ports = {"handshake_port": port, "notify_port": port}
+                    return {"connector": {"type": "moriio", "mode": self.connector[7:], **ports}}
+            return {} if self.connector in ("nixl", "none") else {"connector": self.connector}
 
         return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
 

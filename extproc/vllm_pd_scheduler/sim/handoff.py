@@ -4,7 +4,6 @@ Real engines read each other's blocks by NIXL. Here the decode side posts the id
 read to ``/_sim/kv/fetch`` of the prefill side, whose answer says of which prompt they are.
 """
 
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$", re.IGNORECASE)
+from .request import HandOff
+
 FETCH_PATH = "/_sim/kv/fetch"
 RELEASE_PATH = "/_sim/kv/release"
 
@@ -34,13 +34,14 @@ class Offer:
     host: str
     port: int
     block_ids: list[int]
+    receiver: str | None = None
+    """Address of the receiving engine, if the sender is to write to it."""
 
-    def answer(self, num_tokens: int, cached: int, *, push: bool = False) -> dict[str, Any]:
+    def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
         """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.33's.
 
         They are for ``num_tokens`` tokens of KV, of which ``cached`` were in the sender's prefix cache.
         """
-        pull_alone = {"remote_blocks_expiry_time": None, "remote_registration_generation": 1}
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -53,8 +54,9 @@ class Offer:
             "dcp_size": 1,
             "pp_size": 1,
             "remote_num_tokens": num_tokens,
-            **({} if push else pull_alone),
-            "transfer_mode": "push" if push else "pull",
+            "remote_blocks_expiry_time": None,
+            "remote_registration_generation": 1,
+            "transfer_mode": "pull",
             "remote_prefill_cached_tokens": cached,
         }
 
@@ -80,30 +82,13 @@ def read_offer(params: dict[str, Any], blocks_needed: int) -> Offer | None:
     return Offer(engine_id, request_id, host, port, blocks) if type(port) is int else None
 
 
-def read_registration(params: dict[str, Any], own_id: str) -> Offer:
-    """Return what a decode engine to which is pushed needs of ``kv_transfer_params``, under its request's id.
-
-    Raise FatalHandOff for keys that vLLM reads without a check.
-    """
-    try:
-        engine_id, host, port = (params[f"remote_{key}"] for key in ("engine_id", "host", "port"))
-        params["tp_size"]
-    except KeyError as error:
-        raise FatalHandOff(f"KeyError: {error}") from None
-    return Offer(engine_id, own_id, host, port, [])
-
-
-def base_id(request_id: str) -> str:
-    """Return an engine's request id without the random digits at its end, as an engine that pushes does."""
-    return _RANDOM_SUFFIX.sub("", request_id)
-
-
 class FetchCall(msgspec.Struct):
     """Body of a fetch or a release. ``agent``: the sender's process, as known from the handshake."""
 
     engine_id: str
     request_id: str
     block_ids: list[int] = []
+    receiver: str | None = None
     agent: str | None = None
 
 
@@ -117,25 +102,63 @@ class FetchReply(msgspec.Struct):
     agent: str
     digest: str | None = None
     invalid: bool = False
+    late: bool = False
+    """Whether the sender has waited for the hand-off in vain."""
     unmatched: bool = False
     """The sender, which pushes, has no finished request of this id yet, and may never have."""
     tokens: int = 0
-    """Of the prompt whose blocks were sent."""
+    """Of the prompt whose blocks were pushed."""
 
 
 class Connector:
-    """Fetches and releases hand-offs of other engines. ``timeout`` in seconds, for each call."""
+    """What an engine says and reads of hand-offs, and how it fetches them: here as NIXL does.
+
+    ``timeout`` in seconds, for each call to another engine.
+    """
+
+    sends_stopped = True
+    """Whether a prefill that has ended by a stop is handed over too."""
+    pushes = False
+    """Whether the sender writes, and finds what it is asked for by the receiver's request id."""
 
     def __init__(self, timeout: float = 10.0) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout))
         self._agents: dict[str, str] = {}
 
+    def kind(self, params: dict[str, Any]) -> HandOff:
+        """Return what a request's ``kv_transfer_params`` ask for; raise FatalHandOff if the engine dies."""
+        if params.get("do_remote_prefill"):
+            return HandOff.RECEIVE
+        return HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
+
+    def request_id(self, params: dict[str, Any]) -> str | None:
+        """Return the name under which a prefill is kept, if the request gives one."""
+        return None
+
+    def receiver(self, params: dict[str, Any]) -> str | None:
+        """Return the address of the only engine that may have a prefill."""
+        return None
+
+    def read(self, params: dict[str, Any], blocks_needed: int) -> Any:
+        """Return the hand-off that a decode request names; see :func:`read_offer`."""
+        return read_offer(params, blocks_needed)
+
+    def named(self, offer: Any, own_id: str) -> Any:
+        """Return the hand-off as the decode request with this id asks for it."""
+        return offer
+
+    def answer(
+        self, offer: Offer, params: dict[str, Any], num_tokens: int, cached: int
+    ) -> dict[str, Any] | None:
+        """Return the ``kv_transfer_params`` of a prefill's answer."""
+        return offer.answer(num_tokens, cached)
+
     async def close(self) -> None:
         """Close the connections to other engines."""
         await self._session.close()
 
-    async def fetch(self, offer: Offer) -> FetchReply:
-        """Fetch the blocks of a hand-off, or ask to be pushed them, and return what the sender says of them.
+    async def fetch(self, offer: Any) -> FetchReply:
+        """Fetch the blocks of a hand-off and return what the sender says of them.
 
         Raise TransferFailed if the sender cannot be reached, FatalHandOff if it has no such blocks.
         """
@@ -151,7 +174,7 @@ class Connector:
             raise FatalHandOff(f"block ids that {offer.engine_id} does not have")
         return reply
 
-    async def release(self, offer: Offer) -> None:
+    async def release(self, offer: Any) -> None:
         """Tell the sender that nobody will fetch a hand-off; it does not matter if that fails."""
         with suppress(TransferFailed):
             await self._post(offer, RELEASE_PATH, asdict(offer))

@@ -5,13 +5,17 @@ import json
 import socket
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
-KvConnector = Literal["nixl", "nixl-push", "none"]
+KvConnector = Literal[
+    "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "none"
+]
+LEASES = {"mooncake": 480.0, "ascend-mooncake": 480.0, "moriio-read": 60.0, "moriio-write": 60.0}
+"""Seconds for which other engines than those with NIXL keep blocks."""
 DEFAULT_MAX_MODEL_LEN = 32_768
 
 
@@ -87,7 +91,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--api-key", help="ask for it on /v1/*")
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
-    add("--kv-connector", choices=get_args(KvConnector), default="nixl")
+    add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
     add(
         "--load-fail-policy",
         choices=("fail", "recompute"),
@@ -129,6 +133,7 @@ def _module(text: str) -> tuple[str, str]:
 
 def _options(given: argparse.Namespace) -> Options:
     base = EngineProfile.instant() if given.instant else EngineProfile()
+    base = replace(base, lease=LEASES.get(given.kv_connector, base.lease))
     values = {item.name: getattr(given, item.name) for item in fields(EngineProfile)}
     defaults = {item.name: getattr(base, item.name) for item in fields(EngineProfile)}
     profile = EngineProfile(

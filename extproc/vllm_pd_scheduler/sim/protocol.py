@@ -270,6 +270,7 @@ def choose_length(body: AnyBody, prompt: Prompt, natural: int, max_model_len: in
         )
     longest = max_model_len - prompt.tokens if limit is None else limit
     natural = max(natural, body.min_tokens or 0)
-    if body.ignore_eos or natural > longest:
+    endless = body.ignore_eos or (body.min_tokens or 0) >= longest
+    if endless or natural > longest:
         return Length(longest, "length")
     return Length(natural, "stop")

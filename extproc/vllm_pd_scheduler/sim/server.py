@@ -13,9 +13,9 @@ from aiohttp import web
 from ..system.parent_death import die_with_parent
 from .api import Api
 from .engine import Engine
-from .handoff import Connector
 from .metrics import Metrics
 from .options import Options, parse_options
+from .protocols import connector_of
 from .worker import Worker
 
 
@@ -30,14 +30,13 @@ async def serve(options: Options) -> int:
         loop.add_signal_handler(number, stop.set)
     engine = Engine(options.profile)
     metrics = Metrics(engine, options.model)
-    connector = Connector()
+    connector = connector_of(options)
     worker = Worker(
         engine,
         metrics,
         connector,
         engine_id=options.engine_id or str(uuid.uuid4()),
         agent=uuid.uuid4().hex,
-        push=options.kv_connector == "nixl-push",
         recompute=options.recompute,
         fail_delay=options.fail_delay,
         on_death=stop.set,

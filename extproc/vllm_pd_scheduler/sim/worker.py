@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
-from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, Offer, TransferFailed, base_id
+from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
+from .mooncake import PullCall, sent_as
+from .nixl_push import base_id
 from .text import Answer, Prompt
 
 
@@ -36,7 +38,9 @@ class Job:
     choice: int
     finish_reason: str
     answer: Answer
-    offer: Offer | None = None
+    offer: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+    """``kv_transfer_params`` of the request."""
     remote_cached: int | None = None
     """Prompt tokens that the hand-off's sender had in its cache, if it says so."""
     on_hand_off: Callable[[str], None] = lambda outcome: None
@@ -55,7 +59,6 @@ class Worker:
     """Drives an engine and delivers the tokens of its requests.
 
     - ``agent`` identifies this process to other engines.
-    - ``push``: P writes, as by ``NixlPushConnector``, and finds what D asks for by D's request id.
     - ``recompute``: prefill a request here if its KV does not come; else it fails.
     - ``fail_delay``: seconds until a transfer from a dead sender fails.
     - ``on_death`` is called soon after the engine has died of a bad hand-off.
@@ -69,7 +72,6 @@ class Worker:
         *,
         engine_id: str,
         agent: str,
-        push: bool = False,
         recompute: bool = False,
         fail_delay: float = 0.5,
         on_death: Callable[[], None] = lambda: None,
@@ -81,10 +83,9 @@ class Worker:
         self.hand_offs: Counter[str] = Counter()
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
+        self.connector = connector
         self._metrics = metrics
-        self._connector = connector
         self._agent = agent
-        self._push = push
         self._recompute = recompute
         self._fail_delay = fail_delay
         self._on_death = on_death
@@ -92,12 +93,16 @@ class Worker:
         self._sent: dict[str, Prompt] = {}
         """Prompts whose blocks are, or will be, pinned, by request id."""
         self._registered: set[str] = set()
-        """Ids for which another engine has asked before anything was there for it to be sent."""
+        """Ids for which another engine has asked before anything was there for it to be pushed."""
+        self._receivers: dict[str, str] = {}
+        """Of prefills that are for one engine only, its address."""
         self._wake = asyncio.Event()
         self._steps = asyncio.Event()
         """Whether the engine makes steps."""
         self._steps.set()
         self._aborted: list[Job] = []
+        self._pulled: dict[str, asyncio.Event] = {}
+        """By the name of a prefill that is not there yet and for which somebody waits."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- called by the HTTP server ---------------------------------------------------------------------
@@ -140,16 +145,18 @@ class Worker:
             for job in jobs:
                 self._drop(job)
 
-    def release(self, offer: Offer) -> None:
+    def release(self, offer: Any) -> None:
         """Tell a hand-off's sender, in the background, that nobody will fetch it."""
-        self._spawn(self._connector.release(offer))
+        self._spawn(self.connector.release(offer))
 
     def serve_fetch(self, call: FetchCall) -> FetchReply | None:
         """Return the answer to another engine's fetch; None if it is meant for another process."""
         if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
             return None
+        if self._receivers.get(call.request_id, call.receiver) != call.receiver:
+            return None  # it writes somewhere else
         self.observe()
-        if self._push:
+        if self.connector.pushes:
             return self._serve_registration(call.request_id)
         found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
         if found is Fetch.INVALID:
@@ -170,6 +177,23 @@ class Worker:
             return FetchReply(self._agent, unmatched=True)
         self._wake.set()
         return FetchReply(self._agent, prompt.digest, tokens=prompt.tokens)
+
+    async def serve_pull(self, call: PullCall) -> FetchReply | None:
+        """Return the answer to a pull, as soon as there is a hand-off of its name; None as above."""
+        request_id, engine = sent_as(call.transfer_id), self.engine
+        if call.engine_id != self.engine_id or self.dead:
+            return None
+        self.observe()
+        try:
+            async with asyncio.timeout(engine.profile.lease):
+                while not engine.pinned_blocks(request_id):
+                    await self._pulled.setdefault(request_id, asyncio.Event()).wait()
+        except TimeoutError:
+            return FetchReply(self._agent, late=True)
+        engine.release(request_id)
+        prompt = self._forget(request_id, "released" if call.release else "fetched")
+        self._wake.set()
+        return FetchReply(self._agent, prompt.digest if prompt else None)
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
@@ -217,6 +241,8 @@ class Worker:
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
             self._sent[job.request.request_id] = job.prompt
+            if receiver := self.connector.receiver(job.params):
+                self._receivers[job.request.request_id] = receiver
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
@@ -234,7 +260,7 @@ class Worker:
             self._metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
-            if self._push:
+            if self.connector.pushes:
                 pass  # the sender hears nothing, and pushes or waits for its lease
             elif job.offer:
                 self._record_hand_off(job, "released")
@@ -257,6 +283,8 @@ class Worker:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
                 self._metrics.finished(request, reason)
+                if there := self._pulled.pop(request.request_id, None):
+                    there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
 
     async def _wait_for_work(self, now: float) -> None:
@@ -276,15 +304,13 @@ class Worker:
         if job.offer:
             job.loading = self._spawn(self._transfer(job, job.offer))
 
-    async def _transfer(self, job: Job, offer: Offer) -> None:
+    async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
         self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
-            reply = await self._connector.fetch(offer)
-            if reply.unmatched:
-                await asyncio.Event().wait()  # for what may be pushed later: here, nothing
+            reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
             return
@@ -321,6 +347,7 @@ class Worker:
 
     def _forget(self, request_id: str, outcome: str) -> Prompt | None:
         prompt = self._sent.pop(request_id, None)
+        self._receivers.pop(request_id, None)
         if prompt:
             self.hand_offs[outcome] += 1
         return prompt

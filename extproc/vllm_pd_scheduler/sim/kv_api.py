@@ -1,0 +1,62 @@
+"""What a simulated instance tells other engines: the blocks of its hand-offs, and where they are found."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
+from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
+from .options import Options
+from .worker import Worker
+
+C = TypeVar("C", bound=msgspec.Struct)
+Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
+
+
+class KvApi:
+    """Routes for other engines. ``port`` tells on which they are found."""
+
+    def __init__(self, options: Options, worker: Worker, port: Callable[[], int]) -> None:
+        self._options = options
+        self._worker = worker
+        self._port = port
+
+    def handlers(self) -> dict[tuple[str, str], Own]:
+        """Return the handlers by method and path."""
+        found: dict[tuple[str, str], Own] = {
+            ("POST", FETCH_PATH): self._fetch,
+            ("POST", RELEASE_PATH): self._release,
+            ("POST", PULL_PATH): self._pull,
+        }
+        sends = self._options.role != "decode"
+        if isinstance(self._worker.connector, MooncakeConnector) and sends:
+            found["GET", QUERY_PATH] = self._query
+        return found
+
+    async def _fetch(self, request: web.Request) -> web.Response:
+        return _answer(self._worker.serve_fetch(await _read(request, FetchCall)))
+
+    async def _release(self, request: web.Request) -> web.Response:
+        self._worker.serve_release(await _read(request, FetchCall))
+        return web.Response()
+
+    async def _pull(self, request: web.Request) -> web.Response:
+        return _answer(await self._worker.serve_pull(await _read(request, PullCall)))
+
+    async def _query(self, request: web.Request) -> web.Response:
+        """The bootstrap server of Mooncake."""
+        engine_id, host = self._worker.engine_id, self._options.kv_host
+        return web.json_response(query_answer(engine_id, host, self._port()))
+
+
+async def _read(request: web.Request, kind: type[C]) -> C:
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except msgspec.DecodeError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+
+
+def _answer(reply: FetchReply | None) -> web.Response:
+    return web.Response(status=409) if reply is None else web.Response(body=msgspec.json.encode(reply))

@@ -1,0 +1,24 @@
+"""The hand-off protocols that a simulated server can speak."""
+
+from .ascend import AscendConnector
+from .handoff import Connector
+from .mooncake import MooncakeConnector
+from .moriio import MoriioConnector
+from .nixl_push import PushConnector
+from .options import Options
+
+
+def connector_of(options: Options) -> Connector:
+    """Return the connector that a server's options name."""
+    match options.kv_connector:
+        case "nixl-push":
+            return PushConnector()
+        case "mooncake":
+            return MooncakeConnector(options.role, options.profile.lease)
+        case "ascend-mooncake":
+            return AscendConnector()
+        case "moriio-read" | "moriio-write":
+            address = f"{options.kv_host}:{options.port}"
+            return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
+        case _:
+            return Connector()

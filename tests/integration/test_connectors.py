@@ -1,0 +1,217 @@
+"""Each hand-off protocol through real processes: texts, P that stop, restart or leave, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
+from tests.support.waiting import until
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+CONNECTORS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}),
+    "stopped": (
+        "/v1/completions",
+        {"prompt": PROMPT, "max_tokens": 40, "min_tokens": 3, "stop": ["never"], "stop_token_ids": [1]},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CONNECTORS)
+def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    profile = replace(EngineProfile.instant(), lease=480.0)
+    arguments = ["--max-model-len=4096"]
+    with Fleet(2, 2, profile=profile, arguments=arguments, connector=request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
+    return Stack(Path(tmp_path_factory.mktemp("stack")))
+
+
+@pytest.fixture(scope="module")
+def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
+    limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    with spawned(stack.up({**limits, **NO_EJECTION, **fleet.config()})) as process:
+        yield process
+
+
+@pytest_asyncio.fixture
+async def client(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
+) -> AsyncIterator[Client]:
+    """A client of a stack that is ready; afterwards nothing may be in flight or pinned."""
+    client = Client(session, stack, fleet)
+    await ready(client, up)
+    await client.until_split()
+    yield client
+    for instance in fleet.instances:
+        await client.fault(instance.id)
+    await client.until_in_flight(0)
+    await client.until_freed()
+
+
+async def alone(client: Client, path: str, body: dict[str, Any]) -> str:
+    """Return the text that a D gives which computes the prompt itself."""
+    async with client.session.post(client.fleet["decode-1"].url + path, json=body) as response:
+        (choice,) = (await response.json())["choices"]
+        return str(choice.get("text") or choice["message"]["content"])
+
+
+async def restarted(client: Client, name: str) -> None:
+    """Restart an instance, as slowly as an engine starts: probes have found it gone."""
+
+    async def gone() -> bool:
+        return (await client.states())[name] == "unhealthy"
+
+    client.fleet.kill(name)
+    await until(gone)
+    await asyncio.to_thread(client.fleet.restart, name)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", BODIES)
+async def test_the_text_is_that_of_an_engine_alone(client: Client, name: str, stream: bool) -> None:
+    path, body = BODIES[name]
+    expected = await alone(client, path, body)
+    for _ in range(4):  # each P and each D
+        answer = await client.post(path, {**body, "stream": stream})
+        assert (answer.status, answer.text) == (200, expected)
+        assert "x-pd-prefill" in answer.headers
+        seen = await client.request_of(answer)
+        assert (seen["hand_off"], seen["outcomes"]) == ("receive", ["good"])
+        (own,) = [json.loads(seen["body"])]
+        own.pop("kv_transfer_params")
+        assert own == {**body, "stream": stream}, "D gets the client's own fields"
+
+
+async def test_a_first_token_that_ends_the_text(client: Client) -> None:
+    """P is kept from stopping there, where it would keep no blocks; D stops by itself."""
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, eos=True)
+    answer = await client.complete(max_tokens=8)
+    (choice,) = answer.json["choices"]
+    assert (choice["finish_reason"], answer.json["usage"]["completion_tokens"]) == ("stop", 1)
+    assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_other_apis(client: Client, path: str) -> None:
+    expected = said(await undivided(client, path))
+    for stream in (False, True):
+        answer = await client.post(path, {**REQUESTS[path], "stream": stream})
+        assert said(answer) == expected
+        assert "x-pd-prefill" in answer.headers
+        assert (await client.request_of(answer))["outcomes"] == ["good"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
+    client: Client, path: str
+) -> None:
+    """P has kept nothing: D computes the prompt, rather than wait for it."""
+    for instance in client.fleet.instances:
+        await client.fault(instance.id, eos=True)
+    answer = await client.post(path, REQUESTS[path])
+    assert answer.status == 200
+    assert "x-pd-prefill" not in answer.headers
+    assert answer.json["usage"]["output_tokens"] == 1
+
+
+async def test_a_client_that_leaves(client: Client) -> None:
+    """P's blocks are free at once, not when the lease is over."""
+    for instance in client.fleet.decode:
+        await client.fault(instance.id, delay=30)
+    before = await client.seen_by_all()
+    request = asyncio.ensure_future(client.complete(prompt=PROMPT + "left"))
+
+    async def forwarded() -> bool:
+        return any([await client.seen_since(each.id, before[each.id]) for each in client.fleet.decode])
+
+    await until(forwarded)
+    request.cancel()
+    for instance in client.fleet.decode:
+        await client.fault(instance.id)
+    await client.until_freed()
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}])
+async def test_a_d_that_fails(client: Client, fault: dict[str, Any]) -> None:
+    """Another one computes the prompt, and P's blocks are free at once."""
+    path, body = BODIES["completion"]
+    expected = await alone(client, path, body)
+    await client.fault("decode-0", **fault)
+    answers = [await client.post(path, body) for _ in range(4)]
+    assert {(answer.status, answer.text) for answer in answers} == {(200, expected)}
+    assert "x-pd-prefill" not in answers[0].headers or "x-pd-prefill" not in answers[1].headers
+    await client.until_freed()
+
+
+async def test_a_p_that_was_restarted(client: Client) -> None:
+    """What is known of the process before is not used."""
+    path, body = BODIES["completion"]
+    expected = await alone(client, path, body)
+    await restarted(client, "prefill-0")
+
+    async def hands_over() -> bool:
+        answer = await client.post(path, body)
+        assert (answer.status, answer.text) == (200, expected)
+        if answer.headers.get("x-pd-prefill") != "prefill-0":
+            return False
+        return (await client.request_of(answer))["outcomes"] == ["good"]
+
+    await until(hands_over)
+
+
+QUERY = ["/query"]
+
+
+@pytest.mark.parametrize("fleet", ["mooncake"], indirect=True, scope="module")
+class TestBootstrapServer:
+    async def test_it_is_asked_once(self, client: Client) -> None:
+        before = await client.seen_by_all()
+        for _ in range(4):
+            assert "x-pd-prefill" in (await client.complete()).headers
+        for instance in client.fleet.prefill:
+            seen = await client.seen_since(instance.id, before[instance.id])
+            assert "/query" not in [each["path"] for each in seen]
+
+    @pytest.mark.parametrize(
+        ("fault", "reason"),
+        [({"status": 500}, "status"), ({"reset": True}, "reset"), ({"delay": 30}, "timeout")],
+    )
+    async def test_one_that_fails(self, client: Client, fault: dict[str, Any], reason: str) -> None:
+        """Another P gets the request; where there is none, D computes the prompt."""
+        await restarted(client, "prefill-0")
+        await client.fault("prefill-0", paths=QUERY, **fault)
+
+        async def counted() -> bool:
+            answer = await client.complete()
+            assert answer.status == 200
+            assert answer.headers.get("x-pd-prefill") in (None, "prefill-1")
+            _, page = await client.admin("GET", "/metrics")
+            return (
+                f'pd_scheduler_prefill_failures_total{{prefill="prefill-0",reason="question_{reason}"}}'
+                in page
+            )
+
+        async def other() -> bool:
+            return (await client.complete()).headers.get("x-pd-prefill") == "prefill-1"
+
+        await until(counted)
+        await until(other)
