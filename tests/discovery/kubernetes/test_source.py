@@ -49,7 +49,7 @@ Following = Callable[..., Any]
 
 async def test_what_a_pool_has_beside_pods(server: ApiServer, kubeconfig: str) -> None:
     """Objectives and rewrites, until the configuration does not name the pool any more."""
-    server.put("inferencepools", pool("chat", {"app": "vllm"}, 8000))
+    server.put("inferencepools", pool("chat", 8000, app="vllm"))
     objective = {"metadata": {"name": "batch"}, "spec": {"priority": -3, "poolRef": {"name": "chat"}}}
     server.put("inferenceobjectives", objective)
     rule = {"matches": [{"model": {"value": "chat"}}], "targets": [{"modelRewrite": "chat-v2"}]}
@@ -207,7 +207,7 @@ class TestPool:
             await fleet.until(d="decode 10.0.0.2:8000")
             server.put("inferencepools", pool("chat", 8000, app="new", tier="gold"))
             await fleet.until(e="decode 10.0.0.3:8000")
-            await until(lambda: server.watches == 2)
+            await until(lambda: server.watches == 4)  # pool, pods, objectives, rewrites
 
     async def test_one_that_is_not_there_yet(self, server: ApiServer, follow: Following) -> None:
         server.put("pods", pod("d", "10.0.0.2"))

@@ -125,7 +125,8 @@ class ListWatch(Generic[T]):
         everyday = problem.kind in (CUT, SILENT) or problem.code == 410
         if pause or problem.kind != CUT:
             self._version = None
-        if (pause or not everyday) and problem.kind not in self._told:
+        unanswered = self._optional and problem.code is None  # the watch of what must be there tells that
+        if (pause or not everyday) and not unanswered and problem.kind not in self._told:
             self._told.add(problem.kind)
             self._watcher.lost(f"{self._what}: {problem}")
         log.debug("%s: %s; again in %.1f s", self._what, problem, pause)
