@@ -331,6 +331,32 @@ class TestFaults:
         assert caplog.text.count("its containers are listed every") == 1
         assert not any("stay" in text for text in fleet.events)
 
+    async def test_following_ends_also_in_the_moment_of_an_event(
+        self, api: DockerApi, follow: Follow, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A cancellation that comes together with an event is not lost: a reload would wait for ever."""
+        monkeypatch.setattr(source, "LOOK_S", 60)
+        told: list[asyncio.Event] = []
+
+        class Seen(asyncio.Event):
+            def __init__(self) -> None:
+                super().__init__()
+                told.append(self)
+
+        fleet = await follow()
+        await fleet.sources.stop()
+        with monkeypatch.context() as patched:
+            patched.setattr(source.asyncio, "Event", Seen)
+            await fleet.sources.follow()
+            await until(lambda: api.listeners)
+            await fleet.sources.first_words()
+            await asyncio.sleep(0.1)
+        for each in told:
+            each.set()
+        await asyncio.sleep(0)  # now both are there at once
+        async with asyncio.timeout(5):
+            await fleet.sources.stop()
+
     async def test_following_ends_at_once_while_the_engine_hangs(
         self, api: DockerApi, follow: Follow
     ) -> None:

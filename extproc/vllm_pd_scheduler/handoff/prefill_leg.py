@@ -102,7 +102,9 @@ class HttpPrefill:
         unwanted: Callable[[Endpoint, PrefillAnswer, Attempt], None],
     ) -> None:
         with contextlib.suppress(TimeoutError, PrefillFailed):
-            unwanted(endpoint, await asyncio.wait_for(self._read(sent), LINGER_S), attempt)
+            async with asyncio.timeout(LINGER_S):
+                answer = await self._read(sent)
+            unwanted(endpoint, answer, attempt)
 
     def _send(
         self,

@@ -73,7 +73,8 @@ class HandoffReleaser:
         released = await self._given_back(pending, body)
         if not released and not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), SECOND_TRY_S)
+                async with asyncio.timeout(SECOND_TRY_S):
+                    await self._closing.wait()
             released = await self._given_back(pending, body)
         if released:
             self._telemetry.handoff_released(pending.prefill.id)

@@ -281,7 +281,8 @@ class App:
         timeout = self.config.drain_timeout
         refuse = asyncio.get_running_loop().call_later(REFUSE_AFTER * timeout, self.router.dispatcher.close)
         try:
-            await asyncio.wait_for(self.ext_proc.idle(), timeout)
+            async with asyncio.timeout(timeout):
+                await self.ext_proc.idle()
         except TimeoutError:
             running = self.ext_proc.open_streams
             log.warning("%d requests still run after drain_timeout (%g s)", running, timeout)

@@ -61,7 +61,8 @@ class SpanExport:
     async def close(self) -> None:
         """Send the spans that are left, for at most ``SHUTDOWN_S``."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(in_daemon_thread(self._provider.shutdown), SHUTDOWN_S)
+            async with asyncio.timeout(SHUTDOWN_S):
+                await in_daemon_thread(self._provider.shutdown)
 
 
 class _SdkLog(logging.Handler):

@@ -99,7 +99,8 @@ class DockerContainers:
         patience = OPEN_S  # so that who was asked to stop before is known when the first list comes
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), patience)
+                async with asyncio.timeout(patience):
+                    await news.wait()
                 await asyncio.sleep(SETTLE_S)
             news.clear()
             self._view.listed = await _answered(engine.containers)
@@ -134,6 +135,7 @@ class DockerContainers:
 async def _answered(ask: Callable[[], Result]) -> Result:
     """Return what an engine answers; raise :exc:`EngineAway` if that takes too long."""
     try:
-        return await asyncio.wait_for(in_daemon_thread(ask), WHOLE_S)
+        async with asyncio.timeout(WHOLE_S):
+            return await in_daemon_thread(ask)
     except TimeoutError:
         raise EngineAway(f"no whole answer within {WHOLE_S:g} s") from None
