@@ -24,7 +24,7 @@ from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
 from ..request.objectives import Objectives
 from ..request.passed_body import asks_for_stream, named_model
-from ..request.path import HEALTH_PATH, PublicPaths
+from ..request.path import HEALTH_PATH, PING_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..request.rewrites import Rewrites
 from ..scheduler import Scheduler
@@ -169,8 +169,8 @@ class RoutingCore:
         return outcome
 
     def _own_answer(self, path: str, headers: Mapping[str, str]) -> OwnAnswer | None:
-        """Return the answer to a question about models that instances would answer for themselves alone."""
-        public = path == HEALTH_PATH or path in self._public
+        """Return the answer to a question that instances would answer for themselves alone."""
+        public = path in (HEALTH_PATH, PING_PATH) or path in self._public
         return self.catalog.own_answer(path, headers) if public else None
 
     def refused(self, headers: Mapping[str, str], answer: Reject) -> None:
