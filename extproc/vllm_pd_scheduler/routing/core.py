@@ -33,6 +33,7 @@ from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
+from .denials import Denials
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice
@@ -88,6 +89,7 @@ class RoutingCore:
         self._local = ShareLimit(config.max_local_prefill_share)
         self._response_ids = ResponseIds(self.registry)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
+        self.in_flight.denials = Denials(self.catalog.read_again.soon)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )

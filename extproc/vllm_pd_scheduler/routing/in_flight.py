@@ -29,6 +29,7 @@ from .attempts import (
     Failure,
     Retry,
 )
+from .denials import Denials
 from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
@@ -83,6 +84,8 @@ class RequestsInFlight:
         self.release_handoff: ReleaseHandoff | None = None
         self.lost = LostPrompts()
         self.patience = Patience()
+        self.denials = Denials(lambda: None)
+        """Of models, by instances that list them."""
         self._registry = registry
         self._telemetry = telemetry
         self._recording = recording
@@ -232,6 +235,12 @@ class RequestsInFlight:
             reason = f"decode: status {attempt.status}"
             own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
             split = forward is not None and forward.pending is not None
+            if (
+                attempt.status == 404
+                and forward is not None
+                and not self.denials.count(endpoint, self._clock())
+            ):
+                return
             if own_key or (split and attempt.status in OF_THE_INSTANCE):
                 registry.failed(endpoint, reason, now)
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
@@ -395,6 +404,8 @@ class RequestsInFlight:
         if forward.refused_by is not None:
             # D serves what P has refused. Only some refusals cannot be due to what P is asked in its place.
             reason = f"prefill: status {forward.refused_status}, where decode serves"
+            if forward.refused_status == 404 and not self.denials.count(forward.refused_by, self._clock()):
+                return
             if forward.refused_status in OF_THE_INSTANCE:
                 self._registry.failed(forward.refused_by, reason, self._clock())
             else:
