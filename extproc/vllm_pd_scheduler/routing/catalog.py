@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import unquote_plus
 
 import msgspec
 
@@ -62,9 +62,9 @@ class Catalog:
         if path == MODELS_PATH:
             return self._list()
         if path == HEALTH_PATH:
-            asked = parse_qs(headers.get(":path", "").partition("?")[2], max_num_fields=16).get("model")
+            asked = _asked_model(headers.get(":path", "").partition("?")[2])
             if asked:
-                health = self.health(asked[0])
+                health = self.health(asked)
                 return own_answer(health.value, msgspec.json.encode({"status": health.name.lower()}))
         return None
 
@@ -135,6 +135,12 @@ class Catalog:
             known: dict[str, Any] = msgspec.json.decode(cards.get(target) or _card(target))
             found.append(msgspec.json.encode({**known, "id": alias}))
         return own_answer(200, b'{"object":"list","data":[' + b",".join(found) + b"]}")
+
+
+def _asked_model(query: str) -> str | None:
+    """Return the model that a query names first, however many fields it has."""
+    fields = (field.partition("=") for field in query.split("&"))
+    return next((unquote_plus(value) for name, _, value in fields if name == "model" and value), None)
 
 
 def _card(name: str) -> bytes:
