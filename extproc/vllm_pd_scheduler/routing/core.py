@@ -301,6 +301,7 @@ class RoutingCore:
         if isinstance(forward, Reject):
             claim.end(self._clock())
         else:
+            forward.only = self._scheduler.fitting(claim.endpoint, forward.decode)
             self.in_flight.claimed(forward, claim)
         return forward
 

@@ -2,6 +2,7 @@
 
 import json
 import unittest
+from dataclasses import replace
 from typing import Any
 
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
@@ -428,6 +429,37 @@ class AnswerTest(Case):
         self.assertEqual(self.told(call), (Ending.OK, {}, 0))
         self.assertEqual(self.decision.answered_by, "d1")
 
+    async def test_one_that_cannot_use_the_hand_off(self) -> None:
+        """The gateway does not know the one that was named any more, and its fallback policy has chosen."""
+        self.tell_revisions_apart()
+        for leg in ("scheduler", "sidecar"):
+            self.router.config.__dict__["prefill_leg"] = leg
+            call = await self.sent()
+            self.assertEqual(self.destination(call), "10.0.0.1:80")
+            call.send(head(served="10.0.0.1:81"))
+            answer = call.written[-1].immediate_response
+            self.assertEqual(answer.status.code, 503)
+            self.assertEqual(answer.details, "pd_handoff_misdirected")
+            self.assertEqual(self.told(call), (Ending.ERROR, {}, 0))
+
+    async def test_one_that_cannot_use_it_may_refuse(self) -> None:
+        self.tell_revisions_apart()
+        call = await self.sent()
+        call.send(head(404, served="10.0.0.1:81"))
+        self.assertEqual(call.kinds[-1], "response_headers")
+        self.assertEqual(self.told(call), (Ending.CLIENT_ERROR, {"refused": 1}, 1))
+
+    async def test_a_sidecar_of_another_revision_is_no_fallback(self) -> None:
+        self.router.config.__dict__["prefill_leg"] = "sidecar"
+        self.service.told_answer(self.connection, True)
+        call = await self.sent()
+        self.assertIn(",", self.destination(call))
+        call.exchange.half_closed()
+        self.tell_revisions_apart()
+        call = await self.sent()
+        self.assertEqual(self.destination(call), "10.0.0.1:80")
+        call.exchange.half_closed()
+
     async def test_a_hand_off_that_was_sent_twice(self) -> None:
         call = await self.sent()
         call.send(head(**{"x-envoy-attempt-count": "2"}))
@@ -447,6 +479,12 @@ class AnswerTest(Case):
         self.assertIsNotNone(call.exchange._timer)
         call.send(head())
         self.assertIsNone(call.exchange._timer)
+
+    def tell_revisions_apart(self) -> None:
+        """Give P and the first D one revision, the other D another one."""
+        for name, revision in (("p0", "a"), ("d0", "a"), ("d1", "b")):
+            instance = replace(self.router.registry.get(name).instance, revision=revision)
+            self.router.registry.describe(name, instance)
 
     def take_at_most(self, seconds: float) -> None:
         """Limit how long a D may take to its first byte."""
