@@ -133,7 +133,7 @@ class RoutingCore:
                     parsed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
                 outcome = await self._split(path, headers, parsed, subset, decision)
                 if isinstance(outcome, Forward):
-                    self._response_ids.name(outcome, parsed)
+                    self._response_ids.name(outcome, parsed, self.config.max_body_bytes)
             elif (own := self._own_answer(path, headers)) is not None:
                 if trace is not None:
                     trace.rejected(own.status, own.reason, self._clock())
