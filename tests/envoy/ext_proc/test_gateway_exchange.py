@@ -1,5 +1,6 @@
 """A gateway's call: what is kept of a body, what ends it, and what is learned of its answer."""
 
+import asyncio
 import json
 import unittest
 from dataclasses import replace
@@ -295,6 +296,33 @@ class RequestTest(Case):
             call.send(head())
         self.assertIs(call.status, StatusCode.INVALID_ARGUMENT)
         self.assert_nothing_left()
+
+    async def test_one_that_cannot_come_while_it_is_routed(self) -> None:
+        """Nothing goes on with the request, whether that has begun or not; a stream is counted once."""
+        held, prefilled = asyncio.Event(), 0
+
+        async def slow(*leg: Any) -> Any:
+            nonlocal prefilled
+            prefilled += 1
+            await held.wait()
+            return await fleet.prefill(*leg)
+
+        self.router.prefill_leg = slow
+        for begun in (False, True):
+            call = self.open()
+            for message in (first(), body(BODY, True)):
+                call.send(message)
+            if begun:
+                await until(lambda: prefilled)
+            with self.assertLogs("vllm_pd_scheduler", "WARNING"):
+                self.service._next_complaint = 0.0
+                call.send(head())
+            self.assertIs(call.status, StatusCode.INVALID_ARGUMENT)
+            await until(lambda: call.exchange._task.done())
+            self.assertEqual(prefilled, int(begun))
+            self.assertEqual(call.written, [])
+            self.assert_nothing_left()
+        self.assertTrue(self.service._idle.is_set())
 
 
 class AnswerTest(Case):
