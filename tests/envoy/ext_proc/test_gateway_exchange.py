@@ -318,7 +318,7 @@ class RequestTest(Case):
                 self.service._next_complaint = 0.0
                 call.send(head())
             self.assertIs(call.status, StatusCode.INVALID_ARGUMENT)
-            await until(lambda: call.exchange._task.done())
+            await until(call.exchange._task.done)
             self.assertEqual(prefilled, int(begun))
             self.assertEqual(call.written, [])
             self.assert_nothing_left()
