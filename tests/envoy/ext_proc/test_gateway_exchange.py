@@ -289,6 +289,19 @@ class RequestTest(Case):
         await self.routed(call, first(end=True))
         self.assertEqual(call.kinds, ["request_headers"])
 
+    async def test_a_websocket(self) -> None:
+        """Its body would be waited for as long as the client waits for the answer."""
+        socket = {"upgrade": "WebSocket", ":method": "GET", ":path": "/v1/realtime"}
+        call = self.open()
+        call.send(first(**socket))
+        self.assertEqual(call.written[0].immediate_response.status.code, 501)
+        self.assertIs(call.status, StatusCode.OK)
+        headers_alone = self.open()
+        await self.routed(headers_alone, first(ProcessingMode.NONE, **socket))
+        self.assertEqual(headers_alone.kinds, ["request_headers"])
+        headers_alone.exchange.half_closed()
+        self.assert_nothing_left()
+
     async def test_a_message_that_cannot_come(self) -> None:
         call = self.open()
         call.send(first())

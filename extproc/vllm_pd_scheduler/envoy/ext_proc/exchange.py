@@ -245,6 +245,8 @@ class Exchange:
         stream = self._stream
         if size := self._too_large(message):
             self._answer(stream.refused(self._router.no_memory(size, stream.headers)))
+        elif stream.state is State.AWAIT_BODY and stream.asks_for_websocket:
+            self._answer(stream.refused(self._router.no_websocket(stream.headers)))
         elif isinstance(action, Route):
             self._start(action)
             self._call.next()  # its client may leave meanwhile

@@ -196,6 +196,11 @@ class Stream:
         self._subset: frozenset[str] | None = None
         self._trailers = False
 
+    @property
+    def asks_for_websocket(self) -> bool:
+        """Whether the body will be a WebSocket's, which does not end before the answer does."""
+        return self.headers.get("upgrade", "").lower() == "websocket"
+
     def receive(self, message: Message) -> Reply | Route | Wait:
         """Return what a message of Envoy's asks for; raises :exc:`StreamError` if it cannot come now."""
         state, phase = self.state, message.phase
