@@ -78,7 +78,7 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
-        ("disaggregation", "prefill_leg", "late_binding", "connector"),
+        ("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(

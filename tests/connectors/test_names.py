@@ -51,7 +51,7 @@ def test_built_in_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("nixI", "unknown connector 'nixI'; choose one of nixl, shared-store"),
+        ("nixI", "unknown connector 'nixI'; choose one of auto, nixl, nixl-push, shared-store"),
         ("operators_own:None", "defines no 'None'"),
         ("operators_own:NoConnector", "is not a subclass of vllm_pd_scheduler.connectors.Connector"),
         ("not_there:Custom", "No module named 'not_there'"),

@@ -2,6 +2,7 @@
 
 import json
 import unittest
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 from vllm_pd_scheduler.connectors.base import MAX_TOKENS
 from vllm_pd_scheduler.request.body import JsonBody
 
-# As vLLM 0.32 answered a prefill request, key for key.
+# As vLLM 0.33 answers a prefill request, key for key.
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,
     "do_remote_decode": False,
@@ -27,6 +28,7 @@ PARAMS: dict[str, Any] = {
     "pp_size": 1,
     "remote_num_tokens": 283,
     "remote_blocks_expiry_time": None,
+    "remote_registration_generation": 1,
     "transfer_mode": "pull",
     "remote_prefill_cached_tokens": 0,
 }
@@ -157,6 +159,47 @@ class PrefillBodyTest(unittest.TestCase):
             self.assertIn(text, sent)
 
 
+IDS = list(range(283))
+
+
+class TokenIdsTest(unittest.TestCase):
+    """P tells the prompt's tokens, and D reads them: where P says who moves the blocks, D can."""
+
+    def found(self, ids: Any, **params: Any) -> Handoff:
+        raw = {**ANSWER, "prompt_token_ids": ids, "kv_transfer_params": PARAMS | params}
+        found = nixl.handoff(json.dumps(raw).encode(), LEGS)
+        assert found is not None
+        return found
+
+    def test_p_is_asked_for_them(self) -> None:
+        legs = replace(LEGS, token_ids=True)
+        for more in ({}, {"return_token_ids": False}):
+            sent = json.loads(nixl.prefill_body(body(CHAT | more), legs))
+            self.assertIs(sent["return_token_ids"], True)
+        self.assertNotIn("return_token_ids", json.loads(nixl.prefill_body(body(CHAT), LEGS)))
+
+    def test_d_gets_them_with_the_hand_off(self) -> None:
+        sent = json.loads(spliced(body(CHAT), self.found(IDS)))
+        self.assertEqual(sent, CHAT | {"kv_transfer_params": PARAMS | {"prompt_token_ids": IDS}})
+
+    def test_the_release_has_them_not(self) -> None:
+        self.assertNotIn(b"prompt_token_ids", nixl.release_body(self.found(IDS), "m"))
+
+    def test_what_is_no_list_of_them_is_left_out(self) -> None:
+        """D would answer 400, or decode another prompt."""
+        short = IDS[:-1]
+        others = [[*short, last] for last in (-1, 1.5, None, [1], "1", True)]
+        for ids in (None, [], "1", 1, {}, short, [*IDS, 1], [IDS], *others):
+            with self.subTest(str(ids)[-30:]):
+                self.assertEqual(self.found(ids).token_ids, b"")
+        self.assertEqual(json.loads(self.found(IDS).token_ids), IDS)
+
+    def test_releases_that_would_not_read_them(self) -> None:
+        found = self.found(IDS, transfer_mode=None)
+        self.assertEqual((found.token_ids, found.takes_token_ids), (b"", False))
+        self.assertTrue(self.found(None).takes_token_ids)
+
+
 class HandoffTest(unittest.TestCase):
     def handoff(self, params: Any, **more: Any) -> Handoff | None:
         return nixl.handoff(json.dumps({**ANSWER, **more, "kv_transfer_params": params}).encode(), LEGS)
@@ -174,6 +217,16 @@ class HandoffTest(unittest.TestCase):
         found = self.handoff(PARAMS | {"remote_tp_rank": 3, "more": {"deep": [1]}})
         assert found is not None
         self.assertEqual(json.loads(found.params)["more"], {"deep": [1]})
+
+    def test_releases_that_do_not_say_who_moves_the_blocks(self) -> None:
+        older = {key: value for key, value in PARAMS.items() if key != "transfer_mode"}
+        self.assertIsNotNone(self.handoff(older))
+        self.assertIsNotNone(self.handoff(PARAMS | {"transfer_mode": None}))
+
+    def test_a_hand_off_that_is_pushed_is_another_connectors(self) -> None:
+        """P would look for the client's request id, which another request may have too."""
+        with self.assertRaisesRegex(ValueError, "'push', so this is not its connector"):
+            self.handoff(PARAMS | {"transfer_mode": "push"})
 
     def test_several_groups_of_blocks(self) -> None:
         self.assertIsNotNone(self.handoff(PARAMS | {"remote_block_ids": [[1, 2], [], [3]]}))
@@ -241,7 +294,10 @@ class HandoffTest(unittest.TestCase):
         raw = bytearray(json.dumps(answer).encode())
         for _ in range(data.draw(st.integers(0, 2))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        found = nixl.handoff(bytes(raw), LEGS)
+        try:
+            found = nixl.handoff(bytes(raw), LEGS)
+        except ValueError:  # another transfer_mode
+            return
         if found is None:
             return
         for count in (found.prompt_tokens, found.cached_tokens):

@@ -326,7 +326,12 @@ class AnswersTest(unittest.TestCase):
                     self.assertEqual(exposed, {"x-request-id", headers.REASON, "retry-after"})
 
     def test_the_request_id_comes_back(self) -> None:
-        self.assertEqual(list(every("always_set_request_id_in_response", RAW)), [True])
+        """The client's, also where D has another; Envoy itself would send D's."""
+        self.assertEqual(list(every("always_set_request_id_in_response", RAW)), [])
+        (filters,) = every("http_filters", listener(RAW, "ingress"))
+        (set_,) = filters[0]["typed_config"]["mutations"]["response_mutations"]
+        mine = f"%REQ({headers.CLIENT_REQUEST_ID}?{headers.REQUEST_ID})%"
+        self.assertEqual(set_["append"]["header"], {"key": headers.REQUEST_ID, "value": mine})
 
 
 class ExtProcTest(unittest.TestCase):

@@ -44,6 +44,30 @@ async def test_the_text_is_that_of_one_instance(client: Client, path: str, body:
     assert got == {**body, "stream": stream}
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_long_chat_is_tokenized_once(client: Client, stream: bool) -> None:
+    """From P's second answer on; what is no text goes to D for its own eyes."""
+    text = {"type": "text", "text": PROMPT * 10}
+    chat = {"messages": [{"role": "user", "content": PROMPT * 10}], "max_tokens": 12}
+    expected = await without_us(client, CHAT[0], chat)
+    for _ in client.fleet.prefill:
+        await client.post(*CHAT)
+    answer = await client.post(CHAT[0], {**chat, "stream": stream})
+    assert answer.text == expected
+    seen = await client.request_of(answer)
+    got = json.loads(seen["body"])
+    assert len(got["kv_transfer_params"].pop("prompt_token_ids")) > 500
+    assert seen["outcomes"] == ["good"]
+    assert "return_token_ids" not in got
+    for messages in (
+        [{"role": "user", "content": [text, {"type": "image_url", "image_url": {"url": "data:,x"}}]}],
+        CHAT[1]["messages"],
+    ):
+        answer = await client.post(CHAT[0], {**chat, "messages": messages, "stream": stream})
+        sent = json.loads((await client.request_of(answer))["body"])
+        assert "prompt_token_ids" not in sent["kv_transfer_params"]
+
+
 async def test_both_roles_share_the_load(client: Client) -> None:
     answers = [await client.complete() for _ in range(8)]
     assert {a.headers["x-pd-prefill"] for a in answers} == {"prefill-0", "prefill-1"}
@@ -75,6 +99,8 @@ async def test_headers_reach_both_legs(client: Client) -> None:
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         "authorization": "Bearer of-the-client",
     }
+    for _ in client.fleet.prefill:  # the first request to each has an id of the scheduler's
+        await client.complete()
     answer = await client.post("/v1/completions", {"prompt": "p", "max_tokens": 2}, headers)
     for name in (answer.headers["x-pd-prefill"], answer.headers["x-pd-decode"]):
         seen = {key.lower(): value for key, value in (await client.seen(name))[-1]["headers"].items()}

@@ -243,7 +243,7 @@ class FenceTest(unittest.TestCase):
         series = f'pd_scheduler_strategy_failures_total{{role="prefill",strategy="{NAME}"}}'
         self.assertIn(f"{series} 0.0", page(), "from the start, so that rate() has a first value")
         self.assertIn(
-            'pd_scheduler_connector_failures_total{call="can_split",connector="NixlConnector"} 0.0', page()
+            'pd_scheduler_connector_failures_total{call="can_split",connector="AutoConnector"} 0.0', page()
         )
         self.be("rank", ValueError())
         with self.assertLogs(LOG, "ERROR"):

@@ -24,6 +24,7 @@ KEYS = [
     "pp_size",
     "remote_num_tokens",
     "remote_blocks_expiry_time",
+    "remote_registration_generation",
     "transfer_mode",
     "remote_prefill_cached_tokens",
 ]

@@ -111,7 +111,7 @@ async def test_other_routes(fleet: Fleet, client: Client) -> None:
     instance = fleet["decode-0"]
     for path in ("/health", "/ping"):
         assert (await client.get(instance, path), client.status) == ("", 200)
-    assert await client.get(instance, "/version") == {"version": "0.32.0"}
+    assert await client.get(instance, "/version") == {"version": "0.33.0"}
     assert await client.get(instance, "/load") == {"server_load": 0}
     (card,) = (await client.get(instance, "/v1/models"))["data"]
     assert (card["id"], card["max_model_len"]) == ("sim-model", 4096)

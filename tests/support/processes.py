@@ -279,7 +279,8 @@ class Client:
         """Return the request that the decode instance which gave an answer got for it."""
         number = answer.headers["x-request-id"]
         seen = await self.seen(answer.headers["x-pd-decode"])
-        return next(each for each in reversed(seen) if _header(each, "x-request-id") == number)
+        names = ("x-request-id", "x-pd-request-id")  # D of some protocols has another id than the client
+        return next(each for each in reversed(seen) if number in [_header(each, name) for name in names])
 
     async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
         """Return the requests that came after the one with this number."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +61,45 @@ def short_lease(pair: Pair) -> Iterator[Pair]:
         yield Pair(Instance(28211, run / "prefill.pid"), Instance(28212, run / "decode.pid"))
     finally:
         _run("down", **settings)
+
+
+@contextmanager
+def _another_pair(name: str, ports: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Iterator[Pair]:
+    """A pair with other connectors than the script's: its smoke test, which is NIXL's, is left out."""
+    extra = [f"--kv-transfer-config {json.dumps(each, separators=(',', ':'))}" for each in (prefill, decode)]
+    settings: dict[str, object] = {
+        **{"ROOT": ROOT / name, "VENV": ROOT / "venv", "MODEL": ROOT / "tiny-llama"},
+        **{"P_PORT": ports, "D_PORT": ports + 1, "P_SIDE": ports + 2, "D_SIDE": ports + 3},
+        **{"P_EXTRA": extra[0], "D_EXTRA": extra[1]},
+    }
+    try:
+        _done(_run("start", **settings))
+        _done(_run("wait", **settings))
+        run = ROOT / name / "run"
+        yield Pair(Instance(ports, run / "prefill.pid"), Instance(ports + 1, run / "decode.pid"))
+    finally:
+        _run("down", **settings)
+
+
+def _config(connector: str, role: str, **extra: object) -> dict[str, Any]:
+    more = {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": extra}
+    return {**more, "kv_buffer_device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def push_pair(pair: Pair) -> Iterator[Pair]:
+    """A pair whose P pushes."""
+    roles = (_config("NixlPushConnector", role) for role in ("kv_producer", "kv_consumer"))
+    with _another_pair("push", 28221, *roles) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def store_pair(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """A pair with a folder between them."""
+    path = str(tmp_path_factory.mktemp("store"))
+    roles = (
+        _config("ExampleConnector", role, shared_storage_path=path) for role in ("kv_producer", "kv_consumer")
+    )
+    with _another_pair("store", 28231, *roles) as found:
+        yield found

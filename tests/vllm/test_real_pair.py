@@ -89,7 +89,13 @@ async def test_its_own_errors_pass_unchanged(stack: Stack, extra: dict[str, Any]
     body = {"prompt": "p", "max_tokens": 4, **extra}
     expected = await post(AGGREGATED, "/v1/completions", body)
     answer = await post(stack.url, "/v1/completions", body)
-    assert (answer.status, answer.json) == (status, expected.json)
+    error, own = answer.json["error"], expected.json["error"]
+    if (
+        status == 404
+    ):  # of the fleet's models, the scheduler's answer; vLLM 0.33 adds those that one engine has
+        assert own["message"].startswith(error["message"])
+        own["message"] = error["message"]
+    assert (answer.status, error) == (status, own)
 
 
 async def test_a_clients_own_hand_off_does_not_reach_it(stack: Stack) -> None:

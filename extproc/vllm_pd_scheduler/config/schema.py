@@ -115,9 +115,12 @@ class SchedulerConfig(InstancesFile):
     """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
     [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
     `x-prefiller-host-port`, and calls no P itself."""
-    connector: str | ConnectorConfig = "nixl"
+    connector: str | ConnectorConfig = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
-    prompt's KV cache over to D."""
+    prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
+    tokenize_once: bool = True
+    """Whether D gets a chat's token ids from P, where both are vLLM 0.28 or newer, and need not tokenize it a
+    second time. See [Tokenize once](connectors.md#tokenize-once)."""
     late_binding: bool = False
     """Whether requests wait in the scheduler until a P is nearly free, the shortest first. Turn it on when
     prompts differ much in length and P has a queue; see [Late binding](scheduling.md#late-binding)."""

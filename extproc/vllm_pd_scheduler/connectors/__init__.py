@@ -2,6 +2,7 @@
 
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
+from .auto import AutoConnector
 from .base import Connector, Handoff, Legs, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
@@ -9,11 +10,12 @@ from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
+from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendMooncakeConnector", "Attempt", "Connector", "ConnectorFailed", "ConnectorFence", "Connectors",
-    "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector", "Peer", "Question",
-    "Settings", "SharedStoreConnector", "Splice", "UnknownConnector",
-    "connector_names", "load_connector", "settings_of",
+    "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
+    "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
+    "NixlPushConnector", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
+    "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

@@ -11,11 +11,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..request.body import JsonBody
-from ..request.handoff_key import HANDOFF_KEY
 from .base import Handoff, Legs, Settings
-from .nixl import PREFILL_PARAMS, NixlConnector
-from .one_token import UNREADABLE, one_token
+from .nixl import NixlConnector
+from .one_token import UNREADABLE
 
 _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -50,10 +48,7 @@ class AscendMooncakeConnector(NixlConnector):
     """P answers with ``kv_transfer_params``, D gets them unchanged. After a stop P hands nothing over."""
 
     settings_type = AscendMooncakeSettings
-
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
-        """Return the client's body for one token that is no end, and a request for a hand-off."""
-        return one_token(body, {HANDOFF_KEY: PREFILL_PARAMS}, past_stop=True)
+    past_stop = True
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``."""

@@ -33,6 +33,10 @@ class Peer:
     """Of its HTTP server."""
     settings: Any
     """Of the connector's :attr:`Connector.settings_type`."""
+    speaks: str = ""
+    """The protocol of its last hand-off, as :attr:`Handoff.protocol`; empty before the first."""
+    takes_token_ids: bool = False
+    """As :attr:`Handoff.takes_token_ids` of its last hand-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class Legs:
     """What :meth:`Connector.understood` has made of P's answer to the connector's question."""
     decode: Peer | None = None
     """The D that gets the hand-off, if the connector needs to know it before P does anything."""
+    token_ids: bool = False
+    """Whether P is to tell the token ids of the prompt, so that D need not find them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,16 @@ class Handoff:
     """Whether P keeps the blocks for it, so that it must be used or freed."""
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     """Those of the decode request that belong to it."""
+    release_path: str = "/v1/completions"
+    """Path of the request to D that makes P free it (:meth:`Connector.release_body`)."""
+    released_by: int = 400
+    """HTTP status with which D answers that request."""
+    token_ids: bytes = b""
+    """JSON list of the prompt's token ids, for D; empty if it is to find them itself."""
+    takes_token_ids: bool = False
+    """Whether the answer shows that P's D reads token ids in ``kv_transfer_params``."""
+    protocol: str = ""
+    """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +163,9 @@ class Connector(ABC):
         """
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
-        """Return the body of a completion request that makes D refuse the hand-off and P free its blocks.
+        """Return the body of a request to D by which P frees the blocks of the hand-off.
 
-        ``None`` if there is none: the hand-off is left to its lease.
+        It goes to the hand-off's ``release_path``, with its headers. ``None`` if there is none, and the
+        hand-off is left to its lease.
         """
         return None

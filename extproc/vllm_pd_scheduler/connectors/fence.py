@@ -162,8 +162,9 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
         return None
     if not isinstance(handoff, Handoff):
         raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
-    if handoff.params != b"":
-        _checked_body(handoff.params)
+    for text in (handoff.params, handoff.token_ids):
+        if text != b"":
+            _checked_body(text)
     _checked_headers(handoff.headers)
     lease = handoff.lease
     if lease is not None and not (isinstance(lease, int | float) and lease > 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..models import ConnectorChoice, PDInstance
 from ..request.body import JsonBody
@@ -49,9 +50,22 @@ class Connectors:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._in_use())
 
-    def attempt(self, prefill: PDInstance, host: str) -> Attempt:
-        """Return a new attempt to split a request, with a P that is reached at ``host``."""
-        legs = Legs(f"{self._run}-{next(self._numbers)}", self.peer(prefill, host))
+    def attempt(
+        self,
+        prefill: PDInstance,
+        host: str,
+        *,
+        speaks: str = "",
+        takes_token_ids: bool = False,
+        token_ids: bool = False,
+    ) -> Attempt:
+        """Return a new attempt to split a request, with a P that is reached at ``host``.
+
+        ``speaks`` and ``takes_token_ids`` are what that P's last hand-off has shown, and ``token_ids`` says
+        whether D is to get the prompt's, if it takes them.
+        """
+        peer = replace(self.peer(prefill, host), speaks=speaks, takes_token_ids=takes_token_ids)
+        legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids)
         return Attempt(self.of(prefill), legs)
 
     def peer(self, instance: PDInstance, host: str) -> Peer:

@@ -10,17 +10,21 @@ import msgspec
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, load_class
 from .ascend_mooncake import AscendMooncakeConnector
+from .auto import AutoConnector
 from .base import Connector, Settings
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl import NixlConnector
+from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
 """Group of entry points in which other packages name their connectors."""
 
 _BUILT_IN: dict[str, type[Connector]] = {
+    "auto": AutoConnector,
     "nixl": NixlConnector,
+    "nixl-push": NixlPushConnector,
     "shared-store": SharedStoreConnector,
     "mooncake": MooncakeConnector,
     "ascend-mooncake": AscendMooncakeConnector,

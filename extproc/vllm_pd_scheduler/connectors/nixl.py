@@ -1,13 +1,13 @@
 """vLLM's ``NixlConnector``: P keeps the blocks and says where they are, D pulls them.
 
-Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32, and for the flow of the two
-requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
+Source: ``vllm/distributed/kv_transfer/kv_connector/v1/nixl`` of vLLM 0.32 and 0.33, and for the flow of the
+two requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ PREFILL_PARAMS = (
 )
 """``kv_transfer_params`` that ask P to keep the blocks for a D."""
 _MAX_PARAMS_DEPTH = 32
+PULL, PUSH = "pull", "push"
 
 _Block = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
@@ -30,11 +31,12 @@ _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
 
 class _Answer(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _TransferParams(msgspec.Struct):
+class TransferParams(msgspec.Struct):
     """The part of P's ``kv_transfer_params`` that D's engine uses without a check.
 
     With one of them missing or malformed the engine hangs or dies. ``remote_block_ids`` is a list for each
@@ -52,19 +54,28 @@ class _TransferParams(msgspec.Struct):
     tp_size: _Size | None = None
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
+    transfer_mode: str | None = None
+    """Who moves the blocks; releases before 0.28 do not say."""
+    num_prompt_blocks: msgspec.Raw = msgspec.Raw()
+    """vllm-ascend's alone."""
 
 
 class _Cached(msgspec.Struct):
     remote_prefill_cached_tokens: Tokens | None = None
 
 
+_NOTHING = TransferParams(False, "", [], "", 0)
+
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_params = msgspec.json.Decoder(_TransferParams).decode
+_decode_params = msgspec.json.Decoder(TransferParams).decode
 _decode_cached = msgspec.json.Decoder(_Cached).decode
 
 
 class NixlConnector(Connector):
-    """The protocol as vLLM 0.32 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
+    """The protocol as vLLM 0.33 speaks it: P answers with ``kv_transfer_params``, D gets them unchanged."""
+
+    past_stop: ClassVar[bool] = False
+    """Whether P hands over only what did not end by an end of the text, or a stop."""
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
@@ -72,39 +83,76 @@ class NixlConnector(Connector):
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
-        return one_token(body, {HANDOFF_KEY: PREFILL_PARAMS})
+        wanted = {HANDOFF_KEY: PREFILL_PARAMS}
+        if legs.token_ids:
+            wanted["return_token_ids"] = b"true"
+        return one_token(body, wanted, past_stop=self.past_stop)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return P's ``kv_transfer_params`` if they have all that D needs, else ``None``.
 
-        They are copied whole, with fields that are unknown here: a later vLLM may need them.
+        They are copied whole, with fields that are unknown here: a later vLLM may need them. Raise
+        :exc:`ValueError` if P pushes.
         """
-        try:
-            decoded = _decode_answer(answer)
-            params = _decode_params(decoded.kv_transfer_params)
-            text = bytes(decoded.kv_transfer_params)
-            text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
-        except UNREADABLE:
-            return None
-        blocks = params.remote_block_ids
-        grouped = any(isinstance(group, list) and group for group in blocks)
-        if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
-            return None
-        if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
-            return None
-        return Handoff(text, *_counted(decoded.usage, decoded.kv_transfer_params))
+        found, params = read_handoff(answer)
+        if params.transfer_mode not in (None, PULL):
+            raise another_mode(params)
+        return found
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was an end of the text, or a stop: older releases then hand nothing over."""
         return has_stopped(answer)
 
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
-        """Make the hand-off the body's last field."""
-        return Splice(*body.one_more(HANDOFF_KEY, handoff.params))
+        """Make the hand-off the body's last field, with the token ids in it if D is to get them."""
+        params = handoff.params
+        if handoff.token_ids:
+            params = b"".join(
+                (params[: params.rindex(b"}")], b',"prompt_token_ids":', handoff.token_ids, b"}")
+            )
+        return Splice(*body.one_more(HANDOFF_KEY, params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request that D refuses. Measured on vLLM 0.32: P's blocks are free at once."""
         return never_served(handoff.params, model)
+
+
+def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
+    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself."""
+    try:
+        decoded = _decode_answer(answer)
+        params = _decode_params(decoded.kv_transfer_params)
+        text = bytes(decoded.kv_transfer_params)
+        text.decode()  # in what is copied whole, nothing else looks at the parts that are not known here
+    except UNREADABLE:
+        return None, _NOTHING
+    blocks = params.remote_block_ids
+    grouped = any(isinstance(group, list) and group for group in blocks)
+    if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+        return None, _NOTHING
+    if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
+        return None, _NOTHING
+    tokens, cached = _counted(decoded.usage, decoded.kv_transfer_params)
+    # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
+    # do not connect with each other, so D has P's.
+    takes = params.transfer_mode is not None
+    ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
+    return Handoff(text, tokens, cached, token_ids=ids, takes_token_ids=takes), params
+
+
+def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:
+    """Return the JSON list of a prompt's token ids; empty if it is not one of so many."""
+    text = bytes(ids)
+    # As JSON with no other letters, it can be nothing but a flat list of whole numbers.
+    if not text.startswith(b"[") or text.translate(None, b"0123456789, ") != b"[]":
+        return b""
+    return text if text.count(b",") + 1 == tokens else b""
+
+
+def another_mode(params: TransferParams) -> ValueError:
+    """Return what is wrong with a P whose hand-offs are another connector's."""
+    mode = f"P's transfer_mode is {params.transfer_mode!r:.40}"
+    return ValueError(f'{mode}, so this is not its connector: "nixl" is for pull, "nixl-push" for push')
 
 
 def _counted(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None]:

@@ -111,7 +111,7 @@ def read_attempt(entry: Any) -> FailedAttempt | None:
         headers.get(names.ATTEMPT, "1") == "1",
         entry.response.response_code.value,
         retry_after(entry.response.response_headers.get("retry-after", "")),
-        entry.request.request_id,
+        headers.get(names.CLIENT_REQUEST_ID) or entry.request.request_id,
     )
 
 

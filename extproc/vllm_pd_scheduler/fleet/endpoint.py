@@ -78,6 +78,10 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
     generation: int = 0
     """How often it was seen to restart. Reservations of an earlier generation count no more."""
+    speaks: str = ""
+    """The protocol of its last hand-off, where its connector finds that out; empty: not known."""
+    takes_token_ids: bool = False
+    """Whether that has shown that its D read token ids in a hand-off."""
     pending_handoffs: int = 0
     """Hand-offs that a P holds for requests whose answer has not ended."""
     tokens: float = 0.0
@@ -297,6 +301,14 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "loaded", tuple(each for each in self.loaded if each in adapters))
         return True
 
+    def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
+        """Note what its last hand-off shows; return whether its protocol is another one."""
+        _set(self, "takes_token_ids", takes_token_ids)
+        if self.speaks == protocol:
+            return False
+        _set(self, "speaks", protocol)
+        return True
+
     def adapter_used(self, name: str) -> bool:
         """Note that a request uses an adapter; return whether another set is loaded now.
 
@@ -369,7 +381,8 @@ class Endpoint(Struct, frozen=True, eq=False):
             "generation": self.generation + 1, "doubts": DoubtfulEnds(),
             "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
-            "busy_until": 0.0, "busy_answers": 0,
+            "busy_until": 0.0, "busy_answers": 0, "speaks": "",
+            "takes_token_ids": False,
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)

@@ -347,6 +347,11 @@ class Registry:
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
+    def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
+        """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""
+        if endpoint.speaks_now(protocol, takes_token_ids):
+            self._changed(By.REQUEST)
+
     def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """Record a request that an instance failed; it may be ejected for that.
 

@@ -22,12 +22,11 @@ TIMEOUT_S = 5.0
 SECOND_TRY_S = 5.0
 """Seconds after which a release that no D has taken is tried once more."""
 MAX_ANSWER_BYTES = 1 << 20
-"""Of the refusal that is asked for."""
-PATH = "/v1/completions"
+"""Of the answer, a refusal or one token."""
 
 
 class HandoffReleaser:
-    """Sends a decode instance a request with the hand-off that it must refuse: no KV travels, P frees it.
+    """Sends a decode instance a request with the hand-off that takes nothing of it, or a block: P frees it.
 
     What cannot be released is counted as stranded; P frees it itself when the lease ends.
     """
@@ -71,29 +70,29 @@ class HandoffReleaser:
         if body is None:
             self._telemetry.handoff_stranded(pending.prefill.id)
             return
-        released = await self._refused(pending, body)
+        released = await self._given_back(pending, body)
         if not released and not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SECOND_TRY_S)
-            released = await self._refused(pending, body)
+            released = await self._given_back(pending, body)
         if released:
             self._telemetry.handoff_released(pending.prefill.id)
         else:
             self._telemetry.handoff_stranded(pending.prefill.id)
 
-    async def _refused(self, pending: PendingHandoff, body: bytes) -> bool:
-        """Send the request to one D after another; return whether one has refused it, as it must."""
+    async def _given_back(self, pending: PendingHandoff, body: bytes) -> bool:
+        """Send the request to one D after another; return whether one has answered as it must."""
         registry, decode = self._registry, InstanceRole.DECODE
         for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
-            headers = {"content-type": "application/json"}
+            headers = {"content-type": "application/json", **pending.handoff.headers}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
             to = (str(endpoint.address), endpoint.instance.tls_name)
             try:
                 answer = await self._pool.post(
-                    to, PATH, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
+                    to, pending.handoff.release_path, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
                 )
-                if answer.status == 400:
+                if answer.status == pending.handoff.released_by:
                     return True
             except RequestFailed as error:
                 log.debug("release of a hand-off of %s: %s", pending.prefill.id, error)

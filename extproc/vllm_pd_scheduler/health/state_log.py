@@ -21,6 +21,7 @@ class _Seen(NamedTuple):
     address: str | None
     generation: int
     drained: bool
+    speaks: str
 
 
 class StateLog:
@@ -54,6 +55,8 @@ class StateLog:
             self._add(endpoint, f"is at {now.address}, no longer at {last.address}")
         if last.state != now.state:
             self._tell_state(endpoint, last.state, now.state)
+        if now.speaks and last.speaks != now.speaks:
+            self._add(endpoint, f"hands over by {now.speaks}, as its answer shows")
         if now.drained and not last.drained:
             self._add(endpoint, "is drained: nothing that was sent there is left")
 
@@ -83,4 +86,5 @@ def _place(endpoint: Endpoint) -> str:
 
 
 def _seen(endpoint: Endpoint) -> _Seen:
-    return _Seen(endpoint.told_state, endpoint.address, endpoint.generation, endpoint.drained)
+    state, address = endpoint.told_state, endpoint.address
+    return _Seen(state, address, endpoint.generation, endpoint.drained, endpoint.speaks)

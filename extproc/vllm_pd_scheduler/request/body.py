@@ -72,6 +72,7 @@ class Fields(msgspec.Struct, frozen=True):
     echo: msgspec.Raw = _ABSENT
     prompt_logprobs: msgspec.Raw = _ABSENT
     prompt_embeds: msgspec.Raw = _ABSENT
+    return_token_ids: msgspec.Raw = _ABSENT
     instructions: msgspec.Raw = _ABSENT
     input: msgspec.Raw = _ABSENT
     max_output_tokens: msgspec.Raw = _ABSENT

@@ -11,12 +11,16 @@ ENVOY_CONFIG: Final = "pd-envoy-config"
 
 ENVOY_CONFIG_VERSION: Final = "4"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
-dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them."""
+dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them, and the client's
+request id beside D's."""
 
-_NO_KINDS: Final = "the health of a model is not known, and P and D of several revisions must not be mixed"
+_NOT_BEFORE_4: Final = (
+    "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of"
+    " several revisions must not run together"
+)
 ENVOY_CONFIGS_THAT_WORK: Final = {
-    "2": f"how they end and when their first token comes is not known, {_NO_KINDS}",
-    "3": _NO_KINDS,
+    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}",
+    "3": _NOT_BEFORE_4,
 }
 """Earlier versions, and what does not work with them."""
 
@@ -29,6 +33,9 @@ ID: Final = "x-pd-id"
 
 REQUEST_ID: Final = "x-request-id"
 """The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
+
+CLIENT_REQUEST_ID: Final = "x-pd-request-id"
+"""The client's ``REQUEST_ID`` on a request to decode that has another one, since the hand-off needs that."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""

@@ -102,6 +102,8 @@ class AnswerWatch:
             found[names.DECODE] = self._by.id
         if forward.explanation:
             found[names.DECISION] = forward.explanation
+        if forward.id_of_client:
+            found[names.REQUEST_ID] = forward.id_of_client
         return found
 
     def late(self, now: float) -> Reject:

@@ -10,13 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..admission.controller import AdmissionController
-from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, Connectors
-from ..fleet.endpoint import Endpoint
-from ..handoff.pending import PendingHandoff
+from ..connectors import Connectors
 from ..models import InstanceRole
-from ..prediction.load_model import prefill_pairs
 from ..records.decision import MAX_TEXT, Decision
 from ..records.decisions import Decisions
 from ..records.explained import in_a_line
@@ -36,9 +32,10 @@ from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
+from .decode import DecodeStage, NoPartner
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
+from .prefill import PrefillStage, WithoutHandoff, lost_twice
 from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
@@ -50,10 +47,6 @@ if TYPE_CHECKING:
     from ..tracing.request_tracer import RequestTracer
 
 log = logging.getLogger(__name__)
-
-
-class NoPartner(Exception):
-    """No D that fits P can serve any more: its hand-off cannot be used."""
 
 
 class RoutingCore:
@@ -97,6 +90,17 @@ class RoutingCore:
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
+        )
+        self.decode = DecodeStage(
+            config,
+            scheduler,
+            admission,
+            telemetry,
+            recording,
+            self.catalog,
+            self.in_flight,
+            self._local,
+            clock,
         )
         self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
 
@@ -211,7 +215,7 @@ class RoutingCore:
         limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
         changed = None if clean is body else clean
         keeper = self._response_ids.keeper_of_path(path)
-        return self._to_decode(
+        return self.decode.send(
             context, changed, Served.PASSED, limit, decision, keeper, bound=keeper is not None
         )
 
@@ -240,34 +244,34 @@ class RoutingCore:
                 InstanceRole.DECODE, context.model, subset
             )
             if not can_serve:
-                return refusal or self._no_decode(context, decision)
+                return refusal or self.decode.no_decode(context, decision)
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
         if not (named and self.connectors.can_split(body)):
             keeper = self._response_ids.keeper(body.get("previous_response_id"))
-            return await self._whole(
+            return await self.decode.whole(
                 context, changed, Served.WHOLE, limit, decision, keeper, bound=keeper is not None
             )
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None:
-            return await self._whole(context, changed, Served.ALONE, limit, decision, alone)
+            return await self.decode.whole(context, changed, Served.ALONE, limit, decision, alone)
         if self.config.prefill_leg == "sidecar":
             return await self._by_sidecar(context, changed, limit, decision)
         prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
         if isinstance(prefilled, WithoutHandoff):
-            return self._without_handoff(context, changed, limit, prefilled, decision)
+            return self.decode.without_handoff(context, changed, limit, prefilled, decision)
         self._local.take(False)
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
             self.telemetry.handoff_late(prefilled.prefill.id)
-            return self._to_decode(context, changed, Served.LOCAL, limit, decision)
+            return self.decode.send(context, changed, Served.LOCAL, limit, decision)
         try:
-            return self._with_handoff(context, body, prefilled, left, decision)
+            return self.decode.with_handoff(context, body, prefilled, left, decision)
         except Exception:
             self.in_flight.free(prefilled)
             raise
@@ -280,11 +284,11 @@ class RoutingCore:
         if isinstance(claim, Reject):
             return claim
         if isinstance(claim, WithoutHandoff):
-            return self._without_handoff(context, body, limit, claim, decision)
+            return self.decode.without_handoff(context, body, limit, claim, decision)
         self._local.take(False)
         try:
             # The first byte comes after the prefill.
-            forward = self._to_decode(
+            forward = self.decode.send(
                 context,
                 body,
                 Served.SPLIT,
@@ -294,7 +298,7 @@ class RoutingCore:
             )
         except NoPartner:
             claim.end(self._clock())
-            return self._to_decode(context, body, Served.LOCAL, limit, decision)
+            return self.decode.send(context, body, Served.LOCAL, limit, decision)
         except Exception:
             claim.end(self._clock())
             raise
@@ -304,202 +308,6 @@ class RoutingCore:
             forward.only = self._scheduler.fitting(claim.endpoint, forward.decode)
             self.in_flight.claimed(forward, claim)
         return forward
-
-    def _without_handoff(
-        self,
-        context: RequestContext,
-        body: bytes | None,
-        limit: float | None,
-        why: WithoutHandoff,
-        decision: Decision,
-    ) -> Forward | Reject:
-        """Send a request to decode, which prefills it too: P has failed or refused it."""
-        if not self._local.take(why.failed):
-            return no_prefill()
-        forward = self._to_decode(context, body, Served.LOCAL, limit, decision)
-        if isinstance(forward, Forward):
-            forward.refused_by, forward.refused_status = why.refused_by, why.status
-            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
-        return forward
-
-    def _with_handoff(
-        self,
-        context: RequestContext,
-        body: JsonBody,
-        prefilled: PendingHandoff,
-        left: float,
-        decision: Decision,
-    ) -> Forward | Reject:
-        """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
-        changed, only = body.raw if body.changed else None, prefilled.decode
-        try:
-            splice = prefilled.attempt.splice(body, prefilled.handoff)
-            # Else Envoy would answer 413 in D's place.
-            usable = splice is None or splice.at + len(splice.text) <= self.config.max_body_bytes
-            usable = usable and (only is None or only.routable)
-        except ConnectorFailed:
-            usable = False
-        if usable:
-            limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor, left)
-            try:
-                forward = self._to_decode(
-                    context,
-                    changed,
-                    Served.SPLIT,
-                    limit,
-                    decision,
-                    only,
-                    only,
-                    bound=only is not None,
-                    beside=prefilled.prefill,
-                )
-            except NoPartner:
-                usable = False
-        if not usable:
-            self.in_flight.free(prefilled)
-            limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
-            return self._to_decode(context, changed, Served.LOCAL, limit, decision)
-        if isinstance(forward, Reject):
-            self.in_flight.free(prefilled)
-        else:
-            fitting = self._scheduler.fitting(prefilled.prefill, forward.decode)
-            forward.only = fitting if only is None else [only]
-            forward.splice, forward.pending = splice, prefilled
-            forward.losses = prefilled.losses
-            if prefilled.handoff.pinned:
-                prefilled.prefill.keep_handoff()
-        return forward
-
-    async def _whole(
-        self,
-        context: RequestContext,
-        body: bytes | None,
-        served: Served,
-        limit: float | None,
-        decision: Decision,
-        preferred: Endpoint | None = None,
-        bound: bool = False,
-    ) -> Forward | Reject:
-        """Send a request to decode alone, as soon as there is room; see :meth:`_to_decode`."""
-        ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
-        try:
-            outcome = await self._admission.admit(ticket)
-        finally:
-            decision.waited = ticket.waited
-        if isinstance(outcome, Reject):
-            return outcome
-        own = None
-        if outcome is not None:  # it has kept the place until now
-            outcome.release()
-            own, decision.decode = outcome.endpoint, ticket.choice
-        refused_for = self.in_flight.lost.refused_for(context.fingerprint, self._clock())
-        if refused_for:  # others with its prompt were lost while it has waited
-            return lost_twice(math.ceil(refused_for))
-        return self._to_decode(context, body, served, limit, decision, preferred or own, own, bound)
-
-    def _to_decode(
-        self,
-        context: RequestContext,
-        body: bytes | None,
-        served: Served,
-        limit: float | None,
-        decision: Decision,
-        preferred: Endpoint | None = None,
-        own: Endpoint | None = None,
-        bound: bool = False,
-        beside: Endpoint | None = None,
-    ) -> Forward | Reject:
-        """Send a request to ``preferred``, if that has room, else to the strategy's choice.
-
-        ``own`` is what the strategy chose for it, if it was asked already. A request that is ``bound`` goes
-        to ``preferred`` as it is. ``beside`` is the P that hands it over: only a D that fits it gets the
-        hand-off, and further attempts, which have none, may go to all.
-        """
-        context.at(self._clock())
-        pick = self._scheduler.preview if preferred else self._scheduler.pick
-        count = 1 + self.config.max_retries
-        picked = pick(InstanceRole.DECODE, context, count=count, beside=beside)
-        choice = self._scheduler.explain(InstanceRole.DECODE, context)
-        now = context.now
-        outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
-        if preferred in outside:
-            preferred = None
-        has_room = preferred is not None and (
-            bound or (preferred.routable and not self._scheduler.saturated(preferred, now))
-        )
-        if preferred is not None and has_room:
-            picked = [preferred, *(e for e in picked if e is not preferred)]
-            if preferred is not own:  # else that was another pick
-                decision.decode = choice
-        else:
-            own, decision.decode = picked[0] if picked else None, choice
-        if not picked and beside is not None and self._scheduler.several_kinds:
-            raise NoPartner
-        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
-        if not picked:
-            return self._no_decode(context, decision)
-        decode = self._in_turn(context, picked[:count], count)
-        if decode[0] is own:  # not what another rule has chosen
-            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
-        self.telemetry.forwarded(decode[0].id, served)
-        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
-        trace = current.get()
-        if trace is not None:
-            strategy = self._scheduler.names[InstanceRole.DECODE]
-            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
-        removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
-        reservation = self.registry.reserve(decode[0], context)
-        forward = self.in_flight.start(decode, reservation, body, limit, removed, decision)
-        forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
-        forward.stream, forward.losses = context.stream, self.in_flight.lost.spent(context.fingerprint)
-        forward.request_id = context.request_id
-        forward.served = served
-        if served is not Served.PASSED:
-            forward.recorded = self._recording.begin(context)
-        decision.id, decision.served, decision.decode_to = forward.id, served, decode
-        decision.prompt_tokens = context.prompt_tokens
-        decision.predicted_ttft = predicted_ttft
-        if trace is not None:
-            forward.trace = trace
-            tokens, first = context.prompt_tokens, decode[0]
-            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
-        return forward
-
-    def _predicted_ttft(
-        self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
-    ) -> float | None:
-        """Return predicted seconds from the arrival to the first token: of P, when that was chosen."""
-        load, prompt = self.registry.load, context.prompt_tokens
-        if served is Served.SPLIT:
-            prefill = decision.prefill_attempts[-1]
-            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + load.transfer
-        elif prompt:
-            new = context.uncached(decode.holder)
-            cost = load.prefill.predict((1.0, new, prefill_pairs(new, prompt)))
-            before = context.now - decision.arrived + cost
-        else:
-            return None
-        return before + decode.decode.step(decode.requests + 1, decode.kv_tokens + prompt)
-
-    def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
-        """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
-        # A further attempt has the same headers: same key only.
-        key = picked[0].instance.api_key
-        found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
-        if len(found) < count:
-            taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
-            others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
-            found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
-        return found[:count]
-
-    def _no_decode(self, context: RequestContext, decision: Decision) -> Reject:
-        unknown = self.catalog.unknown(decision.asked_model, context.model)
-        if unknown is not None:  # an adapter may have been unloaded meanwhile
-            return unknown
-        endpoints = self.registry.endpoints(InstanceRole.DECODE)
-        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
-        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
-        return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
 
 
 def _explained(outcome: Forward | Reject, decision: Decision) -> Forward | Reject:

@@ -115,6 +115,12 @@ class Forward:
             return OF_THE_INSTANCE
         return KEY_REFUSED if self.decode[0].instance.api_key is not None else frozenset()
 
+    @property
+    def id_of_client(self) -> str:
+        """The client's ``X-Request-Id`` where D gets another one; else empty."""
+        another = self.pending is not None and names.REQUEST_ID in self.pending.handoff.headers
+        return self.request_id if another else ""
+
     def headers(self) -> dict[str, str]:
         """Headers to set on the request to decode."""
         found = {
@@ -125,6 +131,8 @@ class Forward:
             found[names.PREFILL] = self.prefill.id
         if self.pending is not None:
             found |= self.pending.handoff.headers
+        if self.id_of_client:
+            found[names.CLIENT_REQUEST_ID] = self.id_of_client
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:

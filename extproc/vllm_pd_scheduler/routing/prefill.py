@@ -35,6 +35,7 @@ from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
+from .tokens_once import tokens_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class PrefillStage:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = await self._prepared(endpoint, context, tried)
+            attempt = await self._prepared(endpoint, context, body, tried)
             if attempt is None:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
@@ -206,9 +207,17 @@ class PrefillStage:
             asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
 
-    async def _prepared(self, endpoint: Endpoint, context: RequestContext, tried: _Tried) -> Attempt | None:
+    async def _prepared(
+        self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: _Tried
+    ) -> Attempt | None:
         """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
-        attempt = self._connectors.attempt(endpoint.instance, endpoint.host)
+        attempt = self._connectors.attempt(
+            endpoint.instance,
+            endpoint.host,
+            speaks=endpoint.speaks,
+            takes_token_ids=endpoint.takes_token_ids,
+            token_ids=self._config.tokenize_once and tokens_once(body),
+        )
         tried.decode = None
         if attempt.needs_decode():
             context.at(self._clock())
@@ -242,6 +251,7 @@ class PrefillStage:
             raise
         if handoff is not None:
             self._registry.succeeded(endpoint)
+            self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
             self._learn(reservation, context, handoff)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
             return PendingHandoff(

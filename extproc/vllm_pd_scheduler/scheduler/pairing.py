@@ -7,6 +7,9 @@ from collections.abc import Callable
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 
+_SAME = {"auto": "nixl"}
+"""Connectors that fit those of another name: with the first, only P's answers say which of its kind it is."""
+
 Kind = tuple[str | None, str]
 """What a P and a D have in common that fit together: their revision, and the name of their connector."""
 
@@ -25,7 +28,8 @@ class Pairing:
         """Return what an instance must have in common with the other half of a pair."""
         instance = endpoint.instance
         own = instance.connector
-        return instance.revision, self._connector() if own is None else own.name
+        name = self._connector() if own is None else own.name
+        return instance.revision, _SAME.get(name, name)
 
     def several(self) -> bool:
         """Return whether there are instances that do not fit together."""

@@ -42,6 +42,8 @@ class Shape:
     model: str
     chat: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    token_ids: list[int] | None = None
+    """Of the prompt, if they are asked for: a chat has them at its top level."""
 
     @property
     def answer_id(self) -> str:
@@ -56,6 +58,7 @@ class Shape:
             "system_fingerprint": None,
             "usage": usage.body(),
             "prompt_logprobs": None,
+            **({"prompt_token_ids": self.token_ids} if self.chat else {}),
         }
         return msgspec.json.encode(body | {"kv_transfer_params": params})
 

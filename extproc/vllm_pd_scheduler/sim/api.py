@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -41,7 +42,7 @@ from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
 
-VERSION = "0.32.0"
+VERSION = "0.33.0"
 """Of vLLM, whose behaviour is simulated."""
 MAX_BODY = 128 * 1024 * 1024
 """Bytes of a request body: twice the scheduler's default limit, so that it is never this one that counts."""
@@ -171,6 +172,8 @@ class Api:
         try:
             if body.stream:
                 return await self._stream(request, body, shape, jobs)
+            if body.return_token_ids:
+                shape = replace(shape, token_ids=jobs[0].prompt.token_ids())
             return await self._whole(request, shape, jobs)
         finally:
             self._active_requests -= 1
@@ -229,7 +232,8 @@ class Api:
         for job in jobs:
             try:
                 blocks = self._worker.engine.profile.blocks_for(job.prompt.tokens)
-                job.offer = self._worker.connector.read(params, blocks)
+                connector = self._worker.connector
+                job.offer = connector.named(connector.read(params, blocks), job.request.request_id)
             except FatalHandOff as error:
                 self._worker.die(str(error))
             cached = params.get("remote_prefill_cached_tokens")
@@ -237,6 +241,8 @@ class Api:
             job.on_hand_off = entry.outcomes.append
 
     def _release_hand_off(self, params: dict[str, Any], entry: Entry) -> None:
+        if self._worker.connector.pushes:  # a request that is rejected tells the sender nothing
+            return
         try:
             offer = self._worker.connector.read(params, blocks_needed=0)
         except FatalHandOff:

@@ -38,7 +38,7 @@ class Offer:
     """Address of the receiving engine, if the sender is to write to it."""
 
     def answer(self, num_tokens: int, cached: int) -> dict[str, Any]:
-        """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.32's.
+        """Return the ``kv_transfer_params`` of the prefill's answer, with the same keys as vLLM 0.33's.
 
         They are for ``num_tokens`` tokens of KV, of which ``cached`` were in the sender's prefix cache.
         """
@@ -55,6 +55,7 @@ class Offer:
             "pp_size": 1,
             "remote_num_tokens": num_tokens,
             "remote_blocks_expiry_time": None,
+            "remote_registration_generation": 1,
             "transfer_mode": "pull",
             "remote_prefill_cached_tokens": cached,
         }
@@ -103,6 +104,10 @@ class FetchReply(msgspec.Struct):
     invalid: bool = False
     late: bool = False
     """Whether the sender has waited for the hand-off in vain."""
+    unmatched: bool = False
+    """The sender, which pushes, has no finished request of this id yet, and may never have."""
+    tokens: int = 0
+    """Of the prompt whose blocks were pushed."""
 
 
 class Connector:
@@ -113,6 +118,8 @@ class Connector:
 
     sends_stopped = True
     """Whether a prefill that has ended by a stop is handed over too."""
+    pushes = False
+    """Whether the sender writes, and finds what it is asked for by the receiver's request id."""
 
     def __init__(self, timeout: float = 10.0) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout))
@@ -136,6 +143,10 @@ class Connector:
         """Return the hand-off that a decode request names; see :func:`read_offer`."""
         return read_offer(params, blocks_needed)
 
+    def named(self, offer: Any, own_id: str) -> Any:
+        """Return the hand-off as the decode request with this id asks for it."""
+        return offer
+
     def answer(
         self, offer: Offer, params: dict[str, Any], num_tokens: int, cached: int
     ) -> dict[str, Any] | None:
@@ -146,8 +157,8 @@ class Connector:
         """Close the connections to other engines."""
         await self._session.close()
 
-    async def fetch(self, offer: Any) -> str | None:
-        """Fetch the blocks of a hand-off and return the digest of their prompt, None for other blocks.
+    async def fetch(self, offer: Any) -> FetchReply:
+        """Fetch the blocks of a hand-off and return what the sender says of them.
 
         Raise TransferFailed if the sender cannot be reached, FatalHandOff if it has no such blocks.
         """
@@ -161,7 +172,7 @@ class Connector:
         self._agents[offer.engine_id] = reply.agent
         if reply.invalid:
             raise FatalHandOff(f"block ids that {offer.engine_id} does not have")
-        return reply.digest
+        return reply
 
     async def release(self, offer: Any) -> None:
         """Tell the sender that nobody will fetch a hand-off; it does not matter if that fails."""

@@ -83,12 +83,12 @@ class MooncakeConnector(Connector):
     def answer(self, *_: Any) -> None:
         """Return that a prefill's answer says nothing of its hand-off."""
 
-    async def fetch(self, offer: Pull) -> str | None:
+    async def fetch(self, offer: Pull) -> FetchReply:
         """Pull a hand-off; see :meth:`.handoff.Connector.fetch`."""
         reply = await self._pull(offer)
         if reply.late:
             raise TransferFailed("Timeout waiting for P side ready.")
-        return reply.digest
+        return reply
 
     async def release(self, offer: Pull) -> None:
         """Pull nothing of a hand-off, so that its sender frees it."""

@@ -11,7 +11,9 @@ from typing import Literal, get_args
 from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
-KvConnector = Literal["nixl", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "none"]
+KvConnector = Literal[
+    "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "none"
+]
 LEASES = {"mooncake": 480.0, "ascend-mooncake": 480.0, "moriio-read": 60.0, "moriio-write": 60.0}
 """Seconds for which other engines than those with NIXL keep blocks."""
 DEFAULT_MAX_MODEL_LEN = 32_768

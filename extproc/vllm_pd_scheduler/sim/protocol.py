@@ -52,6 +52,7 @@ class Body(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
+    return_token_ids: bool | None = False
 
 
 class CompletionBody(Body, kw_only=True):
@@ -77,9 +78,15 @@ class ChatBody(Body, kw_only=True):
     max_completion_tokens: int | None = None
 
     def prompts(self, model: str) -> list[Prompt]:
-        """Return the one prompt that the messages make; raise ApiError if there are no messages."""
+        """Return the one prompt that the messages make, or that a prefill has made of them.
+
+        Raise ApiError if there are no messages.
+        """
         if not self.messages:
             raise ApiError(400, "messages must not be empty", "BadRequestError", "messages")
+        ids = (self.kv_transfer_params or {}).pop("prompt_token_ids", None)
+        if ids is not None and not any(isinstance(each.get("content"), list) for each in self.messages):
+            return [_prompt(model, _known_ids(ids))]
         return [_prompt(model, render_chat(self.messages))]
 
     def limit(self) -> int | None:
@@ -174,6 +181,14 @@ class EmbeddingBody(msgspec.Struct):
 
     input: str | list[str | int | list[int]]
     model: str | None = None
+
+
+def _known_ids(ids: Any) -> list[int]:
+    """Return token ids that came with a hand-off; raise ApiError as vLLM does for what is none."""
+    if not isinstance(ids, list) or not ids or any(type(each) is not int or each < 0 for each in ids):
+        param = "kv_transfer_params.prompt_token_ids"
+        raise ApiError(400, f"`{param}` must be a non-empty list of integers.", "BadRequestError", param)
+    return ids
 
 
 def _prompt(model: str, prompt: str | Sequence[int]) -> Prompt:

@@ -4,12 +4,15 @@ from .ascend import AscendConnector
 from .handoff import Connector
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
+from .nixl_push import PushConnector
 from .options import Options
 
 
 def connector_of(options: Options) -> Connector:
     """Return the connector that a server's options name."""
     match options.kv_connector:
+        case "nixl-push":
+            return PushConnector()
         case "mooncake":
             return MooncakeConnector(options.role, options.profile.lease)
         case "ascend-mooncake":

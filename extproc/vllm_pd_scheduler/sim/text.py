@@ -66,6 +66,10 @@ class Prompt:
             hashes.append(int.from_bytes(before))
         return hashes
 
+    def token_ids(self) -> list[int]:
+        """Return the ids of the tokens of a text."""
+        return _ids(self._bytes(0, self.tokens))
+
     def _bytes(self, start: int, stop: int) -> bytes:
         if isinstance(self.pieces, bytes):
             return self.pieces[start * TOKEN_BYTES : stop * TOKEN_BYTES]
@@ -74,7 +78,10 @@ class Prompt:
 
 def tokenize(text: str) -> list[int]:
     """Return the token ids of a text, one for each four bytes of UTF-8; an id contains its bytes."""
-    data = text.encode("utf-8", "surrogatepass")
+    return _ids(text.encode("utf-8", "surrogatepass"))
+
+
+def _ids(data: bytes) -> list[int]:
     chunks = [data[at : at + TOKEN_BYTES] for at in range(0, len(data), TOKEN_BYTES)]
     return [int.from_bytes(b"\x01" + chunk) for chunk in chunks]
 

@@ -12,6 +12,7 @@ from .engine import Engine, EngineRequest, Fetch, HandOff, Step
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
 from .mooncake import PullCall, sent_as
+from .nixl_push import base_id
 from .text import Answer, Prompt
 
 
@@ -89,8 +90,10 @@ class Worker:
         self._fail_delay = fail_delay
         self._on_death = on_death
         self._jobs: dict[str, Job] = {}
-        self._digests: dict[str, str] = {}
-        """Digests of the prompts whose blocks are, or will be, pinned, by request id."""
+        self._sent: dict[str, Prompt] = {}
+        """Prompts whose blocks are, or will be, pinned, by request id."""
+        self._registered: set[str] = set()
+        """Ids for which another engine has asked before anything was there for it to be pushed."""
         self._receivers: dict[str, str] = {}
         """Of prefills that are for one engine only, its address."""
         self._wake = asyncio.Event()
@@ -153,12 +156,27 @@ class Worker:
         if self._receivers.get(call.request_id, call.receiver) != call.receiver:
             return None  # it writes somewhere else
         self.observe()
+        if self.connector.pushes:
+            return self._serve_registration(call.request_id)
         found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
         if found is Fetch.INVALID:
             return FetchReply(self._agent, invalid=True)
-        digest = self._forget(call.request_id, "fetched")
+        prompt = self._forget(call.request_id, "fetched")
         self._wake.set()
-        return FetchReply(self._agent, digest if found is Fetch.GOOD else None)
+        return FetchReply(self._agent, prompt.digest if prompt and found is Fetch.GOOD else None)
+
+    def _serve_registration(self, request_id: str) -> FetchReply:
+        """Return of which prompt the blocks are that are pushed to another engine's request."""
+        base = base_id(request_id)
+        found = next(
+            (each for each in self._sent if base_id(each) == base and self.engine.release(each)), None
+        )
+        prompt = found and self._forget(found, "fetched")
+        if not prompt or base in self._registered:  # in the second case they went to whoever asked first
+            self._registered.add(base)
+            return FetchReply(self._agent, unmatched=True)
+        self._wake.set()
+        return FetchReply(self._agent, prompt.digest, tokens=prompt.tokens)
 
     async def serve_pull(self, call: PullCall) -> FetchReply | None:
         """Return the answer to a pull, as soon as there is a hand-off of its name; None as above."""
@@ -173,9 +191,9 @@ class Worker:
         except TimeoutError:
             return FetchReply(self._agent, late=True)
         engine.release(request_id)
-        digest = self._forget(request_id, "released" if call.release else "fetched")
+        prompt = self._forget(request_id, "released" if call.release else "fetched")
         self._wake.set()
-        return FetchReply(self._agent, digest)
+        return FetchReply(self._agent, prompt.digest if prompt else None)
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
@@ -222,7 +240,7 @@ class Worker:
         self.engine.add(job.request, time.monotonic())
         self._jobs[job.request.request_id] = job
         if job.request.hand_off is HandOff.SEND:
-            self._digests[job.request.request_id] = job.prompt.digest
+            self._sent[job.request.request_id] = job.prompt
             if receiver := self.connector.receiver(job.params):
                 self._receivers[job.request.request_id] = receiver
         self._wake.set()
@@ -235,14 +253,16 @@ class Worker:
         request_id = job.request.request_id
         if self._jobs.pop(request_id, None) is None:
             return
-        self._digests.pop(request_id, None)
+        self._sent.pop(request_id, None)
         if job.loading and not job.loading.done():
             job.loading.cancel()
         if self.engine.abort(request_id):
             self._metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
-            if job.offer:
+            if self.connector.pushes:
+                pass  # the sender hears nothing, and pushes or waits for its lease
+            elif job.offer:
                 self._record_hand_off(job, "released")
                 self.release(job.offer)
             elif not self.dead:
@@ -290,7 +310,7 @@ class Worker:
         self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
-            digest = await self.connector.fetch(offer)
+            reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
             return
@@ -298,9 +318,12 @@ class Worker:
             await asyncio.sleep(self._fail_delay)
             self._transfer_failed(job, error)
             return
-        if digest != job.prompt.digest:
+        outcome = "good"
+        if reply.digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
-        self._record_hand_off(job, "good" if digest == job.prompt.digest else "stale")
+            # A short prompt takes a part of what was pushed, and gives back the whole.
+            outcome = "released" if job.prompt.tokens < reply.tokens else "stale"
+        self._record_hand_off(job, outcome)
         self._metrics.transferred(request.transfer_tokens, seconds)
         self._metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
@@ -322,12 +345,12 @@ class Worker:
         for request_id in request_ids:
             self._forget(request_id, "expired")
 
-    def _forget(self, request_id: str, outcome: str) -> str | None:
-        digest = self._digests.pop(request_id, None)
+    def _forget(self, request_id: str, outcome: str) -> Prompt | None:
+        prompt = self._sent.pop(request_id, None)
         self._receivers.pop(request_id, None)
-        if digest:
+        if prompt:
             self.hand_offs[outcome] += 1
-        return digest
+        return prompt
 
     def _record_hand_off(self, job: Job, outcome: str) -> None:
         job.on_hand_off(outcome)

@@ -1,0 +1,270 @@
+"""The second half of a request: the D that gets it, with a hand-off or without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..admission.controller import AdmissionController
+from ..admission.queue import Ticket
+from ..config import SchedulerConfig
+from ..connectors import ConnectorFailed, Splice
+from ..fleet.endpoint import Endpoint
+from ..handoff.pending import PendingHandoff
+from ..models import InstanceRole
+from ..prediction.load_model import prefill_pairs
+from ..records.decision import Decision
+from ..records.recording import Recording
+from ..request import headers as names
+from ..request.body import JsonBody
+from ..request.context import RequestContext
+from ..request.errors import Reject, reject
+from ..scheduler import Scheduler
+from ..telemetry import Served, Telemetry
+from ..tracing import current
+from .catalog import Catalog
+from .forward import Forward
+from .in_flight import RequestsInFlight
+from .prefill import WithoutHandoff, lost_twice, no_prefill
+from .share_limit import ShareLimit
+from .time_limits import first_byte_timeout
+
+
+class NoPartner(Exception):
+    """No D that fits P can serve any more: its hand-off cannot be used."""
+
+
+class DecodeStage:
+    """Chooses D for requests, and notes them as in flight there.
+
+    ``local`` counts those that D prefills because P failed.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        scheduler: Scheduler,
+        admission: AdmissionController,
+        telemetry: Telemetry,
+        recording: Recording,
+        catalog: Catalog,
+        in_flight: RequestsInFlight,
+        local: ShareLimit,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._registry = scheduler.registry
+        self._admission = admission
+        self._telemetry = telemetry
+        self._recording = recording
+        self._catalog = catalog
+        self._in_flight = in_flight
+        self._local = local
+        self._clock = clock
+
+    def send(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        decision: Decision,
+        preferred: Endpoint | None = None,
+        own: Endpoint | None = None,
+        bound: bool = False,
+        beside: Endpoint | None = None,
+    ) -> Forward | Reject:
+        """Send a request to ``preferred``, if that has room, else to the strategy's choice.
+
+        ``own`` is what the strategy chose for it, if it was asked already. A request that is ``bound`` goes
+        to ``preferred`` as it is. ``beside`` is the P that hands it over: only a D that fits it gets the
+        hand-off, and further attempts, which have none, may go to all.
+        """
+        context.at(self._clock())
+        pick = self._scheduler.preview if preferred else self._scheduler.pick
+        count = 1 + self._config.max_retries
+        picked = pick(InstanceRole.DECODE, context, count=count, beside=beside)
+        choice = self._scheduler.explain(InstanceRole.DECODE, context)
+        now = context.now
+        outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
+        if preferred in outside:
+            preferred = None
+        has_room = preferred is not None and (
+            bound or (preferred.routable and not self._scheduler.saturated(preferred, now))
+        )
+        if preferred is not None and has_room:
+            picked = [preferred, *(e for e in picked if e is not preferred)]
+            if preferred is not own:  # else that was another pick
+                decision.decode = choice
+        else:
+            own, decision.decode = picked[0] if picked else None, choice
+        if not picked and beside is not None and self._scheduler.several_kinds:
+            raise NoPartner
+        picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
+        if not picked:
+            return self.no_decode(context, decision)
+        decode = self._in_turn(context, picked[:count], count)
+        if decode[0] is own:  # not what another rule has chosen
+            self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
+        self._telemetry.forwarded(decode[0].id, served)
+        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
+        trace = current.get()
+        if trace is not None:
+            strategy = self._scheduler.names[InstanceRole.DECODE]
+            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
+        removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
+        reservation = self._registry.reserve(decode[0], context)
+        forward = self._in_flight.start(decode, reservation, body, limit, removed, decision)
+        forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
+        forward.stream, forward.losses = context.stream, self._in_flight.lost.spent(context.fingerprint)
+        forward.request_id = context.request_id
+        forward.served = served
+        if served is not Served.PASSED:
+            forward.recorded = self._recording.begin(context)
+        decision.id, decision.served, decision.decode_to = forward.id, served, decode
+        decision.prompt_tokens = context.prompt_tokens
+        decision.predicted_ttft = predicted_ttft
+        if trace is not None:
+            forward.trace = trace
+            tokens, first = context.prompt_tokens, decode[0]
+            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
+        return forward
+
+    async def whole(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        decision: Decision,
+        preferred: Endpoint | None = None,
+        bound: bool = False,
+    ) -> Forward | Reject:
+        """Send a request to decode alone, as soon as there is room; see :meth:`send`."""
+        ticket = Ticket(context, InstanceRole.DECODE, len(body or b"") or context.body_bytes)
+        try:
+            outcome = await self._admission.admit(ticket)
+        finally:
+            decision.waited = ticket.waited
+        if isinstance(outcome, Reject):
+            return outcome
+        own = None
+        if outcome is not None:  # it has kept the place until now
+            outcome.release()
+            own, decision.decode = outcome.endpoint, ticket.choice
+        refused_for = self._in_flight.lost.refused_for(context.fingerprint, self._clock())
+        if refused_for:  # others with its prompt were lost while it has waited
+            return lost_twice(math.ceil(refused_for))
+        return self.send(context, body, served, limit, decision, preferred or own, own, bound)
+
+    def with_handoff(
+        self,
+        context: RequestContext,
+        body: JsonBody,
+        prefilled: PendingHandoff,
+        left: float,
+        decision: Decision,
+    ) -> Forward | Reject:
+        """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
+        changed, only = body.raw if body.changed else None, prefilled.decode
+        try:
+            splice = prefilled.attempt.splice(body, prefilled.handoff)
+            # Else Envoy would answer 413 in D's place.
+            usable = self._fits(splice)
+            if prefilled.handoff.token_ids:  # they are long, and of no more use
+                prefilled.handoff = replace(prefilled.handoff, token_ids=b"")
+                if not usable:
+                    splice = prefilled.attempt.splice(body, prefilled.handoff)
+                    usable = self._fits(splice)
+            usable = usable and (only is None or only.routable)
+        except ConnectorFailed:
+            usable = False
+        if usable:
+            limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor, left)
+            try:
+                forward = self.send(
+                    context,
+                    changed,
+                    Served.SPLIT,
+                    limit,
+                    decision,
+                    only,
+                    only,
+                    bound=only is not None,
+                    beside=prefilled.prefill,
+                )
+            except NoPartner:
+                usable = False
+        if not usable:
+            self._in_flight.free(prefilled)
+            limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor)
+            return self.send(context, changed, Served.LOCAL, limit, decision)
+        if isinstance(forward, Reject):
+            self._in_flight.free(prefilled)
+        else:
+            fitting = self._scheduler.fitting(prefilled.prefill, forward.decode)
+            forward.only = fitting if only is None else [only]
+            forward.splice, forward.pending = splice, prefilled
+            forward.losses = prefilled.losses
+            if prefilled.handoff.pinned:
+                prefilled.prefill.keep_handoff()
+        return forward
+
+    def _fits(self, splice: Splice | None) -> bool:
+        return splice is None or splice.at + len(splice.text) <= self._config.max_body_bytes
+
+    def without_handoff(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        limit: float | None,
+        why: WithoutHandoff,
+        decision: Decision,
+    ) -> Forward | Reject:
+        """Send a request to decode, which prefills it too: P has failed or refused it."""
+        if not self._local.take(why.failed):
+            return no_prefill()
+        forward = self.send(context, body, Served.LOCAL, limit, decision)
+        if isinstance(forward, Forward):
+            forward.refused_by, forward.refused_status = why.refused_by, why.status
+            forward.losses, forward.errors = max(forward.losses, why.losses), why.errors
+        return forward
+
+    def _predicted_ttft(
+        self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
+    ) -> float | None:
+        """Return predicted seconds from the arrival to the first token: of P, when that was chosen."""
+        load, prompt = self._registry.load, context.prompt_tokens
+        if served is Served.SPLIT:
+            prefill = decision.prefill_attempts[-1]
+            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + load.transfer
+        elif prompt:
+            new = context.uncached(decode.holder)
+            cost = load.prefill.predict((1.0, new, prefill_pairs(new, prompt)))
+            before = context.now - decision.arrived + cost
+        else:
+            return None
+        return before + decode.decode.step(decode.requests + 1, decode.kv_tokens + prompt)
+
+    def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
+        """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
+        # A further attempt has the same headers: same key only.
+        key = picked[0].instance.api_key
+        found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+        if len(found) < count:
+            taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
+            others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
+            found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
+        return found[:count]
+
+    def no_decode(self, context: RequestContext, decision: Decision) -> Reject:
+        """Return the answer to a request that no D can serve."""
+        unknown = self._catalog.unknown(decision.asked_model, context.model)
+        if unknown is not None:  # an adapter may have been unloaded meanwhile
+            return unknown
+        endpoints = self._registry.endpoints(InstanceRole.DECODE)
+        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
+        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
+        return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
