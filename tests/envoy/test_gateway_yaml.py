@@ -59,6 +59,11 @@ class GatewayYamlTest(unittest.TestCase):
         self.assertTrue(ext_proc()["mutation_rules"]["allow_envoy"])
         self.assertEqual(list(every("include_attempt_count_in_response", GATEWAY)), [True])
 
+    def test_the_scheduler_gets_only_what_has_come_whole(self) -> None:
+        (filters,) = every("http_filters", listener(GATEWAY, "gateway"))
+        self.assertEqual(filters[0]["name"], "envoy.filters.http.buffer")
+        self.assertIn("processing_mode", filters[1]["typed_config"])
+
     def test_clients_never_steer(self) -> None:
         """Neither where a request passes without the scheduler."""
         (extensions,) = every("early_header_mutation_extensions", listener(GATEWAY, "gateway"))
