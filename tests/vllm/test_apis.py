@@ -22,8 +22,9 @@ OWN = frozenset(
     {"id", "created", "created_at", "completed_at", "request_id", "item_id", "system_fingerprint"}
     | {"kv_transfer_params", "cache_write_tokens"}
 )
-"""Fields that differ from answer to answer and from server to server, and the hand-off. What D has fetched, it
-has not written to its cache."""
+"""Fields that differ from answer to answer and from server to server, and the hand-off.
+
+What D has fetched, it has not written to its cache."""
 MARK = "<name>"
 """Stands for the name of the request, so that nothing of its prompt is cached anywhere."""
 TEXT = f"{MARK} " * 4 + "Whatever it is called, an answer is an answer, and it says so at some length. " * 12
