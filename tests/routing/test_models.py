@@ -328,6 +328,9 @@ class CatalogTest(ServingCase):
         self.down("d1", "p2")
         expected |= {"n": 503, "o": 503, "of-n": 503}
         self.assertEqual({name: await health(name) for name in expected}, expected)
+        many = "x&" * 1000
+        self.assertEqual([await health(f"m{end}") for end in ("&" + many, "&model=x", "&=")], [200] * 3)
+        self.assertEqual((await self.asked(f"/health?{many}model=x")).status, 404)
 
     async def test_health_of_the_fleet_is_told_to_gateways(self) -> None:
         self.serves("d1", "m")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import unquote_plus
 
 import msgspec
 
@@ -64,8 +64,8 @@ class Catalog:
         if path == PING_PATH:
             return _health_answer(self._fleet_health())
         if path == HEALTH_PATH:
-            asked = parse_qs(headers.get(":path", "").partition("?")[2], max_num_fields=16).get("model")
-            return _health_answer(self.health(asked[0]) if asked else self._fleet_health())
+            asked = _asked_model(headers.get(":path", "").partition("?")[2])
+            return _health_answer(self.health(asked) if asked else self._fleet_health())
         return None
 
     def names(self) -> list[str]:
@@ -144,6 +144,12 @@ class Catalog:
 
 def _health_answer(health: Health) -> OwnAnswer:
     return own_answer(health.value, msgspec.json.encode({"status": health.name.lower()}))
+
+
+def _asked_model(query: str) -> str | None:
+    """Return the model that a query names first, however many fields it has."""
+    fields = (field.partition("=") for field in query.split("&"))
+    return next((unquote_plus(value) for name, _, value in fields if name == "model" and value), None)
 
 
 def _card(name: str) -> bytes:

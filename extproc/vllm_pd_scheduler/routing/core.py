@@ -139,7 +139,7 @@ class RoutingCore:
                     parsed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
                 outcome = await self._split(path, headers, parsed, subset, decision)
                 if isinstance(outcome, Forward):
-                    self._response_ids.name(outcome, parsed)
+                    self._response_ids.name(outcome, parsed, self.config.max_body_bytes)
             elif (own := self._own_answer(path, headers)) is not None:
                 if trace is not None:
                     trace.rejected(own.status, own.reason, self._clock())
@@ -307,6 +307,7 @@ class RoutingCore:
         if isinstance(forward, Reject):
             claim.end(self._clock())
         else:
+            forward.only = self._scheduler.fitting(claim.endpoint, forward.decode)
             self.in_flight.claimed(forward, claim)
         return forward
 

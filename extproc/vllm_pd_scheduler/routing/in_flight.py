@@ -207,7 +207,7 @@ class RequestsInFlight:
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
         endpoint = self._registry.at(InstanceRole.DECODE, result.address)
         answered_by = endpoint.id if endpoint is not None else result.address or None
-        if forward.only is not None and endpoint not in forward.only and not forward.failed_attempts:
+        if not (forward.fits(result.address) or forward.failed_attempts):
             self._free(forward)  # Envoy knew none of those who could use it
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if 200 <= result.status < 300 and forward.recorded is not None:
