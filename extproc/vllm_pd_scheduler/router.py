@@ -235,6 +235,13 @@ class PDRouter:
         self._core.refused(headers, answer)
         return answer
 
+    def no_websocket(self, headers: Mapping[str, str]) -> Reject:
+        """Return the answer to a WebSocket through a gateway that sends bodies: that one has no end."""
+        message = "A WebSocket needs a route of the gateway's without the scheduler's body modes."
+        answer = reject(501, message, "no_websocket")
+        self._core.refused(headers, answer)
+        return answer
+
     # -- without Envoy
 
     def run_health_checks(self) -> dict[str, bool]:

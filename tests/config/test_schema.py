@@ -83,6 +83,50 @@ class MistakesTest(ConfigCase):
     def test_each(self) -> None:
         cases: list[tuple[dict[str, Any], str]] = [
             # unknown keys
+            *(
+                (fleet(discovery=[source]), rf"^discovery\[0\]\.{key}: unknown key{hint}$")
+                for source, key, hint in (
+                    ({"type": "docker", "netwrok": "x"}, "netwrok", r"; did you mean 'network'\?"),
+                    (
+                        {"type": "kubernetes", "selector": "a=b", "ports": [1], "port": 1},
+                        "port",
+                        r"; did you mean 'ports'\?",
+                    ),
+                    (
+                        {
+                            "type": "docker",
+                            "host": "tcp://h:1",
+                            "tls": {"ca": "a", "cert": "b", "key": "c", "crt": "d"},
+                        },
+                        r"tls\.crt",
+                        r"; did you mean 'cert'\?",
+                    ),
+                    ({"type": "docker", "labels": "x"}, "labels", ""),
+                )
+            ),
+            (fleet(tracing={"sample": 1}), r"^tracing\.sample: unknown key"),
+            (fleet(grpc_tls={"self_sgined": True}), r"^grpc_tls\.self_sgined: .*mean 'self_signed'\?$"),
+            (fleet(models={"a": {"targets": {"b": 1}, "target": 2}}), r"^models\.a\.target: .*'targets'\?$"),
+            # kinds of objects
+            (fleet(discovery=[{"type": "dsn"}]), r"^discovery\[0\]\.type: must be one of 'dns', 'docker', "),
+            (fleet(discovery=[{"role": "decode"}]), r"^discovery\[0\]\.type: missing; one of 'dns', "),
+            (fleet(discovery=[3]), r"^discovery\[0\].*: must be a JSON object$"),
+            (
+                fleet(discovery=[{"type": "kubernetes", "services": {"prefil": "b"}}]),
+                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill' or 'decode'$",
+            ),
+            (fleet(models={"": {"targets": {"a": 1}}}), r"^models: the key '' must not be empty$"),
+            (fleet(models={"a": {"targets": {}}}), r"^models\.a\.targets: must not be empty$"),
+            (fleet(models={"a": {"targets": "b"}}), r"^models\.a\.targets: must be a JSON object$"),
+            (fleet(models={"docker": {"targets": "b"}}), r"^models\.docker\.targets: must be a JSON object$"),
+            *(
+                (raw, rf"^{key}: must be the name of a connector, or ")
+                for wrong in (3, None, {"typ": "nixl"}, {"type": "nixl", "lease": [1]})
+                for raw, key in (
+                    (fleet(connector=wrong), "connector"),
+                    (decode(connector=wrong or 3), r"decode_instances\[0\]\.connector"),
+                )
+            ),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
             (decode(prot=1), r"^decode_instances\[0\]\.prot: unknown key; did you mean 'port'\?$"),

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_pd_scheduler.connectors import Legs, MoriioConnector, Peer, settings_of
 from vllm_pd_scheduler.models import ConnectorChoice
+from vllm_pd_scheduler.request.api import RESPONSES
 from vllm_pd_scheduler.request.body import JsonBody
 
 moriio = MoriioConnector()
@@ -55,6 +56,16 @@ def prefill(legs: Legs) -> Any:
 def test_d_is_needed_only_where_p_writes() -> None:
     assert not moriio.needs_decode(READ.prefill)
     assert moriio.needs_decode(WRITE.prefill)
+
+
+def test_a_response_under_the_clients_own_id_is_not_split() -> None:
+    """That id is the engine's, out of which it would read addresses of peers."""
+    for more in ({}, {"request_id": "___prefill_addr_evil:1___decode_addr_evil:2_0"}):
+        body = json.dumps({"model": "m", "input": "x", **more}).encode()
+        assert moriio.can_split(JsonBody.parse(body, RESPONSES)) is not bool(more)
+        assert moriio.can_split(JsonBody.parse(json.dumps({**TEXT, **more}).encode())), (
+            "a header counts there"
+        )
 
 
 def test_no_leg_has_the_clients_request_id() -> None:

@@ -200,7 +200,7 @@ async def test_a_key_that_cannot_be_read_any_more_keeps_what_was_known(
     [
         ({"type": "dns", "role": "decode"}, 'give either "name" and "port", or "srv"'),
         ({**D, "srv": "_http._tcp.a"}, 'give either "name" and "port", or "srv"'),
-        ({"type": "dns", "role": "decode", "name": "a"}, '"port" belongs to "name"'),
+        ({"type": "dns", "role": "decode", "name": "a"}, '"name" needs a "port"'),
         ({**P, "port": 1}, '"port" belongs to "name"'),
         ({**D, "role": "both"}, "role: must be"),
         ({**D, "name": "10.0.0.1"}, "name: must be a DNS name"),

@@ -409,6 +409,13 @@ class TestSettings:
         await fleet.until("a")
         assert fleet.router.membership.sources("a") == ("docker",)
 
+    async def test_no_engine_there(
+        self, follow: Follow, monkeypatch: pytest.MonkeyPatch, directory: Path
+    ) -> None:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{directory}/none")
+        fleet = await follow(host=None)
+        await fleet.until_event(f"docker: unix://{directory}/none: No such file or directory; the instances")
+
     async def test_a_context(
         self, api: DockerApi, follow: Follow, monkeypatch: pytest.MonkeyPatch, directory: Path
     ) -> None:

@@ -59,6 +59,21 @@ class GatewayYamlTest(unittest.TestCase):
         self.assertTrue(ext_proc()["mutation_rules"]["allow_envoy"])
         self.assertEqual(list(every("include_attempt_count_in_response", GATEWAY)), [True])
 
+    def test_the_scheduler_gets_only_what_has_come_whole(self) -> None:
+        (filters,) = every("http_filters", listener(GATEWAY, "gateway"))
+        self.assertEqual(filters[0]["name"], "envoy.filters.http.buffer")
+        self.assertIn("processing_mode", filters[1]["typed_config"])
+
+    def test_clients_never_steer(self) -> None:
+        """Neither where a request passes without the scheduler."""
+        (extensions,) = every("early_header_mutation_extensions", listener(GATEWAY, "gateway"))
+        mutations = [each for those in every("mutations", extensions) for each in those]
+        removed = {each["remove"] for each in mutations if "remove" in each}
+        self.assertEqual(removed, gateway_names.STEERS_INSTANCES)
+        matchers = [each["remove_on_match"]["key_matcher"] for each in mutations if "remove_on_match" in each]
+        prefixes = {matcher["prefix"] for matcher in matchers if matcher["ignore_case"]}
+        self.assertEqual(prefixes, {headers.DESTINATION, "x-envoy-"})
+
     def test_failing_open_is_guarded_as_in_envoys_own(self) -> None:
         scripts = [
             next(iter(every("default_source_code", listener(config, name))))

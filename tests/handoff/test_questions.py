@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -187,3 +188,26 @@ async def test_answers_of_instances_that_have_left_are_dropped(stage: Stage, boo
     other = stage.registry.add(PDInstance("p1", InstanceRole.PREFILL, "127.0.0.1", 8001, connector=choice))
     await stage.ask(other)
     assert list(stage.questions._answers) == [other]
+
+
+async def test_a_wrong_port_is_logged_once(
+    session: aiohttp.ClientSession, bootstrap: Bootstrap, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fleet of one P has no other sign of it: D serves all requests alone."""
+    (unused,) = unused_ports(1)
+    wrong = Stage(session, unused)
+    for _ in range(3):
+        with pytest.raises(PrefillFailed):
+            await wrong.ask()
+    assert [each.message for each in caplog.records] == [
+        f"p0: http://127.0.0.1:{unused}/query does not answer as its connector needs it (question_connect); "
+        "it prefills nothing for others"
+    ]
+    stage = Stage(session, bootstrap.port)
+    good = bootstrap.answer
+    for bad in (True, True, False, True):
+        bootstrap.answer = (lambda: web.Response(status=500)) if bad else good
+        with contextlib.suppress(PrefillFailed):
+            await stage.ask()
+        stage.questions.forget(stage.endpoint)
+    assert len(caplog.records) == 3, "again after it has answered"

@@ -338,6 +338,17 @@ async def test_a_body_that_is_too_large(client: Client, announced: bool) -> None
     assert (await complete(client)).status == 200
 
 
+async def test_a_client_that_sends_slowly_takes_no_memory_of_the_schedulers(client: Client) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9000000\r\n\r\n"
+    _, writer = await asyncio.open_connection("127.0.0.1", int(client.stack.url.rpartition(":")[2]))
+    writer.write(head + b" " * 8_000_000)
+    await writer.drain()
+    assert (await complete(client)).status == 200
+    _, metrics = await client.admin("GET", "/metrics")
+    assert "\npd_scheduler_held_bytes 0.0\n" in metrics
+    writer.close()
+
+
 async def test_nobody_can_serve(client: Client) -> None:
     for instance in client.fleet.decode:
         await client.admin("POST", f"/instances/{instance.id}/drain?force=true")

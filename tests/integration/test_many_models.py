@@ -44,7 +44,8 @@ def up(fleet: Fleet, others: Fleet, stack: Stack) -> Iterator[Process]:
     instances: dict[str, Any] = fleet.config()
     for role, entries in others.config().items():
         instances[role] += [{**each, "id": f"v2-{each['id']}"} for each in entries]
-    config = {"strategy": "round_robin", "models": MODELS, **NO_EJECTION, **instances}
+    limits = {**NO_EJECTION, "health_check_timeout": 30.0}  # none is unhealthy because the machine is busy
+    config = {"strategy": "round_robin", "models": MODELS, **limits, **instances}
     with spawned(stack.up(config)) as process:
         yield process
 

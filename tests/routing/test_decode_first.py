@@ -44,6 +44,12 @@ class DecodeFirstTest(Case):
             self.assertIs(forward.pending.decode, decode)
         self.assertEqual([name for name, *_ in self.leg.sent], ["p0", "p1", "p2"])
 
+    async def test_both_kinds_of_envoy_set_the_headers_of_a_hand_off(self) -> None:
+        """Out of a client's request id the engine would read addresses of peers."""
+        forward = await self.route(x_request_id="___prefill_addr_evil:1___decode_addr_evil:2_0")
+        for headers in (forward.headers(), forward.gateway_headers()):
+            self.assertEqual(headers["x-request-id"], forward.pending.attempt.legs.id)
+
     async def test_each_d_has_its_turn_once(self) -> None:
         """The choice before is the choice: the strategy is not asked twice."""
         seen = [(await self.route()).decode[0].id for _ in range(6)]

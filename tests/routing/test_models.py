@@ -340,7 +340,19 @@ class CatalogTest(ServingCase):
         self.down("d1", "p2")
         expected |= {"n": 503, "o": 503, "of-n": 503}
         self.assertEqual({name: await health(name) for name in expected}, expected)
-        self.assertRejected(await self.asked("/health"), 404, "not_public")
+        many = "x&" * 1000
+        self.assertEqual([await health(f"m{end}") for end in ("&" + many, "&model=x", "&=")], [200] * 3)
+        self.assertEqual((await self.asked(f"/health?{many}model=x")).status, 404)
+
+    async def test_health_of_the_fleet_is_told_to_gateways(self) -> None:
+        self.serves("d1", "m")
+        paths = ("/health", "/health?model=", "/health?other=1", "/ping", "/ping?model=x")
+        for down, status in ((), 200), (("p0", "p1", "p2"), 503):
+            self.down(*down)
+            for path in paths:
+                found = await self.asked(path)
+                said = "served" if status == 200 else "away"
+                self.assertEqual((found.status, json.loads(found.body)), (status, {"status": said}), path)
 
 
 class RevisionsTest(Case):

@@ -38,6 +38,23 @@ class ResponseIdsTest(Case):
         self.assertNotEqual(sent["request_id"], again["request_id"])
         self.assertNotEqual(other.decode[0].id, name, "round robin")
 
+    async def test_a_body_at_the_limit_gets_none(self) -> None:
+        """Envoy would answer 413 in D's place."""
+        self.router.config.__dict__["max_body_bytes"] = limit = 2048
+        for disaggregation in ("always", "never"):
+            self.router.config.__dict__["disaggregation"] = disaggregation
+            names = set()
+            for size in range(1500, limit + 1, 10):
+                body = {**BODY, "pad": ""}
+                body["pad"] = "x" * (size - len(json.dumps(body)))
+                forward = await self.route(body, PATH)
+                sent = json.dumps(body).encode()
+                sent = sent if forward.splice is None else forward.splice.into(sent)
+                self.assertLessEqual(len(sent), limit)
+                names.add("request_id" in json.loads(sent))
+                forward.release()
+            self.assertEqual(names, {True, False})
+
     async def test_the_next_turn_goes_where_the_last_is_kept(self) -> None:
         forward, sent = await self.respond()
         for _ in range(3):

@@ -3,6 +3,7 @@
 import asyncio
 import unittest
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, settings
@@ -91,6 +92,15 @@ class NamedTest(SidecarCase):
         self.router.config.__dict__["on_prefill_failure"] = "fail"
         self.down("p0", "p1", "p2")
         self.assertRejected(await self.route(), 503, "no_prefill")
+
+    async def test_only_a_d_that_fits_p_asks_it(self) -> None:
+        self.assertIsNone((await self.route()).only)
+        for name, revision in (("p0", "a"), ("p1", "a"), ("p2", "a"), ("d0", "a"), ("d1", "b"), ("d2", "b")):
+            instance = replace(self.router.registry.get(name).instance, revision=revision)
+            self.router.registry.describe(name, instance)
+        forward = await self.route()
+        self.assertEqual([each.id for each in forward.only], ["d0"])
+        self.assertGreater(len(forward.decode), 1, "others prefill themselves")
 
     async def test_no_d(self) -> None:
         self.down("d0", "d1", "d2")

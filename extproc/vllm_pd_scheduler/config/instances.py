@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializationInfo,
@@ -96,6 +97,24 @@ class ConnectorConfig(StrictModel):
     """Name of the [connector](connectors.md)."""
 
 
+def _is_a_connector(setting: object) -> object:
+    """Refuse what is none in one line, where a union would say of each of its types that it is not that."""
+    if isinstance(setting, dict):
+        plain = all(isinstance(each, str | int | float) for each in setting.values())
+        right = plain and isinstance(setting.get("type"), str)
+    else:
+        right = isinstance(setting, str | ConnectorConfig)
+    if not right:
+        raise ValueError(
+            'must be the name of a connector, or {"type": NAME} with its settings beside that: '
+            "texts, numbers, true or false"
+        )
+    return setting
+
+
+ConnectorSetting = Annotated[str | ConnectorConfig, BeforeValidator(_is_a_connector)]
+
+
 def connector_choice(setting: str | ConnectorConfig) -> ConnectorChoice:
     """Return the connector that a setting names."""
     if isinstance(setting, str):
@@ -127,7 +146,7 @@ class InstanceConfig(StrictModel):
     adapters on request."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
-    connector: str | ConnectorConfig | None = None
+    connector: ConnectorSetting | None = None
     """Its [connector](connectors.md), if it is not the `connector` of all."""
 
     @field_validator("host")

@@ -56,7 +56,7 @@ def load_instances(path: str | os.PathLike[str]) -> InstancesFile:
         found = InstancesFile.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(
-            source, [describe_error(each) for each in error.errors(include_url=False)]
+            source, [describe_error(each, InstancesFile) for each in error.errors(include_url=False)]
         ) from None
     if problems := duplicates(found.listed()):
         raise ConfigError(source, problems)
@@ -113,7 +113,7 @@ def parse_config(raw: Any, source: str = "configuration") -> SchedulerConfig:
     try:
         config = SchedulerConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [describe_error(detail) for detail in error.errors(include_url=False)]
+        problems = [describe_error(each, SchedulerConfig) for each in error.errors(include_url=False)]
         raise ConfigError(source, problems + _problems_beside(raw, error)) from None
     if problems := find_problems(config) + _problems_of_files(config):
         raise ConfigError(source, problems)

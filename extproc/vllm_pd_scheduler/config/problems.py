@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from ..connectors import UnknownConnector, settings_of
 from ..models import InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
-from .instances import ConnectorConfig, InstanceConfig, Listed, SecretSource, connector_choice
+from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
 from .schema import MEANING, SchedulerConfig, is_loopback
-from .sources import source_problems
+from .sources import SOURCE_TYPES, source_problems
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
@@ -134,35 +134,86 @@ def _untraceable(tracing: TracingConfig | None) -> list[str]:
     return []
 
 
-def describe_error(detail: Any) -> str:
-    """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong."""
-    path = ""
-    for depth, part in enumerate(detail["loc"]):
-        if depth == 2 and detail["loc"][0] == "discovery":
-            continue  # which kind of source it is, which the entry says itself
-        name = part if isinstance(part, int) or part.isprintable() else repr(part)
-        path += f"[{name}]" if isinstance(part, int) else f".{name}" if path else name
-    kind, context = detail["type"], detail.get("ctx", {})
+def describe_error(detail: Any, within: type[BaseModel] | None = None) -> str:
+    """Return a line for one entry of pydantic's ``errors()``: the key's path, then what is wrong.
+
+    With ``within``, the model that was read, an unknown key is told with the one that was meant, if any is
+    like it.
+    """
+    loc, kind = list(detail["loc"]), detail["type"]
     if kind == "extra_forbidden":
-        known = SchedulerConfig if len(detail["loc"]) == 1 else None
-        hint = _closest(str(detail["loc"][-1]), known)
-        return f"{path}: unknown key{hint}"
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind == "value_error":
-        text = str(context["error"])
-    elif kind == "string_pattern_mismatch" and context["pattern"] in MEANING:
-        text = MEANING[context["pattern"]]
-    elif kind == "model_type":
-        secret = context["class_name"] == SecretSource.__name__
-        text = "must be " + ('{"env": NAME} or {"file": PATH}' if secret else "a JSON object")
+        text = "unknown key" + _closest(str(loc[-1]), _known_keys(within, loc[:-1]))
+    elif kind == "missing":
+        text = "missing"
     else:
-        message = str(detail["msg"]).removeprefix("Input should be ")
-        text = f"must be {message}" if message != detail["msg"] else message
+        text = _what_is_wrong(kind, str(detail["msg"]), detail.get("ctx", {}))
+    if loc[:1] == ["discovery"]:
+        del loc[2:3]  # which kind of source it is, which the entry says itself
+    if loc and loc[-1] == "[key]":
+        text = f"the key {loc[-2]!r} {text}"
+        loc = loc[:-2]
+    if kind.startswith("union_tag"):
+        loc.append("type")
+    path = _path(loc)
     return f"{path}: {text}" if path else text
 
 
-def _closest(key: str, model: type[BaseModel] | None) -> str:
-    names = list(model.model_fields) if model else list(InstanceConfig.model_fields)
-    match = difflib.get_close_matches(key, names, 1)
+def _path(loc: Iterable[str | int]) -> str:
+    path = ""
+    for part in loc:
+        name = repr(part) if isinstance(part, str) and not part.isprintable() else str(part)
+        path += f"[{name}]" if isinstance(part, int) else f".{name}" if path else name
+    return path
+
+
+def _what_is_wrong(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "string_pattern_mismatch" and context["pattern"] in MEANING:
+        return MEANING[context["pattern"]]
+    if kind == "model_type" and context["class_name"] == SecretSource.__name__:
+        return 'must be {"env": NAME} or {"file": PATH}'
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a JSON object"
+    if kind == "union_tag_invalid":
+        return f"must be one of {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"missing; one of {', '.join(map(repr, SOURCE_TYPES))}"
+    if kind in ("too_short", "string_too_short"):
+        return (
+            "must not be empty"
+            if context["min_length"] == 1
+            else f"must have {context['min_length']} or more"
+        )
+    meant = message.removeprefix("Input should be ")
+    return f"must be {meant}" if meant != message else message
+
+
+def _known_keys(within: type[BaseModel] | None, loc: Iterable[str | int]) -> Iterable[str]:
+    """Return the keys that the object at ``loc`` may have."""
+    models = [] if within is None else [within]
+    for part in loc:
+        if fields := [each.model_fields[part] for each in models if part in each.model_fields]:
+            models = [model for each in fields for model in _models_in(each.annotation)]
+        elif chosen := [each for each in models if _type_of(each) == part]:
+            models = chosen
+    return [key for each in models for key in each.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models that a type has in it: those of a list, of a union, of values of an object."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for each in get_args(annotation) for model in _models_in(each)]
+
+
+def _type_of(model: type[BaseModel]) -> str | None:
+    """Return the ``type`` that objects of a model must have, if there is one alone."""
+    field = model.model_fields.get("type")
+    names = () if field is None else get_args(field.annotation)
+    return names[0] if names else None
+
+
+def _closest(key: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(key, list(known), 1)
     return f"; did you mean {match[0]!r}?" if match else ""

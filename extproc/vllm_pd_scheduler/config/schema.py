@@ -21,7 +21,7 @@ from ..telemetry.log_lines import LogFormat
 from .aliases import AliasConfig
 from .instances import (
     INSTANCE_ID,
-    ConnectorConfig,
+    ConnectorSetting,
     InstanceConfig,
     InstancesFile,
     ModelName,
@@ -115,7 +115,7 @@ class SchedulerConfig(InstancesFile):
     """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
     [llm-d has them](llm-d.md#with-llm-ds-sidecar). To a sidecar the scheduler names P in the header
     `x-prefiller-host-port`, and calls no P itself."""
-    connector: str | ConnectorConfig = "auto"
+    connector: ConnectorSetting = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
     tokenize_once: bool = True

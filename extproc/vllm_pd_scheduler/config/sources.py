@@ -102,7 +102,9 @@ class DnsSource(StrictModel):
     def _one_question(self) -> DnsSource:
         if (self.name is None) == (self.srv is None):
             raise ValueError('give either "name" and "port", or "srv"')
-        if (self.name is None) != (self.port is None):
+        if self.name is not None and self.port is None:
+            raise ValueError('"name" needs a "port", that of each instance')
+        if self.name is None and self.port is not None:
             raise ValueError('"port" belongs to "name": SRV records have their own')
         return self
 
@@ -236,6 +238,8 @@ class KubernetesSource(StrictModel):
         return "kubernetes:" + "/".join([*(each for each in where if each is not None), what])
 
 
+SOURCE_TYPES = ("dns", "docker", "kubernetes")
+"""What ``type`` of a source may be."""
 SourceConfig = Annotated[DnsSource | DockerSource | KubernetesSource, Field(discriminator="type")]
 
 

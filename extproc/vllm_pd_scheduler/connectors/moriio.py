@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from ..request.api import RESPONSES
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
@@ -73,8 +74,11 @@ class MoriioConnector(Connector):
     settings_type = MoriioSettings
 
     def can_split(self, body: JsonBody) -> bool:
-        """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
-        return can_split(body)
+        """Whether the request has one prompt and one answer, and wants nothing that only P would know.
+
+        The id of a response is the engine's too, which reads addresses of peers out of ids: no client's.
+        """
+        return can_split(body) and not (body.api is RESPONSES and body.has("request_id"))
 
     def needs_decode(self, prefill: Peer) -> bool:
         """Whether P writes, so that it must be told where."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..instance_http.bounded_read import AnswerEncoded, AnswerTooLarge, read_at_
 from ..instance_http.shortage import is_our_shortage
 from ..models import join_address
 from .interfaces import LocalShortage, PrefillFailed
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
 """For the whole answer, with the connection: somebody waits, and another P may be there."""
@@ -45,6 +48,8 @@ class Questions:
         self._session = session
         self._registry = registry
         self._answers: dict[Endpoint, tuple[_Of, asyncio.Future[Any]]] = {}
+        self._logged: dict[Endpoint, str] = {}
+        """What is wrong with a P, since it has answered last."""
 
     async def __call__(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
         """Return what P's answer says, from memory if it is there."""
@@ -54,8 +59,9 @@ class Questions:
             asked = asyncio.ensure_future(self._ask(endpoint, question, attempt))
             asked.add_done_callback(lambda done: self._forget_failure(endpoint, done))
             known = self._answers[endpoint] = of, asked
-            for gone in [each for each in self._answers if each not in self._registry]:
-                del self._answers[gone]
+            for kept in (self._answers, self._logged):
+                for gone in [each for each in kept if each not in self._registry]:
+                    del kept[gone]
         return await asyncio.shield(known[1])  # who leaves does not take it from the others
 
     def forget(self, endpoint: Endpoint) -> None:
@@ -77,6 +83,18 @@ class Questions:
 
     async def _ask(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
         url = f"http://{join_address(endpoint.host, question.port)}{question.path}"
+        try:
+            answer = await self._understood(url, attempt)
+        except PrefillFailed as error:
+            wrong = f"{url} does not answer as its connector needs it ({error})"
+            if self._logged.get(endpoint) != wrong:
+                self._logged[endpoint] = wrong
+                log.warning("%s: %s; it prefills nothing for others", endpoint.id, wrong)
+            raise
+        self._logged.pop(endpoint, None)
+        return answer
+
+    async def _understood(self, url: str, attempt: Attempt) -> Any:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 async with self._session.get(

@@ -18,7 +18,10 @@ MODELS_PATH: Final = "/v1/models"
 """Path of the list of models."""
 
 HEALTH_PATH: Final = "/health"
-"""Path of the health of the fleet, which Envoy answers; of a model, with the query ``model=``."""
+"""Path of the health of the fleet, which our own Envoy answers; of a model, with the query ``model=``."""
+
+PING_PATH: Final = "/ping"
+"""Another name of the health of the fleet."""
 
 PUBLIC_PATHS: Final = (
     "/v1/models",

@@ -72,10 +72,12 @@ class AnswerWatch:
                 self._failed(failure_of_status(head.status))
         elif head.attempts > 1 and forward.used_once:
             # The hand-off may have been used before, so this may be another prompt's text.
-            forward.answering = None
-            self._in_flight.leave_to_lease(forward)
             message = "The gateway has sent this request twice, which it must not with a hand-off."
-            return self._replaced(reject(503, message, "handoff_sent_twice"), now)
+            return self._withheld(reject(503, message, "handoff_sent_twice"), now)
+        elif head.served and not forward.fits(head.served):
+            # What P has handed over is none of this one's, so this may be any text.
+            message = "The gateway has sent this request to an instance that does not fit its hand-off."
+            return self._withheld(reject(503, message, "handoff_misdirected"), now)
         return None
 
     def body_begun(self, first: bytes | bytearray | memoryview, now: float) -> None:
@@ -142,6 +144,12 @@ class AnswerWatch:
             else:
                 forward.answering = None
             self._tell(Ending.LEFT, head.status, now)
+
+    def _withheld(self, answer: Reject, now: float) -> Reject:
+        """Give the client this in place of a text that may be wrong."""
+        self._forward.answering = None
+        self._in_flight.leave_to_lease(self._forward)
+        return self._replaced(answer, now)
 
     def _replaced(self, answer: Reject, now: float) -> Reject:
         self._told = True

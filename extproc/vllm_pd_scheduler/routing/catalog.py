@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import unquote_plus
 
 import msgspec
 
 from ..models import InstanceRole
 from ..request.errors import OwnAnswer, Reject, own_answer, reject
-from ..request.path import HEALTH_PATH, MODELS_PATH
+from ..request.path import HEALTH_PATH, MODELS_PATH, PING_PATH
 from ..request.rewrites import Rewrites
 from ..scheduler import Scheduler
 from .rereading import Rereading
@@ -56,16 +56,16 @@ class Catalog:
         self._listed = _Listed((-1, -1), None)
 
     def own_answer(self, path: str, headers: Mapping[str, str]) -> OwnAnswer | None:
-        """Return the answer to a question about models; ``None`` if it is none, or D's to answer."""
+        """Return the answer to a question about models or health; ``None`` if it is for a D, or none."""
         if headers.get(":method") != "GET":
             return None
         if path == MODELS_PATH:
             return self._list()
+        if path == PING_PATH:
+            return _health_answer(self._fleet_health())
         if path == HEALTH_PATH:
-            asked = parse_qs(headers.get(":path", "").partition("?")[2], max_num_fields=16).get("model")
-            if asked:
-                health = self.health(asked[0])
-                return own_answer(health.value, msgspec.json.encode({"status": health.name.lower()}))
+            asked = _asked_model(headers.get(":path", "").partition("?")[2])
+            return _health_answer(self.health(asked) if asked else self._fleet_health())
         return None
 
     def names(self) -> list[str]:
@@ -93,6 +93,11 @@ class Catalog:
         """Return how a model is, or an alias: as the best of its targets."""
         found = [self._health(target) for target in self._rewrites.targets(name)]
         return min(found, key=list(Health).index)
+
+    def _fleet_health(self) -> Health:
+        """Return how the fleet is, whichever its models: gateways ask here what our own Envoy answers."""
+        served = all(self._registry.routable(role) for role in InstanceRole)
+        return Health.SERVED if served else Health.AWAY
 
     def _health(self, model: str) -> Health:
         scheduler, prefill, decode = self._scheduler, InstanceRole.PREFILL, InstanceRole.DECODE
@@ -135,6 +140,16 @@ class Catalog:
             known: dict[str, Any] = msgspec.json.decode(cards.get(target) or _card(target))
             found.append(msgspec.json.encode({**known, "id": alias}))
         return own_answer(200, b'{"object":"list","data":[' + b",".join(found) + b"]}")
+
+
+def _health_answer(health: Health) -> OwnAnswer:
+    return own_answer(health.value, msgspec.json.encode({"status": health.name.lower()}))
+
+
+def _asked_model(query: str) -> str | None:
+    """Return the model that a query names first, however many fields it has."""
+    fields = (field.partition("=") for field in query.split("&"))
+    return next((unquote_plus(value) for name, _, value in fields if name == "model" and value), None)
 
 
 def _card(name: str) -> bytes:

@@ -24,7 +24,7 @@ from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
 from ..request.objectives import Objectives
 from ..request.passed_body import asks_for_stream, named_model
-from ..request.path import HEALTH_PATH, PublicPaths
+from ..request.path import HEALTH_PATH, PING_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..request.rewrites import Rewrites
 from ..scheduler import Scheduler
@@ -33,6 +33,7 @@ from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
+from .denials import Denials
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage, WithoutHandoff, lost_twice
@@ -88,6 +89,7 @@ class RoutingCore:
         self._local = ShareLimit(config.max_local_prefill_share)
         self._response_ids = ResponseIds(self.registry)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
+        self.in_flight.denials = Denials(self.catalog.read_again.soon)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -137,7 +139,7 @@ class RoutingCore:
                     parsed = await self._turns.take(self._renaming.renamed(headers, parsed, decision))
                 outcome = await self._split(path, headers, parsed, subset, decision)
                 if isinstance(outcome, Forward):
-                    self._response_ids.name(outcome, parsed)
+                    self._response_ids.name(outcome, parsed, self.config.max_body_bytes)
             elif (own := self._own_answer(path, headers)) is not None:
                 if trace is not None:
                     trace.rejected(own.status, own.reason, self._clock())
@@ -169,8 +171,8 @@ class RoutingCore:
         return outcome
 
     def _own_answer(self, path: str, headers: Mapping[str, str]) -> OwnAnswer | None:
-        """Return the answer to a question about models that instances would answer for themselves alone."""
-        public = path == HEALTH_PATH or path in self._public
+        """Return the answer to a question that instances would answer for themselves alone."""
+        public = path in (HEALTH_PATH, PING_PATH) or path in self._public
         return self.catalog.own_answer(path, headers) if public else None
 
     def refused(self, headers: Mapping[str, str], answer: Reject) -> None:
@@ -305,6 +307,7 @@ class RoutingCore:
         if isinstance(forward, Reject):
             claim.end(self._clock())
         else:
+            forward.only = self._scheduler.fitting(claim.endpoint, forward.decode)
             self.in_flight.claimed(forward, claim)
         return forward
 

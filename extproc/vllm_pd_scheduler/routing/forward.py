@@ -152,11 +152,18 @@ class Forward:
     def for_gateway(self, fallbacks: bool) -> None:
         """Leave in ``decode`` what a gateway is told: more than one only if it takes ``fallbacks``.
 
-        With a body that is made for the first there is one in any case, since a gateway sends its retries
-        with the same one.
+        With what is made for the first there is one in any case, since a gateway sends its retries with the
+        same body and headers.
         """
-        if len(self.decode) > 1 and (self.splice is not None or self.used_once or not fallbacks):
+        made = self.splice is not None or self.used_once or self.only is not None
+        if len(self.decode) > 1 and (made or not fallbacks):
             self.decode = self.decision.decode_to = self.decode[:1]
+
+    def fits(self, address: str) -> bool:
+        """Whether a D may have what P has handed over, or may ask it: always if there is no P."""
+        if self.prefill is None or self.only is None:
+            return True
+        return any(str(endpoint.address) == address for endpoint in self.only)
 
     def gateway_headers(self) -> dict[str, str]:
         """Headers to set on a request that goes back to a gateway: without those that our own Envoy reads.
@@ -166,6 +173,8 @@ class Forward:
         found = {names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode)}
         if self.used_once:
             found[gateway_names.MAX_RETRIES] = "0"
+        if self.pending is not None:
+            found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if (key := self.decode[0].instance.api_key) is not None:

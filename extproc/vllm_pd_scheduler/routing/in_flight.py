@@ -29,6 +29,7 @@ from .attempts import (
     Failure,
     Retry,
 )
+from .denials import Denials
 from .forward import Forward
 from .lost import MAX_LOSSES, LostPrompts
 from .never_sent import NeverSent
@@ -83,6 +84,8 @@ class RequestsInFlight:
         self.release_handoff: ReleaseHandoff | None = None
         self.lost = LostPrompts()
         self.patience = Patience()
+        self.denials = Denials(lambda: None)
+        """Of models, by instances that list them."""
         self._registry = registry
         self._telemetry = telemetry
         self._recording = recording
@@ -204,7 +207,7 @@ class RequestsInFlight:
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
         endpoint = self._registry.at(InstanceRole.DECODE, result.address)
         answered_by = endpoint.id if endpoint is not None else result.address or None
-        if forward.only is not None and endpoint not in forward.only and not forward.failed_attempts:
+        if not (forward.fits(result.address) or forward.failed_attempts):
             self._free(forward)  # Envoy knew none of those who could use it
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if 200 <= result.status < 300 and forward.recorded is not None:
@@ -232,6 +235,12 @@ class RequestsInFlight:
             reason = f"decode: status {attempt.status}"
             own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
             split = forward is not None and forward.pending is not None
+            if (
+                attempt.status == 404
+                and forward is not None
+                and not self.denials.count(endpoint, self._clock())
+            ):
+                return
             if own_key or (split and attempt.status in OF_THE_INSTANCE):
                 registry.failed(endpoint, reason, now)
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
@@ -395,6 +404,8 @@ class RequestsInFlight:
         if forward.refused_by is not None:
             # D serves what P has refused. Only some refusals cannot be due to what P is asked in its place.
             reason = f"prefill: status {forward.refused_status}, where decode serves"
+            if forward.refused_status == 404 and not self.denials.count(forward.refused_by, self._clock()):
+                return
             if forward.refused_status in OF_THE_INSTANCE:
                 self._registry.failed(forward.refused_by, reason, self._clock())
             else:

@@ -36,18 +36,31 @@ class Rereading:
         """Return after a reading that has begun since the call, or at once if too many wait or are asked."""
         if self.read is None or self._waiting >= MAX_WAITING:
             return
-        wait = self._began + max(PAUSE_S, self._size() / MAX_A_SECOND) - self._clock()
+        wait = self._wait()
         if wait > PATIENCE_S:
             return
-        if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._after(wait, self.read))
-            self._running.add(self._next)
-            self._next.add_done_callback(self._running.discard)
+        reading = self._planned(wait, self.read)
         self._waiting += 1
         try:
-            await asyncio.wait({self._next})
+            await asyncio.wait({reading})
         finally:
             self._waiting -= 1
+
+    def soon(self) -> None:
+        """Have the lists read soon, and do not wait for that."""
+        if self.read is not None:
+            self._planned(self._wait(), self.read)
+
+    def _wait(self) -> float:
+        return self._began + max(PAUSE_S, self._size() / MAX_A_SECOND) - self._clock()
+
+    def _planned(self, wait: float, read: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """Return the next reading, which begins after ``wait`` seconds if it was not planned before."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_task(self._after(wait, read))
+            self._running.add(self._next)
+            self._next.add_done_callback(self._running.discard)
+        return self._next
 
     async def _after(self, seconds: float, read: Callable[[], Awaitable[None]]) -> None:
         if seconds > 0:

@@ -33,20 +33,23 @@ class ResponseIds:
     def _forget(self) -> None:
         self._keepers = None
 
-    def name(self, forward: Forward, body: JsonBody) -> None:
-        """Have D keep the response to a request under an id of ours, if it keeps it under one of its own."""
+    def name(self, forward: Forward, body: JsonBody, largest: int) -> None:
+        """Have D keep the response to a request under an id of ours, if it keeps it under one of its own.
+
+        A body that would have more than ``largest`` bytes by that is left as it is.
+        """
         if body.api is not RESPONSES or body.get("store") is False or body.has("request_id"):
             return
         keeper = forward.decode[0]
         text = f'"resp_pd{_key(keeper.instance)}{secrets.token_hex(12)}"'.encode()
         splice = forward.splice
         if splice is None:
-            forward.splice = Splice(*body.one_more("request_id", text))
+            named = Splice(*body.one_more("request_id", text))
         else:
             end = splice.text.rindex(b"}")
-            named = splice.text[:end] + b',"request_id":' + text + splice.text[end:]
-            forward.splice = Splice(splice.at, named)
-        forward.only = [keeper]
+            named = Splice(splice.at, splice.text[:end] + b',"request_id":' + text + splice.text[end:])
+        if named.at + len(named.text) <= largest:
+            forward.splice, forward.only = named, [keeper]
 
     def keeper(self, response: object) -> Endpoint | None:
         """Return who keeps a response; ``None`` if its id does not tell, or that D is not there."""

@@ -106,6 +106,15 @@ class TestChoice:
         access = await Credentials().read()
         assert (access.server, access.namespace, access.token) == ("https://k8s:6443", "default", None)
 
+    async def test_nothing_to_ask_with(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for named, path in ((None, tmp_path / "home/.kube/config"), (tmp_path / "none", tmp_path / "none")):
+            if named is not None:
+                monkeypatch.setenv("KUBECONFIG", str(named))
+            with pytest.raises(
+                CredentialsError, match=rf"^there is no {path}, .* by kubeconfig or KUBECONFIG$"
+            ):
+                await Credentials().read()
+
     async def test_several_files_are_one(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         first = write(
             tmp_path / "a",

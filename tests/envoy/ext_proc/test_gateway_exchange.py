@@ -1,7 +1,9 @@
 """A gateway's call: what is kept of a body, what ends it, and what is learned of its answer."""
 
+import asyncio
 import json
 import unittest
+from dataclasses import replace
 from typing import Any
 
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
@@ -287,6 +289,19 @@ class RequestTest(Case):
         await self.routed(call, first(end=True))
         self.assertEqual(call.kinds, ["request_headers"])
 
+    async def test_a_websocket(self) -> None:
+        """Its body would be waited for as long as the client waits for the answer."""
+        socket = {"upgrade": "WebSocket", ":method": "GET", ":path": "/v1/realtime"}
+        call = self.open()
+        call.send(first(**socket))
+        self.assertEqual(call.written[0].immediate_response.status.code, 501)
+        self.assertIs(call.status, StatusCode.OK)
+        headers_alone = self.open()
+        await self.routed(headers_alone, first(ProcessingMode.NONE, **socket))
+        self.assertEqual(headers_alone.kinds, ["request_headers"])
+        headers_alone.exchange.half_closed()
+        self.assert_nothing_left()
+
     async def test_a_message_that_cannot_come(self) -> None:
         call = self.open()
         call.send(first())
@@ -294,6 +309,33 @@ class RequestTest(Case):
             call.send(head())
         self.assertIs(call.status, StatusCode.INVALID_ARGUMENT)
         self.assert_nothing_left()
+
+    async def test_one_that_cannot_come_while_it_is_routed(self) -> None:
+        """Nothing goes on with the request, whether that has begun or not; a stream is counted once."""
+        held, prefilled = asyncio.Event(), 0
+
+        async def slow(*leg: Any) -> Any:
+            nonlocal prefilled
+            prefilled += 1
+            await held.wait()
+            return await fleet.prefill(*leg)
+
+        self.router.prefill_leg = slow
+        for begun in (False, True):
+            call = self.open()
+            for message in (first(), body(BODY, True)):
+                call.send(message)
+            if begun:
+                await until(lambda: prefilled)
+            with self.assertLogs("vllm_pd_scheduler", "WARNING"):
+                self.service._next_complaint = 0.0
+                call.send(head())
+            self.assertIs(call.status, StatusCode.INVALID_ARGUMENT)
+            await until(call.exchange._task.done)
+            self.assertEqual(prefilled, int(begun))
+            self.assertEqual(call.written, [])
+            self.assert_nothing_left()
+        self.assertTrue(self.service._idle.is_set())
 
 
 class AnswerTest(Case):
@@ -428,6 +470,37 @@ class AnswerTest(Case):
         self.assertEqual(self.told(call), (Ending.OK, {}, 0))
         self.assertEqual(self.decision.answered_by, "d1")
 
+    async def test_one_that_cannot_use_the_hand_off(self) -> None:
+        """The gateway does not know the one that was named any more, and its fallback policy has chosen."""
+        self.tell_revisions_apart()
+        for leg in ("scheduler", "sidecar"):
+            self.router.config.__dict__["prefill_leg"] = leg
+            call = await self.sent()
+            self.assertEqual(self.destination(call), "10.0.0.1:80")
+            call.send(head(served="10.0.0.1:81"))
+            answer = call.written[-1].immediate_response
+            self.assertEqual(answer.status.code, 503)
+            self.assertEqual(answer.details, "pd_handoff_misdirected")
+            self.assertEqual(self.told(call), (Ending.ERROR, {}, 0))
+
+    async def test_one_that_cannot_use_it_may_refuse(self) -> None:
+        self.tell_revisions_apart()
+        call = await self.sent()
+        call.send(head(404, served="10.0.0.1:81"))
+        self.assertEqual(call.kinds[-1], "response_headers")
+        self.assertEqual(self.told(call), (Ending.CLIENT_ERROR, {"refused": 1}, 1))
+
+    async def test_a_sidecar_of_another_revision_is_no_fallback(self) -> None:
+        self.router.config.__dict__["prefill_leg"] = "sidecar"
+        self.service.told_answer(self.connection, True)
+        call = await self.sent()
+        self.assertIn(",", self.destination(call))
+        call.exchange.half_closed()
+        self.tell_revisions_apart()
+        call = await self.sent()
+        self.assertEqual(self.destination(call), "10.0.0.1:80")
+        call.exchange.half_closed()
+
     async def test_a_hand_off_that_was_sent_twice(self) -> None:
         call = await self.sent()
         call.send(head(**{"x-envoy-attempt-count": "2"}))
@@ -447,6 +520,12 @@ class AnswerTest(Case):
         self.assertIsNotNone(call.exchange._timer)
         call.send(head())
         self.assertIsNone(call.exchange._timer)
+
+    def tell_revisions_apart(self) -> None:
+        """Give P and the first D one revision, the other D another one."""
+        for name, revision in (("p0", "a"), ("d0", "a"), ("d1", "b")):
+            instance = replace(self.router.registry.get(name).instance, revision=revision)
+            self.router.registry.describe(name, instance)
 
     def take_at_most(self, seconds: float) -> None:
         """Limit how long a D may take to its first byte."""

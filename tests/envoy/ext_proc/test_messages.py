@@ -186,6 +186,12 @@ class EncodeTest(unittest.TestCase):
         spliced = body[: int(handoff["at"])] + handoff["text"].encode()
         self.assertEqual(json.loads(spliced), {"prompt": "a", "kv_transfer_params": fleet.PARAMS})
 
+    def test_forward_to_a_sidecar_that_not_every_d_may_have(self) -> None:
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        forward.only = forward.decode[:1]
+        response = self.encode(Answer(Phase.REQUEST_BODY, forward))
+        self.assertEqual(dict(response.dynamic_metadata["vllm_pd"]), {"only": "10.0.0.1:80"})
+
     def test_bodies_of_every_size(self) -> None:
         forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
         for size in (0, 1, 100, 127, 128, 16_383, 16_384, 2_100_000):

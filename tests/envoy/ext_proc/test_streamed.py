@@ -1,5 +1,6 @@
 """Streams of gateways: every message in every state, any order of them, and bodies however they are cut."""
 
+import tracemalloc
 import unittest
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -65,6 +66,26 @@ class Case(unittest.TestCase):
             step()
         self.assertIs(stream.state, state)
         return stream
+
+
+class ShortPartsTest(Case):
+    def test_they_take_no_more_memory_than_is_accounted(self) -> None:
+        """A client may send its body letter by letter."""
+        stream = Stream()
+        stream.receive(FIRST)
+        sent = [(b"%d" % number) * (1 + 3 * (number % 1000 == 0)) for number in range(20_000)]
+        sent[100] = b"x" * 70_000
+        tracemalloc.start()
+        try:
+            for part in sent:
+                stream.receive(Message(Phase.REQUEST_BODY, body=bytes(bytearray(part))))
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        self.assertLess(taken, 1.3 * stream.received)
+        action = stream.receive(Message(Phase.REQUEST_BODY, True))
+        assert isinstance(action, Route)
+        self.assertEqual(action.take_body(), b"".join(sent))
 
 
 class TableTest(Case):

@@ -84,11 +84,13 @@ class Engine:
     """One engine. Every method raises :exc:`EngineAway` when it cannot be asked."""
 
     def __init__(self, source: DockerSource) -> None:
+        where: dict[str, Any] = {}
         try:
             where = _where(source)
             self._client = _Client(version="auto", timeout=CALL_S, **where)
         except _WRONG as error:
-            raise EngineAway(_why(error)) from None
+            place = f"{where['base_url']}: " if where.get("base_url") and source.host is None else ""
+            raise EngineAway(place + _why(error)) from None
         url = urlsplit(str(where.get("base_url") or ""))
         self.host = url.hostname if url.scheme in ("tcp", "http", "https") and url.hostname else "127.0.0.1"
         """Address of the machine that it runs on."""

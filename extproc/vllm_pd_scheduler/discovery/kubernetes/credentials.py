@@ -25,8 +25,9 @@ class Credentials:
         """Return the access as it is now; raises :exc:`CredentialsError`."""
         if self._path is None and self._context is None and in_cluster.available():
             return await in_daemon_thread(in_cluster.read)
-        path = self._path or kubeconfig.default_path()
-        return await in_daemon_thread(partial(kubeconfig.read, path, self._context, self._plugin))
+        if self._path is None:
+            return await in_daemon_thread(partial(kubeconfig.read_default, self._context, self._plugin))
+        return await in_daemon_thread(partial(kubeconfig.read, self._path, self._context, self._plugin))
 
     def refused(self) -> None:
         """Note that the API server does not take them: what is kept of them is void."""

@@ -15,9 +15,14 @@ _FILE = "__file__"
 """The key under which an entry has the file that it is from: paths in it are relative to that."""
 
 
-def default_path() -> str:
-    """Return the file, or several as in a PATH, that is read where none is named."""
-    return os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+def read_default(context: str | None, plugin: ExecPlugin) -> Access:
+    """Return the same of the file, or several as in a PATH, that is read where none is named."""
+    path = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+    if not any(map(os.path.exists, _paths(path))):
+        raise CredentialsError(
+            f"there is no {path}, nor a service account as in a pod: name a file by kubeconfig or KUBECONFIG"
+        )
+    return read(path, context, plugin)
 
 
 def read(path: str, context: str | None, plugin: ExecPlugin) -> Access:
@@ -49,6 +54,10 @@ def read(path: str, context: str | None, plugin: ExecPlugin) -> Access:
     )
 
 
+def _paths(path: str) -> list[str]:
+    return [os.path.expanduser(each) for each in path.split(os.pathsep) if each]
+
+
 class _Merged:
     """Several files as one: of two entries with one name the first counts."""
 
@@ -56,7 +65,7 @@ class _Merged:
         self._path = path
         self.current: str | None = None
         self._entries: dict[tuple[str, str], Mapping[str, Any]] = {}
-        paths = [os.path.expanduser(each) for each in path.split(os.pathsep) if each]
+        paths = _paths(path)
         there = [each for each in paths if os.path.exists(each)]  # as kubectl does, but one is needed
         for each in there or paths[:1]:
             self._add(each, _load(each))

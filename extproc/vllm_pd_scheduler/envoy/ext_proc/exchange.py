@@ -152,8 +152,6 @@ class Exchange:
         """Envoy has no more to tell: the response has ended, or its client has left."""
         if self._stream.forward is not None:
             self._stream.forward.ended_by_envoy = True
-        if self._task is not None:
-            self._task.cancel()
         self._call.finish()
         self._end()
 
@@ -181,8 +179,6 @@ class Exchange:
 
     def cancelled(self) -> None:
         """The call is over: the client has left, or Envoy."""
-        if self._task is not None:
-            self._task.cancel()
         self._end()
 
     # -- messages
@@ -249,6 +245,8 @@ class Exchange:
         stream = self._stream
         if size := self._too_large(message):
             self._answer(stream.refused(self._router.no_memory(size, stream.headers)))
+        elif stream.state is State.AWAIT_BODY and stream.asks_for_websocket:
+            self._answer(stream.refused(self._router.no_websocket(stream.headers)))
         elif isinstance(action, Route):
             self._start(action)
             self._call.next()  # its client may leave meanwhile
@@ -352,10 +350,12 @@ class Exchange:
         self._end()
 
     def _end(self) -> None:
-        """Give back what the request had reserved, when nothing works on it any more."""
+        """Have nothing work on the request any more, and then give back what it had reserved."""
         if self._ended:
             return
         self._ended = True
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()  # also one that has not begun
         self._stop_timer()
         if self._watch is not None:
             told = self._call.is_connected and (self._tells_answers or self._stream.complete)

@@ -303,12 +303,13 @@ def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
     _set(mutation.set_headers, headers)
     mutation.remove_headers.extend(forward.remove_headers)
     common.clear_route_cache = forward.stream  # streams have a route of their own
-    if forward.splice is not None:
+    if forward.splice is not None or forward.only is not None:
         handoff = response.dynamic_metadata.fields[METADATA].struct_value.fields
-        handoff["at"].number_value = forward.splice.at
         if forward.only is not None:
             handoff["only"].string_value = ",".join(str(each.address) for each in forward.only)
-        handoff["text"].string_value = forward.splice.text
+        if forward.splice is not None:
+            handoff["at"].number_value = forward.splice.at
+            handoff["text"].string_value = forward.splice.text
     data: bytes = response.SerializeToString()
     if forward.body is None:
         return (data,)

@@ -55,6 +55,12 @@ class State(Enum):
 
 Bytes = bytes | memoryview
 
+SHORT_BYTES = 4096
+"""A shorter part of a body is copied to the one before it."""
+
+TOGETHER_BYTES = 1 << 16
+"""Until that one has so many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -101,7 +107,7 @@ class Route:
     """Tell the caller to route this request, and then to call :meth:`Stream.routed`."""
 
     headers: Mapping[str, str]
-    parts: list[Bytes] = field(default_factory=list)
+    parts: list[Bytes | bytearray] = field(default_factory=list)
     subset: frozenset[str] | None = None
 
     def take_body(self) -> bytes:
@@ -185,10 +191,15 @@ class Stream:
         self.complete = False
         """Whether all of the response has."""
         self._phase = Phase.REQUEST_HEADERS
-        self._parts: list[Bytes] = []
+        self._parts: list[Bytes | bytearray] = []
         self._body: bytes | None = None
         self._subset: frozenset[str] | None = None
         self._trailers = False
+
+    @property
+    def asks_for_websocket(self) -> bool:
+        """Whether the body will be a WebSocket's, which does not end before the answer does."""
+        return self.headers.get("upgrade", "").lower() == "websocket"
 
     def receive(self, message: Message) -> Reply | Route | Wait:
         """Return what a message of Envoy's asks for; raises :exc:`StreamError` if it cannot come now."""
@@ -215,8 +226,19 @@ class Stream:
         self._phase = message.phase
         self.received += len(message.body)
         if message.body:
-            self._parts.append(message.body)
+            self._keep(message.body)
         return Wait() if self.streamed and not message.end_of_stream else self._route()
+
+    def _keep(self, part: Bytes) -> None:
+        """Keep a part of the body: short ones together, since each object takes more than its bytes."""
+        parts = self._parts
+        last = parts[-1] if parts else part
+        if not parts or len(part) >= SHORT_BYTES or len(last) >= TOGETHER_BYTES:
+            parts.append(part)
+        elif isinstance(last, bytearray):
+            last += part
+        else:
+            parts[-1] = bytearray(last) + part
 
     def _receive_streamed(self, message: Message) -> Reply | Route | Wait:
         state, phase = self.state, message.phase
