@@ -47,6 +47,7 @@ OTHERS: dict[str, Any] = {
     "metrics_port": 9997,
     "prefill_leg": "sidecar",
     "explain_header": False,
+    "tokenize_once": False,
     "tracing": {},
     "log_format": "json",
     "load_weight": 0.1,

@@ -1,4 +1,4 @@
-"""Instances that deny having a model that they are known to list: an adapter may just have been unloaded."""
+"""Instances that deny having an adapter that they are known to list: it may just have been unloaded."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ FORGET_S = 60.0
 class Denials:
     """Says which 404 are an instance's fault. ``read_again`` has the lists of models read, and does not wait.
 
-    What an instance listed when it was last asked, it may have unloaded since. So the first denial has the
-    lists read again, and those that come before that are nobody's fault. One that goes on to list what it
-    denies does worse than its peers.
+    An adapter that an instance listed when it was last asked, it may have unloaded since. So the first denial
+    has the lists read again, and those that come before that are nobody's fault. One that goes on to list
+    what it denies does worse than its peers. A base model cannot be unloaded.
     """
 
     def __init__(self, read_again: Callable[[], None]) -> None:
         self._read_again = read_again
         self._first: dict[Endpoint, tuple[float, float]] = {}
-        """When each has denied a model first, and last."""
+        """When each has denied an adapter first, and last."""
 
-    def count(self, endpoint: Endpoint, now: float) -> bool:
-        """Note a denial; return whether it counts against the endpoint."""
-        if endpoint.models is None:
-            return True
+    def count(self, endpoint: Endpoint, model: str | None, now: float) -> bool:
+        """Note that an endpoint has denied a model; return whether that counts against it."""
         first, last = self._first.get(endpoint, (now, now))
         if now - last > FORGET_S:
             first = now
+        if model not in endpoint.adapters:  # but for requests that were under way while the list was read
+            return endpoint not in self._first or now - first > STALE_S
         if first == now:
             self._first = {e: t for e, t in self._first.items() if now - t[1] <= FORGET_S}
         self._first[endpoint] = (first, now)

@@ -85,7 +85,7 @@ class RequestsInFlight:
         self.lost = LostPrompts()
         self.patience = Patience()
         self.denials = Denials(lambda: None)
-        """Of models, by instances that list them."""
+        """Of adapters, by instances that list them."""
         self._registry = registry
         self._telemetry = telemetry
         self._recording = recording
@@ -235,11 +235,7 @@ class RequestsInFlight:
             reason = f"decode: status {attempt.status}"
             own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
             split = forward is not None and forward.pending is not None
-            if (
-                attempt.status == 404
-                and forward is not None
-                and not self.denials.count(endpoint, self._clock())
-            ):
+            if attempt.status == 404 and forward is not None and not self._counts(endpoint, forward):
                 return
             if own_key or (split and attempt.status in OF_THE_INSTANCE):
                 registry.failed(endpoint, reason, now)
@@ -254,6 +250,10 @@ class RequestsInFlight:
             forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
             registry.failed(endpoint, reason, now)
+
+    def _counts(self, endpoint: Endpoint, forward: Forward) -> bool:
+        """Whether a 404 counts against an endpoint."""
+        return self.denials.count(endpoint, forward.decision.model, self._clock())
 
     def _follow(self, forward: Forward, attempt: FailedAttempt) -> None:
         """Note who has the request now, if anybody."""
@@ -404,7 +404,7 @@ class RequestsInFlight:
         if forward.refused_by is not None:
             # D serves what P has refused. Only some refusals cannot be due to what P is asked in its place.
             reason = f"prefill: status {forward.refused_status}, where decode serves"
-            if forward.refused_status == 404 and not self.denials.count(forward.refused_by, self._clock()):
+            if forward.refused_status == 404 and not self._counts(forward.refused_by, forward):
                 return
             if forward.refused_status in OF_THE_INSTANCE:
                 self._registry.failed(forward.refused_by, reason, self._clock())
