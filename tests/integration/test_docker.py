@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import sysconfig
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import docker
 import pytest
 import pytest_asyncio
 from docker.models.containers import Container
 from docker.models.networks import Network
 
-from tests.integration.test_discovery import load, running, until_states
-from tests.support.compose_file import ROOT
 from tests.support.container_engine import Unavailable, base_image, engine
 from tests.support.followed import Followed
-from tests.support.overload import PATIENT
-from tests.support.processes import Stack
-from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.discovery.docker import source
 
@@ -178,41 +169,3 @@ async def test_a_container_that_is_made_anew_has_the_same_id(
     await fleet.until(name, f"{network.name}-e")
     assert fleet[name].host != before
     assert fleet[f"{network.name}-e"].host == before
-
-
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the containers have Python 3.11")
-async def test_containers_that_come_and_go_cost_no_request(
-    client: docker.DockerClient,
-    run: Run,
-    network: Network,
-    session: aiohttp.ClientSession,
-    tmp_path: Path,
-) -> None:
-    site = sysconfig.get_paths()["purelib"]
-    python = {
-        "volumes": {
-            site: {"bind": "/site", "mode": "ro"},
-            str(ROOT / "extproc"): {"bind": "/src", "mode": "ro"},
-        },
-        "environment": {"PYTHONPATH": "/src:/site", "PYTHONDONTWRITEBYTECODE": "1"},
-    }
-
-    def instance(role: str, number: int) -> Container:
-        command = ["python3", "-m", "vllm_pd_scheduler.sim.server", "--host", "0.0.0.0", "--port", "8000"]
-        command += ["--role", role, "--load-fail-policy", "recompute", "--decode-base", "0.005"]
-        return run(f"{role}-{number}", command, {"role": role}, **python)
-
-    containers = [instance("prefill", 0), instance("decode", 0), instance("decode", 1)]
-    settings = {
-        **PATIENT,
-        "health_check_interval": 0.5,
-        "discovery": [{"type": "docker", "host": url(client), "network": network.name}],
-    }
-    gone = f"{network.name}-decode-0"
-    with Fleet(0, 0) as none:
-        async with running(session, Stack(tmp_path), none, settings) as (seen, _), load(seen):
-            for _ in range(2):
-                containers[1].stop(timeout=20)
-                await until_states(seen, **{gone: "gone"})
-                containers[1].start()
-                await until_states(seen, **{gone: "healthy"})
