@@ -16,7 +16,7 @@ from docker.models.containers import Container
 from docker.utils import exclude_paths
 
 from tests.support.compose_file import COMPOSE, ROOT, create_arguments, read_services
-from tests.support.container_engine import Unavailable, base_image, engine, wheels
+from tests.support.container_engine import Unavailable, base_image, running_engine, wheels
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
 IMAGE = "vllm-pd-scheduler-test"
@@ -27,11 +27,7 @@ PROMPT = "What are prefill and decode? " * 20
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[docker.DockerClient]:
-    try:
-        with engine() as running:
-            yield running
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    yield from running_engine()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest_asyncio
 from docker.models.containers import Container
 from docker.models.networks import Network
 
-from tests.support.container_engine import Unavailable, base_image, engine
+from tests.support.container_engine import Unavailable, base_image, running_engine
 from tests.support.followed import Followed
 from tests.support.waiting import until
 from vllm_pd_scheduler.discovery.docker import source
@@ -30,11 +30,7 @@ Run = Callable[..., Container]
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[docker.DockerClient]:
-    try:
-        with engine() as running:
-            yield running
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    yield from running_engine()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import docker
+import pytest
 from docker.errors import DockerException
 
 from tests.support.cache import cached
@@ -64,6 +65,15 @@ def engine() -> Iterator[docker.DockerClient]:
             yield client
     finally:
         shutil.rmtree(directory)
+
+
+def running_engine() -> Iterator[docker.DockerClient]:
+    """Yield an engine's client, as a fixture does; skip the tests where none can be had."""
+    try:
+        with engine() as client:
+            yield client
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def _running() -> docker.DockerClient | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from ..request.body import JsonBody
+from ..request.handoff_key import HANDOFF_KEY
 
 MAX_TOKENS = 100_000_000
 """Of a prompt: ten times the longest context that any model has."""
@@ -155,12 +156,12 @@ class Connector(ABC):
         """
         return False
 
-    @abstractmethod
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
-        """Return how the hand-off goes into the client's body (``body.raw``), for D.
+        """Return how the hand-off goes into the client's body (``body.raw``), for D: as its last field.
 
         ``None``: D gets the client's body as it is.
         """
+        return Splice(*body.one_more(HANDOFF_KEY, handoff.params)) if handoff.params else None
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
         """Return the body of a request to D by which P frees the blocks of the hand-off.

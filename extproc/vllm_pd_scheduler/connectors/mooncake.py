@@ -15,7 +15,7 @@ import msgspec
 from ..models import join_address
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
-from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Settings, Splice
+from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Settings
 from .one_token import UNREADABLE, can_split, counted, has_stopped, never_served, one_token, was_cut
 
 RANK_HEADER = "x-data-parallel-rank"
@@ -103,10 +103,6 @@ class MooncakeConnector(Connector):
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing, and D would wait for minutes."""
         return has_stopped(answer)
-
-    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
-        """Make the hand-off the body's last field."""
-        return Splice(*body.one_more(HANDOFF_KEY, handoff.params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request that D refuses: it then pulls no blocks, and P frees them."""

@@ -16,7 +16,7 @@ from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
 from ..request.json_text import depth
-from .base import Connector, Handoff, Legs, Peer, Settings, Splice
+from .base import Connector, Handoff, Legs, Peer, Settings
 from .one_token import UNREADABLE, can_split, counted_in, has_stopped, never_served, one_token
 
 _MAX_PARAMS_DEPTH = 32
@@ -129,10 +129,6 @@ class MoriioConnector(Connector):
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing."""
         return has_stopped(answer)
-
-    def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
-        """Make the hand-off the body's last field."""
-        return Splice(*body.one_more(HANDOFF_KEY, handoff.params))
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request that D refuses: it tells P, which frees the blocks."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from ..request.body import JsonBody
-from .base import Connector, Handoff, Legs, Splice
+from .base import Connector, Handoff, Legs
 from .one_token import can_split, counted, one_token
 
 
@@ -29,7 +29,3 @@ class SharedStoreConnector(Connector):
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return that P is done: all that is handed over is in the store."""
         return Handoff(b"", *counted(answer), lease=math.inf, pinned=False)
-
-    def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
-        """Leave the body as it is."""
-        return None
