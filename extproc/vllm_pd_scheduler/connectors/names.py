@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 import msgspec
 
 from ..models import ConnectorChoice
-from ..system.loading import CannotLoad, load_class
+from ..system.loading import CannotLoad, Kind
 from .ascend_mooncake import AscendMooncakeConnector
 from .auto import AutoConnector
 from .base import Connector, Settings
@@ -36,9 +35,13 @@ class UnknownConnector(ValueError):
     """The name stands for no connector, or for one that cannot be imported, or its settings are wrong."""
 
 
+_BASE: Any = Connector  # mypy takes no abstract class for a type
+_KIND: Kind[Connector] = Kind("connector", _BASE, ENTRY_POINT_GROUP, _BUILT_IN)
+
+
 def connector_names() -> list[str]:
     """Return the names that :func:`load_connector` accepts besides dotted paths."""
-    return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP))]
+    return _KIND.names()
 
 
 def load_connector(name: str) -> type[Connector]:
@@ -46,14 +49,10 @@ def load_connector(name: str) -> type[Connector]:
 
     Raise :exc:`UnknownConnector`, which lists the known names or says what went wrong on import.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
     try:
-        base: Any = Connector
-        loaded: type[Connector] = load_class(name, ENTRY_POINT_GROUP, base, "connector", connector_names)
+        return _KIND.load(name)
     except CannotLoad as error:
         raise UnknownConnector(str(error)) from error.__cause__
-    return loaded
 
 
 def settings_of(choice: ConnectorChoice) -> Settings:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from ..fleet.endpoint import Endpoint
 from ..request.context import RequestContext
-from ..system.loading import CannotLoad, load_class
+from ..system.loading import CannotLoad, Kind
 from .base import Strategy, StrategySettings
 from .least_load import LeastLoad
 from .power_of_two import PowerOfTwo
@@ -41,9 +39,12 @@ class UnknownStrategy(ValueError):
     """The name stands for no strategy, or for one that cannot be imported or constructed."""
 
 
+_KIND = Kind("strategy", Strategy, ENTRY_POINT_GROUP, _BUILT_IN)
+
+
 def strategy_names() -> list[str]:
     """Return the names that :func:`load_strategy` accepts besides dotted paths."""
-    return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP))]
+    return _KIND.names()
 
 
 def load_strategy(name: str) -> type[Strategy]:
@@ -51,10 +52,8 @@ def load_strategy(name: str) -> type[Strategy]:
 
     Raise :exc:`UnknownStrategy`, which lists the known names or says what went wrong on import.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
     try:
-        return load_class(name, ENTRY_POINT_GROUP, Strategy, "strategy", strategy_names)
+        return _KIND.load(name)
     except CannotLoad as error:
         raise UnknownStrategy(str(error)) from error.__cause__
 

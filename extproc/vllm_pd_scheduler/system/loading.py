@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -16,31 +16,46 @@ class CannotLoad(ValueError):
     """The name stands for no class of that kind, or for one that cannot be imported."""
 
 
-def load_class(
-    name: str, group: str, base: type[T], kind: str, known: Callable[[], Sequence[str]]
-) -> type[T]:
-    """Return a subclass of ``base`` by its entry point in ``group``, or as ``package.module:Class``.
+class Kind(Generic[T]):
+    """Classes of one kind: subclasses of ``base``, which people call ``name``.
 
-    ``kind`` is what it is called, ``known`` returns the names that there are. Raise :exc:`CannotLoad`, which
-    lists these or says what went wrong on import.
+    ``built_in`` has ours by their names; other packages name theirs as entry points in ``group``.
     """
-    loaded: Any
-    try:
-        if ":" in name:
-            loaded = _imported(name, kind)
-        elif entries := entry_points(group=group, name=name):
-            loaded = next(iter(entries)).load()
-        else:
-            names = ", ".join(known())
-            raise CannotLoad(f"unknown {kind} {name!r}; choose one of {names}, or 'package.module:Class'")
-    except CannotLoad:
-        raise
-    except Exception as error:  # an import runs other people's code, which may raise anything
-        raise CannotLoad(f"{kind} {name!r} cannot be loaded: {_why(error, name, kind)}") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        public = base.__module__.rpartition(".")[0]
-        raise CannotLoad(f"{name!r} is not a subclass of {public}.{base.__name__}")
-    return loaded
+
+    def __init__(self, name: str, base: type[T], group: str, built_in: Mapping[str, type[T]]) -> None:
+        self._name = name
+        self._base = base
+        self._group = group
+        self._built_in = built_in
+
+    def names(self) -> list[str]:
+        """Return the names that :meth:`load` accepts besides dotted paths."""
+        return [*self._built_in, *sorted(e.name for e in entry_points(group=self._group))]
+
+    def load(self, name: str) -> type[T]:
+        """Return a class by its built-in name, its entry point, or as ``package.module:Class``.
+
+        Raise :exc:`CannotLoad`, which lists the known names or says what went wrong on import.
+        """
+        if name in self._built_in:
+            return self._built_in[name]
+        kind, loaded = self._name, None
+        try:
+            if ":" in name:
+                loaded = _imported(name, kind)
+            elif entries := entry_points(group=self._group, name=name):
+                loaded = next(iter(entries)).load()
+            else:
+                names = ", ".join(self.names())
+                raise CannotLoad(f"unknown {kind} {name!r}; choose one of {names}, or 'package.module:Class'")
+        except CannotLoad:
+            raise
+        except Exception as error:  # an import runs other people's code, which may raise anything
+            raise CannotLoad(f"{kind} {name!r} cannot be loaded: {_why(error, name, kind)}") from error
+        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+            public = self._base.__module__.rpartition(".")[0]
+            raise CannotLoad(f"{name!r} is not a subclass of {public}.{self._base.__name__}")
+        return loaded
 
 
 def _imported(name: str, kind: str) -> Any:
