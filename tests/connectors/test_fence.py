@@ -23,7 +23,7 @@ BODY = JsonBody.parse(b'{"model":"m","prompt":"x"}')
 HANDOFF = Handoff(b"{}", 1, 0)
 CALLS: dict[str, tuple[Any, ...]] = {
     "can_split": (BODY,),
-    "needs_decode": (PEER,),
+    "order": (PEER,),
     "question": (PEER,),
     "understood": (b"{}", PEER),
     "prefill_body": (BODY, LEGS),

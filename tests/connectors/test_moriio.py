@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vllm_pd_scheduler.connectors import Legs, MoriioConnector, Peer, settings_of
+from vllm_pd_scheduler.connectors import Legs, MoriioConnector, Order, Peer, settings_of
 from vllm_pd_scheduler.models import ConnectorChoice
 from vllm_pd_scheduler.request.api import RESPONSES
 from vllm_pd_scheduler.request.body import JsonBody
@@ -54,8 +54,8 @@ def prefill(legs: Legs) -> Any:
 
 
 def test_d_is_needed_only_where_p_writes() -> None:
-    assert not moriio.needs_decode(READ.prefill)
-    assert moriio.needs_decode(WRITE.prefill)
+    assert moriio.order(READ.prefill) is Order.PREFILL_FIRST
+    assert moriio.order(WRITE.prefill) is Order.TOWARDS_DECODE
 
 
 def test_a_response_under_the_clients_own_id_is_not_split() -> None:

@@ -10,7 +10,7 @@ from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.handoff.release import HandoffReleaser
 
-ON_THE_WAY = ("can_split", "needs_decode", "question", "prefill_body", "handoff", "ended", "splice")
+ON_THE_WAY = ("can_split", "order", "question", "prefill_body", "handoff", "ended", "splice")
 """The calls that are made before a request goes to decode."""
 
 

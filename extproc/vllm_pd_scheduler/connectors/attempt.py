@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..request.body import JsonBody
-from .base import Handoff, Legs, Peer, Question, Splice
+from .base import Handoff, Legs, Order, Peer, Question, Splice
 from .fence import ConnectorFence
 
 
@@ -18,9 +18,9 @@ class Attempt:
     connector: ConnectorFence
     legs: Legs
 
-    def needs_decode(self) -> bool:
-        """Whether D must be chosen before P does anything."""
-        return self.connector.needs_decode(self.legs.prefill)
+    def order(self) -> Order:
+        """Return which leg begins."""
+        return self.connector.order(self.legs.prefill)
 
     def towards(self, decode: Peer) -> Attempt:
         """Return the attempt, with the D that is to get the hand-off."""

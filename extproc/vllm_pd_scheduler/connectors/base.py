@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,6 +18,15 @@ MAX_TOKENS = 100_000_000
 """Of a prompt: ten times the longest context that any model has."""
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class Order(Enum):
+    """Which of the two legs of a request begins, and when D is chosen."""
+
+    PREFILL_FIRST = "prefill first"
+    """D is chosen when P has answered: what is known of it is fresher then."""
+    TOWARDS_DECODE = "towards decode"
+    """P answers first, but must be told of its D before. No other D gets the hand-off."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,9 +132,9 @@ class Connector(ABC):
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
 
-    def needs_decode(self, prefill: Peer) -> bool:
-        """Whether D must be chosen before P does anything. No other D gets the hand-off then."""
-        return False
+    def order(self, prefill: Peer) -> Order:
+        """Return which leg begins."""
+        return Order.PREFILL_FIRST
 
     def question(self, prefill: Peer) -> Question | None:
         """Return what a P is to be asked before anything is sent to it; ``None`` if nothing is."""

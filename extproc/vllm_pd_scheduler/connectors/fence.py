@@ -14,7 +14,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Splice
+from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Order, Peer, Question, Splice
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "needs_decode", "question", "understood", "prefill_body", "prefill_headers", "handoff",
+    "can_split", "order", "question", "understood", "prefill_body", "prefill_headers", "handoff",
     "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
@@ -70,9 +70,9 @@ class ConnectorFence:
             return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
         return False
 
-    def needs_decode(self, prefill: Peer) -> bool:
-        """See :meth:`Connector.needs_decode`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("needs_decode", lambda: bool(self._connector.needs_decode(prefill)))
+    def order(self, prefill: Peer) -> Order:
+        """See :meth:`Connector.order`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("order", lambda: Order(self._connector.order(prefill)))
 
     def question(self, prefill: Peer) -> Question | None:
         """See :meth:`Connector.question`; raise :exc:`ConnectorFailed` if it fails."""

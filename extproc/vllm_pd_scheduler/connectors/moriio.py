@@ -16,7 +16,7 @@ from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
 from ..request.json_text import depth
-from .base import Connector, Handoff, Legs, Peer, Settings
+from .base import Connector, Handoff, Legs, Order, Peer, Settings
 from .one_token import UNREADABLE, can_split, counted_in, has_stopped, never_served, one_token
 
 _MAX_PARAMS_DEPTH = 32
@@ -80,9 +80,9 @@ class MoriioConnector(Connector):
         """
         return can_split(body) and not (body.api is RESPONSES and body.has("request_id"))
 
-    def needs_decode(self, prefill: Peer) -> bool:
-        """Whether P writes, so that it must be told where."""
-        return bool(prefill.settings.mode == "write")
+    def order(self, prefill: Peer) -> Order:
+        """Return that P must be told of D, if it writes there."""
+        return Order.TOWARDS_DECODE if prefill.settings.mode == "write" else Order.PREFILL_FIRST
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token that is no end, and a request for a hand-off."""

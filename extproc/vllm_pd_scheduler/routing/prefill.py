@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff
+from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff, Order
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import (
     AskPrefill,
@@ -219,7 +219,7 @@ class PrefillStage:
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
         tried.decode = None
-        if attempt.needs_decode():
+        if attempt.order() is Order.TOWARDS_DECODE:
             context.at(self._clock())
             picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
             if not picked:
