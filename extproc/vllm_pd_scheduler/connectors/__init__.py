@@ -1,5 +1,6 @@
 """KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
+from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
@@ -14,8 +15,8 @@ from .nixl_push import NixlPushConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
-    "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
-    "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
-    "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "AscendLayerwiseConnector", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector",
+    "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
+    "MoriioConnector", "NixlConnector", "NixlPushConnector", "Order", "Peer", "Question", "Settings",
+    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

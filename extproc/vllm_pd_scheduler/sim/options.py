@@ -12,7 +12,14 @@ from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
 KvConnector = Literal[
-    "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "none"
+    "nixl",
+    "nixl-push",
+    "mooncake",
+    "ascend-mooncake",
+    "ascend-layerwise",
+    "moriio-read",
+    "moriio-write",
+    "none",
 ]
 LEASES = {"mooncake": 480.0, "ascend-mooncake": 480.0, "moriio-read": 60.0, "moriio-write": 60.0}
 """Seconds for which other engines than those with NIXL keep blocks."""
