@@ -151,15 +151,22 @@ class PrefillStage:
         return outcome
 
     def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
-        """Return a reservation on the P that is best now; on the same one if none is."""
-        now = self._clock()
+        """Return a reservation on the P that is best now.
+
+        That is the same one until the fleet's load has been read again: a second choice from what was known
+        would take one more turn of the strategy.
+        """
+        now, endpoint, unfit = self._clock(), later.reservation.endpoint, later.tried.unfit
+        known_at = later.reservation.at
         later.end(now)
         context.at(now)
-        picked = self._scheduler.preview(InstanceRole.PREFILL, context)
-        if not picked or picked[0] in later.tried.unfit:
-            return self._registry.reserve(later.reservation.endpoint, context)
-        later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-        return self._registry.reserve(picked[0], context)
+        serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
+        if serves and now - known_at < self._config.health_check_interval:
+            return self._registry.reserve(endpoint, context)
+        if picked := self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit):
+            later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
+            endpoint = picked[0]
+        return self._registry.reserve(endpoint, context)
 
     async def _by_one_after_another(
         self,
