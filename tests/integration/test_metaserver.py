@@ -1,4 +1,4 @@
-"""D that begin, and ask for the prefill: P that fail, hang or stop, clients that leave, calls that are wrong."""
+"""D that ask for the prefill: P that fail, hang or stop, clients that leave, calls that are wrong."""
 
 from __future__ import annotations
 
