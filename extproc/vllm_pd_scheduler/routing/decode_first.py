@@ -40,6 +40,8 @@ GRACE_S = 3.0
 """How long after the end of a request its D may still ask for the prefill: D hears of that end, and its
 engine at the end of a step, while the call is under way."""
 
+_FAILED = reject(503, "The prefill of this request has failed.", "no_prefill")
+
 _SPLICE_BYTES = 4096
 """More than an invitation adds to a body."""
 
@@ -231,7 +233,7 @@ class DecodeFirst:
 
     def _complain(self, outcome: Called, what: str, host: str) -> Called:
         if self._pace.due((outcome, host)):
-            log.warning("metaserver: a call from %s %s (logged at most once a minute)", host, what)
+            log.warning("metaserver: a call came from %s %s (logged at most once a minute)", host, what)
         return outcome
 
     async def _do(self, kept: _Kept, known: object) -> None:
@@ -249,13 +251,13 @@ class DecodeFirst:
         elif isinstance(outcome, Reject):
             self._give_up(kept, outcome)
         else:  # P's connector has failed
-            self._give_up(kept, reject(503, "The prefill of this request has failed.", "no_prefill"))
+            self._give_up(kept, _FAILED)
 
     def _done(self, kept: _Kept) -> None:
         leg = kept.leg
         if leg is not None and not leg.cancelled() and (error := leg.exception()) is not None:
-            log.error("a prefill has failed", exc_info=error)
-            self._give_up(kept, reject(500, "The scheduler has failed.", "internal"))
+            log.error("a prefill that D has asked for could not be done", exc_info=error)
+            self._give_up(kept, _FAILED)
         kept.body = None
         kept.memory.release()
         if kept.call.ended:
