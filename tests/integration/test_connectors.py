@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
-from tests.support.processes import NO_EJECTION, Answer, Client, Process, Stack, ready, spawned, unused_ports
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -85,15 +85,6 @@ async def restarted(client: Client, name: str) -> None:
     client.fleet.kill(name)
     await until(gone)
     await asyncio.to_thread(client.fleet.restart, name)
-
-
-async def prefilled_by(client: Client, answer: Answer) -> str | None:
-    """Return who has prefilled a request; where P is chosen later, no header says that."""
-    told = answer.headers.get("x-pd-prefill")
-    if told != "(later)":
-        return told
-    _, found = await client.admin("GET", f"/decisions?request_id={answer.headers['x-request-id']}")
-    return str(found["decisions"][-1]["prefill"]["attempts"][-1]["instance"])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -185,7 +176,7 @@ async def test_a_p_that_was_restarted(client: Client) -> None:
     async def hands_over() -> bool:
         answer = await client.post(path, body)
         assert (answer.status, answer.text) == (200, expected)
-        if await prefilled_by(client, answer) != "prefill-0":
+        if await client.prefilled_by(answer) != "prefill-0":
             return False
         return (await client.request_of(answer))["outcomes"] == ["good"]
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.test_connectors import alone, prefilled_by, restarted
+from tests.integration.test_connectors import alone, restarted
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
@@ -101,7 +101,7 @@ async def test_a_p_that_dies_at_it(client: Client) -> None:
     expected = await alone(client, PATH, BODY)
 
     async def has_its_turn() -> bool:
-        return await prefilled_by(client, await client.post(PATH, BODY)) == "prefill-0"
+        return await client.prefilled_by(await client.post(PATH, BODY)) == "prefill-0"
 
     await until(has_its_turn)  # it was full, or has failed, in the tests before
     before = await client.seen_by_all()
