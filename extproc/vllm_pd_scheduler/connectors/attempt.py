@@ -38,6 +38,11 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
+    @property
+    def leaves_something(self) -> bool:
+        """Whether P may keep blocks for D when it has answered."""
+        return self.order() is not Order.DECODE_FIRST
+
     def by(self, prefill: Peer) -> Attempt:
         """Return the attempt with another P, which has got nothing of it."""
         return replace(self, legs=replace(self.legs, prefill=prefill))

@@ -327,6 +327,7 @@ class RequestsInFlight:
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
         if forward.call is not None:
+            forward.refuse = None
             forward.call.end()
         if forward.sidecar is not None:
             forward.sidecar.end(now)
