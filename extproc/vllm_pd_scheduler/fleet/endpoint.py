@@ -338,6 +338,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         if self.breaker.state is BreakerState.HALF_OPEN and not self.on_trial:
             _set(self, "_trial", reservation)
 
+    def recount(self, tokens: float) -> None:
+        """Count so many tokens more, or less, for a request that is there."""
+        self._load_changes()
+        _set(self, "tokens", max(0.0, self.tokens + tokens))
+
     def give_back(self, reservation: Reservation) -> None:
         """Count a request no more."""
         self._load_changes()
@@ -411,6 +416,12 @@ class Reservation:
     """When it was made."""
     cached: float = 0.0
     """Prompt tokens that are taken for cached there."""
+    source: Endpoint | None = None
+    """Another instance, from which it pulls what that has cached of the prompt."""
+    pulled: float = 0.0
+    """Prompt tokens that it is taken to pull."""
+    alone: float = 0.0
+    """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
 
     def release(self, now: float | None = None) -> None:
