@@ -103,7 +103,7 @@ async def test_the_text_is_that_of_an_engine_alone(client: Client, name: str, st
 
 
 async def test_a_first_token_that_ends_the_text(client: Client) -> None:
-    """P is kept from stopping there, where it would keep no blocks, or it does not matter; D stops by itself."""
+    """P is kept from stopping there, where it would keep no blocks; D stops by itself."""
     for instance in client.fleet.instances:
         await client.fault(instance.id, eos=True)
     answer = await client.complete(max_tokens=8)

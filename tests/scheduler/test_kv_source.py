@@ -109,6 +109,24 @@ def test_it_is_learned_what_a_pull_takes_and_not_that_p_computes_so_fast() -> No
     assert pulls.registry.load.pull_time(60 * BLOCK) == pytest.approx(1.5 * pull, rel=0.1)
 
 
+def test_what_another_p_is_still_to_compute_is_not_there() -> None:
+    """Requests with the same prompt that come at once do not wait for each other."""
+    pulls = Pulls(p1=30)
+    first = pulls.reserve("p1")
+    assert (first.cached_blocks, pulls["p1"].computed_blocks(pulls.request)) == (30, 30)
+    second = pulls.reserve("p0")
+    assert (second.source, second.pulled) == (pulls["p1"], 30 * BLOCK)
+    pulls.registry.prefilled(first, int(64 * BLOCK), None, 1.0)
+    third = pulls.reserve("p2", at=1.0)
+    assert (third.source, third.pulled) == (pulls["p1"], 64 * BLOCK - 1)
+
+
+def test_a_queue_of_other_prompts_hides_nothing() -> None:
+    pulls = Pulls(p1=64)
+    pulls.registry.reserve(pulls["p1"], prompt(512.0, blocks=[7, 8], block_tokens=BLOCK))
+    assert pulls["p1"].computed_blocks(pulls.request) == 64
+
+
 def test_those_that_cannot_be_pulled_from() -> None:
     pulls = Pulls(p1=60, d0=64)
     pulls.sources = KvSources(pulls.scheduler, lambda instance: False)

@@ -1,4 +1,4 @@
-"""The P2P tier between simulated engines: copies that are fetched once, in time, and prefixes that are pulled."""
+"""The P2P tier between simulated engines: copies that are fetched once, and pulled prefixes."""
 
 import asyncio
 import uuid

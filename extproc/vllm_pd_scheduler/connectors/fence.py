@@ -61,7 +61,7 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
-        self.can_pull = bool(connector.can_pull)
+        self.can_pull = bool(getattr(connector, "can_pull", False))
         """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)

@@ -48,6 +48,7 @@ class Learning:
             reservation.tokens = request.prompt_tokens + request.output_tokens
             return
         load, blocks = endpoint.prefill, request.cached_blocks(endpoint.holder)
+        reservation.blocks, reservation.cached_blocks = request.blocks, blocks
         reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
         reservation.tokens = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
         reservation.wait = load.remaining(request.now)

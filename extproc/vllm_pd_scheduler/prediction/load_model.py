@@ -5,7 +5,7 @@ It does no I/O and reads no clock: every time is an argument, in seconds of the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from .read_only import ReadOnly, set_own
@@ -133,6 +133,11 @@ class PrefillLoad(ReadOnly):
             set_own(self, "head_at", now)
         self._pending[key] = cost
         set_own(self, "queued", self.queued + cost)
+
+    @property
+    def pending(self) -> Iterable[Hashable]:
+        """The names of the queued prefills."""
+        return self._pending.keys()
 
     def recost(self, key: Hashable, cost: float) -> None:
         """Change the predicted seconds of a prefill that is queued; no more than that if it is not."""

@@ -155,11 +155,14 @@ class Candidates:
             return not size or len(saturated) < size
         return len(either) < size
 
-    def most_cached(self, request: RequestContext, other: Endpoint | None = None) -> Endpoint | None:
-        """Return the endpoint with the longest cached prefix of the prompt, but ``other``, if one has any."""
-        longest = request.match.longest(1 if other is None else 2, self._holders)
-        found = (self._by_holder[each] for each in longest)
-        return next((each for each in found if each is not other), None)
+    def most_cached(self, request: RequestContext) -> Endpoint | None:
+        """Return the endpoint with the longest cached prefix of the prompt, if one has any of it."""
+        longest = request.match.longest(1, self._holders)
+        return self._by_holder[longest[0]] if longest else None
+
+    def longest_cached(self, request: RequestContext) -> list[Endpoint]:
+        """Return endpoints with the longest cached prefixes of the prompt, up to :data:`LONGEST`."""
+        return [self._by_holder[each] for each in request.match.longest(LONGEST, self._holders)]
 
     def _draw(self, now: float) -> Sequence[Endpoint]:
         out, size = self._out, len(self.endpoints)

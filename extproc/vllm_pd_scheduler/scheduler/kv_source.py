@@ -24,6 +24,9 @@ PATIENCE_S = 2.0
 """By which a pull may exceed :data:`CLEARLY` times what P alone would have taken: more than a busy P does."""
 
 
+_HOLDERS = (InstanceRole.PREFILL, InstanceRole.DECODE)
+
+
 @dataclass(frozen=True, slots=True)
 class KvSource:
     """An instance that has more of a prompt cached than P."""
@@ -48,8 +51,12 @@ def kv_source(
     here = request.uncached(prefill.holder, prefill.prefill.trust)
     source, there = None, here
     for other in others:
-        uncached = request.uncached(other.holder, other.prefill.trust)
-        if other is not prefill and uncached < there:
+        trust = other.prefill.trust
+        if other is prefill or request.uncached(other.holder, trust) >= there:
+            continue  # at best: not all of that need be there yet
+        computed = trust * other.computed_blocks(request) * request.block_tokens
+        uncached = max(1.0, request.prompt_tokens - computed)
+        if uncached < there:
             source, there = other, uncached
     if source is None:
         return None
@@ -80,8 +87,8 @@ class KvSources:
             self._registry.pull(reservation, request, source.endpoint, source.tokens, source.takes)
 
     def _others(self, prefill: Endpoint, request: RequestContext) -> list[Endpoint]:
-        found = (self._scheduler.most_cached(role, request, beside=prefill) for role in InstanceRole)
-        return [each for each in found if each is not None and not self._pauses(each, request.now)]
+        longest = (self._scheduler.longest_cached(role, request, prefill) for role in _HOLDERS)
+        return [each for some in longest for each in some if not self._pauses(each, request.now)]
 
     def _pauses(self, endpoint: Endpoint, now: float) -> bool:
         return now < self._paused.get(endpoint, (0.0, 0.0))[0]

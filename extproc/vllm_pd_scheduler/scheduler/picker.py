@@ -232,14 +232,15 @@ class Scheduler:
         """Return the routable endpoints of a role, for a model; of many, a sample."""
         return self._pools[role].of(model).some()
 
-    def most_cached(
-        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None = None
-    ) -> Endpoint | None:
-        """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it.
+    def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
+        """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
+        return self._pools[role].of(request.model).most_cached(request)
 
-        With ``beside``, another one than that, which fits it.
-        """
-        return self._pools[role].of(request.model, beside).most_cached(request, beside)
+    def longest_cached(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint
+    ) -> Sequence[Endpoint]:
+        """Return some routable endpoints that have the longest cached prefixes, and fit ``beside``."""
+        return self._pools[role].of(request.model, beside).longest_cached(request)
 
     def pick(
         self,
