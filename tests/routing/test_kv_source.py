@@ -1,5 +1,7 @@
 """P is told to pull what another instance has cached of a prompt, and what is known of that afterwards."""
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -83,6 +85,27 @@ class KvSourceTest(Case):
             "it may have been the source",
         )
         forward.release()
+        self.assertIdle()
+
+    async def test_what_says_nothing_of_the_source(self) -> None:
+        """P is full, or refuses the request, or its client has left."""
+        await self.told()
+        self.down("p0")
+        for found in (answer(503), answer(400)):
+            self.leg.answers = {"p2": found, "p1": said()}
+            (await self.route(PROMPT)).release()
+            for name in ("p1", "p2"):
+                self.router.registry.get(name).holder.clear()
+        self.assertEqual(self.pulled("in_vain"), 0)
+        self.leg.hold = asyncio.Event()
+        self.leg.entered.clear()
+        leaving = asyncio.ensure_future(self.route(PROMPT))
+        await self.leg.entered.wait()
+        self.assertIn("remote_kv_source", self.leg.sent[-1][3]["kv_transfer_params"])
+        leaving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await leaving
+        self.assertEqual(self.pulled("in_vain"), 0)
         self.assertIdle()
 
     async def test_short_prompts_are_computed(self) -> None:

@@ -57,6 +57,9 @@ class WithoutHandoff:
     """P that have answered 500."""
 
 
+_MAY_BE_THE_SOURCE = frozenset({"timeout", "hung", "reset", "status_500"})
+"""Failures of a P that was to pull a part of the prompt for which the other instance may be the reason."""
+
 Outcome = PendingHandoff | WithoutHandoff | Reject
 
 
@@ -207,7 +210,7 @@ class PrefillStage:
         finally:
             now = self._clock()
             noted.took = now - reservation.at
-            if noted.outcome != OK:
+            if noted.outcome in _MAY_BE_THE_SOURCE:
                 self._pull_ended(reservation, 0)
             reservation.release(now)
             # Soon, since this request itself is about to take a place at decode.
