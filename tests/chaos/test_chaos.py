@@ -12,7 +12,7 @@ from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
-KEEP_HANDOFFS = ["nixl", "mooncake", "ascend-mooncake", "moriio-write"]
+KEEP_HANDOFFS = ["nixl", "mooncake", "ascend-mooncake", "moriio-write", "offloading-p2p"]
 each_connector = pytest.mark.parametrize(
     "fleet", [*KEEP_HANDOFFS, "ascend-layerwise"], indirect=True, scope="module"
 )

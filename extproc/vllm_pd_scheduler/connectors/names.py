@@ -16,6 +16,7 @@ from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .offloading_p2p import OffloadingP2pConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -30,6 +31,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "ascend-mooncake": AscendMooncakeConnector,
     "ascend-layerwise": AscendLayerwiseConnector,
     "moriio": MoriioConnector,
+    "offloading-p2p": OffloadingP2pConnector,
 }
 
 

@@ -9,6 +9,14 @@ from aiohttp import web
 from .ascend_layerwise import PUSH_PATH, PushCall
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
 from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
+from .offloading import (
+    P2P_FETCH_PATH,
+    P2P_LOOKUP_PATH,
+    OffloadingConnector,
+    P2pFetch,
+    P2pFound,
+    P2pLookup,
+)
 from .options import Options
 from .worker import Worker
 
@@ -35,6 +43,8 @@ class KvApi:
         sends = self._options.role != "decode"
         if isinstance(self._worker.connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
+        if isinstance(self._worker.connector, OffloadingConnector):
+            found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
 
     async def _fetch(self, request: web.Request) -> web.Response:
@@ -50,6 +60,15 @@ class KvApi:
     async def _push(self, request: web.Request) -> web.Response:
         self._worker.serve_push(await _read(request, PushCall))
         return web.Response()
+
+    async def _p2p_fetch(self, request: web.Request) -> web.Response:
+        reply = await self._worker.serve_p2p(await _read(request, P2pFetch))
+        return _answer(reply)
+
+    async def _p2p_lookup(self, request: web.Request) -> web.Response:
+        hashes = (await _read(request, P2pLookup)).hashes
+        blocks = len(self._worker.engine.pool.find(hashes, len(hashes)))
+        return web.Response(body=msgspec.json.encode(P2pFound(blocks)))
 
     async def _query(self, request: web.Request) -> web.Response:
         """The bootstrap server of Mooncake."""
