@@ -109,6 +109,7 @@ class DecodeStage:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
+        self._telemetry.by_revision.forwarded(decode[0].instance.revision)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
         trace = current.get()
         if trace is not None:

@@ -22,7 +22,9 @@ from .fence import StrategyFence
 from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
+from .revisions import Revisions
 from .shadow import Shadow
+from .shares import Shares
 
 LEAST_LOAD = "least_load"
 """Name of the strategy that ranks where another one has failed."""
@@ -69,11 +71,13 @@ class Scheduler:
         }
         prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
         pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
-        partners = Pools(registry, decode, of[decode], random, pairing)
+        revisions = Revisions(lambda: config.revisions)
+        partners = Pools(registry, decode, of[decode], random, pairing, revisions)
         self._pools = {
-            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, revisions, partners),
             decode: partners,
         }
+        self._shares = Shares(self._pools, revisions)
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
         """The fleet for which that was found."""
@@ -86,7 +90,7 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        """Take the limits, the connector and the weights of the endpoints as they are configured now."""
         self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
@@ -175,6 +179,24 @@ class Scheduler:
         """
         return self._pools[role].of(model).has_room(now)
 
+    def has_room_for(self, role: InstanceRole, request: RequestContext, now: float) -> bool:
+        """Whether a request need not wait for a role; for P also whether it need not for the D after that."""
+        if self.config.revisions:
+            return self._shares.has_room(role, request, now)
+        model = request.model
+        return self.has_room(InstanceRole.DECODE, now, model) and self.has_room(role, now, model)
+
+    def _candidates(
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        beside: Endpoint | None = None,
+        exclude: Collection[Endpoint] = (),
+    ) -> Candidates:
+        if beside is None and self.config.revisions:
+            return self._shares.candidates(role, request, exclude)
+        return self._pools[role].of(request.model, beside)
+
     def room_at(self, now: float) -> float:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
         return min(availability.room_at(now) for availability in self._availability.values())
@@ -234,7 +256,7 @@ class Scheduler:
 
     def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
         """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
-        return self._pools[role].of(request.model).most_cached(request)
+        return self._candidates(role, request).most_cached(request)
 
     def pick(
         self,
@@ -271,7 +293,7 @@ class Scheduler:
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
+        strategy, candidates = self._strategies[role], self._candidates(role, request, beside, exclude)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -332,7 +354,7 @@ class Scheduler:
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model, beside)
+            candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)

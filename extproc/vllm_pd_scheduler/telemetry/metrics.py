@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from .by_revision import ByRevision
 from .histogram import LeanHistogram, Series
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -220,6 +221,7 @@ class Telemetry:
             registry=self.prometheus,
         )
         self._responses = {ending: responses.labels(ending) for ending in Ending}
+        self.by_revision = ByRevision(self.prometheus, _ANSWER_SECONDS)
         self._picks = LeanHistogram(
             "pd_scheduler_pick_duration_seconds",
             "Time of a pick.",
