@@ -100,7 +100,8 @@ class DecodeStage:
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
-        if not picked and beside is not None and self._scheduler.several_kinds:
+        wrong = self._registry.wrong_pairs
+        if not picked and beside is not None and (self._scheduler.several_kinds or wrong):
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:

@@ -220,6 +220,11 @@ class Scheduler:
         """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
         return self._pools[role].nobody_serves(model)
 
+    def fit(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Whether a P and a D fit together, in whatever state they are: see :mod:`.pairing`."""
+        pools = self._pools[InstanceRole.DECODE]
+        return not pools.several_kinds or pools.fitting(prefill, (decode,)) != []
+
     @property
     def several_kinds(self) -> bool:
         """Whether there are instances that do not fit together as P and D."""
@@ -227,16 +232,35 @@ class Scheduler:
 
     def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
         """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
-        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        found = self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        if not (barred := self.registry.wrong_pairs.barred(prefill)):
+            return found
+        return [each for each in (decode if found is None else found) if each not in barred]
 
     @property
     def tells_apart(self) -> bool:
         """Whether it matters for D which model a request names."""
         return self._pools[InstanceRole.DECODE].apart
 
-    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
-        """Return the routable endpoints of a role that a request of a model may be sent to."""
-        return self._pools[role].of(model).endpoints
+    def serving(
+        self, role: InstanceRole, model: str | None, beside: Endpoint | None = None
+    ) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to; see ``pick``."""
+        return self._pools[role].of(model, beside).endpoints
+
+    def barred(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None
+    ) -> Collection[Endpoint]:
+        """Return the D that may not get what ``beside`` hands over, or the P from which no D may.
+
+        They are those of pairs that have given wrong texts.
+        """
+        wrong = self.registry.wrong_pairs
+        if role is InstanceRole.DECODE:
+            return () if beside is None else wrong.barred(beside)
+        return [
+            p for p in wrong.prefill if wrong.useless(p, self.serving(InstanceRole.DECODE, request.model, p))
+        ]
 
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
@@ -270,12 +294,15 @@ class Scheduler:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
-        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
-        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P, or gave wrong texts with
+        what it hands over. Saturated ones, and ones whose trial request runs, are offered to it only if
+        there are no others. Of many it is offered a sample, if it accepts that. Where it fails, or returns
+        fewer, ``least_load`` ranks the rest.
         """
         if request.subset is not None:
             exclude = (*exclude, *self.outside(role, request.subset))
+        if self.registry.wrong_pairs:
+            exclude = (*exclude, *self.barred(role, request, beside))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
@@ -357,6 +384,8 @@ class Scheduler:
             candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
+            if self.registry.wrong_pairs:
+                exclude = (*exclude, *self.barred(role, request, beside))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 

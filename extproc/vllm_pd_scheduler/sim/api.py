@@ -207,7 +207,11 @@ class Api:
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
                     if hand_off is HandOff.SEND:
                         name = connector.request_id(params) or name
-                    hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
+                    hashes = (
+                        prompt.block_hashes(profile.block_size, body.cache_salt or "")
+                        if profile.prefix_caching
+                        else ()
+                    )
                     request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
                     jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer, params=params))
         except TooLong:
@@ -401,6 +405,7 @@ class Api:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
             self._worker.stick(self._fault.stuck)
+            self._worker.garbled = frozenset(self._fault.garbled)
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")

@@ -192,6 +192,12 @@ class Telemetry:
             registry=self.prometheus,
         )
 
+        self._self_checks = Counter(
+            "pd_scheduler_self_checks",
+            "Tries of self-checks, by what came of them.",
+            ["result"],
+            registry=self.prometheus,
+        )
         self._state_changes = Counter(
             "pd_scheduler_instance_state_changes",
             "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
@@ -355,6 +361,10 @@ class Telemetry:
     def state_changed(self, instance: str, role: str, state: str) -> None:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
+
+    def self_checked(self, result: str) -> None:
+        """Count a try of a self-check; ``result`` as in ``docs/metrics.md``."""
+        self._self_checks.labels(result).inc()
 
     def local_error(self, kind: str) -> None:
         """Count a request that could not be sent for a reason of our own."""
