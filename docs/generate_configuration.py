@@ -113,6 +113,7 @@ GROUPS = (
             "stream_idle_timeout",
             "decode_seconds_per_token",
             "kv_lease_duration",
+            "self_check_interval",
             "ejection_failures",
             "ejection_success_rate",
             "ejection_pause",

@@ -181,9 +181,9 @@ class SchedulerConfig(InstancesFile):
     max_ejected_share: Share = 0.5
     """At most this share of a role is ejected at once."""
     self_check_interval: Annotated[float, Field(ge=1, le=_WEEK_S)] | None = None
-    """Seconds between two [self-checks](reliability.md#self-check) of each model: whether a D answers the same
-    with a hand-off as without. A pair of P and D that gives wrong texts gets no more hand-offs. Without it
-    there are none. Each is two requests of some 300 tokens."""
+    """Seconds between two [self-checks](reliability.md#self-check) of each model: whether a D answers the
+    same with a hand-off as without. A pair of P and D that gives wrong texts gets no more hand-offs. Without
+    it there are none. Each is two requests of some 300 tokens."""
     drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""

@@ -1,4 +1,4 @@
-"""The self-check: now and then a request of our own, once split and once whole. Both answers must be equal."""
+"""The self-check: a request of our own now and then, once split and once whole, with one answer."""
 
 from .checks import CannotCheck, Checked, SelfCheck
 

@@ -210,7 +210,7 @@ class SelfCheck:
     def _leave_out(self, model: str, prefill: Endpoint, decode: Endpoint, by: str) -> None:
         why = f"{TRIES} of {TRIES} answers of {model} were wrong"
         self._registry.wrong_pairs.leave_out(prefill, decode, why)
-        self._say(
+        self._add(
             f"WRONG TEXTS: {decode.id} answers wrongly with what {prefill.id} hands over ({why}): it gets no "
             f"more hand-offs from there",
             by,
@@ -219,15 +219,15 @@ class SelfCheck:
 
     def _take_back(self, prefill: Endpoint, decode: Endpoint, by: str) -> None:
         self._registry.wrong_pairs.take_back(prefill, decode)
-        self._say(f"{decode.id} answers rightly with what {prefill.id} hands over, and gets it again", by)
+        self._add(f"{decode.id} answers rightly with what {prefill.id} hands over, and gets it again", by)
 
     def _doubt(self, model: str, prefill: Endpoint, decode: Endpoint, by: str) -> None:
-        self._say(
+        self._add(
             f"an answer of {model} with what {prefill.id} hands over to {decode.id} is not the one that "
             f"{decode.id} gives alone; not each of them is wrong, so the pair stays",
             by,
             logging.WARNING,
         )
 
-    def _say(self, text: str, by: str, level: int = logging.INFO) -> None:
+    def _add(self, text: str, by: str, level: int = logging.INFO) -> None:
         self._events.add(EventKind.SELF_CHECK, text, by=by, level=level)

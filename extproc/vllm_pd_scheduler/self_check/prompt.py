@@ -22,7 +22,7 @@ def new_prompt(random: Random) -> str:
     """Return a prompt of some 250 tokens that nobody has had before, whose first words differ already.
 
     It says random words, and begins to say them again. What follows can be read nowhere but in the prompt's
-    KV cache, and a model is sure of it: with another cache it says something else, and rarely is it undecided.
+    KV cache, and a model is sure of it: with another cache it says something else.
     """
     words = random.choices(_WORDS, k=_SAID)
     return f"{' '.join(words)}. Once more: {' '.join(words[:_REPEATED])}"

@@ -57,7 +57,7 @@ class Prompt:
     """Bytes of the tokens: for a text its bytes, four for each token; for token ids an item for each."""
 
     def block_hashes(self, block_size: int, salt: str = "") -> list[int]:
-        """Return chained hashes of the full blocks: if equal, model, salt and tokens up to there are equal."""
+        """Return chained hashes of the full blocks: equal ones mean equal model, salt and tokens so far."""
         hashes: list[int] = []
         before = salt.encode()
         for at in range(self.tokens // block_size):
