@@ -136,8 +136,7 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
 async def test_a_self_check(client: Client) -> None:
     for prefill in client.fleet.prefill:
         for decode in client.fleet.decode:
-            _, found = await client.admin("POST", f"/self-check?prefill={prefill.id}&decode={decode.id}")
-            (one,) = found["checks"]
+            one = await client.self_check(prefill.id, decode.id)
             assert one["result"] == "match", one
             (split, whole) = (await client.seen(decode.id))[-2:]
             assert (split["outcomes"], whole["hand_off"]) == (["good"], None)

@@ -61,11 +61,9 @@ async def garble(client: Client, wrong: bool) -> None:
 
 async def test_a_pair_that_is_asked_for(client: Client) -> None:
     before = await client.seen_by_all()
-    status, found = await client.admin("POST", "/self-check?prefill=prefill-1&decode=decode-0")
-    assert status == 200
-    (one,) = found["checks"]
+    one = await client.self_check("prefill-1", "decode-0")
     assert (one["result"], one["prefill"], one["decode"]) == ("match", "prefill-1", "decode-0"), one
-    assert (one["model"], one["tries"], one["left_out"], found["interval"]) == ("sim-model", 1, False, None)
+    assert (one["model"], one["tries"], one["left_out"]) == ("sim-model", 1, False)
     prefilled = await client.seen_since("prefill-1", before["prefill-1"])
     decoded = await client.seen_since("decode-0", before["decode-0"])
     assert [each["hand_off"] for each in prefilled] == ["send"]
@@ -116,12 +114,10 @@ async def test_a_d_that_does_not_answer(client: Client) -> None:
     """What P keeps is freed, and no instance is blamed."""
     for status in (500, 429):
         await client.fault("decode-0", status=status, paths=["/v1/completions"], times=1)
-        _, found = await client.admin("POST", "/self-check?prefill=prefill-0&decode=decode-0")
-        (one,) = found["checks"]
+        one = await client.self_check("prefill-0", "decode-0")
         assert (one["result"], one["reason"]) == ("failed", f"D answers {status}")
     await client.fault("decode-0", reset=True, paths=["/v1/completions"], times=1)
-    _, found = await client.admin("POST", "/self-check?prefill=prefill-0&decode=decode-0")
-    assert found["checks"][0]["result"] == "failed"
+    assert (await client.self_check("prefill-0", "decode-0"))["result"] == "failed"
     await client.until_in_flight(0)
     await client.until_freed()
     assert set((await client.states()).values()) == {"healthy"}
