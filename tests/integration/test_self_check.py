@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ async def test_a_wrong_pair_is_found_and_only_that(
     await use(client, config)
     await client.until_in_flight(0)
     await client.until_freed()
+
+
+async def test_the_command(client: Client) -> None:
+    command = [sys.executable, "-m", "vllm_pd_scheduler", "self-check", f"--url={client.stack.admin}"]
+
+    async def run(*arguments: str) -> tuple[int, str]:
+        with spawned([*command, *arguments]) as process:
+            status = await asyncio.to_thread(process.wait)
+            return status, process.output
+
+    await client.self_check("prefill-1", "decode-1")
+    status, said = await run("--last")
+    assert (status, "prefill-1" in said, "match" in said) == (0, True, True), said
+    assert (await run())[0] == 0
+    status, said = await run("prefill-0", "nobody")
+    assert (status, "nobody" in said) == (1, True), said
+    assert (await run("prefill-0"))[0] == 2
+    await garble(client, True)
+    await client.self_check(*WRONG)
+    status, said = await run(*WRONG)
+    assert (status, "left out: prefill-0 to decode-1" in said) == (1, True), said
+    await garble(client, False)
+    await client.self_check(*WRONG)
+    assert await left_out(client) == set()
 
 
 async def test_a_d_that_does_not_answer(client: Client) -> None:

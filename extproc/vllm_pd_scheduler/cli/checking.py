@@ -37,7 +37,8 @@ def self_check(
             typer.echo(text)
         else:
             _print(found, last)
-        if found["left_out"] or any(each["result"] == "mismatch" for each in found["checks"]):
+        wrong_now = not last and any(each["result"] == "mismatch" for each in found["checks"])
+        if found["left_out"] or wrong_now:
             raise typer.Exit(REFUSED)
 
 
