@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.support.fleet import D, P, prompt
 from tests.support.waiting import until
-from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.records.events import EventKind
@@ -266,6 +266,12 @@ class VerdictsTest(Case):
         self.check._try_pair = slow
         await asyncio.gather(*(self.check.round("probe") for _ in range(5)))
         self.assertEqual((most, len(self.check.results)), (1, 5))
+
+
+class ConfigTest(unittest.TestCase):
+    def test_it_needs_a_scheduler_that_calls_p(self) -> None:
+        with self.assertRaisesRegex(ConfigError, "self_check_interval: not with"):
+            parse_config({"self_check_interval": 60, "prefill_leg": "sidecar"})
 
 
 if __name__ == "__main__":
