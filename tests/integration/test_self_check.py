@@ -141,6 +141,7 @@ async def test_a_d_that_does_not_answer(client: Client) -> None:
         await client.fault("decode-0", status=status, paths=["/v1/completions"], times=1)
         one = await client.self_check("prefill-0", "decode-0")
         assert (one["result"], one["reason"]) == ("failed", f"D answers {status}")
+        await client.until_freed()  # by a request to the same D, which would take the next fault
     await client.fault("decode-0", reset=True, paths=["/v1/completions"], times=1)
     assert (await client.self_check("prefill-0", "decode-0"))["result"] == "failed"
     await client.until_in_flight(0)
