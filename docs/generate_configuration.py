@@ -49,9 +49,13 @@ GROUPS = (
     ),
     Group(
         "Models",
-        "Names that stand for others. What models there are is read from the instances: [Models](models.md).",
-        ("models",),
-        {"models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}},
+        "Names that stand for others, and shares of a roll-out. What models there are is read from the"
+        " instances: [Models](models.md).",
+        ("models", "revisions"),
+        {
+            "models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}},
+            "revisions": {"blue": 90, "green": 10},
+        },
     ),
     Group(
         "Strategies",
@@ -109,6 +113,7 @@ GROUPS = (
             "stream_idle_timeout",
             "decode_seconds_per_token",
             "kv_lease_duration",
+            "self_check_interval",
             "ejection_failures",
             "ejection_success_rate",
             "ejection_pause",

@@ -103,8 +103,13 @@ class PDRouter:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
         before, self._ids = self._ids, self._present()
         if before - self._ids:
-            self.telemetry.keep_only(self._ids)
-            self._later(FORGET_S, lambda: self.telemetry.keep_only(self._present()))
+            self._forget_others()
+            self._later(FORGET_S, self._forget_others)
+
+    def _forget_others(self) -> None:
+        self.telemetry.keep_only(self._present())
+        revisions = {endpoint.instance.revision for endpoint in self.registry}
+        self.telemetry.by_revision.keep_only({each for each in revisions if each is not None})
 
     @property
     def in_flight(self) -> RequestsInFlight:

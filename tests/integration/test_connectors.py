@@ -140,6 +140,15 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
     assert answer.json["usage"]["output_tokens"] == 1
 
 
+async def test_a_self_check(client: Client) -> None:
+    for prefill in client.fleet.prefill:
+        for decode in client.fleet.decode:
+            one = await client.self_check(prefill.id, decode.id)
+            assert one["result"] == "match", one
+            (split, whole) = (await client.seen(decode.id))[-2:]
+            assert (split["outcomes"], whole["hand_off"]) == (["good"], None)
+
+
 async def test_a_client_that_leaves(client: Client) -> None:
     """P's blocks are free at once, not when the lease is over."""
     for instance in client.fleet.decode:

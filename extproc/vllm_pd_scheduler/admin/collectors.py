@@ -182,7 +182,14 @@ class _RegistryCollector(_AtScrape):
         )
         for role in InstanceRole:
             ready.add_metric([role.value], len(self._registry.routable(role)))
-        yield from (state, ready)
+        wrong = GaugeMetricFamily(
+            "pd_scheduler_wrong_pairs",
+            "1 for a pair that gave wrong texts, and gets no hand-offs any more.",
+            labels=["prefill", "decode"],
+        )
+        for prefill, decode, _ in self._registry.wrong_pairs:
+            wrong.add_metric([prefill.id, decode.id], 1)
+        yield from (state, ready, wrong)
 
     def _values(self, gauges: _Gauges, endpoints: Sequence[Endpoint]) -> Iterator[Metric]:
         now = self._clock()

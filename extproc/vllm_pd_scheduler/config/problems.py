@@ -54,6 +54,10 @@ def find_problems(
         problems.append(
             "grpc_tls: not with grpc_socket, which only this user can open: leave one of them out"
         )
+    if config.self_check_interval is not None and config.prefill_leg == "sidecar":
+        problems.append(
+            'self_check_interval: not with "prefill_leg": "sidecar", where the scheduler calls no P itself'
+        )
     listeners = [listener for listener in listeners_of(config) if listener[0] not in malformed]
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)

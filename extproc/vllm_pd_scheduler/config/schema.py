@@ -38,6 +38,7 @@ _WEEK_S = 604_800
 Seconds = Annotated[float, Field(ge=0.001, le=_WEEK_S)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+Revision = Annotated[str, Field(max_length=128)]
 Probes = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
@@ -181,6 +182,10 @@ class SchedulerConfig(InstancesFile):
     30."""
     max_ejected_share: Share = 0.5
     """At most this share of a role is ejected at once."""
+    self_check_interval: Annotated[float, Field(ge=1, le=_WEEK_S)] | None = None
+    """Seconds between two [self-checks](reliability.md#self-check) of each model: whether a D answers the
+    same with a hand-off as without. A pair of P and D that gives wrong texts gets no more hand-offs. Without
+    it there are none. Each is two requests of some 300 tokens."""
     drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""
@@ -241,6 +246,12 @@ class SchedulerConfig(InstancesFile):
     """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
     that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
     to `chat-v2`."""
+    revisions: Annotated[
+        dict[Revision, Annotated[int, Field(ge=0, le=1_000_000)]], Field(max_length=1000)
+    ] = {}
+    """[Weights of the revisions](models.md#weights): `{"blue": 90, "green": 10}` gives those instances whose
+    `revision` is `green` one in ten requests. What has no weight, or is not named, gets nothing; instances
+    without a revision have the empty name. Without it the strategy chooses among all."""
     metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the listener of `metrics_port` listens on."""
     metrics_port: Annotated[Port | None, _AT_START] = None
@@ -292,6 +303,13 @@ class SchedulerConfig(InstancesFile):
         if not found or not is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
             raise ValueError("must be http://HOST:PORT, without a path")
         return url
+
+    @field_validator("revisions")
+    @classmethod
+    def _gives_something(cls, weights: dict[str, int]) -> dict[str, int]:
+        if weights and not any(weights.values()):
+            raise ValueError("at least one weight must be above 0; {} has no weights")
+        return weights
 
     @field_validator("disaggregation", mode="wrap")
     @classmethod

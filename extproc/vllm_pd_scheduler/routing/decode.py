@@ -100,7 +100,8 @@ class DecodeStage:
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
-        if not picked and beside is not None and self._scheduler.several_kinds:
+        wrong = self._registry.wrong_pairs
+        if not picked and beside is not None and (self._scheduler.several_kinds or wrong):
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
@@ -109,6 +110,7 @@ class DecodeStage:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
+        self._telemetry.by_revision.forwarded(decode[0].instance.revision)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
         trace = current.get()
         if trace is not None:

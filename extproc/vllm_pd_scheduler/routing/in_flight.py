@@ -217,6 +217,8 @@ class RequestsInFlight:
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        revision = (endpoint or forward.decode[0]).instance.revision
+        self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
             took = ttft - result.sent

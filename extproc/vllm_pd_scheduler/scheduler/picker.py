@@ -22,7 +22,9 @@ from .fence import StrategyFence
 from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
+from .revisions import Revisions
 from .shadow import Shadow
+from .shares import Shares
 
 LEAST_LOAD = "least_load"
 """Name of the strategy that ranks where another one has failed."""
@@ -69,11 +71,13 @@ class Scheduler:
         }
         prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
         pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
-        partners = Pools(registry, decode, of[decode], random, pairing)
+        revisions = Revisions(lambda: config.revisions)
+        partners = Pools(registry, decode, of[decode], random, pairing, revisions)
         self._pools = {
-            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, revisions, partners),
             decode: partners,
         }
+        self._shares = Shares(self._pools, revisions)
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
         """The fleet for which that was found."""
@@ -86,7 +90,7 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        """Take the limits, the connector and the weights of the endpoints as they are configured now."""
         self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
@@ -175,6 +179,24 @@ class Scheduler:
         """
         return self._pools[role].of(model).has_room(now)
 
+    def has_room_for(self, role: InstanceRole, request: RequestContext, now: float) -> bool:
+        """Whether a request need not wait for a role; for P also whether it need not for the D after that."""
+        if self.config.revisions:
+            return self._shares.has_room(role, request, now)
+        model = request.model
+        return self.has_room(InstanceRole.DECODE, now, model) and self.has_room(role, now, model)
+
+    def _candidates(
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        beside: Endpoint | None = None,
+        exclude: Collection[Endpoint] = (),
+    ) -> Candidates:
+        if beside is None and self.config.revisions:
+            return self._shares.candidates(role, request, exclude)
+        return self._pools[role].of(request.model, beside)
+
     def room_at(self, now: float) -> float:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
         return min(availability.room_at(now) for availability in self._availability.values())
@@ -198,6 +220,11 @@ class Scheduler:
         """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
         return self._pools[role].nobody_serves(model)
 
+    def fit(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Whether a P and a D fit together, in whatever state they are: see :mod:`.pairing`."""
+        pools = self._pools[InstanceRole.DECODE]
+        return not pools.several_kinds or pools.fitting(prefill, (decode,)) != []
+
     @property
     def several_kinds(self) -> bool:
         """Whether there are instances that do not fit together as P and D."""
@@ -205,16 +232,35 @@ class Scheduler:
 
     def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
         """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
-        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        found = self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        if not (barred := self.registry.wrong_pairs.barred(prefill)):
+            return found
+        return [each for each in (decode if found is None else found) if each not in barred]
 
     @property
     def tells_apart(self) -> bool:
         """Whether it matters for D which model a request names."""
         return self._pools[InstanceRole.DECODE].apart
 
-    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
-        """Return the routable endpoints of a role that a request of a model may be sent to."""
-        return self._pools[role].of(model).endpoints
+    def serving(
+        self, role: InstanceRole, model: str | None, beside: Endpoint | None = None
+    ) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to; see ``pick``."""
+        return self._pools[role].of(model, beside).endpoints
+
+    def barred(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None
+    ) -> Collection[Endpoint]:
+        """Return the D that may not get what ``beside`` hands over, or the P from which no D may.
+
+        They are those of pairs that have given wrong texts.
+        """
+        wrong = self.registry.wrong_pairs
+        if role is InstanceRole.DECODE:
+            return () if beside is None else wrong.barred(beside)
+        return [
+            p for p in wrong.prefill if wrong.useless(p, self.serving(InstanceRole.DECODE, request.model, p))
+        ]
 
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
@@ -234,7 +280,7 @@ class Scheduler:
 
     def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
         """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
-        return self._pools[role].of(request.model).most_cached(request)
+        return self._candidates(role, request).most_cached(request)
 
     def longest_cached(
         self, role: InstanceRole, request: RequestContext, beside: Endpoint
@@ -254,12 +300,15 @@ class Scheduler:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
-        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
-        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P, or gave wrong texts with
+        what it hands over. Saturated ones, and ones whose trial request runs, are offered to it only if
+        there are no others. Of many it is offered a sample, if it accepts that. Where it fails, or returns
+        fewer, ``least_load`` ranks the rest.
         """
         if request.subset is not None:
             exclude = (*exclude, *self.outside(role, request.subset))
+        if self.registry.wrong_pairs:
+            exclude = (*exclude, *self.barred(role, request, beside))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
@@ -277,7 +326,7 @@ class Scheduler:
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
+        strategy, candidates = self._strategies[role], self._candidates(role, request, beside, exclude)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -338,9 +387,11 @@ class Scheduler:
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model, beside)
+            candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
+            if self.registry.wrong_pairs:
+                exclude = (*exclude, *self.barred(role, request, beside))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 

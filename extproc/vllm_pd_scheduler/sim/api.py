@@ -208,7 +208,8 @@ class Api:
                     if hand_off is HandOff.SEND:
                         name = connector.request_id(params) or name
                     pushes = hand_off is HandOff.SEND and not connector.lends
-                    hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
+                    salt = body.cache_salt or ""
+                    hashes = prompt.block_hashes(profile.block_size, salt) if profile.prefix_caching else ()
                     kept = HandOff.NONE if pushes else hand_off
                     request = EngineRequest(name, prompt.tokens, length.tokens, kept, hashes)
                     job = Job(request, prompt, len(jobs), length.finish_reason, answer, params=params)
@@ -407,6 +408,7 @@ class Api:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
             self._worker.stick(self._fault.stuck)
+            self._worker.garbled = frozenset(self._fault.garbled)
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")

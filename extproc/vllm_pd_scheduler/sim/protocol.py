@@ -53,6 +53,7 @@ class Body(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
     return_token_ids: bool | None = False
+    cache_salt: str | None = None
 
 
 class CompletionBody(Body, kw_only=True):

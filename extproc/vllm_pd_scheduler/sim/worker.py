@@ -89,6 +89,10 @@ class Worker:
         released if received."""
         self.connector = connector
         self._metrics = metrics
+        self.garbled: frozenset[int] = frozenset()
+        """Ports of engines whose blocks come wrong."""
+        self._wrong: set[int] = set()
+        """Hashes of cached blocks that have come wrong."""
         self._agent = agent
         self._recompute = recompute
         self._fail_delay = fail_delay
@@ -307,6 +311,8 @@ class Worker:
                 continue
             if output.index == 0 and job.offer is None:
                 self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+                if self._wrong:
+                    self._use_cached(job)
             if output.index == 0 and job.pushes:
                 self._spawn(self.connector.push(job.params, request.request_id, job.prompt.digest))
             self._metrics.token(request, end - job.last_token if output.index else None)
@@ -320,6 +326,15 @@ class Worker:
                 if there := self._pulled.pop(request.request_id, None):
                     there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
+
+    def _use_cached(self, job: Job) -> None:
+        """Have a prompt of which wrong blocks were cached answered wrongly, until it is computed anew."""
+        hashes = job.request.block_hashes
+        cached = job.request.cached // self.engine.profile.block_size
+        if not cached:
+            self._wrong.difference_update(hashes)
+        elif not self._wrong.isdisjoint(hashes[:cached]):
+            job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
 
     async def _wait_for_work(self, now: float) -> None:
         """Wait for a change, or for the end of a lease."""
@@ -373,6 +388,9 @@ class Worker:
         if begins_with_call:
             await asyncio.sleep(seconds)
         outcome = "good"
+        if getattr(offer, "port", None) in self.garbled:
+            job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
+            self._wrong.update(request.block_hashes)
         if reply.digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
             # A short prompt takes a part of what was pushed, and gives back the whole.

@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from .by_revision import ByRevision
 from .histogram import LeanHistogram, Series
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -191,6 +192,12 @@ class Telemetry:
             registry=self.prometheus,
         )
 
+        self._self_checks = Counter(
+            "pd_scheduler_self_checks",
+            "Tries of self-checks, by what came of them.",
+            ["result"],
+            registry=self.prometheus,
+        )
         self._state_changes = Counter(
             "pd_scheduler_instance_state_changes",
             "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
@@ -220,6 +227,7 @@ class Telemetry:
             registry=self.prometheus,
         )
         self._responses = {ending: responses.labels(ending) for ending in Ending}
+        self.by_revision = ByRevision(self.prometheus, _ANSWER_SECONDS)
         self._picks = LeanHistogram(
             "pd_scheduler_pick_duration_seconds",
             "Time of a pick.",
@@ -374,6 +382,10 @@ class Telemetry:
     def state_changed(self, instance: str, role: str, state: str) -> None:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
+
+    def self_checked(self, result: str) -> None:
+        """Count a try of a self-check; ``result`` as in ``docs/metrics.md``."""
+        self._self_checks.labels(result).inc()
 
     def local_error(self, kind: str) -> None:
         """Count a request that could not be sent for a reason of our own."""
