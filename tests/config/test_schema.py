@@ -113,7 +113,7 @@ class MistakesTest(ConfigCase):
             (fleet(discovery=[3]), r"^discovery\[0\].*: must be a JSON object$"),
             (
                 fleet(discovery=[{"type": "kubernetes", "services": {"prefil": "b"}}]),
-                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill' or 'decode'$",
+                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill', 'decode' or 'encode'$",
             ),
             (fleet(models={"": {"targets": {"a": 1}}}), r"^models: the key '' must not be empty$"),
             (fleet(models={"a": {"targets": {}}}), r"^models\.a\.targets: must not be empty$"),

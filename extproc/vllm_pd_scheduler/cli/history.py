@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..models import InstanceRole
+from ..models import PD_ROLES
 from .client import UNREACHABLE, AdminClient, Failure
 from .connection import (
     DEFAULT_URL,
@@ -88,7 +88,7 @@ def _decisions(found: list[dict[str, Any]]) -> Table:
 
 
 def _cells(each: Mapping[str, Any]) -> list[Text]:
-    legs = [leg["picked"] or "none" for role in InstanceRole if (leg := each.get(role)) is not None]
+    legs = [leg["picked"] or "none" for role in PD_ROLES if (leg := each.get(role)) is not None]
     date, _, time_of_day = local_time(each["time"]).partition(" ")
     failed = each["status"] is not None and each["status"] >= 400
     reason = f" {each['reason']}" if each["reason"] else ""
@@ -143,7 +143,7 @@ def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     if each["ttft_s"] is not None or each["predicted_ttft_s"] is not None:
         predicted = seconds(each["predicted_ttft_s"])
         yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
-    for role in InstanceRole:
+    for role in PD_ROLES:
         if (leg := each.get(role)) is not None:
             yield ""
             yield from _leg(role, leg)

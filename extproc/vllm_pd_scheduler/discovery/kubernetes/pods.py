@@ -87,7 +87,7 @@ def _roles(pod: Pod, labels: PodLabels) -> list[InstanceRole]:
     found = [role for role in InstanceRole if value in labels.roles[role]]
     if not found:
         what = f"{labels.role} is {value!r}" if value else f"it has no label {labels.role}"
-        raise LeftOut(f"{what}, which makes it neither prefill nor decode")
+        raise LeftOut(f"{what}, which makes it neither prefill, decode nor encode")
     return found
 
 
