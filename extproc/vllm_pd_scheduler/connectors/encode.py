@@ -2,8 +2,8 @@
 
 E gets a request with one item and no text, in the client's own API, so that it reads the item as P does. What
 it has computed is found by the hash of the item's content. With ``ECCPUConnector`` (``ec-nixl``) E answers
-where: ``ec_transfer_params``, by hash, which P gets and fetches from; what is missing there P encodes itself.
-With ``ECExampleConnector`` (``ec-example``) it is in storage that both share, and nothing passes between them.
+where: ``ec_transfer_params``, by hash, which P gets and fetches from; what is missing P encodes itself.
+With ``ECExampleConnector`` (``ec-example``) it is in storage that both share, and nothing is passed on.
 
 Source: ``vllm/distributed/ec_transfer`` and ``examples/disaggregated/disaggregated_encoder`` of vLLM 0.33.
 """
