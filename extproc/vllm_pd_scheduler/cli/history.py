@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -143,6 +143,11 @@ def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     if each["ttft_s"] is not None or each["predicted_ttft_s"] is not None:
         predicted = seconds(each["predicted_ttft_s"])
         yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
+    if (encode := each.get("encode")) is not None:
+        yield ""
+        items = f"{encode['encoded']} of {encode['items']} items encoded"
+        yield plain(f"encode: {items}; took {seconds(encode['took_s'])}", "bold")
+        yield from _tried(encode["attempts"])
     for role in PD_ROLES:
         if (leg := each.get(role)) is not None:
             yield ""
@@ -170,7 +175,11 @@ def _leg(role: str, leg: Mapping[str, Any]) -> Iterator[RenderableType]:
     for reason, ids in leg["left_out"].items():
         if ids:
             yield plain(f"  left out, {reason}: {', '.join(ids)}")
-    for attempt in leg["attempts"]:
+    yield from _tried(leg["attempts"])
+
+
+def _tried(attempts: Iterable[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for attempt in attempts:
         outcome = attempt["outcome"]
         style = "" if outcome in ("ok", None) else "yellow"
         yield plain(f"  tried {attempt['instance']}: {outcome or 'not ended'}", style)

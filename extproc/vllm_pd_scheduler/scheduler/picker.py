@@ -314,15 +314,12 @@ class Scheduler:
         No strategy ranks them. One of a roll-out's revision is left out while there are P or D of another
         one: what it computes may not be what they would.
         """
-        role = InstanceRole.ENCODE
-        found = self._pools[role].of(model).all(now, exclude)
-        revisions = {e.instance.revision for each in PD_ROLES for e in self.registry.routable(each)}
-        return [
-            e
-            for e in found
-            if not self.saturated(e, now)
-            and (e.instance.revision is None or revisions <= {e.instance.revision})
-        ]
+        candidates = self._pools[InstanceRole.ENCODE].of(model).all(now, exclude)
+        found = [endpoint for endpoint in candidates if not self.saturated(endpoint, now)]
+        if all(endpoint.instance.revision is None for endpoint in found):
+            return found
+        served = {each.instance.revision for role in PD_ROLES for each in self.registry.routable(role)}
+        return [e for e in found if e.instance.revision is None or served <= {e.instance.revision}]
 
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None

@@ -65,8 +65,8 @@ class Fleet:
       encode instances from 200;
       without, on unused ports. An instance keeps its port when it is restarted.
     - ``arguments`` are command line arguments of all servers, ``prefill_arguments``, ``decode_arguments`` and
-      ``encode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that trusts
-      the servers.
+      ``encode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
+      trusts the servers.
     - ``connector`` is the hand-off protocol of all of them.
     - ``timeout`` is the time in which an instance must become healthy, in seconds.
 
