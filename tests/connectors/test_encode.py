@@ -41,7 +41,8 @@ WHERE = {"peer_host": "10.0.0.3", "peer_port": 5601, "size_bytes": 4096, "nixl_a
             "/v1/chat/completions",
             IMAGE,
             '"model":"m","stream":true,"max_completion_tokens":99,"tools":[],'
-            '"mm_processor_kwargs": {"a": NaN},"temperature":0,"n":4,"media_io_kwargs":{"video":{"fps":2}},"stop":["x"],',
+            '"mm_processor_kwargs": {"a": NaN},"temperature":0,"n":4,'
+            '"media_io_kwargs":{"video":{"fps":2}},"stop":["x"],',
             '{"model":"m","mm_processor_kwargs":{"a": NaN},"media_io_kwargs":{"video":{"fps":2}},'
             '"messages":[{"role":"user","content":[PART]}],"max_tokens":1,"stream":false}',
         ),
