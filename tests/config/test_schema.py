@@ -129,7 +129,7 @@ class MistakesTest(ConfigCase):
             ),
             (
                 fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1, "connector": "nixl"}]),
-                r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl, ec-",
+                r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
             ),
             (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),

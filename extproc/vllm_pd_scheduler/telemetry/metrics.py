@@ -147,6 +147,8 @@ class Telemetry:
             ["outcome"],
             registry=self.prometheus,
         )
+        for kind in ("encoded", "left"):
+            self._media_items.labels(kind)
         self._prefill_seconds = Histogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
