@@ -90,7 +90,8 @@ class RoleTable {
     if (found > MOST_ROWS && !fleet.showAll) {
       shown = shown.toSorted((a, b) => RANKS[tone(a)] - RANKS[tone(b)]).slice(0, MOST_ROWS);
     }
-    this.element.hidden = this.role === "encode" && all.length === 0;
+    if (all.length === 0 && !ROLES.includes(this.role)) this.element.remove();
+    else if (!this.element.isConnected) byId("roles").append(this.element);
     const counts = status?.roles?.[this.role];
     say(this.count, counts ? `${counts.routable} of ${counts.total} can serve` : "");
     this.place(shown);
@@ -191,6 +192,6 @@ function drawInstances(status) {
 }
 
 function startInstances() {
-  byId("roles").append(...tables.map((table) => table.element));
+  byId("roles").append(...tables.filter((table) => ROLES.includes(table.role)).map((table) => table.element));
   byId("filter").addEventListener("input", () => drawInstances(lastStatus()));
 }
