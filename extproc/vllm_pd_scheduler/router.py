@@ -14,9 +14,9 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import AskPrefill, PrefillLeg
+from .handoff.interfaces import AskPrefill, EncodeLeg, PrefillLeg
 from .health import StateLog
-from .models import By, InstanceRole, PDInstance
+from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
@@ -65,7 +65,7 @@ class PDRouter:
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
         self.telemetry = telemetry or Telemetry()
-        took = {role: self.telemetry.picks(role) for role in InstanceRole}
+        took = {role: self.telemetry.picks(role) for role in PD_ROLES}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
         self.connectors = Connectors(lambda: connector_choice(config.connector), connector)
@@ -134,6 +134,15 @@ class PDRouter:
     @prefill_leg.setter
     def prefill_leg(self, leg: PrefillLeg | None) -> None:
         self._core.prefill.leg = leg
+
+    @property
+    def encode_leg(self) -> EncodeLeg | None:
+        """Sends media items to encode instances; without one, the prefill encodes them."""
+        return self._core.encode.leg
+
+    @encode_leg.setter
+    def encode_leg(self, leg: EncodeLeg | None) -> None:
+        self._core.encode.leg = leg
 
     @property
     def ask_prefill(self) -> AskPrefill | None:

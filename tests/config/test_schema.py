@@ -113,7 +113,7 @@ class MistakesTest(ConfigCase):
             (fleet(discovery=[3]), r"^discovery\[0\].*: must be a JSON object$"),
             (
                 fleet(discovery=[{"type": "kubernetes", "services": {"prefil": "b"}}]),
-                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill' or 'decode'$",
+                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill', 'decode' or 'encode'$",
             ),
             (fleet(models={"": {"targets": {"a": 1}}}), r"^models: the key '' must not be empty$"),
             (fleet(models={"a": {"targets": {}}}), r"^models\.a\.targets: must not be empty$"),
@@ -127,6 +127,11 @@ class MistakesTest(ConfigCase):
                     (decode(connector=wrong or 3), r"decode_instances\[0\]\.connector"),
                 )
             ),
+            (
+                fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1, "connector": "nixl"}]),
+                r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
+            ),
+            (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
             (decode(prot=1), r"^decode_instances\[0\]\.prot: unknown key; did you mean 'port'\?$"),

@@ -14,7 +14,9 @@ from pydantic import (
     field_validator,
 )
 
-from ..models import InstanceRole, PDInstance, is_ip
+from ..connectors import UnknownConnector, settings_of
+from ..connectors.encode import EncodeConnectorName, encode_connector
+from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
@@ -121,6 +123,13 @@ class SchedulerConfig(InstancesFile):
     connector: ConnectorSetting = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
+    encode_connector: EncodeConnectorName = "ec-nixl"
+    """How the [encode instances](connectors.md#encode-instances) hand over images, video and audio that they
+    have encoded: `ec-nixl` by what E answers, which P gets (vLLM's `ECCPUConnector`), `ec-example` by storage
+    that they share (`ECExampleConnector`)."""
+    encode_timeout: Seconds = 30.0
+    """Seconds that one attempt to encode an item may take; then another E is tried, and at last P encodes it.
+    All items of a request together have twice as long."""
     tokenize_once: bool = True
     """Whether D gets a chat's token ids from P, where both are vLLM 0.28 or newer, and need not tokenize it a
     second time. See [Tokenize once](connectors.md#tokenize-once)."""
@@ -281,8 +290,11 @@ class SchedulerConfig(InstancesFile):
     """The P of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     decode_instances: list[InstanceConfig] = []
     """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
+    encode_instances: list[InstanceConfig] = []
+    """The [encode instances](connectors.md#encode-instances) (E) of the fleet. Without any, P encodes what
+    its requests have of images, video and audio."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
-    """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the two
+    """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the three
     keys above."""
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
@@ -381,7 +393,7 @@ class SchedulerConfig(InstancesFile):
             self.tls_name(item),
             models,
             item.revision,
-            None if item.connector is None else connector_choice(item.connector),
+            _own_connector(role, item),
         )
 
     def tls_name(self, item: InstanceConfig) -> str | None:
@@ -410,6 +422,26 @@ class SchedulerConfig(InstancesFile):
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
         sources += [getattr(source, "api_key", None) for source in self.discovery]
         return [source for source in sources if source is not None]
+
+
+def _own_connector(role: InstanceRole, item: InstanceConfig) -> ConnectorChoice | None:
+    """Return an instance's own connector, if it names one; raise :exc:`ValueError` if none is called so."""
+    if item.connector is None:
+        return None
+    choice = connector_choice(item.connector)
+    try:
+        check_connector(role, choice)
+    except UnknownConnector as error:
+        raise ValueError(f"connector: {error}") from None
+    return choice
+
+
+def check_connector(role: InstanceRole, choice: ConnectorChoice) -> None:
+    """Raise :exc:`.connectors.UnknownConnector` for one that an instance of a role cannot have."""
+    if role is InstanceRole.ENCODE:
+        encode_connector(choice)
+    else:
+        settings_of(choice)
 
 
 def is_loopback(host: str) -> bool:

@@ -36,6 +36,7 @@ from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
 from .decode_first import DecodeFirst
 from .denials import Denials
+from .encode import EncodeStage
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import AskedLater, PrefillStage, WithoutHandoff, lost_twice
@@ -107,6 +108,7 @@ class RoutingCore:
             self._local,
             clock,
         )
+        self.encode = EncodeStage(config, scheduler, telemetry, self.in_flight.lost, self._turns, clock)
         self.decode_first = DecodeFirst(
             config,
             self.prefill,
@@ -264,6 +266,16 @@ class RoutingCore:
             )
             if not can_serve:
                 return refusal or self.decode.no_decode(context, decision)
+        body = await self.encode.run(context, headers, body, decision)
+        outcome = await self._sent(context, headers, body, decision)
+        if body.more and isinstance(outcome, Forward):
+            self.decode.add_encoded(outcome, body)
+        return outcome
+
+    async def _sent(
+        self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request that is understood: split, or whole."""
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.

@@ -214,6 +214,13 @@ class DecodeStage:
                 prefilled.prefill.keep_handoff()
         return forward
 
+    def add_encoded(self, forward: Forward, body: JsonBody) -> None:
+        """Have a D that prefills get what it needs to find encoded items: the field that P gets otherwise."""
+        if forward.pending is None and forward.sidecar is None and forward.splice is None:
+            ((name, text),) = body.more.items()
+            splice = Splice(*body.one_more(name, text))
+            forward.splice = splice if self._fits(splice) else None
+
     def _fits(self, splice: Splice | None) -> bool:
         return splice is None or splice.at + len(splice.text) <= self._config.max_body_bytes
 

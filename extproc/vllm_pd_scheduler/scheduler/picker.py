@@ -10,7 +10,7 @@ from random import Random
 from ..config import SchedulerConfig, connector_choice
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..records.decision import Choice
 from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
@@ -63,25 +63,26 @@ class Scheduler:
         self._last: Ranking | None = None
         """The newest pick that has found somebody."""
         self._strategies: dict[InstanceRole, StrategyFence] = {}
-        self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in InstanceRole}
+        self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in PD_ROLES}
         """What ranks where a strategy has failed."""
         random = Random(seed)
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
-        prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
+        (prefill, decode), encode = PD_ROLES, InstanceRole.ENCODE
         pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
         revisions = Revisions(lambda: config.revisions)
         partners = Pools(registry, decode, of[decode], random, pairing, revisions)
         self._pools = {
             prefill: Pools(registry, prefill, of[prefill], random, pairing, revisions, partners),
             decode: partners,
+            encode: Pools(registry, encode, of[encode], random, pairing),
         }
         self._shares = Shares(self._pools, revisions)
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
         """The fleet for which that was found."""
-        self.use_each({role: config.strategy_of(role) for role in InstanceRole})
+        self.use_each({role: config.strategy_of(role) for role in PD_ROLES})
         self.use_shadow(config.shadow_strategy)
 
     @property
@@ -115,7 +116,7 @@ class Scheduler:
         Raise :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and change nothing if the name cannot be
         used.
         """
-        self.use_each(dict.fromkeys(InstanceRole if role is None else (role,), name))
+        self.use_each(dict.fromkeys(PD_ROLES if role is None else (role,), name))
 
     def use_each(self, names: Mapping[InstanceRole, str]) -> None:
         """Change the strategies of several roles, or none if one name cannot be used; raise as ``use``."""
@@ -268,10 +269,11 @@ class Scheduler:
         If not, a request that names none may mean one model to P and another one to D.
         """
         registry = self.registry
-        known = (registry.models_version, *(registry.routable(role) for role in InstanceRole))
+        known = (registry.models_version, *(registry.routable(role) for role in PD_ROLES))
         if any(a is not b for a, b in zip(known, self._models_known, strict=True)):
             self._models_known = known
-            self._one_model = len({e.models for e in registry if e.models}) <= 1
+            serving = (e for role in PD_ROLES for e in registry.endpoints(role))
+            self._one_model = len({e.models for e in serving if e.models}) <= 1
         return self._one_model
 
     def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
@@ -355,9 +357,24 @@ class Scheduler:
 
     def outside(self, role: InstanceRole, subset: frozenset[str] | None) -> Collection[Endpoint]:
         """Return the endpoints of a role that are left out by the subset that a request may go to."""
-        if subset is None or role is InstanceRole.PREFILL:
+        if subset is None or role is not InstanceRole.DECODE:
             return ()
         return frozenset(e for e in self.registry.endpoints(role) if not _is_in(subset, e))
+
+    def encoders(
+        self, model: str | None, now: float, exclude: Collection[Endpoint] = ()
+    ) -> Sequence[Endpoint]:
+        """Return the encode instances that a model's items may be sent to, and that have room.
+
+        No strategy ranks them. One of a roll-out's revision is left out while there are P or D of another
+        one: what it computes may not be what they would.
+        """
+        candidates = self._pools[InstanceRole.ENCODE].of(model).all(now, exclude)
+        found = [endpoint for endpoint in candidates if not self.saturated(endpoint, now)]
+        if all(endpoint.instance.revision is None for endpoint in found):
+            return found
+        served = {each.instance.revision for role in PD_ROLES for each in self.registry.routable(role)}
+        return [e for e in found if e.instance.revision is None or served <= {e.instance.revision}]
 
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None

@@ -129,6 +129,7 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
+        router.encode_leg = (encode_leg := HttpPrefill(pool, None, config.encode_timeout)).send
         router.ask_prefill = questions = Questions(session, router.registry)
         self._stack.push_async_callback(questions.close)
         if router.tracer is not None:
@@ -139,6 +140,7 @@ class App:
             text = f"{endpoint.id} hangs: it answers nothing; what waits there is given up"
             router.events.add(EventKind.STATE, text, by=By.PROBE, subject=endpoint.id, level=logging.WARNING)
             leg.give_up(endpoint)
+            encode_leg.give_up(endpoint)
 
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
         await monitor.start()
@@ -147,7 +149,7 @@ class App:
         self._stack.push_async_callback(router.catalog.read_again.close)
 
         def reconfigured() -> None:
-            leg.timeout = config.prefill_timeout
+            leg.timeout, encode_leg.timeout = config.prefill_timeout, config.encode_timeout
             monitor.reconfigured(config)
             self_check.reconfigured()
 

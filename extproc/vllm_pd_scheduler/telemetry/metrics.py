@@ -129,6 +129,27 @@ class Telemetry:
             ["rule", "model"],
             registry=self.prometheus,
         )
+        self._encode_seconds = Histogram(
+            "pd_scheduler_encode_duration_seconds",
+            "Time that an encode instance took for an item, as the scheduler sees it.",
+            ["encode"],
+            buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        self._encode_failures = Counter(
+            "pd_scheduler_encode_failures",
+            "Attempts to encode an item that handed nothing over.",
+            ["encode", "reason"],
+            registry=self.prometheus,
+        )
+        self._media_items = Counter(
+            "pd_scheduler_media_items",
+            "Images, videos and sounds in requests: encoded by an encode instance, or left to the prefill.",
+            ["outcome"],
+            registry=self.prometheus,
+        )
+        for kind in ("encoded", "left"):
+            self._media_items.labels(kind)
         self._prefill_seconds = Histogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
@@ -262,6 +283,8 @@ class Telemetry:
 
         self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
             (self._requests, "decode"),
+            (self._encode_seconds, "encode"),
+            (self._encode_failures, "encode"),
             (self._prefill_seconds, "prefill"),
             (self._predicted, "prefill"),
             (self._prefill_failures, "prefill"),
@@ -339,6 +362,19 @@ class Telemetry:
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""
         self._queue_seconds.labels(outcome).observe(seconds)
+
+    def encoded(self, instance: str, seconds: float) -> None:
+        """Record an item that an encode instance has encoded, and how long it took."""
+        self._encode_seconds.labels(instance).observe(seconds)
+
+    def encode_failed(self, instance: str, reason: str) -> None:
+        """Count an attempt to encode an item that failed; ``reason`` as in ``docs/metrics.md``."""
+        self._encode_failures.labels(instance, reason).inc()
+
+    def media_items(self, encoded: int, left: int) -> None:
+        """Count a request's items: those that were encoded before the prefill, and those that were not."""
+        self._media_items.labels("encoded").inc(encoded)
+        self._media_items.labels("left").inc(left)
 
     @contextmanager
     def time_prefill(self, instance: str) -> Iterator[None]:
