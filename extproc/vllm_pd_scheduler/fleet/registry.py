@@ -17,6 +17,7 @@ from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
 from .learning import Learning
+from .pairs import Pairs
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
@@ -50,6 +51,8 @@ class Registry:
     load: FleetLoad = field(default_factory=FleetLoad)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     learning: Learning = field(init=False)
+    pairs: Pairs = field(init=False)
+    """The pairs of P and D between which hand-offs fail."""
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -92,10 +95,12 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
+        self.pairs = Pairs(self.policy.breaker)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
         self.policy = policy
+        self.pairs.follow(policy.breaker)
         for endpoint in self._endpoints.values():
             endpoint.breaker.follow(policy.breaker)
 
@@ -138,6 +143,8 @@ class Registry:
         del self._endpoints[instance_id]
         del self._places[_place(endpoint.instance)]
         self.learning.left(endpoint)
+        self.pairs.forget(endpoint)
+        self.load.transfers.forget(endpoint.id)
         endpoint.drain(True)
         endpoint.holder.close()
         self.models_version += 1
@@ -329,6 +336,8 @@ class Registry:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
+                if self.pairs.in_doubt:
+                    self.pairs.tried(endpoint, None, reservation)
         return reservation
 
     def move(self, reservation: Reservation, endpoint: Endpoint) -> Reservation:
@@ -349,9 +358,10 @@ class Registry:
         if seconds is not None:
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
 
-    def succeeded(self, endpoint: Endpoint) -> None:
-        """Record a request that an instance served."""
+    def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
+        """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()
+        self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
@@ -360,25 +370,43 @@ class Registry:
         if endpoint.speaks_now(protocol, takes_token_ids):
             self._changed(By.REQUEST)
 
-    def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
+    def failed(
+        self, endpoint: Endpoint, reason: str, now: float, handed_over_by: Endpoint | None = None
+    ) -> None:
         """Record a request that an instance failed; it may be ejected for that.
+
+        If all that it has failed in a row was ``handed_over_by`` one and the same P, and it serves others,
+        that pair is left out in its place (see :mod:`.pairs`).
 
         No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
         client, a broken model) does not end all service; an instance on trial goes out in any case.
         """
+        decode = endpoint.instance.role is InstanceRole.DECODE
+        if decode:
+            self.pairs.failed(handed_over_by, endpoint, now)
         if endpoint.breaker.failed():
-            self._eject(endpoint, reason, now)
+            if not (decode and self.pairs.explain(endpoint)):
+                self._eject(endpoint, reason, now)
 
-    def errored(self, endpoint: Endpoint, before: Sequence[Endpoint], reason: str, now: float) -> None:
+    def errored(
+        self,
+        endpoint: Endpoint,
+        before: Sequence[Endpoint],
+        reason: str,
+        now: float,
+        handed_over_by: Endpoint | None = None,
+    ) -> None:
         """Record a 500 for a request to which those ``before`` have answered 500 too.
 
         The first is a failure. With a second it may be the request's fault: then the failure is taken back,
-        and what happened is doubtful for all.
+        and what happened is doubtful for all. ``handed_over_by`` is the P whose hand-off the first had.
         """
         if not before:
-            self.failed(endpoint, reason, now)
+            self.failed(endpoint, reason, now, handed_over_by)
             return
         if len(before) == 1:
+            if handed_over_by is not None:
+                self.pairs.forgive(handed_over_by, before[0])
             if before[0].breaker.forgive():
                 self._changed(By.REQUEST)
             self.doubtful(before[0], reason, now)
@@ -420,6 +448,7 @@ class Registry:
         out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
         if out + 1 <= self.policy.max_ejected_share * len(peers):
             endpoint.eject(reason, now)
+            self.pairs.ejected(endpoint)
             self._changed(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
@@ -433,6 +462,7 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
+        self.pairs.forget(endpoint)
         self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True

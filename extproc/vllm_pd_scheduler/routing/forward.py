@@ -41,6 +41,10 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    transferred: float = 0.0
+    """Tokens that D has to fetch, as far as is known."""
+    step: float = 0.0
+    """Predicted seconds of a decode step at D with it."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
@@ -102,6 +106,11 @@ class Forward:
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
         return self.pending is not None and self.pending.handoff.pinned
+
+    @property
+    def hands_over(self) -> Endpoint | None:
+        """The P of which its first D is to fetch something, if there is one."""
+        return self.pending.prefill if self.pending is not None and self.pending.handoff.pinned else None
 
     @property
     def retried(self) -> frozenset[int]:

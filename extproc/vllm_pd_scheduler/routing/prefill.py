@@ -98,6 +98,8 @@ class PrefillStage:
             return WithoutHandoff(failed=False)
         tried = _Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
+        if reservation is None and self._decode_may_not_prefill:
+            reservation = self._last_resort(context, tried)
         while isinstance(reservation, Reservation):
             self.trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
@@ -146,7 +148,11 @@ class PrefillStage:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
+            return self._last_resort(context, tried)
+        return self._registry.reserve(picked[0], context) if picked else None
+
+    def _last_resort(self, context: RequestContext, tried: _Tried) -> Reservation | None:
+        picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     @property

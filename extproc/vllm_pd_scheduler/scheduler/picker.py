@@ -248,12 +248,15 @@ class Scheduler:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
+        are known to lack the request's model or, with ``beside``, do not fit that P or cannot take over from
+        it. Left out are also P from which nobody can. Saturated ones, and ones
         whose trial request runs, are offered to it only if there are no others. Of many it is offered a
         sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if request.subset is not None:
             exclude = (*exclude, *self.outside(role, request.subset))
+        if self.registry.pairs.in_doubt:
+            exclude = (*exclude, *self.barred(role, request, beside))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
@@ -288,6 +291,17 @@ class Scheduler:
         if ranked:
             self._last = Ranking(by, name, candidates, offered, exclude, ranked)
         return ranked
+
+    def barred(self, role: InstanceRole, request: RequestContext, beside: Endpoint | None) -> list[Endpoint]:
+        """Return the D that may not take over from ``beside`` now, or the P from which no D may.
+
+        That is so where hand-offs fail (see :mod:`vllm_pd_scheduler.fleet.pairs`).
+        """
+        pairs, now = self.registry.pairs, request.now
+        if role is InstanceRole.DECODE:
+            return [] if beside is None else list(pairs.barred(beside, now))
+        decode, model = self._pools[InstanceRole.DECODE], request.model
+        return [p for p in pairs.suspects if pairs.useless(p, decode.of(model, p).endpoints, now)]
 
     def explain(self, role: InstanceRole, request: RequestContext) -> Choice | None:
         """Return how the newest pick was made, which must have been for this role and request.
@@ -335,6 +349,8 @@ class Scheduler:
             candidates = self._pools[role].of(request.model, beside)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
+            if self.registry.pairs.in_doubt:
+                exclude = (*exclude, *self.barred(role, request, beside))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 
