@@ -124,6 +124,8 @@ class MetricsSnapshot:
     """Requests that ended."""
     transfer: float | None = None
     """Mean seconds of the KV transfers; ``None`` if there were none."""
+    transfer_rate: float | None = None
+    """Bytes of the KV transfers by the seconds that they took together; ``None`` if there were none."""
     latency_at: float | None = None
     """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
     adapters: tuple[str, ...] = ()

@@ -48,7 +48,8 @@ _STEP = (
     "vllm:time_per_output_token_seconds",  # before the two were told apart
 )
 _TRANSFER = ("vllm:nixl_xfer_time_seconds",)
-_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER) for name in names}
+_BYTES = ("vllm:nixl_bytes_transferred",)
+_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) for name in names}
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
 _STEPS = "vllm:iteration_tokens_total_count"
@@ -234,6 +235,7 @@ def snapshot(
         0.0 if restarted or before is None else scrape.generated - before.generated,
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
+        _rate(_since(scrape, before, _BYTES), transfer),
         latency_at,
         scrape.adapters,
         scrape.adapter_slots,
@@ -251,6 +253,13 @@ class _Since:
     def mean(self) -> float | None:
         mean = max(0.0, self.total) / self.count if self.count > 0 else math.inf
         return mean if mean <= _MAX_SECONDS else None
+
+
+def _rate(size: _Since | None, seconds: _Since | None) -> float | None:
+    """Return the bytes a second of what was transferred between two scrapes."""
+    if size is None or seconds is None or size.count <= 0 or seconds.total <= 0 or size.total < 0:
+        return None
+    return size.total / seconds.total
 
 
 def _since(scrape: Scrape, before: Scrape | None, names: tuple[str, ...]) -> _Since | None:

@@ -40,7 +40,7 @@ _SETTLED = 32
 """Hand-offs from which on what is learned of the fleet follows no outlier."""
 
 
-class Shown(NamedTuple):
+class PairRate(NamedTuple):
     """What was learned of a pair."""
 
     prefill: str
@@ -79,7 +79,7 @@ class TransferRates:
     """
 
     def __init__(self) -> None:
-        self.on_slow: Callable[[Shown], None] | None = None
+        self.on_slow: Callable[[PairRate], None] | None = None
         """Called when a pair has become slow, or is so no more."""
         self.slow: set[tuple[str, str]] = set()
         self._fleet = OnlineRegression(_PRIOR, _SCALE)
@@ -130,20 +130,20 @@ class TransferRates:
             del self._pairs[pair]
             self.slow.discard(pair)
 
-    def shown(self, count: int) -> list[Shown]:
+    def slowest(self, count: int) -> list[PairRate]:
         """Return what was learned of the slowest pairs, those first."""
-        found = [self._shown(*each) for each in self._pairs]
+        found = [self._rate_of(*each) for each in self._pairs]
         return sorted(found, key=lambda each: -each.times)[:count]
 
     def _factor(self, prefill: str, decode: str) -> float:
         known = (self._instances.get(prefill), self._instances.get(decode), self._pairs.get((prefill, decode)))
         return _within(sum(each.value for each in known if each is not None), _MAX_FACTOR)
 
-    def _shown(self, prefill: str, decode: str) -> Shown:
+    def _rate_of(self, prefill: str, decode: str) -> PairRate:
         pair, factor = self._pairs[prefill, decode], self._factor(prefill, decode)
         tokens = max(1.0, self._tokens)
         per_token = self.predict(prefill, decode, tokens) / tokens
-        return Shown(
+        return PairRate(
             prefill, decode, per_token, math.exp(factor - self._median), pair.samples, pair.slow
         )
 
@@ -168,7 +168,7 @@ class TransferRates:
             pair.slow = slow
             (self.slow.add if slow else self.slow.discard)((prefill, decode))
             if self.on_slow is not None:
-                self.on_slow(self._shown(prefill, decode))
+                self.on_slow(self._rate_of(prefill, decode))
 
     def _known(self) -> Iterator[float]:
         return (self._factor(*each) for each in self._pairs)
