@@ -136,16 +136,18 @@ class TransferRates:
         return sorted(found, key=lambda each: -each.times)[:count]
 
     def _factor(self, prefill: str, decode: str) -> float:
-        known = (self._instances.get(prefill), self._instances.get(decode), self._pairs.get((prefill, decode)))
+        known = (
+            self._instances.get(prefill),
+            self._instances.get(decode),
+            self._pairs.get((prefill, decode)),
+        )
         return _within(sum(each.value for each in known if each is not None), _MAX_FACTOR)
 
     def _rate_of(self, prefill: str, decode: str) -> PairRate:
         pair, factor = self._pairs[prefill, decode], self._factor(prefill, decode)
         tokens = max(1.0, self._tokens)
         per_token = self.predict(prefill, decode, tokens) / tokens
-        return PairRate(
-            prefill, decode, per_token, math.exp(factor - self._median), pair.samples, pair.slow
-        )
+        return PairRate(prefill, decode, per_token, math.exp(factor - self._median), pair.samples, pair.slow)
 
     def _judge(self, prefill: str, decode: str, pair: _Pair) -> None:
         """Say whether a pair is slow, beside the median of all."""

@@ -110,9 +110,7 @@ class DecodeStage:
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
         transferred = context.uncached(decode[0].holder) if beside is not None else 0.0
-        step = decode[0].decode.step(
-            decode[0].requests + 1, decode[0].kv_tokens + context.prompt_tokens
-        )
+        step = decode[0].decode.step(decode[0].requests + 1, decode[0].kv_tokens + context.prompt_tokens)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0], transferred, step)
         trace = current.get()
         if trace is not None:
