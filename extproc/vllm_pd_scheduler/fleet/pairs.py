@@ -2,8 +2,8 @@
 
 A firewall between two hosts, another fabric or another version makes every hand-off of one pair fail. So a D
 that fails a request with a hand-off is first a doubt about the pair. The pair is to blame if D has served
-another request since, with a hand-off of another P or with none. D is if it has not, or has failed others too.
-P is if all that it hands over has failed, at several D that serve others.
+another request since, with a hand-off of another P or with none. D is if it has not, or has failed others
+too. P is if all that it hands over has failed, at several D that serve others.
 
 Only what is unusual is kept: nothing of the pairs whose requests succeed.
 """
@@ -116,17 +116,28 @@ class Pairs:
         if doubt is not None:
             doubt.tried(reservation)
 
-    def failed(self, prefill: Endpoint | None, decode: Endpoint, now: float) -> None:
-        """Record that a D has failed a request with the hand-off of a P, or one without."""
-        self._failed_with.setdefault(decode, set()).add(prefill)
+    def on_trial(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Whether a pair was left out until now, and the next hand-off decides."""
+        doubt = self._doubts.get(prefill, {}).get(decode) or self._of_prefill.get(prefill)
+        return doubt is not None and doubt.breaker.state is BreakerState.HALF_OPEN
+
+    def failed(self, prefill: Endpoint | None, decode: Endpoint, now: float, *, served: bool = False) -> None:
+        """Record that a D has failed a request with the hand-off of a P, or one without.
+
+        ``served``: D has answered it all the same; only the hand-off has failed.
+        """
+        if not served:
+            self._failed_with.setdefault(decode, set()).add(prefill)
         if prefill is None:
             return
         whole = self._of_prefill.setdefault(prefill, Doubt(Breaker(self._policy)))
         whole.failed_at[decode] += 1
         broken = whole.breaker.failed()
         doubt = self._doubt(prefill, decode)
-        if doubt is not None and doubt.breaker.failed() and doubt.works_else:
-            if doubt.breaker.state is not BreakerState.OPEN:
+        if doubt is not None:
+            doubt.works_else = doubt.works_else or served
+            closed = doubt.breaker.state is not BreakerState.OPEN
+            if doubt.breaker.failed() and doubt.works_else and closed:
                 self._open(prefill, decode, doubt, now)
         if broken and (whole.breaker.state is BreakerState.HALF_OPEN or self._is_at_fault(prefill, whole)):
             self._open(prefill, None, whole, now)

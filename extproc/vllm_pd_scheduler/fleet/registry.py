@@ -16,6 +16,7 @@ from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
+from .failed_transfers import FailedTransfers
 from .learning import Learning
 from .pairs import Pairs
 
@@ -53,6 +54,7 @@ class Registry:
     learning: Learning = field(init=False)
     pairs: Pairs = field(init=False)
     """The pairs of P and D between which hand-offs fail."""
+    failed_transfers: FailedTransfers = field(init=False)
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -96,6 +98,7 @@ class Registry:
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
         self.pairs = Pairs(self.policy.breaker)
+        self.failed_transfers = FailedTransfers(self.pairs)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
@@ -143,13 +146,17 @@ class Registry:
         del self._endpoints[instance_id]
         del self._places[_place(endpoint.instance)]
         self.learning.left(endpoint)
-        self.pairs.forget(endpoint)
+        self._forget_pairs(endpoint)
         self.load.transfers.forget(endpoint.id)
         endpoint.drain(True)
         endpoint.holder.close()
         self.models_version += 1
         self._changed(by)
         return endpoint
+
+    def _forget_pairs(self, endpoint: Endpoint) -> None:
+        self.pairs.forget(endpoint)
+        self.failed_transfers.forget(endpoint)
 
     def describe(self, instance_id: str, instance: PDInstance, by: str = By.START) -> None:
         """Change how an instance is described: its key, TLS name, models or revision.
@@ -280,6 +287,8 @@ class Registry:
         for adapter in snapshot.adapters:
             self._adapter_used(endpoint, adapter)
         self.learning.scraped(endpoint, before, snapshot)
+        if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
+            self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
         if self.on_scraped is not None:
             self.on_scraped()
 
@@ -361,7 +370,8 @@ class Registry:
     def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
         """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()
-        self.pairs.succeeded(handed_over_by, endpoint)
+        if handed_over_by is None or not self.failed_transfers.fail_at(endpoint):
+            self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
@@ -384,9 +394,8 @@ class Registry:
         decode = endpoint.instance.role is InstanceRole.DECODE
         if decode:
             self.pairs.failed(handed_over_by, endpoint, now)
-        if endpoint.breaker.failed():
-            if not (decode and self.pairs.explain(endpoint)):
-                self._eject(endpoint, reason, now)
+        if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
+            self._eject(endpoint, reason, now)
 
     def errored(
         self,
@@ -462,7 +471,7 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
-        self.pairs.forget(endpoint)
+        self._forget_pairs(endpoint)
         self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True

@@ -53,10 +53,11 @@ _HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) 
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
 _STEPS = "vllm:iteration_tokens_total_count"
+_FAILED = "vllm:nixl_num_failed_transfers_total"
 _CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
 _WANTED = {
-    _START, _GENERATED, _FINISHED, _STEPS, _CACHE, *_GAUGES,
+    _START, _GENERATED, _FINISHED, _FAILED, _STEPS, _CACHE, *_GAUGES,
     *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
 _NAMES = {name.encode(): name for name in _WANTED}
@@ -103,6 +104,8 @@ class Scrape:
     """Requests that ended since the start."""
     steps: float = 0.0
     """Steps of the engine since the start; 0 if it does not count them."""
+    failed_transfers: float | None = None
+    """KV transfers that have failed since the start; ``None`` if it does not count them."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters of requests that wait, then those of requests that run."""
     adapter_slots: int = 0
@@ -154,6 +157,7 @@ def parse_metrics(page: bytes | str) -> Scrape:
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),
         counts.get(_STEPS, 0.0),
+        counts.get(_FAILED),
         *_adapters(page.encode(errors="replace") if isinstance(page, str) else page),
     )
 
@@ -236,6 +240,7 @@ def snapshot(
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
         _rate(_since(scrape, before, _BYTES), transfer),
+        _new_failures(scrape, before),
         latency_at,
         scrape.adapters,
         scrape.adapter_slots,
@@ -253,6 +258,13 @@ class _Since:
     def mean(self) -> float | None:
         mean = max(0.0, self.total) / self.count if self.count > 0 else math.inf
         return mean if mean <= _MAX_SECONDS else None
+
+
+def _new_failures(scrape: Scrape, before: Scrape | None) -> float | None:
+    """Return the transfers that have failed between two scrapes; ``None`` if that is not known."""
+    if scrape.failed_transfers is None or before is None or before.failed_transfers is None:
+        return None
+    return max(0.0, scrape.failed_transfers - before.failed_transfers)
 
 
 def _rate(size: _Since | None, seconds: _Since | None) -> float | None:

@@ -28,12 +28,13 @@ _PRIOR = (0.02, 1e-5)
 """A hand-off before anything was measured: 20 ms, and 10 µs a token (128 KiB at 100 Gbit/s)."""
 _SCALE = (10.0, 1024.0)
 _LEAST_S = 1e-3
+_MOST_TOKENS = 1e8
 _MAX_FACTOR = 3.0
 """Logarithm of the factor up to which a hand-off is believed to be faster, or slower, than usual: 20."""
 _MAX_STEP = 1.0
 """And by which one hand-off differs from what was learned before: so a few wild ones move little."""
 _SHRINK = 4.0
-"""Hand-offs for which the mean of its P and D counts in what is believed of a pair, and the fleet's for those."""
+"""Hand-offs for which the mean of P and D counts in what is believed of a pair, and for them the fleet's."""
 _LEAST_GAIN = 0.05
 """Weight of the newest hand-off: some twenty count."""
 _SETTLED = 32
@@ -101,14 +102,14 @@ class TransferRates:
 
     def learn(self, prefill: str, decode: str, tokens: float, seconds: float) -> None:
         """Learn from a hand-off of so many tokens that took so long."""
-        if not (math.isfinite(seconds) and math.isfinite(tokens) and tokens >= 1.0):
+        if not (math.isfinite(seconds) and 1.0 <= tokens <= _MOST_TOKENS):
             return
         seconds = max(_LEAST_S, seconds)
         features = 1.0, tokens
         expected = max(_LEAST_S, self._fleet.predict(features))
         usual = seconds if self.samples < _SETTLED else min(max(seconds, expected / 2), expected * 2)
         self._fleet.learn(features, usual, _PRIOR)
-        self._tokens += (tokens - self._tokens) / min(self.samples, 100)
+        self._tokens += (tokens - self._tokens) / max(1, min(self.samples, 100))
         expected = max(_LEAST_S, self._fleet.predict(features))
         sample = _within(math.log(seconds / expected), _MAX_FACTOR)
         of_prefill, of_decode = (self._instances.setdefault(each, _Factor()) for each in (prefill, decode))
@@ -136,11 +137,8 @@ class TransferRates:
         return sorted(found, key=lambda each: -each.times)[:count]
 
     def _factor(self, prefill: str, decode: str) -> float:
-        known = (
-            self._instances.get(prefill),
-            self._instances.get(decode),
-            self._pairs.get((prefill, decode)),
-        )
+        of, pairs = self._instances.get, self._pairs.get
+        known = of(prefill), of(decode), pairs((prefill, decode))
         return _within(sum(each.value for each in known if each is not None), _MAX_FACTOR)
 
     def _rate_of(self, prefill: str, decode: str) -> PairRate:

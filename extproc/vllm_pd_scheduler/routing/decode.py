@@ -216,6 +216,7 @@ class DecodeStage:
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
+                self._registry.failed_transfers.handed_over(prefilled.prefill, forward.decode[0])
         return forward
 
     def _fits(self, splice: Splice | None) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
+from .faults import Fault
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
 from .mooncake import PullCall, sent_as
@@ -84,6 +85,8 @@ class Worker:
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
         self.connector = connector
+        self.fault = Fault()
+        """What a test has ordered of its transfers."""
         self._metrics = metrics
         self._agent = agent
         self._recompute = recompute
@@ -306,10 +309,14 @@ class Worker:
 
     async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
+        sender = getattr(offer, "port", 0)
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
+        seconds += self.fault.slow_from.get(sender, 0.0)
         self._metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
+            if sender in self.fault.refuses:
+                raise TransferFailed("no handshake")
             reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
