@@ -115,7 +115,7 @@ class FailedTransfers:
             for prefill in tried:
                 explained -= counts[prefill] * shares.mean.get(prefill, 0.0)
             for prefill in tried:
-                if prefill in before and prefill not in since:  # else its failure may not be counted yet
+                if prefill in before:  # else its failure may not be counted yet
                     works = failures - explained < 0.5
                     self._decide(prefill, decode, works, now)
                     if works:

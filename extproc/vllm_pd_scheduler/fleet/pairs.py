@@ -167,14 +167,17 @@ class Pairs:
                 del self._doubts[prefill][decode]
         self._clear(prefill)
 
-    def succeeded(self, prefill: Endpoint | None, decode: Endpoint) -> None:
-        """Record that a D has served a request with the hand-off of a P, or one without."""
+    def served(self, prefill: Endpoint | None, decode: Endpoint) -> None:
+        """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
         self._failed_with.pop(decode, None)
         for other, doubts in self._doubts.items():
             if other is not prefill and decode in doubts:
                 doubts[decode].works_else = True
-        whole = None if prefill is None else self._of_prefill.get(prefill)
-        if prefill is None or whole is None:
+
+    def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """Record that the hand-off of a P has come to a D."""
+        whole = self._of_prefill.get(prefill)
+        if whole is None:
             return
         whole.failed_at.clear()
         if whole.breaker.succeeded():

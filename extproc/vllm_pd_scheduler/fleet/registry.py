@@ -370,7 +370,8 @@ class Registry:
     def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
         """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()
-        if handed_over_by is None or not self.failed_transfers.fail_at(endpoint):
+        self.pairs.served(handed_over_by, endpoint)
+        if handed_over_by is not None and not self.failed_transfers.fail_at(endpoint):
             self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
