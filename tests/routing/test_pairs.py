@@ -27,6 +27,8 @@ class PairsTest(InFlightCase):
         number = 0
         while not list(self.router.registry.pairs.out()):
             number += 1
+            for endpoint in self.router.registry:  # it may be taken for broken at first
+                self.router.registry.probed(endpoint, None, self.now)
             forward = await self.forward(prompt=f"prompt {number}")
             if (forward.prefill, forward.decode[0]) == broken:
                 self.told(forward, Failure.STATUS)
@@ -35,7 +37,7 @@ class PairsTest(InFlightCase):
         out = [(p, d) for p, d, _ in self.router.registry.pairs.out()]
         self.assertEqual(out, [broken])
         d0 = broken[1]
-        self.router.registry.probed(d0, None, self.now + 60.0)  # it may have been taken for broken at first
+        self.router.registry.probed(d0, None, self.now + 60.0)
         self.assertTrue(all(e.routable for e in self.router.registry))
         for number in range(60):
             forward = await self.forward(prompt=f"further {number}")
