@@ -131,6 +131,10 @@ class MetricsSnapshot:
     """Requests that ended."""
     transfer: float | None = None
     """Mean seconds of the KV transfers; ``None`` if there were none."""
+    transfer_rate: float | None = None
+    """Bytes of the KV transfers by the seconds that they took together; ``None`` if there were none."""
+    failed_transfers: float | None = None
+    """KV transfers that have failed; ``None`` if it does not count them."""
     latency_at: float | None = None
     """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
     adapters: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
 from .handoff.interfaces import AskPrefill, EncodeLeg, PrefillLeg
-from .health import StateLog
+from .health import PairLog, StateLog
 from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
@@ -68,6 +68,7 @@ class PDRouter:
         took = {role: self.telemetry.picks(role) for role in PD_ROLES}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
+        PairLog(self.registry, self.events)
         self.connectors = Connectors(lambda: connector_choice(config.connector), connector)
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)

@@ -383,6 +383,22 @@ class SnapshotTest(unittest.TestCase):
         self.assertAlmostEqual(found.step_time or 0.0, 0.02)
         self.assertAlmostEqual(found.transfer or 0.0, 0.3)
 
+    def test_what_was_transferred_in_between(self) -> None:
+        before = scrape(nixl_xfer_time_seconds=(1.0, 10.0), nixl_bytes_transferred=(1e9, 10.0))
+        now = scrape(nixl_xfer_time_seconds=(1.5, 12.0), nixl_bytes_transferred=(3e9, 12.0))
+        self.assertEqual(snapshot(now, before, None, D, 2.0).transfer_rate, 4e9)
+        self.assertIsNone(snapshot(now, now, None, D, 2.0).transfer_rate)
+        for counted, expected in ((9.0, 4.0), (5.0, 0.0), (3.0, 0.0), (None, None)):
+            found = replace(now, failed_transfers=counted)
+            found_before = replace(before, failed_transfers=5.0)
+            self.assertEqual(snapshot(found, found_before, None, D, 2.0).failed_transfers, expected)
+        self.assertIsNone(snapshot(replace(now, failed_transfers=9.0), None, None, D, 2.0).failed_transfers)
+
+    def test_failed_transfers_are_read(self) -> None:
+        page = b'vllm:num_requests_running 1\nvllm:nixl_num_failed_transfers_total{engine="0"} 3.0\n'
+        self.assertEqual(parse_metrics(page).failed_transfers, 3.0)
+        self.assertIsNone(parse_metrics(b"vllm:num_requests_running 1\n").failed_transfers)
+
     def test_nothing_in_between_is_nothing_known(self) -> None:
         same = self.counted(5, 5, inter_token_latency_seconds=(5.0, 5.0), nixl_xfer_time_seconds=(1.0, 1.0))
         for before in (None, same):

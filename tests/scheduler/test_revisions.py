@@ -11,7 +11,7 @@ from tests.support.fleet import D, P, prompt
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.scheduler.revisions import Revisions, Turns
@@ -106,7 +106,7 @@ class PicksTest(unittest.TestCase):
         weights=st.dictionaries(st.sampled_from(["", "a", "b", "c"]), st.integers(0, 50), min_size=1).filter(
             lambda weights: any(weights.values())
         ),
-        described=st.lists(st.tuples(st.sampled_from(InstanceRole), st.sampled_from(["", "a", "b", "c"]))),
+        described=st.lists(st.tuples(st.sampled_from(PD_ROLES), st.sampled_from(["", "a", "b", "c"]))),
         count=st.integers(1, 60),
     )
     @settings(deadline=None, derandomize=True, max_examples=200)
@@ -176,7 +176,7 @@ class PicksTest(unittest.TestCase):
         self.assertEqual(set(scheduler.last_resorts(D, (), "m")), {e for e in blue if e.instance.role is D})
         for each in blue:
             registry.drain(each.id)
-        for role in InstanceRole:
+        for role in PD_ROLES:
             self.assertEqual(scheduler.pick(role, prompt(model="m"), count=9), [])
             self.assertFalse(scheduler.can_serve(role, "m"))
             self.assertFalse(scheduler.nobody_serves(role, "m"), "that it cannot now is no 404")

@@ -20,6 +20,7 @@ from .live_api import LiveApi
 from .models_api import ModelsApi
 from .origin import foreign_host, foreign_origin
 from .page import wants_page
+from .pairs_api import PairsApi
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
@@ -67,6 +68,7 @@ class AdminServer(HttpServer):
             InstancesApi(router, changes, is_ready),
             ModelsApi(router),
             SelfCheckApi(router, self_check),
+            PairsApi(router),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),

@@ -89,6 +89,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     tokens_at_scrape: float = 0.0
     kv_capacity: float | None = None
     """Tokens that its KV cache holds, as last scraped."""
+    transfer_rate: float | None = None
+    """Bytes a second of the KV transfers to it, as last scraped with any."""
     prefill: PrefillLoad = field(default_factory=lambda: PrefillLoad(FleetLoad().prefill))
     decode: DecodeLoad = field(default_factory=lambda: DecodeLoad(FleetLoad().decode))
     holder: Holder = field(default_factory=lambda: PrefixIndex().add())
@@ -295,6 +297,8 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens_at_scrape", tokens)
         if snapshot.kv_capacity is not None:
             _set(self, "kv_capacity", snapshot.kv_capacity)
+        if snapshot.transfer_rate is not None:
+            _set(self, "transfer_rate", snapshot.transfer_rate)
         if snapshot.adapter_slots:
             _set(self, "adapter_slots", snapshot.adapter_slots)
 

@@ -16,7 +16,10 @@ from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
+from .failed_transfers import FailedTransfers
 from .learning import Learning
+from .left_out import LeftOut
+from .pairs import Pairs
 from .wrong_pairs import WrongPairs
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
@@ -53,6 +56,10 @@ class Registry:
     learning: Learning = field(init=False)
     wrong_pairs: WrongPairs = field(default_factory=WrongPairs)
     """The pairs of P and D that have given wrong texts."""
+    pairs: Pairs = field(init=False)
+    """The pairs of P and D between which hand-offs fail."""
+    left_out: LeftOut = field(init=False)
+    failed_transfers: FailedTransfers = field(init=False)
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -95,10 +102,14 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
+        self.pairs = Pairs(self.policy.breaker)
+        self.left_out = LeftOut(self.pairs, self.wrong_pairs)
+        self.failed_transfers = FailedTransfers(self.pairs)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
         self.policy = policy
+        self.pairs.follow(policy.breaker)
         for endpoint in self._endpoints.values():
             endpoint.breaker.follow(policy.breaker)
 
@@ -141,12 +152,18 @@ class Registry:
         del self._endpoints[instance_id]
         del self._places[_place(endpoint.instance)]
         self.learning.left(endpoint)
-        self.wrong_pairs.forget(endpoint)
+        self._forget_pairs(endpoint)
+        self.load.transfers.forget(endpoint.id)
         endpoint.drain(True)
         endpoint.holder.close()
         self.models_version += 1
         self._changed(by)
         return endpoint
+
+    def _forget_pairs(self, endpoint: Endpoint) -> None:
+        self.wrong_pairs.forget(endpoint)
+        self.pairs.forget(endpoint)
+        self.failed_transfers.forget(endpoint)
 
     def describe(self, instance_id: str, instance: PDInstance, by: str = By.START) -> None:
         """Change how an instance is described: its key, TLS name, models or revision.
@@ -277,6 +294,8 @@ class Registry:
         for adapter in snapshot.adapters:
             self._adapter_used(endpoint, adapter)
         self.learning.scraped(endpoint, before, snapshot)
+        if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
+            self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
         if self.on_scraped is not None:
             self.on_scraped()
 
@@ -333,6 +352,8 @@ class Registry:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
+                if self.pairs.in_doubt:
+                    self.pairs.tried(endpoint, None, reservation)
         return reservation
 
     def pull(
@@ -365,9 +386,12 @@ class Registry:
         if seconds is not None:
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
 
-    def succeeded(self, endpoint: Endpoint) -> None:
-        """Record a request that an instance served."""
+    def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
+        """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()
+        self.pairs.served(handed_over_by, endpoint)
+        if handed_over_by is not None and not self.failed_transfers.fail_at(endpoint):
+            self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
@@ -376,25 +400,42 @@ class Registry:
         if endpoint.speaks_now(protocol, takes_token_ids):
             self._changed(By.REQUEST)
 
-    def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
+    def failed(
+        self, endpoint: Endpoint, reason: str, now: float, handed_over_by: Endpoint | None = None
+    ) -> None:
         """Record a request that an instance failed; it may be ejected for that.
+
+        If all that it has failed in a row was ``handed_over_by`` one and the same P, and it serves others,
+        that pair is left out in its place (see :mod:`.pairs`).
 
         No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
         client, a broken model) does not end all service; an instance on trial goes out in any case.
         """
-        if endpoint.breaker.failed():
+        decode = endpoint.instance.role is InstanceRole.DECODE
+        if decode:
+            self.pairs.failed(handed_over_by, endpoint, now)
+        if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
             self._eject(endpoint, reason, now)
 
-    def errored(self, endpoint: Endpoint, before: Sequence[Endpoint], reason: str, now: float) -> None:
+    def errored(
+        self,
+        endpoint: Endpoint,
+        before: Sequence[Endpoint],
+        reason: str,
+        now: float,
+        handed_over_by: Endpoint | None = None,
+    ) -> None:
         """Record a 500 for a request to which those ``before`` have answered 500 too.
 
         The first is a failure. With a second it may be the request's fault: then the failure is taken back,
-        and what happened is doubtful for all.
+        and what happened is doubtful for all. ``handed_over_by`` is the P whose hand-off the first had.
         """
         if not before:
-            self.failed(endpoint, reason, now)
+            self.failed(endpoint, reason, now, handed_over_by)
             return
         if len(before) == 1:
+            if handed_over_by is not None:
+                self.pairs.forgive(handed_over_by, before[0])
             if before[0].breaker.forgive():
                 self._changed(By.REQUEST)
             self.doubtful(before[0], reason, now)
@@ -436,6 +477,7 @@ class Registry:
         out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
         if out + 1 <= self.policy.max_ejected_share * len(peers):
             endpoint.eject(reason, now)
+            self.pairs.ejected(endpoint)
             self._changed(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
@@ -449,7 +491,7 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
-        self.wrong_pairs.forget(endpoint)
+        self._forget_pairs(endpoint)
         self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True

@@ -43,11 +43,6 @@ class WrongPairs:
         """Return the D that may not get what a P hands over."""
         return self._why.get(prefill, {}).keys()
 
-    def useless(self, prefill: Endpoint, partners: Collection[Endpoint]) -> bool:
-        """Whether all of the ``partners``, the D that could take over from a P, are left out."""
-        barred = self.barred(prefill)
-        return 0 < len(partners) <= len(barred) and all(each in barred for each in partners)
-
     @property
     def prefill(self) -> Collection[Endpoint]:
         """The P of which some pair is left out."""

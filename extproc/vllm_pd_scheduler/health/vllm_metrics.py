@@ -49,14 +49,16 @@ _STEP = (
     "vllm:time_per_output_token_seconds",  # before the two were told apart
 )
 _TRANSFER = ("vllm:nixl_xfer_time_seconds",)
-_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER) for name in names}
+_BYTES = ("vllm:nixl_bytes_transferred",)
+_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) for name in names}
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
 _STEPS = "vllm:iteration_tokens_total_count"
+_FAILED = "vllm:nixl_num_failed_transfers_total"
 _CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
 _WANTED = {
-    _START, _GENERATED, _FINISHED, _STEPS, _CACHE, *_GAUGES,
+    _START, _GENERATED, _FINISHED, _FAILED, _STEPS, _CACHE, *_GAUGES,
     *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
 _NAMES = {name.encode(): name for name in _WANTED}
@@ -103,6 +105,8 @@ class Scrape:
     """Requests that ended since the start."""
     steps: float = 0.0
     """Steps of the engine since the start; 0 if it does not count them."""
+    failed_transfers: float | None = None
+    """KV transfers that have failed since the start; ``None`` if it does not count them."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters of requests that wait, then those of requests that run."""
     adapter_slots: int = 0
@@ -154,6 +158,7 @@ def parse_metrics(page: bytes | str) -> Scrape:
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),
         counts.get(_STEPS, 0.0),
+        counts.get(_FAILED),
         *_adapters(page.encode(errors="replace") if isinstance(page, str) else page),
     )
 
@@ -235,6 +240,8 @@ def snapshot(
         0.0 if restarted or before is None else scrape.generated - before.generated,
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
+        _rate(_since(scrape, before, _BYTES), transfer),
+        _new_failures(scrape, before),
         latency_at,
         scrape.adapters,
         scrape.adapter_slots,
@@ -252,6 +259,20 @@ class _Since:
     def mean(self) -> float | None:
         mean = max(0.0, self.total) / self.count if self.count > 0 else math.inf
         return mean if mean <= _MAX_SECONDS else None
+
+
+def _new_failures(scrape: Scrape, before: Scrape | None) -> float | None:
+    """Return the transfers that have failed between two scrapes; ``None`` if that is not known."""
+    if scrape.failed_transfers is None or before is None or before.failed_transfers is None:
+        return None
+    return max(0.0, scrape.failed_transfers - before.failed_transfers)
+
+
+def _rate(size: _Since | None, seconds: _Since | None) -> float | None:
+    """Return the bytes a second of what was transferred between two scrapes."""
+    if size is None or seconds is None or size.count <= 0 or seconds.total <= 0 or size.total < 0:
+        return None
+    return size.total / seconds.total
 
 
 def _since(scrape: Scrape, before: Scrape | None, names: tuple[str, ...]) -> _Since | None:

@@ -43,6 +43,10 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    transferred: float = 0.0
+    """Tokens that D has to fetch, as far as is known."""
+    step: float = 0.0
+    """Predicted seconds of a decode step at D with it."""
     call: ExpectedCall | None = None
     """By which D asks for the prefill, if its protocol wants that."""
     refuse: Callable[[Reject], None] | None = None
@@ -113,6 +117,12 @@ class Forward:
     def prefilled(self) -> bool:
         """Whether P has done its part before D got the request."""
         return self.pending is not None and self.call is None
+
+    @property
+    def hands_over(self) -> Endpoint | None:
+        """The P of which its first D is to fetch something, if there is one."""
+        pending = self.pending if self.call is None else None
+        return pending.prefill if pending is not None and pending.handoff.pinned else None
 
     @property
     def retried(self) -> frozenset[int]:

@@ -224,6 +224,9 @@ class RequestsInFlight:
             took = ttft - result.sent
             if forward.sidecar is None:
                 self._telemetry.handed_off(prefill.id, endpoint.id, took)
+                if not self._queued_at(forward):
+                    seconds = took - forward.step
+                    self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
             else:
                 forward.sidecar.took(took, self._queued_at(forward))
 
@@ -233,6 +236,8 @@ class RequestsInFlight:
         if forward is not None and forward.call is not None and forward.call.refused:
             return  # D has waited for P in vain
         claim = forward.sidecar if forward is not None and attempt.first else None
+        hands_over = forward.hands_over if forward is not None else None
+        by = hands_over if attempt.first and failure is Failure.STATUS else None
         if claim is not None and failure in MAY_BE_PREFILLS:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
         elif failure is Failure.OVERLOADED:
@@ -252,10 +257,10 @@ class RequestsInFlight:
             if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
                 self.patience.timed_out()
         elif attempt.status == 500 and forward is not None:
-            registry.errored(endpoint, forward.errors, reason, now)
+            registry.errored(endpoint, forward.errors, reason, now, hands_over if forward.errors else by)
             forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
-            registry.failed(endpoint, reason, now)
+            registry.failed(endpoint, reason, now, by)
 
     def _counts(self, endpoint: Endpoint, forward: Forward) -> bool:
         """Whether a 404 counts against an endpoint."""
@@ -404,7 +409,7 @@ class RequestsInFlight:
             self._take_back(forward)
         if forward.answering is None:
             return
-        self._registry.succeeded(forward.answering)
+        self._registry.succeeded(forward.answering, None if forward.failed_attempts else forward.hands_over)
         if forward.sidecar is not None and not forward.failed_attempts:
             forward.sidecar.served()
         self.patience.answered()

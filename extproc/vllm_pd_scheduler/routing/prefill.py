@@ -128,6 +128,8 @@ class PrefillStage:
             return WithoutHandoff(failed=False)
         tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
+        if reservation is None and self._decode_may_not_prefill(tried):
+            reservation = self._last_resort(context, tried)
         return await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
 
     async def asked(
@@ -231,7 +233,11 @@ class PrefillStage:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.excluded)
         elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
+            return self._last_resort(context, tried)
+        return self._registry.reserve(picked[0], context) if picked else None
+
+    def _last_resort(self, context: RequestContext, tried: Tried) -> Reservation | None:
+        picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     async def _admitted_again(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:

@@ -76,7 +76,7 @@ class Scheduler:
         self._pools = {
             prefill: Pools(registry, prefill, of[prefill], random, pairing, revisions, partners),
             decode: partners,
-            encode: Pools(registry, encode, of[encode], random, pairing),
+            encode: Pools(registry, encode, of[encode], random, pairing, Revisions(dict)),  # without shares
         }
         self._shares = Shares(self._pools, revisions)
         self._one_model = True
@@ -249,20 +249,6 @@ class Scheduler:
         """Return the routable endpoints of a role that a request of a model may be sent to; see ``pick``."""
         return self._pools[role].of(model, beside).endpoints
 
-    def barred(
-        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None
-    ) -> Collection[Endpoint]:
-        """Return the D that may not get what ``beside`` hands over, or the P from which no D may.
-
-        They are those of pairs that have given wrong texts.
-        """
-        wrong = self.registry.wrong_pairs
-        if role is InstanceRole.DECODE:
-            return () if beside is None else wrong.barred(beside)
-        return [
-            p for p in wrong.prefill if wrong.useless(p, self.serving(InstanceRole.DECODE, request.model, p))
-        ]
-
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
 
@@ -302,14 +288,14 @@ class Scheduler:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model or, with ``beside``, do not fit that P, or gave wrong texts with
-        what it hands over. Saturated ones, and ones whose trial request runs, are offered to it only if
-        there are no others. Of many it is offered a sample, if it accepts that. Where it fails, or returns
-        fewer, ``least_load`` ranks the rest.
+        are known to lack the request's model or, with ``beside``, do not fit that P or cannot take over from
+        it. Left out are also P from which nobody can. Saturated ones, and ones
+        whose trial request runs, are offered to it only if there are no others. Of many it is offered a
+        sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if request.subset is not None:
             exclude = (*exclude, *self.outside(role, request.subset))
-        if self.registry.wrong_pairs:
+        if self.registry.left_out:
             exclude = (*exclude, *self.barred(role, request, beside))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
@@ -345,6 +331,19 @@ class Scheduler:
         if ranked:
             self._last = Ranking(by, name, candidates, offered, exclude, ranked)
         return ranked
+
+    def barred(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None
+    ) -> Sequence[Endpoint]:
+        """Return the D that may not take over from ``beside`` now, or the P from which no D may.
+
+        That is so where hand-offs fail or gave wrong texts: see :mod:`vllm_pd_scheduler.fleet.left_out`.
+        """
+        left_out, now = self.registry.left_out, request.now
+        if role is InstanceRole.DECODE:
+            return () if beside is None else left_out.barred(beside, now)
+        decode, model = self._pools[InstanceRole.DECODE], request.model
+        return [p for p in left_out.suspects if left_out.useless(p, decode.of(model, p).endpoints, now)]
 
     def explain(self, role: InstanceRole, request: RequestContext) -> Choice | None:
         """Return how the newest pick was made, which must have been for this role and request.
@@ -407,7 +406,7 @@ class Scheduler:
             candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
-            if self.registry.wrong_pairs:
+            if self.registry.left_out:
                 exclude = (*exclude, *self.barred(role, request, beside))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)

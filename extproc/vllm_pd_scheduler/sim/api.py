@@ -433,7 +433,7 @@ class Api:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
             self._worker.stick(self._fault.stuck)
-            self._worker.garbled = frozenset(self._fault.garbled)
+            self._worker.fault = self._fault
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")

@@ -28,6 +28,8 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     - ``health``: status that ``/health`` answers.
     - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
     - ``stuck``: the engine makes no step. Only the server still answers.
+    - ``refuses``: hand-offs of senders at these ports fail, as over a fabric that does not connect them.
+    - ``slow_from``: by its port, seconds more that each transfer from a sender takes.
     - ``eos``: each answer ends with its first token, if the request allows that.
     - ``garbled``: ports of instances from which whatever is fetched is wrong, without any error.
     - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
@@ -39,6 +41,8 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     half: bool = False
     mute: int | None = None
     stuck: bool = False
+    refuses: list[int] = []
+    slow_from: dict[int, float] = {}
     eos: bool = False
     garbled: list[int] = msgspec.field(default_factory=list)
     poison: str | None = None

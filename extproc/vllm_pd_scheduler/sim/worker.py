@@ -10,6 +10,7 @@ from typing import Any
 
 from .ascend_layerwise import LayerwiseConnector, PushCall, external_id
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
+from .faults import Fault
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
 from .mooncake import PullCall, sent_as
@@ -88,9 +89,9 @@ class Worker:
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
         self.connector = connector
+        self.fault = Fault()
+        """What a test has ordered of its transfers."""
         self._metrics = metrics
-        self.garbled: frozenset[int] = frozenset()
-        """Ports of engines whose blocks come wrong."""
         self._wrong: set[int] = set()
         """Hashes of cached blocks that have come wrong."""
         self._agent = agent
@@ -371,12 +372,16 @@ class Worker:
 
     async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
+        sender = getattr(offer, "port", 0)
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
+        seconds += self.fault.slow_from.get(sender, 0.0)
         self._metrics.transfer_started(request.transfer_tokens)
         begins_with_call = self.connector.awaits_push
         if not begins_with_call:
             await asyncio.sleep(seconds)
         try:
+            if sender in self.fault.refuses:
+                raise TransferFailed("no handshake")
             reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
@@ -388,7 +393,7 @@ class Worker:
         if begins_with_call:
             await asyncio.sleep(seconds)
         outcome = "good"
-        if getattr(offer, "port", None) in self.garbled:
+        if getattr(offer, "port", None) in self.fault.garbled:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
             self._wrong.update(request.block_hashes)
         if reply.digest != job.prompt.digest:
