@@ -259,7 +259,7 @@ process_start_time_seconds +Inf
         for labels, expected in (
             ([], None),
             ([one], 16_000.0),
-            ([one, one.replace('"0"', '"1"').replace("1000", "500")], 24_000.0),  # engines
+            ([one, one.replace('"0"', '"1"')], 16_000.0),  # engines, each with the blocks of both
             ([one.replace("1000", "None")], None),  # its memory is not measured yet
             (['block_size="16"'], None),
             (['num_gpu_blocks="16"'], None),
@@ -269,7 +269,7 @@ process_start_time_seconds +Inf
             ([f'{one},kv_cache_size_tokens="None"'], 16_000.0),
             ([f'{one},kv_cache_size_tokens="0"'], 16_000.0),
             (['kv_cache_size_tokens="4000"'], 4_000.0),
-            ([f'{one},kv_cache_size_tokens="4000"', one.replace('"0"', '"1"')], 20_000.0),
+            ([f'{one},kv_cache_size_tokens="4000"', one.replace('"0"', '"1"')], 12_000.0),
             # nonsense
             (['block_size="16",num_gpu_blocks="-5"'], None),
             ([f'block_size="16",num_gpu_blocks="{"9" * 400}"'], None),

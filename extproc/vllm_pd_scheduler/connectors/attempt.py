@@ -38,6 +38,10 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
+    def names_rank(self) -> bool:
+        """Whether the hand-off names the engine that a leg is sent to."""
+        return self.connector.names_rank(self.legs)
+
     def prefill_body(self, body: JsonBody) -> bytes:
         """Return the body of the request to P."""
         return self.connector.prefill_body(body, self.legs)

@@ -29,8 +29,8 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "order", "question", "understood", "prefill_body", "prefill_headers", "handoff",
-    "ended", "splice", "release_body",
+    "can_split", "order", "question", "understood", "names_rank", "prefill_body", "prefill_headers",
+    "handoff", "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -81,6 +81,10 @@ class ConnectorFence:
     def understood(self, answer: bytes, prefill: Peer) -> Any | None:
         """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("understood", lambda: self._connector.understood(answer, prefill))
+
+    def names_rank(self, legs: Legs) -> bool:
+        """See :meth:`Connector.names_rank`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("names_rank", lambda: bool(self._connector.names_rank(legs)))
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""

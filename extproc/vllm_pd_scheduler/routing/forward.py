@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from ..connectors import Splice
@@ -20,6 +21,9 @@ from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
+
+
+NO_RANKS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +45,8 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    ranks: Mapping[str, int] = field(default_factory=lambda: NO_RANKS)
+    """Which rank is meant of those of ``decode`` that have several, by their addresses."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
@@ -156,6 +162,7 @@ class Forward:
         same body and headers.
         """
         made = self.splice is not None or self.used_once or self.only is not None
+        made = made or self.decode[0].rank is not None
         if len(self.decode) > 1 and (made or not fallbacks):
             self.decode = self.decision.decode_to = self.decode[:1]
 
@@ -177,6 +184,8 @@ class Forward:
             found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
+        if self.decode[0].rank is not None:
+            found[names.RANK] = str(self.decode[0].rank)
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         if self.trace is not None:

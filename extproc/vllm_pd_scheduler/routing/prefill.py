@@ -24,6 +24,7 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import OK, Decision
 from ..records.decision import Attempt as NotedAttempt
+from ..request.api import RESPONSES
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
@@ -135,18 +136,19 @@ class PrefillStage:
         context.at(self._clock())
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
-            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
+            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.processes)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
+            tried.processes.clear()
             return await self.admit(context, tried.decision)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
             tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.processes)
         elif self._decode_may_not_prefill:
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.processes, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     @property
@@ -165,6 +167,7 @@ class PrefillStage:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
+        tried.processes += self._registry.ranks_of(endpoint)
         predicted = reservation.wait + reservation.cost
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         try:
@@ -210,10 +213,14 @@ class PrefillStage:
     async def _prepared(
         self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: _Tried
     ) -> Attempt | None:
-        """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
+        """Return a new attempt, with what must be known before; ``None`` if it cannot be made.
+
+        That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
+        """
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
+            rank=endpoint.rank,
             speaks=endpoint.speaks,
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
@@ -226,13 +233,15 @@ class PrefillStage:
                 return None
             tried.decode = decode = picked[0]
             tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
-            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
+            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         question = attempt.question()
-        if question is None:
-            return attempt
-        if self.ask is None:
-            raise PrefillNotSent("nobody asks its connector's question")
-        return attempt.knowing(await self.ask(endpoint, question, attempt))
+        if question is not None:
+            if self.ask is None:
+                raise PrefillNotSent("nobody asks its connector's question")
+            attempt = attempt.knowing(await self.ask(endpoint, question, attempt))
+        if body.api is RESPONSES and attempt.names_rank():  # vLLM reads no rank there
+            return None
+        return attempt
 
     def _handed_over(
         self,
@@ -299,7 +308,7 @@ class PrefillStage:
         """
         tried.losses += 1
         now = self._clock()
-        self._lost.lost(fingerprint, endpoint.id, now)
+        self._lost.lost(fingerprint, endpoint.instance.instance_id, now)
         refused_for = self._lost.refused_for(fingerprint, now)
         if tried.losses < MAX_LOSSES and not refused_for:
             return None
@@ -310,7 +319,7 @@ class PrefillStage:
         tried.only_full = False
         now = self._clock()
         self._telemetry.prefill_failed(endpoint.id, "status_500")
-        self._lost.suspect(fingerprint, endpoint.id, now)
+        self._lost.suspect(fingerprint, endpoint.instance.instance_id, now)
         self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
@@ -341,6 +350,8 @@ class _Tried:
         self.decision = decision
         """Where all of it is noted."""
         self.endpoints: list[Endpoint] = []
+        self.processes: list[Endpoint] = []
+        """All ranks of their processes: what has failed on one is not tried on another."""
         self.only_full = True
         self.losses = losses
         self.decode: Endpoint | None = None

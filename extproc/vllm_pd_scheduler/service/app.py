@@ -130,8 +130,9 @@ class App:
             router.prefill_leg = TracedLeg(leg, time.monotonic)
 
         def hung(endpoint: Endpoint) -> None:
-            text = f"{endpoint.id} hangs: it answers nothing; what waits there is given up"
-            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=endpoint.id, level=logging.WARNING)
+            name = endpoint.instance.instance_id
+            text = f"{name} hangs: it answers nothing; what waits there is given up"
+            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=name, level=logging.WARNING)
             leg.give_up(endpoint)
 
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
