@@ -9,7 +9,7 @@ from aiohttp import web
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
 from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
 from .options import Options
-from .worker import Worker
+from .ranks import Ranks
 
 C = TypeVar("C", bound=msgspec.Struct)
 Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
@@ -18,9 +18,9 @@ Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
 class KvApi:
     """Routes for other engines. ``port`` tells on which they are found."""
 
-    def __init__(self, options: Options, worker: Worker, port: Callable[[], int]) -> None:
+    def __init__(self, options: Options, ranks: Ranks, port: Callable[[], int]) -> None:
         self._options = options
-        self._worker = worker
+        self._ranks = ranks
         self._port = port
 
     def handlers(self) -> dict[tuple[str, str], Own]:
@@ -31,24 +31,27 @@ class KvApi:
             ("POST", PULL_PATH): self._pull,
         }
         sends = self._options.role != "decode"
-        if isinstance(self._worker.connector, MooncakeConnector) and sends:
+        if isinstance(self._ranks.workers[0].connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
         return found
 
     async def _fetch(self, request: web.Request) -> web.Response:
-        return _answer(self._worker.serve_fetch(await _read(request, FetchCall)))
+        call = await _read(request, FetchCall)
+        return _answer(self._ranks.of(call.engine_id).serve_fetch(call))
 
     async def _release(self, request: web.Request) -> web.Response:
-        self._worker.serve_release(await _read(request, FetchCall))
+        call = await _read(request, FetchCall)
+        self._ranks.of(call.engine_id).serve_release(call)
         return web.Response()
 
     async def _pull(self, request: web.Request) -> web.Response:
-        return _answer(await self._worker.serve_pull(await _read(request, PullCall)))
+        call = await _read(request, PullCall)
+        return _answer(await self._ranks.of(call.engine_id).serve_pull(call))
 
     async def _query(self, request: web.Request) -> web.Response:
         """The bootstrap server of Mooncake."""
-        engine_id, host = self._worker.engine_id, self._options.kv_host
-        return web.json_response(query_answer(engine_id, host, self._port()))
+        ids = [each.engine_id for each in self._ranks.workers]
+        return web.json_response(query_answer(ids, self._options.kv_host, self._port()))
 
 
 async def _read(request: web.Request, kind: type[C]) -> C:

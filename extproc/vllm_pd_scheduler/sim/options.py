@@ -32,6 +32,7 @@ class Options:
     allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
     kv_connector: KvConnector = "nixl"
+    data_parallel_size: int = 1
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
@@ -46,7 +47,9 @@ class Options:
     lora_modules: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the longest request would not fit into the KV cache."""
+        """Raise ValueError if the longest request would not fit into the KV cache, or there is no engine."""
+        if self.data_parallel_size < 1:
+            raise ValueError(f"data_parallel_size {self.data_parallel_size} must be 1 or more")
         if not 1 < self.max_model_len <= self.profile.capacity:
             raise ValueError(
                 f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
@@ -92,6 +95,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
+    add("--data-parallel-size", type=int, default=1, help="engines behind the one port (default: 1)")
     add(
         "--load-fail-policy",
         choices=("fail", "recompute"),
@@ -150,6 +154,7 @@ def _options(given: argparse.Namespace) -> Options:
         allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
         kv_connector=given.kv_connector,
+        data_parallel_size=given.data_parallel_size,
         recompute=given.load_fail_policy == "recompute",
         fail_delay=given.load_fail_delay,
         profile=profile,

@@ -8,8 +8,8 @@ from .nixl_push import PushConnector
 from .options import Options
 
 
-def connector_of(options: Options) -> Connector:
-    """Return the connector that a server's options name."""
+def connector_of(options: Options, rank: int = 0) -> Connector:
+    """Return the connector that a server's options name, of one of its engines."""
     match options.kv_connector:
         case "nixl-push":
             return PushConnector()
@@ -19,6 +19,7 @@ def connector_of(options: Options) -> Connector:
             return AscendConnector()
         case "moriio-read" | "moriio-write":
             address = f"{options.kv_host}:{options.port}"
-            return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
+            writes, size = options.kv_connector == "moriio-write", options.data_parallel_size
+            return MoriioConnector(address, writes=writes, rank=rank, size=size)
         case _:
             return Connector()

@@ -84,7 +84,7 @@ class Worker:
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
         self.connector = connector
-        self._metrics = metrics
+        self.metrics = metrics
         self._agent = agent
         self._recompute = recompute
         self._fail_delay = fail_delay
@@ -117,7 +117,7 @@ class Worker:
             for request in step.transfers:
                 self._start_transfer(self._jobs[request.request_id])
             self._record_expired(step.expired)
-            self._metrics.preempted(len(step.preempted))
+            self.metrics.preempted(len(step.preempted))
             if step.idle:
                 await self._wait_for_work(now)
             else:
@@ -257,7 +257,7 @@ class Worker:
         if job.loading and not job.loading.done():
             job.loading.cancel()
         if self.engine.abort(request_id):
-            self._metrics.finished(job.request, "abort")
+            self.metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
             if self.connector.pushes:
@@ -275,14 +275,14 @@ class Worker:
             if job is None:
                 continue
             if output.index == 0 and job.offer is None:
-                self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
-            self._metrics.token(request, end - job.last_token if output.index else None)
+                self.metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+            self.metrics.token(request, end - job.last_token if output.index else None)
             job.last_token = end
             reason = job.finish_reason if output.finished else None
             if reason:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
-                self._metrics.finished(request, reason)
+                self.metrics.finished(request, reason)
                 if there := self._pulled.pop(request.request_id, None):
                     there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
@@ -307,7 +307,7 @@ class Worker:
     async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
-        self._metrics.transfer_started(request.transfer_tokens)
+        self.metrics.transfer_started(request.transfer_tokens)
         await asyncio.sleep(seconds)
         try:
             reply = await self.connector.fetch(offer)
@@ -324,24 +324,24 @@ class Worker:
             # A short prompt takes a part of what was pushed, and gives back the whole.
             outcome = "released" if job.prompt.tokens < reply.tokens else "stale"
         self._record_hand_off(job, outcome)
-        self._metrics.transferred(request.transfer_tokens, seconds)
-        self._metrics.prefilled(request.transfer_tokens, remote=True)
+        self.metrics.transferred(request.transfer_tokens, seconds)
+        self.metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
         self._wake.set()
 
     def _transfer_failed(self, job: Job, error: TransferFailed) -> None:
         self._record_hand_off(job, "recomputed" if self._recompute else "failed")
         job.offer = None
-        self._metrics.transfer_failed()
+        self.metrics.transfer_failed()
         self.engine.transfer_failed(job.request.request_id, recompute=self._recompute)
         self._wake.set()
         if not self._recompute:
-            self._metrics.finished(job.request, "error")
+            self.metrics.finished(job.request, "error")
             del self._jobs[job.request.request_id]
             job.stream.put_nowait(EngineFailed("Internal server error"))
 
     def _record_expired(self, request_ids: list[str]) -> None:
-        self._metrics.expired(len(request_ids))
+        self.metrics.expired(len(request_ids))
         for request_id in request_ids:
             self._forget(request_id, "expired")
 
