@@ -212,8 +212,8 @@ class KubernetesSource(StrictModel):
     revision_label: _LabelKey | None = None
     """Label of a pod that says to which roll-out it belongs: P hands over only to D of the same one."""
     data_parallel_size_label: _LabelKey | None = None
-    """Label of a pod that says its [`data_parallel_size`](connectors.md#data-parallel-ranks); one engine a port
-    without it."""
+    """Label of a pod that says its [`data_parallel_size`](connectors.md#data-parallel-ranks). Without it each
+    port has one engine."""
     kubeconfig: Annotated[str, Field(min_length=1)] | None = None
     """Path of a kubeconfig file. Without it the scheduler uses its pod's service account or, outside a
     cluster, `KUBECONFIG` or `~/.kube/config`."""

@@ -1,0 +1,91 @@
+"""Data-parallel ranks through real processes: balance, hand-offs, and what the end of a process means."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from tests.integration.test_apis import PATHS, REQUESTS, said
+from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
+from tests.support.waiting import until
+from vllm_pd_scheduler.sim.profile import EngineProfile
+
+PROMPT = "Each rank has a cache of its own, and all of them one process. " * 8
+BODY: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module", params=["nixl", "mooncake", "moriio-write"])
+def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    arguments = ["--max-model-len=4096", "--load-fail-policy=recompute"]
+    with Fleet(
+        2,
+        2,
+        profile=EngineProfile.instant(),
+        arguments=arguments,
+        connector=request.param,
+        data_parallel_size=2,
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
+    return Stack(Path(tmp_path_factory.mktemp("stack")))
+
+
+@pytest.fixture(scope="module")
+def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
+    limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    with spawned(stack.up({**limits, **fleet.config()})) as process:
+        yield process
+
+
+@pytest_asyncio.fixture
+async def client(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
+) -> AsyncIterator[Client]:
+    """A client of a stack that is ready; afterwards nothing may be in flight or pinned."""
+    client = Client(session, stack, fleet)
+    await ready(client, up)
+    await client.until_split()
+    yield client
+    await client.until_in_flight(0)
+    await client.until_freed()
+
+
+async def ran(client: Client, leg: str) -> Counter[str]:
+    """Return how many requests of a leg each engine had, as its instance says."""
+    found: Counter[str] = Counter()
+    for each in client.fleet.instances:
+        if each.alive:
+            seen = await client.seen(each.id)
+            found.update(f"{each.id}:{one['rank']}" for one in seen if one["hand_off"] == leg)
+    return found
+
+
+async def test_each_rank_gets_its_share_and_its_own_handoffs(client: Client, fleet: Fleet) -> None:
+    before = {leg: await ran(client, leg) for leg in ("send", "receive")}
+    told: dict[str, Counter[str]] = {"x-pd-prefill": Counter(), "x-pd-decode": Counter()}
+    texts = set()
+    for _ in range(16):
+        answer = await client.complete(**BODY)
+        texts.add(answer.text)
+        for name, counts in told.items():
+            counts[answer.headers[name]] += 1
+    assert len(texts) == 1
+    for leg, name, role in (("send", "x-pd-prefill", "prefill"), ("receive", "x-pd-decode", "decode")):
+        ids = [f"{role}-{number}:{rank}" for number in range(2) for rank in range(2)]
+        assert told[name] == dict.fromkeys(ids, 4), (name, told[name])
+        assert await ran(client, leg) - before[leg] == told[name], "it went where it was said to go"
+    outcomes = {o for each in fleet.decode for one in await client.seen(each.id) for o in one["outcomes"]}
+    assert outcomes == {"good"}
+    hosts = await client.envoy_hosts()
+    assert len([name for name in hosts if name.startswith(("prefill ", "decode "))]) == 4, "one a process"
