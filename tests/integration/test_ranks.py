@@ -89,3 +89,70 @@ async def test_each_rank_gets_its_share_and_its_own_handoffs(client: Client, fle
     assert outcomes == {"good"}
     hosts = await client.envoy_hosts()
     assert len([name for name in hosts if name.startswith(("prefill ", "decode "))]) == 4, "one a process"
+
+
+async def test_every_api(client: Client) -> None:
+    """Also those of which vLLM reads no rank: a hand-off that names one is not made there."""
+    for path in PATHS:
+        for stream in (False, True):
+            answer = await client.post(path, {**REQUESTS[path], "stream": stream})
+            assert said(answer), answer
+            split = path != "/v1/responses" or client.fleet.connector == "nixl"
+            assert ("x-pd-prefill" in answer.headers) is split
+
+
+async def test_a_client_chooses_no_rank(client: Client) -> None:
+    ranks = set()
+    for _ in range(4):
+        answer = await client.post("/v1/completions", BODY, {"x-data-parallel-rank": "7", "x-pd-rank": ":7"})
+        assert answer.status == 200, answer
+        ranks.add(answer.headers["x-pd-decode"])
+    assert len(ranks) == 4
+
+
+async def test_a_drain_is_of_all_ranks(client: Client) -> None:
+    status, told = await client.admin("POST", "/instances/decode-0:1/drain?wait=true")
+    assert (status, told["id"], told["drained"]) == (200, "decode-0:1", True)
+    states = await client.states()
+    assert (states["decode-0:0"], states["decode-0:1"]) == ("draining", "draining")
+    for _ in range(4):
+        assert (await client.complete(**BODY)).headers["x-pd-decode"].startswith("decode-1:")
+    assert (await client.admin("POST", "/instances/decode-0/undrain"))[0] == 200
+
+    async def back() -> bool:
+        return set((await client.states()).values()) == {"healthy"}
+
+    await until(back)
+
+
+async def test_a_process_that_dies_takes_all_its_ranks_out(client: Client, fleet: Fleet) -> None:
+    """A request that it has lost goes to another process, which takes it by a rank of its own."""
+    for killed in ("prefill-1", "decode-1"):
+        fleet.kill(killed)
+    before = await ran(client, "receive")
+    answers = await asyncio.gather(*(client.complete(**BODY) for _ in range(12)))
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    served = Counter(answer.headers["x-pd-decode"] for answer in answers)
+    assert set(served) == {"decode-0:0", "decode-0:1"}, served
+    handed = Counter(a.headers["x-pd-decode"] for a in answers if "x-pd-prefill" in a.headers)
+    assert await ran(client, "receive") - before == handed
+    seen = [one for one in await client.seen("decode-0") if one["status"] == 200][-12:]  # no release
+    ranks = [{k.lower(): v for k, v in one["headers"].items()}["x-data-parallel-rank"] for one in seen]
+    assert ranks == [str(one["rank"]) for one in seen]
+
+    async def out() -> bool:
+        states = await client.states()
+        return {name for name, state in states.items() if state == "unhealthy"} == {
+            f"{name}:{rank}" for name in ("prefill-1", "decode-1") for rank in range(2)
+        }
+
+    await until(out)
+    for restarted in ("prefill-1", "decode-1"):
+        fleet.restart(restarted)
+
+    async def back() -> bool:
+        return set((await client.states()).values()) == {"healthy"}
+
+    await until(back)
+    assert (await client.complete(**BODY)).status == 200

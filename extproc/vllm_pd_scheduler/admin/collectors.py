@@ -181,7 +181,7 @@ class _RegistryCollector(_AtScrape):
             "pd_scheduler_routable_instances", "Instances that can serve.", labels=["role"]
         )
         for role in InstanceRole:
-            ready.add_metric([role.value], len(self._registry.routable(role)))
+            ready.add_metric([role.value], sum(not e.rank for e in self._registry.routable(role)))
         yield from (state, ready)
 
     def _values(self, gauges: _Gauges, endpoints: Sequence[Endpoint]) -> Iterator[Metric]:

@@ -262,7 +262,7 @@ class DecodeStage:
             taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
             others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
             found += [endpoint for endpoint in others if endpoint.instance.api_key == key]
-        return (_of_each_process(found) if self._registry.has_ranks else found)[:count]
+        return found[:count]
 
     def no_decode(self, context: RequestContext, decision: Decision) -> Reject:
         """Return the answer to a request that no D can serve."""

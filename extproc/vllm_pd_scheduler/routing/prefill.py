@@ -200,7 +200,8 @@ class PrefillStage:
             noted.outcome = str(error)
             self._failed(endpoint, str(error), tried)
             if self.ask is not None:
-                self.ask.forget(endpoint)
+                for rank in self._registry.ranks_of(endpoint):
+                    self.ask.forget(rank)
             return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         finally:
             now = self._clock()
