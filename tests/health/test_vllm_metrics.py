@@ -162,6 +162,11 @@ class RanksTest(unittest.TestCase):
         turned = "\n".join(reversed(TWO_ENGINES.splitlines())).encode()
         self.assertEqual(parse_ranks(turned, 2), parse_ranks(TWO_ENGINES.encode(), 2))
 
+    def test_engines_of_another_node_than_the_first(self) -> None:
+        """With hybrid load balancing."""
+        page = TWO_ENGINES.replace('engine="1"', 'engine="5"').replace('engine="0"', 'engine="4"')
+        self.assertEqual(parse_ranks(page.encode(), 2), parse_ranks(TWO_ENGINES.encode(), 2))
+
     def test_another_number_of_engines(self) -> None:
         for page, size, said in (
             (TWO_ENGINES, 3, "engine 0, 1, and the data_parallel_size of the instance is 3"),

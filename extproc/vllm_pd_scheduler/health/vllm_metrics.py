@@ -139,18 +139,20 @@ def parse_metrics(page: bytes | str) -> Scrape:
 def parse_ranks(page: bytes, size: int) -> list[Scrape]:
     """Parse the page of a server with ``size`` engines: what it says of each, by the label ``engine``.
 
-    What has no such label is of all. Raise as :func:`parse_metrics`, also if it has other engines.
+    The labels of a node with hybrid load balancing begin where that node's engines do. What has no label is
+    of all. Raise as :func:`parse_metrics`, also if it has more engines or fewer.
     """
     shared: list[_Sample] = []
     ranks: dict[int, list[_Sample]] = {}
     for sample in _samples(page):
         engine = _ENGINE_LABEL.search(sample[1])
         (shared if engine is None else ranks.setdefault(int(engine[1]), [])).append(sample)
-    if sorted(ranks) != list(range(size)):
+    first = min(ranks, default=0)
+    if sorted(ranks) != list(range(first, first + size)):
         told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
         raise OtherEngines(f"it tells of {told}, and the data_parallel_size of the instance is {size}")
     adapters = _adapters(page)
-    return [_scrape(shared + ranks[rank], size, *adapters) for rank in range(size)]
+    return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
 
 
 def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...], slots: int) -> Scrape:
