@@ -59,7 +59,7 @@ class ChoiceTest(RanksCase):
         for name in ("d0", "d1", "p0", "p1"):
             self.router.unregister_instance(name)
         forward = await self.route()
-        self.assertEqual((dict(forward.ranks), [e.id for e in forward.decode]), ({}, ["d2"]))
+        self.assertEqual((forward.ranks, [e.id for e in forward.decode]), (None, ["d2"]))
 
     async def test_a_gateway_is_told_one(self) -> None:
         """It sends its further attempts with the same headers."""

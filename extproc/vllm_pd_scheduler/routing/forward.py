@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from ..connectors import Splice
@@ -21,9 +20,6 @@ from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
-
-
-NO_RANKS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -45,8 +41,8 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
-    ranks: Mapping[str, int] = field(default_factory=lambda: NO_RANKS)
-    """Which rank is meant of those of ``decode`` that have several, by their addresses."""
+    ranks: Mapping[str, int] | None = None
+    """Which rank is meant of those of ``decode`` that have several, by their addresses; ``None``: none has."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
