@@ -56,6 +56,14 @@ class RanksTest(unittest.TestCase):
         self.registry.add(ranked("d0", 1))
         self.assertIsNone(self.registry.get("d0").rank)
 
+    def test_one_that_was_removed_is_none_of_those_that_came_after(self) -> None:
+        self.well()
+        self.registry.remove("d0")
+        self.registry.add(ranked("d0", 3))
+        self.registry.probed(self.d0[0], None)  # a probe that was under way
+        self.assertEqual(self.registry.ranks_of(self.d0[1]), (self.d0[1],))
+        self.assertIs(self.registry.get("d0").state, InstanceState.STARTING)
+
     def test_address_and_health_are_the_process_s(self) -> None:
         self.well()
         self.assertEqual({each.address for each in self.d1}, {"10.0.0.2:1"})

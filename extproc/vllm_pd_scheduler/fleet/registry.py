@@ -221,11 +221,10 @@ class Registry:
 
     def ranks_of(self, endpoint: Endpoint) -> tuple[Endpoint, ...]:
         """Return all endpoints of an endpoint's process, of which it is one: its ranks, or itself."""
-        return (
-            (endpoint,)
-            if endpoint.rank is None
-            else self._instances.get(endpoint.instance.instance_id, (endpoint,))
-        )
+        if endpoint.rank is None:
+            return (endpoint,)
+        found = self._instances.get(endpoint.instance.instance_id, ())
+        return found if endpoint in found else (endpoint,)  # it was removed, and another one has its id
 
     def instances(self) -> list[tuple[Endpoint, ...]]:
         """Return the endpoints of each instance, in the order in which these were added."""

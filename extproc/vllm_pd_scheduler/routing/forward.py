@@ -42,7 +42,7 @@ class Forward:
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
     ranks: Mapping[str, int] | None = None
-    """Which rank is meant of those of ``decode`` that have several, by their addresses; ``None``: none has."""
+    """Which rank is meant of those of ``decode`` that have several, by address; ``None``: none has."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
