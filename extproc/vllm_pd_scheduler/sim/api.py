@@ -384,7 +384,9 @@ def _attach_hand_off(jobs: list[Job], params: dict[str, Any], entry: Entry, work
         try:
             blocks = worker.engine.profile.blocks_for(job.prompt.tokens)
             connector = worker.connector
-            job.offer = connector.named(connector.read(params, blocks), job.request.request_id)
+            job.offer = connector.named(
+                connector.read(params, blocks), job.request.request_id, job.prompt.digest
+            )
         except FatalHandOff as error:
             worker.die(str(error))
         cached = params.get("remote_prefill_cached_tokens")

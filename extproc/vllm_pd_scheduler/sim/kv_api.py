@@ -8,6 +8,14 @@ from aiohttp import web
 
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
 from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
+from .offloading import (
+    P2P_FETCH_PATH,
+    P2P_LOOKUP_PATH,
+    OffloadingConnector,
+    P2pFetch,
+    P2pFound,
+    P2pLookup,
+)
 from .options import Options
 from .ranks import Ranks
 
@@ -33,6 +41,8 @@ class KvApi:
         sends = self._options.role != "decode"
         if isinstance(self._ranks.workers[0].connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
+        if isinstance(self._ranks.workers[0].connector, OffloadingConnector):
+            found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
 
     async def _fetch(self, request: web.Request) -> web.Response:
@@ -47,6 +57,15 @@ class KvApi:
     async def _pull(self, request: web.Request) -> web.Response:
         call = await _read(request, PullCall)
         return _answer(await self._ranks.of(call.engine_id).serve_pull(call))
+
+    async def _p2p_fetch(self, request: web.Request) -> web.Response:
+        reply = await self._ranks.workers[0].serve_p2p(await _read(request, P2pFetch))
+        return _answer(reply)
+
+    async def _p2p_lookup(self, request: web.Request) -> web.Response:
+        hashes = (await _read(request, P2pLookup)).hashes
+        blocks = len(self._ranks.workers[0].engine.pool.find(hashes, len(hashes)))
+        return web.Response(body=msgspec.json.encode(P2pFound(blocks)))
 
     async def _query(self, request: web.Request) -> web.Response:
         """The bootstrap server of Mooncake."""

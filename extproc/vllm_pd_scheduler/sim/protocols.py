@@ -5,6 +5,7 @@ from .handoff import Connector
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl_push import PushConnector
+from .offloading import OffloadingConnector
 from .options import Options
 
 
@@ -21,5 +22,7 @@ def connector_of(options: Options, rank: int = 0) -> Connector:
             address = f"{options.kv_host}:{options.port}"
             writes, size = options.kv_connector == "moriio-write", options.data_parallel_size
             return MoriioConnector(address, writes=writes, rank=rank, size=size)
+        case "offloading-p2p":
+            return OffloadingConnector(options.profile.lease, options.fail_delay)
         case _:
             return Connector()

@@ -78,6 +78,7 @@ def _ranks(options: Options, on_death: Callable[[], None]) -> Ranks:
     """Return the engines, with one set of metrics."""
     workers: list[Worker] = []
     metrics: Metrics | None = None
+    offloads = options.kv_connector == "offloading-p2p"  # it waits by itself, and never fails a request
     own_id = options.engine_id or str(uuid.uuid4())
     for rank in range(options.data_parallel_size):
         engine = Engine(options.profile)
@@ -88,8 +89,8 @@ def _ranks(options: Options, on_death: Callable[[], None]) -> Ranks:
             connector_of(options, rank),
             engine_id=own_id if options.data_parallel_size == 1 else f"{own_id}_dp{rank}",
             agent=uuid.uuid4().hex,
-            recompute=options.recompute,
-            fail_delay=options.fail_delay,
+            recompute=options.recompute or offloads,
+            fail_delay=0.0 if offloads else options.fail_delay,
             on_death=on_death,
         )
         workers.append(worker)
