@@ -16,6 +16,7 @@ KvConnector = Literal[
     "nixl-push",
     "mooncake",
     "ascend-mooncake",
+    "ascend-layerwise",
     "moriio-read",
     "moriio-write",
     "offloading-p2p",
@@ -65,9 +66,9 @@ class Options:
         """Raise ValueError if the longest request would not fit into the KV cache, or there is no engine."""
         if self.data_parallel_size < 1:
             raise ValueError(f"data_parallel_size {self.data_parallel_size} must be 1 or more")
-        if self.data_parallel_size > 1 and self.kv_connector == "offloading-p2p":
+        if self.data_parallel_size > 1 and self.kv_connector in ("offloading-p2p", "ascend-layerwise"):
             raise ValueError(
-                "data_parallel_size: the ports of the tiers of several engines are not simulated"
+                f"data_parallel_size: several engines with {self.kv_connector} are not simulated"
             )
         if not 1 < self.max_model_len <= self.profile.capacity:
             raise ValueError(
