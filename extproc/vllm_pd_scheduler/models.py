@@ -9,6 +9,9 @@ from enum import StrEnum
 ANY_MODEL = "*"
 """Among an instance's configured models: it may serve any name, which its engine resolves."""
 
+MAX_RANKS = 64
+"""Data-parallel engines of one instance at most. Its ``/metrics`` has 50 KB of each."""
+
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _AFTER_IPV4_COMPATIBLE = ipaddress.IPv6Address("::1:0:0")
 
@@ -88,6 +91,8 @@ class PDInstance:
     connector: ConnectorChoice | None = None
     """The protocol by which it hands over, of an encode instance that of its encodings; ``None``: that of the
     fleet."""
+    data_parallel_size: int = 1
+    """Engines behind its one port. With more than one, each is an endpoint of its own, a rank."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))

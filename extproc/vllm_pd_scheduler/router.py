@@ -98,7 +98,8 @@ class PDRouter:
         self.registry.subscribe(self._forget_the_removed)
 
     def _present(self) -> frozenset[str]:
-        return frozenset(endpoint.id for endpoint in self.registry)
+        every = (name for e in self.registry for name in (e.id, e.instance.instance_id))
+        return frozenset(every)
 
     def _forget_the_removed(self) -> None:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
@@ -196,7 +197,8 @@ class PDRouter:
 
     def get_instances(self, role: InstanceRole | None = None) -> list[PDInstance]:
         """Return the registered instances, or those of one role."""
-        return [endpoint.instance for endpoint in self.registry.endpoints(role)]
+        every = (ranks[0].instance for ranks in self.registry.instances())
+        return [instance for instance in every if role is None or instance.role is role]
 
     # -- the configuration
 

@@ -132,6 +132,14 @@ class MistakesTest(ConfigCase):
                 r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
             ),
             (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
+            *(
+                (decode(data_parallel_size=wrong), r"^decode_instances\[0\]\.data_parallel_size: must be ")
+                for wrong in (0, -1, 65, "2", 2.5, None)
+            ),
+            (
+                {**decode(data_parallel_size=2), "prefill_leg": "sidecar"},
+                r"^decode_instances\[0\]\.data_parallel_size: a sidecar cannot be told a rank of P: ",
+            ),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
             (decode(prot=1), r"^decode_instances\[0\]\.prot: unknown key; did you mean 'port'\?$"),

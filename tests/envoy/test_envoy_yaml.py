@@ -211,7 +211,8 @@ class NamesTest(unittest.TestCase):
         values = {header["key"]: header["value"] for header in added}
         self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.DECISION, headers.REASON})
         self.assertIn(headers.PREFILL, values[headers.PREFILL])
-        self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
+        shown = f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%%REQ({headers.RANK_SHOWN})%"
+        self.assertEqual(values[headers.DECODE], shown)
 
     def test_clients_never_steer(self) -> None:
         (extensions,) = every("early_header_mutation_extensions", listener(RAW, "ingress"))

@@ -201,7 +201,7 @@ class _RegistryCollector(_AtScrape):
         )
         encodes = bool(self._registry.endpoints(InstanceRole.ENCODE))
         for role in InstanceRole if encodes else PD_ROLES:
-            ready.add_metric([role.value], len(self._registry.routable(role)))
+            ready.add_metric([role.value], sum(not e.rank for e in self._registry.routable(role)))
         wrong = GaugeMetricFamily(
             "pd_scheduler_wrong_pairs",
             "1 for a pair that gave wrong texts, and gets no hand-offs any more.",

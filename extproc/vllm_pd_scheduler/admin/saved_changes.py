@@ -88,7 +88,10 @@ class Steered:
         return cls(
             dict(router.scheduler.names),
             shadow.name if shadow else None,
-            {endpoint.id: router.membership.drained(endpoint.id) for endpoint in router.registry},
+            {
+                each.instance_id: router.membership.drained(each.instance_id)
+                for each in router.get_instances()
+            },
             {item.id: item for item in added},
             router.membership.removed(),
             set(router.membership.named()),

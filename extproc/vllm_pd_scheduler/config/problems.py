@@ -38,6 +38,7 @@ def find_problems(
         try:
             if "instance_tls" not in malformed:
                 config.tls_name(item)
+            config.rank_count(item)
         except ValueError as error:
             problems.append(f"{key}.{error}")
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)

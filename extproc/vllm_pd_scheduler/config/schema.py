@@ -394,7 +394,17 @@ class SchedulerConfig(InstancesFile):
             models,
             item.revision,
             _own_connector(role, item),
+            self.rank_count(item),
         )
+
+    def rank_count(self, item: InstanceConfig) -> int:
+        """Return how many ranks an instance has; raise :exc:`ValueError` if they cannot be chosen among."""
+        if item.data_parallel_size > 1 and self.prefill_leg == "sidecar":
+            raise ValueError(
+                "data_parallel_size: a sidecar cannot be told a rank of P: leave it out, or give each rank a "
+                "port, which is an instance of its own"
+            )
+        return item.data_parallel_size
 
     def tls_name(self, item: InstanceConfig) -> str | None:
         """Return the name that an instance's certificate must be for, ``None`` without TLS."""

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..models import canonical_host, canonical_ip, is_ip
 from ..system.extras import install_command
-from .instances import INSTANCE_ID, Port, SecretSource, StrictModel, is_host
+from .instances import INSTANCE_ID, Port, RankCount, SecretSource, StrictModel, is_host
 from .tls import ServerName
 
 RoleName = Literal["prefill", "decode", "encode"]
@@ -92,6 +92,8 @@ class DnsSource(StrictModel):
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that their certificates must be for. Without it the one of
     `instance_tls`, else `name`, else the target of each SRV record."""
+    data_parallel_size: RankCount = 1
+    """The [`data_parallel_size`](connectors.md#data-parallel-ranks) of each of these instances."""
 
     @property
     def label(self) -> str:
@@ -210,6 +212,9 @@ class KubernetesSource(StrictModel):
     """Label of a pod that says which model it serves. Without it that is read from its `/v1/models`."""
     revision_label: _LabelKey | None = None
     """Label of a pod that says to which roll-out it belongs: P hands over only to D of the same one."""
+    data_parallel_size_label: _LabelKey | None = None
+    """Label of a pod that says its [`data_parallel_size`](connectors.md#data-parallel-ranks). Without it each
+    port has one engine."""
     kubeconfig: Annotated[str, Field(min_length=1)] | None = None
     """Path of a kubeconfig file. Without it the scheduler uses its pod's service account or, outside a
     cluster, `KUBECONFIG` or `~/.kube/config`."""

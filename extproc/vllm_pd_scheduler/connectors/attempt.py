@@ -42,6 +42,10 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
+    def names_rank(self) -> bool:
+        """Whether the hand-off names the engine that a leg is sent to."""
+        return self.connector.names_rank(self.legs)
+
     @property
     def leaves_something(self) -> bool:
         """Whether P may keep blocks for D when it has answered."""

@@ -50,6 +50,10 @@ class Peer:
     """The protocol of its last hand-off, as :attr:`Handoff.protocol`; empty before the first."""
     takes_token_ids: bool = False
     """As :attr:`Handoff.takes_token_ids` of its last hand-off."""
+    rank: int | None = None
+    """Which of its data-parallel engines gets the request, if the scheduler chooses among them."""
+    ranks: int = 1
+    """How many of them there are, as configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,13 @@ class Connector(ABC):
         It is kept as long as the process of P lives, and attempts have it as :attr:`Legs.known`.
         """
         return None
+
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether the hand-off names the data-parallel engine that a leg is sent to.
+
+        Such a request is split only on paths of which vLLM reads what engine is meant.
+        """
+        return False
 
     def invitation(self, legs: Legs, url: str) -> Handoff:
         """Return what D gets to ask for the prefill, by a POST to ``url``, with ``Order.DECODE_FIRST``."""

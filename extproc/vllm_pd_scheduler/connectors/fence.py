@@ -29,8 +29,8 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "order", "question", "understood", "invitation", "asked", "prefill_body", "prefill_headers",
-    "handoff", "ended", "splice", "release_body",
+    "can_split", "order", "question", "understood", "invitation", "asked", "names_rank", "prefill_body",
+    "prefill_headers", "handoff", "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -83,6 +83,10 @@ class ConnectorFence:
     def understood(self, answer: bytes, prefill: Peer) -> Any | None:
         """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("understood", lambda: self._connector.understood(answer, prefill))
+
+    def names_rank(self, legs: Legs) -> bool:
+        """See :meth:`Connector.names_rank`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("names_rank", lambda: bool(self._connector.names_rank(legs)))
 
     def invitation(self, legs: Legs, url: str) -> Handoff:
         """See :meth:`Connector.invitation`; raise :exc:`ConnectorFailed` if it fails."""

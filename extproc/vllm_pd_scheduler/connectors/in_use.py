@@ -64,23 +64,25 @@ class Connectors:
         prefill: PDInstance,
         host: str,
         *,
+        rank: int | None = None,
         speaks: str = "",
         takes_token_ids: bool = False,
         token_ids: bool = False,
     ) -> Attempt:
         """Return a new attempt to split a request, with a P that is reached at ``host``.
 
-        ``speaks`` and ``takes_token_ids`` are what that P's last hand-off has shown, and ``token_ids`` says
-        whether D is to get the prompt's, if it takes them.
+        ``rank`` is that of the engine that was chosen. ``speaks`` and ``takes_token_ids`` are what that P's
+        last hand-off has shown, and ``token_ids`` says whether D is to get the prompt's, if it takes them.
         """
-        peer = replace(self.peer(prefill, host), speaks=speaks, takes_token_ids=takes_token_ids)
+        peer = replace(self.peer(prefill, host, rank), speaks=speaks, takes_token_ids=takes_token_ids)
         legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids)
         return Attempt(self.of(prefill), legs)
 
-    def peer(self, instance: PDInstance, host: str) -> Peer:
-        """Return an instance that is reached at ``host`` as its connector sees it."""
+    def peer(self, instance: PDInstance, host: str, rank: int | None = None) -> Peer:
+        """Return an instance that is reached at ``host``, or a rank of it, as its connector sees it."""
         choice = instance.connector or self._of_the_fleet()
-        return Peer(instance.instance_id, host, instance.port, self._settings_of(choice))
+        settings, ranks = self._settings_of(choice), instance.data_parallel_size
+        return Peer(instance.instance_id, host, instance.port, settings, rank=rank, ranks=ranks)
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given_settings is not None:

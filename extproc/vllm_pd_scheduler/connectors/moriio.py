@@ -84,6 +84,10 @@ class MoriioConnector(Connector):
         """Return that P must be told of D, if it writes there."""
         return Order.TOWARDS_DECODE if prefill.settings.mode == "write" else Order.PREFILL_FIRST
 
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether P is told to which engine of D it must write."""
+        return legs.decode is not None and legs.decode.rank is not None
+
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token that is no end, and a request for a hand-off."""
         params: dict[str, Any] = {
@@ -99,9 +103,9 @@ class MoriioConnector(Connector):
                 "remote_host": legs.decode.host,
                 "remote_handshake_port": to.handshake_port,
                 "remote_notify_port": to.notify_port,
-                "remote_dp_rank": 0,
+                "remote_dp_rank": legs.decode.rank or 0,
                 "remote_dp_rank_override": True,
-                "remote_dp_size": 1,
+                "remote_dp_size": legs.decode.ranks,
                 "remote_tp_size": to.tp_size,
                 "tp_size": to.tp_size,
             }

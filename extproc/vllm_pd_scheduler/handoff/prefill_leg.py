@@ -100,8 +100,8 @@ class HttpPrefill:
     def give_up(self, endpoint: Endpoint) -> None:
         """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
         for sent, where in tuple(self._under_way.items()):
-            if where is endpoint and not sent.done():
-                sent.set_exception(GivenUp(f"{endpoint.id} hangs"))
+            if where.instance is endpoint.instance and not sent.done():  # on whichever rank
+                sent.set_exception(GivenUp(f"{endpoint.instance.instance_id} hangs"))
 
     async def close(self) -> None:
         """Wait for the prefills that linger."""
@@ -144,6 +144,8 @@ class HttpPrefill:
         # What is not ASCII means nothing here, and P would read it as other characters.
         kept = {name: value for name, value in given if _SENDABLE.fullmatch(value)}
         kept.update(own)
+        if endpoint.rank is not None:
+            kept[names.RANK] = str(endpoint.rank)
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")

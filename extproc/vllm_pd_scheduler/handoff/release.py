@@ -84,7 +84,8 @@ class HandoffReleaser:
     async def _given_back(self, pending: PendingHandoff, body: bytes) -> bool:
         """Send the request to one D after another; return whether one has answered as it must."""
         registry, decode = self._registry, InstanceRole.DECODE
-        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
+        known = (*registry.routable(decode), *registry.ejected(decode))
+        for endpoint in [each for each in known if not each.rank][:3]:  # a rank is no other process
             headers = {"content-type": "application/json", **pending.handoff.headers}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"

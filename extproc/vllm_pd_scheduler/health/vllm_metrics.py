@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..models import InstanceRole, MetricsSnapshot
@@ -84,12 +84,16 @@ _ADAPTERS = re.compile(
 _ADAPTER_LABEL = re.compile(rb'(?:^|,)[ \t]*(\w+)="([^"\\\n]*)"')
 _MAX_ADAPTERS = 4096
 """Of one label that are read."""
+_ENGINE_LABEL = re.compile(rb'(?:^|,)[ \t]*engine="(\d{1,4})"')
 _CACHE_LABEL = re.compile(rb'(?:^|,)[ \t]*(block_size|num_gpu_blocks|kv_cache_size_tokens)="(\d{1,15})"')
 
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One parsed ``/metrics`` page: gauges over all engines, and ``(sum, count)`` of each histogram."""
+    """What a ``/metrics`` page says of a server, or of one of its engines.
+
+    Gauges are over all of the engines, and histograms are ``(sum, count)``.
+    """
 
     running: float
     waiting: float
@@ -113,8 +117,16 @@ class Scrape:
     """LoRA adapters that it holds at once; 0 if it does not say."""
 
 
+_Sample = tuple[str, bytes, float]
+"""Name, labels, value."""
+
+
 class NotVllmMetrics(ValueError):
     """The page has none of the series that every vLLM server exposes."""
+
+
+class OtherEngines(NotVllmMetrics):
+    """The page is of a server with another number of engines than is configured."""
 
 
 def parse_metrics(page: bytes | str) -> Scrape:
@@ -124,11 +136,37 @@ def parse_metrics(page: bytes | str) -> Scrape:
     sense is left out. Raises :exc:`NotVllmMetrics` if the page is of something else, cannot be parsed, or
     has numbers of requests that make no sense.
     """
+    data = page.encode(errors="replace") if isinstance(page, str) else page
+    samples = list(_samples(data))
+    return _scrape(samples, len([name for name, *_ in samples if name == _CACHE]), *_adapters(data))
+
+
+def parse_ranks(page: bytes, size: int) -> list[Scrape]:
+    """Parse the page of a server with ``size`` engines: what it says of each, by the label ``engine``.
+
+    The labels of a node with hybrid load balancing begin where that node's engines do. What has no label is
+    of all. Raise as :func:`parse_metrics`, also if it has more engines or fewer.
+    """
+    shared: list[_Sample] = []
+    ranks: dict[int, list[_Sample]] = {}
+    for sample in _samples(page):
+        engine = _ENGINE_LABEL.search(sample[1])
+        (shared if engine is None else ranks.setdefault(int(engine[1]), [])).append(sample)
+    first = min(ranks, default=0)
+    if sorted(ranks) != list(range(first, first + size)):
+        told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
+        raise OtherEngines(f"it tells of {told}, and the data_parallel_size of the instance is {size}")
+    adapters = _adapters(page)
+    return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
+
+
+def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...], slots: int) -> Scrape:
+    """Return what series say, of one of ``engines`` or of all."""
     values: dict[str, list[float]] = {}
     capacity = 0.0
-    for name, labels, value in _samples(page.encode(errors="replace") if isinstance(page, str) else page):
+    for name, labels, value in samples:
         if name == _CACHE:
-            capacity += _kv_tokens(labels)
+            capacity += _kv_tokens(labels, engines)
         elif _GAUGES.get(name) in ("running", "waiting") and not 0.0 <= value <= MAX_REQUESTS:
             raise NotVllmMetrics(f"{name} is {value:g}: not a number of requests")
         elif math.isfinite(value):  # a NaN would win or lose every comparison
@@ -159,7 +197,8 @@ def parse_metrics(page: bytes | str) -> Scrape:
         counts.get(_FINISHED, 0.0),
         counts.get(_STEPS, 0.0),
         counts.get(_FAILED),
-        *_adapters(page.encode(errors="replace") if isinstance(page, str) else page),
+        adapters,
+        slots,
     )
 
 
@@ -181,7 +220,7 @@ def _adapters(page: bytes) -> tuple[tuple[str, ...], int]:
     return tuple(filter(None, adapters)), int(slots) if slots.isdecimal() and len(slots) <= 4 else 0
 
 
-def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
+def _samples(page: bytes) -> Iterator[_Sample]:
     """Yield name, labels and value of each series that matters, once however often it is there."""
     if len(page) > _LONG_PAGE and page.count(b"\n") > _MAX_LINES:
         raise NotVllmMetrics(f"it has more than {_MAX_LINES} lines")
@@ -197,16 +236,16 @@ def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
             yield _NAMES[name], labels or b"", float(value)
 
 
-def _kv_tokens(labels: bytes) -> float:
+def _kv_tokens(labels: bytes, engines: int) -> float:
     """Return the tokens that one engine's KV cache holds; 0 if its labels do not say.
 
-    Blocks times their size is more than that for a model in which some layers need less than a block for as
-    many tokens: there vLLM says how many tokens it is. It says "None" until it has measured its memory.
+    Of several engines, each says how many blocks all of them have together. Blocks times their size is more
+    than that for a model in which some layers need less than a block for as many tokens: there vLLM says how
+    many tokens it is. It says "None" until it has measured its memory.
     """
     found = {key: int(value) for key, value in _CACHE_LABEL.findall(labels)}
-    tokens = found.get(b"kv_cache_size_tokens") or found.get(b"block_size", 0) * found.get(
-        b"num_gpu_blocks", 0
-    )
+    blocks = found.get(b"num_gpu_blocks", 0) // engines
+    tokens = found.get(b"kv_cache_size_tokens") or found.get(b"block_size", 0) * blocks
     return float(tokens) if tokens <= MAX_CAPACITY else 0.0
 
 

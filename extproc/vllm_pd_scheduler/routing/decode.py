@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..admission.controller import AdmissionController
@@ -123,6 +123,8 @@ class DecodeStage:
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self._in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.request_id
+        if self._registry.has_ranks:
+            forward.ranks = {str(each.address): each.rank for each in decode if each.rank is not None}
         forward.served = served
         if beside is not None:
             forward.transferred, forward.step = transferred, step
@@ -280,6 +282,9 @@ class DecodeStage:
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+        if self._registry.has_ranks:
+            found = _of_each_process(found)
+            picked = [rank for each in picked for rank in self._registry.ranks_of(each)]
         if len(found) < count:
             taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
             others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
@@ -295,3 +300,11 @@ class DecodeStage:
         endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
         states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
+
+
+def _of_each_process(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+    """Return the first endpoint of each process: a request that one has failed is not for its other ranks."""
+    found: dict[str, Endpoint] = {}
+    for endpoint in endpoints:
+        found.setdefault(endpoint.instance.instance_id, endpoint)
+    return list(found.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,6 +47,8 @@ class Forward:
     """Tokens that D has to fetch, as far as is known."""
     step: float = 0.0
     """Predicted seconds of a decode step at D with it."""
+    ranks: Mapping[str, int] | None = None
+    """Which rank is meant of those of ``decode`` that have several, by address; ``None``: none has."""
     call: ExpectedCall | None = None
     """By which D asks for the prefill, if its protocol wants that."""
     refuse: Callable[[Reject], None] | None = None
@@ -177,6 +179,7 @@ class Forward:
         same body and headers.
         """
         made = self.splice is not None or self.used_once or self.only is not None
+        made = made or self.decode[0].rank is not None
         if len(self.decode) > 1 and (made or not fallbacks):
             self.decode = self.decision.decode_to = self.decode[:1]
 
@@ -198,6 +201,8 @@ class Forward:
             found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
+        if self.decode[0].rank is not None:
+            found[names.RANK] = str(self.decode[0].rank)
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         if self.trace is not None:

@@ -162,7 +162,7 @@ class RequestsInFlight:
         """
         id_ = attempt.request or ""
         forward = self._running.get(id_) or self._ended.get(id_)
-        endpoint = self._registry.at(InstanceRole.DECODE, attempt.address)
+        endpoint = self._at(attempt.address, forward)
         if endpoint is not None:
             self._telemetry.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
@@ -175,7 +175,7 @@ class RequestsInFlight:
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
             endpoint is not None and self._registry.stands_out(endpoint)
         )
-        instance = endpoint.id if endpoint is not None else attempt.address
+        instance = endpoint.instance.instance_id if endpoint is not None else attempt.address
         if attempt.failure is Failure.RESET:
             forward.losses += 1
             self.lost.lost(forward.prompt, instance, self._clock())
@@ -183,9 +183,10 @@ class RequestsInFlight:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
         if forward.sidecar is not None and attempt.failure is Failure.STATUS:
-            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.id, self._clock())
+            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.instance.instance_id, self._clock())
         if forward.trace is not None:
-            forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
+            tried = endpoint.id if endpoint is not None else attempt.address
+            forward.trace.decode_failed(tried, attempt.failure, attempt.status, self._clock())
         if attempt.first and forward.sidecar is not None:
             forward.sidecar.end(self._clock(), attempt.failure)
             self._changed()
@@ -207,7 +208,7 @@ class RequestsInFlight:
         ending = result.ending
         # Of an error, and of an answer that comes whole, the first byte is no first token.
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
-        endpoint = self._registry.at(InstanceRole.DECODE, result.address)
+        endpoint = self._at(result.address, forward)
         answered_by = endpoint.id if endpoint is not None else result.address or None
         if not (forward.fits(result.address) or forward.failed_attempts):
             self._free(forward)  # Envoy knew none of those who could use it
@@ -229,6 +230,13 @@ class RequestsInFlight:
                     self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
             else:
                 forward.sidecar.took(took, self._queued_at(forward))
+
+    def _at(self, address: str, forward: Forward | None) -> Endpoint | None:
+        """Return the D at an address: of several ranks, the one that a request was sent to."""
+        endpoint = self._registry.at(InstanceRole.DECODE, address)
+        if endpoint is None or endpoint.rank is None or forward is None:
+            return endpoint
+        return next((each for each in forward.decode if each.address == address), endpoint)
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
@@ -279,7 +287,7 @@ class RequestsInFlight:
 
     def _look_for_the_dead(self) -> None:
         for instance in self.lost.suspected:
-            endpoint = next((e for e in self._registry if e.id == instance), None)
+            endpoint = next((e for e in self._registry if e.instance.instance_id == instance), None)
             if endpoint is None or endpoint.healthy is False:
                 self.lost.died(instance, self._clock())
 

@@ -382,12 +382,15 @@ class Scheduler:
 
         First come those that ``pick`` leaves out while there are better ones (saturated or on trial), then
         those that it never returns (ejected). They may fail too, but without them the request surely does.
-        None is known to lack the model.
+        None is known to lack the model. Of the ranks of a process there is one.
         """
-        pools = self._pools[role]
-        routable = (e for e in pools.of(model).endpoints if e not in exclude)
-        ejected = (e for e in self.registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
+        pools, registry = self._pools[role], self.registry
+        routable = (e for e in pools.of(model).endpoints if e not in exclude and not e.rank)
+        ejected = (e for e in registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
+        ejected = (e for e in ejected if not e.rank)
         others = [e for kind in (routable, ejected) for e in itertools.islice(kind, _MAX_LAST_RESORTS)]
+        if registry.has_ranks:
+            others = [min(registry.ranks_of(e), key=lambda rank: rank.requests) for e in others]
         return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
     def compare_shadow(

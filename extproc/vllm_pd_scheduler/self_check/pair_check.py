@@ -185,12 +185,13 @@ class PairCheck:
         attempt = self._connectors.attempt(
             prefill.instance,
             prefill.host,
+            rank=prefill.rank,
             speaks=prefill.speaks,
             takes_token_ids=prefill.takes_token_ids,
         )
         order = attempt.order()
         if order is Order.TOWARDS_DECODE:
-            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
+            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         elif order is not Order.PREFILL_FIRST:
             raise NotForThis(f"its connector's order is {order.value}")
         if (question := attempt.question()) is not None:
@@ -208,6 +209,8 @@ class PairCheck:
         sent = {"content-type": "application/json", **headers}
         if decode.instance.api_key is not None:
             sent["authorization"] = f"Bearer {decode.instance.api_key}"
+        if decode.rank is not None:
+            sent[names.RANK] = str(decode.rank)
         to = (str(decode.address), decode.instance.tls_name)
         answer = await self._pool.post(
             to, COMPLETIONS.path, sent, body, limit=_MAX_ANSWER_BYTES, timeout=limit

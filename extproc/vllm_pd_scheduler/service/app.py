@@ -137,8 +137,9 @@ class App:
         self_check = self._start_self_check(leg, questions, pool)
 
         def hung(endpoint: Endpoint) -> None:
-            text = f"{endpoint.id} hangs: it answers nothing; what waits there is given up"
-            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=endpoint.id, level=logging.WARNING)
+            name = endpoint.instance.instance_id
+            text = f"{name} hangs: it answers nothing; what waits there is given up"
+            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=name, level=logging.WARNING)
             leg.give_up(endpoint)
             encode_leg.give_up(endpoint)
 

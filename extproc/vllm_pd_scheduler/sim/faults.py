@@ -74,6 +74,8 @@ class Entry:
     status: int | None = None
     hand_off: str | None = None
     """"send" for a request that prefills for another engine, "receive" for one that fetches its KV."""
+    rank: int = 0
+    """Of the engine that had it."""
     outcomes: list[str] = field(default_factory=list)
     """For each hand-off received: good, stale, failed, recomputed or released."""
 
@@ -88,6 +90,7 @@ class Entry:
             "body_bytes": self.size,
             "status": self.status,
             "hand_off": self.hand_off,
+            "rank": self.rank,
             "outcomes": self.outcomes,
         }
 

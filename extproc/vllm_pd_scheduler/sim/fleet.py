@@ -67,7 +67,8 @@ class Fleet:
     - ``arguments`` are command line arguments of all servers, ``prefill_arguments``, ``decode_arguments`` and
       ``encode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
       trusts the servers.
-    - ``connector`` is the hand-off protocol of all of them.
+    - ``connector`` is the hand-off protocol of all of them, and ``data_parallel_size`` how many engines each
+      has.
     - ``timeout`` is the time in which an instance must become healthy, in seconds.
 
     Example::
@@ -91,6 +92,7 @@ class Fleet:
         encode: int = 0,
         encode_arguments: Sequence[str] = (),
         connector: KvConnector = "nixl",
+        data_parallel_size: int = 1,
         tls: ssl.SSLContext | None = None,
         timeout: float = 30.0,
     ) -> None:
@@ -104,9 +106,11 @@ class Fleet:
         self._host = host
         self._base_port = base_port
         self.connector = connector
+        self.data_parallel_size = data_parallel_size
         common = [
             f"--model={model}",
             f"--kv-connector={connector}",
+            f"--data-parallel-size={data_parallel_size}",
             *(profile.arguments() if profile else ()),
             *arguments,
         ]
@@ -154,7 +158,10 @@ class Fleet:
             return [{"id": each.id, "host": each.host, "port": each.port} | own(each) for each in instances]
 
         def own(instance: SimInstance) -> dict[str, Any]:
-            port = instance.port
+            ranks = {"data_parallel_size": self.data_parallel_size} if self.data_parallel_size > 1 else {}
+            return spoken(instance.port) | ranks
+
+        def spoken(port: int) -> dict[str, Any]:
             match self.connector:
                 case "mooncake":
                     return {"connector": {"type": "mooncake", "bootstrap_port": port}}

@@ -51,6 +51,7 @@ class Options:
     kv_connector: KvConnector = "nixl"
     ec_connector: EcConnector = "none"
     ec_storage: str | None = None
+    data_parallel_size: int = 1
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
@@ -65,7 +66,13 @@ class Options:
     lora_modules: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the longest request would not fit into the KV cache."""
+        """Raise ValueError if the longest request would not fit into the KV cache, or there is no engine."""
+        if self.data_parallel_size < 1:
+            raise ValueError(f"data_parallel_size {self.data_parallel_size} must be 1 or more")
+        if self.data_parallel_size > 1 and self.kv_connector in ("offloading-p2p", "ascend-layerwise"):
+            raise ValueError(
+                f"data_parallel_size: several engines with {self.kv_connector} are not simulated"
+            )
         if not 1 < self.max_model_len <= self.profile.capacity:
             raise ValueError(
                 f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
@@ -116,6 +123,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
+    add("--data-parallel-size", type=int, default=1, help="engines behind the one port (default: 1)")
     add(
         "--ec-connector",
         choices=get_args(EcConnector),
@@ -183,6 +191,7 @@ def _options(given: argparse.Namespace) -> Options:
         kv_connector=given.kv_connector,
         ec_connector=given.ec_connector,
         ec_storage=given.ec_storage,
+        data_parallel_size=given.data_parallel_size,
         recompute=given.load_fail_policy == "recompute",
         fail_delay=FAIL_DELAYS.get(given.kv_connector, 0.5)
         if given.load_fail_delay is None

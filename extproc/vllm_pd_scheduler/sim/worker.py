@@ -91,7 +91,7 @@ class Worker:
         self.connector = connector
         self.fault = Fault()
         """What a test has ordered of its transfers."""
-        self._metrics = metrics
+        self.metrics = metrics
         self._wrong: set[int] = set()
         """Hashes of cached blocks that have come wrong."""
         self._agent = agent
@@ -128,7 +128,7 @@ class Worker:
             for request in step.transfers:
                 self._start_transfer(self._jobs[request.request_id])
             self._record_expired(step.expired)
-            self._metrics.preempted(len(step.preempted))
+            self.metrics.preempted(len(step.preempted))
             if step.idle:
                 await self._wait_for_work(now)
             else:
@@ -290,10 +290,10 @@ class Worker:
             job.loading.cancel()
             if self.connector.awaits_push and not self.dead:
                 self._left[external_id(request_id)] = job
-                self._metrics.finished(job.request, "abort")
+                self.metrics.finished(job.request, "abort")
                 return
         if self.engine.abort(request_id):
-            self._metrics.finished(job.request, "abort")
+            self.metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
             if self.connector.pushes:
@@ -311,18 +311,18 @@ class Worker:
             if job is None:
                 continue
             if output.index == 0 and job.offer is None:
-                self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+                self.metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
                 if self._wrong:
                     self._use_cached(job)
             if output.index == 0 and job.pushes:
                 self._spawn(self.connector.push(job.params, request.request_id, job.prompt.digest))
-            self._metrics.token(request, end - job.last_token if output.index else None)
+            self.metrics.token(request, end - job.last_token if output.index else None)
             job.last_token = end
             reason = job.finish_reason if output.finished else None
             if reason:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
-                self._metrics.finished(request, reason)
+                self.metrics.finished(request, reason)
                 self.connector.store(job.params, job.prompt.digest)
                 if there := self._pulled.pop(request.request_id, None):
                     there.set()
@@ -359,7 +359,7 @@ class Worker:
             tokens = profile.block_size * self.engine.warm(hashes[:found])
             await asyncio.sleep(profile.transfer_time(tokens))
             self.hand_offs["pulled"] += 1
-            self._metrics.prefilled(tokens, remote=True)
+            self.metrics.prefilled(tokens, remote=True)
 
     def _start_transfer(self, job: Job) -> None:
         # As in vLLM: without a sender's address no KV ever comes, and the request hangs until its client
@@ -375,7 +375,7 @@ class Worker:
         sender = getattr(offer, "port", 0)
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
         seconds += self.fault.slow_from.get(sender, 0.0)
-        self._metrics.transfer_started(request.transfer_tokens)
+        self.metrics.transfer_started(request.transfer_tokens)
         begins_with_call = self.connector.awaits_push
         if not begins_with_call:
             await asyncio.sleep(seconds)
@@ -401,24 +401,24 @@ class Worker:
             # A short prompt takes a part of what was pushed, and gives back the whole.
             outcome = "released" if job.prompt.tokens < reply.tokens else "stale"
         self._record_hand_off(job, outcome)
-        self._metrics.transferred(request.transfer_tokens, seconds)
-        self._metrics.prefilled(request.transfer_tokens, remote=True)
+        self.metrics.transferred(request.transfer_tokens, seconds)
+        self.metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
         self._wake.set()
 
     def _transfer_failed(self, job: Job, error: TransferFailed) -> None:
         self._record_hand_off(job, "recomputed" if self._recompute else "failed")
         job.offer = None
-        self._metrics.transfer_failed()
+        self.metrics.transfer_failed()
         self.engine.transfer_failed(job.request.request_id, recompute=self._recompute)
         self._wake.set()
         if not self._recompute:
-            self._metrics.finished(job.request, "error")
+            self.metrics.finished(job.request, "error")
             del self._jobs[job.request.request_id]
             job.stream.put_nowait(EngineFailed("Internal server error"))
 
     def _record_expired(self, request_ids: list[str]) -> None:
-        self._metrics.expired(len(request_ids))
+        self.metrics.expired(len(request_ids))
         for request_id in request_ids:
             self._forget(request_id, "expired")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -131,6 +132,18 @@ class TestPods:
         assert (found.model, found.revision) == (None, None)
         [found] = candidates_of(read(pod("a", model="llama")), (8000,), PodLabels("llm-d.ai/role", ROLES))
         assert found.model is None
+
+    def test_ranks(self) -> None:
+        labels = replace(LABELS, data_parallel_size="ranks")
+        for said, size in ((None, 1), ("", 1), ("1", 1), ("8", 8)):
+            more = {} if said is None else {"ranks": said}
+            [found] = candidates_of(read(pod("a", **more)), (8000,), labels)
+            assert found.data_parallel_size == size
+        [found] = candidates_of(read(pod("a", ranks="8")), (8000,), LABELS)
+        assert found.data_parallel_size == 1
+        for said in ("0", "65", "many", "-1", "٣", "9" * 5000):
+            with pytest.raises(LeftOut, match="its label ranks must be a number up to 64"):
+                list(candidates_of(read(pod("a", ranks=said)), (8000,), labels))
 
     def test_one_that_is_as_it_was_is_not_read_again(self) -> None:
         reader = PodReader(LABELS)
