@@ -38,8 +38,8 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
-    def prefill_body(self, body: JsonBody) -> bytes:
-        """Return the body of the request to P."""
+    def prefill_body(self, body: JsonBody) -> bytes | None:
+        """Return the body of the request to P; ``None`` if P can do nothing for it."""
         return self.connector.prefill_body(body, self.legs)
 
     def prefill_headers(self) -> Mapping[str, str]:

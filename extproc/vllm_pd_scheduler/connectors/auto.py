@@ -32,10 +32,12 @@ class AutoConnector(NixlConnector):
             _ASCEND: AscendMooncakeConnector(),
         }
 
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
-        """Return what the protocol that P speaks needs, as far as that is known."""
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
+        """Return what the protocol that P speaks needs, as far as that is known; ``None`` if that cannot."""
         known = self._speaking.get(legs.prefill.speaks)
-        return super().prefill_body(body, legs) if known is None else known.prefill_body(body, legs)
+        if known is None:
+            return super().prefill_body(body, legs)
+        return known.prefill_body(body, legs) if known.can_split(body) else None
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the headers of the protocol that P speaks; before that is known, those of pushing."""

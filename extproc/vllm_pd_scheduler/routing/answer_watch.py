@@ -98,6 +98,8 @@ class AnswerWatch:
         forward, found = self._forward, {}
         if forward.prefill is not None:
             found[names.PREFILL] = forward.prefill.id
+        if (cached := forward.cached_tokens) is not None:
+            found[names.CACHED_TOKENS] = str(cached)
         if self._head is not None and not self._head.own:
             found[names.DECODE] = self._by.id
         if forward.explanation:

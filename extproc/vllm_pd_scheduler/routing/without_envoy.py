@@ -89,7 +89,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
         leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
-        releaser = HandoffReleaser(pool, core.registry, core.telemetry)
+        releaser = HandoffReleaser(pool, core.registry, core.telemetry, core.fitting)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.prefill.ask = questions = Questions(session, core.registry)
         core.in_flight.release_handoff = releaser
