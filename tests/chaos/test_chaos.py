@@ -7,6 +7,7 @@ import signal
 import aiohttp
 import pytest
 
+from tests.support.connectors import WAITS_FOR_THE_DEAD
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
@@ -18,7 +19,6 @@ each_connector = pytest.mark.parametrize(
     indirect=True,
     scope="module",
 )
-WAITS_FOR_THE_DEAD = {"mooncake"}
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 

@@ -216,7 +216,9 @@ class RequestsInFlight:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
         prefill = None if forward.failed_attempts else forward.prefill
-        if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
+        if prefill is None or prefill not in self._registry or endpoint is None:
+            return  # what is gone has no series
+        if ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
                 self._telemetry.handed_off(prefill.id, endpoint.id, took)

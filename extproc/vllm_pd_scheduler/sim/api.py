@@ -20,7 +20,7 @@ from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
 from .metrics import Metrics
-from .options import Options
+from .options import WITHOUT_PARAMS, Options
 from .other_answers import GenerateShape, MessagesShape, ResponsesShape
 from .protocol import (
     AdapterBody,
@@ -191,7 +191,8 @@ class Api:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        params = (body.kv_transfer_params if self._options.kv_connector != "none" else None) or {}
+        reads = self._options.kv_connector not in WITHOUT_PARAMS
+        params = (body.kv_transfer_params if reads else None) or {}
         connector, profile = self._worker.connector, self._worker.engine.profile
         hand_off = self._kind_of(params)
         jobs: list[Job] = []

@@ -12,8 +12,17 @@ from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
 KvConnector = Literal[
-    "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "none"
+    "nixl",
+    "nixl-push",
+    "shared-store",
+    "mooncake",
+    "ascend-mooncake",
+    "moriio-read",
+    "moriio-write",
+    "none",
 ]
+WITHOUT_PARAMS = frozenset({"shared-store", "none"})
+"""Engines that read no ``kv_transfer_params``. Here no store has anything yet when D looks: D computes it."""
 LEASES = {"mooncake": 480.0, "ascend-mooncake": 480.0, "moriio-read": 60.0, "moriio-write": 60.0}
 """Seconds for which other engines than those with NIXL keep blocks."""
 DEFAULT_MAX_MODEL_LEN = 32_768
