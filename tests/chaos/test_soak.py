@@ -83,8 +83,9 @@ async def _replace(client: Client, name: str, old: str, new: str) -> int:
     cuts = (await _cuts(client)).get(old, 0)
     status, answer = await client.admin("DELETE", f"/instances/{old}?force=true")
     assert status == 204, answer
-    instance = client.fleet[name]
-    added = {"id": new, "role": instance.role, "host": instance.host, "port": instance.port}
+    role = client.fleet[name].role
+    (entry,) = [each for each in client.fleet.config()[f"{role}_instances"] if each["id"] == name]
+    added = {**entry, "id": new, "role": role}
     status, answer = await client.admin("POST", "/instances", added)
     assert status == 201, answer
     return cuts

@@ -78,8 +78,14 @@ def test_an_ascend_p_may_not_stop() -> None:
 
 
 def test_a_p_that_must_be_configured() -> None:
+    """It has one prompt in vain, and what it has kept of that is not used."""
+    found = handoff({"do_remote_prefill": True, "remote_notify_port": 61005, "remote_handshake_port": 6301})
+    assert found is not None
+    assert found.protocol == "moriio"
+    assert found.lease is not None
+    assert 0 < found.lease < 1e-6
     with pytest.raises(ValueError, match='set its connector to "moriio"'):
-        handoff({"do_remote_prefill": True, "remote_notify_port": 61005, "remote_handshake_port": 6301})
+        auto.prefill_body(body(TEXT), speaking(found.protocol))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, PUSHED | {"tp_size": None}])
