@@ -94,3 +94,14 @@ class ReleaseTest(InFlightCase):
         await asyncio.gather(*releaser._tasks)
         self.assertEqual(pool.asked, ["10.0.0.3:8000"] * 2)
         self.assertEqual(self.counted("released"), 1.0)
+
+    async def test_what_is_gone_has_no_series(self) -> None:
+        pool, router = Pool(400), self.router
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)  # type: ignore[arg-type]
+        forward = await self.forward()
+        assert forward.pending is not None
+        router.unregister_instance("p0")
+        releaser(forward.pending)
+        await asyncio.gather(*releaser._tasks)
+        self.assertEqual(pool.statuses, [], "it is freed all the same")
+        self.assertEqual((self.counted("released"), self.counted("stranded")), (0.0, 0.0))

@@ -76,7 +76,7 @@ class HandoffReleaser:
         """Free a hand-off, at the second try if need be: those that nobody uses come of D that fail."""
         body = pending.attempt.release_body(pending.handoff, pending.model)
         if body is None:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._count(pending, False)
             return
         released = await self._given_back(pending, body)
         if not released and not self._closing.is_set():
@@ -84,10 +84,13 @@ class HandoffReleaser:
                 async with asyncio.timeout(SECOND_TRY_S):
                     await self._closing.wait()
             released = await self._given_back(pending, body)
-        if released:
-            self._telemetry.handoff_released(pending.prefill.id)
-        else:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+        self._count(pending, released)
+
+    def _count(self, pending: PendingHandoff, released: bool) -> None:
+        if pending.prefill not in self._registry:
+            return  # what is gone has no series
+        counted = self._telemetry.handoff_released if released else self._telemetry.handoff_stranded
+        counted(pending.prefill.id)
 
     async def _given_back(self, pending: PendingHandoff, body: bytes) -> bool:
         """Send the request to one D after another; return whether one has answered as it must."""

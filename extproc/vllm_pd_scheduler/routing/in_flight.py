@@ -308,7 +308,7 @@ class RequestsInFlight:
         if self.release_handoff is not None:
             self.release_handoff(pending)
         else:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._stranded(pending)
 
     def _free(self, forward: Forward) -> None:
         """Free a forward's hand-off, once."""
@@ -389,7 +389,11 @@ class RequestsInFlight:
         """Free the hand-off of a request by nothing but the end of its lease: its D may be using it."""
         if forward.pending is not None and not forward.freed:
             forward.freed = True
-            self._telemetry.handoff_stranded(forward.pending.prefill.id)
+            self._stranded(forward.pending)
+
+    def _stranded(self, pending: PendingHandoff) -> None:
+        if pending.prefill in self._registry:  # what is gone has no series
+            self._telemetry.handoff_stranded(pending.prefill.id)
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):
