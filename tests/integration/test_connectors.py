@@ -19,7 +19,11 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-CONNECTORS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+PINS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+"""Connectors whose P keeps its blocks for D, and none after a stop."""
+CONNECTORS = [*PINS, "offloading-p2p"]
+D_IS_NOT_TOLD = {"ascend-mooncake", "offloading-p2p"}
+"""Where nothing that D gets says how much of a prompt P had cached."""
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
@@ -34,7 +38,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=CONNECTORS)
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     profile = replace(EngineProfile.instant(), lease=480.0)
-    arguments = ["--max-model-len=4096"]
+    arguments = ["--max-model-len=4096", "--load-fail-delay=0.5"]
     with Fleet(2, 2, profile=profile, arguments=arguments, connector=request.param) as running:
         yield running
 
@@ -129,7 +133,7 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
         await client.fault(instance.id, eos=True)
     answer = await client.post(path, REQUESTS[path])
     assert answer.status == 200
-    assert "x-pd-prefill" not in answer.headers
+    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in PINS)
     assert answer.json["usage"]["output_tokens"] == 1
 
 
@@ -187,9 +191,9 @@ async def cached(client: Client, prompt: str) -> tuple[list[int], list[str | Non
 
 
 async def test_usage_says_what_p_had_cached(client: Client) -> None:
-    """Not what D has got from it. Where D cannot know, as in vllm-ascend's protocol, a header says it."""
+    """Not what D has got from it. Where D cannot know, a header says it."""
     said, headers = await cached(client, "Who has seen this prompt before? ")
-    if client.fleet.connector == "ascend-mooncake":
+    if client.fleet.connector in D_IS_NOT_TOLD:
         said = [int(each or -1) for each in headers]
     else:
         assert headers == [None] * 4

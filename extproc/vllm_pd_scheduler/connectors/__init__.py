@@ -11,11 +11,12 @@ from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .offloading_p2p import OffloadingP2pConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
     "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
     "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
-    "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
-    "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer", "Question", "Settings",
+    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

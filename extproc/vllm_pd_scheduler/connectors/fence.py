@@ -61,6 +61,8 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
+        self.can_pull = bool(getattr(connector, "can_pull", False))
+        """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)
 

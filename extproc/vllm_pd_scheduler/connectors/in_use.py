@@ -31,14 +31,14 @@ class Connectors:
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
-        self._asked: tuple[ConnectorFence, ...] = (self.of(None),)
+        self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
 
     def used_by(self, prefill: Iterable[PDInstance]) -> None:
         """Take which P there are: other connectors are asked no more whether a request can be split."""
         if self._given is None:
             choices = {each.connector or self._of_the_fleet() for each in prefill}
             self._fences = {choice.name: self._fence(choice) for choice in choices}
-            self._asked = tuple(self._fences.values())
+            self._of_prefill = tuple(self._fences.values())
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -55,7 +55,16 @@ class Connectors:
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
-        return all(fence.can_split(body) for fence in self._asked)
+        return all(fence.can_split(body) for fence in self._of_prefill)
+
+    def can_pull(self, instance: PDInstance) -> bool:
+        """Whether an instance can pull what others of its kind have cached, and they from it."""
+        return self.of(instance).can_pull
+
+    @property
+    def some_can_pull(self) -> bool:
+        """Whether there may be such instances."""
+        return any(fence.can_pull for fence in self._of_prefill)
 
     def attempt(
         self,
