@@ -20,7 +20,7 @@ import psutil
 import pytest
 import uvloop
 from tests.support.connectors import PROTOCOLS
-from tests.support.processes import Client, Stack, ready, spawned
+from tests.support.processes import Client, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 
 REQUESTS = int(os.environ.get("REQUESTS", "500"))
@@ -66,7 +66,7 @@ async def running(protocol: str, directory: Path) -> AsyncIterator[Running]:
     """Start a fleet that speaks a protocol, and all before it."""
     stack = Stack(directory)
     with Fleet(2, 2, connector=protocol, arguments=["--instant"]) as fleet:  # type: ignore[arg-type]
-        config = {"strategy": "round_robin", **fleet.config()}
+        config = {"strategy": "round_robin", "metaserver_port": unused_ports(1)[0], **fleet.config()}
         with spawned(stack.serve(config)) as scheduler, spawned(stack.envoy()) as envoy:
             async with aiohttp.ClientSession() as session:
                 client = Client(session, stack, fleet)

@@ -18,6 +18,12 @@ class InstanceRole(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    ENCODE = "encode"
+    """Encodes images, video and audio for P."""
+
+
+PD_ROLES = (InstanceRole.PREFILL, InstanceRole.DECODE)
+"""The roles between which requests are split. Strategies choose instances of these, and Envoy knows them."""
 
 
 class InstanceState(StrEnum):
@@ -80,7 +86,8 @@ class PDInstance:
     revision: str | None = None
     """Of a roll-out: P hands over only to D of the same one."""
     connector: ConnectorChoice | None = None
-    """The protocol by which it hands over; ``None``: that of the fleet."""
+    """The protocol by which it hands over, of an encode instance that of its encodings; ``None``: that of the
+    fleet."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))

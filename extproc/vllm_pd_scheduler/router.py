@@ -14,9 +14,9 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import AskPrefill, PrefillLeg
+from .handoff.interfaces import AskPrefill, EncodeLeg, PrefillLeg
 from .health import StateLog
-from .models import By, InstanceRole, PDInstance
+from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
@@ -26,6 +26,7 @@ from .request.rewrites import Rewrites
 from .routing.answer_watch import AnswerWatch
 from .routing.catalog import Catalog
 from .routing.core import RoutingCore
+from .routing.decode_first import DecodeFirst
 from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
@@ -64,7 +65,7 @@ class PDRouter:
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
         self.telemetry = telemetry or Telemetry()
-        took = {role: self.telemetry.picks(role) for role in InstanceRole}
+        took = {role: self.telemetry.picks(role) for role in PD_ROLES}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
         self.connectors = Connectors(lambda: connector_choice(config.connector), connector)
@@ -85,6 +86,7 @@ class PDRouter:
             self.recording,
             clock,
             later,
+            self.body_memory,
         )
         self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg
@@ -106,8 +108,13 @@ class PDRouter:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
         before, self._ids = self._ids, self._present()
         if before - self._ids:
-            self.telemetry.keep_only(self._ids)
-            self._later(FORGET_S, lambda: self.telemetry.keep_only(self._present()))
+            self._forget_others()
+            self._later(FORGET_S, self._forget_others)
+
+    def _forget_others(self) -> None:
+        self.telemetry.keep_only(self._present())
+        revisions = {endpoint.instance.revision for endpoint in self.registry}
+        self.telemetry.by_revision.keep_only({each for each in revisions if each is not None})
 
     @property
     def in_flight(self) -> RequestsInFlight:
@@ -134,6 +141,15 @@ class PDRouter:
         self._core.prefill.leg = leg
 
     @property
+    def encode_leg(self) -> EncodeLeg | None:
+        """Sends media items to encode instances; without one, the prefill encodes them."""
+        return self._core.encode.leg
+
+    @encode_leg.setter
+    def encode_leg(self, leg: EncodeLeg | None) -> None:
+        self._core.encode.leg = leg
+
+    @property
     def ask_prefill(self) -> AskPrefill | None:
         """Asks P what some connectors must know; without it, no request is split by those."""
         return self._core.prefill.ask
@@ -141,6 +157,11 @@ class PDRouter:
     @ask_prefill.setter
     def ask_prefill(self, ask: AskPrefill | None) -> None:
         self._core.prefill.ask = ask
+
+    @property
+    def decode_first(self) -> DecodeFirst:
+        """Takes the calls by which D ask for prefills."""
+        return self._core.decode_first
 
     @property
     def objectives(self) -> Objectives:

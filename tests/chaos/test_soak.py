@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.support.connectors import PROTOCOLS, WAITS_FOR_THE_DEAD
-from tests.support.processes import Client, Process, Stack
+from tests.support.processes import Client, Process, Stack, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
@@ -40,7 +40,8 @@ PROMPTS = [f"Prompt {number} of the soak: where does the cache go?" for number i
 
 @pytest.fixture
 def settings() -> dict[str, object]:
-    return {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0, "health_check_timeout": 1.0}
+    limits = {"decode_first_byte_timeout": 2.0, "prefill_timeout": 2.0, "health_check_timeout": 1.0}
+    return {"metaserver_port": unused_ports(1)[0], **limits}
 
 
 async def _disturb(client: Client, chance: random.Random, end: float, done: Counter[str]) -> None:

@@ -113,7 +113,7 @@ class MistakesTest(ConfigCase):
             (fleet(discovery=[3]), r"^discovery\[0\].*: must be a JSON object$"),
             (
                 fleet(discovery=[{"type": "kubernetes", "services": {"prefil": "b"}}]),
-                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill' or 'decode'$",
+                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill', 'decode' or 'encode'$",
             ),
             (fleet(models={"": {"targets": {"a": 1}}}), r"^models: the key '' must not be empty$"),
             (fleet(models={"a": {"targets": {}}}), r"^models\.a\.targets: must not be empty$"),
@@ -127,6 +127,11 @@ class MistakesTest(ConfigCase):
                     (decode(connector=wrong or 3), r"decode_instances\[0\]\.connector"),
                 )
             ),
+            (
+                fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1, "connector": "nixl"}]),
+                r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
+            ),
+            (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
             (decode(prot=1), r"^decode_instances\[0\]\.prot: unknown key; did you mean 'port'\?$"),
@@ -341,6 +346,22 @@ class MistakesTest(ConfigCase):
                 "decode_instances[2]: h:1 is the address of decode_instances[0] already",
             ],
         )
+
+    def test_d_that_ask_for_prefills_can_reach_whom_they_ask(self) -> None:
+        layerwise = {"connector": "ascend-layerwise"}
+        self.assertOneProblem(
+            fleet(**layerwise), r"^metaserver_port: needed because decode_instances\[0\] asks"
+        )
+        self.assertOneProblem(decode(**layerwise), r"^metaserver_port: needed")
+        there = {**layerwise, "metaserver_port": 9005}
+        self.assertOneProblem(
+            fleet(**there), r"^metaserver_host: 127.0.0.1 cannot be reached from .*10.0.0.2"
+        )
+        for more in ({"metaserver_host": "0.0.0.0"}, {"metaserver_url": "http://10.0.0.5:9005"}):
+            parse_config(fleet(**there, **more))
+        for wrong in ("10.0.0.5:9005", "http://a/b", "ftp://a", "http://u@a", 'http://a"'):
+            self.assertOneProblem(fleet(metaserver_url=wrong), r"^metaserver_url: must be http://HOST:PORT")
+        self.assertOneProblem(fleet(metaserver_port=9003), r"^metaserver_port: .*admin_port listens already")
 
     def test_a_double_beside_another_mistake(self) -> None:
         """It is told too, and nothing that only follows from the mistake."""

@@ -69,8 +69,8 @@ class TestContainers:
     @pytest.mark.parametrize(
         ("odd", "why"),
         [
-            (container("odd", "both"), "label vllm-pd.role must be prefill or decode, not 'both'"),
-            (container("odd", ""), "label vllm-pd.role must be prefill or decode, not ''"),
+            (container("odd", "both"), "label vllm-pd.role must be prefill, decode or encode, not 'both'"),
+            (container("odd", ""), "label vllm-pd.role must be prefill, decode or encode, not ''"),
             (container("odd", port="http"), "label vllm-pd.port must be a port, not 'http'"),
             (container("odd", port="0"), "label vllm-pd.port must be a port, not '0'"),
             (container("odd", port="٣"), "label vllm-pd.port must be a port"),

@@ -27,7 +27,7 @@ from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
 from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
-from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.models import PD_ROLES
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.request.api import APIS
 from vllm_pd_scheduler.request.gateway_names import STEERS_INSTANCES
@@ -111,7 +111,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
         made = make_certificates(self.directory)
         tls = InstanceTlsConfig(ca=made.ca, **made.client)
         config = render_config(self.ports, tls)
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (context,) = [
                 each["typed_config"] for each in every("transport_socket", cluster(config, role.value))
             ]
@@ -120,7 +120,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
         await self.accepted(config)
 
     def test_as_it_is_no_instances_certificate_passes(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (accepted,) = every("verify_certificate_hash", cluster(RAW, role.value))
             self.assertEqual(accepted, ["0" * 64])
 
@@ -190,7 +190,7 @@ class NamesTest(unittest.TestCase):
     """What both sides must call by the same name."""
 
     def test_clusters_by_role(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             found = cluster(RAW, role.value)
             self.assertEqual(found["type"], "EDS")
             sources = list(every("override_host_sources", found))
@@ -351,7 +351,7 @@ class ExtProcTest(unittest.TestCase):
         self.assertEqual(mode["response_trailer_mode"], "SEND")
 
     def test_retries_are_not_limited_by_envoys_default_of_three(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (thresholds,) = every("thresholds", cluster(RAW, role.value)["circuit_breakers"])
             self.assertGreaterEqual(thresholds[0]["max_retries"], 1000)
 

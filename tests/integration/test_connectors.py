@@ -14,14 +14,16 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PINS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
 """Connectors whose P keeps its blocks for D, and none after a stop."""
-CONNECTORS = [*PINS, "offloading-p2p"]
+CONNECTORS = [*PINS, "offloading-p2p", "ascend-layerwise"]
+ONLY_BY_HEADER = ["ascend-layerwise"]
+"""Protocols in which P and D know a request by its ``X-Request-Id``, which not all APIs take."""
 D_IS_NOT_TOLD = {"ascend-mooncake", "offloading-p2p"}
 """Where nothing that D gets says how much of a prompt P had cached."""
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
@@ -50,7 +52,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
 
 @pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
-    limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    limits: dict[str, Any] = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    (limits["metaserver_port"],) = unused_ports(1)
     with spawned(stack.up({**limits, **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
@@ -120,7 +123,9 @@ async def test_other_apis(client: Client, path: str) -> None:
     for stream in (False, True):
         answer = await client.post(path, {**REQUESTS[path], "stream": stream})
         assert said(answer) == expected
-        assert "x-pd-prefill" in answer.headers
+        assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in ONLY_BY_HEADER)
+        if client.fleet.connector in ONLY_BY_HEADER:
+            continue
         assert (await client.request_of(answer))["outcomes"] == ["good"]
 
 
@@ -133,8 +138,17 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
         await client.fault(instance.id, eos=True)
     answer = await client.post(path, REQUESTS[path])
     assert answer.status == 200
-    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in PINS)
+    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in (*PINS, *ONLY_BY_HEADER))
     assert answer.json["usage"]["output_tokens"] == 1
+
+
+async def test_a_self_check(client: Client) -> None:
+    for prefill in client.fleet.prefill:
+        for decode in client.fleet.decode:
+            one = await client.self_check(prefill.id, decode.id)
+            assert one["result"] == "match", one
+            (split, whole) = (await client.seen(decode.id))[-2:]
+            assert (split["outcomes"], whole["hand_off"]) == (["good"], None)
 
 
 async def test_a_client_that_leaves(client: Client) -> None:
@@ -175,7 +189,7 @@ async def test_a_p_that_was_restarted(client: Client) -> None:
     async def hands_over() -> bool:
         answer = await client.post(path, body)
         assert (answer.status, answer.text) == (200, expected)
-        if answer.headers.get("x-pd-prefill") != "prefill-0":
+        if await client.prefilled_by(answer) != "prefill-0":
             return False
         return (await client.request_of(answer))["outcomes"] == ["good"]
 
@@ -192,6 +206,8 @@ async def cached(client: Client, prompt: str) -> tuple[list[int], list[str | Non
 
 async def test_usage_says_what_p_had_cached(client: Client) -> None:
     """Not what D has got from it. Where D cannot know, a header says it."""
+    if client.fleet.connector == "ascend-layerwise":
+        pytest.skip("P answers when D has begun")
     said, headers = await cached(client, "Who has seen this prompt before? ")
     if client.fleet.connector in D_IS_NOT_TOLD:
         said = [int(each or -1) for each in headers]

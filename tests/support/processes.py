@@ -270,6 +270,20 @@ class Client:
             for instance_id in instance_ids:
                 self.fleet.kill(instance_id, signal.SIGCONT)
 
+    async def self_check(self, prefill: str, decode: str) -> dict[str, Any]:
+        """Have a pair checked, as soon as neither has anything else to do; return what came of it."""
+        result: dict[str, Any] = {}
+
+        async def tried() -> bool:
+            status, found = await self.admin("POST", f"/self-check?prefill={prefill}&decode={decode}")
+            assert status == 200, found
+            (one,) = found["checks"]
+            result.update(one)
+            return bool(one["result"] != "skipped")
+
+        await until(tried)
+        return result
+
     async def seen(self, instance_id: str) -> list[dict[str, Any]]:
         """Return the requests that a simulated instance got, oldest first."""
         found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")
@@ -281,6 +295,14 @@ class Client:
         seen = await self.seen(answer.headers["x-pd-decode"])
         names = ("x-request-id", "x-pd-request-id")  # D of some protocols has another id than the client
         return next(each for each in reversed(seen) if number in [_header(each, name) for name in names])
+
+    async def prefilled_by(self, answer: Answer) -> str | None:
+        """Return who has prefilled a request; where P is chosen later, no header says that."""
+        told = answer.headers.get("x-pd-prefill")
+        if told != "(later)":
+            return told
+        _, found = await self.admin("GET", f"/decisions?request_id={answer.headers['x-request-id']}")
+        return str(found["decisions"][-1]["prefill"]["attempts"][-1]["instance"])
 
     async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
         """Return the requests that came after the one with this number."""

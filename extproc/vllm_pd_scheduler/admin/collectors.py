@@ -20,7 +20,7 @@ from ..admission.queue import RequestQueue
 from ..discovery import Membership
 from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole, InstanceState
+from ..models import PD_ROLES, InstanceRole, InstanceState
 from ..router import PDRouter
 from ..scheduler import Scheduler
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
@@ -180,9 +180,17 @@ class _RegistryCollector(_AtScrape):
         ready = GaugeMetricFamily(
             "pd_scheduler_routable_instances", "Instances that can serve.", labels=["role"]
         )
-        for role in InstanceRole:
+        encodes = bool(self._registry.endpoints(InstanceRole.ENCODE))
+        for role in InstanceRole if encodes else PD_ROLES:
             ready.add_metric([role.value], len(self._registry.routable(role)))
-        yield from (state, ready)
+        wrong = GaugeMetricFamily(
+            "pd_scheduler_wrong_pairs",
+            "1 for a pair that gave wrong texts, and gets no hand-offs any more.",
+            labels=["prefill", "decode"],
+        )
+        for prefill, decode, _ in self._registry.wrong_pairs:
+            wrong.add_metric([prefill.id, decode.id], 1)
+        yield from (state, ready, wrong)
 
     def _values(self, gauges: _Gauges, endpoints: Sequence[Endpoint]) -> Iterator[Metric]:
         now = self._clock()

@@ -135,8 +135,10 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
     instance, metrics = endpoint.instance, endpoint.metrics
     if instance.role is InstanceRole.PREFILL:
         predicted = {"prefill_left_s": endpoint.prefill.remaining(now)}
-    else:
+    elif instance.role is InstanceRole.DECODE:
         predicted = {"decode_step_s": endpoint.decode_step}
+    else:
+        predicted = {}
     return {
         "id": instance.instance_id,
         "role": instance.role,

@@ -215,8 +215,7 @@ def _where(instance: PDInstance) -> str:
 
 
 def _configured(config: SchedulerConfig) -> list[SavedInstance]:
-    lists = {InstanceRole.PREFILL: config.prefill_instances, InstanceRole.DECODE: config.decode_instances}
-    return [SavedInstance(role=role, **dict(item)) for role, items in lists.items() for item in items]
+    return [SavedInstance(role=role, **dict(item)) for role, _, item in config.listed()]
 
 
 def read_state(path: Path) -> AdminState | None:

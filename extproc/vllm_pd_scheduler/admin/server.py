@@ -8,6 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from ..router import PDRouter
+from ..self_check import SelfCheck
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -23,6 +24,7 @@ from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
 from .route import Api, Route, error_answer
+from .self_check_api import SelfCheckApi
 from .strategy_api import StrategyApi
 from .trace_api import TraceApi
 
@@ -34,10 +36,10 @@ class AdminServer(HttpServer):
     """Serves the admin interface of a router.
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
-    shutting down. ``reload`` reads the configuration again, if it comes from a file. ``token``, if given, is
-    required as a bearer token for all routes but those that are open. Without one, whoever reaches the port
-    may do everything, so requests must name this machine as their host. In any case a web page of another
-    site may change nothing.
+    shutting down. ``reload`` reads the configuration again, if it comes from a file, and ``self_check``
+    checks pairs. ``token``, if given, is required as a bearer token for all routes but those that are open.
+    Without one, whoever reaches the port may do everything, so requests must name this machine as their host.
+    In any case a web page of another site may change nothing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class AdminServer(HttpServer):
         is_ready: Callable[[], bool],
         token: str | None = None,
         reload: Reload | None = None,
+        self_check: SelfCheck | None = None,
     ) -> None:
         super().__init__()
         changes = changes or AdminChanges(router)
@@ -63,6 +66,7 @@ class AdminServer(HttpServer):
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             ModelsApi(router),
+            SelfCheckApi(router, self_check),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),

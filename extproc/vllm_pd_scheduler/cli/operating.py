@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..models import InstanceRole, join_address
+from ..models import PD_ROLES, InstanceRole, join_address
 from .client import REFUSED, TIMEOUT_S, AdminClient, Failure, instance_path
 from .connection import (
     DEFAULT_URL,
@@ -77,7 +77,7 @@ def strategy(
             typer.echo(text)
             return
         found = client.parsed(text)
-        for each in InstanceRole:
+        for each in PD_ROLES:
             show(f"{each:<10} {found[f'{each}_strategy']}")
         if name is None:
             show(f"there are   {', '.join(found['available'])}")

@@ -147,7 +147,8 @@ class InstanceConfig(StrictModel):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
     connector: ConnectorSetting | None = None
-    """Its [connector](connectors.md), if it is not the `connector` of all."""
+    """Its [connector](connectors.md), if it is not the `connector` of all; of an E that in place of
+    `encode_connector`."""
 
     @field_validator("host")
     @classmethod
@@ -172,6 +173,8 @@ class InstancesFile(StrictModel):
     """P of the fleet."""
     decode_instances: list[InstanceConfig] = []
     """D of the fleet."""
+    encode_instances: list[InstanceConfig] = []
+    """E of the fleet."""
 
     def listed(self) -> Iterator[Listed]:
         """Yield every entry of the two lists."""

@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from ..connectors import UnknownConnector, settings_of
-from ..models import InstanceRole, join_address
+from ..connectors import UnknownConnector
+from ..models import PD_ROLES, InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
-from .schema import MEANING, SchedulerConfig, is_loopback
+from .schema import MEANING, SchedulerConfig, check_connector, is_loopback
 from .sources import SOURCE_TYPES, source_problems
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -32,9 +32,9 @@ def find_problems(
     problems = _unknown_strategies(config) + _unknown_connector("connector", config.connector)
     items = list(config.listed() if listed is None else listed)
     problems += duplicates(items)
-    for _, key, item in items:
+    for role, key, item in items:
         problems += _unreadable(f"{key}.api_key", item.api_key)
-        problems += _unknown_connector(f"{key}.connector", item.connector)
+        problems += _unknown_connector(f"{key}.connector", item.connector, role)
         try:
             if "instance_tls" not in malformed:
                 config.tls_name(item)
@@ -43,6 +43,7 @@ def find_problems(
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
+    problems += _unreadable("metaserver_tls", config.metaserver_tls) + _unreachable_metaserver(config, items)
     problems += _untraceable(config.tracing) + source_problems(config.discovery)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
@@ -53,10 +54,14 @@ def find_problems(
         problems.append(
             "grpc_tls: not with grpc_socket, which only this user can open: leave one of them out"
         )
+    if config.self_check_interval is not None and config.prefill_leg == "sidecar":
+        problems.append(
+            'self_check_interval: not with "prefill_leg": "sidecar", where the scheduler calls no P itself'
+        )
     listeners = [listener for listener in listeners_of(config) if listener[0] not in malformed]
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
-    for role in InstanceRole:
+    for role in PD_ROLES:
         elsewhere = config.instance_files or config.discovery or "discovery" in malformed
         if not elsewhere and not any(role is item_role for item_role, _, _ in items):
             problems.append(
@@ -77,12 +82,33 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
     return problems
 
 
-def _unknown_connector(key: str, setting: str | ConnectorConfig | None) -> list[str]:
+def _unknown_connector(
+    key: str, setting: str | ConnectorConfig | None, role: InstanceRole = InstanceRole.PREFILL
+) -> list[str]:
     try:
         if setting is not None:
-            settings_of(connector_choice(setting))
+            check_connector(role, connector_choice(setting))
     except UnknownConnector as error:
         return [f"{key}: {error}"]
+    return []
+
+
+def _unreachable_metaserver(config: SchedulerConfig, items: Iterable[Listed]) -> list[str]:
+    """Return a line if D that begin, and ask for prefills, could not do that."""
+    of_all = config.connector
+    for role, key, item in items:
+        setting = item.connector or of_all
+        name = setting if isinstance(setting, str) else setting.type
+        if role is not InstanceRole.DECODE or name != "ascend-layerwise":
+            continue
+        if config.metaserver_port is None:
+            return [f"metaserver_port: needed because {key} asks there for prefills"]
+        here = is_loopback(config.metaserver_host) and config.metaserver_url is None
+        if here and not is_loopback(item.host):
+            return [
+                f"metaserver_host: {config.metaserver_host} cannot be reached from {key}, {item.host}; "
+                "0.0.0.0 listens on all addresses"
+            ]
     return []
 
 

@@ -15,7 +15,7 @@ from ..system.extras import install_command
 from .instances import INSTANCE_ID, Port, SecretSource, StrictModel, is_host
 from .tls import ServerName
 
-RoleName = Literal["prefill", "decode"]
+RoleName = Literal["prefill", "decode", "encode"]
 
 
 def _is_a_kubernetes_name(name: str) -> str:
@@ -75,7 +75,7 @@ class DnsSource(StrictModel):
 
     type: Literal["dns"]
     """`"dns"`."""
-    role: Literal["prefill", "decode"]
+    role: RoleName
     """What the instances are for."""
     name: _DnsName | None = None
     """A name whose A or AAAA records are the instances, as that of a headless service. A dot at the end keeps
@@ -203,6 +203,7 @@ class KubernetesSource(StrictModel):
     roles: dict[RoleName, list[Annotated[str, Field(max_length=63)]]] = {
         "prefill": ["prefill", "encode-prefill", "prefill-decode", "both", "encode-prefill-decode"],
         "decode": ["decode", "prefill-decode", "both", "encode-prefill-decode", ""],
+        "encode": ["encode"],
     }
     """Values of that label for each role; a pod may have both. `""` stands for a pod without the label."""
     model_label: _LabelKey | None = None

@@ -1,5 +1,6 @@
 """KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
+from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
@@ -15,8 +16,9 @@ from .offloading_p2p import OffloadingP2pConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
-    "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
-    "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer", "Question", "Settings",
+    "AscendLayerwiseConnector", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector",
+    "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
+    "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
+    "Question", "Settings",
     "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

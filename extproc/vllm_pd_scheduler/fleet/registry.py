@@ -17,6 +17,7 @@ from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
 from .learning import Learning
+from .wrong_pairs import WrongPairs
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
@@ -50,6 +51,8 @@ class Registry:
     load: FleetLoad = field(default_factory=FleetLoad)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     learning: Learning = field(init=False)
+    wrong_pairs: WrongPairs = field(default_factory=WrongPairs)
+    """The pairs of P and D that have given wrong texts."""
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -138,6 +141,7 @@ class Registry:
         del self._endpoints[instance_id]
         del self._places[_place(endpoint.instance)]
         self.learning.left(endpoint)
+        self.wrong_pairs.forget(endpoint)
         endpoint.drain(True)
         endpoint.holder.close()
         self.models_version += 1
@@ -445,6 +449,7 @@ class Registry:
         """
         if not endpoint.started(started_at):
             return False
+        self.wrong_pairs.forget(endpoint)
         self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True

@@ -71,18 +71,31 @@ class HttpPrefill:
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
-        sent = self._send(endpoint, path, headers, body, attempt.prefill_headers())
-        self._under_way[sent] = endpoint
-        sent.add_done_callback(self._under_way.pop)
+        own = attempt.prefill_headers()
         if self._unwanted is None:
-            return await self._read(sent)
+            return await self.send(endpoint, path, headers, body, own)
+        sent = self._begun(endpoint, path, headers, body, own)
         try:
             return await self._read(asyncio.shield(sent))
         except asyncio.CancelledError:
+            if attempt.legs.decode is not None and not attempt.leaves_something:
+                sent.cancel()  # P writes to a D, which does not wait for it any more
+                raise
             task = asyncio.ensure_future(self._linger(endpoint, sent, attempt, self._unwanted))
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
+
+    async def send(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
+    ) -> PrefillAnswer:
+        """Send a request of which nothing is left if the call is cancelled: an ``EncodeLeg``."""
+        return await self._read(self._begun(endpoint, path, headers, body, own))
 
     def give_up(self, endpoint: Endpoint) -> None:
         """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
@@ -105,6 +118,19 @@ class HttpPrefill:
             async with asyncio.timeout(LINGER_S):
                 answer = await self._read(sent)
             unwanted(endpoint, answer, attempt)
+
+    def _begun(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
+    ) -> asyncio.Future[Answer]:
+        sent = self._send(endpoint, path, headers, body, own)
+        self._under_way[sent] = endpoint
+        sent.add_done_callback(self._under_way.pop)
+        return sent
 
     def _send(
         self,

@@ -49,8 +49,8 @@ class HealthMonitor:
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
     and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
-    on a D without a step of its engine. ``hung`` is called for a P that is unhealthy and answers nothing
-    (see :class:`~.silence.Silence`): what was sent there will not be answered either.
+    on a D without a step of its engine. ``hung`` is called for a P or an E that is unhealthy and answers
+    nothing (see :class:`~.silence.Silence`): what was sent there will not be answered either.
     """
 
     def __init__(
@@ -261,18 +261,19 @@ class HealthMonitor:
         self._registry.probed(endpoint, reason, now)
 
     def _take_silence(self, endpoint: Endpoint, answers: Answers) -> None:
-        """Find a P that hangs. What waits at a D is Envoy's, which has time limits alone."""
+        """Find a P or an E that hangs. What waits at a D is Envoy's, which has time limits alone."""
         if not answers.silent:
             self._silence.answered(endpoint)
-        elif endpoint.healthy is False and endpoint.instance.role is InstanceRole.PREFILL:
+        elif endpoint.healthy is False and endpoint.instance.role is not InstanceRole.DECODE:
             self._silence.unanswered(endpoint)
 
     def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
         """Return what is wrong with an instance that answers, if requests run there and nothing moves.
 
-        Only of D: all of its requests wait then, for as long as a stream may be silent. P has a time limit.
+        Only of D: all of its requests wait then, for as long as a stream may be silent. Others have a
+        time limit.
         """
-        if endpoint.instance.role is InstanceRole.PREFILL or seconds < self._stalled_after:
+        if endpoint.instance.role is not InstanceRole.DECODE or seconds < self._stalled_after:
             return None
         return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
 

@@ -38,6 +38,7 @@ _GAUGES = {
 }
 _LATENCY = {
     InstanceRole.PREFILL: ("vllm:time_to_first_token_seconds",),
+    InstanceRole.ENCODE: ("vllm:time_to_first_token_seconds",),
     InstanceRole.DECODE: (
         "vllm:request_time_per_output_token_seconds",
         "vllm:time_per_output_token_seconds",  # its name in older releases

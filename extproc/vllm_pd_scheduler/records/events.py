@@ -35,6 +35,8 @@ class EventKind(StrEnum):
     SHADOW = "shadow"
     QUEUE_FULL = "queue_full"
     LOG_LEVEL = "log_level"
+    SELF_CHECK = "self_check"
+    """A pair of P and D gave a wrong text, or gives right ones again."""
 
 
 @dataclass(frozen=True, slots=True)

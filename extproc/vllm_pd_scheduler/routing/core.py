@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..admission.body_memory import BodyMemory
 from ..admission.controller import AdmissionController
 from ..config import SchedulerConfig
 from ..connectors import Connectors
@@ -34,10 +35,12 @@ from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
+from .decode_first import DecodeFirst
 from .denials import Denials
+from .encode import EncodeStage
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .prefill import PrefillStage, WithoutHandoff, lost_twice
+from .prefill import AskedLater, PrefillStage, WithoutHandoff, lost_twice
 from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
@@ -69,6 +72,7 @@ class RoutingCore:
         recording: Recording,
         clock: Callable[[], float],
         later: Later,
+        memory: BodyMemory,
     ) -> None:
         self.tracer: RequestTracer | None = None
         self.config = config
@@ -104,6 +108,19 @@ class RoutingCore:
             self.in_flight,
             self._local,
             clock,
+        )
+        self.encode = EncodeStage(config, scheduler, telemetry, self.in_flight.lost, self._turns, clock)
+        self.decode_first = DecodeFirst(
+            config,
+            self.prefill,
+            self.decode,
+            self.registry,
+            connectors,
+            memory,
+            telemetry,
+            admission.wake,
+            clock,
+            later,
         )
         self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
 
@@ -254,6 +271,16 @@ class RoutingCore:
             )
             if not can_serve:
                 return refusal or self.decode.no_decode(context, decision)
+        body = await self.encode.run(context, headers, body, decision)
+        outcome = await self._sent(context, headers, body, decision)
+        if body.more and isinstance(outcome, Forward):
+            self.decode.add_encoded(outcome, body)
+        return outcome
+
+    async def _sent(
+        self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request that is understood: split, or whole."""
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
@@ -274,6 +301,8 @@ class RoutingCore:
         if isinstance(prefilled, WithoutHandoff):
             return self.decode.without_handoff(context, changed, limit, prefilled, decision)
         self._local.take(False)
+        if isinstance(prefilled, AskedLater):
+            return self.decode_first.send(context, headers, body, prefilled, limit, decision)
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.

@@ -100,7 +100,8 @@ class DecodeStage:
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
-        if not picked and beside is not None and self._scheduler.several_kinds:
+        wrong = self._registry.wrong_pairs
+        if not picked and beside is not None and (self._scheduler.several_kinds or wrong):
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
@@ -109,6 +110,7 @@ class DecodeStage:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
+        self._telemetry.by_revision.forwarded(decode[0].instance.revision)
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
         trace = current.get()
         if trace is not None:
@@ -211,6 +213,13 @@ class DecodeStage:
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
         return forward
+
+    def add_encoded(self, forward: Forward, body: JsonBody) -> None:
+        """Have a D that prefills get what it needs to find encoded items: the field that P gets otherwise."""
+        if forward.pending is None and forward.sidecar is None and forward.splice is None:
+            ((name, text),) = body.more.items()
+            splice = Splice(*body.one_more(name, text))
+            forward.splice = splice if self._fits(splice) else None
 
     def _fits(self, splice: Splice | None) -> bool:
         return splice is None or splice.at + len(splice.text) <= self._config.max_body_bytes

@@ -14,8 +14,10 @@ from ..records.decision import Decision
 from ..records.recording import Recorded
 from ..request import gateway_names
 from ..request import headers as names
+from ..request.errors import Reject
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+from .expected_call import ExpectedCall
 from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    call: ExpectedCall | None = None
+    """By which D asks for the prefill, if its protocol wants that."""
+    refuse: Callable[[Reject], None] | None = None
+    """Gives the client an error in place of D's answer, or cuts that, if it can be done."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     freed: bool = False
@@ -107,7 +113,12 @@ class Forward:
     @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
-        return self.pending is not None and self.pending.handoff.pinned
+        return self.call is not None or (self.pending is not None and self.pending.handoff.pinned)
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether P has done its part before D got the request."""
+        return self.pending is not None and self.call is None
 
     @property
     def retried(self) -> frozenset[int]:
@@ -117,7 +128,7 @@ class Forward:
     @property
     def retried_refusals(self) -> frozenset[int]:
         """Statuses of refusals after which another D is tried, since they are the instance's own mistake."""
-        if self.pending is not None:
+        if self.prefilled:
             return OF_THE_INSTANCE
         return KEY_REFUSED if self.decode[0].instance.api_key is not None else frozenset()
 
@@ -134,7 +145,7 @@ class Forward:
             names.ID: self.id,
         }
         if self.prefill is not None:
-            found[names.PREFILL] = self.prefill.id
+            found[names.PREFILL] = names.LATER if self.call is not None else self.prefill.id
         if self.pending is not None:
             found |= self.pending.handoff.headers
             if (cached := self.cached_tokens) is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -57,6 +58,28 @@ class WithoutHandoff:
     """P that have answered 500."""
 
 
+@dataclass(frozen=True, slots=True)
+class AskedLater:
+    """D is to ask for the prefill (``Order.DECODE_FIRST``): until then nothing is sent to P."""
+
+    attempt: Attempt
+    reservation: Reservation
+    """What it will take on P, as far as is known now."""
+    noted: NotedAttempt
+    tried: Tried
+
+    def end(self, now: float) -> None:
+        """Note that P is not needed, or chosen anew."""
+        self.noted.outcome, self.noted.took = RESERVED, now - self.reservation.at
+        self.reservation.release(now)
+
+
+_STILL_AT_IT = frozenset({"timeout", "hung"})
+"""Failures of a P that may go on with the request."""
+
+RESERVED = "reserved"
+"""How an attempt is noted that has kept a place at P until D has asked for the prefill."""
+
 _MAY_BE_THE_SOURCE = frozenset({"timeout", "hung", "reset", "status_500"})
 """Failures of a P that was to pull a part of the prompt for which the other instance may be the reason."""
 
@@ -83,6 +106,8 @@ class PrefillStage:
     ) -> None:
         self.leg: PrefillLeg | None = None
         self.ask: AskPrefill | None = None
+        self.can_be_asked = False
+        """Whether D can ask for a prefill."""
         self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
@@ -97,16 +122,70 @@ class PrefillStage:
 
     async def run(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
-    ) -> Outcome:
-        """Return the hand-off, that decode should prefill, or the answer in place of both."""
+    ) -> Outcome | AskedLater:
+        """Return the hand-off, that D asks for it or prefills itself, or the answer in place of all."""
         if self.leg is None:
             return WithoutHandoff(failed=False)
-        tried = _Tried(self._lost.spent(context.fingerprint), decision)
+        tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
+        return await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
+
+    async def asked(
+        self,
+        later: AskedLater,
+        known: Any,
+        decode: Endpoint,
+        context: RequestContext,
+        headers: Mapping[str, str],
+        body: JsonBody,
+    ) -> Outcome:
+        """Do the prefill for which ``decode`` has asked, on the P that is best now.
+
+        ``known`` is what D has said. No D can prefill the request: it waits for P, or another attempt does.
+        """
+        tried = later.tried
+        tried.endpoints.clear()
+        tried.asked = later.attempt.knowing(known)
+        if self._scheduler.several_kinds:
+            every = self._registry.endpoints(InstanceRole.PREFILL)
+            tried.unfit = [each for each in every if self._scheduler.fitting(each, [decode]) == []]
+        assert self.leg is not None
+        reservation = self._chosen_anew(later, context)
+        outcome = await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
+        assert not isinstance(outcome, AskedLater)
+        return outcome
+
+    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
+        """Return a reservation on the P that is best now.
+
+        That is the same one until the fleet's load has been read again: a second choice from what was known
+        would take one more turn of the strategy.
+        """
+        now, endpoint, unfit = self._clock(), later.reservation.endpoint, later.tried.unfit
+        known_at = later.reservation.at
+        later.end(now)
+        context.at(now)
+        serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
+        if serves and now - known_at < self._config.health_check_interval:
+            return self._registry.reserve(endpoint, context)
+        if picked := self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit):
+            later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
+            endpoint = picked[0]
+        return self._registry.reserve(endpoint, context)
+
+    async def _by_one_after_another(
+        self,
+        leg: PrefillLeg,
+        reservation: Reservation | Reject | None,
+        context: RequestContext,
+        headers: Mapping[str, str],
+        body: JsonBody,
+        tried: Tried,
+    ) -> Outcome | AskedLater:
         while isinstance(reservation, Reservation):
             self._sources.take(reservation, context)
             self.trace_pick(reservation, context)
-            outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
+            outcome = await self._attempt(leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
             reservation = await self._another(context, tried)
@@ -114,7 +193,7 @@ class PrefillStage:
             return reservation
         if tried.refusal is not None:
             return tried.refusal
-        if self._config.on_prefill_failure == "fail":
+        if self._config.on_prefill_failure == "fail" or tried.asked is not None:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
@@ -133,7 +212,7 @@ class PrefillStage:
         finally:
             decision.admitted(ticket.choice, ticket.waited)
 
-    async def _another(self, context: RequestContext, tried: _Tried) -> Reservation | Reject | None:
+    async def _another(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
         """Reserve an endpoint that was not tried; ``None`` if there is none.
 
         The request waits in the queue a second time only if all that were tried were full.
@@ -141,23 +220,30 @@ class PrefillStage:
         context.at(self._clock())
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
-            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
+            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.excluded)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self.admit(context, tried.decision)
+            return await self._admitted_again(context, tried)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
             tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
-        elif self._decode_may_not_prefill:
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.excluded)
+        elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
-    @property
-    def _decode_may_not_prefill(self) -> bool:
-        return self._config.on_prefill_failure == "fail" or self._local.reached
+    async def _admitted_again(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
+        found = await self.admit(context, tried.decision)
+        if isinstance(found, Reservation) and found.endpoint in tried.unfit:
+            found.release(self._clock())
+            return None
+        return found
+
+    def _decode_may_not_prefill(self, tried: Tried) -> bool:
+        asked = tried.asked is not None
+        return asked or self._config.on_prefill_failure == "fail" or self._local.reached
 
     async def _attempt(
         self,
@@ -166,8 +252,8 @@ class PrefillStage:
         context: RequestContext,
         headers: Mapping[str, str],
         body: JsonBody,
-        tried: _Tried,
-    ) -> Outcome | None:
+        tried: Tried,
+    ) -> Outcome | AskedLater | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
@@ -183,6 +269,12 @@ class PrefillStage:
             if attempt is None:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
+            if tried.later and not self.can_be_asked:
+                noted.outcome, tried.later = "not_sent", False
+                self._local_errors.add("metaserver")
+                return WithoutHandoff(failed=False)
+            if tried.later:
+                return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
             if sent is None:
                 noted.outcome = "not_split"
@@ -209,22 +301,30 @@ class PrefillStage:
             self._failed(endpoint, str(error), tried)
             if self.ask is not None:
                 self.ask.forget(endpoint)
-            return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+            tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
+            lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+            # One that is alive may write to D all the same, and later than another one has: when the blocks
+            # are another prompt's.
+            return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
         finally:
-            now = self._clock()
-            noted.took = now - reservation.at
-            if noted.outcome in _MAY_BE_THE_SOURCE:
-                self._pull_ended(reservation, 0)
-            reservation.release(now)
-            # Soon, since this request itself is about to take a place at decode.
-            asyncio.get_running_loop().call_soon(self._admission.wake)
+            if not tried.later:
+                now = self._clock()
+                noted.took = now - reservation.at
+                if noted.outcome in _MAY_BE_THE_SOURCE:
+                    self._pull_ended(reservation, 0)
+                reservation.release(now)
+                # Soon, since this request itself is about to take a place at decode.
+                asyncio.get_running_loop().call_soon(self._admission.wake)
         return self._not_200(endpoint, context.fingerprint, answer, tried)
 
     async def _prepared(
-        self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: _Tried
+        self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
         """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
         endpoint, source = reservation.endpoint, reservation.source
+        if tried.asked is not None:
+            tried.later = False
+            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host))
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
@@ -235,7 +335,9 @@ class PrefillStage:
         if source is not None:
             attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host))
         tried.decode = None
-        if attempt.order() is Order.TOWARDS_DECODE:
+        order = attempt.order()
+        tried.later = order is Order.DECODE_FIRST
+        if order is Order.TOWARDS_DECODE:
             context.at(self._clock())
             picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
             if not picked:
@@ -256,7 +358,7 @@ class PrefillStage:
         context: RequestContext,
         attempt: Attempt,
         answer: PrefillAnswer,
-        tried: _Tried,
+        tried: Tried,
         noted: NotedAttempt,
     ) -> Outcome | None:
         endpoint = reservation.endpoint
@@ -285,7 +387,7 @@ class PrefillStage:
         return None
 
     def _not_200(
-        self, endpoint: Endpoint, fingerprint: int, answer: PrefillAnswer, tried: _Tried
+        self, endpoint: Endpoint, fingerprint: int, answer: PrefillAnswer, tried: Tried
     ) -> Outcome | None:
         failure = failure_of_status(answer.status)
         if failure is Failure.OVERLOADED:
@@ -294,13 +396,14 @@ class PrefillStage:
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
+            tried.may_have_written = True
             if answer.status == 500:
                 self._errored(endpoint, fingerprint, tried)
             else:
                 self._failed(endpoint, f"status_{answer.status}", tried)
             return self._lose(endpoint, fingerprint, tried) if b"EngineCore" in answer.body else None
         tried.only_full = False
-        if not self._decode_may_not_prefill:
+        if not self._decode_may_not_prefill(tried):
             # P was asked for one token, not streamed: only D sees the request as the client wrote it.
             return WithoutHandoff(False, endpoint, answer.status)
         agreed = tried.refusal is not None and tried.refusal.status == answer.status
@@ -308,7 +411,7 @@ class PrefillStage:
         tried.refusal = Reject(answer.status, answer.body, kept, "prefill_4xx")
         return tried.refusal if agreed else None
 
-    def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
+    def _lose(self, endpoint: Endpoint, fingerprint: int, tried: Tried) -> Reject | None:
         """Count a request that was delivered and lost; return the answer if it must not be tried again.
 
         That is so as well if others with its prompt have taken the second instance meanwhile.
@@ -321,7 +424,7 @@ class PrefillStage:
             return None
         return lost_twice(math.ceil(refused_for) or int(PAUSE_S))
 
-    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
+    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: Tried) -> None:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
         tried.only_full = False
         now = self._clock()
@@ -330,7 +433,7 @@ class PrefillStage:
         self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
-    def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
+    def _failed(self, endpoint: Endpoint, reason: str, tried: Tried, words: str = "") -> None:
         tried.only_full = False
         self._telemetry.prefill_failed(endpoint.id, reason)
         self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
@@ -357,7 +460,7 @@ class PrefillStage:
         context.counted(tokens)
 
 
-class _Tried:
+class Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
     def __init__(self, losses: int, decision: Decision) -> None:
@@ -371,6 +474,19 @@ class _Tried:
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""
+        self.later = False
+        """Whether D is to ask for what the newest attempt would send."""
+        self.may_have_written = False
+        """Whether a P that has failed may have done the prefill all the same."""
+        self.asked: Attempt | None = None
+        """The attempt whose D waits for P, and has said where."""
+        self.unfit: Sequence[Endpoint] = ()
+        """P that the D which waits does not fit."""
+
+    @property
+    def excluded(self) -> Sequence[Endpoint]:
+        """Those that are not to be tried."""
+        return [*self.endpoints, *self.unfit] if self.unfit else self.endpoints
 
 
 def lost_twice(retry_after: int) -> Reject:

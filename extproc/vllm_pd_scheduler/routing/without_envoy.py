@@ -89,8 +89,10 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
         leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
+        encode_leg = core.encode.leg
         releaser = HandoffReleaser(pool, core.registry, core.telemetry, core.fitting)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
+        core.encode.leg = HttpPrefill(pool, None, core.config.encode_timeout).send
         core.prefill.ask = questions = Questions(session, core.registry)
         core.in_flight.release_handoff = releaser
         try:
@@ -100,6 +102,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
             await questions.close()
             await releaser.close()
             core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff = leg, ask, release
+            core.encode.leg = encode_leg
 
 
 async def _attempts(

@@ -15,6 +15,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .adapters import Adapters
 from .answers import DONE, Shape, Usage, event, model_list
+from .encoding import PATH as ENCODINGS_PATH
+from .encoding import Encodings, media_hashes
 from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FatalHandOff, Offer
@@ -80,6 +82,7 @@ class Api:
         self._fault = Fault()
         self._cors = Cors(options.allowed_origins)
         self._adapters = Adapters(options.enable_lora, options.max_loras, dict(options.lora_modules))
+        self._encodings = Encodings(options, lambda: self.port)
         self._active_requests = 0
         self._started = int(time.time())
 
@@ -110,6 +113,7 @@ class Api:
         handlers = {("GET", path): handler for path, handler in get.items()}
         handlers |= {("POST", path): handler for path, handler in post.items()}
         handlers |= KvApi(self._options, self._worker, lambda: self.port).handlers()
+        app.router.add_get(ENCODINGS_PATH, self._encodings.give)
         app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
         return app
 
@@ -165,6 +169,7 @@ class Api:
         if isinstance(body, ResponsesBody):
             name = body.request_id or f"resp_{uuid.uuid4().hex}"
         shape = shaped(name, model, kind in (ChatBody, MessagesBody))
+        hashes = await self._encode(body)
         jobs = self._make_jobs(body, shape, request[ENTRY])
         requests = [job.request for job in jobs]
         self._adapters.begin(model, requests)
@@ -174,7 +179,7 @@ class Api:
                 return await self._stream(request, body, shape, jobs)
             if body.return_token_ids:
                 shape = replace(shape, token_ids=jobs[0].prompt.token_ids())
-            return await self._whole(request, shape, jobs)
+            return await self._whole(request, shape, jobs, self._encodings.answer(hashes))
         finally:
             self._active_requests -= 1
             self._adapters.end(model, requests)
@@ -208,9 +213,14 @@ class Api:
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
                     if hand_off is HandOff.SEND:
                         name = connector.request_id(params) or name
-                    hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
-                    request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
-                    jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer, params=params))
+                    pushes = hand_off is HandOff.SEND and not connector.lends
+                    salt = body.cache_salt or ""
+                    hashes = prompt.block_hashes(profile.block_size, salt) if profile.prefix_caching else ()
+                    kept = HandOff.NONE if pushes else hand_off
+                    request = EngineRequest(name, prompt.tokens, length.tokens, kept, hashes)
+                    job = Job(request, prompt, len(jobs), length.finish_reason, answer, params=params)
+                    job.pushes = pushes
+                    jobs.append(job)
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
@@ -254,7 +264,24 @@ class Api:
             entry.outcomes.append("released")
             self._worker.release(offer)
 
-    async def _whole(self, request: web.Request, shape: Shape, jobs: list[Job]) -> web.StreamResponse:
+    async def _encode(self, body: AnyBody) -> list[str]:
+        """Have the encodings of a request's media items; return their hashes."""
+        if not isinstance(body, ChatBody | MessagesBody) or self._options.ec_connector == "none":
+            return []
+        hashes = media_hashes(body.messages, body.mm_processor_kwargs)
+        try:
+            await self._encodings.have(hashes, body.ec_transfer_params)
+        except FatalHandOff as error:
+            self._worker.die(str(error))
+        return hashes
+
+    async def _whole(
+        self,
+        request: web.Request,
+        shape: Shape,
+        jobs: list[Job],
+        encoded: dict[str, Any] | None = None,
+    ) -> web.StreamResponse:
         words: list[list[str]] = [[] for _ in jobs]
         try:
             async with aclosing(self._worker.generate(jobs)) as tokens:
@@ -264,6 +291,8 @@ class Api:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
         data = shape.whole(choices, _usage(jobs), self._offer(jobs[0]))
+        if encoded is not None:
+            data = data[:-1] + b',"ec_transfer_params":' + msgspec.json.encode(encoded) + b"}"
         if not request.get(HALF):
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(
@@ -397,6 +426,7 @@ class Api:
             "kv_usage": engine.kv_usage,
             "requests_total": self._journal.total,
             "hand_offs": self._worker.hand_offs,
+            "encodings": self._encodings.counts,
         }
         return web.json_response(stats)
 
@@ -404,6 +434,7 @@ class Api:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
             self._worker.stick(self._fault.stuck)
+            self._worker.garbled = frozenset(self._fault.garbled)
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")

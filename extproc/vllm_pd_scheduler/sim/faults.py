@@ -29,6 +29,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
     - ``stuck``: the engine makes no step. Only the server still answers.
     - ``eos``: each answer ends with its first token, if the request allows that.
+    - ``garbled``: ports of instances from which whatever is fetched is wrong, without any error.
     - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
     """
 
@@ -39,6 +40,7 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     mute: int | None = None
     stuck: bool = False
     eos: bool = False
+    garbled: list[int] = msgspec.field(default_factory=list)
     poison: str | None = None
     abrupt: bool = False
     health: int | None = None

@@ -10,13 +10,15 @@ from typing import Literal, get_args
 
 from .profile import EngineProfile
 
-Role = Literal["prefill", "decode", "both"]
+Role = Literal["prefill", "decode", "encode", "both"]
+EcConnector = Literal["none", "cpu", "example"]
 KvConnector = Literal[
     "nixl",
     "nixl-push",
     "shared-store",
     "mooncake",
     "ascend-mooncake",
+    "ascend-layerwise",
     "moriio-read",
     "moriio-write",
     "offloading-p2p",
@@ -50,6 +52,8 @@ class Options:
     allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
     kv_connector: KvConnector = "nixl"
+    ec_connector: EcConnector = "none"
+    ec_storage: str | None = None
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
@@ -98,7 +102,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--port", type=int, required=True, help="0: any unused port")
-    add("--role", choices=get_args(Role), default="both", help="a name only: any role serves any request")
+    add(
+        "--role",
+        choices=get_args(Role),
+        default="both",
+        help="any role serves any request; encode hands encodings over",
+    )
     add("--host", default="127.0.0.1")
     add("--model", default="sim-model", help="the served model name")
     add(
@@ -110,6 +119,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
+    add(
+        "--ec-connector",
+        choices=get_args(EcConnector),
+        default="none",
+        help="how encoded images, video and audio are handed over, by instances of the role encode",
+    )
+    add("--ec-storage", metavar="DIRECTORY", help="with the connector example: where encodings are")
     add(
         "--load-fail-policy",
         choices=("fail", "recompute"),
@@ -168,6 +184,8 @@ def _options(given: argparse.Namespace) -> Options:
         allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
         kv_connector=given.kv_connector,
+        ec_connector=given.ec_connector,
+        ec_storage=given.ec_storage,
         recompute=given.load_fail_policy == "recompute",
         fail_delay=FAIL_DELAYS.get(given.kv_connector, 0.5)
         if given.load_fail_delay is None

@@ -52,7 +52,10 @@ class Body(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
+    cache_salt: str | None = None
 
 
 class CompletionBody(Body, kw_only=True):

@@ -122,7 +122,7 @@ def read_labels(container: Container, reach: Reach) -> Labelled:
     try:
         role = InstanceRole(said)
     except ValueError:
-        raise OddContainer(f"label {ROLE_LABEL} must be prefill or decode, not {said!r}") from None
+        raise OddContainer(f"label {ROLE_LABEL} must be prefill, decode or encode, not {said!r}") from None
     host, port = _place(container, _port(labels), reach)
     models = None
     if MODEL_LABEL in labels:

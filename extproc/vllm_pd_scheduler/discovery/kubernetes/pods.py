@@ -84,10 +84,10 @@ def candidates_of(pod: Pod, ports: Sequence[int], labels: PodLabels) -> Iterator
 
 def _roles(pod: Pod, labels: PodLabels) -> list[InstanceRole]:
     value = pod.metadata.label(labels.role) or ""
-    found = [role for role in InstanceRole if value in labels.roles[role]]
+    found = [role for role in InstanceRole if value in labels.roles.get(role, ())]
     if not found:
         what = f"{labels.role} is {value!r}" if value else f"it has no label {labels.role}"
-        raise LeftOut(f"{what}, which makes it neither prefill nor decode")
+        raise LeftOut(f"{what}, which makes it neither prefill, decode nor encode")
     return found
 
 
