@@ -95,11 +95,16 @@ class PDRouter:
         """Monotonic seconds."""
         self._later = later
         self._ids = self._present()
+        self._use_connectors()
+        self.registry.subscribe(self._use_connectors)
         self.registry.subscribe(self._forget_the_removed)
 
     def _present(self) -> frozenset[str]:
         every = (name for e in self.registry for name in (e.id, e.instance.instance_id))
         return frozenset(every)
+
+    def _use_connectors(self) -> None:
+        self.connectors.used_by(each.instance for each in self.registry.endpoints(InstanceRole.PREFILL))
 
     def _forget_the_removed(self) -> None:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
@@ -231,6 +236,7 @@ class PDRouter:
         scheduler.reconfigured()
         self.dispatcher.reconfigured()
         self.membership.update(CONFIG, instances, by)
+        self._use_connectors()
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 

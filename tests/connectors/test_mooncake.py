@@ -148,8 +148,16 @@ class TestHandoff:
                 "transfer_id": "xfer-run-7",
                 "remote_bootstrap_addr": "http://10.0.0.1:8998",
                 "remote_engine_id": "e0",
+                "remote_prefill_cached_tokens": 16,
             },
         }
+        assert found.tells_cached, "D's usage says it"
+
+    def test_what_p_had_cached_may_not_be_known(self) -> None:
+        found = mooncake.handoff(answer(usage={"prompt_tokens": 283}), legs())
+        assert found is not None
+        assert "remote_prefill_cached_tokens" not in json.loads(found.params)
+        assert not found.tells_cached
 
     def test_settings(self) -> None:
         found = mooncake.handoff(answer(), legs(peer("fd00::1", bootstrap_port=9000, lease=60.0)))

@@ -209,7 +209,8 @@ class NamesTest(unittest.TestCase):
             for option in options
         ]
         values = {header["key"]: header["value"] for header in added}
-        self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.DECISION, headers.REASON})
+        told = {headers.PREFILL, headers.DECODE, headers.CACHED_TOKENS, headers.DECISION, headers.REASON}
+        self.assertEqual(set(values), told)
         self.assertIn(headers.PREFILL, values[headers.PREFILL])
         shown = f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%%REQ({headers.RANK_SHOWN})%"
         self.assertEqual(values[headers.DECODE], shown)

@@ -63,8 +63,8 @@ class Attempt:
         """Return what D's call says; ``None`` if that is nonsense."""
         return self.connector.asked(call, self.legs)
 
-    def prefill_body(self, body: JsonBody) -> bytes:
-        """Return the body of the request to P."""
+    def prefill_body(self, body: JsonBody) -> bytes | None:
+        """Return the body of the request to P; ``None`` if P can do nothing for it."""
         return self.connector.prefill_body(body, self.legs)
 
     def prefill_headers(self) -> Mapping[str, str]:

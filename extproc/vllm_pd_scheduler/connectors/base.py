@@ -96,6 +96,9 @@ class Handoff:
     """Tokens of the prompt as P counted them; ``None`` if it does not say."""
     cached_tokens: int | None = None
     """How many of them P had in its prefix cache; ``None`` if it does not say."""
+    tells_cached: bool = False
+    """Whether D learns :attr:`cached_tokens` from it. Else D counts as cached what it has got, and a header
+    of the answer says what is right."""
     lease: float | None = None
     """Seconds for which it may be used; ``None``: as configured. ``inf`` if it cannot be too old."""
     pinned: bool = True
@@ -177,8 +180,8 @@ class Connector(ABC):
         return None
 
     @abstractmethod
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
-        """Return the body of the request to P."""
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
+        """Return the body of the request to P; ``None`` if P can do nothing for it: D serves it alone."""
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return headers of the request to P, by lower-case names, that the client's cannot replace."""

@@ -103,10 +103,10 @@ class ConnectorFence:
         """See :meth:`Connector.asked`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("asked", lambda: self._connector.asked(call, legs))
 
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
 
-        def ask() -> bytes:
+        def ask() -> bytes | None:
             return _checked_prefill(self._connector.prefill_body(body, legs), body)
 
         return self._ask("prefill_body", ask)
@@ -162,7 +162,9 @@ def _checked_body(body: Any) -> bytes:
     return body
 
 
-def _checked_prefill(made: Any, body: JsonBody) -> bytes:
+def _checked_prefill(made: Any, body: JsonBody) -> bytes | None:
+    if made is None:
+        return None
     checked = _checked_body(made)
     if len(checked) <= CHECKED_BYTES and body.walked is None:  # else the client's may have a NaN, say
         _check_object(checked)

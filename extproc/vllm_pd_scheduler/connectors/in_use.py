@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..models import ConnectorChoice, PDInstance
@@ -31,7 +31,14 @@ class Connectors:
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
-        self.of(None)
+        self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
+
+    def used_by(self, prefill: Iterable[PDInstance]) -> None:
+        """Take which P there are: other connectors are asked no more whether a request can be split."""
+        if self._given is None:
+            choices = {each.connector or self._of_the_fleet() for each in prefill}
+            self._fences = {choice.name: self._fence(choice) for choice in choices}
+            self._of_prefill = tuple(self._fences.values())
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -48,7 +55,7 @@ class Connectors:
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
-        return all(fence.can_split(body) for fence in self._in_use())
+        return all(fence.can_split(body) for fence in self._of_prefill)
 
     def can_pull(self, instance: PDInstance) -> bool:
         """Whether an instance can pull what others of its kind have cached, and they from it."""
@@ -57,7 +64,7 @@ class Connectors:
     @property
     def some_can_pull(self) -> bool:
         """Whether there may be such instances."""
-        return any(fence.can_pull for fence in self._in_use())
+        return any(fence.can_pull for fence in self._of_prefill)
 
     def attempt(
         self,
@@ -91,6 +98,3 @@ class Connectors:
         if found is None:
             found = self._settings[choice] = settings_of(choice)
         return found
-
-    def _in_use(self) -> tuple[ConnectorFence, ...]:
-        return (self._given,) if self._given is not None else tuple(self._fences.values())

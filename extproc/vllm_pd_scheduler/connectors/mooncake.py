@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -93,14 +93,18 @@ class MooncakeConnector(Connector):
         """Return the hand-off if P was cut off after its token: after a stop it has kept no blocks."""
         if not was_cut(answer):
             return None
-        params = {
+        tokens, cached = counted(answer)
+        params: dict[str, Any] = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "transfer_id": _transfer_id(legs),
             "remote_bootstrap_addr": _bootstrap_address(legs.prefill),
             "remote_engine_id": _engine(legs)[1],
         }
-        return Handoff(_encode(params), *counted(answer), lease=legs.prefill.settings.lease)
+        if cached is not None:
+            params["remote_prefill_cached_tokens"] = cached  # as P says it by itself in other protocols
+        lease = legs.prefill.settings.lease
+        return Handoff(_encode(params), tokens, cached, cached is not None, lease=lease)
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing, and D would wait for minutes."""

@@ -17,7 +17,7 @@ from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
 from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Order, Peer, Settings
-from .one_token import UNREADABLE, can_split, counted_in, has_stopped, never_served, one_token
+from .one_token import UNREADABLE, can_split, counted_with, has_stopped, never_served, one_token
 
 _MAX_PARAMS_DEPTH = 32
 
@@ -128,7 +128,9 @@ class MoriioConnector(Connector):
         if not (own and params.remote_block_ids) or depth(text) > _MAX_PARAMS_DEPTH:
             return None
         lease = legs.prefill.settings.lease
-        return Handoff(text, *counted_in(decoded.usage), lease=lease, headers=_own_id(legs))
+        return Handoff(
+            text, *counted_with(decoded.usage, decoded.kv_transfer_params), lease=lease, headers=_own_id(legs)
+        )
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing."""

@@ -70,6 +70,10 @@ LATER: Final = "(later)"
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
 
+CACHED_TOKENS: Final = "x-pd-cached-tokens"
+"""How many tokens of the prompt P had cached, where the answer's ``usage`` cannot say it: on the request to
+decode, and on the answer."""
+
 DECISION: Final = "x-pd-decision"
 """Why a request went where it went, in a line: on the request to decode, and on the answer, if asked for."""
 

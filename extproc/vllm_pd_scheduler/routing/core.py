@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from ..admission.body_memory import BodyMemory
 from ..admission.controller import AdmissionController
 from ..config import SchedulerConfig
 from ..connectors import Connectors
+from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
 from ..records.decision import MAX_TEXT, Decision
 from ..records.decisions import Decisions
@@ -127,6 +128,10 @@ class RoutingCore:
     def objectives(self) -> Objectives:
         """The priorities of requests that name an objective."""
         return self._reader.objectives
+
+    def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those D that can use what a P hands over; ``None`` if all can."""
+        return self._scheduler.fitting(prefill, decode)
 
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""

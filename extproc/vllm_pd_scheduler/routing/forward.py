@@ -111,6 +111,12 @@ class Forward:
         return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
+    def cached_tokens(self) -> int | None:
+        """How many tokens of the prompt P had cached, if D cannot know it."""
+        handoff = None if self.pending is None else self.pending.handoff
+        return None if handoff is None or handoff.tells_cached else handoff.cached_tokens
+
+    @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
         return self.call is not None or (self.pending is not None and self.pending.handoff.pinned)
@@ -154,6 +160,8 @@ class Forward:
             found[names.PREFILL] = names.LATER if self.call is not None else self.prefill.id
         if self.pending is not None:
             found |= self.pending.handoff.headers
+            if (cached := self.cached_tokens) is not None:
+                found[names.CACHED_TOKENS] = str(cached)
         if self.id_of_client:
             found[names.CLIENT_REQUEST_ID] = self.id_of_client
         if self.sidecar is not None:

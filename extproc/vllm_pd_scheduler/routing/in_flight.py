@@ -221,7 +221,9 @@ class RequestsInFlight:
         revision = (endpoint or forward.decode[0]).instance.revision
         self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
-        if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
+        if prefill is None or prefill not in self._registry or endpoint is None:
+            return  # what is gone has no series
+        if ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
                 self._telemetry.handed_off(prefill.id, endpoint.id, took)
@@ -325,7 +327,7 @@ class RequestsInFlight:
         if self.release_handoff is not None:
             self.release_handoff(pending)
         else:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._stranded(pending)
 
     def _free(self, forward: Forward) -> None:
         """Free a forward's hand-off, once."""
@@ -409,7 +411,11 @@ class RequestsInFlight:
         """Free the hand-off of a request by nothing but the end of its lease: its D may be using it."""
         if forward.pending is not None and not forward.freed:
             forward.freed = True
-            self._telemetry.handoff_stranded(forward.pending.prefill.id)
+            self._stranded(forward.pending)
+
+    def _stranded(self, pending: PendingHandoff) -> None:
+        if pending.prefill in self._registry:  # what is gone has no series
+            self._telemetry.handoff_stranded(pending.prefill.id)
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):

@@ -284,6 +284,9 @@ class PrefillStage:
             if tried.later:
                 return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
+            if sent is None:
+                noted.outcome = "not_split"
+                return WithoutHandoff(failed=False)
             with self._telemetry.time_prefill(endpoint.id):
                 answer = await leg(endpoint, context.path, headers, sent, attempt)
             noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"

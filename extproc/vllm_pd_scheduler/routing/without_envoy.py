@@ -92,7 +92,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
             await _check(core, session)
         leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
         encode_leg = core.encode.leg
-        releaser = HandoffReleaser(pool, core.registry, core.telemetry)
+        releaser = HandoffReleaser(pool, core.registry, core.telemetry, core.fitting)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.encode.leg = HttpPrefill(pool, None, core.config.encode_timeout).send
         core.prefill.ask = questions = Questions(session, core.registry)

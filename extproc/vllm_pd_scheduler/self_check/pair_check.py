@@ -161,6 +161,8 @@ class PairCheck:
     ) -> PendingHandoff:
         attempt = await self._attempt(prefill, decode)
         sent = attempt.prefill_body(body)
+        if sent is None:
+            raise NoAnswer("P can do nothing for such a request")
         try:
             with self._counted(prefill, body):
                 async with asyncio.timeout(TIMEOUT_S):

@@ -119,7 +119,7 @@ class App:
         trusted = self._certificates("instance_tls", config.instance_tls)
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
-        releaser = HandoffReleaser(pool, router.registry, router.telemetry)
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
         leg_pool = pool

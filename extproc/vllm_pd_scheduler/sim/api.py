@@ -21,7 +21,7 @@ from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
-from .options import Options
+from .options import WITHOUT_PARAMS, Options
 from .other_answers import GenerateShape, MessagesShape, ResponsesShape
 from .protocol import (
     AdapterBody,
@@ -197,7 +197,8 @@ class Api:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        params = (body.kv_transfer_params if self._options.kv_connector != "none" else None) or {}
+        reads = self._options.kv_connector not in WITHOUT_PARAMS
+        params = (body.kv_transfer_params if reads else None) or {}
         connector, profile = worker.connector, worker.engine.profile
         hand_off = _kind_of(params, worker)
         jobs: list[Job] = []

@@ -65,6 +65,7 @@ class MoriioConnector(Connector):
             "remote_dp_size_local": self._size,
             "tp_size": 1,
             "transfer_id": params.get("transfer_id") or offer.request_id,
+            "remote_prefill_cached_tokens": cached,
         }
 
     def read(self, params: dict[str, Any], blocks_needed: int) -> Offer:

@@ -15,6 +15,7 @@ EcConnector = Literal["none", "cpu", "example"]
 KvConnector = Literal[
     "nixl",
     "nixl-push",
+    "shared-store",
     "mooncake",
     "ascend-mooncake",
     "ascend-layerwise",
@@ -23,6 +24,8 @@ KvConnector = Literal[
     "offloading-p2p",
     "none",
 ]
+WITHOUT_PARAMS = frozenset({"shared-store", "none"})
+"""Engines that read no ``kv_transfer_params``. Here no store has anything yet when D looks: D computes it."""
 LEASES = {
     "mooncake": 480.0,
     "ascend-mooncake": 480.0,
