@@ -110,7 +110,7 @@ class Learning:
             self._measured(endpoint)
 
     def told(self, prefill: Sequence[float], decode: Sequence[float]) -> None:
-        """Use what another replica of the scheduler has learned of a role of which nothing was learned here."""
+        """Use what another replica of the scheduler has learned, for a role that nothing was learned of."""
         for role, fleet, learned in (
             (InstanceRole.PREFILL, self.load.prefill, prefill),
             (InstanceRole.DECODE, self.load.decode, decode),

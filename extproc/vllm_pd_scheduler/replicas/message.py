@@ -1,9 +1,9 @@
 """What replicas tell each other, and how that is written.
 
-A message is ``PDR``, the format's version (one byte), the fleet's key (8 bytes) and a MessagePack array. Loads
-are told as sums that stand for themselves, not as differences: one that is lost is mended by the next, one that
-comes twice changes nothing. Endpoints are indices of a list of ids in the same message. There is no time in
-it, since clocks differ, and nothing of a prompt but hashes.
+A message is ``PDR``, the format's version (one byte), the fleet's key (8 bytes) and a MessagePack array.
+Loads are told as sums that stand for themselves, not as differences: one that is lost is mended by the next,
+one that comes twice changes nothing. Endpoints are indices of a list of ids in the same message. There is no
+time of day in it, since clocks differ, and nothing of a prompt but hashes.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Learned(Struct, array_like=True, frozen=True):
 
 
 class Message(Struct, array_like=True, frozen=True):
-    """What a replica did since its message before; with ``summary`` all that it has, and no more than that."""
+    """What a replica did since its message before; with ``summary`` all that it has, and nothing else."""
 
     replica: Name
     number: Annotated[int, Meta(ge=1, lt=1 << 62)]

@@ -22,7 +22,7 @@ SILENT_S = 3.0
 """Seconds after which a replica of which nothing was heard is taken for gone, and its requests with it."""
 MAX_REPLICAS = 64
 _MAX_AHEAD = 10_000
-"""Messages that may have been lost at once: some 100 s of them. After ``SILENT_S`` any number is the first."""
+"""Messages that may have been lost at once: some 100 s of them. One that was silent may begin anywhere."""
 _MAX_GONE = 1024
 """Replicas that are gone, of which it is known what they said last."""
 
@@ -90,7 +90,7 @@ class Others:
         return None
 
     def forget_silent(self, now: float) -> list[str]:
-        """Forget the replicas that have been silent for ``SILENT_S``, with all they had; return their names."""
+        """Forget the replicas that were silent for ``SILENT_S``, with all they had; return their names."""
         silent = [name for name, other in self._others.items() if now - other.heard_at >= SILENT_S]
         for name in silent:
             other = self._others.pop(name)

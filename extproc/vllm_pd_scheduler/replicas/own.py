@@ -8,8 +8,19 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..request.context import RequestContext
-from .message import MAX_ITEMS, MAX_PROMPT, MAX_REQUESTS, MAX_TOKENS, Ended, Learned, Message
-from .message import Placement, Prefill, Share, pack_blocks
+from .message import (
+    MAX_ITEMS,
+    MAX_PROMPT,
+    MAX_REQUESTS,
+    MAX_TOKENS,
+    Ended,
+    Learned,
+    Message,
+    Placement,
+    Prefill,
+    Share,
+    pack_blocks,
+)
 
 _MAX_UNTOLD_BLOCKS = 50_000
 """Hashes in one message: of further prompts, where they are cached is not told."""
@@ -147,9 +158,9 @@ class OwnWork:
     def _find_given_up(self, endpoints: Iterable[Endpoint]) -> None:
         """Note the end of prefills that were released, or whose P was restarted."""
         for endpoint in endpoints:
-            queued = self._queued.get(endpoint)
-            gone = [r for r in queued or () if not r.active or r.generation != endpoint.generation]
-            for reservation in gone if queued else ():
+            queued = self._queued.get(endpoint, {})
+            gone = [r for r in queued if not r.active or r.generation != endpoint.generation]
+            for reservation in gone:
                 self._end(Ended(queued.pop(reservation)[0]))
 
     def _prefill(self, names: Names, what: tuple[int, Reservation, int], with_blocks: bool) -> Prefill:

@@ -73,7 +73,7 @@ class Replica:
         if (changes := self._own.changes(self.name, self._number + 1, waiting)) is not None:
             messages.append(self._encode(changes))
         self._published_at = now
-        if now - self._summary_at >= SUMMARY_S:
+        if now >= self._summary_at + SUMMARY_S:
             messages.append(self.snapshot(now, waiting))
         return [each for each in messages if each]
 
