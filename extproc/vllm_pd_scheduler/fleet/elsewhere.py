@@ -21,10 +21,8 @@ class Journal(Protocol):
         """Note a request that was given an endpoint."""
         ...
 
-    def prefilled(
-        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
-    ) -> None:
-        """Note a prefill that was done, what P has read, and how long it took."""
+    def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """Note a prefill that was done, and what P has read."""
         ...
 
     def ejected(self, endpoint: Endpoint) -> None:
@@ -73,10 +71,15 @@ class Elsewhere:
         return claim
 
     def prefilled(
-        self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float, now: float
+        self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
     ) -> None:
-        """End such a prefill, which was done, and learn from it."""
-        if self._end(claim) and claim.endpoint.prefill.complete(claim, now) is not None:
+        """End such a prefill, which was done, and learn from it.
+
+        Its seconds are measured here. Two that end in one step of the engine would else count twice: either
+        replica hears too late of the other's to know that it was done in its own time.
+        """
+        seconds = claim.endpoint.prefill.complete(claim, now) if self._end(claim) else None
+        if seconds is not None:
             self._registry.learning.prefilled(claim, prompt_tokens, cached_tokens, seconds)
 
     def cancel(self, claim: Reservation, now: float) -> None:

@@ -445,7 +445,7 @@ class Registry:
         if seconds is not None:
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
             if self.journal is not None:
-                self.journal.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
+                self.journal.prefilled(reservation, prompt_tokens, cached_tokens)
 
     def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
         """Record a request that an instance served: a D maybe with what a P has handed over."""

@@ -104,7 +104,6 @@ class Ended(Struct, array_like=True, frozen=True):
     prompt: Prompt = 0
     cached: Annotated[int, Meta(ge=-1, le=MAX_PROMPT)] = -1
     """Tokens of the prompt that P had cached; -1 if it does not say."""
-    seconds: Annotated[float, Meta(ge=0.0, le=3600.0)] = 0.0
 
 
 class Placement(Struct, array_like=True, frozen=True):

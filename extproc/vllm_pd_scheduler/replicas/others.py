@@ -149,7 +149,7 @@ class Others:
             self._registry.elsewhere.cancel(claim, now)
             return
         cached = None if ended.cached < 0 else min(ended.cached, ended.prompt)
-        self._registry.elsewhere.prefilled(claim, ended.prompt, cached, ended.seconds, now)
+        self._registry.elsewhere.prefilled(claim, ended.prompt, cached, now)
 
     def _cancel(self, other: _Other, numbers: set[int], now: float) -> None:
         for number in sorted(numbers):

@@ -72,15 +72,13 @@ class OwnWork:
         elif request.blocks and self._has_room(len(request.blocks)) and len(self._placed) < MAX_ITEMS:
             self._placed.append((endpoint, tuple(request.blocks)))
 
-    def prefilled(
-        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
-    ) -> None:
+    def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
         known = self._queued.get(reservation.endpoint, {}).pop(reservation, None)
         if known is not None:
             prompt = min(max(1, prompt_tokens), MAX_PROMPT)
             cached = -1 if cached_tokens is None else min(max(0, cached_tokens), MAX_PROMPT)
-            self._end(Ended(known[0], prompt, cached, min(seconds, 3600.0)))
+            self._end(Ended(known[0], prompt, cached))
 
     def ejected(self, endpoint: Endpoint) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
