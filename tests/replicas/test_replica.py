@@ -90,7 +90,9 @@ class One:
 def _sound(one: One) -> None:
     for endpoint in one.endpoints:
         assert 0 <= endpoint.elsewhere <= endpoint.in_flight
-        assert endpoint.tokens >= 0 and endpoint.tokens_elsewhere >= 0 and endpoint.prefill.queued >= 0
+        assert endpoint.tokens >= 0
+        assert endpoint.tokens_elsewhere >= 0
+        assert endpoint.prefill.queued >= 0
 
 
 ACTIONS = st.lists(
@@ -168,11 +170,14 @@ def test_one_that_is_silent_is_forgotten_with_its_requests_and_its_old_messages_
     a.send("decode-0", 0.0)
     told = a.publish(0.0)
     b.hear(told, 0.0)
-    assert b.replica.others == ["a"] and b.replica.waiting_elsewhere == (1, 2)
+    assert b.replica.others == ["a"]
+    assert b.replica.waiting_elsewhere == (1, 2)
     b.publish(SILENT_S)
-    assert b.replica.others == [] and b.loads() == [(0, 0, 0)] * 4
+    assert b.replica.others == []
+    assert b.loads() == [(0, 0, 0)] * 4
     b.hear(told, SILENT_S)
-    assert b.replica.others == [] and b.replica.ignored == {Ignored.REPLAYED: len(told)}
+    assert b.replica.others == []
+    assert b.replica.ignored == {Ignored.REPLAYED: len(told)}
     b.hear(a.publish(SILENT_S + 1), SILENT_S + 1)
     assert b.loads() == a.loads()
 
@@ -202,11 +207,14 @@ def test_ejection_and_the_one_trial_are_of_all() -> None:
         assert endpoint.breaker.state is BreakerState.HALF_OPEN
     trial = a.send("decode-0", 2.6)
     b.hear(a.publish(2.6), 2.6)
-    assert theirs.on_trial and not theirs.on_our_trial and mine.on_our_trial
+    assert theirs.on_trial
+    assert not theirs.on_our_trial
+    assert mine.on_our_trial
     a.registry.succeeded(mine)
     trial.release(2.7)
     b.hear(a.publish(2.7), 2.7)
-    assert theirs.breaker.state is BreakerState.CLOSED and not theirs.on_trial
+    assert theirs.breaker.state is BreakerState.CLOSED
+    assert not theirs.on_trial
 
 
 def test_no_more_are_ejected_than_may_be() -> None:
@@ -249,7 +257,8 @@ def test_what_is_no_message_for_us_is_ignored_counted_and_said_once(
     one, (data, reason) = One("a"), BAD[name]
     with caplog.at_level(logging.WARNING):
         one.hear([data, data], 0.0)
-    assert one.replica.ignored == {reason: 2} and one.loads() == [(0, 0, 0)] * 4
+    assert one.replica.ignored == {reason: 2}
+    assert one.loads() == [(0, 0, 0)] * 4
     assert [reason.value in record.getMessage() for record in caplog.records] == [True]
 
 
