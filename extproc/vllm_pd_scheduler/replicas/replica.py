@@ -72,7 +72,7 @@ class Replica:
         messages = []
         if (changes := self._own.changes(self.name, self._number + 1, waiting)) is not None:
             messages.append(self._encode(changes))
-        self._published_at = now
+            self._published_at = now  # what others did is no news, and delays none
         if now >= self._summary_at + SUMMARY_S:
             messages.append(self.snapshot(now, waiting))
         return [each for each in messages if each]
