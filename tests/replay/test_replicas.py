@@ -38,7 +38,9 @@ def test_one_scheduler_among_one_is_one_scheduler() -> None:
 def test_those_that_tell_each_other_choose_almost_as_one_would() -> None:
     one = figures("predicted_latency")
     shared, alone = figures("predicted_latency", Sharing(4)), figures("predicted_latency", Sharing(4, None))
-    assert one.ttft and shared.ttft and alone.ttft
+    assert one.ttft
+    assert shared.ttft
+    assert alone.ttft
     assert shared.ttft.mean < alone.ttft.mean
     assert shared.ttft.mean - one.ttft.mean < (alone.ttft.mean - one.ttft.mean) / 2
 
