@@ -183,13 +183,17 @@ class DecodeFirst:
         decode, id_ = forward.decode[0], secrets.token_urlsafe(16)
         attempt = later.attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         try:
-            invitation = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
-            forward.splice = attempt.splice(body, invitation)
-        except (ConnectorFailed, OSError):  # or D cannot be reached from here: whoever gets it prefills it
-            later.end(self._clock())
+            invited = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
+            invitation = replace(invited, pinned=False)  # P has got nothing
+            splice = attempt.splice(body, invitation)
+            usable = self._decode.fits(splice)
+        except (ConnectorFailed, OSError):  # or D cannot be reached from here
+            usable = False
+        if not usable:
+            later.end(self._clock())  # whoever gets it prefills it
             forward.served = decision.served = Served.LOCAL
             return
-        prefill = later.reservation.endpoint
+        forward.splice, prefill = splice, later.reservation.endpoint
         forward.pending = PendingHandoff(
             invitation, prefill, attempt, float("inf"), context.model, decode, later.tried.losses
         )
@@ -221,11 +225,15 @@ class DecodeFirst:
             return Called.REPEATED
         try:
             known = kept.later.attempt.asked(said)
-        except ConnectorFailed:
-            known = None
+        except ConnectorFailed:  # which says nothing of D
+            self._give_up(kept, _FAILED)
+            return Called.UNREADABLE
         if known is None:
+            if not kept.call.refused:  # D tries again, as if the call had not come
+                self._registry.failed(
+                    decode, "decode: its call for the prefill makes no sense", self._clock()
+                )
             self._give_up(kept, reject(502, f"{decode.id} has asked for nonsense.", "metaserver_call"))
-            self._registry.failed(decode, "decode: its call for the prefill makes no sense", self._clock())
             return self._complain(Called.UNREADABLE, f"of {decode.id} that makes no sense", host)
         kept.leg = asyncio.ensure_future(self._do(kept, known))
         kept.leg.add_done_callback(lambda _: self._done(kept))

@@ -148,7 +148,7 @@ class PrefillStage:
         """
         tried = later.tried
         tried.clear()
-        tried.asked = later.attempt.knowing(known)
+        tried.asked, tried.later = later.attempt.knowing(known), False
         if self._scheduler.several_kinds:
             every = self._registry.endpoints(InstanceRole.PREFILL)
             tried.unfit = [each for each in every if self._scheduler.fitting(each, [decode]) == []]
@@ -158,8 +158,8 @@ class PrefillStage:
         assert not isinstance(outcome, AskedLater)
         return outcome
 
-    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
-        """Return a reservation on the P that is best now.
+    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation | None:
+        """Return a reservation on the P that is best now; ``None`` if there is none.
 
         That is the same one until the fleet's load has been read again: a second choice from what was known
         would take one more turn of the strategy.
@@ -171,10 +171,11 @@ class PrefillStage:
         serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
         if serves and now - known_at < self._config.health_check_interval:
             return self._registry.reserve(endpoint, context)
-        if picked := self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit):
-            later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-            endpoint = picked[0]
-        return self._registry.reserve(endpoint, context)
+        picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit)
+        if not picked:
+            return self._last_resort(context, later.tried)
+        later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
+        return self._registry.reserve(picked[0], context)
 
     async def _by_one_after_another(
         self,
@@ -269,6 +270,7 @@ class PrefillStage:
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
             noted.source, noted.pulled = reservation.source.id, reservation.pulled
+        kept = False
         try:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
@@ -278,10 +280,11 @@ class PrefillStage:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
             if tried.later and not self.can_be_asked:
-                noted.outcome, tried.later = "not_sent", False
+                noted.outcome = "not_sent"
                 self._local_errors.add("metaserver")
                 return WithoutHandoff(failed=False)
             if tried.later:
+                kept = True
                 return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
             if sent is None:
@@ -316,7 +319,7 @@ class PrefillStage:
             # are another prompt's.
             return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
         finally:
-            if not tried.later:
+            if not kept:
                 now = self._clock()
                 noted.took = now - reservation.at
                 if noted.outcome in _MAY_BE_THE_SOURCE:
@@ -335,7 +338,6 @@ class PrefillStage:
         """
         endpoint, source = reservation.endpoint, reservation.source
         if tried.asked is not None:
-            tried.later = False
             return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank))
         attempt = self._connectors.attempt(
             endpoint.instance,
