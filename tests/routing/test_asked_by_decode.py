@@ -146,6 +146,19 @@ class AskedTest(AskedCase):
         self.assertEqual((len(self.first), self.memory.used), (0, 0))
         self.assertIdle()
 
+    async def test_a_drain_waits_for_what_d_has_asked_for(self) -> None:
+        self.leg.hold = asyncio.Event()
+        forward = await self.begun()
+        self.call(forward)
+        await self.leg.entered.wait()
+        forward.release()
+        waits = asyncio.ensure_future(self.first.idle())
+        await self.settled()
+        self.assertFalse(waits.done())
+        self.leg.hold.set()
+        await waits
+        self.assertEqual(len(self.first), 0)
+
     async def test_calls_that_nobody_gets_anything_for(self) -> None:
         forward = await self.begun()
         self.assertEqual(self.call(forward, host="10.0.0.3"), Called.ELSEWHERE)

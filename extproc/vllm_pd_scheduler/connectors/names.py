@@ -61,10 +61,15 @@ def load_connector(name: str) -> type[Connector]:
 
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
-    wanted = load_connector(choice.name).settings_type
-    given: dict[str, Any] = dict(choice.settings)
+    connector = load_connector(choice.name)
+    wanted, given = connector.settings_type, dict[str, Any](choice.settings)
     try:
+        if not issubclass(wanted, Settings):
+            raise TypeError(f"its settings_type, {wanted.__name__}, is no subclass of Settings")
+        connector()  # as it is made for requests later
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
         known = ", ".join(wanted.__struct_fields__) or "no settings"
         raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None
+    except Exception as error:  # someone else's code, which may raise anything
+        raise UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}") from error

@@ -121,6 +121,11 @@ class DecodeFirst:
         self._url = url
         self._prefill.can_be_asked = url is not None
 
+    async def idle(self) -> None:
+        """Wait for the prefills that are under way: their D wait for them, also when no client does."""
+        while legs := [kept.leg for kept in self._expected.values() if kept.leg and not kept.leg.done()]:
+            await asyncio.wait(legs)
+
     async def close(self) -> None:
         """End the prefills that are under way."""
         legs = [kept.leg for kept in self._expected.values() if kept.leg is not None]
@@ -207,13 +212,20 @@ class DecodeFirst:
 
     # -- the call
 
+    def not_for_us(self, id_: str, host: str) -> Called | None:
+        """Return what a call is that needs no prefill, whatever it says; ``None`` for :meth:`called`."""
+        outcome = self._needless(id_, host)
+        if outcome is not None:
+            self._telemetry.metaserver_called(outcome)
+        return outcome
+
     def called(self, id_: str, host: str, said: bytes) -> Called:
         """Take a call from ``host``, an IP address, and begin the prefill that it asks for."""
-        outcome = self._taken(id_, host, said)
+        outcome = self._needless(id_, host) or self._taken(self._expected[id_], host, said)
         self._telemetry.metaserver_called(outcome)
         return outcome
 
-    def _taken(self, id_: str, host: str, said: bytes) -> Called:
+    def _needless(self, id_: str, host: str) -> Called | None:
         kept = self._expected.get(id_)
         if kept is None:
             return self._complain(Called.UNKNOWN, "of no request that is in flight", host)
@@ -221,8 +233,10 @@ class DecodeFirst:
         if self._config.metaserver_callers == "decode" and host != decode.host:
             what = f"for a request of {decode.id}, which is at {decode.host} (see metaserver_callers)"
             return self._complain(Called.ELSEWHERE, what, host)
-        if kept.leg is not None:
-            return Called.REPEATED
+        return None if kept.leg is None else Called.REPEATED
+
+    def _taken(self, kept: _Kept, host: str, said: bytes) -> Called:
+        decode = kept.decode
         try:
             known = kept.later.attempt.asked(said)
         except ConnectorFailed:  # which says nothing of D
