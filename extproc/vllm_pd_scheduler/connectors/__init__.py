@@ -3,7 +3,7 @@
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
-from .base import Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice
+from .base import Abort, Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
@@ -11,11 +11,12 @@ from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
+    "Abort", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
     "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
-    "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SharedStoreConnector", "Splice",
+    "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SglangConnector", "SharedStoreConnector", "Splice",
     "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

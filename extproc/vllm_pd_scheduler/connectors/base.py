@@ -27,6 +27,9 @@ class Order(Enum):
     """D is chosen when P has answered: what is known of it is fresher then."""
     TOWARDS_DECODE = "towards decode"
     """P answers first, but must be told of its D before. No other D gets the hand-off."""
+    TOGETHER = "together"
+    """Both have the request at the same time, and P answers when D has the blocks. Each further attempt at D
+    needs a new prefill."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +59,14 @@ class Question:
 
     port: int
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """What ends one leg of an attempt, by HTTP (POST), at the instance that has it."""
+
+    path: str
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +139,9 @@ class Connector(ABC):
     settings_type: ClassVar[type[Settings]] = Settings
     """What can be configured of an instance."""
 
+    needs_prefill: ClassVar[bool] = False
+    """Whether a D serves nothing but what a P prefills. What cannot be split is then refused."""
+
     @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
@@ -154,6 +168,14 @@ class Connector(ABC):
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return headers of the request to P, by lower-case names, that the client's cannot replace."""
         return NO_HEADERS
+
+    def promised(self, legs: Legs) -> Handoff | None:
+        """Return the hand-off that P will make, before it has answered. Needed where both legs begin together."""
+        return None
+
+    def abort(self, legs: Legs) -> Abort | None:
+        """Return what ends either leg at the instance that has it; ``None`` if only its connection's end does."""
+        return None
 
     @abstractmethod
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:

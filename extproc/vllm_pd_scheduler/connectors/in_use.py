@@ -50,6 +50,11 @@ class Connectors:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._in_use())
 
+    @property
+    def some_need_prefill(self) -> bool:
+        """Whether some D may serve nothing but what a P prefills."""
+        return any(fence.needs_prefill for fence in self._in_use())
+
     def attempt(
         self,
         prefill: PDInstance,

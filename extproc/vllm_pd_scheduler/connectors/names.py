@@ -15,6 +15,7 @@ from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -28,6 +29,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "mooncake": MooncakeConnector,
     "ascend-mooncake": AscendMooncakeConnector,
     "moriio": MoriioConnector,
+    "sglang": SglangConnector,
 }
 
 

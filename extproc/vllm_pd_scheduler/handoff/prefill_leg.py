@@ -68,18 +68,24 @@ class HttpPrefill:
         self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Callable[[], object] | None = None,
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
-        sent = self._send(endpoint, path, headers, body, attempt.prefill_headers())
-        self._under_way[sent] = endpoint
-        sent.add_done_callback(self._under_way.pop)
+        answer = self._send(endpoint, path, headers, body, attempt.prefill_headers(), sent)
+        self._under_way[answer] = endpoint
+        answer.add_done_callback(self._under_way.pop)
         if self._unwanted is None:
-            return await self._read(sent)
+            return await self._read(answer)
         try:
-            return await self._read(asyncio.shield(sent))
+            return await self._read(asyncio.shield(answer))
         except asyncio.CancelledError:
-            task = asyncio.ensure_future(self._linger(endpoint, sent, attempt, self._unwanted))
+            task = asyncio.ensure_future(self._linger(endpoint, answer, attempt, self._unwanted))
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
@@ -113,6 +119,7 @@ class HttpPrefill:
         headers: Mapping[str, str],
         body: bytes,
         own: Mapping[str, str],
+        sent: Callable[[], object] | None,
     ) -> asyncio.Future[Answer]:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
         # What is not ASCII means nothing here, and P would read it as other characters.
@@ -130,7 +137,9 @@ class HttpPrefill:
         request_id = kept.get(names.REQUEST_ID, "")
         name = b"cmpl-" + request_id.encode() if _NAME.fullmatch(request_id) else b""
         limit = largest_answer(body)
-        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name)
+        return self._pool.post(
+            to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent
+        )
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:

@@ -9,18 +9,20 @@ from .gateway_names import STEERS_INSTANCES
 ENVOY_CONFIG: Final = "pd-envoy-config"
 """Metadata of Envoy's ext_proc calls: the version of ``envoy/envoy.yaml`` that it runs on."""
 
-ENVOY_CONFIG_VERSION: Final = "4"
+ENVOY_CONFIG_VERSION: Final = "5"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
 dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them, and the client's
-request id beside D's."""
+request id beside D's, 5 a new prefill for a further attempt at D."""
 
 _NOT_BEFORE_4: Final = (
     "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of"
     " several revisions must not run together"
 )
+_NOT_BEFORE_5: Final = "requests to SGLang have no further attempts"
 ENVOY_CONFIGS_THAT_WORK: Final = {
-    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}",
-    "3": _NOT_BEFORE_4,
+    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}, and {_NOT_BEFORE_5}",
+    "3": f"{_NOT_BEFORE_4}, and {_NOT_BEFORE_5}",
+    "4": _NOT_BEFORE_5,
 }
 """Earlier versions, and what does not work with them."""
 
@@ -36,6 +38,9 @@ REQUEST_ID: Final = "x-request-id"
 
 CLIENT_REQUEST_ID: Final = "x-pd-request-id"
 """The client's ``REQUEST_ID`` on a request to decode that has another one, since the hand-off needs that."""
+
+HOST: Final = "x-pd-host"
+"""``ip:port`` of the D that Envoy has chosen for an attempt. Its filter of cluster ``decode`` alone sees it."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""
@@ -97,8 +102,8 @@ EXPLAIN: Final = "x-pd-explain"
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
-STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, *STEERS_INSTANCES)
-"""Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
+STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, "x-override-", *STEERS_INSTANCES)
+"""Headers that only the scheduler sets, those that only it reads, and SGLang's ``x-override-…``; a client's go no further."""
 
 TRACEPARENT: Final = "traceparent"
 """W3C Trace Context: the trace that a request belongs to, and its caller's span."""

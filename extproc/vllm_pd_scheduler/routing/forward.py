@@ -17,6 +17,7 @@ from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 from .prefill_claim import PrefillClaim
+from .together import Beside
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
@@ -43,6 +44,8 @@ class Forward:
     """The D that can use the hand-off; ``None``: all."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
+    beside: Beside | None = None
+    """The prefill that runs while D has the request. Its D can use that alone, once."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
@@ -96,12 +99,19 @@ class Forward:
         """The instance that prefilled, or that a sidecar asks to, if one does."""
         if self.pending is not None:
             return self.pending.prefill
+        if self.beside is not None:
+            return self.beside.endpoint
         return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
-        return self.pending is not None and self.pending.handoff.pinned
+        return self.beside is not None or (self.pending is not None and self.pending.handoff.pinned)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its answer has ended."""
+        return self.on_release is None
 
     @property
     def retried(self) -> frozenset[int]:

@@ -131,6 +131,10 @@ class RequestsInFlight:
         claim.expired(self._clock())
         self._changed()
 
+    def running(self, request: str) -> Forward | None:
+        """Return what was sent to decode under an id of ours, and has not ended."""
+        return self._running.get(request)
+
     def answer_began(self, forward: Forward, status: int) -> None:
         """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
         if forward.sidecar is not None:
@@ -176,10 +180,11 @@ class RequestsInFlight:
             endpoint is not None and self._registry.stands_out(endpoint)
         )
         instance = endpoint.id if endpoint is not None else attempt.address
+        waited = forward.beside is not None and not forward.beside.sent  # for P: whose fault it is, is not known
         if attempt.failure is Failure.RESET:
             forward.losses += 1
             self.lost.lost(forward.prompt, instance, self._clock())
-        elif attempt.status == 500:
+        elif attempt.status == 500 and not waited:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
         if forward.sidecar is not None and attempt.failure is Failure.STATUS:
@@ -216,6 +221,8 @@ class RequestsInFlight:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
         prefill = None if forward.failed_attempts else forward.prefill
+        if forward.beside is not None:
+            return  # what came before the first byte was the prefill too
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
@@ -229,6 +236,9 @@ class RequestsInFlight:
         claim = forward.sidecar if forward is not None and attempt.first else None
         if claim is not None and failure in MAY_BE_PREFILLS:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
+        elif attempt.status == 500 and forward is not None and forward.beside and not forward.beside.sent:
+            if not forward.beside.failed:  # else it was made to, since P has failed
+                registry.doubtful(endpoint, reason, now)
         elif failure is Failure.OVERLOADED:
             registry.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:
@@ -322,6 +332,8 @@ class RequestsInFlight:
             forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
+        if forward.beside is not None:
+            forward.beside.released()
         if forward.sidecar is not None:
             forward.sidecar.end(now)
             forward.sidecar.endpoint.end_handoff()

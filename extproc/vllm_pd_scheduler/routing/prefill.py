@@ -13,6 +13,7 @@ from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff, Order
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import (
+    AbortLeg,
     AskPrefill,
     LocalShortage,
     PrefillAnswer,
@@ -35,6 +36,7 @@ from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
+from .together import Beside
 from .tokens_once import tokens_once
 
 
@@ -63,7 +65,7 @@ class PrefillStage:
     """Has requests prefilled: on one P after another, up to ``max_retries`` more.
 
     ``leg`` sends a prefill; without one, decode does all prefills itself. ``ask`` asks P what some protocols
-    must know before. ``local`` counts those that decode does because P failed.
+    must know before. ``abort`` ends a leg whose other one has failed. ``local`` counts those that decode does because P failed.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PrefillStage:
     ) -> None:
         self.leg: PrefillLeg | None = None
         self.ask: AskPrefill | None = None
+        self.abort: AbortLeg | None = None
         self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
@@ -92,11 +95,14 @@ class PrefillStage:
 
     async def run(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
-    ) -> Outcome:
-        """Return the hand-off, that decode should prefill, or the answer in place of both."""
+    ) -> Outcome | Beside:
+        """Return the hand-off, that decode should prefill, or the answer in place of both.
+
+        Where P answers only when D has the blocks, return the prefill that runs.
+        """
         if self.leg is None:
             return WithoutHandoff(failed=False)
-        tried = _Tried(self._lost.spent(context.fingerprint), decision)
+        tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
         while isinstance(reservation, Reservation):
             self.trace_pick(reservation, context)
@@ -127,7 +133,42 @@ class PrefillStage:
         finally:
             decision.admitted(ticket.choice, ticket.waited)
 
-    async def _another(self, context: RequestContext, tried: _Tried) -> Reservation | Reject | None:
+    async def again(self, before: Beside, body: JsonBody, decode: Endpoint) -> Beside | None:
+        """Return a new prefill that runs, for a further attempt at a D; ``None`` if there is none to be had.
+
+        Nothing waits for a P here, since Envoy does not wait long.
+        """
+        tried, context = before.tried, before.context
+        before.stop()
+        if not before.failed:
+            tried.endpoints.remove(before.endpoint)
+        while self.leg is not None and tried.refusal is None:
+            endpoint = self._beside(decode, context, tried)
+            if endpoint is None:
+                break
+            reservation = self._registry.reserve(endpoint, context)
+            outcome = await self._attempt(self.leg, reservation, context, before.headers, body, tried)
+            if outcome is not None:
+                return outcome if isinstance(outcome, Beside) else None
+        return None
+
+    def _beside(self, decode: Endpoint, context: RequestContext, tried: Tried) -> Endpoint | None:
+        """Return a P that was not tried and fits a D."""
+        if len(tried.endpoints) > self._config.max_retries:
+            return None
+        context.at(self._clock())
+        role, exclude = InstanceRole.PREFILL, [*tried.endpoints]
+        while picked := (
+            self._scheduler.pick(role, context, exclude=exclude)
+            or self._scheduler.last_resorts(role, exclude, context.model)
+        ):
+            fitting = self._scheduler.fitting(picked[0], [decode])
+            if fitting is None or decode in fitting:
+                return picked[0]
+            exclude.append(picked[0])
+        return None
+
+    async def _another(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
         """Reserve an endpoint that was not tried; ``None`` if there is none.
 
         The request waits in the queue a second time only if all that were tried were full.
@@ -144,14 +185,14 @@ class PrefillStage:
         if picked:
             tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
-        elif self._decode_may_not_prefill:
+        elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
-    @property
-    def _decode_may_not_prefill(self) -> bool:
-        return self._config.on_prefill_failure == "fail" or self._local.reached
+    def _decode_may_not_prefill(self, tried: Tried) -> bool:
+        cannot = tried.order is Order.TOGETHER
+        return cannot or self._config.on_prefill_failure == "fail" or self._local.reached
 
     async def _attempt(
         self,
@@ -160,13 +201,14 @@ class PrefillStage:
         context: RequestContext,
         headers: Mapping[str, str],
         body: JsonBody,
-        tried: _Tried,
-    ) -> Outcome | None:
+        tried: Tried,
+    ) -> Outcome | Beside | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
         predicted = reservation.wait + reservation.cost
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
+        beside: Beside | None = None
         try:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
@@ -176,39 +218,80 @@ class PrefillStage:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
             sent = attempt.prefill_body(body)
-            with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, sent, attempt)
-            noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
-            if answer.status == 200:
-                return self._handed_over(reservation, context, attempt, answer, tried, noted)
-        except ConnectorFailed:  # which says nothing of the instance
+            if tried.order is Order.TOGETHER:
+                beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
+            else:
+                with self._telemetry.time_prefill(endpoint.id):
+                    answer = await leg(endpoint, context.path, headers, sent, attempt)
+                return self._answered(reservation, context, attempt, answer, tried, noted)
+        except (ConnectorFailed, PrefillFailed) as error:
+            return self._unanswered(error, endpoint, context, tried, noted)
+        finally:
+            if beside is None:
+                self._end(reservation, noted)
+
+        async def send(accepted: Callable[[], None]) -> Outcome | None:
+            try:
+                with self._telemetry.time_prefill(endpoint.id):
+                    answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
+                return self._answered(reservation, context, attempt, answer, tried, noted)
+            except (ConnectorFailed, PrefillFailed) as error:
+                return self._unanswered(error, endpoint, context, tried, noted)
+            finally:
+                self._end(reservation, noted)
+
+        return await beside.begin(send)
+
+    def _end(self, reservation: Reservation, noted: NotedAttempt) -> None:
+        now = self._clock()
+        noted.took = now - reservation.at
+        reservation.release(now)
+        # Soon, since this request itself is about to take a place at decode.
+        asyncio.get_running_loop().call_soon(self._admission.wake)
+
+    def _answered(
+        self,
+        reservation: Reservation,
+        context: RequestContext,
+        attempt: Attempt,
+        answer: PrefillAnswer,
+        tried: Tried,
+        noted: NotedAttempt,
+    ) -> Outcome | None:
+        noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
+        if answer.status == 200:
+            return self._handed_over(reservation, context, attempt, answer, tried, noted)
+        return self._not_200(reservation.endpoint, context.fingerprint, answer, tried)
+
+    def _unanswered(
+        self,
+        error: ConnectorFailed | PrefillFailed,
+        endpoint: Endpoint,
+        context: RequestContext,
+        tried: Tried,
+        noted: NotedAttempt,
+    ) -> Outcome | None:
+        """Note an attempt that has no answer, or none that its connector could read."""
+        if isinstance(error, ConnectorFailed):  # which says nothing of the instance
             noted.outcome = "connector"
             return WithoutHandoff(failed=False)
-        except LocalShortage as error:
+        if isinstance(error, LocalShortage):
             noted.outcome = "local_resources"
             self._local_errors.add(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
-        except PrefillNotSent as error:
+        if isinstance(error, PrefillNotSent):
             noted.outcome = "not_sent"
             self._local_errors.add(str(error))
             tried.only_full = False
             return None
-        except PrefillFailed as error:
-            noted.outcome = str(error)
-            self._failed(endpoint, str(error), tried)
-            if self.ask is not None:
-                self.ask.forget(endpoint)
-            return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
-        finally:
-            now = self._clock()
-            noted.took = now - reservation.at
-            reservation.release(now)
-            # Soon, since this request itself is about to take a place at decode.
-            asyncio.get_running_loop().call_soon(self._admission.wake)
-        return self._not_200(endpoint, context.fingerprint, answer, tried)
+        noted.outcome = str(error)
+        self._failed(endpoint, str(error), tried)
+        if self.ask is not None:
+            self.ask.forget(endpoint)
+        return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
 
     async def _prepared(
-        self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: _Tried
+        self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
         """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
         attempt = self._connectors.attempt(
@@ -218,8 +301,8 @@ class PrefillStage:
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
-        tried.decode = None
-        if attempt.order() is Order.TOWARDS_DECODE:
+        tried.decode, tried.order = None, attempt.order()
+        if tried.order is Order.TOWARDS_DECODE:
             context.at(self._clock())
             picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
             if not picked:
@@ -240,7 +323,7 @@ class PrefillStage:
         context: RequestContext,
         attempt: Attempt,
         answer: PrefillAnswer,
-        tried: _Tried,
+        tried: Tried,
         noted: NotedAttempt,
     ) -> Outcome | None:
         endpoint = reservation.endpoint
@@ -269,7 +352,7 @@ class PrefillStage:
         return None
 
     def _not_200(
-        self, endpoint: Endpoint, fingerprint: int, answer: PrefillAnswer, tried: _Tried
+        self, endpoint: Endpoint, fingerprint: int, answer: PrefillAnswer, tried: Tried
     ) -> Outcome | None:
         failure = failure_of_status(answer.status)
         if failure is Failure.OVERLOADED:
@@ -284,7 +367,7 @@ class PrefillStage:
                 self._failed(endpoint, f"status_{answer.status}", tried)
             return self._lose(endpoint, fingerprint, tried) if b"EngineCore" in answer.body else None
         tried.only_full = False
-        if not self._decode_may_not_prefill:
+        if not self._decode_may_not_prefill(tried):
             # P was asked for one token, not streamed: only D sees the request as the client wrote it.
             return WithoutHandoff(False, endpoint, answer.status)
         agreed = tried.refusal is not None and tried.refusal.status == answer.status
@@ -292,7 +375,7 @@ class PrefillStage:
         tried.refusal = Reject(answer.status, answer.body, kept, "prefill_4xx")
         return tried.refusal if agreed else None
 
-    def _lose(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> Reject | None:
+    def _lose(self, endpoint: Endpoint, fingerprint: int, tried: Tried) -> Reject | None:
         """Count a request that was delivered and lost; return the answer if it must not be tried again.
 
         That is so as well if others with its prompt have taken the second instance meanwhile.
@@ -305,7 +388,7 @@ class PrefillStage:
             return None
         return lost_twice(math.ceil(refused_for) or int(PAUSE_S))
 
-    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: _Tried) -> None:
+    def _errored(self, endpoint: Endpoint, fingerprint: int, tried: Tried) -> None:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
         tried.only_full = False
         now = self._clock()
@@ -314,7 +397,7 @@ class PrefillStage:
         self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
-    def _failed(self, endpoint: Endpoint, reason: str, tried: _Tried, words: str = "") -> None:
+    def _failed(self, endpoint: Endpoint, reason: str, tried: Tried, words: str = "") -> None:
         tried.only_full = False
         self._telemetry.prefill_failed(endpoint.id, reason)
         self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
@@ -334,7 +417,7 @@ class PrefillStage:
         context.counted(tokens)
 
 
-class _Tried:
+class Tried:
     """The endpoints that a request was sent to, and what came of it."""
 
     def __init__(self, losses: int, decision: Decision) -> None:
@@ -343,6 +426,8 @@ class _Tried:
         self.endpoints: list[Endpoint] = []
         self.only_full = True
         self.losses = losses
+        self.order = Order.PREFILL_FIRST
+        """Of the newest attempt."""
         self.decode: Endpoint | None = None
         """The only D that the newest attempt is for, if it is for one only."""
         self.refusal: Reject | None = None
