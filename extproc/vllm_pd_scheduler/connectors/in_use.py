@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..models import ConnectorChoice, PDInstance
@@ -31,7 +31,7 @@ class Connectors:
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
-        self.of(None)
+        self._used: tuple[ConnectorFence, ...] = (self.of(None),)
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -45,6 +45,11 @@ class Connectors:
             made = load_connector(choice.name)()
             fence = self._fences[choice.name] = ConnectorFence(made, self.failures)
         return fence
+
+    def follow(self, instances: Iterable[PDInstance]) -> None:
+        """Take these for all instances that there are."""
+        choices = {instance.connector for instance in instances} or {None}
+        self._used = tuple(self._fence(choice or self._of_the_fleet()) for choice in choices)
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
@@ -87,4 +92,4 @@ class Connectors:
         return found
 
     def _in_use(self) -> tuple[ConnectorFence, ...]:
-        return (self._given,) if self._given is not None else tuple(self._fences.values())
+        return self._used if self._given is None else (self._given,)

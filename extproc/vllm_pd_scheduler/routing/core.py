@@ -107,7 +107,12 @@ class RoutingCore:
             self._local,
             clock,
         )
+        self.registry.subscribe(self._follow_connectors)
+        self._follow_connectors()
         self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
+
+    def _follow_connectors(self) -> None:
+        self.connectors.follow(endpoint.instance for endpoint in self.registry)
 
     @property
     def objectives(self) -> Objectives:
@@ -116,6 +121,7 @@ class RoutingCore:
 
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""
+        self._follow_connectors()
         self._local.share = self.config.max_local_prefill_share
         self._admission.wake()
 

@@ -21,8 +21,9 @@ from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
 from .metrics import Metrics
 from .options import Options
-from .other_answers import GenerateShape, MessagesShape, ResponsesShape
+from .other_answers import GenerateShape, MessagesShape, NativeShape, ResponsesShape
 from .protocol import (
+    AbortBody,
     AdapterBody,
     AnyBody,
     ApiError,
@@ -30,7 +31,9 @@ from .protocol import (
     CompletionBody,
     EmbeddingBody,
     GenerateBody,
+    Length,
     MessagesBody,
+    NativeBody,
     ResponsesBody,
     TokenizeBody,
     TooLong,
@@ -38,6 +41,7 @@ from .protocol import (
     read_body,
     split_inputs,
 )
+from .sglang import metrics_page
 from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
@@ -64,6 +68,7 @@ _APIS: dict[str, tuple[type[AnyBody], type[Shape]]] = {
     "/v1/responses": (ResponsesBody, ResponsesShape),
     "/v1/messages": (MessagesBody, MessagesShape),
     "/inference/v1/generate": (GenerateBody, GenerateShape),
+    "/generate": (NativeBody, NativeShape),
 }
 """What generates: the body that each path reads, and the answers that it gives."""
 
@@ -80,6 +85,9 @@ class Api:
         self._fault = Fault()
         self._cors = Cors(options.allowed_origins)
         self._adapters = Adapters(options.enable_lora, options.max_loras, dict(options.lora_modules))
+        self._sglang = options.kv_connector == "sglang"
+        self._by_rid: dict[str, list[Job]] = {}
+        """Of SGLang's requests that say how they are called."""
         self._active_requests = 0
         self._started = int(time.time())
 
@@ -100,7 +108,7 @@ class Api:
         }
         post = {
             "/ping": self._health,
-            **dict.fromkeys(_APIS, self._generate),
+            **dict.fromkeys(_APIS.keys() - {"/generate"}, self._generate),
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/_sim/fault": self._set_fault,
@@ -109,6 +117,9 @@ class Api:
         }
         handlers = {("GET", path): handler for path, handler in get.items()}
         handlers |= {("POST", path): handler for path, handler in post.items()}
+        if self._sglang:
+            native = {"/generate": self._generate, "/abort_request": self._abort}
+            handlers |= {("POST", path): handler for path, handler in native.items()}
         handlers |= KvApi(self._options, self._worker, lambda: self.port).handlers()
         app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
         return app
@@ -167,6 +178,8 @@ class Api:
         shape = shaped(name, model, kind in (ChatBody, MessagesBody))
         jobs = self._make_jobs(body, shape, request[ENTRY])
         requests = [job.request for job in jobs]
+        if self._sglang and body.rid:
+            self._by_rid[body.rid] = jobs
         self._adapters.begin(model, requests)
         self._active_requests += 1
         try:
@@ -177,6 +190,8 @@ class Api:
             return await self._whole(request, shape, jobs)
         finally:
             self._active_requests -= 1
+            if self._sglang and body.rid:
+                self._by_rid.pop(body.rid, None)
             self._adapters.end(model, requests)
 
     def _model(self, model: str | None) -> str:
@@ -191,16 +206,19 @@ class Api:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        params = (body.kv_transfer_params if self._options.kv_connector != "none" else None) or {}
+        all_params = self._worker.connector.params(body) if self._options.kv_connector != "none" else {}
         connector, profile = self._worker.connector, self._worker.engine.profile
-        hand_off = self._kind_of(params)
+        hand_off = self._kind_of(all_params)
         jobs: list[Job] = []
         try:
             for prompt in body.prompts(shape.model):
                 for number in range(body.n or 1):
+                    params = connector.nth(all_params, len(jobs))
                     answer = Answer(prompt, number)
                     natural = 1 if self._fault.eos else answer.natural_length
                     length = choose_length(body, prompt, natural, self._options.max_model_len)
+                    if hand_off is HandOff.SEND and connector.answers_when_fetched:
+                        length = Length(1, "length")
                     if hand_off is HandOff.SEND and length.finish_reason == "stop":
                         hand_off = HandOff.SEND if connector.sends_stopped else HandOff.NONE
                     # A name of its own, even if a client sends the same X-Request-Id twice.
@@ -213,12 +231,12 @@ class Api:
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
-                self._release_hand_off(params, entry)
+                self._release_hand_off(all_params, entry)
             raise
         if hand_off is not HandOff.NONE:
             entry.hand_off = hand_off.value
         if hand_off is HandOff.RECEIVE:
-            self._attach_hand_off(jobs, params, entry)
+            self._attach_hand_off(jobs, entry)
         return jobs
 
     def _kind_of(self, params: dict[str, Any]) -> HandOff:
@@ -228,8 +246,9 @@ class Api:
             self._worker.die(str(error))
             return HandOff.NONE
 
-    def _attach_hand_off(self, jobs: list[Job], params: dict[str, Any], entry: Entry) -> None:
+    def _attach_hand_off(self, jobs: list[Job], entry: Entry) -> None:
         for job in jobs:
+            params = job.params
             try:
                 blocks = self._worker.engine.profile.blocks_for(job.prompt.tokens)
                 connector = self._worker.connector
@@ -257,6 +276,10 @@ class Api:
             async with aclosing(self._worker.generate(jobs)) as tokens:
                 async for token in tokens:
                     words[token.choice].append(token.text)
+            if self._worker.connector.answers_when_fetched:
+                for job in jobs:
+                    if job.request.hand_off is HandOff.SEND:
+                        await self._worker.handed_over(job)
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
@@ -283,7 +306,8 @@ class Api:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As with vLLM, status 200 is sent before anything can fail.
-        await response.prepare(request)
+        if not self._worker.connector.headers_with_first_token:
+            await response.prepare(request)
         sent = 0
         try:
             async with aclosing(self._worker.generate(jobs)) as tokens:
@@ -291,6 +315,8 @@ class Api:
                     if sent == request.get(MUTE):
                         await asyncio.Event().wait()
                     if not sent:
+                        if not response.prepared:
+                            await response.prepare(request)
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))
                     sent += 1
@@ -299,6 +325,8 @@ class Api:
             wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
             await response.write(shape.closing(_usage(jobs), wanted))
         except EngineFailed as error:
+            if not response.prepared:
+                await response.prepare(request)
             await response.write(event(ApiError(500, str(error), "InternalServerError").body()) + DONE)
         except ConnectionError:
             return response  # the client has left; closing the generator has aborted its request
@@ -312,6 +340,13 @@ class Api:
             return web.Response(status=self._fault.health)
         return web.Response(status=503 if self._worker.dead else 200)
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        """SGLang's: end a request by the name that it was given. One that is not known is no error."""
+        body = read_body(await request.read(), request.content_type, AbortBody)
+        for job in self._by_rid.get(body.rid, ()):
+            self._worker.abort(job)
+        return web.Response()
+
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": VERSION})
 
@@ -322,7 +357,10 @@ class Api:
         self._worker.observe()
         if self._adapters.enabled:
             self._metrics.adapters(self._adapters)
-        return web.Response(body=self._metrics.expose(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        page = self._metrics.expose()
+        if self._sglang:
+            page = metrics_page(page, self._worker.engine.profile.capacity)
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: web.Request) -> web.Response:
         length, adapters = self._options.max_model_len, self._adapters.paths

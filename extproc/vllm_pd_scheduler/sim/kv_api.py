@@ -7,8 +7,9 @@ import msgspec
 from aiohttp import web
 
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
-from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
+from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer, sent_as
 from .options import Options
+from .sglang import ROOM_PATH, RoomCall, SglangConnector
 from .worker import Worker
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -33,7 +34,17 @@ class KvApi:
         sends = self._options.role != "decode"
         if isinstance(self._worker.connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
+        if isinstance(self._worker.connector, SglangConnector) and sends:
+            found["POST", ROOM_PATH] = self._room
         return found
+
+    async def _room(self, request: web.Request) -> web.Response:
+        """The meeting of P and D in SGLang."""
+        call, own = await _read(request, RoomCall), self._worker.engine_id
+        if call.release:
+            self._worker.serve_release(FetchCall(own, sent_as(str(call.room))))
+            return web.Response()
+        return _answer(await self._worker.serve_pull(PullCall(own, str(call.room))))
 
     async def _fetch(self, request: web.Request) -> web.Response:
         return _answer(self._worker.serve_fetch(await _read(request, FetchCall)))

@@ -6,6 +6,7 @@ from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl_push import PushConnector
 from .options import Options
+from .sglang import SglangConnector
 
 
 def connector_of(options: Options) -> Connector:
@@ -20,5 +21,7 @@ def connector_of(options: Options) -> Connector:
         case "moriio-read" | "moriio-write":
             address = f"{options.kv_host}:{options.port}"
             return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
+        case "sglang":
+            return SglangConnector(options.role, options.profile.lease)
         case _:
             return Connector()
