@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Answer, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile

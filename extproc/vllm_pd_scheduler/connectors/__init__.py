@@ -15,8 +15,8 @@ from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "Abort", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed", "ConnectorFence",
-    "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector", "NixlConnector",
-    "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SglangConnector", "SharedStoreConnector", "Splice",
-    "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "Abort", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed",
+    "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector",
+    "NixlConnector", "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SglangConnector",
+    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

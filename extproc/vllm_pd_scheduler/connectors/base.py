@@ -170,11 +170,11 @@ class Connector(ABC):
         return NO_HEADERS
 
     def promised(self, legs: Legs) -> Handoff | None:
-        """Return the hand-off that P will make, before it has answered. Needed where both legs begin together."""
+        """Return the hand-off that P will make, before it has answered, for legs that begin together."""
         return None
 
     def abort(self, legs: Legs) -> Abort | None:
-        """Return what ends either leg at the instance that has it; ``None`` if only its connection's end does."""
+        """Return what ends either leg at its instance; ``None`` if only the end of the connection does."""
         return None
 
     @abstractmethod

@@ -61,7 +61,7 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
-        self.needs_prefill = bool(connector.needs_prefill)
+        self.needs_prefill = bool(getattr(connector, "needs_prefill", False))
         """See :attr:`Connector.needs_prefill`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)

@@ -137,9 +137,7 @@ class HttpPrefill:
         request_id = kept.get(names.REQUEST_ID, "")
         name = b"cmpl-" + request_id.encode() if _NAME.fullmatch(request_id) else b""
         limit = largest_answer(body)
-        return self._pool.post(
-            to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent
-        )
+        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent)
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:

@@ -157,7 +157,9 @@ def parse_metrics(page: bytes | str) -> Scrape:
         if key not in gauges and name in values:
             gauges[key] = values[name]
     if "running" not in gauges and "waiting" not in gauges:
-        raise NotVllmMetrics("it has no vllm:num_requests_running: is this a vLLM server, or SGLang with --enable-metrics?")
+        raise NotVllmMetrics(
+            "it has no vllm:num_requests_running: is this a vLLM server, or SGLang with --enable-metrics?"
+        )
     kv_usage = [min(max(0.0, each), 1.0) for each in gauges.get("kv_usage", [0.0])]
     counts = {name: sum(each) for name, each in values.items() if min(each) >= 0.0}
     counts = {name: count for name, count in counts.items() if count <= _MAX_COUNT}

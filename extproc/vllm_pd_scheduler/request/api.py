@@ -1,7 +1,7 @@
 """The APIs whose requests are split: what each calls the prompt, and what bounds its answer.
 
-Sources: SGLang's ``entrypoints/http_server.py``, version 0.5.23, and vLLM's ``entrypoints/openai/completion``, ``chat_completion`` and ``responses``, ``anthropic`` and
-``scale_out/token_in_token_out``, version 0.32.
+Sources: vLLM's ``entrypoints/openai/completion``, ``chat_completion`` and ``responses``, ``anthropic`` and
+``scale_out/token_in_token_out``, version 0.32, and SGLang's ``entrypoints/http_server.py``, version 0.5.23.
 """
 
 from __future__ import annotations

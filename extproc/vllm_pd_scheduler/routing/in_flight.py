@@ -180,7 +180,8 @@ class RequestsInFlight:
             endpoint is not None and self._registry.stands_out(endpoint)
         )
         instance = endpoint.id if endpoint is not None else attempt.address
-        waited = forward.beside is not None and not forward.beside.sent  # for P: whose fault it is, is not known
+        # Whose fault it is, is not known while D waits for P.
+        waited = forward.beside is not None and not forward.beside.sent
         if attempt.failure is Failure.RESET:
             forward.losses += 1
             self.lost.lost(forward.prompt, instance, self._clock())

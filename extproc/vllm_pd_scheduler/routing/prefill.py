@@ -65,7 +65,8 @@ class PrefillStage:
     """Has requests prefilled: on one P after another, up to ``max_retries`` more.
 
     ``leg`` sends a prefill; without one, decode does all prefills itself. ``ask`` asks P what some protocols
-    must know before. ``abort`` ends a leg whose other one has failed. ``local`` counts those that decode does because P failed.
+    must know before, ``abort`` ends a leg whose other one has failed. ``local`` counts those that decode does
+    because P failed.
     """
 
     def __init__(

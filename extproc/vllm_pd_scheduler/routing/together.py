@@ -1,4 +1,4 @@
-"""Prefills that run while D has their request: each lives until its request has ended, or gets another one."""
+"""Prefills that run while D has their request: each is ended with it, or when it gets another one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_WORD_S = 0.25
-"""How long P's answer may come after the end of its request. D has the blocks before, so P is done by then."""
+"""How long P's answer may come after the end of its request. P is done by then: D has had the blocks."""
 OWN_REFUSAL_S = 1.0
 """How long D gets to refuse by itself what P has refused, before it is made to."""
 REPEAT_S = 0.5

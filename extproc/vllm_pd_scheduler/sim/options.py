@@ -14,7 +14,13 @@ Role = Literal["prefill", "decode", "both"]
 KvConnector = Literal[
     "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "sglang", "none"
 ]
-LEASES = {"mooncake": 480.0, "ascend-mooncake": 480.0, "moriio-read": 60.0, "moriio-write": 60.0, "sglang": 300.0}
+LEASES = {
+    "mooncake": 480.0,
+    "ascend-mooncake": 480.0,
+    "moriio-read": 60.0,
+    "moriio-write": 60.0,
+    "sglang": 300.0,
+}
 """Seconds for which other engines than those with NIXL keep blocks."""
 DEFAULT_MAX_MODEL_LEN = 32_768
 

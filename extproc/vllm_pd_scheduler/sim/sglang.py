@@ -1,7 +1,7 @@
 """SGLang between simulated engines: P and D have a request at the same time, and meet in a room.
 
 Source: ``sglang/srt/disaggregation`` of SGLang 0.5.23. The bootstrap server is the instance's own HTTP
-server. P answers when D has its blocks. Each waits for the other for the profile's ``lease``, by default 300 s.
+server. P answers when D has its blocks. Each waits for the other for ``lease`` seconds of its profile.
 """
 
 import asyncio
