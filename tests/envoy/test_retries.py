@@ -39,8 +39,10 @@ class RetryCheckTest(unittest.IsolatedAsyncioTestCase):
             self.asked.append(asked)
             return self.begun
 
-        check = RetryCheck(lambda *_: self.answer, again, 1 << 20)
-        (self.method,) = check.methods().values()
+        self.in_vain = False
+        check = RetryCheck(lambda *_: self.answer, again, lambda _: self.in_vain, 1 << 20)
+        self.method = check.methods()["/vllm_pd_scheduler.Retries/Allowed"]
+        self.begins = check._begins
         self.check = check._check
 
     async def said(self, stream: Stream) -> bytes:
@@ -74,6 +76,14 @@ class RetryCheckTest(unittest.IsolatedAsyncioTestCase):
         with self.assertRaises(CallError):
             await self.check(Stream(b"{}", x_pd_host="10.0.0.2:1"))  # type: ignore[arg-type]
         self.assertEqual(self.asked, [])
+
+    async def test_an_answer_that_begins(self) -> None:
+        stream = Stream()
+        await self.begins(stream)  # type: ignore[arg-type]
+        self.assertEqual(stream.written, [b""])
+        self.in_vain = True
+        with self.assertRaises(CallError):
+            await self.begins(stream)  # type: ignore[arg-type]
 
     def test_a_message_may_be_as_long_as_a_body(self) -> None:
         self.assertGreater(self.method.max_bytes, 1 << 20)

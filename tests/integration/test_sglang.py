@@ -57,7 +57,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
 
 @pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
-    config = {"strategy": "round_robin", "public_paths": ["/generate", "/v1/responses"]}
+    config = {
+        "strategy": "round_robin",
+        "public_paths": ["/generate", "/v1/responses"],
+        "prefill_timeout": 2.0,
+    }
     with spawned(stack.up({**config, **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
@@ -72,7 +76,7 @@ async def client(
     await client.until_known()
     await client.until_split()
     yield client
-    assert "lua" not in up.output, "a filter's script failed"
+    assert "script log" not in up.output, "a filter's script failed"
     for instance in fleet.instances:
         await client.fault(instance.id)
     await client.until_in_flight(0)
@@ -186,32 +190,36 @@ async def test_a_d_that_fails(client: Client, fault: dict[str, Any], stream: boo
     await client.until_freed()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, {"status": 429}], ids=str)
-async def test_a_p_that_fails(client: Client, fault: dict[str, Any]) -> None:
+async def test_a_p_that_fails(client: Client, fault: dict[str, Any], stream: bool) -> None:
     """D is not left waiting, and gets what another P prefills."""
     await client.fault("prefill-0", **fault)
     for _ in range(4):
         body = {"prompt": new_prompt(), "max_tokens": 12}
-        answer = await client.post(PATH, body)
+        answer = await client.post(PATH, {**body, "stream": stream})
         assert (answer.status, answer.text) == (200, expected(body))
         assert answer.headers["x-pd-prefill"] == "prefill-1"
 
 
-async def test_a_p_that_fails_a_stream(client: Client) -> None:
-    """SGLang has a stream of one error for it: a clear end, and soon."""
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_no_p_that_works(client: Client, stream: bool) -> None:
     for instance in client.fleet.prefill:
         await client.fault(instance.id, status=500)
-    answer = await client.post(PATH, {"prompt": new_prompt(), "stream": True})
-    assert answer.status == 200
-    assert "error" in json.loads(answer.events[0])
-
-
-async def test_no_p_that_works(client: Client) -> None:
-    for instance in client.fleet.prefill:
-        await client.fault(instance.id, status=500)
-    answer = await client.post(PATH, {"prompt": new_prompt()})
+    answer = await client.post(PATH, {"prompt": new_prompt(), "stream": stream})
     assert answer.status in (500, 503)
     assert "error" in answer.json
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_p_that_hangs(client: Client, stream: bool) -> None:
+    """The request, which its D waits for, is given up after ``prefill_timeout``."""
+    with client.frozen("prefill-0"):
+        for _ in range(2):
+            body = {"prompt": new_prompt(), "max_tokens": 12}
+            answer = await client.post(PATH, {**body, "stream": stream})
+            assert (answer.status, answer.text) == (200, expected(body))
+            assert answer.headers["x-pd-prefill"] == "prefill-1"
 
 
 async def test_a_p_that_is_killed_with_a_request(client: Client) -> None:

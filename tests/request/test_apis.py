@@ -8,7 +8,7 @@ import pytest
 
 from vllm_pd_scheduler.request import body as body_module
 from vllm_pd_scheduler.request import prompt as prompt_module
-from vllm_pd_scheduler.request.api import APIS, CHAT, GENERATE, NATIVE, MESSAGES, RESPONSES, Api
+from vllm_pd_scheduler.request.api import APIS, CHAT, GENERATE, MESSAGES, NATIVE, RESPONSES, Api
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.fingerprint import fingerprint
 from vllm_pd_scheduler.request.json_text import finish

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
-from tests.support.routing import BODY, D, P, Case, Leg, answer, decode_body
+from tests.support.routing import BODY, Case, D, Leg, P, answer, decode_body
 from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed

@@ -32,6 +32,9 @@ class Connectors:
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._used: tuple[ConnectorFence, ...] = (self.of(None),)
+        self.some_need_prefill = False
+        """Whether some D may serve nothing but what a P prefills."""
+        self.follow(())
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -50,15 +53,11 @@ class Connectors:
         """Take these for all instances that there are."""
         choices = {instance.connector for instance in instances} or {None}
         self._used = tuple(self._fence(choice or self._of_the_fleet()) for choice in choices)
+        self.some_need_prefill = any(fence.needs_prefill for fence in self._in_use())
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._in_use())
-
-    @property
-    def some_need_prefill(self) -> bool:
-        """Whether some D may serve nothing but what a P prefills."""
-        return any(fence.needs_prefill for fence in self._in_use())
 
     def attempt(
         self,

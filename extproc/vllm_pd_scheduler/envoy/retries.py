@@ -44,21 +44,34 @@ class RetryCheck:
     ``allowed`` is asked with a request's id and the number of attempts that were made; ``None`` means that
     not all of them have been reported yet. A report that does not come in time is not waited for. ``again``
     has such a request, of ``largest`` bytes at most, prefilled anew.
+
+    ``Begins`` is asked when the answer to such a request begins with 200. It is an error if the request is
+    ``in_vain``: SGLang says what has failed a stream in its first event, after which there is no retry.
     """
 
     def __init__(
         self,
         allowed: Callable[[str, int], Retry | None],
         again: Callable[[str, str, bytes], Awaitable[tuple[bytes, str] | None]],
+        in_vain: Callable[[str], bool],
         largest: int,
     ) -> None:
         self._allowed = allowed
         self._again = again
+        self._in_vain = in_vain
         self._largest = largest + _MOST_AROUND
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path."""
-        return {f"/{SERVICE}/Allowed": served_by(self._check, self._largest)}
+        return {
+            f"/{SERVICE}/Allowed": served_by(self._check, self._largest),
+            f"/{SERVICE}/Begins": served_by(self._begins, _MOST_AROUND),
+        }
+
+    async def _begins(self, stream: ServerStream) -> None:
+        if self._in_vain(stream.metadata(names.ID) or ""):
+            raise CallError(StatusCode.ABORTED, "P has failed the request")
+        await stream.write(b"")
 
     async def _check(self, stream: ServerStream) -> None:
         request, attempt = stream.metadata(names.ID) or "", stream.metadata(names.ATTEMPT) or ""

@@ -135,6 +135,11 @@ class RequestsInFlight:
         """Return what was sent to decode under an id of ours, and has not ended."""
         return self._running.get(request)
 
+    def in_vain(self, request: str) -> bool:
+        """Whether P has failed a request whose D is answering: it has been told to end that."""
+        forward = self._running.get(request)
+        return forward is not None and forward.beside is not None and forward.beside.failed
+
     def answer_began(self, forward: Forward, status: int) -> None:
         """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
         if forward.sidecar is not None:

@@ -242,7 +242,12 @@ class App:
     async def _start_grpc(self) -> None:
         config = self.config
         access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
-        retries = RetryCheck(self.router.in_flight.may_try_again, self.router.again, config.max_body_bytes)
+        retries = RetryCheck(
+            self.router.in_flight.may_try_again,
+            self.router.again,
+            self.router.in_flight.in_vain,
+            config.max_body_bytes,
+        )
         discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)
         services = (self.ext_proc, discovery, access_log, retries, self._health)
         server = Server({path: method for each in services for path, method in each.methods().items()})
