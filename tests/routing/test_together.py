@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.support.routing import BODY, Case, D, Leg, P, answer, decode_body
+from tests.support.waiting import until
 from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
@@ -57,11 +58,6 @@ class TogetherTest(Case):
         self.aborted: list[tuple[str, str]] = []
         self.router.abort_leg = lambda endpoint, attempt: self.aborted.append((endpoint.id, attempt.legs.id))
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.01)
-
     async def answers(self, found: PrefillAnswer | Exception, number: int = -1) -> None:
         """Have P answer."""
         future = self.prefills.futures[number][1]
@@ -86,7 +82,7 @@ class TogetherTest(Case):
         self.assertEqual(own["bootstrap_host"], "10.0.0.1")
         self.assertEqual(forward.headers()["x-pd-prefill"], "p0")
         forward.release()
-        await self.until(lambda: self.aborted)
+        await until(lambda: self.aborted)
         self.assertIdle()
 
     async def test_ps_answer_ends_its_part(self) -> None:
@@ -130,7 +126,7 @@ class TogetherTest(Case):
             with self.subTest(found=found):
                 forward = await self.route({**BODY, "prompt": f"{number}"})
                 await self.answers(found)
-                await self.until(lambda: self.aborted)
+                await until(lambda: self.aborted)
                 name = forward.beside.attempt.legs.id
                 self.assertEqual(self.aborted.pop(0), (forward.decode[0].id, name))
                 self.assertEqual(forward.losses, int(isinstance(found, PrefillFailed)))
@@ -151,7 +147,7 @@ class TogetherTest(Case):
         self.enterContext(self.patched(REPEAT_S=0.0))
         forward = await self.route()
         await self.answers(answer(500))
-        await self.until(lambda: len(self.aborted) > 2)
+        await until(lambda: len(self.aborted) > 2)
         forward.release()
         count = len(self.aborted)
         await asyncio.sleep(0.02)
@@ -166,7 +162,7 @@ class TogetherTest(Case):
         forward = await self.route()
         await self.answers(answer(400))
         self.assertEqual(self.aborted, [])
-        await self.until(lambda: self.aborted)
+        await until(lambda: self.aborted)
         self.assertIsNone(await self.router.again(forward.id, str(forward.decode[1].address), RAW))
         forward.release()
 
@@ -216,10 +212,10 @@ class TogetherTest(Case):
         held = asyncio.get_running_loop().create_future()
         self.router.prefill_leg = lambda *_: held  # type: ignore[assignment]
         request = asyncio.ensure_future(self.route())
-        await self.until(lambda: self.router.registry.get("p0").in_flight)
+        await until(lambda: self.router.registry.get("p0").in_flight)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
-        await self.until(lambda: not self.router.registry.get("p0").in_flight)
+        await until(lambda: not self.router.registry.get("p0").in_flight)
         self.assertEqual([name for name, _ in self.aborted], ["p0"])
 
     async def test_a_gateway_tries_once(self) -> None:

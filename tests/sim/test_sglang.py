@@ -1,4 +1,4 @@
-"""SGLang between simulated engines: two legs that meet in a room, and what each does when the other stays away."""
+"""SGLang between simulated engines: two legs that meet in a room, and what one does without the other."""
 
 import asyncio
 import itertools

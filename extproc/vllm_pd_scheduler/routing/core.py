@@ -297,10 +297,11 @@ class RoutingCore:
         """
         forward = self.in_flight.running(request)
         decode = self.registry.at(InstanceRole.DECODE, address)
-        if forward is None or forward.beside is None or decode is None:
+        before = None if forward is None else forward.beside
+        if forward is None or decode is None or not isinstance(before, Beside):
             return None
-        parsed = await self._turns.take(JsonBody.read(body, APIS[forward.beside.context.path]))
-        beside = await self.prefill.again(forward.beside, parsed, decode)
+        parsed = await self._turns.take(JsonBody.read(body, APIS[before.context.path]))
+        beside = await self.prefill.again(before, parsed, decode)
         if beside is None:
             return None
         splice = None

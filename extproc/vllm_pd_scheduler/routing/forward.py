@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
@@ -17,10 +17,36 @@ from ..request import headers as names
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
 from .prefill_claim import PrefillClaim
-from .together import Beside
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
+
+
+class PrefillBeside(Protocol):
+    """A prefill that runs while D has the request: :class:`.together.Beside`, which is not of the core."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The P."""
+        ...
+
+    @property
+    def sent(self) -> bool:
+        """Whether P has said that D has all."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether P has failed or refused it."""
+        ...
+
+    def when_done(self, call: Callable[[], object]) -> None:
+        """Call something when P is at it no more."""
+        ...
+
+    def released(self) -> None:
+        """Take it that the request has ended."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +70,7 @@ class Forward:
     """The D that can use the hand-off; ``None``: all."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
-    beside: Beside | None = None
+    beside: PrefillBeside | None = None
     """The prefill that runs while D has the request. Its D can use that alone, once."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
