@@ -31,7 +31,7 @@ class Connectors:
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
-        self._used: tuple[ConnectorFence, ...] = (self.of(None),)
+        self._used: tuple[ConnectorFence, ...] = ()
         self.some_need_prefill = False
         """Whether some D may serve nothing but what a P prefills."""
         self.follow(())
@@ -51,13 +51,16 @@ class Connectors:
 
     def follow(self, instances: Iterable[PDInstance]) -> None:
         """Take these for all instances that there are."""
-        choices = {instance.connector for instance in instances} or {None}
-        self._used = tuple(self._fence(choice or self._of_the_fleet()) for choice in choices)
-        self.some_need_prefill = any(fence.needs_prefill for fence in self._in_use())
+        if self._given is not None:
+            self._used = (self._given,)
+        else:
+            choices = {instance.connector for instance in instances} or {None}
+            self._used = tuple(self._fence(choice or self._of_the_fleet()) for choice in choices)
+        self.some_need_prefill = any(fence.needs_prefill for fence in self._used)
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
-        return all(fence.can_split(body) for fence in self._in_use())
+        return all(fence.can_split(body) for fence in self._used)
 
     def attempt(
         self,
@@ -89,6 +92,3 @@ class Connectors:
         if found is None:
             found = self._settings[choice] = settings_of(choice)
         return found
-
-    def _in_use(self) -> tuple[ConnectorFence, ...]:
-        return self._used if self._given is None else (self._given,)
