@@ -17,7 +17,7 @@ from tests.support.sim_fleet import Fleet
 @pytest.fixture(scope="module")
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     """Two P and two D, which hand over by NIXL; a test may name other connectors."""
-    arguments = ["--decode-base=0.01", "--step-overhead=0.001"]
+    arguments = ["--decode-base=0.01", "--step-overhead=0.001", "--load-fail-delay=0.5"]
     # As docs/reliability.md advises for decode: prefill locally when P dies before its blocks were fetched.
     policy = ["--load-fail-policy=recompute"]
     connector = getattr(request, "param", "nixl")

@@ -14,7 +14,7 @@ from tests.support.waiting import until
 
 each_connector = pytest.mark.parametrize(
     "fleet",
-    ["nixl", "mooncake", "ascend-mooncake", "moriio-write"],
+    ["nixl", "mooncake", "ascend-mooncake", "moriio-write", "offloading-p2p"],
     indirect=True,
     scope="module",
 )

@@ -34,6 +34,7 @@ SPLIT: dict[str, Any] = {
         "picked": "prefill-0",
         "predicted_s": 0.12,
         "took_s": 0.11,
+        "source": {"instance": "decode-0", "tokens": 384},
         "candidates": [
             {"id": "prefill-0", "score": 0.24, "terms": {"wait": 0.0, "cost": 0.12}},
             {"id": "prefill-1", "score": 1.5, "terms": {"wait": 1.38}},
@@ -175,6 +176,7 @@ def test_explain(admin: AdminThread) -> None:
         "status 200, ok, after 1.2 s",
         "first token after 160 ms; predicted 150 ms",
         "prefill: predicted_latency picked prefill-0; predicted 120 ms; took 110 ms",
+        "told to pull 384 prompt tokens from decode-0",
         "CANDIDATE SCORE WAIT COST",
         "→ prefill-0 0.24 0 0.12",
         f"prefill-1 1.5 1.38 {NONE}",

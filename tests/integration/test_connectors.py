@@ -19,7 +19,9 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
-CONNECTORS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+PINS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
+"""Connectors whose P keeps its blocks for D, and none after a stop."""
+CONNECTORS = [*PINS, "offloading-p2p"]
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
@@ -34,7 +36,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=CONNECTORS)
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     profile = replace(EngineProfile.instant(), lease=480.0)
-    arguments = ["--max-model-len=4096"]
+    arguments = ["--max-model-len=4096", "--load-fail-delay=0.5"]
     with Fleet(2, 2, profile=profile, arguments=arguments, connector=request.param) as running:
         yield running
 
@@ -129,7 +131,7 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
         await client.fault(instance.id, eos=True)
     answer = await client.post(path, REQUESTS[path])
     assert answer.status == 200
-    assert "x-pd-prefill" not in answer.headers
+    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in PINS)
     assert answer.json["usage"]["output_tokens"] == 1
 
 

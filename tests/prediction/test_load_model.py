@@ -46,6 +46,20 @@ class PrefillQueueTest(unittest.TestCase):
         self.assertEqual(load.complete("c", 16.0), 1.0)
         self.assertEqual((load.remaining(16.0), load.queued), (0.0, 0.0))
 
+    def test_a_prefill_whose_cost_is_found_out_later(self) -> None:
+        for key in "abc":
+            self.load.enqueue(key, 2.0, 0.0)
+        self.load.recost("a", 1.0)
+        self.load.recost("c", 0.5)
+        self.load.recost("no such", 9.0)
+        self.assertEqual(list(self.load.pending), ["a", "b", "c"])
+        self.assertEqual([self.load.remaining(now) for now in (0.0, 0.5, 5.0)], [3.5, 3.0, 2.5])
+        self.load.complete("a", 1.0)
+        self.assertEqual(self.load.remaining(1.0), 2.5)
+        self.load.complete("b", 3.0)
+        self.load.cancel("c", 3.0)
+        self.assertEqual(self.load.queued, 0.0)
+
     def test_idle_time_is_nobodys(self) -> None:
         self.load.enqueue("a", 1.0, 0.0)
         self.load.complete("a", 1.0)

@@ -71,12 +71,21 @@ class ChoiceAnswer(Shown):
     attempts: list[AttemptAnswer]
 
 
+class SourceAnswer(Shown):
+    """An instance from which P was to pull a part of the prompt."""
+
+    instance: str
+    tokens: int
+
+
 class PrefillAnswer(ChoiceAnswer):
     """The choice of P."""
 
     predicted_s: float | None
     """From the last choice of P to its answer."""
     took_s: float | None
+    source: SourceAnswer | None
+    """`null` if P had to pull nothing."""
 
 
 class DecodeAnswer(ChoiceAnswer):

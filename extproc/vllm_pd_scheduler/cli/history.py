@@ -157,6 +157,8 @@ def _leg(role: str, leg: Mapping[str, Any]) -> Iterator[RenderableType]:
     chose = leg["strategy"] if rule == "strategy" else f"{rule} (strategy: {leg['strategy'] or 'none'})"
     head = f"{role}: {chose} picked {leg['picked'] or 'none'}"
     yield plain("; ".join([head, *took]), "bold")
+    if (source := leg.get("source")) is not None:
+        yield plain(f"  told to pull {source['tokens']} prompt tokens from {source['instance']}")
     terms = list(dict.fromkeys(name for each in candidates for name in each.get("terms") or {}))
     made = table("", "CANDIDATE", ">SCORE", *(f">{plain(name).plain.upper()}" for name in terms))
     for each in candidates:

@@ -11,12 +11,14 @@ from .moriio import MoriioConnector
 from .names import UnknownConnector, connector_names, load_connector, settings_of
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .offloading_p2p import OffloadingP2pConnector
 from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
     "Abort", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed",
     "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector",
-    "NixlConnector", "NixlPushConnector", "Order", "Peer", "Question", "Settings", "SglangConnector",
+    "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer", "Question", "Settings",
+    "SglangConnector",
     "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

@@ -26,6 +26,10 @@ class Attempt:
         """Return the attempt, with the D that is to get the hand-off."""
         return replace(self, legs=replace(self.legs, decode=decode))
 
+    def pulling_from(self, source: Peer) -> Attempt:
+        """Return the attempt, with an instance from which P is to pull what that has cached."""
+        return replace(self, legs=replace(self.legs, source=source))
+
     def question(self) -> Question | None:
         """Return what P is to be asked before anything is sent to it."""
         return self.connector.question(self.legs.prefill)

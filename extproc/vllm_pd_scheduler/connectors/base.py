@@ -80,6 +80,8 @@ class Legs:
     """What :meth:`Connector.understood` has made of P's answer to the connector's question."""
     decode: Peer | None = None
     """The D that gets the hand-off, if the connector needs to know it before P does anything."""
+    source: Peer | None = None
+    """From which P is to pull the part of the prompt that it has cached, if its connector can do that."""
     token_ids: bool = False
     """Whether P is to tell the token ids of the prompt, so that D need not find them again."""
 
@@ -138,6 +140,8 @@ class Connector(ABC):
 
     settings_type: ClassVar[type[Settings]] = Settings
     """What can be configured of an instance."""
+    can_pull: ClassVar[bool] = False
+    """Whether P can pull what another instance has cached of a prompt, as :attr:`Legs.source` says."""
 
     needs_prefill: ClassVar[bool] = False
     """Whether a D serves nothing but what a P prefills. What cannot be split is then refused."""

@@ -63,6 +63,8 @@ class ConnectorFence:
         self._name = type(connector).__name__
         self.needs_prefill = bool(getattr(connector, "needs_prefill", False))
         """See :attr:`Connector.needs_prefill`."""
+        self.can_pull = bool(getattr(connector, "can_pull", False))
+        """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)
 

@@ -62,6 +62,15 @@ class Connectors:
         """Whether a request can be split whoever gets it."""
         return all(fence.can_split(body) for fence in self._used)
 
+    def can_pull(self, instance: PDInstance) -> bool:
+        """Whether an instance can pull what others of its kind have cached, and they from it."""
+        return self.of(instance).can_pull
+
+    @property
+    def some_can_pull(self) -> bool:
+        """Whether there may be such instances."""
+        return any(fence.can_pull for fence in self._used)
+
     def attempt(
         self,
         prefill: PDInstance,

@@ -15,6 +15,7 @@ from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
+from .offloading_p2p import OffloadingP2pConnector
 from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
@@ -29,6 +30,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "mooncake": MooncakeConnector,
     "ascend-mooncake": AscendMooncakeConnector,
     "moriio": MoriioConnector,
+    "offloading-p2p": OffloadingP2pConnector,
     "sglang": SglangConnector,
 }
 

@@ -208,6 +208,20 @@ class Endpoint(Struct, frozen=True, eq=False):
         load = self.prefill
         return load.cost(request.uncached(self.holder, load.trust), request.prompt_tokens)
 
+    def computed_blocks(self, request: RequestContext) -> int:
+        """Leading blocks of a prompt that are taken for cached there, and are not still to be computed.
+
+        A prefill's count as cached from the moment when it is sent there: too early for other instances.
+        """
+        depth = request.cached_blocks(self.holder)
+        for queued in self.prefill.pending:
+            if isinstance(queued, Reservation) and (at := queued.cached_blocks) < min(
+                depth, len(queued.blocks)
+            ):
+                # The blocks are chained: where one is equal, all before it are.
+                depth = at if queued.blocks[at] == request.blocks[at] else depth
+        return depth
+
     @property
     def kv_tokens(self) -> float:
         """Tokens of KV cache in use: ours as reserved, others' as last seen."""
@@ -338,6 +352,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         if self.breaker.state is BreakerState.HALF_OPEN and not self.on_trial:
             _set(self, "_trial", reservation)
 
+    def recount(self, tokens: float) -> None:
+        """Count so many tokens more, or less, for a request that is there."""
+        self._load_changes()
+        _set(self, "tokens", max(0.0, self.tokens + tokens))
+
     def give_back(self, reservation: Reservation) -> None:
         """Count a request no more."""
         self._load_changes()
@@ -411,6 +430,16 @@ class Reservation:
     """When it was made."""
     cached: float = 0.0
     """Prompt tokens that are taken for cached there."""
+    blocks: Sequence[int] = ()
+    """Of its prompt, if P reads that."""
+    cached_blocks: int = 0
+    """Of these, how many leading ones were taken for cached."""
+    source: Endpoint | None = None
+    """Another instance, from which it pulls what that has cached of the prompt."""
+    pulled: float = 0.0
+    """Prompt tokens that it is taken to pull."""
+    alone: float = 0.0
+    """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
 
     def release(self, now: float | None = None) -> None:

@@ -48,10 +48,20 @@ class Learning:
             reservation.tokens = request.prompt_tokens + request.output_tokens
             return
         load, blocks = endpoint.prefill, request.cached_blocks(endpoint.holder)
+        reservation.blocks, reservation.cached_blocks = request.blocks, blocks
         reservation.cached = min(request.prompt_tokens, blocks * request.block_tokens)
         reservation.tokens = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
         reservation.wait = load.remaining(request.now)
         reservation.cost = load.cost(reservation.tokens, request.prompt_tokens)
+
+    def weigh_pull(
+        self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float
+    ) -> None:
+        """Note that P pulls tokens from a source, which takes time too, and need not compute them."""
+        reservation.source, reservation.pulled, reservation.alone = source, tokens, reservation.cost
+        reservation.tokens = max(1.0, reservation.tokens - tokens)
+        cost = reservation.endpoint.prefill.cost(reservation.tokens, request.prompt_tokens)
+        reservation.cost = cost + takes
 
     def prefilled(
         self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
@@ -61,11 +71,24 @@ class Learning:
         ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
         """
         load = reservation.endpoint.prefill
+        if reservation.source is not None:
+            self._pulled(reservation, prompt_tokens, cached_tokens, seconds)
+            return
         cached = int(load.trust * reservation.cached) if cached_tokens is None else max(0, cached_tokens)
         if cached_tokens is not None:
             load.learn_cached(reservation.cached, cached)
         load.learn(max(1, prompt_tokens - cached), prompt_tokens, seconds, self.load.prefill)
         self._measured(reservation.endpoint)
+
+    def _pulled(
+        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
+    ) -> None:
+        """Learn what a pull takes: the time in which P has not computed. Of P itself it says little."""
+        load, own = reservation.endpoint.prefill, reservation.endpoint.prefill.trust * reservation.cached
+        cached = own + reservation.pulled if cached_tokens is None else float(cached_tokens)
+        if cached > own:
+            computing = load.cost(max(1.0, prompt_tokens - cached), prompt_tokens)
+            self.load.learn_pull(cached - own, max(0.0, seconds - computing))
 
     def scraped(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
         """Learn from what an instance says of itself, and has said ``before``."""

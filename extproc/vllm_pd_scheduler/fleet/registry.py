@@ -331,6 +331,18 @@ class Registry:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
         return reservation
 
+    def pull(
+        self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float
+    ) -> None:
+        """Have P pull prompt tokens from a source, in ``takes`` predicted seconds, and not compute them."""
+        endpoint = reservation.endpoint
+        if not reservation.active or reservation.generation != endpoint.generation:
+            return
+        before = reservation.tokens
+        self.learning.weigh_pull(reservation, request, source, tokens, takes)
+        endpoint.recount(reservation.tokens - before)
+        endpoint.prefill.recost(reservation, reservation.cost)
+
     def move(self, reservation: Reservation, endpoint: Endpoint) -> Reservation:
         """End a claim, and make one with as many tokens on another endpoint, where the request is now."""
         reservation.release()

@@ -5,7 +5,7 @@ It does no I/O and reads no clock: every time is an argument, in seconds of the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from .read_only import ReadOnly, set_own
@@ -24,6 +24,13 @@ The last two are those of 1,024 new tokens in a context of 16,384. The first fea
 it by 10 makes it small, so that the prior holds its coefficient in place more than the others: while all
 prompts are alike, their time is put down to their tokens, not to a fixed cost.
 """
+_PULL_PRIOR = (0.02, 2e-5)
+"""A pull of cached tokens by P from another instance before one was measured: 20 ms, and 20 µs a token.
+
+That is 6.5 GB/s for the 131 kB that a token of an 8B model has: from memory to memory over one port of a
+network of 100 Gb/s, half used.
+"""
+_PULL_SCALE = (1.0, 4096.0)
 _DECODE_PRIOR = (0.02, 2e-4, 1e-8)
 """A decode step before anything was measured: 20 ms, 0.2 ms a request, 10 ns a KV token (a choice)."""
 _DECODE_SCALE = (1.0, 32.0, 262144.0)
@@ -126,6 +133,20 @@ class PrefillLoad(ReadOnly):
             set_own(self, "head_at", now)
         self._pending[key] = cost
         set_own(self, "queued", self.queued + cost)
+
+    @property
+    def pending(self) -> Iterable[Hashable]:
+        """The names of the queued prefills."""
+        return self._pending.keys()
+
+    def recost(self, key: Hashable, cost: float) -> None:
+        """Change the predicted seconds of a prefill that is queued; no more than that if it is not."""
+        if key not in self._pending:
+            return
+        if next(iter(self._pending)) == key:
+            set_own(self, "head_cost", cost)
+        set_own(self, "queued", self.queued - self._pending[key] + cost)
+        self._pending[key] = cost
 
     def complete(self, key: Hashable, now: float) -> float | None:
         """Remove a prefill that the instance has done; return the seconds it took, without its wait.
@@ -250,6 +271,8 @@ class FleetLoad:
         default_factory=lambda: OnlineRegression(_PREFILL_PRIOR, _PREFILL_SCALE)
     )
     decode: OnlineRegression = field(default_factory=lambda: OnlineRegression(_DECODE_PRIOR, _DECODE_SCALE))
+    pull: OnlineRegression = field(default_factory=lambda: OnlineRegression(_PULL_PRIOR, _PULL_SCALE))
+    """Seconds of a pull of cached tokens, and of each token."""
     output_tokens: float = OUTPUT_TOKENS
     """Mean tokens of an answer."""
     transfer: float = 0.02
@@ -276,6 +299,14 @@ class FleetLoad:
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""
         self.transfer += _RECENT * (_bounded(seconds, max(self.transfer, _LEAST_TRANSFER)) - self.transfer)
+
+    def pull_time(self, tokens: float) -> float:
+        """Return the predicted seconds in which P pulls tokens that another instance has cached."""
+        return self.pull.predict((1.0, tokens))
+
+    def learn_pull(self, tokens: float, seconds: float) -> None:
+        """Learn from a pull of so many tokens that took ``seconds``."""
+        self.pull.learn((1.0, tokens), seconds, _PULL_PRIOR)
 
     def learn_output(self, tokens: float, requests: float) -> None:
         """Learn from the tokens that were generated and the requests that ended between two scrapes.

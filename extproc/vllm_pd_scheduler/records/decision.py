@@ -67,6 +67,10 @@ class Attempt(Struct, gc=False, eq=False):
     predicted: float | None = None
     """Seconds from then on that it was predicted to take."""
     took: float | None = None
+    source: str = ""
+    """Id of another instance, from which P was to pull what that had cached."""
+    pulled: float = 0.0
+    """Prompt tokens that it was to pull."""
 
 
 class Decision(Struct, gc=False, eq=False):

@@ -53,6 +53,8 @@ def in_a_line(decision: Decision) -> str:
     attempts = decision.prefill_attempts
     if attempts:
         parts.append(_short("prefill", attempts[-1].instance, decision.prefill))
+        if attempts[-1].source:
+            parts.append(f"source={attempts[-1].source}")
     if decision.decode_to:
         parts.append(_short("decode", decision.decode_to[0].id, decision.decode))
     if decision.predicted_ttft is not None:
@@ -75,6 +77,7 @@ def _prefill(decision: Decision) -> dict[str, Any] | None:
         **_choice(choice, picked, "last_resort"),
         "predicted_s": _rounded(last.predicted),
         "took_s": _rounded(last.took),
+        "source": {"instance": last.source, "tokens": round(last.pulled)} if last.source else None,
         "attempts": _attempts(attempts),
     }
 

@@ -238,7 +238,9 @@ class RoutingCore:
         subset: frozenset[str] | None,
         decision: Decision,
     ) -> Forward | Reject:
-        reads_prefixes = self._scheduler.reads_prefixes or self._recording.readers > 0
+        reads_prefixes = (
+            self._scheduler.reads_prefixes or self._recording.readers > 0 or self.connectors.some_can_pull
+        )
         reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
         context.limited_to(subset)

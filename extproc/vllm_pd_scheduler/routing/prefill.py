@@ -29,6 +29,7 @@ from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
+from ..scheduler.kv_source import KvSources
 from ..telemetry import Telemetry
 from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
@@ -57,6 +58,9 @@ class WithoutHandoff:
     errors: tuple[Endpoint, ...] = ()
     """P that have answered 500."""
 
+
+_MAY_BE_THE_SOURCE = frozenset({"timeout", "hung", "reset", "status_500"})
+"""Failures of a P that was to pull a part of the prompt for which the other instance may be the reason."""
 
 Outcome = PendingHandoff | WithoutHandoff | Reject
 
@@ -92,6 +96,7 @@ class PrefillStage:
         self._local = local
         self._lost = lost
         self._clock = clock
+        self._sources = KvSources(scheduler, connectors.can_pull)
         self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
     async def run(
@@ -106,6 +111,7 @@ class PrefillStage:
         tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
         while isinstance(reservation, Reservation):
+            self._sources.take(reservation, context)
             self.trace_pick(reservation, context)
             outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
             if outcome is not None:
@@ -209,12 +215,14 @@ class PrefillStage:
         tried.endpoints.append(endpoint)
         predicted = reservation.wait + reservation.cost
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
+        if reservation.source is not None:
+            noted.source, noted.pulled = reservation.source.id, reservation.pulled
         beside: Beside | None = None
         try:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
                 return lost_twice(math.ceil(refused_for))
-            attempt = await self._prepared(endpoint, context, body, tried)
+            attempt = await self._prepared(reservation, context, body, tried)
             if attempt is None:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
@@ -246,6 +254,8 @@ class PrefillStage:
     def _end(self, reservation: Reservation, noted: NotedAttempt) -> None:
         now = self._clock()
         noted.took = now - reservation.at
+        if noted.outcome in _MAY_BE_THE_SOURCE:
+            self._pull_ended(reservation, 0)
         reservation.release(now)
         # Soon, since this request itself is about to take a place at decode.
         asyncio.get_running_loop().call_soon(self._admission.wake)
@@ -292,9 +302,10 @@ class PrefillStage:
         return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
 
     async def _prepared(
-        self, endpoint: Endpoint, context: RequestContext, body: JsonBody, tried: Tried
+        self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
         """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
+        endpoint, source = reservation.endpoint, reservation.source
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
@@ -302,6 +313,8 @@ class PrefillStage:
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
+        if source is not None:
+            attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host))
         tried.decode, tried.order = None, attempt.order()
         if tried.order is Order.TOWARDS_DECODE:
             context.at(self._clock())
@@ -403,16 +416,23 @@ class PrefillStage:
         self._telemetry.prefill_failed(endpoint.id, reason)
         self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
 
+    def _pull_ended(self, reservation: Reservation, cached: int | None) -> None:
+        """Note how a prefill has ended that was to pull, and what P says that was cached of the prompt."""
+        if reservation.source is not None:
+            paid = self._sources.ended(reservation, cached, self._clock())
+            self._telemetry.prefix_pulled(reservation.source.id, reservation.pulled, paid)
+
     def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
         tokens, now = handoff.prompt_tokens, self._clock()
+        self._pull_ended(reservation, handoff.cached_tokens)
         if tokens is None or tokens < 1:
             return
         took = now - reservation.at
         if took > 0:
             predicted = reservation.wait + reservation.cost
             self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
-        self._telemetry.prompt_read(tokens, reservation.cached, handoff.cached_tokens)
+        self._telemetry.prompt_read(tokens, reservation.cached + reservation.pulled, handoff.cached_tokens)
         self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
         self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
         context.counted(tokens)

@@ -160,6 +160,10 @@ class Candidates:
         longest = request.match.longest(1, self._holders)
         return self._by_holder[longest[0]] if longest else None
 
+    def longest_cached(self, request: RequestContext) -> list[Endpoint]:
+        """Return endpoints with the longest cached prefixes of the prompt, up to :data:`LONGEST`."""
+        return [self._by_holder[each] for each in request.match.longest(LONGEST, self._holders)]
+
     def _draw(self, now: float) -> Sequence[Endpoint]:
         out, size = self._out, len(self.endpoints)
         count = SAMPLE * size // (size - len(out))

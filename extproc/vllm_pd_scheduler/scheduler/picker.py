@@ -236,6 +236,12 @@ class Scheduler:
         """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
         return self._pools[role].of(request.model).most_cached(request)
 
+    def longest_cached(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint
+    ) -> Sequence[Endpoint]:
+        """Return some routable endpoints that have the longest cached prefixes, and fit ``beside``."""
+        return self._pools[role].of(request.model, beside).longest_cached(request)
+
     def pick(
         self,
         role: InstanceRole,

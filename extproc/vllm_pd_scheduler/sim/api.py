@@ -252,7 +252,9 @@ class Api:
             try:
                 blocks = self._worker.engine.profile.blocks_for(job.prompt.tokens)
                 connector = self._worker.connector
-                job.offer = connector.named(connector.read(params, blocks), job.request.request_id)
+                job.offer = connector.named(
+                    connector.read(params, blocks), job.request.request_id, job.prompt.digest
+                )
             except FatalHandOff as error:
                 self._worker.die(str(error))
             cached = params.get("remote_prefill_cached_tokens")

@@ -19,6 +19,10 @@ from .step import Fetch, Output, Step
 __all__ = ["Engine", "EngineRequest", "Fetch", "HandOff", "Output", "State", "Step"]
 
 
+_WARM = "warm"
+"""Holder of blocks that came from elsewhere, while they are cached."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Pin:
     """Blocks that are kept for another engine to fetch."""
@@ -161,6 +165,18 @@ class Engine:
         request.computed = 0
         self.pool.release(request_id)
         self._waiting.appendleft(request)
+
+    def warm(self, hashes: Sequence[int]) -> int:
+        """Cache the first blocks of a prompt, which came from elsewhere; return how many were new.
+
+        Nothing happens if there is no room.
+        """
+        known = self.pool.find(hashes, len(hashes))
+        if len(known) == len(hashes) or not self.pool.grow(_WARM, len(hashes), known):
+            return 0
+        self.pool.register(_WARM, hashes, len(known), len(hashes))
+        self.pool.release(_WARM)
+        return len(hashes) - len(known)
 
     # -- one iteration --------------------------------------------------------------------------------
 

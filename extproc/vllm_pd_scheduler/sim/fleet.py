@@ -148,6 +148,8 @@ class Fleet:
                 case "moriio-read" | "moriio-write":
                     ports = {"handshake_port": port, "notify_port": port}
                     return {"connector": {"type": "moriio", "mode": self.connector[7:], **ports}}
+                case "offloading-p2p":
+                    return {"connector": {"type": "offloading-p2p", "p2p_port": port}}
             return {} if self.connector in ("nixl", "none") else {"connector": self.connector}
 
         return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}

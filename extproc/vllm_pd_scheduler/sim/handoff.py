@@ -4,6 +4,7 @@ Real engines read each other's blocks by NIXL. Here the decode side posts the id
 read to ``/_sim/kv/fetch`` of the prefill side, whose answer says of which prompt they are.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -156,8 +157,8 @@ class Connector:
         """Return the hand-off that a decode request names; see :func:`read_offer`."""
         return read_offer(params, blocks_needed)
 
-    def named(self, offer: Any, own_id: str) -> Any:
-        """Return the hand-off as the decode request with this id asks for it."""
+    def named(self, offer: Any, own_id: str, digest: str) -> Any:
+        """Return the hand-off as the decode request with this id asks for it; ``digest`` is of its prompt."""
         return offer
 
     def answer(
@@ -165,6 +166,13 @@ class Connector:
     ) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` of a prefill's answer."""
         return offer.answer(num_tokens, cached)
+
+    def store(self, params: dict[str, Any], digest: str) -> None:
+        """Keep a copy of a prompt that was read outside of the engine."""
+
+    async def found_at_source(self, params: dict[str, Any], hashes: Sequence[int]) -> int:
+        """Return how many of a prompt's blocks are to be had from an instance that a request names."""
+        return 0
 
     async def close(self) -> None:
         """Close the connections to other engines."""

@@ -8,6 +8,14 @@ from aiohttp import web
 
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
 from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer, sent_as
+from .offloading import (
+    P2P_FETCH_PATH,
+    P2P_LOOKUP_PATH,
+    OffloadingConnector,
+    P2pFetch,
+    P2pFound,
+    P2pLookup,
+)
 from .options import Options
 from .sglang import ROOM_PATH, RoomCall, SglangConnector
 from .worker import Worker
@@ -36,6 +44,8 @@ class KvApi:
             found["GET", QUERY_PATH] = self._query
         if isinstance(self._worker.connector, SglangConnector) and sends:
             found["POST", ROOM_PATH] = self._room
+        if isinstance(self._worker.connector, OffloadingConnector):
+            found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
 
     async def _room(self, request: web.Request) -> web.Response:
@@ -55,6 +65,15 @@ class KvApi:
 
     async def _pull(self, request: web.Request) -> web.Response:
         return _answer(await self._worker.serve_pull(await _read(request, PullCall)))
+
+    async def _p2p_fetch(self, request: web.Request) -> web.Response:
+        reply = await self._worker.serve_p2p(await _read(request, P2pFetch))
+        return _answer(reply)
+
+    async def _p2p_lookup(self, request: web.Request) -> web.Response:
+        hashes = (await _read(request, P2pLookup)).hashes
+        blocks = len(self._worker.engine.pool.find(hashes, len(hashes)))
+        return web.Response(body=msgspec.json.encode(P2pFound(blocks)))
 
     async def _query(self, request: web.Request) -> web.Response:
         """The bootstrap server of Mooncake."""

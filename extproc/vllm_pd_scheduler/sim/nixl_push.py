@@ -33,7 +33,7 @@ class PushConnector(Connector):
             raise FatalHandOff(f"KeyError: {error}") from None
         return Offer(engine_id, "", host, port, [])
 
-    def named(self, offer: Offer, own_id: str) -> Offer:
+    def named(self, offer: Offer, own_id: str, digest: str) -> Offer:
         """Return the hand-off by the id of the request that asks for it."""
         return replace(offer, request_id=own_id)
 

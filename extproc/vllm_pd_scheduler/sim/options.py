@@ -12,16 +12,27 @@ from .profile import EngineProfile
 
 Role = Literal["prefill", "decode", "both"]
 KvConnector = Literal[
-    "nixl", "nixl-push", "mooncake", "ascend-mooncake", "moriio-read", "moriio-write", "sglang", "none"
+    "nixl",
+    "nixl-push",
+    "mooncake",
+    "ascend-mooncake",
+    "moriio-read",
+    "moriio-write",
+    "offloading-p2p",
+    "sglang",
+    "none",
 ]
 LEASES = {
     "mooncake": 480.0,
     "ascend-mooncake": 480.0,
     "moriio-read": 60.0,
     "moriio-write": 60.0,
+    "offloading-p2p": 60.0,
     "sglang": 300.0,
 }
 """Seconds for which other engines than those with NIXL keep blocks."""
+FAIL_DELAYS = {"offloading-p2p": 30.0}
+"""Seconds until a dead sender is given up, where that takes longer than with NIXL."""
 DEFAULT_MAX_MODEL_LEN = 32_768
 
 
@@ -104,7 +115,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         default="fail",
         help="when a hand-off does not arrive",
     )
-    add("--load-fail-delay", type=float, default=0.5, help="seconds until a dead sender is given up")
+    add("--load-fail-delay", type=float, help="seconds until a dead sender is given up (default: 0.5 or 30)")
     add("--instant", action="store_true", help="an engine whose steps and transfers take no time")
     add("--enable-lora", action="store_true", help="have LoRA adapters, which can be loaded as it runs")
     add("--max-loras", type=int, default=1, help="adapters in use at once, as the metrics tell")
@@ -157,7 +168,9 @@ def _options(given: argparse.Namespace) -> Options:
         engine_id=given.engine_id,
         kv_connector=given.kv_connector,
         recompute=given.load_fail_policy == "recompute",
-        fail_delay=given.load_fail_delay,
+        fail_delay=FAIL_DELAYS.get(given.kv_connector, 0.5)
+        if given.load_fail_delay is None
+        else given.load_fail_delay,
         profile=profile,
         ssl_certfile=given.ssl_certfile,
         ssl_keyfile=given.ssl_keyfile,

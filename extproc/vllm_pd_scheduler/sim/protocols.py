@@ -5,6 +5,7 @@ from .handoff import Connector
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
 from .nixl_push import PushConnector
+from .offloading import OffloadingConnector
 from .options import Options
 from .sglang import SglangConnector
 
@@ -21,6 +22,8 @@ def connector_of(options: Options) -> Connector:
         case "moriio-read" | "moriio-write":
             address = f"{options.kv_host}:{options.port}"
             return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
+        case "offloading-p2p":
+            return OffloadingConnector(options.profile.lease, options.fail_delay)
         case "sglang":
             return SglangConnector(options.role, options.profile.lease)
         case _:

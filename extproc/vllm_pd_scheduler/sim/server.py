@@ -31,14 +31,15 @@ async def serve(options: Options) -> int:
     engine = Engine(options.profile)
     metrics = Metrics(engine, options.model)
     connector = connector_of(options)
+    offloads = options.kv_connector == "offloading-p2p"  # it waits by itself, and never fails a request
     worker = Worker(
         engine,
         metrics,
         connector,
         engine_id=options.engine_id or str(uuid.uuid4()),
         agent=uuid.uuid4().hex,
-        recompute=options.recompute,
-        fail_delay=options.fail_delay,
+        recompute=options.recompute or offloads,
+        fail_delay=0.0 if offloads else options.fail_delay,
         on_death=stop.set,
     )
     api = Api(options, worker, metrics)

@@ -13,6 +13,7 @@ from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFai
 from .metrics import Metrics
 from .mooncake import PullCall, sent_as
 from .nixl_push import base_id
+from .offloading import OffloadingConnector, P2pFetch
 from .text import Answer, Prompt
 
 
@@ -136,6 +137,7 @@ class Worker:
         try:
             for job in jobs:
                 job.stream = stream
+                await self._pull(job)
                 self._submit(job)
             while unfinished:
                 token = await stream.get()
@@ -223,6 +225,12 @@ class Worker:
         prompt = self._forget(request_id, "released" if call.release else "fetched")
         self._wake.set()
         return FetchReply(self._agent, prompt.digest if prompt else None)
+
+    async def serve_p2p(self, call: P2pFetch) -> FetchReply | None:
+        """Return the answer to a fetch of a copy that was kept, as soon as there is one."""
+        if self.dead or not isinstance(self.connector, OffloadingConnector):
+            return None
+        return await self.connector.serve(call, self._agent)
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
@@ -312,6 +320,7 @@ class Worker:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
                 self._metrics.finished(request, reason)
+                self.connector.store(job.params, job.prompt.digest)
                 if there := self._pulled.pop(request.request_id, None):
                     there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
@@ -326,6 +335,19 @@ class Worker:
             pass
 
     # -- transfers ------------------------------------------------------------------------------------
+
+    async def _pull(self, job: Job) -> None:
+        """Pull what is cached of a prompt at the instance that the request names, if it names one."""
+        if not job.params:
+            return
+        hashes = job.request.block_hashes
+        found = await self.connector.found_at_source(job.params, hashes)
+        if found:
+            profile = self.engine.profile
+            tokens = profile.block_size * self.engine.warm(hashes[:found])
+            await asyncio.sleep(profile.transfer_time(tokens))
+            self.hand_offs["pulled"] += 1
+            self._metrics.prefilled(tokens, remote=True)
 
     def _start_transfer(self, job: Job) -> None:
         # As in vLLM: without a sender's address no KV ever comes, and the request hangs until its client

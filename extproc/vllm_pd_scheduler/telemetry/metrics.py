@@ -238,6 +238,12 @@ class Telemetry:
             ["kind"],
             registry=self.prometheus,
         )
+        self._pulled_tokens = Counter(
+            "pd_scheduler_pulled_prompt_tokens",
+            "Tokens of prompts that P was told to pull from another instance, which had them cached.",
+            ["source", "outcome"],
+            registry=self.prometheus,
+        )
         self._cached = {kind: cached.labels(kind) for kind in ("predicted", "actual")}
 
         self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
@@ -247,6 +253,7 @@ class Telemetry:
             (self._prefill_failures, "prefill"),
             (self._attempts, "decode"),
             (self._handoffs, "prefill"),
+            (self._pulled_tokens, "source"),
             (self._scrape_failures, "instance"),
             (self._state_changes, "instance"),
         )
@@ -310,6 +317,10 @@ class Telemetry:
             self._cached["actual"].inc(actual)
             self.totals.prompt_tokens += tokens
             self.totals.cached_tokens += actual
+
+    def prefix_pulled(self, source: str, tokens: float, paid: bool) -> None:
+        """Count tokens that P was told to pull from another instance, and whether that has paid."""
+        self._pulled_tokens.labels(source, "ok" if paid else "in_vain").inc(tokens)
 
     def waited(self, outcome: QueueOutcome, seconds: float) -> None:
         """Record how long a request waited in the scheduler's queue, and how that ended."""

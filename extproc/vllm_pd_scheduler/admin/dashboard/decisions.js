@@ -98,6 +98,7 @@ function* leg(role, found) {
   const by = found.by && found.by !== "strategy" ? found.by.replace("_", " ") : found.strategy;
   const picked = found.picked ? `${found.picked}, chosen by ${by}` : "nobody";
   yield h("h3", {}, `${role === "prefill" ? "Prefill" : "Decode"}: ${picked}${predicted}`);
+  if (found.source) yield h("p", {}, `Told to pull ${number(found.source.tokens)} prompt tokens from ${found.source.instance}.`);
   const terms = [...new Set((found.candidates ?? []).flatMap((each) => Object.keys(each.terms ?? {})))];
   if (found.candidates?.length) {
     const one = (value) => (value === null || value === undefined ? NONE : Number(value.toPrecision(3)).toString());
