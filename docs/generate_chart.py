@@ -32,6 +32,7 @@ VALUES_OF_BASES: dict[str, dict[str, Any]] = {
 CHARTS_OWN = (
     *("grpc_host", "grpc_port", "grpc_socket", "grpc_tls", "grpc_health_port"),
     *("admin_host", "admin_port", "admin_token", "admin_tls", "metrics_host", "metrics_port", "instance_tls"),
+    "metaserver_host",
 )
 """Keys of the configuration that the chart sets from other values."""
 

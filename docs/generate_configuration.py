@@ -135,6 +135,10 @@ GROUPS = (
             "admin_port",
             "metrics_host",
             "metrics_port",
+            "metaserver_host",
+            "metaserver_port",
+            "metaserver_url",
+            "metaserver_callers",
             "prefill_listener",
             "state_file",
         ),
@@ -156,7 +160,16 @@ GROUPS = (
         "Security",
         "Public paths, keys, tokens and TLS. [Security](security.md) says who is trusted, and what Envoy"
         " needs too.",
-        ("public_paths", "explain_header", "api_key", "instance_tls", "admin_token", "admin_tls", "grpc_tls"),
+        (
+            "public_paths",
+            "explain_header",
+            "api_key",
+            "instance_tls",
+            "admin_token",
+            "admin_tls",
+            "grpc_tls",
+            "metaserver_tls",
+        ),
         {
             "public_paths": ["/v1/models", "/v1/embeddings", "/v1/responses", "/v1/responses/*"],
             "explain_header": False,

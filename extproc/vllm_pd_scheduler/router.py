@@ -26,6 +26,7 @@ from .request.rewrites import Rewrites
 from .routing.answer_watch import AnswerWatch
 from .routing.catalog import Catalog
 from .routing.core import RoutingCore
+from .routing.decode_first import DecodeFirst
 from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
@@ -85,6 +86,7 @@ class PDRouter:
             self.recording,
             clock,
             later,
+            self.body_memory,
         )
         self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg
@@ -163,6 +165,11 @@ class PDRouter:
     @ask_prefill.setter
     def ask_prefill(self, ask: AskPrefill | None) -> None:
         self._core.prefill.ask = ask
+
+    @property
+    def decode_first(self) -> DecodeFirst:
+        """Takes the calls by which D ask for prefills."""
+        return self._core.decode_first
 
     @property
     def objectives(self) -> Objectives:

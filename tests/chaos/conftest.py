@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 
 
@@ -34,7 +34,7 @@ def stack(tmp_path: Path) -> Stack:
 def settings() -> dict[str, object]:
     """Settings of the scheduler; a test module may override them."""
     limits = {"decode_first_byte_timeout": 1.0, "prefill_timeout": 1.0, "health_check_timeout": 1.0}
-    return {"strategy": "round_robin", **limits}
+    return {"strategy": "round_robin", "metaserver_port": unused_ports(1)[0], **limits}
 
 
 @pytest.fixture

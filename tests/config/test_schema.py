@@ -342,6 +342,22 @@ class MistakesTest(ConfigCase):
             ],
         )
 
+    def test_d_that_ask_for_prefills_can_reach_whom_they_ask(self) -> None:
+        layerwise = {"connector": "ascend-layerwise"}
+        self.assertOneProblem(
+            fleet(**layerwise), r"^metaserver_port: needed because decode_instances\[0\] asks"
+        )
+        self.assertOneProblem(decode(**layerwise), r"^metaserver_port: needed")
+        there = {**layerwise, "metaserver_port": 9005}
+        self.assertOneProblem(
+            fleet(**there), r"^metaserver_host: 127.0.0.1 cannot be reached from .*10.0.0.2"
+        )
+        for more in ({"metaserver_host": "0.0.0.0"}, {"metaserver_url": "http://10.0.0.5:9005"}):
+            parse_config(fleet(**there, **more))
+        for wrong in ("10.0.0.5:9005", "http://a/b", "ftp://a", "http://u@a", 'http://a"'):
+            self.assertOneProblem(fleet(metaserver_url=wrong), r"^metaserver_url: must be http://HOST:PORT")
+        self.assertOneProblem(fleet(metaserver_port=9003), r"^metaserver_port: .*admin_port listens already")
+
     def test_a_double_beside_another_mistake(self) -> None:
         """It is told too, and nothing that only follows from the mistake."""
         entries = [

@@ -121,6 +121,7 @@ TOGGLES: list[tuple[str, Any, Values]] = [
     ("networkPolicy.clients", PEERS, POLICY),
     ("networkPolicy.monitoring", PEERS, POLICY),
     ("networkPolicy.operators", PEERS, {**POLICY, **ADMIN}),
+    ("networkPolicy.instances", PEERS, {**POLICY, "config": {"metaserver_port": 9005}}),
     ("networkPolicy.egress", [{"ports": [{"port": 8000}]}], POLICY),
     ("serviceAccount.create", False, {}),
     ("serviceAccount.name", "pd", {}),

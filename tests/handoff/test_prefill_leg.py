@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
 
-from tests.support.connectors import attempt
+from tests.support.connectors import LEGS, PEER, attempt
 from tests.support.given import give
 from tests.support.raw_server import Peer, raw_server
+from vllm_pd_scheduler.connectors import AscendLayerwiseConnector, Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff import prefill_leg
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
@@ -194,13 +196,15 @@ class TestLeaving:
     """A client that leaves: its prefill may go on for a moment, since only the answer says what to free."""
 
     @asynccontextmanager
-    async def left(self, wanted: bool) -> AsyncIterator[tuple[Peer, HttpPrefill, list[PrefillAnswer]]]:
+    async def left(
+        self, wanted: bool, of: Attempt | None = None
+    ) -> AsyncIterator[tuple[Peer, HttpPrefill, list[PrefillAnswer]]]:
         unwanted: list[PrefillAnswer] = []
         async with raw_server() as server, ConnectionPool() as pool:
             endpoint = Endpoint(PDInstance("p0", InstanceRole.PREFILL, "10.0.0.1", 1), server.to[0])
             take = None if wanted else lambda _, answer, __: unwanted.append(answer)
             leg = HttpPrefill(pool, None, 10.0, take)
-            prefill = asyncio.ensure_future(leg(endpoint, "/v1/completions", {}, b"{}", attempt()))
+            prefill = asyncio.ensure_future(leg(endpoint, "/v1/completions", {}, b"{}", of or attempt()))
             peer = await server.accept()
             await peer.request()
             prefill.cancel()
@@ -226,6 +230,14 @@ class TestLeaving:
             peer.reset()
             await leg.close()
             assert unwanted == []
+
+    async def test_a_p_that_writes_to_d_is_told_at_once(self) -> None:
+        """D's blocks may be another prompt's soon."""
+        to_d = attempt(AscendLayerwiseConnector(), replace(LEGS, decode=PEER))
+        async with self.left(wanted=False, of=to_d) as (peer, leg, unwanted):
+            assert await peer.ended()
+            assert unwanted == []
+            await leg.close()
 
     async def test_without_anybody_who_frees_it_p_is_told_at_once(self) -> None:
         async with self.left(wanted=True) as (peer, _, _):

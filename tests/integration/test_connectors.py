@@ -14,14 +14,16 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PINS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
 """Connectors whose P keeps its blocks for D, and none after a stop."""
-CONNECTORS = [*PINS, "offloading-p2p"]
+CONNECTORS = [*PINS, "offloading-p2p", "ascend-layerwise"]
+ONLY_BY_HEADER = ["ascend-layerwise"]
+"""Protocols in which P and D know a request by its ``X-Request-Id``, which not all APIs take."""
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
@@ -48,7 +50,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
 
 @pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
-    limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    limits: dict[str, Any] = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
+    (limits["metaserver_port"],) = unused_ports(1)
     with spawned(stack.up({**limits, **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
@@ -118,7 +121,9 @@ async def test_other_apis(client: Client, path: str) -> None:
     for stream in (False, True):
         answer = await client.post(path, {**REQUESTS[path], "stream": stream})
         assert said(answer) == expected
-        assert "x-pd-prefill" in answer.headers
+        assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in ONLY_BY_HEADER)
+        if client.fleet.connector in ONLY_BY_HEADER:
+            continue
         assert (await client.request_of(answer))["outcomes"] == ["good"]
 
 
@@ -131,7 +136,7 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
         await client.fault(instance.id, eos=True)
     answer = await client.post(path, REQUESTS[path])
     assert answer.status == 200
-    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in PINS)
+    assert ("x-pd-prefill" in answer.headers) is (client.fleet.connector not in (*PINS, *ONLY_BY_HEADER))
     assert answer.json["usage"]["output_tokens"] == 1
 
 
@@ -173,7 +178,7 @@ async def test_a_p_that_was_restarted(client: Client) -> None:
     async def hands_over() -> bool:
         answer = await client.post(path, body)
         assert (answer.status, answer.text) == (200, expected)
-        if answer.headers.get("x-pd-prefill") != "prefill-0":
+        if await client.prefilled_by(answer) != "prefill-0":
             return False
         return (await client.request_of(answer))["outcomes"] == ["good"]
 

@@ -282,6 +282,14 @@ class Client:
         names = ("x-request-id", "x-pd-request-id")  # D of some protocols has another id than the client
         return next(each for each in reversed(seen) if number in [_header(each, name) for name in names])
 
+    async def prefilled_by(self, answer: Answer) -> str | None:
+        """Return who has prefilled a request; where P is chosen later, no header says that."""
+        told = answer.headers.get("x-pd-prefill")
+        if told != "(later)":
+            return told
+        _, found = await self.admin("GET", f"/decisions?request_id={answer.headers['x-request-id']}")
+        return str(found["decisions"][-1]["prefill"]["attempts"][-1]["instance"])
+
     async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
         """Return the requests that came after the one with this number."""
         return [each for each in await self.seen(instance_id) if each["number"] > number]

@@ -42,6 +42,11 @@ class BodyAllocation:
         self._memory.used, self.size = used, size
         return True
 
+    def keep(self, size: int) -> None:
+        """Count a body that is in memory already, whether there is room or not."""
+        self._memory.used += size - self.size
+        self.size = size
+
     def release(self) -> None:
         """Give all bytes back. Further calls do nothing."""
         self.resize(0)

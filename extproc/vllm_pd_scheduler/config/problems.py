@@ -43,6 +43,7 @@ def find_problems(
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
+    problems += _unreadable("metaserver_tls", config.metaserver_tls) + _unreachable_metaserver(config, items)
     problems += _untraceable(config.tracing) + source_problems(config.discovery)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
@@ -83,6 +84,25 @@ def _unknown_connector(key: str, setting: str | ConnectorConfig | None) -> list[
             settings_of(connector_choice(setting))
     except UnknownConnector as error:
         return [f"{key}: {error}"]
+    return []
+
+
+def _unreachable_metaserver(config: SchedulerConfig, items: Iterable[Listed]) -> list[str]:
+    """Return a line if D that begin, and ask for prefills, could not do that."""
+    of_all = config.connector
+    for role, key, item in items:
+        setting = item.connector or of_all
+        name = setting if isinstance(setting, str) else setting.type
+        if role is not InstanceRole.DECODE or name != "ascend-layerwise":
+            continue
+        if config.metaserver_port is None:
+            return [f"metaserver_port: needed because {key} asks there for prefills"]
+        here = is_loopback(config.metaserver_host) and config.metaserver_url is None
+        if here and not is_loopback(item.host):
+            return [
+                f"metaserver_host: {config.metaserver_host} cannot be reached from {key}, {item.host}; "
+                "0.0.0.0 listens on all addresses"
+            ]
     return []
 
 

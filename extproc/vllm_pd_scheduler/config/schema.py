@@ -45,11 +45,13 @@ _LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5})
 
 _HEADER = r"^[a-z0-9-]{1,100}$"
 _PATH = r"^[^\x00]+$"
+_BASE_URL = r"^https?://[^\s/?#@\"\\]+$"
 _SOCKET = r"^/[^\x00]{1,106}$"
 MEANING = {
     INSTANCE_ID: "must be 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first",
     _HEADER: "must be the name of a header in lower case: letters, digits and '-'",
     _PATH: "must be a path",
+    _BASE_URL: "must be http://HOST:PORT or https://HOST:PORT, without a path",
     _SOCKET: "must be an absolute path of at most 107 characters",
     PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
 }
@@ -218,6 +220,23 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
+    metaserver_host: Annotated[str, _AT_START] = "127.0.0.1"
+    """Address that the listener of `metaserver_port` listens on: one at which all D can reach this process.
+    With `0.0.0.0` or `::`, each D is told the address that this machine has towards it, in Kubernetes the
+    pod's own."""
+    metaserver_port: Annotated[Port | None, _AT_START] = None
+    """Port at which D ask for prefills, which those of the connector
+    [`ascend-layerwise`](connectors.md#ascend-layerwise) do. Without it, such D compute the prompts
+    themselves."""
+    metaserver_url: Annotated[Annotated[str, Field(pattern=_BASE_URL)] | None, _AT_START] = None
+    """What D are told in place of that address and port, as `http://HOST:PORT`, where they reach them by
+    others. It must lead to this very process, not to any replica."""
+    metaserver_callers: Literal["decode", "any"] = "decode"
+    """Who may call there: `decode`, only from the IP address of the D that was chosen, or `any` who has the
+    URL, of which 128 bits are random and new for each request. Choose `any` if D's calls come from another
+    address than D's own."""
+    metaserver_tls: Annotated[TlsConfig | None, _AT_START] = None
+    """TLS for that listener."""
     models: Annotated[dict[ModelName, AliasConfig], Field(max_length=10_000)] = {}
     """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
     that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
@@ -257,7 +276,7 @@ class SchedulerConfig(InstancesFile):
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
 
-    @field_validator("grpc_host", "admin_host", "metrics_host")
+    @field_validator("grpc_host", "admin_host", "metrics_host", "metaserver_host")
     @classmethod
     def _can_be_listened_at(cls, host: str) -> str:
         if not is_host(host):

@@ -1,5 +1,6 @@
 """KV hand-off protocols: each makes the bodies of the prefill and the decode request from the client's."""
 
+from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
@@ -16,9 +17,9 @@ from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "Abort", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector", "ConnectorFailed",
-    "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector", "MoriioConnector",
-    "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer", "Question", "Settings",
-    "SglangConnector",
+    "Abort", "AscendLayerwiseConnector", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector",
+    "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
+    "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
+    "Question", "Settings", "SglangConnector",
     "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
 ]  # fmt: skip

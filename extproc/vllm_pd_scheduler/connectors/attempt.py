@@ -42,6 +42,23 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
+    @property
+    def leaves_something(self) -> bool:
+        """Whether P may keep blocks for D when it has answered."""
+        return self.order() is not Order.DECODE_FIRST
+
+    def by(self, prefill: Peer) -> Attempt:
+        """Return the attempt with another P, which has got nothing of it."""
+        return replace(self, legs=replace(self.legs, prefill=prefill))
+
+    def invitation(self, url: str) -> Handoff:
+        """Return what D gets to ask for the prefill at ``url``."""
+        return self.connector.invitation(self.legs, url)
+
+    def asked(self, call: bytes) -> Any | None:
+        """Return what D's call says; ``None`` if that is nonsense."""
+        return self.connector.asked(call, self.legs)
+
     def prefill_body(self, body: JsonBody) -> bytes:
         """Return the body of the request to P."""
         return self.connector.prefill_body(body, self.legs)

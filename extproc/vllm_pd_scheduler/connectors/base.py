@@ -27,6 +27,8 @@ class Order(Enum):
     """D is chosen when P has answered: what is known of it is fresher then."""
     TOWARDS_DECODE = "towards decode"
     """P answers first, but must be told of its D before. No other D gets the hand-off."""
+    DECODE_FIRST = "decode first"
+    """D begins, and asks for the prefill when it has room for it. Only then P gets anything."""
     TOGETHER = "together"
     """Both have the request at the same time, and P answers when D has the blocks. Each further attempt at D
     needs a new prefill."""
@@ -77,7 +79,8 @@ class Legs:
     """Letters, digits and `-`, and no other attempt's, also after a restart."""
     prefill: Peer
     known: Any = None
-    """What :meth:`Connector.understood` has made of P's answer to the connector's question."""
+    """What :meth:`Connector.understood` has made of P's answer to the connector's question, or
+    :meth:`Connector.asked` of D's call."""
     decode: Peer | None = None
     """The D that gets the hand-off, if the connector needs to know it before P does anything."""
     source: Peer | None = None
@@ -162,6 +165,17 @@ class Connector(ABC):
         """Return what P's answer to the question (of status 200) says, or ``None`` if that is nonsense.
 
         It is kept as long as the process of P lives, and attempts have it as :attr:`Legs.known`.
+        """
+        return None
+
+    def invitation(self, legs: Legs, url: str) -> Handoff:
+        """Return what D gets to ask for the prefill, by a POST to ``url``, with ``Order.DECODE_FIRST``."""
+        raise NotImplementedError
+
+    def asked(self, call: bytes, legs: Legs) -> Any | None:
+        """Return what the body of D's call says, or ``None`` if that is nonsense.
+
+        Attempts have it as :attr:`Legs.known`.
         """
         return None
 

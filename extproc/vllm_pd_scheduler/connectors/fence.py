@@ -29,8 +29,8 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "order", "question", "understood", "prefill_body", "prefill_headers", "handoff",
-    "promised", "abort", "ended", "splice", "release_body",
+    "can_split", "order", "question", "understood", "invitation", "asked", "prefill_body", "prefill_headers",
+    "handoff", "promised", "abort", "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -85,6 +85,21 @@ class ConnectorFence:
     def understood(self, answer: bytes, prefill: Peer) -> Any | None:
         """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("understood", lambda: self._connector.understood(answer, prefill))
+
+    def invitation(self, legs: Legs, url: str) -> Handoff:
+        """See :meth:`Connector.invitation`; raise :exc:`ConnectorFailed` if it fails."""
+
+        def ask() -> Handoff:
+            found = _checked_handoff(self._connector.invitation(legs, url))
+            if found is None:
+                raise TypeError("it returned None in place of a Handoff")
+            return found
+
+        return self._ask("invitation", ask)
+
+    def asked(self, call: bytes, legs: Legs) -> Any | None:
+        """See :meth:`Connector.asked`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("asked", lambda: self._connector.asked(call, legs))
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""

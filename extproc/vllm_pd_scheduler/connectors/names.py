@@ -8,6 +8,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, Kind
+from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .auto import AutoConnector
 from .base import Connector, Settings
@@ -29,6 +30,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "shared-store": SharedStoreConnector,
     "mooncake": MooncakeConnector,
     "ascend-mooncake": AscendMooncakeConnector,
+    "ascend-layerwise": AscendLayerwiseConnector,
     "moriio": MoriioConnector,
     "offloading-p2p": OffloadingP2pConnector,
     "sglang": SglangConnector,

@@ -85,6 +85,9 @@ class HttpPrefill:
         try:
             return await self._read(asyncio.shield(answer))
         except asyncio.CancelledError:
+            if attempt.legs.decode is not None and not attempt.leaves_something:
+                answer.cancel()  # P writes to a D, which does not wait for it any more
+                raise
             task = asyncio.ensure_future(self._linger(endpoint, answer, attempt, self._unwanted))
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)

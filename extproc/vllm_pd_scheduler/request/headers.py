@@ -60,6 +60,9 @@ CONNECTION: Final = "x-pd-connection"
 PREFILL: Final = "x-pd-prefill"
 """Id of the instance that prefilled, on the request to decode and on the answer."""
 
+LATER: Final = "(later)"
+"""In its place where D asks for the prefill, and P is chosen then. No instance has such an id."""
+
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
 

@@ -97,7 +97,8 @@ class AnswerWatch:
         """Return headers that tell a client who has served it, as our own Envoy does."""
         forward, found = self._forward, {}
         if forward.prefill is not None:
-            found[names.PREFILL] = forward.prefill.id
+            known = forward.call is None or forward.call.known
+            found[names.PREFILL] = forward.prefill.id if known else names.LATER
         if self._head is not None and not self._head.own:
             found[names.DECODE] = self._by.id
         if forward.explanation:
@@ -110,6 +111,11 @@ class AnswerWatch:
         """Return what the client gets, since no answer has begun in time."""
         self._failed(Failure.TIMEOUT)
         answer = reject(504, "No decode instance has answered in time.", "decode_timeout")
+        return self._replaced(answer, now)
+
+    def refused(self, answer: Reject, now: float) -> Reject:
+        """Take the answer that the client gets in place of D's, through no fault of D's."""
+        self._forward.answering = None
         return self._replaced(answer, now)
 
     def ended(self, complete: bool, by_gateway: bool, body_seen: bool, now: float) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..admission.body_memory import BodyMemory
 from ..admission.controller import AdmissionController
 from ..config import SchedulerConfig
 from ..connectors import ConnectorFailed, Connectors, Splice
@@ -34,10 +35,11 @@ from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
+from .decode_first import DecodeFirst
 from .denials import Denials
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .prefill import PrefillStage, WithoutHandoff, lost_twice
+from .prefill import AskedLater, PrefillStage, WithoutHandoff, lost_twice
 from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
@@ -70,6 +72,7 @@ class RoutingCore:
         recording: Recording,
         clock: Callable[[], float],
         later: Later,
+        memory: BodyMemory,
     ) -> None:
         self.tracer: RequestTracer | None = None
         self.config = config
@@ -109,6 +112,18 @@ class RoutingCore:
         )
         self.registry.subscribe(self._follow_connectors)
         self._follow_connectors()
+        self.decode_first = DecodeFirst(
+            config,
+            self.prefill,
+            self.decode,
+            self.registry,
+            connectors,
+            memory,
+            telemetry,
+            admission.wake,
+            clock,
+            later,
+        )
         self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
 
     def _follow_connectors(self) -> None:
@@ -281,6 +296,8 @@ class RoutingCore:
         if isinstance(prefilled, WithoutHandoff):
             return self.decode.without_handoff(context, changed, limit, prefilled, decision)
         self._local.take(False)
+        if isinstance(prefilled, AskedLater):
+            return self.decode_first.send(context, headers, body, prefilled, limit, decision)
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.

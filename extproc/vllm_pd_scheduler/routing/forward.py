@@ -14,8 +14,10 @@ from ..records.decision import Decision
 from ..records.recording import Recorded
 from ..request import gateway_names
 from ..request import headers as names
+from ..request.errors import Reject
 from ..telemetry import Served
 from .attempts import KEY_REFUSED, OF_THE_INSTANCE
+from .expected_call import ExpectedCall
 from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
@@ -68,6 +70,10 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    call: ExpectedCall | None = None
+    """By which D asks for the prefill, if its protocol wants that."""
+    refuse: Callable[[Reject], None] | None = None
+    """Gives the client an error in place of D's answer, or cuts that, if it can be done."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
     beside: PrefillBeside | None = None
@@ -132,12 +138,18 @@ class Forward:
     @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
-        return self.beside is not None or (self.pending is not None and self.pending.handoff.pinned)
+        made = self.beside is not None or self.call is not None
+        return made or (self.pending is not None and self.pending.handoff.pinned)
 
     @property
     def ended(self) -> bool:
         """Whether its answer has ended."""
         return self.on_release is None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether P has done its part before D got the request."""
+        return self.pending is not None and self.call is None
 
     @property
     def retried(self) -> frozenset[int]:
@@ -147,7 +159,7 @@ class Forward:
     @property
     def retried_refusals(self) -> frozenset[int]:
         """Statuses of refusals after which another D is tried, since they are the instance's own mistake."""
-        if self.pending is not None:
+        if self.prefilled:
             return OF_THE_INSTANCE
         return KEY_REFUSED if self.decode[0].instance.api_key is not None else frozenset()
 
@@ -164,7 +176,7 @@ class Forward:
             names.ID: self.id,
         }
         if self.prefill is not None:
-            found[names.PREFILL] = self.prefill.id
+            found[names.PREFILL] = names.LATER if self.call is not None else self.prefill.id
         if self.pending is not None:
             found |= self.pending.handoff.headers
         if self.id_of_client:

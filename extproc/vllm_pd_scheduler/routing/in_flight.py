@@ -201,6 +201,8 @@ class RequestsInFlight:
             forward.sidecar.end(self._clock(), attempt.failure)
             self._changed()
         self._follow(forward, attempt)
+        if attempt.first and forward.call is not None:
+            forward.call.end()
         if attempt.first and forward.pending is not None and not forward.freed:
             if attempt.failure in HANDOFF_NOT_FETCHED:
                 self._free(forward)
@@ -226,7 +228,7 @@ class RequestsInFlight:
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
-        prefill = None if forward.failed_attempts else forward.prefill
+        prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
         if forward.beside is not None:
             return  # what came before the first byte was the prefill too
         if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
@@ -239,6 +241,8 @@ class RequestsInFlight:
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
         reason = f"decode: {failure}"
+        if forward is not None and forward.call is not None and forward.call.refused:
+            return  # D has waited for P in vain
         claim = forward.sidecar if forward is not None and attempt.first else None
         if claim is not None and failure in MAY_BE_PREFILLS:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
@@ -250,7 +254,7 @@ class RequestsInFlight:
         elif failure is Failure.REFUSED:
             reason = f"decode: status {attempt.status}"
             own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
-            split = forward is not None and forward.pending is not None
+            split = forward is not None and forward.prefilled
             if attempt.status == 404 and forward is not None and not self._counts(endpoint, forward):
                 return
             if own_key or (split and attempt.status in OF_THE_INSTANCE):
@@ -338,6 +342,9 @@ class RequestsInFlight:
             forward.trace.answer_ended(now)
         self._ended[forward.id] = forward
         self._unsettled.append((now, forward))
+        if forward.call is not None:
+            forward.refuse = None
+            forward.call.end()
         if forward.beside is not None:
             forward.beside.released()
         if forward.sidecar is not None:

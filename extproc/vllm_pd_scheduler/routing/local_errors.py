@@ -14,7 +14,12 @@ _NO_LISTENER = (
     "nobody listens at prefill_listener %s: decode instances prefill by themselves. Run the Envoy with that "
     "listener (`up` and `envoy-config --config` render it), or correct or remove the setting"
 )
+_NO_METASERVER = (
+    "metaserver_port is not set%.0s: decode instances of which one asks for the prefill do it by themselves"
+)
 _SHORTAGE = "a prefill could not be sent, which is no instance's fault: %s on this machine"
+
+_TEXTS = {"listener": _NO_LISTENER, "metaserver": _NO_METASERVER}
 
 
 class LocalErrors:
@@ -29,5 +34,5 @@ class LocalErrors:
         """Count one. Log it, at most once a minute for each kind."""
         self._telemetry.local_error(kind)
         if self._pace.due(kind):
-            text, what = (_NO_LISTENER, self._listener) if kind == "listener" else (_SHORTAGE, kind)
+            text, what = _TEXTS.get(kind, _SHORTAGE), self._listener if kind == "listener" else kind
             log.error(f"{text} (logged at most once a minute)", what)

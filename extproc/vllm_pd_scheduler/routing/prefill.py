@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
@@ -59,6 +60,28 @@ class WithoutHandoff:
     """P that have answered 500."""
 
 
+@dataclass(frozen=True, slots=True)
+class AskedLater:
+    """D is to ask for the prefill (``Order.DECODE_FIRST``): until then nothing is sent to P."""
+
+    attempt: Attempt
+    reservation: Reservation
+    """What it will take on P, as far as is known now."""
+    noted: NotedAttempt
+    tried: Tried
+
+    def end(self, now: float) -> None:
+        """Note that P is not needed, or chosen anew."""
+        self.noted.outcome, self.noted.took = RESERVED, now - self.reservation.at
+        self.reservation.release(now)
+
+
+_STILL_AT_IT = frozenset({"timeout", "hung"})
+"""Failures of a P that may go on with the request."""
+
+RESERVED = "reserved"
+"""How an attempt is noted that has kept a place at P until D has asked for the prefill."""
+
 _MAY_BE_THE_SOURCE = frozenset({"timeout", "hung", "reset", "status_500"})
 """Failures of a P that was to pull a part of the prompt for which the other instance may be the reason."""
 
@@ -87,6 +110,8 @@ class PrefillStage:
         self.leg: PrefillLeg | None = None
         self.ask: AskPrefill | None = None
         self.abort: AbortLeg | None = None
+        self.can_be_asked = False
+        """Whether D can ask for a prefill."""
         self._config = config
         self._scheduler = scheduler
         self._registry = scheduler.registry
@@ -101,8 +126,8 @@ class PrefillStage:
 
     async def run(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
-    ) -> Outcome | Beside:
-        """Return the hand-off, that decode should prefill, or the answer in place of both.
+    ) -> Outcome | AskedLater | Beside:
+        """Return the hand-off, that D asks for it or prefills itself, or the answer in place of all.
 
         Where P answers only when D has the blocks, return the prefill that runs.
         """
@@ -110,10 +135,64 @@ class PrefillStage:
             return WithoutHandoff(failed=False)
         tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
+        return await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
+
+    async def asked(
+        self,
+        later: AskedLater,
+        known: Any,
+        decode: Endpoint,
+        context: RequestContext,
+        headers: Mapping[str, str],
+        body: JsonBody,
+    ) -> Outcome:
+        """Do the prefill for which ``decode`` has asked, on the P that is best now.
+
+        ``known`` is what D has said. No D can prefill the request: it waits for P, or another attempt does.
+        """
+        tried = later.tried
+        tried.endpoints.clear()
+        tried.asked = later.attempt.knowing(known)
+        if self._scheduler.several_kinds:
+            every = self._registry.endpoints(InstanceRole.PREFILL)
+            tried.unfit = [each for each in every if self._scheduler.fitting(each, [decode]) == []]
+        assert self.leg is not None
+        reservation = self._chosen_anew(later, context)
+        outcome = await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
+        assert not isinstance(outcome, (AskedLater, Beside))
+        return outcome
+
+    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
+        """Return a reservation on the P that is best now.
+
+        That is the same one until the fleet's load has been read again: a second choice from what was known
+        would take one more turn of the strategy.
+        """
+        now, endpoint, unfit = self._clock(), later.reservation.endpoint, later.tried.unfit
+        known_at = later.reservation.at
+        later.end(now)
+        context.at(now)
+        serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
+        if serves and now - known_at < self._config.health_check_interval:
+            return self._registry.reserve(endpoint, context)
+        if picked := self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit):
+            later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
+            endpoint = picked[0]
+        return self._registry.reserve(endpoint, context)
+
+    async def _by_one_after_another(
+        self,
+        leg: PrefillLeg,
+        reservation: Reservation | Reject | None,
+        context: RequestContext,
+        headers: Mapping[str, str],
+        body: JsonBody,
+        tried: Tried,
+    ) -> Outcome | AskedLater | Beside:
         while isinstance(reservation, Reservation):
             self._sources.take(reservation, context)
             self.trace_pick(reservation, context)
-            outcome = await self._attempt(self.leg, reservation, context, headers, body, tried)
+            outcome = await self._attempt(leg, reservation, context, headers, body, tried)
             if outcome is not None:
                 return outcome
             reservation = await self._another(context, tried)
@@ -121,7 +200,7 @@ class PrefillStage:
             return reservation
         if tried.refusal is not None:
             return tried.refusal
-        if self._config.on_prefill_failure == "fail":
+        if self._config.on_prefill_failure == "fail" or tried.asked is not None:
             return no_prefill()
         return WithoutHandoff(losses=tried.losses, errors=tried.errors)
 
@@ -183,22 +262,29 @@ class PrefillStage:
         context.at(self._clock())
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
-            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.endpoints)
+            picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.excluded)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
             tried.endpoints.clear()
-            return await self.admit(context, tried.decision)
+            return await self._admitted_again(context, tried)
         if len(tried.endpoints) > self._config.max_retries:
             return None
         if picked:
             tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.endpoints)
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.excluded)
         elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.endpoints, context.model)
+            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
+    async def _admitted_again(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
+        found = await self.admit(context, tried.decision)
+        if isinstance(found, Reservation) and found.endpoint in tried.unfit:
+            found.release(self._clock())
+            return None
+        return found
+
     def _decode_may_not_prefill(self, tried: Tried) -> bool:
-        cannot = tried.order is Order.TOGETHER
+        cannot = tried.asked is not None or tried.order is Order.TOGETHER
         return cannot or self._config.on_prefill_failure == "fail" or self._local.reached
 
     async def _attempt(
@@ -209,7 +295,7 @@ class PrefillStage:
         headers: Mapping[str, str],
         body: JsonBody,
         tried: Tried,
-    ) -> Outcome | Beside | None:
+    ) -> Outcome | AskedLater | Beside | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
@@ -226,6 +312,12 @@ class PrefillStage:
             if attempt is None:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
+            if tried.later and not self.can_be_asked:
+                noted.outcome, tried.later = "not_sent", False
+                self._local_errors.add("metaserver")
+                return WithoutHandoff(failed=False)
+            if tried.later:
+                return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
             if tried.order is Order.TOGETHER:
                 beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
@@ -236,7 +328,7 @@ class PrefillStage:
         except (ConnectorFailed, PrefillFailed) as error:
             return self._unanswered(error, endpoint, context, tried, noted)
         finally:
-            if beside is None:
+            if beside is None and not tried.later:
                 self._end(reservation, noted)
 
         async def send(accepted: Callable[[], None]) -> Outcome | None:
@@ -299,13 +391,20 @@ class PrefillStage:
         self._failed(endpoint, str(error), tried)
         if self.ask is not None:
             self.ask.forget(endpoint)
-        return self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+        tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
+        lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+        # One that is alive may write to D all the same, and later than another one has: when the blocks are
+        # another prompt's.
+        return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
 
     async def _prepared(
         self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
         """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
         endpoint, source = reservation.endpoint, reservation.source
+        if tried.asked is not None:
+            tried.later = False
+            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host))
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
@@ -316,6 +415,7 @@ class PrefillStage:
         if source is not None:
             attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host))
         tried.decode, tried.order = None, attempt.order()
+        tried.later = tried.order is Order.DECODE_FIRST
         if tried.order is Order.TOWARDS_DECODE:
             context.at(self._clock())
             picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
@@ -375,6 +475,7 @@ class PrefillStage:
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
+            tried.may_have_written = True
             if answer.status == 500:
                 self._errored(endpoint, fingerprint, tried)
             else:
@@ -454,6 +555,19 @@ class Tried:
         self.refusal: Reject | None = None
         self.errors: tuple[Endpoint, ...] = ()
         """Those that have answered 500."""
+        self.later = False
+        """Whether D is to ask for what the newest attempt would send."""
+        self.may_have_written = False
+        """Whether a P that has failed may have done the prefill all the same."""
+        self.asked: Attempt | None = None
+        """The attempt whose D waits for P, and has said where."""
+        self.unfit: Sequence[Endpoint] = ()
+        """P that the D which waits does not fit."""
+
+    @property
+    def excluded(self) -> Sequence[Endpoint]:
+        """Those that are not to be tried."""
+        return [*self.endpoints, *self.unfit] if self.unfit else self.endpoints
 
 
 def lost_twice(retry_after: int) -> Reject:

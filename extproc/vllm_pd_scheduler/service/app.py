@@ -14,6 +14,8 @@ from contextlib import AsyncExitStack
 
 from ..admin import AdminServer
 from ..admin.changes import AdminChanges
+from ..admin.http_server import HttpServer
+from ..admin.metaserver import Metaserver, url_for
 from ..admin.probes_server import ProbesServer
 from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.source import Beside
@@ -150,6 +152,7 @@ class App:
         if self._file is not None:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
         await self._start_admin()
+        await self._start_metaserver()
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
         await self._sources.first_words()
@@ -221,10 +224,20 @@ class App:
         )
         await self._listen("admin", admin, config.admin_host, config.admin_port, tls)
 
+    async def _start_metaserver(self) -> None:
+        config, decode_first = self.config, self.router.decode_first
+        if config.metaserver_port is None:
+            return
+        tls = self._certificates("metaserver_tls", config.metaserver_tls)
+        server = Metaserver(decode_first)
+        await self._listen("metaserver", server, config.metaserver_host, config.metaserver_port, tls)
+        decode_first.listen(url_for(config))
+        self._stack.push_async_callback(decode_first.close)
+
     async def _listen(
         self,
         name: str,
-        server: AdminServer | ProbesServer,
+        server: HttpServer,
         host: str,
         port: int,
         tls: ssl.SSLContext | None = None,

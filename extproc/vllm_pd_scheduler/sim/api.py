@@ -225,9 +225,13 @@ class Api:
                     name = f"{shape.answer_id}-{len(jobs)}-{uuid.uuid4().hex[:8]}"
                     if hand_off is HandOff.SEND:
                         name = connector.request_id(params) or name
+                    pushes = hand_off is HandOff.SEND and not connector.lends
                     hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
-                    request = EngineRequest(name, prompt.tokens, length.tokens, hand_off, hashes)
-                    jobs.append(Job(request, prompt, len(jobs), length.finish_reason, answer, params=params))
+                    kept = HandOff.NONE if pushes else hand_off
+                    request = EngineRequest(name, prompt.tokens, length.tokens, kept, hashes)
+                    job = Job(request, prompt, len(jobs), length.finish_reason, answer, params=params)
+                    job.pushes = pushes
+                    jobs.append(job)
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:

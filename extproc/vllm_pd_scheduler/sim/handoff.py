@@ -157,6 +157,18 @@ class Connector:
         """Return the hand-off that a decode request names; see :func:`read_offer`."""
         return read_offer(params, blocks_needed)
 
+    lends = True
+    """Whether blocks of a prefill that was done are kept until another engine has fetched them."""
+    awaits_push = False
+    """Whether blocks that wait to be written are kept until they are, also when the client has left."""
+
+    def allocated(self, offer: Any, request_id: str, blocks: list[int], cached: int) -> Any:
+        """Return the hand-off as it is fetched into these blocks, the first ``cached`` tokens excepted."""
+        return offer
+
+    async def push(self, params: dict[str, Any], request_id: str, digest: str) -> None:
+        """Write a prefill to the engine that waits for it, if the protocol has that."""
+
     def named(self, offer: Any, own_id: str, digest: str) -> Any:
         """Return the hand-off as the decode request with this id asks for it; ``digest`` is of its prompt."""
         return offer

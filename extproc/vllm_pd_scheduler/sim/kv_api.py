@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from .ascend_layerwise import PUSH_PATH, PushCall
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
 from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer, sent_as
 from .offloading import (
@@ -38,6 +39,7 @@ class KvApi:
             ("POST", FETCH_PATH): self._fetch,
             ("POST", RELEASE_PATH): self._release,
             ("POST", PULL_PATH): self._pull,
+            ("POST", PUSH_PATH): self._push,
         }
         sends = self._options.role != "decode"
         if isinstance(self._worker.connector, MooncakeConnector) and sends:
@@ -65,6 +67,10 @@ class KvApi:
 
     async def _pull(self, request: web.Request) -> web.Response:
         return _answer(await self._worker.serve_pull(await _read(request, PullCall)))
+
+    async def _push(self, request: web.Request) -> web.Response:
+        self._worker.serve_push(await _read(request, PushCall))
+        return web.Response()
 
     async def _p2p_fetch(self, request: web.Request) -> web.Response:
         reply = await self._worker.serve_p2p(await _read(request, P2pFetch))

@@ -16,6 +16,7 @@ KvConnector = Literal[
     "nixl-push",
     "mooncake",
     "ascend-mooncake",
+    "ascend-layerwise",
     "moriio-read",
     "moriio-write",
     "offloading-p2p",

@@ -1,6 +1,7 @@
 """The hand-off protocols that a simulated server can speak."""
 
 from .ascend import AscendConnector
+from .ascend_layerwise import LayerwiseConnector
 from .handoff import Connector
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
@@ -19,6 +20,8 @@ def connector_of(options: Options) -> Connector:
             return MooncakeConnector(options.role, options.profile.lease)
         case "ascend-mooncake":
             return AscendConnector()
+        case "ascend-layerwise":
+            return LayerwiseConnector(f"{options.kv_host}:{options.port}")
         case "moriio-read" | "moriio-write":
             address = f"{options.kv_host}:{options.port}"
             return MoriioConnector(address, writes=options.kv_connector == "moriio-write")

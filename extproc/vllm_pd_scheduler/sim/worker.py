@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from .ascend_layerwise import LayerwiseConnector, PushCall, external_id
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
@@ -42,6 +43,8 @@ class Job:
     offer: Any = None
     params: dict[str, Any] = field(default_factory=dict)
     """``kv_transfer_params`` of the request."""
+    pushes: bool = False
+    """Whether its KV is written to another engine as soon as it is computed."""
     remote_cached: int | None = None
     """Prompt tokens that the hand-off's sender had in its cache, if it says so."""
     on_hand_off: Callable[[str], None] = lambda outcome: None
@@ -102,6 +105,8 @@ class Worker:
         """Whether the engine makes steps."""
         self._steps.set()
         self._aborted: list[Job] = []
+        self._left: dict[str, Job] = {}
+        """Whose clients have left and whose blocks others may write to, by the id for those."""
         self._pulled: dict[str, asyncio.Event] = {}
         """By the name of a prefill that is not there yet and for which somebody waits."""
         self._awaited: dict[str, asyncio.Future[str]] = {}
@@ -226,6 +231,20 @@ class Worker:
         self._wake.set()
         return FetchReply(self._agent, prompt.digest if prompt else None)
 
+    def serve_push(self, call: PushCall) -> None:
+        """Take blocks that another engine has written: those of a request, or whoever has them now."""
+        connector = self.connector
+        if isinstance(connector, LayerwiseConnector) and connector.take(call):
+            if (left := self._left.pop(call.request_id, None)) is not None:
+                self._record_hand_off(left, "released")
+                self.engine.abort(left.request.request_id)
+                self._wake.set()
+            return
+        for job in self._jobs.values():
+            if set(self.engine.pool.blocks(job.request.request_id)) & set(call.block_ids):
+                job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
+                self._record_hand_off(job, "stale")
+
     async def serve_p2p(self, call: P2pFetch) -> FetchReply | None:
         """Return the answer to a fetch of a copy that was kept, as soon as there is one."""
         if self.dead or not isinstance(self.connector, OffloadingConnector):
@@ -293,6 +312,10 @@ class Worker:
         self._sent.pop(request_id, None)
         if job.loading and not job.loading.done():
             job.loading.cancel()
+            if self.connector.awaits_push and not self.dead:
+                self._left[external_id(request_id)] = job
+                self._metrics.finished(job.request, "abort")
+                return
         if self.engine.abort(request_id):
             self._metrics.finished(job.request, "abort")
             self._wake.set()
@@ -313,6 +336,8 @@ class Worker:
                 continue
             if output.index == 0 and job.offer is None:
                 self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+            if output.index == 0 and job.pushes:
+                self._spawn(self.connector.push(job.params, request.request_id, job.prompt.digest))
             self._metrics.token(request, end - job.last_token if output.index else None)
             job.last_token = end
             reason = job.finish_reason if output.finished else None
@@ -353,13 +378,18 @@ class Worker:
         # As in vLLM: without a sender's address no KV ever comes, and the request hangs until its client
         # leaves.
         if job.offer:
+            request = job.request
+            blocks = self.engine.pool.blocks(request.request_id)
+            job.offer = self.connector.allocated(job.offer, request.request_id, blocks, request.computed)
             job.loading = self._spawn(self._transfer(job, job.offer))
 
     async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
         self._metrics.transfer_started(request.transfer_tokens)
-        await asyncio.sleep(seconds)
+        begins_with_call = self.connector.awaits_push
+        if not begins_with_call:
+            await asyncio.sleep(seconds)
         try:
             reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
@@ -369,6 +399,8 @@ class Worker:
             await asyncio.sleep(self._fail_delay)
             self._transfer_failed(job, error)
             return
+        if begins_with_call:
+            await asyncio.sleep(seconds)
         outcome = "good"
         if reply.digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)

@@ -227,6 +227,12 @@ class Telemetry:
             buckets=_PICK_SECONDS,
             registry=self.prometheus,
         )
+        self._metaserver_calls = Counter(
+            "pd_scheduler_metaserver_calls",
+            "Calls by which decode instances have asked for prefills.",
+            ["outcome"],
+            registry=self.prometheus,
+        )
         self._prompt_tokens = Counter(
             "pd_scheduler_prompt_tokens",
             "Tokens of prompts that P has computed or had cached.",
@@ -344,6 +350,10 @@ class Telemetry:
     def attempt_failed(self, instance: str, failure: str) -> None:
         """Count an attempt at a decode instance that failed; ``failure`` as in ``docs/metrics.md``."""
         self._attempts.labels(instance, failure).inc()
+
+    def metaserver_called(self, outcome: str) -> None:
+        """Count a call by which somebody has asked for a prefill."""
+        self._metaserver_calls.labels(outcome).inc()
 
     def handoff_released(self, prefill: str) -> None:
         """Count an unused hand-off whose blocks were freed on P."""

@@ -35,6 +35,9 @@
 {{- $_ := set $config "discovery" (include "vllm-pd-scheduler.discovery" . | fromJsonArray) }}
 {{- $_ = set $config "metrics_host" .Values.listenHost }}
 {{- $_ = set $config "metrics_port" 9090 }}
+{{- if $config.metaserver_port }}
+{{- $_ = set $config "metaserver_host" .Values.listenHost }}
+{{- end }}
 {{- if eq .Values.mode "epp" }}
 {{- $_ = set $config "grpc_host" .Values.listenHost }}
 {{- if .Values.tls.grpc }}

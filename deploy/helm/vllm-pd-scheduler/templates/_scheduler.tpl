@@ -25,6 +25,9 @@
     - {name: grpc, containerPort: 9002}
     {{- end }}
     - {name: metrics, containerPort: 9090}
+    {{- with .Values.config.metaserver_port }}
+    - {name: metaserver, containerPort: {{ int . }}}
+    {{- end }}
     {{- if .Values.admin.existingSecret }}
     - {name: admin, containerPort: 9003}
     {{- end }}

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ...admission.body_memory import BodyAllocation
 from ...request import headers as names
+from ...request.errors import Reject
 from ...router import PDRouter
 from ...routing.answer_watch import AnswerWatch
 from ...routing.forward import Forward
@@ -313,6 +314,15 @@ class Exchange:
         if watch is not None and stream.state is State.FORWARDED:
             self._answer(stream.refused(watch.late(self._router.clock())))
 
+    def _give_up(self, answer: Reject) -> None:
+        """Answer in the place of a D that waits for what will not come, or cut an answer that has begun."""
+        if self._stream.state is not State.FORWARDED or self._ended:
+            return
+        self._stop_timer()
+        if self._watch is not None:
+            answer = self._watch.refused(answer, self._router.clock())
+        self._answer(self._stream.refused(answer))
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -324,8 +334,11 @@ class Exchange:
         self._running = True
         stream = self._stream
         try:
-            outcome = self._router.route(action.headers, stream.kept(action.take_body()), action.subset)
-            self._answer(stream.routed(await outcome))
+            routed = self._router.route(action.headers, stream.kept(action.take_body()), action.subset)
+            outcome = await routed
+            if isinstance(outcome, Forward) and outcome.call is not None:
+                outcome.refuse = self._give_up
+            self._answer(stream.routed(outcome))
         except StreamError as error:
             self._refuse(error)
         except Exception as error:
