@@ -27,7 +27,7 @@ from vllm_pd_scheduler.envoy.ext_proc import ExtProcService
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.rpc import Server
 from vllm_pd_scheduler.system.allocator import return_large_blocks
@@ -79,7 +79,7 @@ async def serve(shape: str, path: str) -> None:
     """
     return_large_blocks()
     router = PDRouter(SchedulerConfig(strategy="prefix_cache"), prefill_leg=prefill)
-    for role in InstanceRole:
+    for role in PD_ROLES:
         router.registry.probed(router.registry.add(PDInstance(role, role, "127.0.0.1", 1)), None)
     service = ExtProcService(router)
     server = Server(service.methods())

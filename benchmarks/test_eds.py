@@ -9,7 +9,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 from vllm_pd_scheduler.envoy.eds import Subscription, Told
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 
 STREAMS = 2
 """An Envoy opens one for each role."""
@@ -19,7 +19,7 @@ STREAMS = 2
 def test_change(benchmark: Any, count: int) -> None:
     registry = Registry()
     for number in range(count):
-        role = tuple(InstanceRole)[number % 2]
+        role = tuple(PD_ROLES)[number % 2]
         host = f"10.0.{number >> 8}.{number & 255}"
         registry.probed(registry.add(PDInstance(f"{role}-{number}", role, host, 8000)), None)
     assignments = {

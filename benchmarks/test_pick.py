@@ -9,7 +9,7 @@ import pytest
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 
@@ -36,7 +36,7 @@ def chain(length: int, start: tuple[int, ...] = ()) -> tuple[int, ...]:
 def fleet(request: pytest.FixtureRequest) -> tuple[Registry, tuple[int, ...]]:
     """A busy fleet: every instance scraped, with requests of ours and a full cache. And a prompt's blocks."""
     registry, start = Registry(), chain(SHARED)
-    for role in InstanceRole:
+    for role in PD_ROLES:
         for number in range(request.param):
             host = f"10.0.{number >> 8}.{number & 255}"
             endpoint = registry.add(PDInstance(f"{role}-{number}", role, host, 8000))
@@ -86,7 +86,7 @@ def test_two_picks(
         watchers.clear()  # of the schedulers before
     limits = {key: value for key, value in setting.items() if key.startswith("max")}
     scheduler = Scheduler(SchedulerConfig(strategy=name, **limits), registry, seed=1)
-    exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in InstanceRole}
+    exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in PD_ROLES}
     asked, explained = requests(blocks), "explained" in setting
     picked: list[Endpoint] = []
     claims: list[Reservation] = []

@@ -17,7 +17,7 @@ from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.handoff.traced_leg import TracedLeg
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.routing.forward import Forward
 from vllm_pd_scheduler.routing.in_flight import REMEMBERED_S
@@ -61,7 +61,7 @@ def test_request(benchmark: Any, ratio: float | None, parent: str | None) -> Non
         clock=lambda: time.monotonic() + ahead,
         later=lambda *_: None,
     )
-    for role in InstanceRole:
+    for role in PD_ROLES:
         for number in range(4):
             router.register_instance(
                 PDInstance(f"{role}-{number}", role, "10.0.0.1", 8000 + len(router.get_instances()))

@@ -37,7 +37,7 @@ GROUPS = (
         "Instances",
         "The fleet. It needs at least one P and one D; everything else has a default. More of it can be in"
         " files that are watched: [Discovery](discovery.md).",
-        ("prefill_instances", "decode_instances", "instance_files", "discovery"),
+        ("prefill_instances", "decode_instances", "encode_instances", "instance_files", "discovery"),
         {
             "prefill_instances": [{"id": "prefill-0", "host": "10.0.0.11", "port": 8100}],
             "decode_instances": [
@@ -49,9 +49,13 @@ GROUPS = (
     ),
     Group(
         "Models",
-        "Names that stand for others. What models there are is read from the instances: [Models](models.md).",
-        ("models",),
-        {"models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}},
+        "Names that stand for others, and shares of a roll-out. What models there are is read from the"
+        " instances: [Models](models.md).",
+        ("models", "revisions"),
+        {
+            "models": {"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}},
+            "revisions": {"blue": 90, "green": 10},
+        },
     ),
     Group(
         "Strategies",
@@ -78,7 +82,10 @@ GROUPS = (
     Group(
         "Splitting and binding",
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
-        ("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
+        (
+            *("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
+            *("encode_connector", "encode_timeout"),
+        ),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
     Group(
@@ -109,6 +116,7 @@ GROUPS = (
             "stream_idle_timeout",
             "decode_seconds_per_token",
             "kv_lease_duration",
+            "self_check_interval",
             "ejection_failures",
             "ejection_success_rate",
             "ejection_pause",

@@ -40,7 +40,7 @@ class PDInstanceTest(unittest.TestCase):
 
 class NamesTest(unittest.TestCase):
     def test_roles_and_states_read_as_in_files_and_urls(self) -> None:
-        self.assertEqual([str(role) for role in InstanceRole], ["prefill", "decode"])
+        self.assertEqual([str(role) for role in InstanceRole], ["prefill", "decode", "encode"])
         self.assertEqual([str(s) for s in InstanceState], ["starting", "healthy", "unhealthy", "draining"])
 
     def test_a_host_has_one_spelling(self) -> None:

@@ -9,6 +9,9 @@ from enum import StrEnum
 ANY_MODEL = "*"
 """Among an instance's configured models: it may serve any name, which its engine resolves."""
 
+MAX_RANKS = 64
+"""Data-parallel engines of one instance at most. Its ``/metrics`` has 50 KB of each."""
+
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _AFTER_IPV4_COMPATIBLE = ipaddress.IPv6Address("::1:0:0")
 
@@ -18,6 +21,12 @@ class InstanceRole(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    ENCODE = "encode"
+    """Encodes images, video and audio for P."""
+
+
+PD_ROLES = (InstanceRole.PREFILL, InstanceRole.DECODE)
+"""The roles between which requests are split. Strategies choose instances of these, and Envoy knows them."""
 
 
 class InstanceState(StrEnum):
@@ -80,7 +89,10 @@ class PDInstance:
     revision: str | None = None
     """Of a roll-out: P hands over only to D of the same one."""
     connector: ConnectorChoice | None = None
-    """The protocol by which it hands over; ``None``: that of the fleet."""
+    """The protocol by which it hands over, of an encode instance that of its encodings; ``None``: that of the
+    fleet."""
+    data_parallel_size: int = 1
+    """Engines behind its one port. With more than one, each is an endpoint of its own, a rank."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", canonical_host(self.host))
@@ -124,6 +136,10 @@ class MetricsSnapshot:
     """Requests that ended."""
     transfer: float | None = None
     """Mean seconds of the KV transfers; ``None`` if there were none."""
+    transfer_rate: float | None = None
+    """Bytes of the KV transfers by the seconds that they took together; ``None`` if there were none."""
+    failed_transfers: float | None = None
+    """KV transfers that have failed; ``None`` if it does not count them."""
     latency_at: float | None = None
     """When ``latency`` was measured. It is forgotten when that is long ago and no further request ends."""
     adapters: tuple[str, ...] = ()

@@ -14,9 +14,9 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import AbortLeg, AskPrefill, PrefillLeg
-from .health import StateLog
-from .models import By, InstanceRole, PDInstance
+from .handoff.interfaces import AbortLeg, AskPrefill, EncodeLeg, PrefillLeg
+from .health import PairLog, StateLog
+from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import Events
 from .records.recording import Recording
@@ -65,9 +65,10 @@ class PDRouter:
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
         self.telemetry = telemetry or Telemetry()
-        took = {role: self.telemetry.picks(role) for role in InstanceRole}
+        took = {role: self.telemetry.picks(role) for role in PD_ROLES}
         self.scheduler = Scheduler(config, self.registry, took=took, stopwatch=time.perf_counter)
         StateLog(self.registry, self.telemetry, self.events)
+        PairLog(self.registry, self.events)
         self.connectors = Connectors(lambda: connector_choice(config.connector), connector)
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
@@ -94,17 +95,29 @@ class PDRouter:
         """Monotonic seconds."""
         self._later = later
         self._ids = self._present()
+        self._use_connectors()
+        self.registry.subscribe(self._use_connectors)
         self.registry.subscribe(self._forget_the_removed)
 
     def _present(self) -> frozenset[str]:
-        return frozenset(endpoint.id for endpoint in self.registry)
+        every = (name for e in self.registry for name in (e.id, e.instance.instance_id))
+        return frozenset(every)
+
+    def _use_connectors(self) -> None:
+        prefill, decode = ([each.instance for each in self.registry.endpoints(role)] for role in PD_ROLES)
+        self.connectors.used_by(prefill, decode)
 
     def _forget_the_removed(self) -> None:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
         before, self._ids = self._ids, self._present()
         if before - self._ids:
-            self.telemetry.keep_only(self._ids)
-            self._later(FORGET_S, lambda: self.telemetry.keep_only(self._present()))
+            self._forget_others()
+            self._later(FORGET_S, self._forget_others)
+
+    def _forget_others(self) -> None:
+        self.telemetry.keep_only(self._present())
+        revisions = {endpoint.instance.revision for endpoint in self.registry}
+        self.telemetry.by_revision.keep_only({each for each in revisions if each is not None})
 
     @property
     def in_flight(self) -> RequestsInFlight:
@@ -158,6 +171,15 @@ class PDRouter:
         self._core.prefill.leg = leg
 
     @property
+    def encode_leg(self) -> EncodeLeg | None:
+        """Sends media items to encode instances; without one, the prefill encodes them."""
+        return self._core.encode.leg
+
+    @encode_leg.setter
+    def encode_leg(self, leg: EncodeLeg | None) -> None:
+        self._core.encode.leg = leg
+
+    @property
     def ask_prefill(self) -> AskPrefill | None:
         """Asks P what some connectors must know; without it, no request is split by those."""
         return self._core.prefill.ask
@@ -208,7 +230,8 @@ class PDRouter:
 
     def get_instances(self, role: InstanceRole | None = None) -> list[PDInstance]:
         """Return the registered instances, or those of one role."""
-        return [endpoint.instance for endpoint in self.registry.endpoints(role)]
+        every = (ranks[0].instance for ranks in self.registry.instances())
+        return [instance for instance in every if role is None or instance.role is role]
 
     # -- the configuration
 
@@ -241,6 +264,7 @@ class PDRouter:
         scheduler.reconfigured()
         self.dispatcher.reconfigured()
         self.membership.update(CONFIG, instances, by)
+        self._use_connectors()
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 

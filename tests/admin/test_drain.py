@@ -127,6 +127,36 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"], found["pending_handoffs"]), (200, True, 0))
 
+    async def test_by_the_id_of_a_rank_or_of_the_instance_all_ranks_drain(self) -> None:
+        for name in ("d9", "d9:1"):
+            with self.subTest(name):
+                await self.serve(0.05)
+                self.router.register_instance(PDInstance("d9", D, "10.0.0.9", 1, data_parallel_size=2))
+                self.registry.probed(self.registry.get("d9"), None)
+                held = self.registry.reserve(self.registry.get("d9:0"))
+                status, found = await self.ask("POST", f"/instances/{name}/drain?wait=true")
+                self.assertEqual((status, found["instance"], found["remaining"]["in_flight"]), (200, "d9", 1))
+                _, found = await self.ask("GET", "/instances?role=decode")
+                shown = [(e["id"], e["rank"], e["state"]) for e in found["instances"][2:]]
+                self.assertEqual(shown, [("d9:0", 0, "draining"), ("d9:1", 1, "draining")])
+                held.release()
+                self.assertEqual((await self.ask("POST", f"/instances/{name}/drain?wait=true"))[0], 200)
+                status, found = await self.ask("POST", f"/instances/{name}/undrain")
+                self.assertEqual((status, found["state"]), (200, "healthy"))
+                async with self.client.delete(f"/instances/{name}") as response:
+                    self.assertEqual(response.status, 204)
+                self.assertEqual([e.id for e in self.registry.endpoints(D)], ["d0", "d1"])
+
+    async def test_the_ranks_of_the_last_instance_stay(self) -> None:
+        await self.serve()
+        for name in ("d0", "d1"):
+            self.router.unregister_instance(name)
+        self.router.register_instance(PDInstance("d9", D, "10.0.0.9", 1, data_parallel_size=2))
+        self.registry.probed(self.registry.get("d9"), None)
+        status, found = await self.ask("POST", "/instances/d9:1/drain")
+        self.assertEqual(status, 409)
+        self.assertIn("d9 is the last decode instance", str(found))
+
     async def test_what_remains_after_the_timeout(self) -> None:
         for drain_timeout in (0.0, 0.05):
             with self.subTest(drain_timeout=drain_timeout):

@@ -210,6 +210,6 @@ class TestHistory:
             await until(counted)
             _, found = await admin.ask("GET", "/history")
         point = found["points"][-1]
-        assert point["in_flight"] == {"prefill": 0, "decode": 0}
+        assert point["in_flight"] == {"prefill": 0, "decode": 0, "encode": 0}
         assert (point["ttft_s"], point["prefix_hit_share"]) == (None, None)
         await admin.client.close()

@@ -200,4 +200,4 @@ class TestWhatIsAskedFor:
     @pytest.mark.parametrize("query", ["role=", "role=Decode", "role=both"])
     async def test_a_role(self, admin: Admin, query: str) -> None:
         status, answer = await admin.ask("GET", f"/instances?{query}")
-        assert (status, answer["error"]) == (400, "role: must be 'prefill' or 'decode'")
+        assert (status, answer["error"]) == (400, "role: must be 'prefill', 'decode' or 'encode'")

@@ -40,7 +40,11 @@ async def test_status(admin: Admin) -> None:
         "shadow": None,
         "queue": {"requests": 0, "bytes": 0},
         "held_bytes": 0,
-        "roles": {"prefill": {"total": 1, "routable": 0}, "decode": {"total": 1, "routable": 0}},
+        "roles": {
+            "prefill": {"total": 1, "routable": 0},
+            "decode": {"total": 1, "routable": 0},
+            "encode": {"total": 0, "routable": 0},
+        },
     }
     assert {key: value for key, value in found.items() if key not in ("started_at", "uptime_s")} == expected
     admin.healthy("d0")

@@ -29,7 +29,7 @@ from vllm_pd_scheduler.admin.saved_changes import (
 )
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
@@ -194,7 +194,7 @@ CHANGES = st.lists(
 def change(kept: AdminChanges, kind: str, value: Any) -> None:
     """Do one change as the admin interface does; one that is impossible changes nothing."""
     calls: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-        "use": lambda: kept.use(dict.fromkeys(InstanceRole, value)),
+        "use": lambda: kept.use(dict.fromkeys(PD_ROLES, value)),
         "use_each": lambda: kept.use(value),
         "shadow": lambda: kept.use_shadow(value),
         "drain": lambda: kept.drain(value),

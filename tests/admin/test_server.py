@@ -116,8 +116,8 @@ class TestInstances:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"role": "both"}, "role: must be 'prefill' or 'decode'"),
-            ({"role": None}, "role: must be 'prefill' or 'decode'"),
+            ({"role": "both"}, "role: must be 'prefill', 'decode' or 'encode'"),
+            ({"role": None}, "role: must be 'prefill', 'decode' or 'encode'"),
             ({"port": 0}, "port: must be greater than or equal to 1"),
             ({"port": "80"}, "port: must be a valid integer"),
             ({"host": "http://h"}, "host: must be an IP address or a DNS name, without scheme or port"),

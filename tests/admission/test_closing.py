@@ -6,7 +6,7 @@ from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.scheduler import Scheduler
@@ -17,7 +17,7 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 class ClosingTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
-        for role in InstanceRole:
+        for role in PD_ROLES:
             endpoint = self.registry.add(PDInstance(role[0], role, "10.0.0.1", 80))
             self.registry.probed(endpoint, None)
         config = SchedulerConfig(max_in_flight_tokens=1)

@@ -7,6 +7,7 @@ import signal
 import aiohttp
 import pytest
 
+from tests.support.connectors import WAITS_FOR_THE_DEAD
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
@@ -17,7 +18,6 @@ each_connector = pytest.mark.parametrize(
     "fleet", [*KEEP_HANDOFFS, "ascend-layerwise"], indirect=True, scope="module"
 )
 each_that_keeps_handoffs = pytest.mark.parametrize("fleet", KEEP_HANDOFFS, indirect=True, scope="module")
-WAITS_FOR_THE_DEAD = {"mooncake"}
 ENDS_WITH_A_P_THAT_HANGS = {"ascend-layerwise"}
 LONG_STREAM = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
 

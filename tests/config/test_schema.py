@@ -113,7 +113,7 @@ class MistakesTest(ConfigCase):
             (fleet(discovery=[3]), r"^discovery\[0\].*: must be a JSON object$"),
             (
                 fleet(discovery=[{"type": "kubernetes", "services": {"prefil": "b"}}]),
-                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill' or 'decode'$",
+                r"^discovery\[0\]\.services: the key 'prefil' must be 'prefill', 'decode' or 'encode'$",
             ),
             (fleet(models={"": {"targets": {"a": 1}}}), r"^models: the key '' must not be empty$"),
             (fleet(models={"a": {"targets": {}}}), r"^models\.a\.targets: must not be empty$"),
@@ -125,6 +125,26 @@ class MistakesTest(ConfigCase):
                 for raw, key in (
                     (fleet(connector=wrong), "connector"),
                     (decode(connector=wrong or 3), r"decode_instances\[0\]\.connector"),
+                )
+            ),
+            (
+                fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1, "connector": "nixl"}]),
+                r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
+            ),
+            (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
+            *(
+                (decode(data_parallel_size=wrong), r"^decode_instances\[0\]\.data_parallel_size: must be ")
+                for wrong in (0, -1, 65, "2", 2.5, None)
+            ),
+            (
+                {**decode(data_parallel_size=2), "prefill_leg": "sidecar"},
+                r"^decode_instances\[0\]\.data_parallel_size: a sidecar cannot be told a rank of P: ",
+            ),
+            *(
+                (config, r"^decode_instances\[0\]\.data_parallel_size: .* 'sglang' cannot be told a rank: ")
+                for config in (
+                    {**decode(data_parallel_size=2), "connector": "sglang"},
+                    decode(data_parallel_size=2, connector="sglang"),
                 )
             ),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),

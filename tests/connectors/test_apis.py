@@ -100,8 +100,11 @@ def test_a_request_without_token_ids() -> None:
     [
         ({"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3}}, (7, 3)),
         ({"input_tokens": 7, "input_tokens_details": {"cached_tokens": 3}}, (7, 3)),
-        ({"input_tokens": 7, "cache_read_input_tokens": 3}, (7, 3)),
-        ({"input_tokens": 7, "cache_read_input_tokens": 9}, (7, 7)),
+        ({"input_tokens": 7, "input_tokens_details": {"cached_tokens": 9}}, (7, 7)),
+        # Anthropic's input_tokens are those that were neither read from a cache nor written to it.
+        ({"input_tokens": 7, "cache_read_input_tokens": 3}, (10, 3)),
+        ({"input_tokens": 4, "cache_creation_input_tokens": 736, "cache_read_input_tokens": 0}, (740, 0)),
+        ({"input_tokens": 0, "cache_read_input_tokens": 9}, (9, 9)),
         ({"input_tokens": 7}, (7, None)),
         ({"input_tokens": -7}, (None, None)),
         (None, (None, None)),

@@ -15,6 +15,8 @@ from vllm_pd_scheduler.connectors import Attempt, AutoConnector, Handoff, Legs, 
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.records.events import Event
+from vllm_pd_scheduler.request.api import RESPONSES
+from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.routing.answer_watch import AnswerWatch
 
 auto = AutoConnector()
@@ -76,8 +78,14 @@ def test_an_ascend_p_may_not_stop() -> None:
 
 
 def test_a_p_that_must_be_configured() -> None:
+    """It has one prompt in vain, and what it has kept of that is not used."""
+    found = handoff({"do_remote_prefill": True, "remote_notify_port": 61005, "remote_handshake_port": 6301})
+    assert found is not None
+    assert found.protocol == "moriio"
+    assert found.lease is not None
+    assert 0 < found.lease < 1e-6
     with pytest.raises(ValueError, match='set its connector to "moriio"'):
-        handoff({"do_remote_prefill": True, "remote_notify_port": 61005, "remote_handshake_port": 6301})
+        auto.prefill_body(body(TEXT), speaking(found.protocol))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, PUSHED | {"tp_size": None}])
@@ -158,3 +166,27 @@ class RememberedTest(Case):
             self.assertLocal(await self.route(**own))
         self.assertIsNotNone((await self.route(**own)).prefill)
         self.assertEqual(self.count("pd_scheduler_handoffs_unused_total", prefill="p0", outcome="late"), 1.0)
+
+
+def test_what_a_p_that_pushes_cannot_hand_over_is_not_asked_of_it() -> None:
+    """vLLM knows requests of the other APIs by ids of its own."""
+    response = JsonBody.parse(b'{"model":"m","input":"x"}', RESPONSES)
+    assert auto.prefill_body(response, speaking("nixl-push")) is None
+    for protocol in ("", "nixl", "ascend-mooncake"):
+        assert auto.prefill_body(response, speaking(protocol)) is not None
+
+
+class PushesTest(Case):
+    CONFIG: Mapping[str, Any] = {"public_paths": ["/v1/responses"]}
+    CONNECTOR = AutoConnector
+
+    async def test_d_serves_what_p_cannot_hand_over_and_nobody_is_blamed(self) -> None:
+        for endpoint in self.router.registry:
+            self.router.registry.speaks(endpoint, "nixl-push", True)
+        forward = await self.route({"model": "m", "input": "x"}, "/v1/responses")
+        self.assertIsNone(forward.prefill)
+        self.assertEqual(forward.served, "local")
+        self.assertEqual(self.leg.tried, [])
+        self.assertEqual([each.outcome for each in forward.decision.prefill_attempts], ["not_split"])
+        forward.release()
+        self.assertIdle()

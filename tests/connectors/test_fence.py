@@ -112,7 +112,7 @@ class ConnectorFenceTest(unittest.TestCase):
         tokens: list[Any] = [("5",), (-1,), (10**400,), (5, math.nan), (5, math.inf), (5, "0")]
         answers = {
             "question": [5, *(Question(*each) for each in NO_QUESTIONS)],
-            "prefill_body": [None, *bodies, *NO_OBJECTS],
+            "prefill_body": [*bodies, *NO_OBJECTS],
             "release_body": [*bodies, *NO_OBJECTS],
             "prefill_headers": [None, {"A": "x"}, {"a": "\n"}, {"a": 5}, {str(n): "" for n in range(17)}],
             "handoff": [

@@ -100,6 +100,24 @@ class TestPrefill:
         one_of_two = legs(peer(data_parallel_rank=1), two)
         assert mooncake.prefill_headers(one_of_two) == {"x-data-parallel-rank": "1"}
 
+    def test_the_rank_that_the_scheduler_has_chosen(self) -> None:
+        """It has the hand-off, whatever the settings say; an instance without such a rank gets nothing."""
+        two = {**ONE_ENGINE, "1": {**ONE_ENGINE["0"], "engine_id": "e1"}}
+        for settings in ({}, {"data_parallel_rank": 0}):
+            chosen = legs(replace(peer(**settings), rank=1, ranks=2), two)
+            found = mooncake.handoff(answer(), chosen)
+            assert found is not None
+            assert json.loads(found.params)["remote_engine_id"] == "e1"
+            assert mooncake.prefill_headers(chosen) == {"x-data-parallel-rank": "1"}
+        assert mooncake.understood(json.dumps(two).encode(), replace(peer(), rank=2, ranks=3)) is None
+
+    def test_whether_a_rank_is_named(self) -> None:
+        two = {**ONE_ENGINE, "1": {**ONE_ENGINE["0"], "engine_id": "e1"}}
+        assert not mooncake.names_rank(legs())
+        assert mooncake.names_rank(legs(engines=two))
+        assert mooncake.names_rank(legs(peer(data_parallel_rank=1), two))
+        assert mooncake.names_rank(legs(replace(peer(), rank=1, ranks=2), two))
+
     def test_each_rank_gets_its_part_and_the_hand_off_is_of_that_one(self) -> None:
         two = {**ONE_ENGINE, "1": {**ONE_ENGINE["0"], "engine_id": "e1"}}
         ranks = []
@@ -130,8 +148,16 @@ class TestHandoff:
                 "transfer_id": "xfer-run-7",
                 "remote_bootstrap_addr": "http://10.0.0.1:8998",
                 "remote_engine_id": "e0",
+                "remote_prefill_cached_tokens": 16,
             },
         }
+        assert found.tells_cached, "D's usage says it"
+
+    def test_what_p_had_cached_may_not_be_known(self) -> None:
+        found = mooncake.handoff(answer(usage={"prompt_tokens": 283}), legs())
+        assert found is not None
+        assert "remote_prefill_cached_tokens" not in json.loads(found.params)
+        assert not found.tells_cached
 
     def test_settings(self) -> None:
         found = mooncake.handoff(answer(), legs(peer("fd00::1", bootstrap_port=9000, lease=60.0)))

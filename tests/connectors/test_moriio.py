@@ -1,6 +1,7 @@
 """MoRI-IO: bodies of both legs, with and without a D that is known before, and whose hand-off it is."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,14 @@ def test_prefill_that_d_reads() -> None:
             "remote_block_ids": None,
         },
     }
+
+
+def test_prefill_that_is_written_to_a_rank_of_d() -> None:
+    assert WRITE.decode is not None
+    legs = replace(WRITE, decode=replace(WRITE.decode, rank=3, ranks=8))
+    sent = prefill(legs)["kv_transfer_params"]
+    assert (sent["remote_dp_rank"], sent["remote_dp_rank_override"], sent["remote_dp_size"]) == (3, True, 8)
+    assert [moriio.names_rank(each) for each in (READ, WRITE, legs)] == [False, False, True]
 
 
 def test_prefill_that_is_written_to_d() -> None:

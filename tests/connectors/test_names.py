@@ -19,6 +19,8 @@ from vllm_pd_scheduler.connectors import (
     settings_of,
 )
 from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
+from vllm_pd_scheduler.request.api import RESPONSES
+from vllm_pd_scheduler.request.body import JsonBody
 
 NIXL = ConnectorChoice("nixl")
 
@@ -115,6 +117,30 @@ class TestInUse:
         assert first.legs.prefill.settings == Port(3)
         assert first.legs.prefill.host == "10.9.9.9"
         assert Connectors(lambda: NIXL).attempt(self.instance(), "h").legs.id != first.legs.id
+
+    def test_only_those_of_the_p_that_there_are_say_what_can_be_split(self, custom: str) -> None:
+        response = JsonBody.parse(b'{"model":"m","input":"x"}', RESPONSES)
+        fleet = NIXL
+        connectors = Connectors(lambda: fleet)
+        assert connectors.can_split(response)
+        pushing = self.instance(ConnectorChoice("nixl-push"))
+        connectors.used_by([self.instance(), pushing])
+        assert not connectors.can_split(response), "before a request has gone to that P"
+        connectors.of(pushing)
+        connectors.used_by([self.instance()])
+        assert connectors.can_split(response)
+        connectors.of(pushing)  # a request that is under way
+        assert connectors.can_split(response)
+        fleet = ConnectorChoice("nixl-push")
+        connectors.used_by([self.instance()])
+        assert not connectors.can_split(response)
+
+    def test_d_say_who_needs_a_p(self, custom: str) -> None:
+        nixl, sglang = self.instance(), self.instance(ConnectorChoice("sglang"))
+        connectors = Connectors(lambda: NIXL)
+        for decode in ([], [nixl], [nixl, sglang]):
+            connectors.used_by([nixl, sglang], decode)
+            assert connectors.some_need_prefill is (sglang in decode)
 
     def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
         given = Custom()

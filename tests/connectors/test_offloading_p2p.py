@@ -59,6 +59,18 @@ def test_prefill() -> None:
     assert offloading.prefill_headers(LEGS) == {}
 
 
+def test_the_rank_that_the_scheduler_has_chosen() -> None:
+    """Each engine's tier has a port of its own."""
+    chosen = replace(LEGS, prefill=replace(peer("p0", "10.0.0.1", data_parallel_rank=3), rank=2, ranks=4))
+    found = offloading.handoff(answer(), chosen)
+    assert found is not None
+    assert json.loads(found.params)["remote_prefiller"]["remote_port"] == 5712
+    assert offloading.prefill_headers(chosen) == {"x-data-parallel-rank": "2"}
+    source = replace(LEGS, source=replace(peer("d0", "10.0.1.1"), rank=1, ranks=2))
+    assert prefill(source)["kv_transfer_params"]["remote_kv_source"]["remote_port"] == 5711
+    assert [offloading.names_rank(each) for each in (LEGS, RANKED, chosen)] == [False, True, True]
+
+
 def test_prefill_that_pulls() -> None:
     source = peer("d3", "10.0.1.3", p2p_port=6000, data_parallel_rank=1)
     assert prefill(replace(LEGS, source=source))["kv_transfer_params"] == {

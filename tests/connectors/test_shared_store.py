@@ -10,6 +10,7 @@ from tests.support.routing import BODY, Case, answer, decode_body
 from vllm_pd_scheduler.connectors import SharedStoreConnector
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
 from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.routing.answer_watch import AnswerWatch
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 
 store = SharedStoreConnector()
@@ -51,6 +52,17 @@ class SharedStoreTest(Case):
         forward.release()
         self.assertIdle()
         self.assertEqual(self.freed, [])
+
+    async def test_what_p_had_cached_is_in_a_header(self) -> None:
+        """D counts as cached what it finds in the store, whoever has put it there."""
+        self.assertNotIn("x-pd-cached-tokens", (await self.route()).headers(), "P does not say")
+        for cached in (0, 3):
+            usage = {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": cached}}
+            self.fail_all(answer(body=json.dumps({"usage": usage}).encode()))
+            forward = await self.route()
+            self.assertEqual(forward.headers()["x-pd-cached-tokens"], str(cached))
+            watch = AnswerWatch(self.router.in_flight, self.router.registry, forward, 0.0)
+            self.assertEqual(watch.client_headers()["x-pd-cached-tokens"], str(cached))
 
     async def test_nothing_is_freed_when_d_fails(self) -> None:
         forward = await self.route()

@@ -52,10 +52,16 @@ async def follow(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 class TestContainers:
+    async def test_ranks_where_a_sidecar_cannot_be_told_one(self, api: DockerApi, follow: Follow) -> None:
+        api.containers = [container("d0"), container("d1", data_parallel_size="2")]
+        fleet = await follow({"prefill_leg": "sidecar"})
+        await fleet.until("d0")
+        assert "a sidecar cannot be told a rank" in fleet.left_out[0]
+
     async def test_labels_are_read(self, api: DockerApi, follow: Follow) -> None:
         api.containers = [
             container("vllm-p", "prefill", port="8100", networks={"llm": "172.20.0.3"}),
-            container("vllm-d", "decode", model="chat, chat-lora ,", revision="v2"),
+            container("vllm-d", "decode", model="chat, chat-lora ,", revision="v2", data_parallel_size="4"),
             container("db", None),
         ]
         fleet = await follow()
@@ -64,18 +70,21 @@ class TestContainers:
         assert (p.role, p.host, p.port, p.models, p.revision) == ("prefill", "172.20.0.3", 8100, None, None)
         assert (d.role, d.host, d.port) == ("decode", "172.20.0.2", 8000)
         assert (d.models, d.revision) == ({"chat", "chat-lora"}, "v2")
+        assert (p.data_parallel_size, d.data_parallel_size) == (1, 4)
         assert fleet.router.membership.sources("vllm-d") == (f"docker:{api.url}",)
 
     @pytest.mark.parametrize(
         ("odd", "why"),
         [
-            (container("odd", "both"), "label vllm-pd.role must be prefill or decode, not 'both'"),
-            (container("odd", ""), "label vllm-pd.role must be prefill or decode, not ''"),
+            (container("odd", "both"), "label vllm-pd.role must be prefill, decode or encode, not 'both'"),
+            (container("odd", ""), "label vllm-pd.role must be prefill, decode or encode, not ''"),
             (container("odd", port="http"), "label vllm-pd.port must be a port, not 'http'"),
             (container("odd", port="0"), "label vllm-pd.port must be a port, not '0'"),
             (container("odd", port="٣"), "label vllm-pd.port must be a port"),
             (container("odd", port="9" * 5000), "label vllm-pd.port must be a port"),
             (container("odd", model=" ,"), "label vllm-pd.model names no model"),
+            (container("odd", data_parallel_size="0"), "label vllm-pd.data-parallel-size must be a number"),
+            (container("odd", data_parallel_size="65"), "must be a number up to 64, not '65'"),
             (container("odd", revision=""), "label vllm-pd.revision is empty"),
             (container("odd", revision="v" * 129), "revision: "),
             (container("odd", networks={}), "it has no address in any network"),

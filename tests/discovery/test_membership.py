@@ -1,6 +1,7 @@
 """The registry follows the sources: who comes, drains, comes back and goes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -72,6 +73,33 @@ def test_one_that_comes_back_while_it_drains_serves_again(fleet: Membership, reg
     assert registry.get("x") is endpoint
     end(registry, running)
     assert states(registry) == {"x": False}
+
+
+def test_ranks_come_and_go_as_one(fleet: Membership, registry: Registry) -> None:
+    ranked = replace(X, data_parallel_size=2)
+    fleet.update(FILE, [ranked, Y])
+    assert states(registry) == {"x:0": False, "x:1": False, "y": False}
+    running = busy(registry, "x:1")
+    fleet.update(FILE, [Y])
+    assert states(registry) == {"x:0": True, "x:1": True, "y": False}
+    assert (fleet.leaves("x"), fleet.sources("x")) == (True, ())
+    end(registry, running)
+    assert states(registry) == {"y": False}
+
+
+def test_another_number_of_ranks(fleet: Membership, registry: Registry) -> None:
+    """They are other endpoints then; what operators have drained stays so."""
+    fleet.update(FILE, [X])
+    fleet.drain("x")
+    fleet.update(FILE, [replace(X, data_parallel_size=2)])
+    assert states(registry) == {"x:0": True, "x:1": True}
+    fleet.undrain("x:1")
+    busy(registry, "x:0")
+    fleet.update(FILE, [replace(X, data_parallel_size=3)])
+    assert states(registry) == {"x:0": False, "x:1": False, "x:2": False}
+    fleet.update(FILE, [X])
+    assert states(registry) == {"x": False}
+    assert (fleet.drained_and_away(), fleet.sources("x")) == ([], (FILE,))
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before it is dropped", "while it leaves"])

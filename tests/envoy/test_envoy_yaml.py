@@ -27,7 +27,7 @@ from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
 from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
-from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.models import PD_ROLES
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.request.api import APIS
 from vllm_pd_scheduler.request.gateway_names import STEERS_INSTANCES
@@ -111,7 +111,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
         made = make_certificates(self.directory)
         tls = InstanceTlsConfig(ca=made.ca, **made.client)
         config = render_config(self.ports, tls)
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (context,) = [
                 each["typed_config"] for each in every("transport_socket", cluster(config, role.value))
             ]
@@ -120,7 +120,7 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
         await self.accepted(config)
 
     def test_as_it_is_no_instances_certificate_passes(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (accepted,) = every("verify_certificate_hash", cluster(RAW, role.value))
             self.assertEqual(accepted, ["0" * 64])
 
@@ -190,7 +190,7 @@ class NamesTest(unittest.TestCase):
     """What both sides must call by the same name."""
 
     def test_clusters_by_role(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             found = cluster(RAW, role.value)
             self.assertEqual(found["type"], "EDS")
             sources = list(every("override_host_sources", found))
@@ -209,9 +209,11 @@ class NamesTest(unittest.TestCase):
             for option in options
         ]
         values = {header["key"]: header["value"] for header in added}
-        self.assertEqual(set(values), {headers.PREFILL, headers.DECODE, headers.DECISION, headers.REASON})
+        told = {headers.PREFILL, headers.DECODE, headers.CACHED_TOKENS, headers.DECISION, headers.REASON}
+        self.assertEqual(set(values), told)
         self.assertIn(headers.PREFILL, values[headers.PREFILL])
-        self.assertEqual(values[headers.DECODE], f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%")
+        shown = f"%UPSTREAM_METADATA({METADATA_NAMESPACE}:id)%%REQ({headers.RANK_SHOWN})%"
+        self.assertEqual(values[headers.DECODE], shown)
 
     def test_clients_never_steer(self) -> None:
         (extensions,) = every("early_header_mutation_extensions", listener(RAW, "ingress"))
@@ -350,7 +352,7 @@ class ExtProcTest(unittest.TestCase):
         self.assertEqual(mode["response_trailer_mode"], "SEND")
 
     def test_retries_are_not_limited_by_envoys_default_of_three(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             (thresholds,) = every("thresholds", cluster(RAW, role.value)["circuit_breakers"])
             self.assertGreaterEqual(thresholds[0]["max_retries"], 1000)
 

@@ -1,6 +1,7 @@
 """What Envoy is told of a role's endpoints, and when that is something new."""
 
 import unittest
+from dataclasses import replace
 from functools import partial
 
 from envoy.config.core.v3 import health_check_pb2 as health
@@ -52,6 +53,17 @@ class WhatTest(Case):
         self.assignment = LoadAssignment("prefill", partial(self.registry.endpoints, P))
         self.assertEqual(self.message().cluster_name, "prefill")
         self.assertEqual([name for name, *_ in self.told()], ["p0"])
+
+    def test_ranks_are_one_host(self) -> None:
+        ranked = replace(PDInstance("d0", D, "10.0.0.1", 8200), data_parallel_size=3)
+        self.registry.add(ranked)
+        self.registry.probed(self.registry.get("d0:0"), None)
+        self.assertEqual(self.told(), [("d0", "10.0.0.1", 8200, health.HEALTHY)])
+        version = self.assignment.version
+        self.registry.reserve(self.registry.get("d0:1"))
+        self.assertEqual((self.told()[0][0], self.assignment.version), ("d0", version))
+        self.registry.drain("d0:2")
+        self.assertEqual(self.told(), [("d0", "10.0.0.1", 8200, health.DRAINING)])
 
     def test_names_only_once_they_are_resolved(self) -> None:
         self.add("d0", "vllm-0")

@@ -15,7 +15,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
-from vllm_pd_scheduler.models import InstanceRole, InstanceState
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, InstanceState
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 
@@ -333,7 +333,7 @@ class RegistryMachine(RuleBasedStateMachine):
             endpoint = list(self.known)[number % len(self.known)]
             self.registry.scraped(endpoint, loaded(load, load), endpoint.in_flight)
 
-    @rule(target=reservations, role=st.sampled_from(list(InstanceRole)), count=st.integers(1, 3))
+    @rule(target=reservations, role=st.sampled_from(list(PD_ROLES)), count=st.integers(1, 3))
     def reserve(self, role: InstanceRole, count: int) -> Reservation | None:
         picked = self.scheduler.pick(role, RequestContext("/"), count=count)
         assert bool(picked) == bool(self.registry.routable(role))
@@ -391,7 +391,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def routable_is_up_to_date(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             expected = [e for e in self.registry.endpoints(role) if e.routable]
             assert list(self.registry.routable(role)) == expected
 

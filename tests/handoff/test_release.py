@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -18,8 +19,10 @@ class Pool:
 
     def __init__(self, *statuses: int) -> None:
         self.statuses = list(statuses)
+        self.asked: list[str] = []
 
-    def post(self, *_: object, **__: object) -> asyncio.Future[Answer]:
+    def post(self, to: tuple[str, object], *_: object, **__: object) -> asyncio.Future[Answer]:
+        self.asked.append(to[0])
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         status = self.statuses.pop(0)
         if status:
@@ -46,7 +49,7 @@ class ReleaseTest(InFlightCase):
     async def release(self, *statuses: int) -> list[int]:
         """Free a hand-off with D that answer so; return the answers that nobody has asked for."""
         pool, router = Pool(*statuses), self.router
-        releaser = HandoffReleaser(pool, router.registry, router.telemetry)  # type: ignore[arg-type]
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)  # type: ignore[arg-type]
         forward = await self.forward()
         assert forward.pending is not None
         self.assertEqual(forward.pending.prefill.id, "p0")
@@ -69,10 +72,36 @@ class ReleaseTest(InFlightCase):
     async def test_the_end_waits_for_no_second_try(self) -> None:
         release.SECOND_TRY_S = 3600.0
         pool, router = Pool(503, 503, 503, 400), self.router
-        releaser = HandoffReleaser(pool, router.registry, router.telemetry)  # type: ignore[arg-type]
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)  # type: ignore[arg-type]
         forward = await self.forward()
         assert forward.pending is not None
         releaser(forward.pending)
         await asyncio.sleep(0)
         await releaser.close()
         self.assertEqual(self.counted("released"), 1.0)
+
+    async def test_no_d_is_asked_that_does_not_fit_p(self) -> None:
+        """What asks one of them to free a hand-off may be what ends another."""
+        registry = self.router.registry
+        for name in ("d0", "d1", "d3", "p1", "p2", "p3"):
+            registry.describe(name, replace(registry.get(name).instance, revision="other"))
+        pool = Pool(500, 400)
+        releaser = HandoffReleaser(pool, registry, self.router.telemetry, self.router.scheduler.fitting)  # type: ignore[arg-type]
+        forward = await self.forward()
+        assert forward.pending is not None
+        self.assertEqual((forward.pending.prefill.id, forward.decode[0].id), ("p0", "d2"))
+        releaser(forward.pending)
+        await asyncio.gather(*releaser._tasks)
+        self.assertEqual(pool.asked, ["10.0.0.3:8000"] * 2)
+        self.assertEqual(self.counted("released"), 1.0)
+
+    async def test_what_is_gone_has_no_series(self) -> None:
+        pool, router = Pool(400), self.router
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)  # type: ignore[arg-type]
+        forward = await self.forward()
+        assert forward.pending is not None
+        router.unregister_instance("p0")
+        releaser(forward.pending)
+        await asyncio.gather(*releaser._tasks)
+        self.assertEqual(pool.statuses, [], "it is freed all the same")
+        self.assertEqual((self.counted("released"), self.counted("stranded")), (0.0, 0.0))

@@ -132,8 +132,9 @@ class Fixture:
         port: int,
         api_key: str | None = None,
         role: InstanceRole = InstanceRole.DECODE,
+        ranks: int = 1,
     ) -> Endpoint:
-        return self.registry.add(PDInstance(name, role, host, port, api_key))
+        return self.registry.add(PDInstance(name, role, host, port, api_key, data_parallel_size=ranks))
 
     async def serve_raw(
         self, name: str, answers: dict[str, bytes], endless: bytes = b"", slow: dict[str, bytes] | None = None

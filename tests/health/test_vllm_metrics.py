@@ -12,8 +12,10 @@ from vllm_pd_scheduler.health.vllm_metrics import (
     _WANTED,
     LATENCY_KEPT_S,
     NotVllmMetrics,
+    OtherEngines,
     Scrape,
     parse_metrics,
+    parse_ranks,
     snapshot,
 )
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
@@ -138,6 +140,78 @@ class AdaptersTest(unittest.TestCase):
             with self.subTest(labels, value=value):
                 found = parse_metrics(f"{CURRENT}vllm:lora_requests_info{{{labels}}} {value}\n")
                 self.assertEqual((found.adapters, found.adapter_slots, found.running), ((), 0, 3.0))
+
+
+TWO_ENGINES = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+process_start_time_seconds 1.79588212089e+09
+vllm:num_requests_running{engine="0",model_name="tiny"} 1.0
+vllm:num_requests_running{engine="1",model_name="tiny"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="tiny"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.75
+vllm:generation_tokens_total{engine="0",model_name="tiny"} 3.0
+vllm:generation_tokens_total{engine="1",model_name="tiny"} 5.0
+vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 1.0
+vllm:request_success_total{engine="1",finished_reason="stop",model_name="tiny"} 0.0
+vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 3.0
+vllm:request_success_total{engine="1",finished_reason="length",model_name="tiny"} 5.0
+vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="8192"} 1.0
+vllm:cache_config_info{block_size="32",engine="1",kv_cache_size_tokens="131000",num_gpu_blocks="8192"} 1.0
+vllm:time_to_first_token_seconds_count{engine="0",model_name="tiny"} 40.0
+vllm:time_to_first_token_seconds_sum{engine="0",model_name="tiny"} 8.0
+vllm:time_to_first_token_seconds_count{engine="1",model_name="tiny"} 4.0
+vllm:time_to_first_token_seconds_sum{engine="1",model_name="tiny"} 2.0
+vllm:admission_rejections_total{model_name="tiny",reason="max_num_queued_reqs"} 0.0
+"""
+"""As vLLM 0.32 with --data-parallel-size 2 writes it, shortened."""
+
+
+class RanksTest(unittest.TestCase):
+    def test_each_rank_has_its_own_and_what_is_of_all(self) -> None:
+        zero, one = parse_ranks(TWO_ENGINES.encode(), 2)
+        self.assertEqual((zero.running, zero.waiting, zero.kv_usage), (1.0, 0.0, 0.25))
+        self.assertEqual((one.running, one.waiting, one.kv_usage), (4.0, 2.0, 0.75))
+        self.assertEqual((zero.generated, zero.finished), (3.0, 4.0))
+        self.assertEqual((one.generated, one.finished), (5.0, 5.0))
+        self.assertEqual((zero.histograms[TTFT], one.histograms[TTFT]), ((8.0, 40.0), (2.0, 4.0)))
+        self.assertEqual((zero.kv_capacity, one.kv_capacity), (131_072.0, 131_000.0))
+        self.assertEqual({zero.started_at, one.started_at}, {1.79588212089e9})
+
+    def test_together_they_are_the_whole(self) -> None:
+        whole, ranks = parse_metrics(TWO_ENGINES), parse_ranks(TWO_ENGINES.encode(), 2)
+        for name in ("running", "waiting", "generated", "finished", "kv_capacity"):
+            self.assertEqual(sum(getattr(each, name) for each in ranks), getattr(whole, name), name)
+        self.assertEqual(sum(each.kv_usage for each in ranks) / 2, whole.kv_usage)
+
+    def test_the_order_of_the_lines_does_not_matter(self) -> None:
+        turned = "\n".join(reversed(TWO_ENGINES.splitlines())).encode()
+        self.assertEqual(parse_ranks(turned, 2), parse_ranks(TWO_ENGINES.encode(), 2))
+
+    def test_engines_of_another_node_than_the_first(self) -> None:
+        """With hybrid load balancing."""
+        page = TWO_ENGINES.replace('engine="1"', 'engine="5"').replace('engine="0"', 'engine="4"')
+        self.assertEqual(parse_ranks(page.encode(), 2), parse_ranks(TWO_ENGINES.encode(), 2))
+
+    def test_another_number_of_engines(self) -> None:
+        for page, size, said in (
+            (TWO_ENGINES, 3, "engine 0, 1, and the data_parallel_size of the instance is 3"),
+            (TWO_ENGINES, 1, "engine 0, 1,"),
+            (TWO_ENGINES.replace('engine="1"', 'engine="7"'), 2, "engine 0, 7,"),
+            (TWO_ENGINES.replace('engine="1"', 'engine="99999999"'), 2, "engine 0,"),
+            (OLDER, 2, "no engine"),
+        ):
+            with self.subTest(size=size), self.assertRaises(OtherEngines) as caught:
+                parse_ranks(page.encode(), size)
+            self.assertIn(said, str(caught.exception))
+
+    def test_one_that_says_nothing_of_its_requests(self) -> None:
+        page = TWO_ENGINES.replace('vllm:num_requests_running{engine="1"', 'vllm:other{engine="1"')
+        page = page.replace('vllm:num_requests_waiting{engine="1"', 'vllm:other{engine="1"')
+        with self.assertRaises(NotVllmMetrics):
+            parse_ranks(page.encode(), 2)
 
 
 class ParseTest(unittest.TestCase):
@@ -287,7 +361,7 @@ process_start_time_seconds +Inf
         for labels, expected in (
             ([], None),
             ([one], 16_000.0),
-            ([one, one.replace('"0"', '"1"').replace("1000", "500")], 24_000.0),  # engines
+            ([one, one.replace('"0"', '"1"')], 16_000.0),  # engines, each with the blocks of both
             ([one.replace("1000", "None")], None),  # its memory is not measured yet
             (['block_size="16"'], None),
             (['num_gpu_blocks="16"'], None),
@@ -297,7 +371,7 @@ process_start_time_seconds +Inf
             ([f'{one},kv_cache_size_tokens="None"'], 16_000.0),
             ([f'{one},kv_cache_size_tokens="0"'], 16_000.0),
             (['kv_cache_size_tokens="4000"'], 4_000.0),
-            ([f'{one},kv_cache_size_tokens="4000"', one.replace('"0"', '"1"')], 20_000.0),
+            ([f'{one},kv_cache_size_tokens="4000"', one.replace('"0"', '"1"')], 12_000.0),
             # nonsense
             (['block_size="16",num_gpu_blocks="-5"'], None),
             ([f'block_size="16",num_gpu_blocks="{"9" * 400}"'], None),
@@ -410,6 +484,22 @@ class SnapshotTest(unittest.TestCase):
         self.assertEqual((found.output_tokens, found.finished, found.kv_capacity), (600.0, 3.0, 64.0))
         self.assertAlmostEqual(found.step_time or 0.0, 0.02)
         self.assertAlmostEqual(found.transfer or 0.0, 0.3)
+
+    def test_what_was_transferred_in_between(self) -> None:
+        before = scrape(nixl_xfer_time_seconds=(1.0, 10.0), nixl_bytes_transferred=(1e9, 10.0))
+        now = scrape(nixl_xfer_time_seconds=(1.5, 12.0), nixl_bytes_transferred=(3e9, 12.0))
+        self.assertEqual(snapshot(now, before, None, D, 2.0).transfer_rate, 4e9)
+        self.assertIsNone(snapshot(now, now, None, D, 2.0).transfer_rate)
+        for counted, expected in ((9.0, 4.0), (5.0, 0.0), (3.0, 0.0), (None, None)):
+            found = replace(now, failed_transfers=counted)
+            found_before = replace(before, failed_transfers=5.0)
+            self.assertEqual(snapshot(found, found_before, None, D, 2.0).failed_transfers, expected)
+        self.assertIsNone(snapshot(replace(now, failed_transfers=9.0), None, None, D, 2.0).failed_transfers)
+
+    def test_failed_transfers_are_read(self) -> None:
+        page = b'vllm:num_requests_running 1\nvllm:nixl_num_failed_transfers_total{engine="0"} 3.0\n'
+        self.assertEqual(parse_metrics(page).failed_transfers, 3.0)
+        self.assertIsNone(parse_metrics(b"vllm:num_requests_running 1\n").failed_transfers)
 
     def test_nothing_in_between_is_nothing_known(self) -> None:
         same = self.counted(5, 5, inter_token_latency_seconds=(5.0, 5.0), nixl_xfer_time_seconds=(1.0, 1.0))

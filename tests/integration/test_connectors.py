@@ -24,6 +24,8 @@ PINS = ["mooncake", "ascend-mooncake", "moriio-read", "moriio-write"]
 CONNECTORS = [*PINS, "offloading-p2p", "ascend-layerwise"]
 ONLY_BY_HEADER = ["ascend-layerwise"]
 """Protocols in which P and D know a request by its ``X-Request-Id``, which not all APIs take."""
+D_IS_NOT_TOLD = {"ascend-mooncake", "offloading-p2p"}
+"""Where nothing that D gets says how much of a prompt P had cached."""
 PROMPT = "A hand-off is used once, in time, and only one that we made. " * 8
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": PROMPT, "max_tokens": 12}),
@@ -140,6 +142,15 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
     assert answer.json["usage"]["output_tokens"] == 1
 
 
+async def test_a_self_check(client: Client) -> None:
+    for prefill in client.fleet.prefill:
+        for decode in client.fleet.decode:
+            one = await client.self_check(prefill.id, decode.id)
+            assert one["result"] == "match", one
+            (split, whole) = (await client.seen(decode.id))[-2:]
+            assert (split["outcomes"], whole["hand_off"]) == (["good"], None)
+
+
 async def test_a_client_that_leaves(client: Client) -> None:
     """P's blocks are free at once, not when the lease is over."""
     for instance in client.fleet.decode:
@@ -183,6 +194,45 @@ async def test_a_p_that_was_restarted(client: Client) -> None:
         return (await client.request_of(answer))["outcomes"] == ["good"]
 
     await until(hands_over)
+
+
+async def cached(client: Client, prompt: str) -> tuple[list[int], list[str | None]]:
+    """Return what usage and the header say of a prompt that each P gets twice."""
+    answers = [await client.complete(prompt=prompt * 8) for _ in range(4)]
+    assert all("x-pd-prefill" in answer.headers for answer in answers)
+    said = [answer.json["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    return said, [answer.headers.get("x-pd-cached-tokens") for answer in answers]
+
+
+async def test_usage_says_what_p_had_cached(client: Client) -> None:
+    """Not what D has got from it. Where D cannot know, a header says it."""
+    if client.fleet.connector == "ascend-layerwise":
+        pytest.skip("P answers when D has begun")
+    said, headers = await cached(client, "Who has seen this prompt before? ")
+    if client.fleet.connector in D_IS_NOT_TOLD:
+        said = [int(each or -1) for each in headers]
+    else:
+        assert headers == [None] * 4
+    assert said[:2] == [0, 0]
+    assert min(said[2:]) > 0
+
+
+@pytest.mark.parametrize("fleet", ["shared-store"], indirect=True, scope="module")
+async def test_a_header_says_what_p_had_cached_where_d_cannot_know(client: Client) -> None:
+    _, headers = await cached(client, "Who has put this prompt into the store? ")
+    assert headers[:2] == ["0", "0"]
+    assert min(int(each or 0) for each in headers[2:]) > 0
+    fake = {"x-pd-cached-tokens": "7"}
+    passed = await client.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 1}, fake)
+    assert passed.status == 200
+    assert "x-pd-cached-tokens" not in passed.headers, "a client's own goes no further"
+    for number in range(2):
+        await client.fault(f"decode-{number}", status=500)
+        other = [await client.complete(prompt=f"{number} fails " * 20) for _ in range(2)]
+        await client.fault(f"decode-{number}")
+        for answer in other:
+            assert answer.status == 200
+            assert ("x-pd-cached-tokens" in answer.headers) is ("x-pd-prefill" in answer.headers)
 
 
 QUERY = ["/query"]

@@ -113,6 +113,7 @@ async def test_every_way_to_an_instance(
             assert set((await client.states()).values()) == {"healthy"}
             assert (await client.instance("decode-0"))["kv_cache_usage"] is not None, "scraped"
             await check_text(client)
+            assert (await client.self_check("prefill-0", "decode-0"))["result"] == "match"
             # A decode instance that fails: the next one answers, and the hand-off is freed on P.
             await client.fault("decode-0", status=500)
             for _ in range(2):

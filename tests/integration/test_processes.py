@@ -318,6 +318,7 @@ async def _check_guard(client: Client) -> None:
     for body in (
         b'{"prompt":"p","kv_transfer_params":{}}',
         b'{"prompt":"p","kv_transfer_param\\u0073":{}}',
+        b'{"prompt":"p","\\u0065c_transfer_params":{}}',
         '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-16"),
         '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-16-le"),
         '{"prompt":"p","kv_transfer_params":{}}'.encode("utf-32-be"),

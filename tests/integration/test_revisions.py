@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -29,13 +31,29 @@ def revision_of(instance: str) -> str:
 
 
 @pytest.fixture(scope="module", params=["least_load", "prefix_cache"])
-def up(fleet: Fleet, stack: Stack, request: pytest.FixtureRequest) -> Iterator[Process]:
+def config(fleet: Fleet, request: pytest.FixtureRequest) -> dict[str, Any]:
     instances = {
         role: [{**each, "revision": revision_of(each["id"])} for each in entries]
         for role, entries in fleet.config().items()
     }
-    with spawned(stack.up({"strategy": request.param, **NO_EJECTION, **instances})) as process:
+    return {"strategy": request.param, **NO_EJECTION, **instances}
+
+
+@pytest.fixture(scope="module")
+def up(stack: Stack, config: dict[str, Any]) -> Iterator[Process]:
+    with spawned(stack.up(config)) as process:
         yield process
+
+
+@asynccontextmanager
+async def weights(client: Client, config: dict[str, Any], **revisions: int) -> AsyncIterator[None]:
+    """Give the revisions weights while the block runs."""
+    for found in (revisions, {}):
+        client.stack.write_config({**config, "revisions": found})
+        status, answer = await client.admin("POST", "/reload")
+        assert (status, answer["needs_restart"]) == (200, [])
+        if found:
+            yield
 
 
 async def served(client: Client, count: int = 60) -> list[Answer]:
@@ -98,6 +116,48 @@ async def test_a_d_that_fails_is_replaced_without_the_hand_off(client: Client) -
     assert "decode-2" not in {answer.headers["x-pd-decode"] for answer in answers}
     assert set(pairs(answers)) <= {("old", "old"), ("new", "new")}
     assert sum(pairs(answers).values()) < len(answers), "what comes from another D has no hand-off"
+
+
+async def test_each_revision_gets_its_share(client: Client, config: dict[str, Any]) -> None:
+    async with weights(client, config, old=3, new=1):
+        assert pairs(await served(client)) == {("old", "old"): 45, ("new", "new"): 15}
+        alone = [await client.complete(n=2) for _ in range(8)]
+        assert Counter(revision_of(each.headers["x-pd-decode"]) for each in alone) == {"old": 6, "new": 2}
+        _, page = await client.admin("GET", "/metrics")
+        assert 'pd_scheduler_revision_requests_total{revision="new"}' in page
+    async with weights(client, config, old=0, new=1):
+        assert pairs(await served(client)) == {("new", "new"): 60}
+
+
+async def test_a_session_stays_with_its_revision(client: Client, config: dict[str, Any]) -> None:
+    async def where() -> list[str]:
+        found = [await client.post("/v1/completions", {"prompt": "Hi", "user": f"u{n}"}) for n in range(12)]
+        return [revision_of(each.headers["x-pd-decode"]) for each in found]
+
+    async with weights(client, config, old=1, new=1):
+        before = await where()
+        assert set(before) == {"old", "new"}
+    async with weights(client, config, old=1, new=1000):
+        assert await where() == before
+    async with weights(client, config, new=1):
+        assert set(await where()) == {"new"}
+
+
+async def test_a_revision_that_dies_gives_its_share_away(client: Client, config: dict[str, Any]) -> None:
+    """No request fails meanwhile, whether its P or its D have gone."""
+    async with weights(client, config, old=1, new=1):
+        for role in ("prefill", "decode"):
+            running = asyncio.ensure_future(served(client, 120))
+            for number in (2, 3):
+                assert (await client.admin("POST", f"/instances/{role}-{number}/drain?force=true"))[0] == 202
+            await running
+            assert pairs(await served(client)) == {("old", "old"): 60}
+            for number in (2, 3):
+                assert (await client.admin("POST", f"/instances/{role}-{number}/undrain"))[0] == 200
+        assert pairs(await served(client)) == {("old", "old"): 30, ("new", "new"): 30}
+        for instance in ("prefill-2", "prefill-3"):
+            await client.fault(instance, status=500, paths=["/v1/completions"])
+        assert set(pairs(await served(client))) == {("old", "old")}
 
 
 async def test_all_of_a_revision_die_under_load(client: Client) -> None:

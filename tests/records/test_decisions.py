@@ -14,7 +14,7 @@ from tests.support.fleet import prompt, scheduler_of
 from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, answer
 from vllm_pd_scheduler.handoff.interfaces import PrefillFailed
-from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole
 from vllm_pd_scheduler.records.decision import Decision
 from vllm_pd_scheduler.records.decisions import MAX_DECISIONS, Decisions
 from vllm_pd_scheduler.request.errors import Reject
@@ -362,7 +362,7 @@ def test_of_a_large_fleet_only_the_best_are_kept() -> None:
 )
 def test_each_strategy_explains(name: str) -> None:
     scheduler = scheduler_of(4, 4, strategy=name)
-    for role in InstanceRole:
+    for role in PD_ROLES:
         request = prompt(session="s")
         picked = scheduler.pick(role, request)
         choice = scheduler.explain(role, request)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm_pd_scheduler.connectors import Handoff, Splice
 from vllm_pd_scheduler.request import body as body_module
 from vllm_pd_scheduler.request.body import JsonBody
-from vllm_pd_scheduler.request.handoff_key import HANDOFF_KEY
+from vllm_pd_scheduler.request.handoff_key import ENCODED_KEY, HANDOFF_KEY
 from vllm_pd_scheduler.request.json_text import finish
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=100)
@@ -40,7 +40,8 @@ scalars = (
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-    | st.sampled_from([HANDOFF_KEY, f'{{"{HANDOFF_KEY}": 1}}'])  # as a value it is a word like any other
+    # as a value it is a word like any other
+    | st.sampled_from([HANDOFF_KEY, ENCODED_KEY, f'{{"{HANDOFF_KEY}": 1}}'])
 )
 values = st.recursive(
     scalars,
@@ -65,7 +66,7 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
 def spellings(draw: st.DrawFn) -> str:
     """The key's name as JSON text, any of its letters as \\uXXXX."""
     text = ""
-    for letter in HANDOFF_KEY:
+    for letter in draw(st.sampled_from([HANDOFF_KEY, ENCODED_KEY])):
         how = draw(st.integers(0, 2))
         text += [letter, f"\\u{ord(letter):04x}", f"\\u{ord(letter):04X}"][how]
     return f'"{text}"'
@@ -100,7 +101,8 @@ def poisoned(draw: st.DrawFn) -> tuple[str, Any]:
 def without_key(value: Any) -> Any:
     """An independent reading of what must be left."""
     if isinstance(value, dict):
-        return {key: without_key(item) for key, item in value.items() if key != HANDOFF_KEY}
+        kept = {key: item for key, item in value.items() if key not in (HANDOFF_KEY, ENCODED_KEY)}
+        return {key: without_key(item) for key, item in kept.items()}
     return [without_key(item) for item in value] if isinstance(value, list) else value
 
 

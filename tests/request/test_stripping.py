@@ -18,7 +18,7 @@ from tests.request.documents import (
 from vllm_pd_scheduler.connectors import NixlConnector
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.errors import BodyError
-from vllm_pd_scheduler.request.handoff_key import HANDOFF_KEY, MAX_CUTS
+from vllm_pd_scheduler.request.handoff_key import ENCODED_KEY, HANDOFF_KEY, MAX_CUTS
 from vllm_pd_scheduler.request.json_text import MAX_DEPTH
 
 
@@ -42,9 +42,10 @@ class StrippingTest(unittest.TestCase):
             )
 
     def test_each_letter_alone_can_be_escaped(self) -> None:
-        for position, letter in enumerate(HANDOFF_KEY):
+        letters = ((key, *each) for key in (HANDOFF_KEY, ENCODED_KEY) for each in enumerate(key))
+        for key, position, letter in letters:
             for form in ("\\u{:04x}", "\\u{:04X}"):
-                name = HANDOFF_KEY[:position] + form.format(ord(letter)) + HANDOFF_KEY[position + 1 :]
+                name = key[:position] + form.format(ord(letter)) + key[position + 1 :]
                 with self.subTest(name):
                     raw = f'{{"a": [{{"{name}": 1}}]}}'.encode()
                     for clean in (*(parse(raw).raw for parse in WAYS), strip_handoff(raw)):
@@ -137,7 +138,7 @@ class StrippingTest(unittest.TestCase):
 
     def test_large_bodies(self) -> None:
         filler = b"x" * 300_000
-        for key in (b"kv_transfer_params", b"\\u006bv_transfer_params"):
+        for key in (b"kv_transfer_params", b"\\u006bv_transfer_params", b"ec_transfer_params"):
             for before in (b'{"prompt":"%b",' % filler, b'{"a":[{"b":"%b"},{' % filler):
                 member = b'"%b":{"c":"%b"}' % (key, filler)
                 after = b"}]}" if b"[" in before else b',"d":1}'

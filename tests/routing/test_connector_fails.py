@@ -110,4 +110,4 @@ class ConnectorFailsTest(Case):
     def releaser(self) -> HandoffReleaser:
         """One that sends nothing."""
         router, session = self.router, None
-        return HandoffReleaser(session, router.registry, router.telemetry)  # type: ignore[arg-type]
+        return HandoffReleaser(session, router.registry, router.telemetry, router.scheduler.fitting)  # type: ignore[arg-type]

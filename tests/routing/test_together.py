@@ -11,7 +11,7 @@ from tests.support.waiting import until
 from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
-from vllm_pd_scheduler.models import ConnectorChoice, PDInstance
+from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.routing import together
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
 from vllm_pd_scheduler.routing.forward import Forward
@@ -193,6 +193,26 @@ class TogetherTest(Case):
             again = await self.router.again(forward.id, str(forward.decode[0].address), RAW)
         self.assertIsNone(again)
         self.assertCountEqual(self.prefills.tried, ["p0", "p1", "p2"])
+        forward.release()
+
+    async def test_a_p_whose_hand_offs_are_left_out_at_d_is_not_chosen_for_it(self) -> None:
+        forward = await self.route()
+        self.failed(forward, Failure.CONNECT)
+        d, registry = forward.answering, self.router.registry
+        for name in ("p0", "p1"):
+            registry.wrong_pairs.leave_out(registry.get(name), d, "wrong texts")
+        again = await self.router.again(forward.id, str(d.address), RAW)
+        assert again is not None
+        self.assertEqual(again[1], "p2")
+        forward.release()
+
+    async def test_instances_that_encode_have_connectors_of_their_own(self) -> None:
+        choice = ConnectorChoice("ec-example")
+        instance = PDInstance("e0", InstanceRole.ENCODE, "10.0.0.3", 8000, connector=choice)
+        self.router.register_instance(instance)
+        self.router.registry.probed(self.router.registry.get("e0"), None)
+        forward = await self.route()
+        self.assertEqual(forward.prefill.id, "p0")
         forward.release()
 
     async def test_no_memory_for_a_body(self) -> None:

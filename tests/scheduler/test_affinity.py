@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.support.fleet import D, P, prompt, registry_of, scheduler_of
 from vllm_pd_scheduler.fleet.endpoint import Reservation
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot
 from vllm_pd_scheduler.scheduler.affinity import SHARE, SLACK
 from vllm_pd_scheduler.strategies import strategy_names
 
@@ -41,7 +41,7 @@ class AffinityTest(unittest.TestCase):
             self.registry.reserve(self.registry.get(name), prompt(3000.0, model=BASE))
 
     def test_whichever_strategy(self) -> None:
-        for name, role in ((name, role) for name in strategy_names() for role in InstanceRole):
+        for name, role in ((name, role) for name in strategy_names() for role in PD_ROLES):
             with self.subTest(name, role=role):
                 self.start(strategy=name)
                 initial = role[0]

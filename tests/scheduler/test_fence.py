@@ -14,7 +14,7 @@ from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.scheduler import Scheduler
@@ -233,7 +233,7 @@ class FenceTest(unittest.TestCase):
 
     def test_it_is_counted_for_prometheus(self) -> None:
         router = PDRouter(SchedulerConfig(strategy=NAME))
-        for number, role in enumerate(InstanceRole):
+        for number, role in enumerate(PD_ROLES):
             router.register_instance(PDInstance(f"{role}", role, f"10.0.0.{number}", 80))
             router.registry.probed(router.registry.get(role), None)
 
@@ -269,7 +269,7 @@ class AroundTest(unittest.IsolatedAsyncioTestCase):
         """With a request waiting, since that is looked at first."""
         router = PDRouter(SchedulerConfig(strategy=NAME, max_waiting=1), clock=lambda: 1.0)
         registry, dispatcher = router.registry, router.dispatcher
-        for role, number in itertools.product(InstanceRole, range(2)):
+        for role, number in itertools.product(PD_ROLES, range(2)):
             name = f"{role[0]}{number}"
             router.register_instance(PDInstance(name, role, f"10.0.0.{number}", 80))
             registry.probed(registry.get(name), None)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from tests.support.fleet import D, P, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import strategy_names
 
 instances = st.tuples(
-    st.sampled_from(InstanceRole),
+    st.sampled_from(PD_ROLES),
     st.sampled_from([None, "a", "b"]),
     st.sampled_from([None, frozenset("m"), frozenset("n"), frozenset("mn")]),
     st.booleans(),

@@ -7,7 +7,7 @@ from tests.support.fleet import prompt, scheduler_of
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import Strategy, UnknownStrategy
@@ -43,7 +43,7 @@ class SchedulerTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
         for number in range(3):
-            for role in InstanceRole:
+            for role in PD_ROLES:
                 name = f"{role[0]}{number}"
                 endpoint = self.registry.add(PDInstance(name, role, f"10.0.0.{number}", 80))
                 self.registry.probed(endpoint, None)

@@ -9,7 +9,7 @@ from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.endpoint import Reservation
-from vllm_pd_scheduler.models import ANY_MODEL, InstanceRole
+from vllm_pd_scheduler.models import ANY_MODEL, PD_ROLES, InstanceRole
 from vllm_pd_scheduler.scheduler import pools
 from vllm_pd_scheduler.strategies import strategy_names
 
@@ -40,7 +40,7 @@ class PoolsTest(unittest.TestCase):
         return found
 
     def test_one_without_the_adapter_gets_none_of_its_requests(self) -> None:
-        for name, role in ((name, role) for name in strategy_names() for role in InstanceRole):
+        for name, role in ((name, role) for name in strategy_names() for role in PD_ROLES):
             with self.subTest(name, role=role):
                 self.start(strategy=name)
                 self.all_serve(BASE, LORA)
@@ -51,14 +51,14 @@ class PoolsTest(unittest.TestCase):
                 self.assertEqual(self.chosen(BASE, role), everyone)
 
     def test_one_with_another_model(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             self.all_serve(BASE)
             self.serves(f"{role[0]}1", OTHER)
             self.assertEqual(self.chosen(OTHER, role), {f"{role[0]}1"})
             self.assertNotIn(f"{role[0]}1", self.chosen(BASE, role))
 
     def test_a_model_that_nobody_lists_reaches_nobody(self) -> None:
-        for role in InstanceRole:
+        for role in PD_ROLES:
             self.all_serve(BASE)
             self.serves(f"{role[0]}1", OTHER)
             self.assertEqual(self.scheduler.pick(role, prompt(model="unheard of")), [])

@@ -15,7 +15,7 @@ from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.scheduler.shadow import (
@@ -60,7 +60,7 @@ LAST, ODD = f"{__name__}:Last", f"{__name__}:Odd"
 def fleet(**config: Any) -> PDRouter:
     """A router with p0, p1, p2 and d0, d1, d2, all healthy."""
     router = PDRouter(SchedulerConfig(**config))
-    for role, number in itertools.product(InstanceRole, range(3)):
+    for role, number in itertools.product(PD_ROLES, range(3)):
         name = f"{role[0]}{number}"
         router.register_instance(PDInstance(name, role, f"10.0.0.{number}", 80))
         router.registry.probed(router.registry.get(name), None)

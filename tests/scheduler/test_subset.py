@@ -4,7 +4,7 @@ import unittest
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import strategy_names
@@ -21,7 +21,7 @@ def request(*subset: str) -> RequestContext:
 class SubsetTest(unittest.TestCase):
     def fleet(self, size: int, strategy: str = "round_robin") -> Scheduler:
         registry = Registry()
-        for role in InstanceRole:
+        for role in PD_ROLES:
             for number in range(size):
                 name = f"{role[0]}{number}"
                 endpoint = registry.add(PDInstance(name, role, f"10.0.{number // 250}.{number % 250}", 80))

@@ -85,3 +85,17 @@ async def test_the_journal_holds_requests_as_they_came(fleet: Fleet, client: Cli
     assert json.loads(entry["body"])["prompt"] == "你好"
     await client.get(fleet["decode-0"], "/health")
     assert await client.last(fleet["decode-0"]) == entry
+
+
+async def test_what_comes_wrong_stays_wrong_in_the_cache(fleet: Fleet, client: Client) -> None:
+    """As in vLLM: what was fetched is cached like what was computed, each salt's apart."""
+    p, d = fleet["prefill-0"], fleet["decode-0"]
+    body = {**BODY, "prompt": "garbled " * 40, "cache_salt": "a"}
+    right = await client.text(d, {**body, "cache_salt": "b"})
+    asked = {**body, "max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
+    answer = await client.post(p, COMPLETIONS, asked)
+    async with fault(client, d, garbled=[p.port]):
+        split = {**body, "kv_transfer_params": answer["kv_transfer_params"]}
+        assert await client.text(d, split) != right
+    assert await client.text(d, body) != right
+    assert await client.text(d, {**body, "cache_salt": "c"}) == right

@@ -25,6 +25,7 @@ KEYS = [
     "remote_dp_size_local",
     "tp_size",
     "transfer_id",
+    "remote_prefill_cached_tokens",
 ]
 
 

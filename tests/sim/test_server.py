@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.sim import CHAT, COMPLETIONS, HELLO, PROMPT, Client
+from tests.support.sim import BODY, CHAT, COMPLETIONS, HELLO, PROMPT, SEND, Client
 from tests.support.sim_fleet import Fleet
+from vllm_pd_scheduler.sim.profile import EngineProfile
 from vllm_pd_scheduler.sim.text import tokenize
 
 
@@ -126,3 +127,41 @@ async def test_a_body_of_many_megabytes_is_read(fleet: Fleet, client: Client) ->
     answer = await client.post(fleet["decode-0"], COMPLETIONS, {"prompt": "x" * 20_000_000})
     assert (client.status, answer["error"]["param"]) == (400, "input_tokens")
     assert (await client.last(fleet["decode-0"]))["body_bytes"] > 20_000_000
+
+
+async def test_ranks(client: Client) -> None:
+    """As measured on vLLM 0.32 with --data-parallel-size 2."""
+    with Fleet(1, 1, profile=EngineProfile.instant(), data_parallel_size=2) as fleet:
+        prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+        body = {"prompt": PROMPT, "max_tokens": 1, "kv_transfer_params": SEND}
+        engines = set()
+        for rank in ("0", "1", "1"):
+            sent = await client.post(prefill, COMPLETIONS, body, **{"X-data-parallel-rank": rank})
+            params = sent["kv_transfer_params"]
+            assert params["remote_engine_id"].endswith(f"_dp{rank}")
+            engines.add(params["remote_engine_id"])
+            assert (await client.last(prefill))["rank"] == int(rank)
+            whole = {"prompt": PROMPT, "max_tokens": 8}
+            assert await client.text(decode, whole, params) == await client.text(decode, whole)
+        assert len(engines) == 2
+        name = "vllm:request_success_total"
+        for rank, count in (("0", 1.0), ("1", 2.0)):
+            label = f'engine="{rank}",finished_reason="length"'
+            assert await client.metric(prefill, name, label) == count
+        for rank in ("2", "-1"):
+            refused = await client.post(decode, COMPLETIONS, BODY, **{"X-data-parallel-rank": rank})
+            assert client.status == 400
+            message = f"data_parallel_rank {rank} is out of range [0, 2)."
+            assert refused["error"] == {
+                "message": message,
+                "type": "BadRequestError",
+                "param": None,
+                "code": 400,
+            }
+        for path, header in ((COMPLETIONS, {}), (COMPLETIONS, {"X-data-parallel-rank": "x"})):
+            await client.post(decode, path, BODY, **header)
+            assert client.status == 200
+        await client.post(
+            decode, "/v1/responses", {"input": "x", "max_output_tokens": 2}, **{"X-data-parallel-rank": "7"}
+        )
+        assert client.status == 200, "it reads no rank there"

@@ -28,7 +28,7 @@ class Followed:
     def ids(self) -> set[str]:
         """Instances that do not leave."""
         leaves = self.router.membership.leaves
-        return {endpoint.id for endpoint in self.router.registry if not leaves(endpoint.id)}
+        return {each.instance_id for each in self.router.get_instances() if not leaves(each.instance_id)}
 
     def __getitem__(self, instance_id: str) -> PDInstance:
         return self.router.registry.get(instance_id).instance

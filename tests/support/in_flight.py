@@ -10,7 +10,7 @@ from typing import Any
 from tests.support.routing import BODY, Leg
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.handoff.pending import PendingHandoff
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 from vllm_pd_scheduler.routing.forward import Forward
@@ -27,7 +27,7 @@ class InFlightCase(unittest.IsolatedAsyncioTestCase):
         self.timers: list[tuple[float, Callable[[], None]]] = []
         router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now, later=self.later)
         for number in range(4):
-            for role in InstanceRole:
+            for role in PD_ROLES:
                 name = f"{role[0]}{number}"
                 router.register_instance(PDInstance(name, role, f"10.0.0.{number + 1}", 8000))
         for endpoint in router.registry:

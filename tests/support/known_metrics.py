@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import PD_ROLES, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 
 _CLASS = "envoy_response_code_class"
@@ -51,7 +51,7 @@ def filled_router() -> PDRouter:
     """Return a router whose metrics have a value each, as far as they are gauges."""
     router = PDRouter(SchedulerConfig(shadow_strategy="slo"))
     registry = router.registry
-    for role in InstanceRole:
+    for role in PD_ROLES:
         endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
         registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
         registry.resolved(endpoint, "10.0.0.1")

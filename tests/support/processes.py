@@ -270,6 +270,20 @@ class Client:
             for instance_id in instance_ids:
                 self.fleet.kill(instance_id, signal.SIGCONT)
 
+    async def self_check(self, prefill: str, decode: str) -> dict[str, Any]:
+        """Have a pair checked, as soon as neither has anything else to do; return what came of it."""
+        result: dict[str, Any] = {}
+
+        async def tried() -> bool:
+            status, found = await self.admin("POST", f"/self-check?prefill={prefill}&decode={decode}")
+            assert status == 200, found
+            (one,) = found["checks"]
+            result.update(one)
+            return bool(one["result"] != "skipped")
+
+        await until(tried)
+        return result
+
     async def seen(self, instance_id: str) -> list[dict[str, Any]]:
         """Return the requests that a simulated instance got, oldest first."""
         found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from tests.support.encode import EncodeLeg, chat
 from tests.support.routing import BODY, Case, answer
 from tests.support.tracing import SAMPLED, SPAN, TRACE, UNSAMPLED, Recorder, attributes, failed, traceparent
 from tests.support.waiting import until
 from vllm_pd_scheduler.handoff.interfaces import PrefillFailed
 from vllm_pd_scheduler.handoff.traced_leg import TracedLeg
+from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
 from vllm_pd_scheduler.routing.forward import Forward
@@ -128,6 +130,28 @@ class SplitTest(TracedCase):
                 self.recorder._exporter.clear()
                 self.end(await self.route(traceparent=bad, tracestate="=,=" * 1000))
                 self.assertIsNone(self.recorder.request.parent)
+
+
+class EncodedTest(TracedCase):
+    async def test_each_item_has_a_span_that_its_instance_continues(self) -> None:
+        encode = self.router.encode_leg = EncodeLeg()
+        self.router.register_instance(PDInstance("e0", InstanceRole.ENCODE, "10.0.0.3", 8000))
+        self.router.registry.probed(self.router.registry.get("e0"), None)
+        self.end(await self.route(chat("a", "b"), "/v1/chat/completions"))
+        spans = self.recorder.all("encode")
+        self.assertEqual([attributes(span)["instance"] for span in spans], ["e0", "e0"])
+        self.assertEqual(encode.parents, [traceparent(span) for span in spans])
+        self.assertFalse(any(map(failed, spans)))
+
+    async def test_one_that_fails_says_why(self) -> None:
+        encode = self.router.encode_leg = EncodeLeg()
+        encode.answers["e0"] = answer(500)
+        self.router.register_instance(PDInstance("e0", InstanceRole.ENCODE, "10.0.0.3", 8000))
+        self.router.registry.probed(self.router.registry.get("e0"), None)
+        self.end(await self.route(chat("a"), "/v1/chat/completions"))
+        (span,) = self.recorder.all("encode")
+        self.assertTrue(failed(span))
+        self.assertEqual(attributes(span)["error.type"], "status_500")
 
 
 class RetriedTest(TracedCase):

@@ -18,6 +18,9 @@ _BESIDE = Path(__file__).parents[3] / "shared" / "vllm" / "run_pd_pair.sh"
 SCRIPT = Path(os.environ.get("VLLM_PAIR_SCRIPT", _BESIDE))
 ROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-pd-pair"
 
+APIS = "--enable-auto-tool-choice --tool-call-parser hermes --enable-scale-out --enable-prompt-tokens-details"
+"""What vLLM serves only when it is told to. With its mode for developers, its cache can be emptied."""
+
 
 def _run(action: str, **settings: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
@@ -36,7 +39,7 @@ def pair() -> Iterator[Pair]:
             f"{SCRIPT} is not there (VLLM_PAIR_SCRIPT): it installs and starts a vLLM pair on this CPU"
         )
     runs_already = "pid" in _run("status").stdout
-    _done(_run("up", AGG=1))
+    _done(_run("up", AGG=1, P_EXTRA=APIS, D_EXTRA=APIS, VLLM_SERVER_DEV_MODE=1))
     yield Pair(Instance(28201, ROOT / "run/prefill.pid"), Instance(28202, ROOT / "run/decode.pid"))
     if not runs_already:
         _run("down", AGG=1)
@@ -66,7 +69,9 @@ def short_lease(pair: Pair) -> Iterator[Pair]:
 @contextmanager
 def _another_pair(name: str, ports: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Iterator[Pair]:
     """A pair with other connectors than the script's: its smoke test, which is NIXL's, is left out."""
-    extra = [f"--kv-transfer-config {json.dumps(each, separators=(',', ':'))}" for each in (prefill, decode)]
+    extra = [
+        f"{APIS} --kv-transfer-config {json.dumps(each, separators=(',', ':'))}" for each in (prefill, decode)
+    ]
     settings: dict[str, object] = {
         **{"ROOT": ROOT / name, "VENV": ROOT / "venv", "MODEL": ROOT / "tiny-llama"},
         **{"P_PORT": ports, "D_PORT": ports + 1, "P_SIDE": ports + 2, "D_SIDE": ports + 3},

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.processes import Answer, Stack, spawned
 from tests.support.real_vllm import AGGREGATED, Pair, completion, post, ready
+from tests.support.vllm_answers import found
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.vllm
@@ -123,6 +124,28 @@ async def test_the_text_is_right_and_p_has_computed_it(
         return await store_pair.decode.transferred() - before > 200
 
     await until(risen)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+async def test_what_p_had_cached_is_in_a_header(store_stack: Stack, kind: str) -> None:
+    """D counts what it has read from the store, which an engine alone would have computed."""
+    await ready(store_stack)
+    body = body_of(kind, f"header-{kind}")
+    first, second = [await post(store_stack.url, PATHS[kind], body) for _ in range(2)]
+    assert first.headers["x-pd-cached-tokens"] == "0"
+    assert max(found(first.json, "cached_tokens")) > 200
+    assert int(second.headers["x-pd-cached-tokens"]) > 200
+
+
+@pytest.mark.parametrize("kind", PATHS)
+async def test_usage_says_what_p_had_cached(push_stack: Stack, kind: str) -> None:
+    await ready(push_stack)
+    body = body_of(kind, f"usage-{kind}-{push_stack.admin_port}")
+    first, second = [await post(push_stack.url, PATHS[kind], body) for _ in range(2)]
+    assert "x-pd-prefill" in first.headers
+    assert "x-pd-cached-tokens" not in first.headers
+    assert found(first.json, "cached_tokens") == [0]
+    assert max(found(second.json, "cached_tokens")) > 200
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["once", "twice"])

@@ -45,7 +45,7 @@ class LastRoutable(Exception):
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(
-            f"{endpoint.id} is the last {endpoint.instance.role} instance that can serve: "
+            f"{endpoint.instance.instance_id} is the last {endpoint.instance.role} instance that can serve: "
             "add force=true to take it away all the same"
         )
 
@@ -207,7 +207,7 @@ class AdminChanges:
         """Raise if an instance is not there or, without ``force``, is the last that can serve in its role."""
         registry = self._router.registry
         endpoint = registry.get(instance_id)
-        if not force and registry.routable(endpoint.instance.role) == (endpoint,):
+        if not force and registry.routable(endpoint.instance.role) == registry.ranks_of(endpoint):
             raise LastRoutable(endpoint)
 
     async def _make(self, prepare: Prepare) -> None:

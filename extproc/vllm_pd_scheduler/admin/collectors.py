@@ -20,7 +20,7 @@ from ..admission.queue import RequestQueue
 from ..discovery import Membership
 from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole, InstanceState
+from ..models import PD_ROLES, InstanceRole, InstanceState
 from ..router import PDRouter
 from ..scheduler import Scheduler
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
@@ -117,6 +117,11 @@ _DECODE_GAUGES: _Gauges = (
         "Predicted time of a decode step with what runs there now.",
         lambda e, _: e.decode_step,
     ),
+    (
+        "pd_scheduler_transfer_bytes_per_second",
+        "Bytes a second of the KV transfers to an instance, as last scraped.",
+        lambda e, _: e.transfer_rate,
+    ),
 )
 
 
@@ -166,6 +171,20 @@ class _RegistryCollector(_AtScrape):
         for model, ratio in self._registry.load.bytes_per_token_by_model().items():
             ratios.add_metric([model], ratio)
         yield ratios
+        yield from self._pairs()
+
+    def _pairs(self) -> Iterator[Metric]:
+        out = GaugeMetricFamily(
+            "pd_scheduler_pairs_out",
+            "Pairs of P and D that are left out since their hand-offs fail; 'prefill': all of a P's do.",
+            labels=["what"],
+        )
+        whole = [decode is None for _, decode, _ in self._registry.pairs.out()]
+        out.add_metric(["pair"], whole.count(False))
+        out.add_metric(["prefill"], whole.count(True))
+        slow = len(self._registry.load.transfers.slow)
+        text = "Pairs of P and D whose hand-offs take several times as long as the median pair's."
+        yield from (out, GaugeMetricFamily("pd_scheduler_slow_pairs", text, slow))
 
     def _states(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(
@@ -180,9 +199,17 @@ class _RegistryCollector(_AtScrape):
         ready = GaugeMetricFamily(
             "pd_scheduler_routable_instances", "Instances that can serve.", labels=["role"]
         )
-        for role in InstanceRole:
-            ready.add_metric([role.value], len(self._registry.routable(role)))
-        yield from (state, ready)
+        encodes = bool(self._registry.endpoints(InstanceRole.ENCODE))
+        for role in InstanceRole if encodes else PD_ROLES:
+            ready.add_metric([role.value], sum(not e.rank for e in self._registry.routable(role)))
+        wrong = GaugeMetricFamily(
+            "pd_scheduler_wrong_pairs",
+            "1 for a pair that gave wrong texts, and gets no hand-offs any more.",
+            labels=["prefill", "decode"],
+        )
+        for prefill, decode, _ in self._registry.wrong_pairs:
+            wrong.add_metric([prefill.id, decode.id], 1)
+        yield from (state, ready, wrong)
 
     def _values(self, gauges: _Gauges, endpoints: Sequence[Endpoint]) -> Iterator[Metric]:
         now = self._clock()

@@ -71,6 +71,18 @@ class ChoiceAnswer(Shown):
     attempts: list[AttemptAnswer]
 
 
+class EncodeAnswer(Shown):
+    """What encode instances have done for it."""
+
+    items: int
+    """Images, videos and sounds that they were asked for."""
+    encoded: int
+    """Those that they have encoded; the prefill encodes the others."""
+    took_s: float
+    attempts: list[AttemptAnswer]
+    """The first of them."""
+
+
 class SourceAnswer(Shown):
     """An instance from which P was to pull a part of the prompt."""
 
@@ -119,6 +131,8 @@ class DecisionAnswer(Shown):
     """Why the scheduler has refused it."""
     waited_s: float
     """In the scheduler's queue."""
+    encode: EncodeAnswer | None
+    """`null`: none was asked."""
     prefill: PrefillAnswer | None
     decode: DecodeAnswer | None
     predicted_ttft_s: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -59,9 +59,14 @@ class Predicted(Shown):
 
 
 class InstanceAnswer(Shown):
-    """An instance, with its state and load."""
+    """An instance, or a rank of it, with its state and load."""
 
     id: str
+    """Of a rank ``INSTANCE:RANK``. Whatever is done to that is done to the instance, all ranks."""
+    instance: str
+    """The instance's id."""
+    rank: int | None
+    """Which of its data-parallel engines it is; null: it has one."""
     role: InstanceRole
     host: str
     port: int
@@ -135,10 +140,14 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
     instance, metrics = endpoint.instance, endpoint.metrics
     if instance.role is InstanceRole.PREFILL:
         predicted = {"prefill_left_s": endpoint.prefill.remaining(now)}
-    else:
+    elif instance.role is InstanceRole.DECODE:
         predicted = {"decode_step_s": endpoint.decode_step}
+    else:
+        predicted = {}
     return {
-        "id": instance.instance_id,
+        "id": endpoint.id,
+        "instance": instance.instance_id,
+        "rank": endpoint.rank,
         "role": instance.role,
         "host": instance.host,
         "port": instance.port,
@@ -231,34 +240,38 @@ class InstancesApi:
 
     async def _remove(self, request: web.Request, query: RemoveQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.remove(endpoint.id, force=query.force, by=asked_by(request))
+        await self._changes.remove(endpoint.instance.instance_id, force=query.force, by=asked_by(request))
         return web.Response(status=204)
 
     async def _drain(self, request: web.Request, query: DrainQuery) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.drain(endpoint.id, force=query.force, by=asked_by(request))
+        await self._changes.drain(endpoint.instance.instance_id, force=query.force, by=asked_by(request))
         if not query.wait:
             return json_answer(self._shown(endpoint), 202)
-        await self._wait_for_drain(endpoint)
-        if endpoint.drained:
+        ranks = self._router.registry.ranks_of(endpoint)
+        await self._wait_for_drain(ranks)
+        if all(each.drained for each in ranks):
             return json_answer(self._shown(endpoint))
-        remaining = Remaining(in_flight=endpoint.in_flight, pending_handoffs=endpoint.pending_handoffs)
+        remaining = Remaining(
+            in_flight=sum(each.in_flight for each in ranks),
+            pending_handoffs=sum(each.pending_handoffs for each in ranks),
+        )
         return json_answer(DrainAnswer(**self._fields(endpoint, time.monotonic()), remaining=remaining))
 
-    async def _wait_for_drain(self, endpoint: Endpoint) -> None:
-        """Wait until an endpoint is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
+    async def _wait_for_drain(self, ranks: Sequence[Endpoint]) -> None:
+        """Wait until an instance is drained, is undrained, ``drain_timeout`` is over or the scheduler ends.
 
         When the scheduler ends, the streams that it counts by end too, though the requests run on. To wait
         further would report them as finished.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._router.config.drain_timeout):
-                while endpoint.draining and not endpoint.drained and self._is_ready():  # noqa: ASYNC110
+                while any(e.draining and not e.drained for e in ranks) and self._is_ready():  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
 
     async def _undrain(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)
-        await self._changes.undrain(endpoint.id, by=asked_by(request))
+        await self._changes.undrain(endpoint.instance.instance_id, by=asked_by(request))
         return json_answer(self._shown(endpoint))
 
     def _endpoint(self, request: web.Request) -> Endpoint:
@@ -268,4 +281,4 @@ class InstancesApi:
         return InstanceAnswer(**self._fields(endpoint, time.monotonic()))
 
     def _fields(self, endpoint: Endpoint, now: float) -> dict[str, Any]:
-        return describe(endpoint, self._changes.source(endpoint.id), now)
+        return describe(endpoint, self._changes.source(endpoint.instance.instance_id), now)

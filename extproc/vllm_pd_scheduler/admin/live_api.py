@@ -87,7 +87,7 @@ class LiveApi:
             if at % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
                 now = time.monotonic()
-            rows[endpoint.id] = _row(endpoint, self._source(endpoint.id), now)
+            rows[endpoint.id] = _row(endpoint, self._source(endpoint.instance.instance_id), now)
             ages.append(None if endpoint.scraped_at is None else round(now - endpoint.scraped_at, 1))
         return Look(self._status().model_dump_json().encode(), rows, ages, self._series.newest)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..models import InstanceRole
+from ..models import PD_ROLES
 from ..records.decision import Decision
 from ..records.decisions import Decisions
 from ..records.events import Events
@@ -161,7 +161,7 @@ def _is_over(decision: Decision) -> bool:
 
 def _brief(decision: dict[str, Any]) -> dict[str, Any]:
     """Return a decision without what a list of them does not show."""
-    for role in InstanceRole:
+    for role in PD_ROLES:
         if (choice := decision[role]) is not None:
             del choice["candidates"], choice["left_out"]
     return decision

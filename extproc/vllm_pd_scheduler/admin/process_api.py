@@ -60,6 +60,7 @@ class RolesStatus(Shown):
 
     prefill: RoleStatus
     decode: RoleStatus
+    encode: RoleStatus
 
 
 class StatusAnswer(Shown):
@@ -133,7 +134,7 @@ class ProcessApi:
         """Return how the scheduler is now."""
         scheduler, queue = self._router.scheduler, self._router.dispatcher.queue
         serves = bool(self._router.registry.routable(InstanceRole.DECODE))
-        prefill, decode = map(self._role, InstanceRole)
+        prefill, decode, encode = map(self._role, InstanceRole)
         return StatusAnswer(
             version=__version__,
             started_at=self._started_at,
@@ -143,7 +144,7 @@ class ProcessApi:
             shadow=scheduler.shadow.name if scheduler.shadow else None,
             queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
             held_bytes=self._router.body_memory.used,
-            roles=RolesStatus(prefill=prefill, decode=decode),
+            roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
         )
 
     def _role(self, role: InstanceRole) -> RoleStatus:

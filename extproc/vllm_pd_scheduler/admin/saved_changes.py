@@ -88,7 +88,10 @@ class Steered:
         return cls(
             dict(router.scheduler.names),
             shadow.name if shadow else None,
-            {endpoint.id: router.membership.drained(endpoint.id) for endpoint in router.registry},
+            {
+                each.instance_id: router.membership.drained(each.instance_id)
+                for each in router.get_instances()
+            },
             {item.id: item for item in added},
             router.membership.removed(),
             set(router.membership.named()),
@@ -215,8 +218,7 @@ def _where(instance: PDInstance) -> str:
 
 
 def _configured(config: SchedulerConfig) -> list[SavedInstance]:
-    lists = {InstanceRole.PREFILL: config.prefill_instances, InstanceRole.DECODE: config.decode_instances}
-    return [SavedInstance(role=role, **dict(item)) for role, items in lists.items() for item in items]
+    return [SavedInstance(role=role, **dict(item)) for role, _, item in config.listed()]
 
 
 def read_state(path: Path) -> AdminState | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from ..router import PDRouter
+from ..self_check import SelfCheck
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -19,10 +20,12 @@ from .live_api import LiveApi
 from .models_api import ModelsApi
 from .origin import foreign_host, foreign_origin
 from .page import wants_page
+from .pairs_api import PairsApi
 from .probes_api import ProbesApi
 from .process_api import ProcessApi
 from .reload_api import Reload, ReloadApi
 from .route import Api, Route, error_answer
+from .self_check_api import SelfCheckApi
 from .strategy_api import StrategyApi
 from .trace_api import TraceApi
 
@@ -34,10 +37,10 @@ class AdminServer(HttpServer):
     """Serves the admin interface of a router.
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
-    shutting down. ``reload`` reads the configuration again, if it comes from a file. ``token``, if given, is
-    required as a bearer token for all routes but those that are open. Without one, whoever reaches the port
-    may do everything, so requests must name this machine as their host. In any case a web page of another
-    site may change nothing.
+    shutting down. ``reload`` reads the configuration again, if it comes from a file, and ``self_check``
+    checks pairs. ``token``, if given, is required as a bearer token for all routes but those that are open.
+    Without one, whoever reaches the port may do everything, so requests must name this machine as their host.
+    In any case a web page of another site may change nothing.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class AdminServer(HttpServer):
         is_ready: Callable[[], bool],
         token: str | None = None,
         reload: Reload | None = None,
+        self_check: SelfCheck | None = None,
     ) -> None:
         super().__init__()
         changes = changes or AdminChanges(router)
@@ -63,6 +67,8 @@ class AdminServer(HttpServer):
             DecisionsApi(router.decisions),
             InstancesApi(router, changes, is_ready),
             ModelsApi(router),
+            SelfCheckApi(router, self_check),
+            PairsApi(router),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from aiohttp import web
 
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..router import PDRouter
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
 from .changes import AdminChanges
@@ -26,7 +26,7 @@ class StrategyBody(Body):
         given = self.model_dump(exclude_unset=True)
         if not given:
             raise Refused(400, 'give "strategy" for both roles, "prefill_strategy" or "decode_strategy"')
-        names = {role: given.get(f"{role}_strategy", given.get("strategy")) for role in InstanceRole}
+        names = {role: given.get(f"{role}_strategy", given.get("strategy")) for role in PD_ROLES}
         return {role: name for role, name in names.items() if name is not None}
 
 

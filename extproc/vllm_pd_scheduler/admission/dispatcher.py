@@ -244,8 +244,8 @@ class Dispatcher:
         Else return the endpoint that it waits for: with late binding the strategy's choice, which is still
         busy; ``None`` while all are saturated, since it then waits for any.
         """
-        request, role, has_room = ticket.request, ticket.role, self._scheduler.has_room
-        if not has_room(InstanceRole.DECODE, now, request.model) or not has_room(role, now, request.model):
+        request, role = ticket.request, ticket.role
+        if not self._scheduler.has_room_for(role, request, now):
             return None
         outcome: Reservation | None = None
         request.at(now)

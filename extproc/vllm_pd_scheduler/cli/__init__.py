@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .checking import self_check
 from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
@@ -69,6 +70,7 @@ _PANELS = {
         add,
         remove,
         reload,
+        self_check,
         decisions,
         explain,
         events,

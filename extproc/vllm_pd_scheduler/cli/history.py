@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..models import InstanceRole
+from ..models import PD_ROLES
 from .client import UNREACHABLE, AdminClient, Failure
 from .connection import (
     DEFAULT_URL,
@@ -88,7 +88,7 @@ def _decisions(found: list[dict[str, Any]]) -> Table:
 
 
 def _cells(each: Mapping[str, Any]) -> list[Text]:
-    legs = [leg["picked"] or "none" for role in InstanceRole if (leg := each.get(role)) is not None]
+    legs = [leg["picked"] or "none" for role in PD_ROLES if (leg := each.get(role)) is not None]
     date, _, time_of_day = local_time(each["time"]).partition(" ")
     failed = each["status"] is not None and each["status"] >= 400
     reason = f" {each['reason']}" if each["reason"] else ""
@@ -143,7 +143,12 @@ def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     if each["ttft_s"] is not None or each["predicted_ttft_s"] is not None:
         predicted = seconds(each["predicted_ttft_s"])
         yield plain(f"  first token after {seconds(each['ttft_s'])}; predicted {predicted}")
-    for role in InstanceRole:
+    if (encode := each.get("encode")) is not None:
+        yield ""
+        items = f"{encode['encoded']} of {encode['items']} items encoded"
+        yield plain(f"encode: {items}; took {seconds(encode['took_s'])}", "bold")
+        yield from _tried(encode["attempts"])
+    for role in PD_ROLES:
         if (leg := each.get(role)) is not None:
             yield ""
             yield from _leg(role, leg)
@@ -172,7 +177,11 @@ def _leg(role: str, leg: Mapping[str, Any]) -> Iterator[RenderableType]:
     for reason, ids in leg["left_out"].items():
         if ids:
             yield plain(f"  left out, {reason}: {', '.join(ids)}")
-    for attempt in leg["attempts"]:
+    yield from _tried(leg["attempts"])
+
+
+def _tried(attempts: Iterable[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for attempt in attempts:
         outcome = attempt["outcome"]
         style = "" if outcome in ("ok", None) else "yellow"
         yield plain(f"  tried {attempt['instance']}: {outcome or 'not ended'}", style)

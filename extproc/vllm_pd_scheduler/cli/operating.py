@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..models import InstanceRole, join_address
+from ..models import MAX_RANKS, PD_ROLES, InstanceRole, join_address
 from .client import REFUSED, TIMEOUT_S, AdminClient, Failure, instance_path
 from .connection import (
     DEFAULT_URL,
@@ -77,7 +77,7 @@ def strategy(
             typer.echo(text)
             return
         found = client.parsed(text)
-        for each in InstanceRole:
+        for each in PD_ROLES:
             show(f"{each:<10} {found[f'{each}_strategy']}")
         if name is None:
             show(f"there are   {', '.join(found['available'])}")
@@ -135,6 +135,9 @@ def add(
     server_name: Annotated[
         str | None, typer.Option("--server-name", help="DNS name in its certificate, with instance_tls.")
     ] = None,
+    data_parallel_size: Annotated[
+        int, typer.Option("--data-parallel-size", min=1, max=MAX_RANKS, help="Engines behind its one port.")
+    ] = 1,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
     token_file: TokenFileOption = None,
@@ -147,6 +150,8 @@ def add(
     body = {"id": instance, "role": role, "host": host, "port": int(port)}
     if server_name is not None:
         body["server_name"] = server_name
+    if data_parallel_size > 1:
+        body["data_parallel_size"] = data_parallel_size
     with connected(url, token_file, ca_file) as client:
         _show_one(client, client.ask("POST", "/instances", body=body), as_json)
 

@@ -200,6 +200,8 @@ def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     held = size(found["held_bytes"])
     yield plain(f"queue     {queue['requests']} requests, {size(queue['bytes'])}; bodies held: {held}")
     for role, count in found["roles"].items():
+        if role == "encode" and not count["total"]:
+            continue
         style = "" if count["routable"] == count["total"] else "yellow" if count["routable"] else "red"
         yield plain(f"{role:<9} {count['routable']} of {count['total']} can serve", style)
 

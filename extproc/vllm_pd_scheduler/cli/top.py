@@ -47,7 +47,7 @@ class _Look:
 
     def __init__(self, status: Mapping[str, Any], fleet: list[dict[str, Any]]) -> None:
         self.status = status
-        self.fleet = sorted(fleet, key=lambda each: (each["role"] != "prefill", -each["requests"]))
+        self.fleet = sorted(fleet, key=lambda each: (each["role"] == "decode", -each["requests"]))
 
 
 def _look(client: AdminClient) -> _Look:
@@ -81,8 +81,8 @@ def _parts(look: _Look, rows: int | None) -> Iterator[RenderableType]:
 
 def _some(fleet: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
     """Return as many as there is room for; of each role a fair part."""
-    prefill = [each for each in fleet if each["role"] == "prefill"]
-    decode = [each for each in fleet if each["role"] != "prefill"]
+    prefill = [each for each in fleet if each["role"] != "decode"]
+    decode = [each for each in fleet if each["role"] == "decode"]
     first = min(len(prefill), max(rows // 2, rows - len(decode)))
     return prefill[:first] + decode[: rows - first]
 

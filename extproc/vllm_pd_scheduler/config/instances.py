@@ -18,12 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from ..models import ConnectorChoice, InstanceRole, canonical_host, canonical_ip, is_ip
+from ..models import MAX_RANKS, ConnectorChoice, InstanceRole, canonical_host, canonical_ip, is_ip
 from .tls import LABEL, ServerName
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
 """The name of a model, as requests have it."""
 Port = Annotated[int, Field(ge=1, le=65535)]
+RankCount = Annotated[int, Field(ge=1, le=MAX_RANKS)]
 
 _NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
 _NUMBERS = re.compile(r"(?:(?:[0-9]+|0x[0-9a-f]*)\.)*(?:[0-9]+|0x[0-9a-f]*)\.?")
@@ -147,7 +148,12 @@ class InstanceConfig(StrictModel):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Its revision during a [roll-out](models.md#roll-outs): P hands over only to D of the same one."""
     connector: ConnectorSetting | None = None
-    """Its [connector](connectors.md), if it is not the `connector` of all."""
+    """Its [connector](connectors.md), if it is not the `connector` of all; of an E that in place of
+    `encode_connector`."""
+    data_parallel_size: RankCount = 1
+    """Its `--data-parallel-size`, if its engines share its one port: the scheduler then chooses among them
+    ([data-parallel ranks](connectors.md#data-parallel-ranks)). Engines with ports of their own are instances
+    of their own."""
 
     @field_validator("host")
     @classmethod
@@ -172,6 +178,8 @@ class InstancesFile(StrictModel):
     """P of the fleet."""
     decode_instances: list[InstanceConfig] = []
     """D of the fleet."""
+    encode_instances: list[InstanceConfig] = []
+    """E of the fleet."""
 
     def listed(self) -> Iterator[Listed]:
         """Yield every entry of the two lists."""

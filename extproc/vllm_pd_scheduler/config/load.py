@@ -10,9 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..connectors import UnknownConnector, settings_of
 from ..models import InstanceRole, PDInstance
-from .instances import InstanceConfig, InstancesFile, Listed, connector_choice
+from .instances import InstanceConfig, InstancesFile, Listed
 from .listeners import clashes, listeners_of
 from .problems import describe_error, duplicates, find_problems
 from .schema import SchedulerConfig
@@ -71,10 +70,6 @@ def read_instances(path: str, config: SchedulerConfig) -> list[PDInstance]:
     for role, key, item in listed:
         try:
             found.append(config.instance(role, item))
-            if item.connector is not None:
-                settings_of(connector_choice(item.connector))
-        except UnknownConnector as error:
-            problems.append(f"{key}.connector: {error}")
         except ValueError as error:
             problems.append(f"{key}.{error}")
     if problems:

@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from ..connectors import UnknownConnector, settings_of
-from ..models import InstanceRole, join_address
+from ..connectors import UnknownConnector
+from ..models import PD_ROLES, InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
-from .schema import MEANING, SchedulerConfig, is_loopback
+from .schema import MEANING, SchedulerConfig, check_connector, is_loopback
 from .sources import SOURCE_TYPES, source_problems
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -32,12 +32,13 @@ def find_problems(
     problems = _unknown_strategies(config) + _unknown_connector("connector", config.connector)
     items = list(config.listed() if listed is None else listed)
     problems += duplicates(items)
-    for _, key, item in items:
+    for role, key, item in items:
         problems += _unreadable(f"{key}.api_key", item.api_key)
-        problems += _unknown_connector(f"{key}.connector", item.connector)
+        problems += _unknown_connector(f"{key}.connector", item.connector, role)
         try:
             if "instance_tls" not in malformed:
                 config.tls_name(item)
+            config.rank_count(item)
         except ValueError as error:
             problems.append(f"{key}.{error}")
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)
@@ -54,10 +55,14 @@ def find_problems(
         problems.append(
             "grpc_tls: not with grpc_socket, which only this user can open: leave one of them out"
         )
+    if config.self_check_interval is not None and config.prefill_leg == "sidecar":
+        problems.append(
+            'self_check_interval: not with "prefill_leg": "sidecar", where the scheduler calls no P itself'
+        )
     listeners = [listener for listener in listeners_of(config) if listener[0] not in malformed]
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
-    for role in InstanceRole:
+    for role in PD_ROLES:
         elsewhere = config.instance_files or config.discovery or "discovery" in malformed
         if not elsewhere and not any(role is item_role for item_role, _, _ in items):
             problems.append(
@@ -78,10 +83,12 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
     return problems
 
 
-def _unknown_connector(key: str, setting: str | ConnectorConfig | None) -> list[str]:
+def _unknown_connector(
+    key: str, setting: str | ConnectorConfig | None, role: InstanceRole = InstanceRole.PREFILL
+) -> list[str]:
     try:
         if setting is not None:
-            settings_of(connector_choice(setting))
+            check_connector(role, connector_choice(setting))
     except UnknownConnector as error:
         return [f"{key}: {error}"]
     return []

@@ -14,7 +14,9 @@ from pydantic import (
     field_validator,
 )
 
-from ..models import InstanceRole, PDInstance, is_ip
+from ..connectors import UnknownConnector, settings_of, takes_ranks
+from ..connectors.encode import EncodeConnectorName, encode_connector
+from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
@@ -38,6 +40,7 @@ _WEEK_S = 604_800
 Seconds = Annotated[float, Field(ge=0.001, le=_WEEK_S)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+Revision = Annotated[str, Field(max_length=128)]
 Probes = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
@@ -120,6 +123,13 @@ class SchedulerConfig(InstancesFile):
     connector: ConnectorSetting = "auto"
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
+    encode_connector: EncodeConnectorName = "ec-nixl"
+    """How the [encode instances](connectors.md#encode-instances) hand over images, video and audio that they
+    have encoded: `ec-nixl` by what E answers, which P gets (vLLM's `ECCPUConnector`), `ec-example` by storage
+    that they share (`ECExampleConnector`)."""
+    encode_timeout: Seconds = 30.0
+    """Seconds that one attempt to encode an item may take; then another E is tried, and at last P encodes it.
+    All items of a request together have twice as long."""
     tokenize_once: bool = True
     """Whether D gets a chat's token ids from P, where both are vLLM 0.28 or newer, and need not tokenize it a
     second time. See [Tokenize once](connectors.md#tokenize-once)."""
@@ -181,6 +191,10 @@ class SchedulerConfig(InstancesFile):
     30."""
     max_ejected_share: Share = 0.5
     """At most this share of a role is ejected at once."""
+    self_check_interval: Annotated[float, Field(ge=1, le=_WEEK_S)] | None = None
+    """Seconds between two [self-checks](reliability.md#self-check) of each model: whether a D answers the
+    same with a hand-off as without. A pair of P and D that gives wrong texts gets no more hand-offs. Without
+    it there are none. Each is two requests of some 300 tokens."""
     drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""
@@ -241,6 +255,12 @@ class SchedulerConfig(InstancesFile):
     """[Aliases and canaries](models.md#aliases-and-canaries): by the name that requests ask for, the models
     that they get. `{"chat": {"targets": {"chat-v1": 95, "chat-v2": 5}}}` gives 5 % of the requests for `chat`
     to `chat-v2`."""
+    revisions: Annotated[
+        dict[Revision, Annotated[int, Field(ge=0, le=1_000_000)]], Field(max_length=1000)
+    ] = {}
+    """[Weights of the revisions](models.md#weights): `{"blue": 90, "green": 10}` gives those instances whose
+    `revision` is `green` one in ten requests. What has no weight, or is not named, gets nothing; instances
+    without a revision have the empty name. Without it the strategy chooses among all."""
     metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the listener of `metrics_port` listens on."""
     metrics_port: Annotated[Port | None, _AT_START] = None
@@ -270,8 +290,11 @@ class SchedulerConfig(InstancesFile):
     """The P of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     decode_instances: list[InstanceConfig] = []
     """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
+    encode_instances: list[InstanceConfig] = []
+    """The [encode instances](connectors.md#encode-instances) (E) of the fleet. Without any, P encodes what
+    its requests have of images, video and audio."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
-    """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the two
+    """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the three
     keys above."""
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
@@ -292,6 +315,13 @@ class SchedulerConfig(InstancesFile):
         if not found or not is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
             raise ValueError("must be http://HOST:PORT, without a path")
         return url
+
+    @field_validator("revisions")
+    @classmethod
+    def _gives_something(cls, weights: dict[str, int]) -> dict[str, int]:
+        if weights and not any(weights.values()):
+            raise ValueError("at least one weight must be above 0; {} has no weights")
+        return weights
 
     @field_validator("disaggregation", mode="wrap")
     @classmethod
@@ -363,8 +393,24 @@ class SchedulerConfig(InstancesFile):
             self.tls_name(item),
             models,
             item.revision,
-            None if item.connector is None else connector_choice(item.connector),
+            _own_connector(role, item),
+            self.rank_count(item),
         )
+
+    def rank_count(self, item: InstanceConfig) -> int:
+        """Return how many ranks an instance has; raise :exc:`ValueError` if they cannot be chosen among."""
+        if item.data_parallel_size > 1 and self.prefill_leg == "sidecar":
+            raise ValueError(
+                "data_parallel_size: a sidecar cannot be told a rank of P: leave it out, or give each rank a "
+                "port, which is an instance of its own"
+            )
+        connector = connector_choice(item.connector or self.connector).name
+        if item.data_parallel_size > 1 and not takes_ranks(connector):
+            raise ValueError(
+                f"data_parallel_size: an instance of the connector {connector!r} cannot be told a rank: "
+                "leave it out, and its engine chooses among its ranks"
+            )
+        return item.data_parallel_size
 
     def tls_name(self, item: InstanceConfig) -> str | None:
         """Return the name that an instance's certificate must be for, ``None`` without TLS."""
@@ -392,6 +438,26 @@ class SchedulerConfig(InstancesFile):
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
         sources += [getattr(source, "api_key", None) for source in self.discovery]
         return [source for source in sources if source is not None]
+
+
+def _own_connector(role: InstanceRole, item: InstanceConfig) -> ConnectorChoice | None:
+    """Return an instance's own connector, if it names one; raise :exc:`ValueError` if none is called so."""
+    if item.connector is None:
+        return None
+    choice = connector_choice(item.connector)
+    try:
+        check_connector(role, choice)
+    except UnknownConnector as error:
+        raise ValueError(f"connector: {error}") from None
+    return choice
+
+
+def check_connector(role: InstanceRole, choice: ConnectorChoice) -> None:
+    """Raise :exc:`.connectors.UnknownConnector` for one that an instance of a role cannot have."""
+    if role is InstanceRole.ENCODE:
+        encode_connector(choice)
+    else:
+        settings_of(choice)
 
 
 def is_loopback(host: str) -> bool:

@@ -12,10 +12,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..models import canonical_host, canonical_ip, is_ip
 from ..system.extras import install_command
-from .instances import INSTANCE_ID, Port, SecretSource, StrictModel, is_host
+from .instances import INSTANCE_ID, Port, RankCount, SecretSource, StrictModel, is_host
 from .tls import ServerName
 
-RoleName = Literal["prefill", "decode"]
+RoleName = Literal["prefill", "decode", "encode"]
 
 
 def _is_a_kubernetes_name(name: str) -> str:
@@ -75,7 +75,7 @@ class DnsSource(StrictModel):
 
     type: Literal["dns"]
     """`"dns"`."""
-    role: Literal["prefill", "decode"]
+    role: RoleName
     """What the instances are for."""
     name: _DnsName | None = None
     """A name whose A or AAAA records are the instances, as that of a headless service. A dot at the end keeps
@@ -92,6 +92,8 @@ class DnsSource(StrictModel):
     server_name: ServerName | None = None
     """With `instance_tls`: the DNS name that their certificates must be for. Without it the one of
     `instance_tls`, else `name`, else the target of each SRV record."""
+    data_parallel_size: RankCount = 1
+    """The [`data_parallel_size`](connectors.md#data-parallel-ranks) of each of these instances."""
 
     @property
     def label(self) -> str:
@@ -203,12 +205,16 @@ class KubernetesSource(StrictModel):
     roles: dict[RoleName, list[Annotated[str, Field(max_length=63)]]] = {
         "prefill": ["prefill", "encode-prefill", "prefill-decode", "both", "encode-prefill-decode"],
         "decode": ["decode", "prefill-decode", "both", "encode-prefill-decode", ""],
+        "encode": ["encode"],
     }
     """Values of that label for each role; a pod may have both. `""` stands for a pod without the label."""
     model_label: _LabelKey | None = None
     """Label of a pod that says which model it serves. Without it that is read from its `/v1/models`."""
     revision_label: _LabelKey | None = None
     """Label of a pod that says to which roll-out it belongs: P hands over only to D of the same one."""
+    data_parallel_size_label: _LabelKey | None = None
+    """Label of a pod that says its [`data_parallel_size`](connectors.md#data-parallel-ranks). Without it each
+    port has one engine."""
     kubeconfig: Annotated[str, Field(min_length=1)] | None = None
     """Path of a kubeconfig file. Without it the scheduler uses its pod's service account or, outside a
     cluster, `KUBECONFIG` or `~/.kube/config`."""

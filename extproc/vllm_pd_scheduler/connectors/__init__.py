@@ -9,7 +9,7 @@ from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
-from .names import UnknownConnector, connector_names, load_connector, settings_of
+from .names import UnknownConnector, connector_names, load_connector, settings_of, takes_ranks
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
@@ -22,4 +22,5 @@ __all__ = [
     "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
     "Question", "Settings", "SglangConnector",
     "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "takes_ranks",
 ]  # fmt: skip

@@ -42,6 +42,10 @@ class Attempt:
         """Return the attempt, with what P's answer to the question says."""
         return replace(self, legs=replace(self.legs, known=known))
 
+    def names_rank(self) -> bool:
+        """Whether the hand-off names the engine that a leg is sent to."""
+        return self.connector.names_rank(self.legs)
+
     @property
     def leaves_something(self) -> bool:
         """Whether P may keep blocks for D when it has answered."""
@@ -59,8 +63,8 @@ class Attempt:
         """Return what D's call says; ``None`` if that is nonsense."""
         return self.connector.asked(call, self.legs)
 
-    def prefill_body(self, body: JsonBody) -> bytes:
-        """Return the body of the request to P."""
+    def prefill_body(self, body: JsonBody) -> bytes | None:
+        """Return the body of the request to P; ``None`` if P can do nothing for it."""
         return self.connector.prefill_body(body, self.legs)
 
     def prefill_headers(self) -> Mapping[str, str]:

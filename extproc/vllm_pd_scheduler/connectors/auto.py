@@ -15,11 +15,9 @@ from ..request.body import JsonBody
 from .ascend_mooncake import AscendMooncakeConnector, AscendMooncakeSettings
 from .base import Handoff, Legs
 from .nixl import PUSH, NixlConnector, read_handoff
-from .nixl_push import NixlPushConnector, of_its_own, pushed
+from .nixl_push import TOO_LATE_S, NixlPushConnector, of_its_own, pushed
 
-_PULLS, _PUSHES, _ASCEND = "nixl", "nixl-push", "ascend-mooncake"
-
-
+_PULLS, _PUSHES, _ASCEND, _MORIIO = "nixl", "nixl-push", "ascend-mooncake", "moriio"
 _OF_MORIIO = b'"remote_notify_port"'
 
 
@@ -32,10 +30,17 @@ class AutoConnector(NixlConnector):
             _ASCEND: AscendMooncakeConnector(),
         }
 
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
-        """Return what the protocol that P speaks needs, as far as that is known."""
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
+        """Return what the protocol that P speaks needs, as far as that is known; ``None`` if that cannot.
+
+        Raise :exc:`ValueError` for a P whose protocol must be configured.
+        """
+        if legs.prefill.speaks == _MORIIO:
+            raise ValueError('P speaks MoRI-IO, which has settings: set its connector to "moriio"')
         known = self._speaking.get(legs.prefill.speaks)
-        return super().prefill_body(body, legs) if known is None else known.prefill_body(body, legs)
+        if known is None:
+            return super().prefill_body(body, legs)
+        return known.prefill_body(body, legs) if known.can_split(body) else None
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the headers of the protocol that P speaks; before that is known, those of pushing."""
@@ -44,12 +49,12 @@ class AutoConnector(NixlConnector):
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return the hand-off as the protocol that P's answer shows needs it, and the name of that.
 
-        Raise :exc:`ValueError` if it shows one that must be configured.
+        One of a protocol that must be configured is not to be used.
         """
         found, params = read_handoff(answer)
         if found is None:
-            if _OF_MORIIO in answer:
-                raise ValueError('P speaks MoRI-IO, which has settings: set its connector to "moriio"')
+            if _OF_MORIIO in answer:  # what it keeps is left to its lease, and it is asked no more
+                return Handoff(b"", lease=TOO_LATE_S, pinned=False, protocol=_MORIIO)
             return None
         if params.transfer_mode != PUSH and params.num_prompt_blocks:
             found = self._speaking[_ASCEND].handoff(answer, _with_defaults(legs))

@@ -53,6 +53,10 @@ class Peer:
     """The protocol of its last hand-off, as :attr:`Handoff.protocol`; empty before the first."""
     takes_token_ids: bool = False
     """As :attr:`Handoff.takes_token_ids` of its last hand-off."""
+    rank: int | None = None
+    """Which of its data-parallel engines gets the request, if the scheduler chooses among them."""
+    ranks: int = 1
+    """How many of them there are, as configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,9 @@ class Handoff:
     """Tokens of the prompt as P counted them; ``None`` if it does not say."""
     cached_tokens: int | None = None
     """How many of them P had in its prefix cache; ``None`` if it does not say."""
+    tells_cached: bool = False
+    """Whether D learns :attr:`cached_tokens` from it. Else D counts as cached what it has got, and a header
+    of the answer says what is right."""
     lease: float | None = None
     """Seconds for which it may be used; ``None``: as configured. ``inf`` if it cannot be too old."""
     pinned: bool = True
@@ -149,6 +156,9 @@ class Connector(ABC):
     needs_prefill: ClassVar[bool] = False
     """Whether a D serves nothing but what a P prefills. What cannot be split is then refused."""
 
+    takes_ranks: ClassVar[bool] = True
+    """Whether an instance can be told which of its data-parallel engines gets a request."""
+
     @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
@@ -168,6 +178,13 @@ class Connector(ABC):
         """
         return None
 
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether the hand-off names the data-parallel engine that a leg is sent to.
+
+        Such a request is split only on paths of which vLLM reads what engine is meant.
+        """
+        return False
+
     def invitation(self, legs: Legs, url: str) -> Handoff:
         """Return what D gets to ask for the prefill, by a POST to ``url``, with ``Order.DECODE_FIRST``."""
         raise NotImplementedError
@@ -180,8 +197,8 @@ class Connector(ABC):
         return None
 
     @abstractmethod
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
-        """Return the body of the request to P."""
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
+        """Return the body of the request to P; ``None`` if P can do nothing for it: D serves it alone."""
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return headers of the request to P, by lower-case names, that the client's cannot replace."""

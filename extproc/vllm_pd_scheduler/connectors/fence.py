@@ -29,8 +29,8 @@ class _Object(msgspec.Struct):
 
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
-    "can_split", "order", "question", "understood", "invitation", "asked", "prefill_body", "prefill_headers",
-    "handoff", "promised", "abort", "ended", "splice", "release_body",
+    "can_split", "order", "question", "understood", "invitation", "asked", "names_rank", "prefill_body",
+    "prefill_headers", "handoff", "promised", "abort", "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -86,6 +86,10 @@ class ConnectorFence:
         """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("understood", lambda: self._connector.understood(answer, prefill))
 
+    def names_rank(self, legs: Legs) -> bool:
+        """See :meth:`Connector.names_rank`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("names_rank", lambda: bool(self._connector.names_rank(legs)))
+
     def invitation(self, legs: Legs, url: str) -> Handoff:
         """See :meth:`Connector.invitation`; raise :exc:`ConnectorFailed` if it fails."""
 
@@ -101,10 +105,10 @@ class ConnectorFence:
         """See :meth:`Connector.asked`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("asked", lambda: self._connector.asked(call, legs))
 
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
 
-        def ask() -> bytes:
+        def ask() -> bytes | None:
             return _checked_prefill(self._connector.prefill_body(body, legs), body)
 
         return self._ask("prefill_body", ask)
@@ -181,7 +185,9 @@ def _checked_body(body: Any) -> bytes:
     return body
 
 
-def _checked_prefill(made: Any, body: JsonBody) -> bytes:
+def _checked_prefill(made: Any, body: JsonBody) -> bytes | None:
+    if made is None:
+        return None
     checked = _checked_body(made)
     if len(checked) <= CHECKED_BYTES and body.walked is None:  # else the client's may have a NaN, say
         _check_object(checked)

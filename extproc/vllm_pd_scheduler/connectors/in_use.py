@@ -31,10 +31,20 @@ class Connectors:
         self._settings: dict[ConnectorChoice, Settings] = {}
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
-        self._used: tuple[ConnectorFence, ...] = ()
-        self.some_need_prefill = False
-        """Whether some D may serve nothing but what a P prefills."""
-        self.follow(())
+        self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
+        self.some_need_prefill = self.of(None).needs_prefill
+        """Whether some D serve nothing but what a P prefills."""
+
+    def used_by(self, prefill: Iterable[PDInstance], decode: Iterable[PDInstance] = ()) -> None:
+        """Take which P and D there are: only the connectors of P are asked whether a request can be split."""
+        if self._given is None:
+            of_prefill, of_decode = self._choices(prefill), self._choices(decode)
+            self._fences = {choice.name: self._fence(choice) for choice in of_prefill | of_decode}
+            self._of_prefill = tuple({self._fence(choice): None for choice in of_prefill})
+            self.some_need_prefill = any(self._fence(choice).needs_prefill for choice in of_decode)
+
+    def _choices(self, instances: Iterable[PDInstance]) -> set[ConnectorChoice]:
+        return {each.connector or self._of_the_fleet() for each in instances}
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -49,18 +59,9 @@ class Connectors:
             fence = self._fences[choice.name] = ConnectorFence(made, self.failures)
         return fence
 
-    def follow(self, instances: Iterable[PDInstance]) -> None:
-        """Take these for all instances that there are."""
-        if self._given is not None:
-            self._used = (self._given,)
-        else:
-            choices = {instance.connector for instance in instances} or {None}
-            self._used = tuple(self._fence(choice or self._of_the_fleet()) for choice in choices)
-        self.some_need_prefill = any(fence.needs_prefill for fence in self._used)
-
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split whoever gets it."""
-        return all(fence.can_split(body) for fence in self._used)
+        return all(fence.can_split(body) for fence in self._of_prefill)
 
     def can_pull(self, instance: PDInstance) -> bool:
         """Whether an instance can pull what others of its kind have cached, and they from it."""
@@ -69,30 +70,32 @@ class Connectors:
     @property
     def some_can_pull(self) -> bool:
         """Whether there may be such instances."""
-        return any(fence.can_pull for fence in self._used)
+        return any(fence.can_pull for fence in self._of_prefill)
 
     def attempt(
         self,
         prefill: PDInstance,
         host: str,
         *,
+        rank: int | None = None,
         speaks: str = "",
         takes_token_ids: bool = False,
         token_ids: bool = False,
     ) -> Attempt:
         """Return a new attempt to split a request, with a P that is reached at ``host``.
 
-        ``speaks`` and ``takes_token_ids`` are what that P's last hand-off has shown, and ``token_ids`` says
-        whether D is to get the prompt's, if it takes them.
+        ``rank`` is that of the engine that was chosen. ``speaks`` and ``takes_token_ids`` are what that P's
+        last hand-off has shown, and ``token_ids`` says whether D is to get the prompt's, if it takes them.
         """
-        peer = replace(self.peer(prefill, host), speaks=speaks, takes_token_ids=takes_token_ids)
+        peer = replace(self.peer(prefill, host, rank), speaks=speaks, takes_token_ids=takes_token_ids)
         legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids)
         return Attempt(self.of(prefill), legs)
 
-    def peer(self, instance: PDInstance, host: str) -> Peer:
-        """Return an instance that is reached at ``host`` as its connector sees it."""
+    def peer(self, instance: PDInstance, host: str, rank: int | None = None) -> Peer:
+        """Return an instance that is reached at ``host``, or a rank of it, as its connector sees it."""
         choice = instance.connector or self._of_the_fleet()
-        return Peer(instance.instance_id, host, instance.port, self._settings_of(choice))
+        settings, ranks = self._settings_of(choice), instance.data_parallel_size
+        return Peer(instance.instance_id, host, instance.port, settings, rank=rank, ranks=ranks)
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given_settings is not None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from ..models import join_address
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
+from ..request.headers import RANK
 from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Settings
 from .one_token import UNREADABLE, can_split, counted, has_stopped, never_served, one_token, was_cut
-
-RANK_HEADER = "x-data-parallel-rank"
-"""Header by which vLLM chooses the engine of a server that has several."""
 
 _Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 _Rank = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
@@ -38,7 +36,7 @@ class MooncakeSettings(Settings, frozen=True):
     lease: _Seconds = 480.0
     """``VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT``, seconds."""
     data_parallel_rank: _Rank | None = None
-    """The only engine of P that gets requests; ``None``: all of them do."""
+    """The only engine of P that gets requests, if the scheduler chooses none; ``None``: all of them do."""
 
 
 _Workers = Annotated[dict[_Rank, _Text], msgspec.Meta(min_length=1)]
@@ -72,9 +70,15 @@ class MooncakeConnector(Connector):
             found = _decode_engines(answer)
         except UNREADABLE:
             return None
-        only = prefill.settings.data_parallel_rank
+        only = prefill.settings.data_parallel_rank if prefill.rank is None else prefill.rank
         ranks = sorted(found) if only is None else [only] if only in found else []
         return tuple((rank, found[rank].engine_id) for rank in ranks) or None
+
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether P has several engines: a hand-off is of one of them."""
+        prefill = legs.prefill
+        chosen = prefill.rank is not None or prefill.settings.data_parallel_rank is not None
+        return chosen or len(legs.known) > 1
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token that is no end, and a request for a hand-off."""
@@ -83,22 +87,24 @@ class MooncakeConnector(Connector):
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the rank of the engine that gets it, where there is a choice."""
-        if len(legs.known) == 1 and legs.prefill.settings.data_parallel_rank is None:
-            return NO_HEADERS
-        return {RANK_HEADER: str(_engine(legs)[0])}
+        return {RANK: str(_engine(legs)[0])} if self.names_rank(legs) else NO_HEADERS
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return the hand-off if P was cut off after its token: after a stop it has kept no blocks."""
         if not was_cut(answer):
             return None
-        params = {
+        tokens, cached = counted(answer)
+        params: dict[str, Any] = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "transfer_id": _transfer_id(legs),
             "remote_bootstrap_addr": _bootstrap_address(legs.prefill),
             "remote_engine_id": _engine(legs)[1],
         }
-        return Handoff(_encode(params), *counted(answer), lease=legs.prefill.settings.lease)
+        if cached is not None:
+            params["remote_prefill_cached_tokens"] = cached  # as P says it by itself in other protocols
+        lease = legs.prefill.settings.lease
+        return Handoff(_encode(params), tokens, cached, cached is not None, lease=lease)
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing, and D would wait for minutes."""

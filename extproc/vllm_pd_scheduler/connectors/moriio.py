@@ -17,7 +17,7 @@ from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
 from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Order, Peer, Settings
-from .one_token import UNREADABLE, can_split, counted_in, has_stopped, never_served, one_token
+from .one_token import UNREADABLE, can_split, counted_with, has_stopped, never_served, one_token
 
 _MAX_PARAMS_DEPTH = 32
 
@@ -84,6 +84,10 @@ class MoriioConnector(Connector):
         """Return that P must be told of D, if it writes there."""
         return Order.TOWARDS_DECODE if prefill.settings.mode == "write" else Order.PREFILL_FIRST
 
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether P is told to which engine of D it must write."""
+        return legs.decode is not None and legs.decode.rank is not None
+
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token that is no end, and a request for a hand-off."""
         params: dict[str, Any] = {
@@ -99,9 +103,9 @@ class MoriioConnector(Connector):
                 "remote_host": legs.decode.host,
                 "remote_handshake_port": to.handshake_port,
                 "remote_notify_port": to.notify_port,
-                "remote_dp_rank": 0,
+                "remote_dp_rank": legs.decode.rank or 0,
                 "remote_dp_rank_override": True,
-                "remote_dp_size": 1,
+                "remote_dp_size": legs.decode.ranks,
                 "remote_tp_size": to.tp_size,
                 "tp_size": to.tp_size,
             }
@@ -124,7 +128,9 @@ class MoriioConnector(Connector):
         if not (own and params.remote_block_ids) or depth(text) > _MAX_PARAMS_DEPTH:
             return None
         lease = legs.prefill.settings.lease
-        return Handoff(text, *counted_in(decoded.usage), lease=lease, headers=_own_id(legs))
+        return Handoff(
+            text, *counted_with(decoded.usage, decoded.kv_transfer_params), lease=lease, headers=_own_id(legs)
+        )
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing."""

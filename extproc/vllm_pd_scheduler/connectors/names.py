@@ -61,6 +61,14 @@ def load_connector(name: str) -> type[Connector]:
         raise UnknownConnector(str(error)) from error.__cause__
 
 
+def takes_ranks(name: str) -> bool:
+    """Whether an instance can be told which of its ranks is meant; true of an unknown connector."""
+    try:
+        return bool(getattr(load_connector(name), "takes_ranks", True))
+    except UnknownConnector:  # which is said elsewhere, or is that of an encode instance
+        return True
+
+
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
     wanted = load_connector(choice.name).settings_type

@@ -6,7 +6,6 @@ two requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Annotated, ClassVar
 
 import msgspec
@@ -15,7 +14,7 @@ from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
 from .base import Connector, Handoff, Legs, Splice
-from .one_token import UNREADABLE, Tokens, can_split, counted_in, has_stopped, never_served, one_token
+from .one_token import UNREADABLE, Tokens, can_split, counted_with, has_stopped, never_served, one_token
 
 PREFILL_PARAMS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
@@ -60,15 +59,10 @@ class TransferParams(msgspec.Struct):
     """vllm-ascend's alone."""
 
 
-class _Cached(msgspec.Struct):
-    remote_prefill_cached_tokens: Tokens | None = None
-
-
 _NOTHING = TransferParams(False, "", [], "", 0)
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_params = msgspec.json.Decoder(TransferParams).decode
-_decode_cached = msgspec.json.Decoder(_Cached).decode
 
 
 class NixlConnector(Connector):
@@ -81,7 +75,7 @@ class NixlConnector(Connector):
         """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
         return can_split(body)
 
-    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
+    def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
         """Return the client's body with ``max_tokens`` 1, not streamed, and a request for a hand-off."""
         wanted = {HANDOFF_KEY: PREFILL_PARAMS}
         if legs.token_ids:
@@ -132,12 +126,12 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
         return None, _NOTHING
     if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
         return None, _NOTHING
-    tokens, cached = _counted(decoded.usage, decoded.kv_transfer_params)
+    tokens, cached, told = counted_with(decoded.usage, decoded.kv_transfer_params)
     # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
     ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
-    return Handoff(text, tokens, cached, token_ids=ids, takes_token_ids=takes), params
+    return Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes), params
 
 
 def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:
@@ -153,11 +147,3 @@ def another_mode(params: TransferParams) -> ValueError:
     """Return what is wrong with a P whose hand-offs are another connector's."""
     mode = f"P's transfer_mode is {params.transfer_mode!r:.40}"
     return ValueError(f'{mode}, so this is not its connector: "nixl" is for pull, "nixl-push" for push')
-
-
-def _counted(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None]:
-    """Return the tokens of the prompt, and how many of them were cached; ``None`` for what makes no sense."""
-    cached = None
-    with suppress(*UNREADABLE):
-        cached = _decode_cached(params).remote_prefill_cached_tokens
-    return counted_in(usage, cached)

@@ -14,8 +14,8 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
+from ..request.headers import RANK
 from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Settings
-from .mooncake import RANK_HEADER
 from .one_token import can_split, counted, has_stopped, one_token, was_cut
 
 _Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
@@ -31,7 +31,7 @@ class OffloadingP2pSettings(Settings, frozen=True):
     lease: _Seconds = 60.0
     """``unbound_store_timeout_s`` of the tier, seconds."""
     data_parallel_rank: _Rank | None = None
-    """The only engine that gets requests; ``None``: there is one."""
+    """The only engine that gets requests, if the scheduler chooses none; ``None``: there is one."""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -57,8 +57,12 @@ class OffloadingP2pConnector(Connector):
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return the rank of the engine that gets it, if there are several."""
-        rank = legs.prefill.settings.data_parallel_rank
-        return NO_HEADERS if rank is None else {RANK_HEADER: str(rank)}
+        rank = _rank(legs.prefill)
+        return NO_HEADERS if rank is None else {RANK: str(rank)}
+
+    def names_rank(self, legs: Legs) -> bool:
+        """Whether P has several engines: each has a port of its own for its copies."""
+        return _rank(legs.prefill) is not None
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return the hand-off if P has read the prompt, be its one token the end of the text."""
@@ -68,11 +72,16 @@ class OffloadingP2pConnector(Connector):
         return Handoff(_encode(params), *counted(answer), lease=legs.prefill.settings.lease)
 
 
+def _rank(peer: Peer) -> int | None:
+    rank: int | None = peer.settings.data_parallel_rank
+    return rank if peer.rank is None else peer.rank
+
+
 def _id(legs: Legs) -> str:
     return f"pd-{legs.id}"
 
 
 def _at(peer: Peer, kv_request_id: str) -> dict[str, Any]:
     """Return how an engine finds another one's tier."""
-    port = peer.settings.p2p_port + (peer.settings.data_parallel_rank or 0)
+    port = peer.settings.p2p_port + (_rank(peer) or 0)
     return {"kv_request_id": kv_request_id, "remote_host": peer.host, "remote_port": port}

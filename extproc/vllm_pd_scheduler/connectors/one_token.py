@@ -29,6 +29,13 @@ class _Usage(msgspec.Struct):
     input_tokens: Tokens | None = None
     input_tokens_details: _Details | None = None
     cache_read_input_tokens: Tokens | None = None
+    cache_creation_input_tokens: Tokens | None = None
+
+
+class _Cached(msgspec.Struct):
+    """Of ``kv_transfer_params``: what D reports as its own ``cached_tokens``, as vLLM 0.32 does."""
+
+    remote_prefill_cached_tokens: Tokens | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -56,6 +63,7 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_end = msgspec.json.Decoder(_End).decode
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_cached = msgspec.json.Decoder(_Cached).decode
 _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
 
@@ -170,19 +178,30 @@ def never_served(params: bytes, model: str | None) -> bytes:
 def counted(answer: bytes) -> tuple[int | None, int | None]:
     """Return the tokens of an answer's prompt, and how many were cached; ``None`` for what makes no sense.
 
-    They are for learning only: without them the hand-off is as good.
+    They are for learning and for usage: without them the hand-off is as good.
     """
     with suppress(*UNREADABLE):
-        return counted_in(_decode_answer(answer).usage)
+        return _counted(_decode_answer(answer).usage, None)
     return None, None
 
 
-def counted_in(usage: msgspec.Raw, cached: int | None = None) -> tuple[int | None, int | None]:
-    """Return the same of the text of ``usage``; ``cached`` is what is known better of the cached ones."""
+def counted_with(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None, bool]:
+    """Return the same of the text of ``usage``, and whether ``params`` tell D how many were cached.
+
+    ``params`` are P's ``kv_transfer_params``, which D gets. They say it also where ``usage`` does not.
+    """
+    told = None
+    with suppress(*UNREADABLE):
+        told = _decode_cached(params).remote_prefill_cached_tokens
+    return *_counted(usage, told), told is not None
+
+
+def _counted(usage: msgspec.Raw, cached: int | None) -> tuple[int | None, int | None]:
     tokens = None
     with suppress(*UNREADABLE):
         found = _decode_usage(usage) or _Usage()
-        tokens = found.prompt_tokens or found.input_tokens or None
+        beside = (found.cache_read_input_tokens or 0) + (found.cache_creation_input_tokens or 0)
+        tokens = found.prompt_tokens or (found.input_tokens or 0) + beside or None
         details = found.prompt_tokens_details or found.input_tokens_details
         if cached is None:
             cached = details.cached_tokens if details is not None else found.cache_read_input_tokens

@@ -17,7 +17,7 @@ import msgspec
 from ..request.api import CHAT, COMPLETIONS, NATIVE
 from ..request.body import UNREAD, JsonBody
 from .base import Abort, Connector, Handoff, Legs, Order, Peer, Settings, Splice
-from .one_token import UNREADABLE, Tokens, counted_in
+from .one_token import UNREADABLE, Tokens, counted
 
 ABORT_PATH = "/abort_request"
 BOOTSTRAP_TIMEOUT_S = 300.0
@@ -49,12 +49,10 @@ class _Meta(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    usage: msgspec.Raw = msgspec.Raw(b"null")
-    meta_info: msgspec.Raw = msgspec.Raw(b"null")
+    meta_info: _Meta | None = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_meta = msgspec.json.Decoder(_Meta | None).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -63,6 +61,7 @@ class SglangConnector(Connector):
 
     settings_type = SglangSettings
     needs_prefill = True
+    takes_ranks = False  # a room has one request's body for both, and SGLang's metrics name ranks otherwise
 
     def can_split(self, body: JsonBody) -> bool:
         """Whether it is a request of an API that takes a room, for one answer to each of its prompts.
@@ -93,14 +92,10 @@ class SglangConnector(Connector):
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """Return that D has what P has sent, and what P has counted."""
-        try:
-            decoded = _decode_answer(answer)
-        except UNREADABLE:  # of a batch, a list
-            return Handoff(b"", lease=math.inf, pinned=False)
-        tokens, cached = counted_in(decoded.usage)
+        tokens, cached = counted(answer)
         if tokens is None:
-            with suppress(*UNREADABLE):
-                meta = _decode_meta(decoded.meta_info) or _Meta()
+            with suppress(*UNREADABLE):  # a batch has a list for its answer
+                meta = _decode_answer(answer).meta_info or _Meta()
                 tokens, cached = meta.prompt_tokens or None, meta.cached_tokens
                 cached = cached if tokens is None or cached is None else min(cached, tokens)
         return Handoff(b"", tokens, cached, lease=math.inf, pinned=False)

@@ -140,6 +140,7 @@ class Membership:
     def remove(self, instance_id: str, by: str = By.ADMIN) -> None:
         """Remove an instance at once, whoever names it; raises :exc:`UnknownInstance`."""
         instance = self._registry.get(instance_id).instance
+        instance_id = instance.instance_id
         for each in self.hides(instance_id):
             self._removed[named(each)] = each
         place = place_of(instance)
@@ -162,12 +163,11 @@ class Membership:
 
     def drain(self, instance_id: str, by: str = By.ADMIN) -> None:
         """Send an instance nothing new until :meth:`undrain`; raises :exc:`UnknownInstance`."""
-        self._registry.drain(instance_id, by)
-        self._drained.add(instance_id)
+        self._drained.add(self._registry.drain(instance_id, by).instance.instance_id)
 
     def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
         """End a drain, unless no source names the instance any more; raises :exc:`UnknownInstance`."""
-        self._registry.get(instance_id)
+        instance_id = self._registry.get(instance_id).instance.instance_id
         self._drained.discard(instance_id)
         if instance_id not in self._leaving:
             self._registry.undrain(instance_id, by)
@@ -179,7 +179,7 @@ class Membership:
 
     def drained_and_away(self) -> list[str]:
         """Return the ids of those that operators have drained and that are not there now."""
-        there = {endpoint.id for endpoint in self._registry}
+        there = {endpoint.instance.instance_id for endpoint in self._registry}
         return sorted(self._drained - there)
 
     def drained(self, instance_id: str) -> bool:
@@ -231,22 +231,30 @@ class Membership:
         """Have a member in the registry, and as it is described now."""
         key = instance.instance_id
         try:
-            endpoint = self._registry.get(key)
+            known = self._registry.get(key).instance
         except UnknownInstance:
-            self._registry.add(instance, by)
-            if key in self._drained:
-                self._registry.drain(key, by)
+            self._add(instance, by)
             return
-        if endpoint.instance != instance:
+        if known.data_parallel_size != instance.data_parallel_size:
+            self._leaving.discard(key)
+            self._registry.remove(key, by)
+            self._add(instance, by)
+            return
+        if known != instance:
             self._registry.describe(key, instance, by)
         if key in self._leaving:
             self._leaving.discard(key)
             if key not in self._drained:
                 self._registry.undrain(key, by)
 
+    def _add(self, instance: PDInstance, by: str) -> None:
+        self._registry.add(instance, by)
+        if instance.instance_id in self._drained:
+            self._registry.drain(instance.instance_id, by)
+
     def _let_go(self) -> None:
         """Remove those that leave and have nothing left to do."""
-        done = [key for key in self._leaving if self._registry.get(key).drained]
+        done = [key for key in self._leaving if self._registry.drained(key)]
         self._leaving.difference_update(done)
         if done:
             with self._registry.as_one_change(self._registry.changed_by):

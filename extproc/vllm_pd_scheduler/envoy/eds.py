@@ -12,7 +12,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..rpc import Method, ServerStream, served_by
 from .limits import MAX_MESSAGE_BYTES, BadMessage, parse
 from .load_assignment import TYPE_URL, LoadAssignment
@@ -24,7 +24,7 @@ SERVICE = "envoy.service.endpoint.v3.EndpointDiscoveryService"
 SERVING = "serving"
 """Name of the cluster that has a host while a P and a D can serve: Envoy's ``GET /health`` asks it."""
 
-_ROLES = frozenset(role.value for role in InstanceRole)
+_ROLES = frozenset(role.value for role in PD_ROLES)
 
 JOIN_S = 0.05
 """Seconds between two pushes, at least. After a quiet time a change is told at once."""
@@ -103,7 +103,7 @@ class EndpointDiscovery:
     def __init__(self, registry: Registry, knows: Callable[[InstanceRole], bool] = lambda _: True) -> None:
         self._knows = knows
         self._assignments = {
-            role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
+            role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in PD_ROLES
         }
         self._assignments[SERVING] = LoadAssignment(SERVING, partial(_one_if_served, registry))
         self._told: WeakKeyDictionary[object, Told] = WeakKeyDictionary()

@@ -52,7 +52,7 @@ class LoadAssignment:
         self.version += 1
 
     def _keys(self) -> list[_Key]:
-        """Return what to tell of each address.
+        """Return what to tell of each address: ranks have one, and are one host.
 
         An instance whose name has not been resolved is left out: EDS takes IP addresses only.
         """
@@ -64,7 +64,9 @@ class LoadAssignment:
             other = found.setdefault(address, endpoint)
             if endpoint.state == InstanceState.HEALTHY != other.state:
                 found[address] = endpoint  # of two with one address Envoy would take the first, well or not
-        return [(e.id, address, e.state, e.instance.tls_name) for address, e in found.items()]
+        return [
+            (e.instance.instance_id, address, e.state, e.instance.tls_name) for address, e in found.items()
+        ]
 
 
 def _lb_endpoint(

@@ -67,6 +67,11 @@ class Breaker:
         """Requests that failed in a row."""
         return self._streak
 
+    @property
+    def spotless(self) -> bool:
+        """Whether it is closed, and none of the recent requests has failed."""
+        return self._state is BreakerState.CLOSED and False not in self._results
+
     def follow(self, policy: BreakerPolicy) -> None:
         """Use another policy from now on."""
         self._policy = policy

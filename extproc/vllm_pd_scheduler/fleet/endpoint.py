@@ -1,4 +1,8 @@
-"""An instance as the scheduler sees it: its state, its load, and the requests that have a claim on it."""
+"""An instance as the scheduler sees it: its state, its load, and the requests that have a claim on it.
+
+One that has several engines behind its port (data parallelism) is as many endpoints, its ranks. Load is a
+rank's own; health, drains and failures are those of the process, which all of its ranks share.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ MAX_BUSY_PAUSE_S = 15.0
 
 
 class Endpoint(Struct, frozen=True, eq=False):
-    """An instance and all that is known of it.
+    """An instance, or one rank of it, and all that is known of it.
 
     Strategies, which may be code of the operator's, read it. So no attribute can be set: each change is a
     method that says what has happened, and the registry calls it.
@@ -89,26 +93,29 @@ class Endpoint(Struct, frozen=True, eq=False):
     tokens_at_scrape: float = 0.0
     kv_capacity: float | None = None
     """Tokens that its KV cache holds, as last scraped."""
+    transfer_rate: float | None = None
+    """Bytes a second of the KV transfers to it, as last scraped with any."""
     prefill: PrefillLoad = field(default_factory=lambda: PrefillLoad(FleetLoad().prefill))
     decode: DecodeLoad = field(default_factory=lambda: DecodeLoad(FleetLoad().decode))
     holder: Holder = field(default_factory=lambda: PrefixIndex().add())
     """The prompt prefixes that are taken for cached there."""
     watchers: Sequence[set[Endpoint]] = ()
     """Sets to which it is added when its load has changed, see :meth:`Registry.watch`."""
+    rank: int | None = None
+    """Which engine of the instance it is, if that has several."""
+    id: str = ""
+    """The instance's id; of a rank with that behind it, ``p1:0``, as no instance is called."""
     _trial: Reservation | None = None
     """The request that was sent to see whether it works again, if it was ejected."""
 
     def __post_init__(self) -> None:
+        name = self.instance.instance_id
+        _set(self, "id", name if self.rank is None else f"{name}:{self.rank}")
         if self.models is None:
             _set(self, "models", self._names())
 
     def __repr__(self) -> str:
         return f"Endpoint({self.id!r})"
-
-    @property
-    def id(self) -> str:
-        """The instance's id."""
-        return self.instance.instance_id
 
     @property
     def url(self) -> str:
@@ -295,6 +302,8 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens_at_scrape", tokens)
         if snapshot.kv_capacity is not None:
             _set(self, "kv_capacity", snapshot.kv_capacity)
+        if snapshot.transfer_rate is not None:
+            _set(self, "transfer_rate", snapshot.transfer_rate)
         if snapshot.adapter_slots:
             _set(self, "adapter_slots", snapshot.adapter_slots)
 
@@ -352,6 +361,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         if self.breaker.state is BreakerState.HALF_OPEN and not self.on_trial:
             _set(self, "_trial", reservation)
 
+    def joins_trial(self, sibling: Endpoint) -> None:
+        """Take a sibling's trial request for its own: their process is on trial."""
+        self._load_changes()
+        _set(self, "_trial", sibling._trial)
+
     def recount(self, tokens: float) -> None:
         """Count so many tokens more, or less, for a request that is there."""
         self._load_changes()
@@ -384,9 +398,8 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "busy_answers", self.busy_answers + 1)
         _set(self, "busy_until", now + min(max(pause, BUSY_PAUSE_S), MAX_BUSY_PAUSE_S))
 
-    def eject(self, reason: str, now: float) -> None:
-        """Keep requests away because they fail there."""
-        self.breaker.open(now)
+    def ejected_because(self, reason: str) -> None:
+        """Note why requests are kept away: they fail there."""
         _set(self, "ejected_for", reason)
 
     def started(self, started_at: float | None) -> bool:
@@ -398,8 +411,9 @@ class Endpoint(Struct, frozen=True, eq=False):
         self.prefill.reset()
         self.holder.clear()
         self.breaker.restarted()
-        anew = {
-            "generation": self.generation + 1, "doubts": DoubtfulEnds(),
+        self.doubts.reset()
+        anew: dict[str, object] = {
+            "generation": self.generation + 1,
             "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
             "busy_until": 0.0, "busy_answers": 0, "speaks": "",

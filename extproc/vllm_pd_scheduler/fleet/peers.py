@@ -34,6 +34,10 @@ class DoubtfulEnds:
         """Count a request that the instance served."""
         self._share *= 1.0 - WEIGHT
 
+    def reset(self) -> None:
+        """Forget all of them."""
+        self._share = 0.0
+
     def odd_among(self, peers: Iterable[DoubtfulEnds]) -> bool:
         """Whether this instance has so many where its peers have few; without peers nobody can tell.
 

@@ -16,7 +16,12 @@ from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .endpoint import Endpoint, Reservation
+from .failed_transfers import FailedTransfers
 from .learning import Learning
+from .left_out import LeftOut
+from .pairs import Pairs
+from .peers import DoubtfulEnds
+from .wrong_pairs import WrongPairs
 
 __all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
 
@@ -50,6 +55,12 @@ class Registry:
     load: FleetLoad = field(default_factory=FleetLoad)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     learning: Learning = field(init=False)
+    wrong_pairs: WrongPairs = field(default_factory=WrongPairs)
+    """The pairs of P and D that have given wrong texts."""
+    pairs: Pairs = field(init=False)
+    """The pairs of P and D between which hand-offs fail."""
+    left_out: LeftOut = field(init=False)
+    failed_transfers: FailedTransfers = field(init=False)
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -58,6 +69,8 @@ class Registry:
     """Changes when other LoRA adapters are loaded on an instance than before."""
     cards: dict[str, bytes] = field(default_factory=dict)
     """By name, what an instance that lists a model says of it: JSON."""
+    has_ranks: bool = False
+    """Whether there are instances of several endpoints."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
     changed_by: str = By.START
@@ -65,6 +78,8 @@ class Registry:
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    _instances: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
+    """The endpoints of each instance, by its id: its ranks, or the one."""
     _places: dict[tuple[InstanceRole, str, int], str] = field(default_factory=dict)
     """Ids by what no two instances may share."""
     _changes: int = 0
@@ -92,39 +107,56 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
+        self.pairs = Pairs(self.policy.breaker)
+        self.left_out = LeftOut(self.pairs, self.wrong_pairs)
+        self.failed_transfers = FailedTransfers(self.pairs)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
         self.policy = policy
+        self.pairs.follow(policy.breaker)
         for endpoint in self._endpoints.values():
             endpoint.breaker.follow(policy.breaker)
 
     def add(self, instance: PDInstance, by: str = By.START) -> Endpoint:
-        """Register an instance; it takes requests once a probe found it healthy.
+        """Register an instance, or its ranks; it takes requests once a probe found it healthy.
 
-        Raises :exc:`DuplicateInstance` if the id, or the address within the role, is taken.
+        Return its endpoint, the first of several. Raises :exc:`DuplicateInstance` if the id, or the address
+        within the role, is taken.
         """
         self.refuse_double(instance)
-        endpoint = Endpoint(
-            instance,
-            breaker=Breaker(self.policy.breaker),
-            prefill=PrefillLoad(self.load.prefill),
-            decode=DecodeLoad(self.load.decode),
-            holder=self.prefixes.add(),
-            watchers=self._watchers[instance.role],
+        size, breaker, doubts = instance.data_parallel_size, Breaker(self.policy.breaker), DoubtfulEnds()
+        endpoints = tuple(
+            Endpoint(
+                instance,
+                breaker=breaker,
+                doubts=doubts,
+                prefill=PrefillLoad(self.load.prefill),
+                decode=DecodeLoad(self.load.decode),
+                holder=self.prefixes.add(),
+                watchers=self._watchers[instance.role],
+                rank=rank if size > 1 else None,
+            )
+            for rank in range(size)
         )
         if canonical_ip(instance.host) is not None:
-            self._move(endpoint, join_address(instance.host, instance.port))
-        self._endpoints[instance.instance_id] = endpoint
+            self._move(endpoints, join_address(instance.host, instance.port))
+        self._instances[instance.instance_id] = endpoints
         self._places[_place(instance)] = instance.instance_id
-        self.learning.joined(endpoint)
+        for endpoint in endpoints:
+            self._endpoints[endpoint.id] = endpoint
+            self.learning.joined(endpoint)
+        self._members_changed(by)
+        return endpoints[0]
+
+    def _members_changed(self, by: str) -> None:
+        self.has_ranks = len(self._endpoints) > len(self._instances)
         self.models_version += 1
         self._changed(by)
-        return endpoint
 
     def refuse_double(self, instance: PDInstance) -> None:
         """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
-        if instance.instance_id in self._endpoints:
+        if instance.instance_id in self._instances or instance.instance_id in self._endpoints:
             raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
         if (other := self._places.get(_place(instance))) is not None:
             raise DuplicateInstance(
@@ -134,22 +166,32 @@ class Registry:
 
     def remove(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Forget an instance. Requests in flight on it go on; their reservations stay valid."""
-        endpoint = self.get(instance_id)
-        del self._endpoints[instance_id]
-        del self._places[_place(endpoint.instance)]
-        self.learning.left(endpoint)
-        endpoint.drain(True)
-        endpoint.holder.close()
-        self.models_version += 1
-        self._changed(by)
-        return endpoint
+        endpoints = self.ranks_of(self.get(instance_id))
+        instance = endpoints[0].instance
+        del self._instances[instance.instance_id]
+        del self._places[_place(instance)]
+        for endpoint in endpoints:
+            del self._endpoints[endpoint.id]
+            self.learning.left(endpoint)
+            self._forget_pairs(endpoint)
+            self.load.transfers.forget(endpoint.id)
+            endpoint.drain(True)
+            endpoint.holder.close()
+        self._members_changed(by)
+        return endpoints[0]
+
+    def _forget_pairs(self, endpoint: Endpoint) -> None:
+        self.wrong_pairs.forget(endpoint)
+        self.pairs.forget(endpoint)
+        self.failed_transfers.forget(endpoint)
 
     def describe(self, instance_id: str, instance: PDInstance, by: str = By.START) -> None:
         """Change how an instance is described: its key, TLS name, models or revision.
 
-        Its id, role and place stay.
+        Its id, role, place and number of ranks stay.
         """
-        self.get(instance_id).described(instance)
+        for endpoint in self.ranks_of(self.get(instance_id)):
+            endpoint.described(instance)
         self.models_version += 1
         self._changed(by)
 
@@ -168,25 +210,46 @@ class Registry:
                 self._changed(by)
 
     def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
-        """Send nothing new to an instance."""
-        endpoint = self.get(instance_id)
-        if endpoint.drain(True):
-            self._changed(by)
-        return endpoint
+        """Send nothing new to an instance, to none of its ranks."""
+        return self._drain(instance_id, True, by)
 
     def undrain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Let an instance take requests again, as soon as its health allows."""
+        return self._drain(instance_id, False, by)
+
+    def _drain(self, instance_id: str, draining: bool, by: str) -> Endpoint:
         endpoint = self.get(instance_id)
-        if endpoint.drain(False):
+        changed = [each.drain(draining) for each in self.ranks_of(endpoint)]
+        if any(changed):
             self._changed(by)
         return endpoint
 
-    def get(self, instance_id: str) -> Endpoint:
-        """Return the endpoint with this id; raises :exc:`UnknownInstance`."""
-        try:
-            return self._endpoints[instance_id]
-        except KeyError:
-            raise UnknownInstance(instance_id) from None
+    def drained(self, instance_id: str) -> bool:
+        """Whether an instance is draining and nothing is left on any of its ranks."""
+        return all(each.drained for each in self.ranks_of(self.get(instance_id)))
+
+    def get(self, endpoint_id: str) -> Endpoint:
+        """Return the endpoint with this id; with that of an instance, the first of its ranks.
+
+        Raises :exc:`UnknownInstance`.
+        """
+        found = self._endpoints.get(endpoint_id)
+        if found is None and endpoint_id in self._instances:
+            found = self._instances[endpoint_id][0]
+        if found is None:
+            raise UnknownInstance(endpoint_id)
+        return found
+
+    def ranks_of(self, endpoint: Endpoint) -> tuple[Endpoint, ...]:
+        """Return all endpoints of an endpoint's process, of which it is one: its ranks, or itself."""
+        if endpoint.rank is None:
+            return (endpoint,)
+        found = self._instances.get(endpoint.instance.instance_id, ())
+        return found if endpoint in found else (endpoint,)  # it was removed, and another one has its id
+
+    def instances(self) -> list[tuple[Endpoint, ...]]:
+        """Return the endpoints of each instance, in the order in which these were added."""
+        return list(self._instances.values())
 
     def __contains__(self, endpoint: object) -> bool:
         return isinstance(endpoint, Endpoint) and self._endpoints.get(endpoint.id) is endpoint
@@ -241,10 +304,12 @@ class Registry:
 
     def resolved(self, endpoint: Endpoint, ip: str, now: float = 0.0) -> None:
         """Record the IP address behind an instance's DNS name, as it was found at a time."""
-        endpoint.resolved(now)
+        endpoints = self.ranks_of(endpoint)
+        for each in endpoints:
+            each.resolved(now)
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
-            self._move(endpoint, address)
+            self._move(endpoints, address)
             self._changed(By.PROBE)
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
@@ -257,7 +322,8 @@ class Registry:
         self.tell_drained()
         revived = ok and endpoint.breaker.probed(now)
         threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
-        if endpoint.probed(problem, threshold) or revived:
+        changed = [each.probed(problem, threshold) for each in self.ranks_of(endpoint)]
+        if any(changed) or revived:
             self._changed(By.PROBE)
 
     def scraped(
@@ -273,21 +339,25 @@ class Registry:
         for adapter in snapshot.adapters:
             self._adapter_used(endpoint, adapter)
         self.learning.scraped(endpoint, before, snapshot)
+        if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
+            self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
         if self.on_scraped is not None:
             self.on_scraped()
 
-    def _move(self, endpoint: Endpoint, address: str) -> None:
-        """Set an endpoint's address. Those at one address are one server, and have one breaker."""
-        first, breaker = self.at(endpoint.instance.role, address), endpoint.breaker
+    def _move(self, endpoints: tuple[Endpoint, ...], address: str) -> None:
+        """Set the address of an instance's endpoints. Those at one are one server, and have one breaker."""
+        first, breaker = self.at(endpoints[0].instance.role, address), endpoints[0].breaker
         if first is not None:
             breaker = first.breaker
-        elif any(e.breaker is breaker for e in self._endpoints.values() if e is not endpoint):
+        elif any(e.breaker is breaker for e in self._endpoints.values() if e not in endpoints):
             breaker = Breaker(self.policy.breaker)
-        endpoint.move(address, breaker)
+        for endpoint in endpoints:
+            endpoint.move(address, breaker)
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
-        endpoint.forget_metrics()
+        for each in self.ranks_of(endpoint):
+            each.forget_metrics()
 
     def serves(
         self,
@@ -301,7 +371,8 @@ class Registry:
         ``adapters`` are those of them that are LoRA adapters, ``cards`` is what it says of each.
         """
         self.cards.update(cards)
-        if endpoint.lists(models, adapters):
+        changed = [each.lists(models, adapters) for each in self.ranks_of(endpoint)]
+        if any(changed):
             self.models_version += 1
             self.adapters_version += 1
             if len(self.cards) > len(cards):
@@ -322,6 +393,9 @@ class Registry:
         if request is not None:
             self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
         endpoint.take(reservation)
+        if self.trials and endpoint.rank is not None:
+            for sibling in self.ranks_of(endpoint):
+                sibling.joins_trial(endpoint)
         if request is not None:
             if endpoint.adapters and request.model is not None:
                 self._adapter_used(endpoint, request.model)
@@ -329,6 +403,8 @@ class Registry:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
+                if self.pairs.in_doubt:
+                    self.pairs.tried(endpoint, None, reservation)
         return reservation
 
     def pull(
@@ -361,9 +437,12 @@ class Registry:
         if seconds is not None:
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
 
-    def succeeded(self, endpoint: Endpoint) -> None:
-        """Record a request that an instance served."""
+    def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
+        """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()
+        self.pairs.served(handed_over_by, endpoint)
+        if handed_over_by is not None and not self.failed_transfers.fail_at(endpoint):
+            self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
@@ -372,25 +451,42 @@ class Registry:
         if endpoint.speaks_now(protocol, takes_token_ids):
             self._changed(By.REQUEST)
 
-    def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
+    def failed(
+        self, endpoint: Endpoint, reason: str, now: float, handed_over_by: Endpoint | None = None
+    ) -> None:
         """Record a request that an instance failed; it may be ejected for that.
+
+        If all that it has failed in a row was ``handed_over_by`` one and the same P, and it serves others,
+        that pair is left out in its place (see :mod:`.pairs`).
 
         No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
         client, a broken model) does not end all service; an instance on trial goes out in any case.
         """
-        if endpoint.breaker.failed():
+        decode = endpoint.instance.role is InstanceRole.DECODE
+        if decode:
+            self.pairs.failed(handed_over_by, endpoint, now)
+        if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
             self._eject(endpoint, reason, now)
 
-    def errored(self, endpoint: Endpoint, before: Sequence[Endpoint], reason: str, now: float) -> None:
+    def errored(
+        self,
+        endpoint: Endpoint,
+        before: Sequence[Endpoint],
+        reason: str,
+        now: float,
+        handed_over_by: Endpoint | None = None,
+    ) -> None:
         """Record a 500 for a request to which those ``before`` have answered 500 too.
 
         The first is a failure. With a second it may be the request's fault: then the failure is taken back,
-        and what happened is doubtful for all.
+        and what happened is doubtful for all. ``handed_over_by`` is the P whose hand-off the first had.
         """
         if not before:
-            self.failed(endpoint, reason, now)
+            self.failed(endpoint, reason, now, handed_over_by)
             return
         if len(before) == 1:
+            if handed_over_by is not None:
+                self.pairs.forgive(handed_over_by, before[0])
             if before[0].breaker.forgive():
                 self._changed(By.REQUEST)
             self.doubtful(before[0], reason, now)
@@ -413,8 +509,8 @@ class Registry:
         return endpoint.state is InstanceState.UNHEALTHY or self._odd(endpoint)
 
     def _odd(self, endpoint: Endpoint) -> bool:
-        peers = (e.doubts for e in self._routable[endpoint.instance.role] if e is not endpoint)
-        return endpoint.doubts.odd_among(peers)
+        own = endpoint.doubts
+        return own.odd_among(e.doubts for e in self._routable[endpoint.instance.role] if e.doubts is not own)
 
     def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
         """Record that an instance is full: neither its failure nor a success.
@@ -428,10 +524,14 @@ class Registry:
     def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
         if endpoint.breaker.state is BreakerState.OPEN:
             return
-        peers = self.endpoints(endpoint.instance.role)
-        out = sum(e.breaker.state is not BreakerState.CLOSED for e in peers if e is not endpoint)
-        if out + 1 <= self.policy.max_ejected_share * len(peers):
-            endpoint.eject(reason, now)
+        breaker = endpoint.breaker
+        servers = {id(e.breaker): e.breaker for e in self.endpoints(endpoint.instance.role)}
+        out = sum(each is breaker or each.state is not BreakerState.CLOSED for each in servers.values())
+        if out <= self.policy.max_ejected_share * len(servers):
+            for each in self.ranks_of(endpoint):
+                each.ejected_because(reason)
+                self.pairs.ejected(each)
+            breaker.open(now)
             self._changed(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
@@ -443,8 +543,11 @@ class Registry:
 
         A restarted instance has none of the requests, and none of the failures, of the one before.
         """
-        if not endpoint.started(started_at):
+        restarted = [each.started(started_at) for each in self.ranks_of(endpoint)]
+        if not any(restarted):
             return False
+        for each in self.ranks_of(endpoint):
+            self._forget_pairs(each)
         self.models_version += 1  # what it listed counts no more
         self._changed(By.PROBE)
         return True

@@ -65,6 +65,24 @@ class PrefillLeg(Protocol):
         ...
 
 
+class EncodeLeg(Protocol):
+    """Sends a request to an encode instance."""
+
+    async def __call__(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
+    ) -> PrefillAnswer:
+        """Return the answer, whatever its status; raises as a :class:`PrefillLeg` does.
+
+        ``headers`` are the client's; those in ``own`` count before them. Cancelling ends the request.
+        """
+        ...
+
+
 class AskPrefill(Protocol):
     """Asks a P what a connector must know of it before a request is split with it."""
 

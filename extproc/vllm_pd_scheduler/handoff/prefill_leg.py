@@ -77,9 +77,8 @@ class HttpPrefill:
         sent: Callable[[], object] | None = None,
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
-        answer = self._send(endpoint, path, headers, body, attempt.prefill_headers(), sent)
-        self._under_way[answer] = endpoint
-        answer.add_done_callback(self._under_way.pop)
+        own = attempt.prefill_headers()
+        answer = self._begun(endpoint, path, headers, body, own, sent)
         if self._unwanted is None:
             return await self._read(answer)
         try:
@@ -93,11 +92,22 @@ class HttpPrefill:
             task.add_done_callback(self._lingering.discard)
             raise
 
+    async def send(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
+    ) -> PrefillAnswer:
+        """Send a request of which nothing is left if the call is cancelled: an ``EncodeLeg``."""
+        return await self._read(self._begun(endpoint, path, headers, body, own))
+
     def give_up(self, endpoint: Endpoint) -> None:
         """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
         for sent, where in tuple(self._under_way.items()):
-            if where is endpoint and not sent.done():
-                sent.set_exception(GivenUp(f"{endpoint.id} hangs"))
+            if where.instance is endpoint.instance and not sent.done():  # on whichever rank
+                sent.set_exception(GivenUp(f"{endpoint.instance.instance_id} hangs"))
 
     async def close(self) -> None:
         """Wait for the prefills that linger."""
@@ -115,6 +125,20 @@ class HttpPrefill:
                 answer = await self._read(sent)
             unwanted(endpoint, answer, attempt)
 
+    def _begun(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        own: Mapping[str, str],
+        sent: Callable[[], object] | None = None,
+    ) -> asyncio.Future[Answer]:
+        answer = self._send(endpoint, path, headers, body, own, sent)
+        self._under_way[answer] = endpoint
+        answer.add_done_callback(self._under_way.pop)
+        return answer
+
     def _send(
         self,
         endpoint: Endpoint,
@@ -128,6 +152,8 @@ class HttpPrefill:
         # What is not ASCII means nothing here, and P would read it as other characters.
         kept = {name: value for name, value in given if _SENDABLE.fullmatch(value)}
         kept.update(own)
+        if endpoint.rank is not None:
+            kept[names.RANK] = str(endpoint.rank)
         if endpoint.instance.api_key is not None:
             kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
         kept.setdefault("content-type", "application/json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 
 from ..connectors import Attempt, ConnectorFailed
 from ..fleet.endpoint import Endpoint
@@ -15,6 +16,9 @@ from ..models import InstanceRole
 from ..telemetry.metrics import Telemetry
 from .interfaces import PrefillAnswer
 from .pending import PendingHandoff
+
+Fitting = Callable[[Endpoint, Sequence[Endpoint]], Sequence[Endpoint] | None]
+"""Returns those D that can use what a P hands over; ``None`` if all can."""
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ MAX_ANSWER_BYTES = 1 << 20
 class HandoffReleaser:
     """Sends a decode instance a request with the hand-off that takes nothing of it, or a block: P frees it.
 
+    ``fitting`` says which D can read what a P hands over: to others it may be what ends them.
+
     What cannot be released is counted as stranded; P frees it itself when the lease ends.
     """
 
@@ -36,9 +42,11 @@ class HandoffReleaser:
         pool: ConnectionPool,
         registry: Registry,
         telemetry: Telemetry,
+        fitting: Fitting,
     ) -> None:
         self._pool = pool
         self._registry = registry
+        self._fitting = fitting
         self._telemetry = telemetry
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -68,7 +76,7 @@ class HandoffReleaser:
         """Free a hand-off, at the second try if need be: those that nobody uses come of D that fail."""
         body = pending.attempt.release_body(pending.handoff, pending.model)
         if body is None:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._count(pending, False)
             return
         released = await self._given_back(pending, body)
         if not released and not self._closing.is_set():
@@ -76,15 +84,21 @@ class HandoffReleaser:
                 async with asyncio.timeout(SECOND_TRY_S):
                     await self._closing.wait()
             released = await self._given_back(pending, body)
-        if released:
-            self._telemetry.handoff_released(pending.prefill.id)
-        else:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+        self._count(pending, released)
+
+    def _count(self, pending: PendingHandoff, released: bool) -> None:
+        if pending.prefill not in self._registry:
+            return  # what is gone has no series
+        counted = self._telemetry.handoff_released if released else self._telemetry.handoff_stranded
+        counted(pending.prefill.id)
 
     async def _given_back(self, pending: PendingHandoff, body: bytes) -> bool:
         """Send the request to one D after another; return whether one has answered as it must."""
         registry, decode = self._registry, InstanceRole.DECODE
-        for endpoint in (*registry.routable(decode), *registry.ejected(decode))[:3]:
+        known = (*registry.routable(decode), *registry.ejected(decode))
+        fitting = self._fitting(pending.prefill, known)
+        found = known if fitting is None else fitting
+        for endpoint in [each for each in found if not each.rank][:3]:  # a rank is no other process
             headers = {"content-type": "application/json", **pending.handoff.headers}
             if endpoint.instance.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.instance.api_key}"

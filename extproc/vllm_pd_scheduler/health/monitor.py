@@ -1,4 +1,7 @@
-"""Watch the instances: one loop for each, so that a slow one delays no other."""
+"""Watch the instances: one loop for each, so that a slow one delays no other.
+
+An instance with data-parallel ranks is probed and scraped as one, by its first endpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import aiohttp
 
@@ -16,7 +19,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole, canonical_ip, join_address
 from ..telemetry.metrics import Telemetry
 from .names import NameNotResolved, NameResolver
-from .probe import Answers, NoAnswer, NoSuchPath, OurShortage, Probe
+from .probe import Answers, Misconfigured, NoAnswer, NoSuchPath, OurShortage, Probe, Scrapes
 from .progress import STALLED_S, Progress
 from .served_models import odd_ones
 from .silence import HUNG_TIMEOUTS, Silence
@@ -49,8 +52,8 @@ class HealthMonitor:
 
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
     and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
-    on a D without a step of its engine. ``hung`` is called for a P that is unhealthy and answers nothing
-    (see :class:`~.silence.Silence`): what was sent there will not be answered either.
+    on a D without a step of its engine. ``hung`` is called for a P or an E that is unhealthy and answers
+    nothing (see :class:`~.silence.Silence`): what was sent there will not be answered either.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class HealthMonitor:
 
     async def check_all(self) -> None:
         """Probe every instance once. Raises nothing."""
-        await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._registry))
+        await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
         self._compare_models()
 
     async def check(self, endpoint: Endpoint) -> None:
@@ -138,17 +141,18 @@ class HealthMonitor:
         if problem is not None:
             self._registry.probed(endpoint, problem, self._clock())
             return
-        in_flight, tokens = endpoint.in_flight, endpoint.tokens
+        ranks = self._registry.ranks_of(endpoint)
+        ours = [(each.in_flight, each.tokens) for each in ranks]
         answers = await self._probe.ask(endpoint, models=self._wants_models(endpoint, watched))
         if endpoint not in self._registry:
             return
-        page = answers.metrics
+        pages = answers.metrics
         self._take_health(endpoint, watched, answers)
         self._take_silence(endpoint, answers)
-        if isinstance(page, Scrape) and self._registry.started(endpoint, page.started_at):
-            in_flight, tokens = 0, 0.0
+        if not isinstance(pages, NoAnswer) and self._registry.started(endpoint, pages[0].started_at):
+            ours = [(0, 0.0)] * len(ranks)
         self._take_models(endpoint, watched, answers)
-        self._take_metrics(endpoint, watched, answers, in_flight, tokens)
+        self._take_metrics(endpoint, watched, answers, ours)
 
     async def read_models(self) -> None:
         """Ask every instance that serves for its models, now; some at a time. Raises nothing."""
@@ -162,8 +166,11 @@ class HealthMonitor:
                 watched.models_at = self._clock()
                 self._registry.serves(endpoint, models.names, models.adapters, models.cards)
 
-        serving = [each for role in InstanceRole for each in self._registry.routable(role)]
-        await asyncio.gather(*map(read, serving))
+        await asyncio.gather(*(read(each) for each in self._firsts() if each.routable))
+
+    def _firsts(self) -> list[Endpoint]:
+        """Return one endpoint of each instance."""
+        return [ranks[0] for ranks in self._registry.instances()]
 
     # -- the loops
 
@@ -174,7 +181,7 @@ class HealthMonitor:
         for endpoint in [e for e in self._watched if e not in self._registry]:
             del self._watched[endpoint]
             self._silence.removed(endpoint)
-        for endpoint in self._registry:
+        for endpoint in self._firsts():
             if endpoint not in self._loops and not self._stopped:
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
 
@@ -193,7 +200,7 @@ class HealthMonitor:
         try:
             await self.check(endpoint)
         except Exception:  # one bad probe must end neither the start nor the loop, which finds a recovery
-            log.exception("health check of %s failed", endpoint.id)
+            log.exception("health check of %s failed", endpoint.instance.instance_id)
 
     def _pause(self, endpoint: Endpoint) -> float:
         pause = self._interval if endpoint.routable else min(self._interval, RECOVERY_INTERVAL_S)
@@ -220,10 +227,10 @@ class HealthMonitor:
     def _tell_of_another(self, endpoint: Endpoint, watched: _Watched) -> None:
         """Say that two instances are one server. Both get requests, so that the operator should know."""
         first = self._registry.at(endpoint.instance.role, str(endpoint.address))
-        if first is None or first is endpoint:
+        if first is None or first in self._registry.ranks_of(endpoint):
             watched.say(endpoint, "address", None)
         else:
-            same = f"its address {endpoint.address} is that of {first.id}"
+            same = f"its address {endpoint.address} is that of {first.instance.instance_id}"
             watched.say(endpoint, "address", f"{same}: they are one server, and what fails counts for both")
 
     async def _resolve(self, endpoint: Endpoint, watched: _Watched) -> None:
@@ -254,25 +261,28 @@ class HealthMonitor:
             )
             return
         watched.say(endpoint, "shortage", None)
-        now, reason = self._clock(), str(problem) if problem else None
-        if isinstance(answers.metrics, Scrape):
-            still = watched.progress.seen(answers.metrics, now)
-            reason = reason or self._stalled(endpoint, still)
+        now, pages, reason = self._clock(), answers.metrics, str(problem) if problem else None
+        if isinstance(pages, Misconfigured):
+            reason = reason or str(pages)
+        elif not isinstance(pages, NoAnswer):
+            still = [watched.progress_of(rank).seen(page, now) for rank, page in enumerate(pages)]
+            reason = reason or self._stalled(endpoint, max(still))
         self._registry.probed(endpoint, reason, now)
 
     def _take_silence(self, endpoint: Endpoint, answers: Answers) -> None:
-        """Find a P that hangs. What waits at a D is Envoy's, which has time limits alone."""
+        """Find a P or an E that hangs. What waits at a D is Envoy's, which has time limits alone."""
         if not answers.silent:
             self._silence.answered(endpoint)
-        elif endpoint.healthy is False and endpoint.instance.role is InstanceRole.PREFILL:
+        elif endpoint.healthy is False and endpoint.instance.role is not InstanceRole.DECODE:
             self._silence.unanswered(endpoint)
 
     def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
         """Return what is wrong with an instance that answers, if requests run there and nothing moves.
 
-        Only of D: all of its requests wait then, for as long as a stream may be silent. P has a time limit.
+        Only of D: all of its requests wait then, for as long as a stream may be silent. Others have a
+        time limit.
         """
-        if endpoint.instance.role is InstanceRole.PREFILL or seconds < self._stalled_after:
+        if endpoint.instance.role is not InstanceRole.DECODE or seconds < self._stalled_after:
             return None
         return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
 
@@ -297,20 +307,24 @@ class HealthMonitor:
             watched.say(endpoint, "models", f"which models it serves is not known: {models}")
 
     def _take_metrics(
-        self, endpoint: Endpoint, watched: _Watched, answers: Answers, in_flight: int, tokens: float
+        self, endpoint: Endpoint, watched: _Watched, answers: Answers, ours: list[tuple[int, float]]
     ) -> None:
-        now, page = self._clock(), answers.metrics
-        if isinstance(page, NoAnswer):
-            self._telemetry.scrape_failed(endpoint.id)
+        """Take the load of an instance's ranks. ``ours``: requests and tokens there when it was asked."""
+        now, pages, ranks = self._clock(), answers.metrics, self._registry.ranks_of(endpoint)
+        if isinstance(pages, NoAnswer):
+            for each in ranks:
+                self._telemetry.scrape_failed(each.id)
             if self._too_old(endpoint.scraped_at, now):
                 self._registry.forget_metrics(endpoint)
-            if answers.health is None and not isinstance(page, OurShortage):
-                watched.say(endpoint, "metrics", f"its load is not known: {page}")
+            if answers.health is None and not isinstance(pages, OurShortage):
+                watched.say(endpoint, "metrics", f"its load is not known: {pages}")
             return
         watched.say(endpoint, "metrics", None)
-        taken = snapshot(page, watched.scrape, endpoint.metrics, endpoint.instance.role, now)
-        watched.scrape = page
-        self._registry.scraped(endpoint, taken, in_flight, tokens)
+        before: Sequence[Scrape | None] = watched.scrapes or [None] * len(pages)
+        watched.scrapes = pages
+        for each, page, last, (in_flight, tokens) in zip(ranks, pages, before, ours, strict=True):
+            taken = snapshot(page, last, each.metrics, each.instance.role, now)
+            self._registry.scraped(each, taken, in_flight, tokens)
 
     def _too_old(self, said_at: float | None, now: float) -> bool:
         return said_at is not None and now - said_at > max(KEPT_S, KEPT_INTERVALS * self._interval)
@@ -322,11 +336,14 @@ class HealthMonitor:
             if self._odd.get(endpoint) != difference:
                 role = endpoint.instance.role
                 log.warning(
-                    "%s does not serve the models of most %s instances: it %s", endpoint.id, role, difference
+                    "%s does not serve the models of most %s instances: it %s",
+                    endpoint.instance.instance_id,
+                    role,
+                    difference,
                 )
         for endpoint in self._odd.keys() - odd.keys():
             if endpoint in self._registry and endpoint.listed is not None:
-                log.info("%s serves the models of its role again", endpoint.id)
+                log.info("%s serves the models of its role again", endpoint.instance.instance_id)
         self._odd = odd
 
 
@@ -337,18 +354,25 @@ class _Watched:
         self.look_up: asyncio.Task[None] | None = None
         self.unresolved: str | None = None
         """Why its name could not be resolved the last time."""
-        self.scrape: Scrape | None = None
-        self.progress = Progress()
+        self.scrapes: Scrapes = []
+        """The last ones, of its ranks or of the whole."""
+        self._progress: list[Progress] = []
         self.models_at = now
         self.said: dict[str, str] = {}
         """Complaints that stand, by what they are about: each is logged once."""
+
+    def progress_of(self, rank: int) -> Progress:
+        """Return what watches the engine of a rank."""
+        while len(self._progress) <= rank:
+            self._progress.append(Progress())
+        return self._progress[rank]
 
     def say(self, endpoint: Endpoint, about: str, problem: str | None) -> None:
         """Log that there is a problem, or that it is over."""
         if problem is None:
             if self.said.pop(about, None) is not None:
-                log.info("%s: %s: all is well again", endpoint.id, about)
+                log.info("%s: %s: all is well again", endpoint.instance.instance_id, about)
         else:
             if about not in self.said:
-                log.warning("%s: %s", endpoint.id, problem)
+                log.warning("%s: %s", endpoint.instance.instance_id, problem)
             self.said[about] = problem

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -17,9 +18,10 @@ from ..fleet.endpoint import Endpoint
 from ..instance_http.bounded_read import AnswerEncoded, read_at_most
 from ..instance_http.shortage import is_our_shortage
 from .served_models import ServedModels, parse_models
-from .vllm_metrics import Scrape, parse_metrics
+from .vllm_metrics import OtherEngines, Scrape, parse_metrics, parse_ranks
 
 T = TypeVar("T")
+Scrapes = list[Scrape]
 
 MAX_METRICS_BYTES = 4 << 20
 """Of a ``/metrics`` page. vLLM's has 60 KB, some 50 KB more for each further engine."""
@@ -46,6 +48,10 @@ class Unanswered(NoAnswer):
     """It said nothing in time."""
 
 
+class Misconfigured(NoAnswer):
+    """It is another server than is configured."""
+
+
 class NoSuchPath(NoAnswer):
     """It answers 404: it is not made to say this."""
 
@@ -56,7 +62,8 @@ class Answers:
 
     health: NoAnswer | None
     """``None``: it is well."""
-    metrics: Scrape | NoAnswer
+    metrics: Scrapes | NoAnswer
+    """Of each of its ranks, or of the whole."""
     models: ServedModels | NoAnswer | None
     """``None``: it was not asked."""
 
@@ -76,7 +83,9 @@ class Probe:
     async def ask(self, endpoint: Endpoint, *, models: bool = True) -> Answers:
         """Ask all at once, but the models after the health, on the same connection. Raises nothing."""
         health = asyncio.ensure_future(self._health(endpoint))
-        metrics = asyncio.ensure_future(self._read(endpoint, "/metrics", MAX_METRICS_BYTES, parse_metrics))
+        size = endpoint.instance.data_parallel_size
+        parse = _parse_whole if size == 1 else partial(parse_ranks, size=size)
+        metrics = asyncio.ensure_future(self._read(endpoint, "/metrics", MAX_METRICS_BYTES, parse))
         names = asyncio.ensure_future(self._models(endpoint, health)) if models else None
         await _wait_for(self.timeout, health, metrics, *([] if names is None else [names]))
         return Answers(
@@ -137,9 +146,15 @@ class Probe:
         error = asked.exception()
         if error is None or isinstance(error, NoAnswer):
             return error
+        if isinstance(error, OtherEngines):
+            return Misconfigured(f"{path}: {error}"[:_MAX_REASON])
         if is_our_shortage(error):
             return OurShortage(f"{path} cannot be asked: {error or type(error).__name__}"[:_MAX_REASON])
         return NoAnswer(_reason(error, endpoint, path)[:_MAX_REASON])
+
+
+def _parse_whole(page: bytes) -> Scrapes:
+    return [parse_metrics(page)]
 
 
 async def _wait_for(seconds: float, *asked: asyncio.Future[Any]) -> None:

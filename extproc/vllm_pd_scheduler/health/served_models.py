@@ -67,7 +67,8 @@ def odd_ones(registry: Registry) -> Iterator[tuple[Endpoint, str]]:
     Where no set is served by more than any other, that of the first endpoint counts.
     """
     for role in InstanceRole:
-        endpoints = (each for each in registry.endpoints(role) if each.instance.models is None)
+        firsts = (ranks[0] for ranks in registry.instances())
+        endpoints = (e for e in firsts if e.instance.role is role and e.instance.models is None)
         known = [(each, each.listed) for each in endpoints if each.listed is not None]
         if not known:
             continue

@@ -31,12 +31,12 @@ class StateLog:
         self._registry = registry
         self._telemetry = telemetry
         self._events = events
-        self._seen = {endpoint: _seen(endpoint) for endpoint in registry}
+        self._seen = self._see()
         registry.subscribe(self._look)
 
     def _look(self) -> None:
         before = self._seen
-        self._seen = {endpoint: _seen(endpoint) for endpoint in self._registry}
+        self._seen = self._see()
         for endpoint in before.keys() - self._seen.keys():
             self._add(endpoint, "was removed")
         for endpoint, now in self._seen.items():
@@ -45,6 +45,10 @@ class StateLog:
                 self._add(endpoint, f"was added: {_place(endpoint)}")
             elif last != now:
                 self._tell(endpoint, last, now)
+
+    def _see(self) -> dict[Endpoint, _Seen]:
+        """Return what there is to tell of each instance, by its first endpoint."""
+        return {ranks[0]: _seen(ranks) for ranks in self._registry.instances()}
 
     def _tell(self, endpoint: Endpoint, last: _Seen, now: _Seen) -> None:
         if last.generation != now.generation:
@@ -61,7 +65,7 @@ class StateLog:
             self._add(endpoint, "is drained: nothing that was sent there is left")
 
     def _tell_state(self, endpoint: Endpoint, last: str, now: str) -> None:
-        self._telemetry.state_changed(endpoint.id, endpoint.instance.role, now)
+        self._telemetry.state_changed(endpoint.instance.instance_id, endpoint.instance.role, now)
         trial = now == TRIAL
         # An ejection that a trial follows at once, since no other can serve, is told by this one line.
         bad = now in _BAD or (trial and last != EJECTED)
@@ -71,11 +75,12 @@ class StateLog:
         self._add(endpoint, text, logging.WARNING if bad else logging.INFO)
 
     def _add(self, endpoint: Endpoint, what: str, level: int = logging.INFO) -> None:
+        name = endpoint.instance.instance_id
         self._events.add(
             EventKind.STATE,
-            f"{endpoint.id} {what}",
+            f"{name} {what}",
             by=self._registry.changed_by,
-            subject=endpoint.id,
+            subject=name,
             level=level,
         )
 
@@ -85,6 +90,7 @@ def _place(endpoint: Endpoint) -> str:
     return f"{instance.role}, {join_address(instance.host, instance.port)}"
 
 
-def _seen(endpoint: Endpoint) -> _Seen:
-    state, address = endpoint.told_state, endpoint.address
-    return _Seen(state, address, endpoint.generation, endpoint.drained, endpoint.speaks)
+def _seen(ranks: tuple[Endpoint, ...]) -> _Seen:
+    first, drained = ranks[0], all(each.drained for each in ranks)
+    speaks = next((each.speaks for each in ranks if each.speaks), "")
+    return _Seen(first.told_state, first.address, first.generation, drained, speaks)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..models import InstanceRole, MetricsSnapshot
@@ -38,6 +38,7 @@ _GAUGES = {
 }
 _LATENCY = {
     InstanceRole.PREFILL: ("vllm:time_to_first_token_seconds",),
+    InstanceRole.ENCODE: ("vllm:time_to_first_token_seconds",),
     InstanceRole.DECODE: (
         "vllm:request_time_per_output_token_seconds",
         "vllm:time_per_output_token_seconds",  # its name in older releases
@@ -48,10 +49,12 @@ _STEP = (
     "vllm:time_per_output_token_seconds",  # before the two were told apart
 )
 _TRANSFER = ("vllm:nixl_xfer_time_seconds",)
-_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER) for name in names}
+_BYTES = ("vllm:nixl_bytes_transferred",)
+_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) for name in names}
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
 _STEPS = "vllm:iteration_tokens_total_count"
+_FAILED = "vllm:nixl_num_failed_transfers_total"
 _CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
 _KV_TOKENS = "sglang:max_total_num_tokens"
@@ -74,7 +77,7 @@ _SGLANG = {
 }
 """SGLang's series, and the names of vLLM's that they are read as; of the last one vLLM has labels."""
 _WANTED = {
-    _START, _GENERATED, _FINISHED, _STEPS, _CACHE, *_GAUGES,
+    _START, _GENERATED, _FINISHED, _FAILED, _STEPS, _CACHE, *_GAUGES,
     *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
 _NAMES = {name.encode(): name for name in _WANTED} | {
@@ -103,12 +106,16 @@ _ADAPTERS = re.compile(
 _ADAPTER_LABEL = re.compile(rb'(?:^|,)[ \t]*(\w+)="([^"\\\n]*)"')
 _MAX_ADAPTERS = 4096
 """Of one label that are read."""
+_ENGINE_LABEL = re.compile(rb'(?:^|,)[ \t]*engine="(\d{1,4})"')
 _CACHE_LABEL = re.compile(rb'(?:^|,)[ \t]*(block_size|num_gpu_blocks|kv_cache_size_tokens)="(\d{1,15})"')
 
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One parsed ``/metrics`` page: gauges over all engines, and ``(sum, count)`` of each histogram."""
+    """What a ``/metrics`` page says of a server, or of one of its engines.
+
+    Gauges are over all of the engines, and histograms are ``(sum, count)``.
+    """
 
     running: float
     waiting: float
@@ -124,14 +131,24 @@ class Scrape:
     """Requests that ended since the start."""
     steps: float = 0.0
     """Steps of the engine since the start; 0 if it does not count them."""
+    failed_transfers: float | None = None
+    """KV transfers that have failed since the start; ``None`` if it does not count them."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters of requests that wait, then those of requests that run."""
     adapter_slots: int = 0
     """LoRA adapters that it holds at once; 0 if it does not say."""
 
 
+_Sample = tuple[str, bytes, float]
+"""Name, labels, value."""
+
+
 class NotVllmMetrics(ValueError):
     """The page has none of the series that every vLLM server, or SGLang, exposes."""
+
+
+class OtherEngines(NotVllmMetrics):
+    """The page is of a server with another number of engines than is configured."""
 
 
 def parse_metrics(page: bytes | str) -> Scrape:
@@ -141,11 +158,37 @@ def parse_metrics(page: bytes | str) -> Scrape:
     sense is left out. Raises :exc:`NotVllmMetrics` if the page is of something else, cannot be parsed, or
     has numbers of requests that make no sense.
     """
+    data = page.encode(errors="replace") if isinstance(page, str) else page
+    samples = list(_samples(data))
+    return _scrape(samples, len([name for name, *_ in samples if name == _CACHE]), *_adapters(data))
+
+
+def parse_ranks(page: bytes, size: int) -> list[Scrape]:
+    """Parse the page of a server with ``size`` engines: what it says of each, by the label ``engine``.
+
+    The labels of a node with hybrid load balancing begin where that node's engines do. What has no label is
+    of all. Raise as :func:`parse_metrics`, also if it has more engines or fewer.
+    """
+    shared: list[_Sample] = []
+    ranks: dict[int, list[_Sample]] = {}
+    for sample in _samples(page):
+        engine = _ENGINE_LABEL.search(sample[1])
+        (shared if engine is None else ranks.setdefault(int(engine[1]), [])).append(sample)
+    first = min(ranks, default=0)
+    if sorted(ranks) != list(range(first, first + size)):
+        told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
+        raise OtherEngines(f"it tells of {told}, and the data_parallel_size of the instance is {size}")
+    adapters = _adapters(page)
+    return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
+
+
+def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...], slots: int) -> Scrape:
+    """Return what series say, of one of ``engines`` or of all."""
     values: dict[str, list[float]] = {}
     capacity = 0.0
-    for name, labels, value in _samples(page.encode(errors="replace") if isinstance(page, str) else page):
+    for name, labels, value in samples:
         if name == _CACHE:
-            capacity += _kv_tokens(labels)
+            capacity += _kv_tokens(labels, engines)
         elif name == _KV_TOKENS:
             capacity += value if 0.0 <= value <= MAX_CAPACITY else 0.0
         elif _GAUGES.get(name) in ("running", "waiting") and not 0.0 <= value <= MAX_REQUESTS:
@@ -179,7 +222,9 @@ def parse_metrics(page: bytes | str) -> Scrape:
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),
         counts.get(_STEPS, 0.0),
-        *_adapters(page.encode(errors="replace") if isinstance(page, str) else page),
+        counts.get(_FAILED),
+        adapters,
+        slots,
     )
 
 
@@ -201,7 +246,7 @@ def _adapters(page: bytes) -> tuple[tuple[str, ...], int]:
     return tuple(filter(None, adapters)), int(slots) if slots.isdecimal() and len(slots) <= 4 else 0
 
 
-def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
+def _samples(page: bytes) -> Iterator[_Sample]:
     """Yield name, labels and value of each series that matters, once however often it is there."""
     if len(page) > _LONG_PAGE and page.count(b"\n") > _MAX_LINES:
         raise NotVllmMetrics(f"it has more than {_MAX_LINES} lines")
@@ -217,16 +262,16 @@ def _samples(page: bytes) -> Iterator[tuple[str, bytes, float]]:
             yield _NAMES[name], labels or b"", float(value)
 
 
-def _kv_tokens(labels: bytes) -> float:
+def _kv_tokens(labels: bytes, engines: int) -> float:
     """Return the tokens that one engine's KV cache holds; 0 if its labels do not say.
 
-    Blocks times their size is more than that for a model in which some layers need less than a block for as
-    many tokens: there vLLM says how many tokens it is. It says "None" until it has measured its memory.
+    Of several engines, each says how many blocks all of them have together. Blocks times their size is more
+    than that for a model in which some layers need less than a block for as many tokens: there vLLM says how
+    many tokens it is. It says "None" until it has measured its memory.
     """
     found = {key: int(value) for key, value in _CACHE_LABEL.findall(labels)}
-    tokens = found.get(b"kv_cache_size_tokens") or found.get(b"block_size", 0) * found.get(
-        b"num_gpu_blocks", 0
-    )
+    blocks = found.get(b"num_gpu_blocks", 0) // engines
+    tokens = found.get(b"kv_cache_size_tokens") or found.get(b"block_size", 0) * blocks
     return float(tokens) if tokens <= MAX_CAPACITY else 0.0
 
 
@@ -260,6 +305,8 @@ def snapshot(
         0.0 if restarted or before is None else scrape.generated - before.generated,
         0.0 if restarted or before is None else scrape.finished - before.finished,
         transfer.mean if transfer else None,
+        _rate(_since(scrape, before, _BYTES), transfer),
+        _new_failures(scrape, before),
         latency_at,
         scrape.adapters,
         scrape.adapter_slots,
@@ -277,6 +324,20 @@ class _Since:
     def mean(self) -> float | None:
         mean = max(0.0, self.total) / self.count if self.count > 0 else math.inf
         return mean if mean <= _MAX_SECONDS else None
+
+
+def _new_failures(scrape: Scrape, before: Scrape | None) -> float | None:
+    """Return the transfers that have failed between two scrapes; ``None`` if that is not known."""
+    if scrape.failed_transfers is None or before is None or before.failed_transfers is None:
+        return None
+    return max(0.0, scrape.failed_transfers - before.failed_transfers)
+
+
+def _rate(size: _Since | None, seconds: _Since | None) -> float | None:
+    """Return the bytes a second of what was transferred between two scrapes."""
+    if size is None or seconds is None or size.count <= 0 or seconds.total <= 0 or size.total < 0:
+        return None
+    return size.total / seconds.total
 
 
 def _since(scrape: Scrape, before: Scrape | None, names: tuple[str, ...]) -> _Since | None:

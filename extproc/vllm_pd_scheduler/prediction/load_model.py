@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .read_only import ReadOnly, set_own
 from .regression import MAX_SURPRISE, OnlineRegression
+from .transfer_rates import TransferRates
 
 _PREFILL_PRIOR = (0.02, 1e-4, 0.0)
 """Prefill before anything was measured: 20 ms, and 10,000 tokens/s, the order of a 70B model on 4 GPUs.
@@ -277,6 +278,8 @@ class FleetLoad:
     """Mean tokens of an answer."""
     transfer: float = 0.02
     """Mean seconds of a KV transfer from P to D. 20 ms until one was measured: a choice."""
+    transfers: TransferRates = field(default_factory=TransferRates)
+    """What hand-offs take by pair of P and D, as their first bytes show."""
     _prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Bytes and tokens of recent prompts, by model; older ones count less."""
     _answers: tuple[float, float] = (OUTPUT_TOKENS, 1.0)
@@ -295,6 +298,10 @@ class FleetLoad:
             keep = 1 - _RECENT
             believed = _bounded(tokens, size / self.bytes_per_token(name))
             self._prompts[name] = (keep * old_size + size, keep * old_tokens + believed)
+
+    def handoff(self, prefill: str, decode: str, tokens: float) -> float:
+        """Return predicted seconds of a hand-off of so many tokens from P to D, by their ids."""
+        return self.transfers.predict(prefill, decode, tokens) if self.transfers.samples else self.transfer
 
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""

@@ -18,6 +18,9 @@ from msgspec import Struct
 from ..fleet.endpoint import Endpoint
 from ..telemetry import Ending, Served
 
+MAX_ENCODE_ATTEMPTS = 32
+"""Items sent to encode instances that are kept of one request."""
+
 MAX_TEXT = 256
 """Characters of what a client can choose (its model's name, its path) that are kept."""
 
@@ -98,6 +101,13 @@ class Decision(Struct, gc=False, eq=False):
     """Why the scheduler has refused it."""
     waited: float = 0.0
     """Seconds in the scheduler's queue."""
+    media: int = 0
+    """Images, videos and sounds in it that an encode instance was asked for."""
+    encoded: int = 0
+    """Those of them that one has encoded."""
+    encode_took: float = 0.0
+    """Seconds until the last of them."""
+    encode_attempts: tuple[Attempt, ...] = ()
     prefill: Choice | None = None
     decode: Choice | None = None
     """The newest pick for that role."""
@@ -124,6 +134,17 @@ class Decision(Struct, gc=False, eq=False):
         self.waited += waited
         if choice is not None:
             self.prefill = choice
+
+    def encode_begins(self, instance: str, at: float) -> Attempt:
+        """Note that an item is sent to an encode instance; return it, for its end to be written there."""
+        attempt = Attempt(instance, None, at)
+        if len(self.encode_attempts) < MAX_ENCODE_ATTEMPTS:
+            self.encode_attempts += (attempt,)
+        return attempt
+
+    def media_encoded(self, media: int, encoded: int, took: float) -> None:
+        """Note how many of its items were encoded before the prefill."""
+        self.media, self.encoded, self.encode_took = media, encoded, took
 
     def prefill_begins(self, instance: str, at: float, predicted: float) -> Attempt:
         """Note an attempt at prefill; return it, for its end to be written there."""

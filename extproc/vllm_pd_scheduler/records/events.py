@@ -27,6 +27,8 @@ class EventKind(StrEnum):
     """The scheduler ends, and lets running requests end first."""
     STATE = "state"
     """An instance came, went, or is in another state than before."""
+    PAIR = "pair"
+    """Hand-offs of a P to a D fail or are slow, or are well again."""
     DISCOVERY = "discovery"
     """A source of instances is lost, or back; or it names an instance that clashes with another one."""
     CONFIG = "config"
@@ -35,6 +37,8 @@ class EventKind(StrEnum):
     SHADOW = "shadow"
     QUEUE_FULL = "queue_full"
     LOG_LEVEL = "log_level"
+    SELF_CHECK = "self_check"
+    """A pair of P and D gave a wrong text, or gives right ones again."""
 
 
 @dataclass(frozen=True, slots=True)

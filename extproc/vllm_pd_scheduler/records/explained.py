@@ -36,6 +36,7 @@ def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
         "status": decision.status,
         "reason": decision.reason,
         "waited_s": _rounded(decision.waited),
+        "encode": _encode(decision),
         "prefill": _prefill(decision),
         "decode": _decode(decision),
         "predicted_ttft_s": _rounded(decision.predicted_ttft),
@@ -50,6 +51,9 @@ def in_a_line(decision: Decision) -> str:
     parts = [f"served={_served(decision)}"]
     if decision.reason is not None:
         parts.append(f"reason={decision.reason}")
+    if decision.encode_attempts:
+        ids = dict.fromkeys(each.instance for each in decision.encode_attempts)
+        parts.append(f"encode={'+'.join(ids)} {decision.encoded} of {decision.media}")
     attempts = decision.prefill_attempts
     if attempts:
         parts.append(_short("prefill", attempts[-1].instance, decision.prefill))
@@ -65,6 +69,17 @@ def in_a_line(decision: Decision) -> str:
 
 def _served(decision: Decision) -> str | None:
     return "rejected" if decision.reason is not None else decision.served
+
+
+def _encode(decision: Decision) -> dict[str, Any] | None:
+    if not decision.encode_attempts:
+        return None
+    return {
+        "items": decision.media,
+        "encoded": decision.encoded,
+        "took_s": _rounded(decision.encode_took),
+        "attempts": _attempts(decision.encode_attempts),
+    }
 
 
 def _prefill(decision: Decision) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from ..admission.dispatcher import Dispatcher
 from ..admission.queue import Ticket
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
-from ..models import InstanceRole, MetricsSnapshot, PDInstance
+from ..models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from ..request.context import RequestContext
 from ..request.errors import Reject
 from ..scheduler import Scheduler
@@ -136,7 +136,7 @@ class _Run:
         self._registry = Registry()
         self._scheduler = Scheduler(config, self._registry, seed=fleet.seed)
         if variant.strategy in PEERS:
-            for role in InstanceRole:
+            for role in PD_ROLES:
                 self._scheduler.install(PEERS[variant.strategy], role, variant.strategy)
         self._dispatcher = Dispatcher(self._scheduler)
         self._disaggregation = Disaggregation(config, self._scheduler)

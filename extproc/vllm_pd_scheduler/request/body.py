@@ -86,6 +86,8 @@ class Fields(msgspec.Struct, frozen=True):
     text: msgspec.Raw = _ABSENT
     input_ids: msgspec.Raw = _ABSENT
     logprob_start_len: msgspec.Raw = _ABSENT
+    mm_processor_kwargs: msgspec.Raw = _ABSENT
+    media_io_kwargs: msgspec.Raw = _ABSENT
 
 
 _TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
@@ -94,7 +96,7 @@ _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
     | {"instructions", "input", "system", "token_ids", "sampling_params", "text", "input_ids"}
-    | {"stop", "stop_token_ids", "stop_sequences"}
+    | {"stop", "stop_token_ids", "stop_sequences", "mm_processor_kwargs", "media_io_kwargs"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
 _decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -126,7 +128,8 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
 
     ``raw`` is the body without a client's hand-off key at any depth; ``changed`` says whether it is another
     one than the client's.
-    ``api`` is what it is a request of.
+    ``api`` is what it is a request of. ``more`` are fields (JSON texts) that each body has which is made of
+    this one for an instance, where it may have fields of ours.
     """
 
     raw: bytes
@@ -134,6 +137,7 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
     changed: bool = False
     walked: _Walked | None = None
     api: Api = COMPLETIONS
+    more: Mapping[str, bytes] = MappingProxyType({})
 
     @classmethod
     def parse(cls, body: bytes, api: Api | None = None) -> JsonBody:
@@ -235,11 +239,12 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         return msgspec.structs.replace(made, changed=True)
 
     def replace(self, drop: Set[str], add: Mapping[str, bytes]) -> bytes:
-        """Return the body without the fields in ``drop``, those of ``add`` (JSON texts) at its end.
+        """Return the body without the fields in ``drop``, those of ``more`` and ``add`` at its end.
 
         All of them are fields of :class:`Fields`, or none that a body can have; ``add`` has at least one.
         """
         parts: list[bytes | memoryview] = [b"{"]
+        add = {**self.more, **add}
         keys = drop | add.keys()
         try:
             walked = self.walked

@@ -56,6 +56,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     """To which D it may go, by ``ip:port`` or ``ip``, if whoever asks says so. Its P may be any."""
     session: str | None = None
     """What the requests of one conversation have in common."""
+    revision: str | None = None
+    """The [revision](models.md#roll-outs) that was chosen for it; ``None`` where none is chosen."""
     ttft_slo: float | None = None
     """Seconds to the first token that the client asks for."""
     tpot_slo: float | None = None
@@ -99,6 +101,10 @@ class RequestContext(Struct, frozen=True, eq=False):
         """Set to which D it may go; ``None``: to all."""
         if subset is not None:
             force_setattr(self, "subset", subset)
+
+    def goes_to(self, revision: str) -> None:
+        """Set the revision that was chosen for it."""
+        force_setattr(self, "revision", revision)
 
     def at(self, now: float) -> None:
         """Set the time of the next pick."""

@@ -1,6 +1,6 @@
-"""The field that carries a KV hand-off: found in a client's body in any spelling, at any depth, and cut out.
+"""The fields that carry hand-offs: found in a client's body in any spelling, at any depth, and cut out.
 
-It is ours to set: a client's own can crash a decode engine. It is cut out of the bytes, so that all else
+They are ours to set: a client's own can crash an engine. It is cut out of the bytes, so that all else
 stays as the client wrote it, and in steps, so that a body that is full of it stops nothing.
 """
 
@@ -13,37 +13,47 @@ from .errors import BodyError
 from .json_text import STEP_BYTES, JsonText, Malformed, Steps
 
 HANDOFF_KEY: Final = "kv_transfer_params"
+"""Where a prompt's KV cache is."""
+
+ENCODED_KEY: Final = "ec_transfer_params"
+"""Where encoded images, video and audio are."""
 
 MAX_CUTS = 1000
-"""Places at which one body may have the key."""
+"""Places at which one body may have one of them."""
 
-_NAME = HANDOFF_KEY.encode()
+_KEYS = (HANDOFF_KEY.encode(), ENCODED_KEY.encode())
+_NAME = b"_transfer_params"
+"""What both have in common: one search finds either."""
 # Letters of the name can be written as \u escapes, with hex digits of either case; all are ASCII.
-_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[156bBdDeE]|7[02346])")
-_SPELLED_NAME = re.compile(b"".join(b"(?:%c|\\\\u00(?i:%x))" % (letter, letter) for letter in _NAME))
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1356bBdDeE]|7[02346])")
+_SPELLED_NAME = re.compile(
+    b"(?:"
+    + b"|".join(b"".join(b"(?:%c|\\\\u00(?i:%x))" % (letter, letter) for letter in key) for key in _KEYS)
+    + b")"
+)
 _SPELLED_STRING = re.compile(b'"' + _SPELLED_NAME.pattern + b'"')
-_LONGEST_SPELLING = len(rb'"\u0000"') * len(_NAME)
+_LONGEST_SPELLING = len(rb'"\u0000"') * len(_KEYS[0])
 _SEARCH_BYTES = 1 << 17
 """Bytes between two steps of a search that runs at the speed of memory."""
 _LOOK_BACK_BYTES = 4096
 
-_REFUSAL = f"The request body names {HANDOFF_KEY!r}, which only the router sets."
+_REFUSAL = f"The request body names {HANDOFF_KEY!r} or {ENCODED_KEY!r}, which only the router sets."
 
 
 def is_suspect(body: bytes) -> bool:
-    """Whether the name, or a letter of it as an escape, is in ``body``; if not, the key is not there."""
+    """Whether a name, or a letter of it as an escape, is in ``body``; if not, neither key is there."""
     return _NAME in body or _ESCAPED_LETTER.search(body) is not None
 
 
 def refuse_name(body: bytes) -> Steps[None]:
-    """Raise :exc:`.errors.BodyError` if the name is in text that is no JSON, in any spelling."""
+    """Raise :exc:`.errors.BodyError` if a name is in text that is no JSON, in any spelling."""
     at = yield from _first_suspect(body)
     if (yield from _search(_SPELLED_NAME, JsonText(body), at)) is not None:
         raise BodyError(_REFUSAL)
 
 
 def without_key(body: bytes) -> Steps[bytes]:
-    """Return JSON text without the key and its values; the same object if it has none.
+    """Return JSON text without the keys and their values; the same object if it has none.
 
     Raises :exc:`.errors.BodyError` for text that is no JSON where the key stands, or has it too often, and
     :exc:`.json_text.TooDeep`.
@@ -56,7 +66,7 @@ def without_key(body: bytes) -> Steps[bytes]:
         while (found := (yield from _next_key(text, at))) is not None:
             cuts += 1
             if cuts > MAX_CUTS:
-                raise BodyError(f"The request body has {HANDOFF_KEY!r} in more than {MAX_CUTS} places.")
+                raise BodyError(f"The request body has hand-offs in more than {MAX_CUTS} places.")
             start, value = found
             value = yield from text.space(value)
             end = yield from text.skip(value)
@@ -105,7 +115,7 @@ def _search(pattern: re.Pattern[bytes], text: JsonText, at: int) -> Steps[re.Mat
 
 
 def _next_key(text: JsonText, at: int) -> Steps[tuple[int, int] | None]:
-    """Return where the next key of this name begins, and where what comes after its colon.
+    """Return where the next key of these names begins, and where what comes after its colon.
 
     A quote that is not escaped begins a string here: if it ended one, letters would follow a string, and
     that is no JSON.

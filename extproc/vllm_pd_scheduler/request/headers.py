@@ -12,16 +12,17 @@ ENVOY_CONFIG: Final = "pd-envoy-config"
 ENVOY_CONFIG_VERSION: Final = "5"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
 dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them, and the client's
-request id beside D's, 5 new prefills for further attempts at a D that serves nothing alone."""
+request id beside D's, 5 data-parallel ranks, and new prefills for further attempts at a D that serves
+nothing alone."""
 
+_NOT_BEFORE_5: Final = "no D may have a data_parallel_size, and requests to SGLang have no further attempts"
 _NOT_BEFORE_4: Final = (
-    "the health of a model is not known, a client's x-request-id can come back as another one, and P and D of"
-    " several revisions must not run together"
+    "the health of a model is not known, a client's x-request-id can come back as another one, P and D of"
+    f" several revisions must not run together, and {_NOT_BEFORE_5}"
 )
-_NOT_BEFORE_5: Final = "requests to SGLang have no further attempts"
 ENVOY_CONFIGS_THAT_WORK: Final = {
-    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}, and {_NOT_BEFORE_5}",
-    "3": f"{_NOT_BEFORE_4}, and {_NOT_BEFORE_5}",
+    "2": f"how they end and when their first token comes is not known, {_NOT_BEFORE_4}",
+    "3": _NOT_BEFORE_4,
     "4": _NOT_BEFORE_5,
 }
 """Earlier versions, and what does not work with them."""
@@ -32,6 +33,13 @@ The name is that of the Gateway API inference extension."""
 
 ID: Final = "x-pd-id"
 """Our own id of a request, under which Envoy tells of attempts that failed. A client cannot choose it."""
+
+RANK: Final = "x-data-parallel-rank"
+"""By which vLLM chooses among the engines of an instance: ours on both legs where there are several, never a
+client's."""
+
+RANK_SHOWN: Final = "x-pd-rank"
+"""A colon and the rank that a request is sent to, for ``DECODE`` on its answer; Envoy sets it."""
 
 REQUEST_ID: Final = "x-request-id"
 """The client's id of a request, or one that Envoy has made. Log lines and answers have it."""
@@ -65,6 +73,10 @@ LATER: Final = "(later)"
 
 DECODE: Final = "x-pd-decode"
 """Id of the instance that answered, on the answer. Envoy adds it, from the endpoint that it used."""
+
+CACHED_TOKENS: Final = "x-pd-cached-tokens"
+"""How many tokens of the prompt P had cached, where the answer's ``usage`` cannot say it: on the request to
+decode, and on the answer."""
 
 DECISION: Final = "x-pd-decision"
 """Why a request went where it went, in a line: on the request to decode, and on the answer, if asked for."""

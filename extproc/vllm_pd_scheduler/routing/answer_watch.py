@@ -99,6 +99,8 @@ class AnswerWatch:
         if forward.prefill is not None:
             known = forward.call is None or forward.call.known
             found[names.PREFILL] = forward.prefill.id if known else names.LATER
+        if (cached := forward.cached_tokens) is not None:
+            found[names.CACHED_TOKENS] = str(cached)
         if self._head is not None and not self._head.own:
             found[names.DECODE] = self._by.id
         if forward.explanation:

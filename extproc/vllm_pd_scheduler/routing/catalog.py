@@ -10,7 +10,7 @@ from urllib.parse import unquote_plus
 
 import msgspec
 
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..request.errors import OwnAnswer, Reject, own_answer, reject
 from ..request.path import HEALTH_PATH, MODELS_PATH, PING_PATH
 from ..request.rewrites import Rewrites
@@ -96,7 +96,7 @@ class Catalog:
 
     def _fleet_health(self) -> Health:
         """Return how the fleet is, whichever its models: gateways ask here what our own Envoy answers."""
-        served = all(self._registry.routable(role) for role in InstanceRole)
+        served = all(self._registry.routable(role) for role in PD_ROLES)
         return Health.SERVED if served else Health.AWAY
 
     def _health(self, model: str) -> Health:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ..admission.body_memory import BodyMemory
 from ..admission.controller import AdmissionController
 from ..config import SchedulerConfig
 from ..connectors import ConnectorFailed, Connectors, Splice
+from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
 from ..records.decision import MAX_TEXT, Decision
 from ..records.decisions import Decisions
@@ -37,6 +38,7 @@ from .catalog import Catalog
 from .decode import DecodeStage, NoPartner
 from .decode_first import DecodeFirst
 from .denials import Denials
+from .encode import EncodeStage
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
 from .prefill import AskedLater, PrefillStage, WithoutHandoff, lost_twice
@@ -110,8 +112,7 @@ class RoutingCore:
             self._local,
             clock,
         )
-        self.registry.subscribe(self._follow_connectors)
-        self._follow_connectors()
+        self.encode = EncodeStage(config, scheduler, telemetry, self.in_flight.lost, self._turns, clock)
         self.decode_first = DecodeFirst(
             config,
             self.prefill,
@@ -126,17 +127,17 @@ class RoutingCore:
         )
         self._sidecar = SidecarPrefill(config, self.prefill, self.registry, self.in_flight.lost, clock)
 
-    def _follow_connectors(self) -> None:
-        self.connectors.follow(endpoint.instance for endpoint in self.registry)
-
     @property
     def objectives(self) -> Objectives:
         """The priorities of requests that name an objective."""
         return self._reader.objectives
 
+    def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
+        """Return those D that can use what a P hands over; ``None`` if all can."""
+        return self._scheduler.fitting(prefill, decode)
+
     def reconfigured(self) -> None:
         """Take what is not read at each request as it is configured now."""
-        self._follow_connectors()
         self._local.share = self.config.max_local_prefill_share
         self._admission.wake()
 
@@ -273,6 +274,16 @@ class RoutingCore:
             )
             if not can_serve:
                 return refusal or self.decode.no_decode(context, decision)
+        body = await self.encode.run(context, headers, body, decision)
+        outcome = await self._sent(context, headers, body, decision)
+        if body.more and isinstance(outcome, Forward):
+            self.decode.add_encoded(outcome, body)
+        return outcome
+
+    async def _sent(
+        self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request that is understood: split, or whole."""
         changed = body.raw if body.changed else None
         limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..admission.controller import AdmissionController
@@ -103,7 +103,7 @@ class DecodeStage:
                 decision.decode = choice
         else:
             own, decision.decode = picked[0] if picked else None, choice
-        if not picked and beside is not None and self._scheduler.several_kinds:
+        if beside is not None and not picked and self._has_no_partner(context, beside):
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
@@ -116,7 +116,10 @@ class DecodeStage:
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
-        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0])
+        self._telemetry.by_revision.forwarded(decode[0].instance.revision)
+        transferred = context.uncached(decode[0].holder) if beside is not None else 0.0
+        step = decode[0].decode.step(decode[0].requests + 1, decode[0].kv_tokens + context.prompt_tokens)
+        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0], transferred, step)
         trace = current.get()
         if trace is not None:
             strategy = self._scheduler.names[InstanceRole.DECODE]
@@ -127,7 +130,13 @@ class DecodeStage:
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self._in_flight.lost.spent(context.fingerprint)
         forward.request_id = context.request_id
+        if self._registry.has_ranks:
+            forward.ranks = {str(each.address): each.rank for each in decode if each.rank is not None}
         forward.served = served
+        if beside is not None:
+            forward.transferred, forward.step = transferred, step
+            if self._registry.pairs.in_doubt:
+                self._registry.pairs.tried(beside, decode[0], reservation)
         if served is not Served.PASSED:
             forward.recorded = self._recording.begin(context)
         decision.id, decision.served, decision.decode_to = forward.id, served, decode
@@ -277,7 +286,15 @@ class DecodeStage:
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
+                self._registry.failed_transfers.handed_over(prefilled.prefill, forward.decode[0])
         return forward
+
+    def add_encoded(self, forward: Forward, body: JsonBody) -> None:
+        """Have a D that prefills get what it needs to find encoded items: the field that P gets otherwise."""
+        if forward.pending is None and forward.sidecar is None and forward.splice is None:
+            ((name, text),) = body.more.items()
+            splice = Splice(*body.one_more(name, text))
+            forward.splice = splice if self._fits(splice) else None
 
     def _fits(self, splice: Splice | None) -> bool:
         return splice is None or splice.at + len(splice.text) <= self._config.max_body_bytes
@@ -300,26 +317,41 @@ class DecodeStage:
         return forward
 
     def _predicted_ttft(
-        self, context: RequestContext, decision: Decision, served: Served, decode: Endpoint
+        self,
+        context: RequestContext,
+        decision: Decision,
+        served: Served,
+        decode: Endpoint,
+        transferred: float,
+        step: float,
     ) -> float | None:
         """Return predicted seconds from the arrival to the first token: of P, when that was chosen."""
         load, prompt = self._registry.load, context.prompt_tokens
         if served is Served.SPLIT:
             prefill = decision.prefill_attempts[-1]
-            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + load.transfer
+            handoff = load.handoff(prefill.instance, decode.id, transferred)
+            before = prefill.at - decision.arrived + (prefill.predicted or 0.0) + handoff
         elif prompt:
             new = context.uncached(decode.holder)
             cost = load.prefill.predict((1.0, new, prefill_pairs(new, prompt)))
             before = context.now - decision.arrived + cost
         else:
             return None
-        return before + decode.decode.step(decode.requests + 1, decode.kv_tokens + prompt)
+        return before + step
+
+    def _has_no_partner(self, context: RequestContext, prefill: Endpoint) -> bool:
+        """Whether there are D, but none that could use what a P hands over."""
+        scheduler, role = self._scheduler, InstanceRole.DECODE
+        return scheduler.several_kinds or bool(scheduler.barred(role, context, prefill))
 
     def _in_turn(self, context: RequestContext, picked: list[Endpoint], count: int) -> list[Endpoint]:
         """Return up to ``count`` that Envoy tries one after another: those picked, then the last resorts."""
         # A further attempt has the same headers: same key only.
         key = picked[0].instance.api_key
         found = [endpoint for endpoint in picked if endpoint.instance.api_key == key]
+        if self._registry.has_ranks:
+            found = _of_each_process(found)
+            picked = [rank for each in picked for rank in self._registry.ranks_of(each)]
         if len(found) < count:
             taken = [*picked, *self._scheduler.outside(InstanceRole.DECODE, context.subset)]
             others = self._scheduler.last_resorts(InstanceRole.DECODE, taken, context.model)
@@ -344,3 +376,11 @@ def _indivisible() -> Reject:
         "serves one alone."
     )
     return reject(501, words, "indivisible")
+
+
+def _of_each_process(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+    """Return the first endpoint of each process: a request that one has failed is not for its other ranks."""
+    found: dict[str, Endpoint] = {}
+    for endpoint in endpoints:
+        found.setdefault(endpoint.instance.instance_id, endpoint)
+    return list(found.values())

@@ -181,7 +181,7 @@ class DecodeFirst:
         decision: Decision,
     ) -> None:
         decode, id_ = forward.decode[0], secrets.token_urlsafe(16)
-        attempt = later.attempt.towards(self._connectors.peer(decode.instance, decode.host))
+        attempt = later.attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         try:
             invitation = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
             forward.splice = attempt.splice(body, invitation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -70,6 +70,12 @@ class Forward:
     pending: PendingHandoff | None = None
     only: Sequence[Endpoint] | None = None
     """The D that can use the hand-off; ``None``: all."""
+    transferred: float = 0.0
+    """Tokens that D has to fetch, as far as is known."""
+    step: float = 0.0
+    """Predicted seconds of a decode step at D with it."""
+    ranks: Mapping[str, int] | None = None
+    """Which rank is meant of those of ``decode`` that have several, by address; ``None``: none has."""
     call: ExpectedCall | None = None
     """By which D asks for the prefill, if its protocol wants that."""
     refuse: Callable[[Reject], None] | None = None
@@ -136,6 +142,12 @@ class Forward:
         return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
+    def cached_tokens(self) -> int | None:
+        """How many tokens of the prompt P had cached, if D cannot know it."""
+        handoff = None if self.pending is None else self.pending.handoff
+        return None if handoff is None or handoff.tells_cached else handoff.cached_tokens
+
+    @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
         made = self.beside is not None or self.call is not None
@@ -150,6 +162,12 @@ class Forward:
     def prefilled(self) -> bool:
         """Whether P has done its part before D got the request."""
         return self.pending is not None and self.call is None
+
+    @property
+    def hands_over(self) -> Endpoint | None:
+        """The P of which its first D is to fetch something, if there is one."""
+        pending = self.pending if self.call is None else None
+        return pending.prefill if pending is not None and pending.handoff.pinned else None
 
     @property
     def retried(self) -> frozenset[int]:
@@ -179,6 +197,8 @@ class Forward:
             found[names.PREFILL] = names.LATER if self.call is not None else self.prefill.id
         if self.pending is not None:
             found |= self.pending.handoff.headers
+            if (cached := self.cached_tokens) is not None:
+                found[names.CACHED_TOKENS] = str(cached)
         if self.id_of_client:
             found[names.CLIENT_REQUEST_ID] = self.id_of_client
         if self.sidecar is not None:
@@ -204,6 +224,7 @@ class Forward:
         same body and headers.
         """
         made = self.splice is not None or self.used_once or self.only is not None
+        made = made or self.decode[0].rank is not None
         if len(self.decode) > 1 and (made or not fallbacks):
             self.decode = self.decision.decode_to = self.decode[:1]
 
@@ -225,6 +246,8 @@ class Forward:
             found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
+        if self.decode[0].rank is not None:
+            found[names.RANK] = str(self.decode[0].rank)
         if (key := self.decode[0].instance.api_key) is not None:
             found["authorization"] = f"Bearer {key}"
         if self.trace is not None:

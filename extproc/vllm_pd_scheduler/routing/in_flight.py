@@ -171,7 +171,7 @@ class RequestsInFlight:
         """
         id_ = attempt.request or ""
         forward = self._running.get(id_) or self._ended.get(id_)
-        endpoint = self._registry.at(InstanceRole.DECODE, attempt.address)
+        endpoint = self._at(attempt.address, forward)
         if endpoint is not None:
             self._telemetry.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
@@ -184,7 +184,7 @@ class RequestsInFlight:
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
             endpoint is not None and self._registry.stands_out(endpoint)
         )
-        instance = endpoint.id if endpoint is not None else attempt.address
+        instance = endpoint.instance.instance_id if endpoint is not None else attempt.address
         # Whose fault it is, is not known while D waits for P.
         waited = forward.beside is not None and not forward.beside.sent
         if attempt.failure is Failure.RESET:
@@ -194,9 +194,10 @@ class RequestsInFlight:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
         if forward.sidecar is not None and attempt.failure is Failure.STATUS:
-            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.id, self._clock())
+            self.lost.suspect(forward.prompt, forward.sidecar.endpoint.instance.instance_id, self._clock())
         if forward.trace is not None:
-            forward.trace.decode_failed(instance, attempt.failure, attempt.status, self._clock())
+            tried = endpoint.id if endpoint is not None else attempt.address
+            forward.trace.decode_failed(tried, attempt.failure, attempt.status, self._clock())
         if attempt.first and forward.sidecar is not None:
             forward.sidecar.end(self._clock(), attempt.failure)
             self._changed()
@@ -218,7 +219,7 @@ class RequestsInFlight:
         ending = result.ending
         # Of an error, and of an answer that comes whole, the first byte is no first token.
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
-        endpoint = self._registry.at(InstanceRole.DECODE, result.address)
+        endpoint = self._at(result.address, forward)
         answered_by = endpoint.id if endpoint is not None else result.address or None
         if not (forward.fits(result.address) or forward.failed_attempts):
             self._free(forward)  # Envoy knew none of those who could use it
@@ -228,15 +229,29 @@ class RequestsInFlight:
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        revision = (endpoint or forward.decode[0]).instance.revision
+        self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
+        if prefill is None or prefill not in self._registry or endpoint is None:
+            return  # what is gone has no series
         if forward.beside is not None:
             return  # what came before the first byte was the prefill too
-        if prefill is not None and endpoint is not None and ttft is not None and result.sent is not None:
+        if ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
                 self._telemetry.handed_off(prefill.id, endpoint.id, took)
+                if not self._queued_at(forward):
+                    seconds = took - forward.step
+                    self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
             else:
                 forward.sidecar.took(took, self._queued_at(forward))
+
+    def _at(self, address: str, forward: Forward | None) -> Endpoint | None:
+        """Return the D at an address: of several ranks, the one that a request was sent to."""
+        endpoint = self._registry.at(InstanceRole.DECODE, address)
+        if endpoint is None or endpoint.rank is None or forward is None:
+            return endpoint
+        return next((each for each in forward.decode if each.address == address), endpoint)
 
     def _count(self, endpoint: Endpoint, attempt: FailedAttempt, forward: Forward | None) -> None:
         failure, registry, now = attempt.failure, self._registry, self._clock()
@@ -244,6 +259,8 @@ class RequestsInFlight:
         if forward is not None and forward.call is not None and forward.call.refused:
             return  # D has waited for P in vain
         claim = forward.sidecar if forward is not None and attempt.first else None
+        hands_over = forward.hands_over if forward is not None else None
+        by = hands_over if attempt.first and failure is Failure.STATUS else None
         if claim is not None and failure in MAY_BE_PREFILLS:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
         elif attempt.status == 500 and forward is not None and forward.beside and not forward.beside.sent:
@@ -266,10 +283,10 @@ class RequestsInFlight:
             if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
                 self.patience.timed_out()
         elif attempt.status == 500 and forward is not None:
-            registry.errored(endpoint, forward.errors, reason, now)
+            registry.errored(endpoint, forward.errors, reason, now, hands_over if forward.errors else by)
             forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
-            registry.failed(endpoint, reason, now)
+            registry.failed(endpoint, reason, now, by)
 
     def _counts(self, endpoint: Endpoint, forward: Forward) -> bool:
         """Whether a 404 counts against an endpoint."""
@@ -288,7 +305,7 @@ class RequestsInFlight:
 
     def _look_for_the_dead(self) -> None:
         for instance in self.lost.suspected:
-            endpoint = next((e for e in self._registry if e.id == instance), None)
+            endpoint = next((e for e in self._registry if e.instance.instance_id == instance), None)
             if endpoint is None or endpoint.healthy is False:
                 self.lost.died(instance, self._clock())
 
@@ -326,7 +343,7 @@ class RequestsInFlight:
         if self.release_handoff is not None:
             self.release_handoff(pending)
         else:
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._stranded(pending)
 
     def _free(self, forward: Forward) -> None:
         """Free a forward's hand-off, once."""
@@ -412,7 +429,11 @@ class RequestsInFlight:
         """Free the hand-off of a request by nothing but the end of its lease: its D may be using it."""
         if forward.pending is not None and not forward.freed:
             forward.freed = True
-            self._telemetry.handoff_stranded(forward.pending.prefill.id)
+            self._stranded(forward.pending)
+
+    def _stranded(self, pending: PendingHandoff) -> None:
+        if pending.prefill in self._registry:  # what is gone has no series
+            self._telemetry.handoff_stranded(pending.prefill.id)
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):
@@ -420,7 +441,7 @@ class RequestsInFlight:
             self._take_back(forward)
         if forward.answering is None:
             return
-        self._registry.succeeded(forward.answering)
+        self._registry.succeeded(forward.answering, None if forward.failed_attempts else forward.hands_over)
         if forward.sidecar is not None and not forward.failed_attempts:
             forward.sidecar.served()
         self.patience.answered()

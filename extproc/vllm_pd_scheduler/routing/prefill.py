@@ -26,6 +26,7 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import OK, Decision
 from ..records.decision import Attempt as NotedAttempt
+from ..request.api import RESPONSES
 from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
@@ -135,6 +136,8 @@ class PrefillStage:
             return WithoutHandoff(failed=False)
         tried = Tried(self._lost.spent(context.fingerprint), decision)
         reservation = await self.admit(context, decision)
+        if reservation is None and self._decode_may_not_prefill(tried):
+            reservation = self._last_resort(context, tried)
         return await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
 
     async def asked(
@@ -151,7 +154,7 @@ class PrefillStage:
         ``known`` is what D has said. No D can prefill the request: it waits for P, or another attempt does.
         """
         tried = later.tried
-        tried.endpoints.clear()
+        tried.clear()
         tried.asked = later.attempt.knowing(known)
         if self._scheduler.several_kinds:
             every = self._registry.endpoints(InstanceRole.PREFILL)
@@ -227,7 +230,7 @@ class PrefillStage:
         tried, context = before.tried, before.context
         before.stop()
         if not before.failed:
-            tried.endpoints.remove(before.endpoint)
+            tried.give_back(before.endpoint)
         while self.leg is not None and tried.refusal is None:
             endpoint = self._beside(decode, context, tried)
             if endpoint is None:
@@ -243,13 +246,13 @@ class PrefillStage:
         if len(tried.endpoints) > self._config.max_retries:
             return None
         context.at(self._clock())
-        role, exclude = InstanceRole.PREFILL, [*tried.endpoints]
+        role, exclude = InstanceRole.PREFILL, [*tried.excluded]
         while picked := (
             self._scheduler.pick(role, context, exclude=exclude)
             or self._scheduler.last_resorts(role, exclude, context.model)
         ):
-            fitting = self._scheduler.fitting(picked[0], [decode])
-            if fitting is None or decode in fitting:
+            barred = self._registry.left_out.barred(picked[0], context.now)
+            if self._scheduler.fit(picked[0], decode) and decode not in barred:
                 return picked[0]
             exclude.append(picked[0])
         return None
@@ -264,7 +267,7 @@ class PrefillStage:
         if len(tried.endpoints) <= self._config.max_retries:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.excluded)
         if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
-            tried.endpoints.clear()
+            tried.clear()
             return await self._admitted_again(context, tried)
         if len(tried.endpoints) > self._config.max_retries:
             return None
@@ -273,7 +276,11 @@ class PrefillStage:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, context, picked[0], tried.excluded)
         elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
-            picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
+            return self._last_resort(context, tried)
+        return self._registry.reserve(picked[0], context) if picked else None
+
+    def _last_resort(self, context: RequestContext, tried: Tried) -> Reservation | None:
+        picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
         return self._registry.reserve(picked[0], context) if picked else None
 
     async def _admitted_again(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
@@ -299,6 +306,7 @@ class PrefillStage:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
+        tried.processes += self._registry.ranks_of(endpoint)
         predicted = reservation.wait + reservation.cost
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
@@ -319,6 +327,9 @@ class PrefillStage:
             if tried.later:
                 return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
+            if sent is None:
+                noted.outcome = "not_split"
+                return WithoutHandoff(failed=False)
             if tried.order is Order.TOGETHER:
                 beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
             else:
@@ -390,7 +401,8 @@ class PrefillStage:
         noted.outcome = str(error)
         self._failed(endpoint, str(error), tried)
         if self.ask is not None:
-            self.ask.forget(endpoint)
+            for rank in self._registry.ranks_of(endpoint):
+                self.ask.forget(rank)
         tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
         lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         # One that is alive may write to D all the same, and later than another one has: when the blocks are
@@ -400,20 +412,24 @@ class PrefillStage:
     async def _prepared(
         self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
-        """Return a new attempt, with what must be known before; ``None`` if there is no D that it needs."""
+        """Return a new attempt, with what must be known before; ``None`` if it cannot be made.
+
+        That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
+        """
         endpoint, source = reservation.endpoint, reservation.source
         if tried.asked is not None:
             tried.later = False
-            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host))
+            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank))
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
+            rank=endpoint.rank,
             speaks=endpoint.speaks,
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
         if source is not None:
-            attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host))
+            attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host, source.rank))
         tried.decode, tried.order = None, attempt.order()
         tried.later = tried.order is Order.DECODE_FIRST
         if tried.order is Order.TOWARDS_DECODE:
@@ -423,13 +439,15 @@ class PrefillStage:
                 return None
             tried.decode = decode = picked[0]
             tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
-            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host))
+            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         question = attempt.question()
-        if question is None:
-            return attempt
-        if self.ask is None:
-            raise PrefillNotSent("nobody asks its connector's question")
-        return attempt.knowing(await self.ask(endpoint, question, attempt))
+        if question is not None:
+            if self.ask is None:
+                raise PrefillNotSent("nobody asks its connector's question")
+            attempt = attempt.knowing(await self.ask(endpoint, question, attempt))
+        if body.api is RESPONSES and attempt.names_rank():  # vLLM reads no rank there
+            return None
+        return attempt
 
     def _handed_over(
         self,
@@ -497,7 +515,7 @@ class PrefillStage:
         """
         tried.losses += 1
         now = self._clock()
-        self._lost.lost(fingerprint, endpoint.id, now)
+        self._lost.lost(fingerprint, endpoint.instance.instance_id, now)
         refused_for = self._lost.refused_for(fingerprint, now)
         if tried.losses < MAX_LOSSES and not refused_for:
             return None
@@ -508,7 +526,7 @@ class PrefillStage:
         tried.only_full = False
         now = self._clock()
         self._telemetry.prefill_failed(endpoint.id, "status_500")
-        self._lost.suspect(fingerprint, endpoint.id, now)
+        self._lost.suspect(fingerprint, endpoint.instance.instance_id, now)
         self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
@@ -546,6 +564,8 @@ class Tried:
         self.decision = decision
         """Where all of it is noted."""
         self.endpoints: list[Endpoint] = []
+        self.processes: list[Endpoint] = []
+        """All ranks of their processes: what has failed on one is not tried on another."""
         self.only_full = True
         self.losses = losses
         self.order = Order.PREFILL_FIRST
@@ -567,7 +587,17 @@ class Tried:
     @property
     def excluded(self) -> Sequence[Endpoint]:
         """Those that are not to be tried."""
-        return [*self.endpoints, *self.unfit] if self.unfit else self.endpoints
+        return [*self.processes, *self.unfit] if self.unfit else self.processes
+
+    def give_back(self, endpoint: Endpoint) -> None:
+        """Let one that has not failed be tried again."""
+        self.endpoints.remove(endpoint)
+        self.processes = [each for each in self.processes if each.instance is not endpoint.instance]
+
+    def clear(self) -> None:
+        """Let all be tried again."""
+        self.endpoints.clear()
+        self.processes.clear()
 
 
 def lost_twice(retry_after: int) -> Reject:

@@ -60,7 +60,10 @@ class ResponseIds:
             endpoints = self._registry.endpoints(InstanceRole.DECODE)
             self._keepers = {_key(endpoint.instance): endpoint for endpoint in endpoints}
         keeper = self._keepers.get(found[1])
-        return keeper if keeper is not None and keeper.healthy and keeper.address is not None else None
+        if keeper is None or not keeper.healthy or keeper.address is None:
+            return None
+        # vLLM keeps it beside its engines, and has the one that it likes go on with it.
+        return min(self._registry.ranks_of(keeper), key=lambda each: each.requests)
 
     def keeper_of_path(self, path: str) -> Endpoint | None:
         """Return the same for a path with the id of a response."""

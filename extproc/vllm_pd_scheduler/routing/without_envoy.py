@@ -23,6 +23,7 @@ from ..instance_http.session import open_session
 from ..instance_http.shortage import is_our_shortage
 from ..models import InstanceState, PDInstance
 from ..request import gateway_names
+from ..request import headers as names
 from ..request.errors import Reject
 from .attempts import NOT_ANSWERED, FailedAttempt, Failure, Retry, failure_of_status
 from .core import RoutingCore
@@ -66,7 +67,8 @@ async def _check_all(core: RoutingCore) -> dict[str, bool]:
     async with open_session(_trusted(core)) as session:
         await _check(core, session)
     # A streak means that the probe just made contradicts the state that the thresholds still keep.
-    return {e.id: e.routable and not e.streak for e in core.registry}
+    every = (ranks[0] for ranks in core.registry.instances())
+    return {e.instance.instance_id: e.routable and not e.streak for e in every}
 
 
 def _trusted(core: RoutingCore) -> ssl.SSLContext | None:
@@ -90,8 +92,10 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
         leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
-        releaser = HandoffReleaser(pool, core.registry, core.telemetry)
+        encode_leg = core.encode.leg
+        releaser = HandoffReleaser(pool, core.registry, core.telemetry, core.fitting)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
+        core.encode.leg = HttpPrefill(pool, None, core.config.encode_timeout).send
         core.prefill.ask = questions = Questions(session, core.registry)
         core.in_flight.release_handoff = releaser
         core.prefill.abort = abort = HttpAbort(pool)
@@ -104,6 +108,7 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
             await abort.close()
             core.prefill.abort = None
             core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff = leg, ask, release
+            core.encode.leg = encode_leg
 
 
 async def _attempts(
@@ -146,6 +151,8 @@ async def _decode(
     headers = {"content-type": "application/json"}
     if endpoint.instance.api_key is not None:
         headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
+    if endpoint.rank is not None:
+        headers[names.RANK] = str(endpoint.rank)
     if forward.sidecar is not None:
         headers[gateway_names.PREFILLER] = str(forward.sidecar.endpoint.address)
     to = (str(endpoint.address), endpoint.instance.tls_name)

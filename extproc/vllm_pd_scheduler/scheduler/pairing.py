@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..models import PD_ROLES
 
 _SAME = {"auto": "nixl"}
 """Connectors that fit those of another name: with the first, only P's answers say which of its kind it is."""
@@ -33,4 +34,5 @@ class Pairing:
 
     def several(self) -> bool:
         """Return whether there are instances that do not fit together."""
-        return len(set(map(self.kind_of, self._registry))) > 1
+        split = (endpoint for role in PD_ROLES for endpoint in self._registry.endpoints(role))
+        return len(set(map(self.kind_of, split))) > 1

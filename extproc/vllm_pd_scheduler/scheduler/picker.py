@@ -10,7 +10,7 @@ from random import Random
 from ..config import SchedulerConfig, connector_choice
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..records.decision import Choice
 from ..request.context import RequestContext
 from ..strategies import Strategy, make_strategy
@@ -22,7 +22,9 @@ from .fence import StrategyFence
 from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
+from .revisions import Revisions
 from .shadow import Shadow
+from .shares import Shares
 
 LEAST_LOAD = "least_load"
 """Name of the strategy that ranks where another one has failed."""
@@ -61,23 +63,26 @@ class Scheduler:
         self._last: Ranking | None = None
         """The newest pick that has found somebody."""
         self._strategies: dict[InstanceRole, StrategyFence] = {}
-        self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in InstanceRole}
+        self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in PD_ROLES}
         """What ranks where a strategy has failed."""
         random = Random(seed)
         self._availability = {
             role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
         }
-        prefill, decode = InstanceRole.PREFILL, InstanceRole.DECODE
+        (prefill, decode), encode = PD_ROLES, InstanceRole.ENCODE
         pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
-        partners = Pools(registry, decode, of[decode], random, pairing)
+        revisions = Revisions(lambda: config.revisions)
+        partners = Pools(registry, decode, of[decode], random, pairing, revisions)
         self._pools = {
-            prefill: Pools(registry, prefill, of[prefill], random, pairing, partners),
+            prefill: Pools(registry, prefill, of[prefill], random, pairing, revisions, partners),
             decode: partners,
+            encode: Pools(registry, encode, of[encode], random, pairing, Revisions(dict)),  # without shares
         }
+        self._shares = Shares(self._pools, revisions)
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
         """The fleet for which that was found."""
-        self.use_each({role: config.strategy_of(role) for role in InstanceRole})
+        self.use_each({role: config.strategy_of(role) for role in PD_ROLES})
         self.use_shadow(config.shadow_strategy)
 
     @property
@@ -86,7 +91,7 @@ class Scheduler:
         return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
-        """Take the limits of the endpoints, and their connector, as they are configured now."""
+        """Take the limits, the connector and the weights of the endpoints as they are configured now."""
         self.registry.models_version += 1
         for availability in self._availability.values():
             availability.limit(self._limited)
@@ -111,7 +116,7 @@ class Scheduler:
         Raise :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and change nothing if the name cannot be
         used.
         """
-        self.use_each(dict.fromkeys(InstanceRole if role is None else (role,), name))
+        self.use_each(dict.fromkeys(PD_ROLES if role is None else (role,), name))
 
     def use_each(self, names: Mapping[InstanceRole, str]) -> None:
         """Change the strategies of several roles, or none if one name cannot be used; raise as ``use``."""
@@ -175,6 +180,24 @@ class Scheduler:
         """
         return self._pools[role].of(model).has_room(now)
 
+    def has_room_for(self, role: InstanceRole, request: RequestContext, now: float) -> bool:
+        """Whether a request need not wait for a role; for P also whether it need not for the D after that."""
+        if self.config.revisions:
+            return self._shares.has_room(role, request, now)
+        model = request.model
+        return self.has_room(InstanceRole.DECODE, now, model) and self.has_room(role, now, model)
+
+    def _candidates(
+        self,
+        role: InstanceRole,
+        request: RequestContext,
+        beside: Endpoint | None = None,
+        exclude: Collection[Endpoint] = (),
+    ) -> Candidates:
+        if beside is None and self.config.revisions:
+            return self._shares.candidates(role, request, exclude)
+        return self._pools[role].of(request.model, beside)
+
     def room_at(self, now: float) -> float:
         """Return when the next endpoint is to be asked again that has said that it is full; else infinity."""
         return min(availability.room_at(now) for availability in self._availability.values())
@@ -198,6 +221,11 @@ class Scheduler:
         """Whether no endpoint of a role, in whatever state, serves a model or may, as all have said."""
         return self._pools[role].nobody_serves(model)
 
+    def fit(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Whether a P and a D fit together, in whatever state they are: see :mod:`.pairing`."""
+        pools = self._pools[InstanceRole.DECODE]
+        return not pools.several_kinds or pools.fitting(prefill, (decode,)) != []
+
     @property
     def several_kinds(self) -> bool:
         """Whether there are instances that do not fit together as P and D."""
@@ -205,16 +233,21 @@ class Scheduler:
 
     def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
         """Return those D that can use what a P hands over; ``None`` if all of the fleet can."""
-        return self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        found = self._pools[InstanceRole.DECODE].fitting(prefill, decode)
+        if not (barred := self.registry.wrong_pairs.barred(prefill)):
+            return found
+        return [each for each in (decode if found is None else found) if each not in barred]
 
     @property
     def tells_apart(self) -> bool:
         """Whether it matters for D which model a request names."""
         return self._pools[InstanceRole.DECODE].apart
 
-    def serving(self, role: InstanceRole, model: str | None) -> Sequence[Endpoint]:
-        """Return the routable endpoints of a role that a request of a model may be sent to."""
-        return self._pools[role].of(model).endpoints
+    def serving(
+        self, role: InstanceRole, model: str | None, beside: Endpoint | None = None
+    ) -> Sequence[Endpoint]:
+        """Return the routable endpoints of a role that a request of a model may be sent to; see ``pick``."""
+        return self._pools[role].of(model, beside).endpoints
 
     def one_model(self) -> bool:
         """Whether all instances that say which models they serve, P and D, serve the same.
@@ -222,10 +255,11 @@ class Scheduler:
         If not, a request that names none may mean one model to P and another one to D.
         """
         registry = self.registry
-        known = (registry.models_version, *(registry.routable(role) for role in InstanceRole))
+        known = (registry.models_version, *(registry.routable(role) for role in PD_ROLES))
         if any(a is not b for a, b in zip(known, self._models_known, strict=True)):
             self._models_known = known
-            self._one_model = len({e.models for e in registry if e.models}) <= 1
+            serving = (e for role in PD_ROLES for e in registry.endpoints(role))
+            self._one_model = len({e.models for e in serving if e.models}) <= 1
         return self._one_model
 
     def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
@@ -234,7 +268,7 @@ class Scheduler:
 
     def most_cached(self, role: InstanceRole, request: RequestContext) -> Endpoint | None:
         """Return the routable endpoint with the longest cached prefix of a prompt, if one has any of it."""
-        return self._pools[role].of(request.model).most_cached(request)
+        return self._candidates(role, request).most_cached(request)
 
     def longest_cached(
         self, role: InstanceRole, request: RequestContext, beside: Endpoint
@@ -254,12 +288,15 @@ class Scheduler:
         """Return up to ``count`` endpoints of ``role``, best first; none if none can serve.
 
         The strategy ranks those that are healthy and neither draining nor in ``exclude``, without those that
-        are known to lack the request's model or, with ``beside``, do not fit that P. Saturated ones, and ones
+        are known to lack the request's model or, with ``beside``, do not fit that P or cannot take over from
+        it. Left out are also P from which nobody can. Saturated ones, and ones
         whose trial request runs, are offered to it only if there are no others. Of many it is offered a
         sample, if it accepts that. Where it fails, or returns fewer, ``least_load`` ranks the rest.
         """
         if request.subset is not None:
             exclude = (*exclude, *self.outside(role, request.subset))
+        if self.registry.left_out:
+            exclude = (*exclude, *self.barred(role, request, beside))
         if self._took is None:
             return self._pick(role, request, count, exclude, beside)
         began = self._stopwatch()
@@ -277,7 +314,7 @@ class Scheduler:
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._pools[role].of(request.model, beside)
+        strategy, candidates = self._strategies[role], self._candidates(role, request, beside, exclude)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -295,6 +332,19 @@ class Scheduler:
             self._last = Ranking(by, name, candidates, offered, exclude, ranked)
         return ranked
 
+    def barred(
+        self, role: InstanceRole, request: RequestContext, beside: Endpoint | None
+    ) -> Sequence[Endpoint]:
+        """Return the D that may not take over from ``beside`` now, or the P from which no D may.
+
+        That is so where hand-offs fail or gave wrong texts: see :mod:`vllm_pd_scheduler.fleet.left_out`.
+        """
+        left_out, now = self.registry.left_out, request.now
+        if role is InstanceRole.DECODE:
+            return () if beside is None else left_out.barred(beside, now)
+        decode, model = self._pools[InstanceRole.DECODE], request.model
+        return [p for p in left_out.suspects if left_out.useless(p, decode.of(model, p).endpoints, now)]
+
     def explain(self, role: InstanceRole, request: RequestContext) -> Choice | None:
         """Return how the newest pick was made, which must have been for this role and request.
 
@@ -306,9 +356,24 @@ class Scheduler:
 
     def outside(self, role: InstanceRole, subset: frozenset[str] | None) -> Collection[Endpoint]:
         """Return the endpoints of a role that are left out by the subset that a request may go to."""
-        if subset is None or role is InstanceRole.PREFILL:
+        if subset is None or role is not InstanceRole.DECODE:
             return ()
         return frozenset(e for e in self.registry.endpoints(role) if not _is_in(subset, e))
+
+    def encoders(
+        self, model: str | None, now: float, exclude: Collection[Endpoint] = ()
+    ) -> Sequence[Endpoint]:
+        """Return the encode instances that a model's items may be sent to, and that have room.
+
+        No strategy ranks them. One of a roll-out's revision is left out while there are P or D of another
+        one: what it computes may not be what they would.
+        """
+        candidates = self._pools[InstanceRole.ENCODE].of(model).all(now, exclude)
+        found = [endpoint for endpoint in candidates if not self.saturated(endpoint, now)]
+        if all(endpoint.instance.revision is None for endpoint in found):
+            return found
+        served = {each.instance.revision for role in PD_ROLES for each in self.registry.routable(role)}
+        return [e for e in found if e.instance.revision is None or served <= {e.instance.revision}]
 
     def last_resorts(
         self, role: InstanceRole, exclude: Collection[Endpoint], model: str | None = None
@@ -317,12 +382,15 @@ class Scheduler:
 
         First come those that ``pick`` leaves out while there are better ones (saturated or on trial), then
         those that it never returns (ejected). They may fail too, but without them the request surely does.
-        None is known to lack the model.
+        None is known to lack the model. Of the ranks of a process there is one.
         """
-        pools = self._pools[role]
-        routable = (e for e in pools.of(model).endpoints if e not in exclude)
-        ejected = (e for e in self.registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
+        pools, registry = self._pools[role], self.registry
+        routable = (e for e in pools.of(model).endpoints if e not in exclude and not e.rank)
+        ejected = (e for e in registry.ejected(role) if e not in exclude and pools.may_serve(e, model))
+        ejected = (e for e in ejected if not e.rank)
         others = [e for kind in (routable, ejected) for e in itertools.islice(kind, _MAX_LAST_RESORTS)]
+        if registry.has_ranks:
+            others = [min(registry.ranks_of(e), key=lambda rank: rank.requests) for e in others]
         return sorted(others, key=lambda e: (e.ejected, e.on_trial, e.requests))
 
     def compare_shadow(
@@ -338,9 +406,11 @@ class Scheduler:
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
         if self.shadow is not None:
-            candidates = self._pools[role].of(request.model, beside)
+            candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
+            if self.registry.left_out:
+                exclude = (*exclude, *self.barred(role, request, beside))
             offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
             self.shadow.compare(role, offer, request, picked)
 

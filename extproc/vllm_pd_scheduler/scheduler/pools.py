@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from ..fleet.endpoint import Endpoint
@@ -12,6 +12,7 @@ from .affinity import AdapterCandidates
 from .availability import Availability
 from .candidates import Candidates
 from .pairing import Kind, Pairing
+from .revisions import Revisions
 
 
 class Pools:
@@ -25,6 +26,7 @@ class Pools:
       The LoRA adapters among them have pools of their own (:mod:`.affinity`).
     - With ``decode``, the pools of the other role, an instance is left out that fits none of theirs
       (:mod:`.pairing`).
+    - An instance whose revision may get nothing is in no pool (:mod:`.revisions`).
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Pools:
         availability: Availability,
         random: Random,
         pairing: Pairing,
+        revisions: Revisions,
         decode: Pools | None = None,
     ) -> None:
         self._registry = registry
@@ -41,8 +44,11 @@ class Pools:
         self._availability = availability
         self._random = random
         self._pairing = pairing
+        self._revisions = revisions
         self._decode = decode
         self._routable: tuple[Endpoint, ...] = ()
+        self._members: tuple[Endpoint, ...] = ()
+        """Those of ``_routable`` whose revision may get requests."""
         self._partners: tuple[Endpoint, ...] | None = None
         """The routable D, if it matters which there are."""
         self._several = False
@@ -60,6 +66,7 @@ class Pools:
         """Of ``_named``, and under ``None`` that of all others."""
         self._by_members: dict[tuple[Endpoint, ...], Candidates] = {}
         self._beside: dict[tuple[Candidates, Kind], Candidates] = {}
+        self._by_revision: dict[Candidates, Mapping[str, Candidates]] = {}
 
     def of(self, model: str | None, beside: Endpoint | None = None) -> Candidates:
         """Return the candidates for a model. They are to be used at once: the fleet changes.
@@ -70,11 +77,23 @@ class Pools:
         if model in self._common:
             pool = self._all
         else:
-            key = model if model in self._named else None
+            key = self.known(model)
             pool = self._by_model.get(key) or self._of_model(key)
         if beside is None or not self._several:
             return pool
         return self._of_kind(pool, model, self._pairing.kind_of(beside))
+
+    def by_revision(self, model: str | None) -> Mapping[str, Candidates]:
+        """Return the candidates for a model by their revision; those without one have the empty name."""
+        pool = self.of(model)
+        found = self._by_revision.get(pool)
+        if found is None:
+            members: dict[str, list[Endpoint]] = {}
+            for each in pool.endpoints:
+                members.setdefault(each.instance.revision or "", []).append(each)
+            found = {name: self._some_of(tuple(each), model) for name, each in members.items()}
+            self._by_revision[pool] = found
+        return found
 
     def fitting(self, beside: Endpoint, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
         """Return those that fit one of the other role; ``None`` if all do, whoever there is."""
@@ -89,6 +108,10 @@ class Pools:
         self._refresh()
         return self._several
 
+    def known(self, model: str | None) -> str | None:
+        """Return a model's name, or ``None`` for all that no instance is known to serve."""
+        return model if model in self._named else None
+
     @property
     def apart(self) -> bool:
         """Whether there are models that not all endpoints of the role are offered for."""
@@ -98,6 +121,8 @@ class Pools:
     def may_serve(self, endpoint: Endpoint, model: str | None) -> bool:
         """Whether an endpoint of the role, in whatever state, is not left out for a model."""
         self._refresh()
+        if not self._revisions.may_get(endpoint.instance.revision):
+            return False
         if not (self._partners is None or self._pairing.kind_of(endpoint) in self._kinds(model)):
             return False
         if not model or model in self._named:
@@ -119,6 +144,7 @@ class Pools:
         ):
             return
         self._routable, self._models_version = routable, version
+        self._members = tuple(e for e in routable if self._revisions.may_get(e.instance.revision))
         self._several = self._pairing.several()
         paired = self._several and self._decode is not None
         self._partners = registry.routable(InstanceRole.DECODE) if paired else None
@@ -132,18 +158,18 @@ class Pools:
             adapters = frozenset[str]().union(*(e.adapters for e in endpoints))
             common |= frozenset.intersection(*lists) - adapters
         self._common = common
-        self._by_model, self._beside = {}, {}
-        self._all = self._pool(self._fitting(routable, None), None)
+        self._by_model, self._beside, self._by_revision = {}, {}, {}
+        self._all = self._pool(self._fitting(self._members, None), None)
         self._by_members = {self._all.endpoints: self._all}
 
     def _of_model(self, model: str | None) -> Candidates:
         """Make the pool of a model that some serve and others do not; with ``None``, that of all others."""
         if model is None:
-            members = () if self._all_known else tuple(e for e in self._routable if _may_serve(e, ""))
+            members = () if self._all_known else tuple(e for e in self._members if _may_serve(e, ""))
             if not (members or self._all_known):
-                members = self._routable  # those that could know it are away: the answer is the engines'
+                members = self._members  # those that could know it are away: the answer is the engines'
         else:
-            members = tuple(e for e in self._routable if _may_serve(e, model))
+            members = tuple(e for e in self._members if _may_serve(e, model))
         members = self._fitting(members, model)
         if model is not None and any(model in e.adapters for e in members):
             pool = self._pool(members, model)
@@ -157,9 +183,12 @@ class Pools:
         found = self._beside.get((pool, kind))
         if found is None:
             members = tuple(e for e in pool.endpoints if self._pairing.kind_of(e) == kind)
-            adapter = model if any(model in e.adapters for e in members) else None
-            found = self._beside[pool, kind] = self._pool(members, adapter)
+            found = self._beside[pool, kind] = self._some_of(members, model)
         return found
+
+    def _some_of(self, members: tuple[Endpoint, ...], model: str | None) -> Candidates:
+        """Make a pool of some that are in that of a model."""
+        return self._pool(members, model if any(model in e.adapters for e in members) else None)
 
     def _fitting(self, members: tuple[Endpoint, ...], model: str | None) -> tuple[Endpoint, ...]:
         """Return those that have a partner for a model: all, where it does not matter."""

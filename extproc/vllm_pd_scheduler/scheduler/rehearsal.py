@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..config import SchedulerConfig
 from ..fleet.registry import Registry
-from ..models import InstanceRole, MetricsSnapshot, PDInstance
+from ..models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from ..request.context import RequestContext
 from ..strategies import UnknownStrategy, make_strategy
 from ..telemetry.failures import described
@@ -48,7 +48,7 @@ def rehearse(config: SchedulerConfig) -> list[str]:
 
 
 def _named(config: SchedulerConfig) -> Iterator[tuple[str, str, InstanceRole]]:
-    for role in InstanceRole:
+    for role in PD_ROLES:
         key = f"{role}_strategy"
         yield (key if getattr(config, key) else "strategy", config.strategy_of(role), role)
         if config.shadow_strategy is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
-from ..models import InstanceRole
+from ..models import PD_ROLES, InstanceRole
 from ..request.context import RequestContext
 from ..strategies import make_strategy
 from ..telemetry.failures import described
@@ -96,11 +96,10 @@ class Shadow:
         self, name: str, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.name = name
-        self.tallies = {role: Tally() for role in InstanceRole}
+        self.tallies = {role: Tally() for role in PD_ROLES}
         self.differences: deque[Difference] = deque(maxlen=MAX_DIFFERENCES)
         self._strategies = {
-            role: StrategyFence(make_strategy(name, config), partial(self._failed, role))
-            for role in InstanceRole
+            role: StrategyFence(make_strategy(name, config), partial(self._failed, role)) for role in PD_ROLES
         }
         self._clock = clock
         self._seconds_spent = 0.0

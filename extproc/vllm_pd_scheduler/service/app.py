@@ -27,6 +27,7 @@ from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..fleet.endpoint import Endpoint
 from ..handoff.abort import HttpAbort
+from ..handoff.interfaces import AskPrefill, PrefillLeg
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
@@ -38,6 +39,8 @@ from ..models import By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
 from ..rpc import ListenError, Server
+from ..self_check import SelfCheck
+from ..self_check.pair_check import PairCheck
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
@@ -117,7 +120,7 @@ class App:
         trusted = self._certificates("instance_tls", config.instance_tls)
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
-        releaser = HandoffReleaser(pool, router.registry, router.telemetry)
+        releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)
         router.in_flight.release_handoff = releaser
         self._stack.push_async_callback(releaser.close)
         leg_pool = pool
@@ -129,15 +132,19 @@ class App:
         self._stack.push_async_callback(leg.close)
         router.abort_leg = abort = HttpAbort(pool)
         self._stack.push_async_callback(abort.close)
+        router.encode_leg = (encode_leg := HttpPrefill(pool, None, config.encode_timeout)).send
         router.ask_prefill = questions = Questions(session, router.registry)
         self._stack.push_async_callback(questions.close)
         if router.tracer is not None:
             router.prefill_leg = TracedLeg(leg, time.monotonic)
+        self_check = self._start_self_check(leg, questions, pool)
 
         def hung(endpoint: Endpoint) -> None:
-            text = f"{endpoint.id} hangs: it answers nothing; what waits there is given up"
-            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=endpoint.id, level=logging.WARNING)
+            name = endpoint.instance.instance_id
+            text = f"{name} hangs: it answers nothing; what waits there is given up"
+            router.events.add(EventKind.STATE, text, by=By.PROBE, subject=name, level=logging.WARNING)
             leg.give_up(endpoint)
+            encode_leg.give_up(endpoint)
 
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
         await monitor.start()
@@ -146,12 +153,13 @@ class App:
         self._stack.push_async_callback(router.catalog.read_again.close)
 
         def reconfigured() -> None:
-            leg.timeout = config.prefill_timeout
+            leg.timeout, encode_leg.timeout = config.prefill_timeout, config.encode_timeout
             monitor.reconfigured(config)
+            self_check.reconfigured()
 
         if self._file is not None:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
-        await self._start_admin()
+        await self._start_admin(self_check)
         await self._start_metaserver()
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
@@ -214,13 +222,44 @@ class App:
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)
 
-    async def _start_admin(self) -> None:
+    def _start_self_check(self, leg: PrefillLeg, ask: AskPrefill, pool: ConnectionPool) -> SelfCheck:
+        router, config = self.router, self.config
+        pair = PairCheck(
+            config,
+            router.registry,
+            router.connectors,
+            router.in_flight,
+            router.telemetry,
+            pool,
+            leg,
+            ask,
+            router.clock,
+        )
+        check = SelfCheck(
+            config,
+            router.scheduler,
+            router.telemetry,
+            router.events,
+            pair,
+            lambda: len(router.dispatcher.queue),
+            router.clock,
+            time.time,
+        )
+        self._stack.push_async_callback(_ended, asyncio.ensure_future(check.run()))
+        return check
+
+    async def _start_admin(self, self_check: SelfCheck) -> None:
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
         tls = self._certificates("admin_tls", config.admin_tls)
         reload = self._reload.reload if self._reload is not None else None
         admin = AdminServer(
-            self.router, self.changes, is_ready=lambda: not self.draining, token=token, reload=reload
+            self.router,
+            self.changes,
+            is_ready=lambda: not self.draining,
+            token=token,
+            reload=reload,
+            self_check=self_check,
         )
         await self._listen("admin", admin, config.admin_host, config.admin_port, tls)
 

@@ -15,12 +15,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .adapters import Adapters
 from .answers import DONE, Shape, Usage, event, model_list
+from .encoding import PATH as ENCODINGS_PATH
+from .encoding import Encodings, media_hashes
 from .engine import EngineRequest, HandOff
 from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
-from .metrics import Metrics
-from .options import Options
+from .options import WITHOUT_PARAMS, Options
 from .other_answers import GenerateShape, MessagesShape, NativeShape, ResponsesShape
 from .protocol import (
     AbortBody,
@@ -41,6 +42,7 @@ from .protocol import (
     read_body,
     split_inputs,
 )
+from .ranks import Ranks
 from .sglang import metrics_page
 from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
@@ -76,18 +78,18 @@ _APIS: dict[str, tuple[type[AnyBody], type[Shape]]] = {
 class Api:
     """Routes and handlers. ``port`` is the port that hand-offs name; set it when it is known."""
 
-    def __init__(self, options: Options, worker: Worker, metrics: Metrics) -> None:
+    def __init__(self, options: Options, ranks: Ranks) -> None:
         self.port = options.port
         self._options = options
-        self._worker = worker
-        self._metrics = metrics
+        self._ranks = ranks
         self._journal = Journal()
         self._fault = Fault()
         self._cors = Cors(options.allowed_origins)
         self._adapters = Adapters(options.enable_lora, options.max_loras, dict(options.lora_modules))
         self._sglang = options.kv_connector == "sglang"
-        self._by_rid: dict[str, list[Job]] = {}
+        self._by_rid: dict[str, tuple[Worker, list[Job]]] = {}
         """Of SGLang's requests that say how they are called."""
+        self._encodings = Encodings(options, lambda: self.port)
         self._active_requests = 0
         self._started = int(time.time())
 
@@ -120,7 +122,8 @@ class Api:
         if self._sglang:
             native = {"/generate": self._generate, "/abort_request": self._abort}
             handlers |= {("POST", path): handler for path, handler in native.items()}
-        handlers |= KvApi(self._options, self._worker, lambda: self.port).handlers()
+        handlers |= KvApi(self._options, self._ranks, lambda: self.port).handlers()
+        app.router.add_get(ENCODINGS_PATH, self._encodings.give)
         app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
         return app
 
@@ -155,7 +158,7 @@ class Api:
         if fault.poison is not None and fault.poison.encode() in await request.read():
             if fault.abrupt:
                 os._exit(1)
-            self._worker.die("a prompt that it cannot take")
+            self._ranks.workers[0].die("a prompt that it cannot take")
         if fault.hits(request.path):
             await asyncio.sleep(fault.delay)
             if fault.reset:
@@ -176,18 +179,21 @@ class Api:
         if isinstance(body, ResponsesBody):
             name = body.request_id or f"resp_{uuid.uuid4().hex}"
         shape = shaped(name, model, kind in (ChatBody, MessagesBody))
-        jobs = self._make_jobs(body, shape, request[ENTRY])
+        hashes = await self._encode(body)
+        worker = self._ranks.chosen(request.path, request.headers)
+        request[ENTRY].rank = self._ranks.workers.index(worker)
+        jobs = self._make_jobs(body, shape, request[ENTRY], worker)
         requests = [job.request for job in jobs]
         if self._sglang and body.rid:
-            self._by_rid[body.rid] = jobs
+            self._by_rid[body.rid] = worker, jobs
         self._adapters.begin(model, requests)
         self._active_requests += 1
         try:
             if body.stream:
-                return await self._stream(request, body, shape, jobs)
+                return await self._stream(request, body, shape, jobs, worker)
             if body.return_token_ids:
                 shape = replace(shape, token_ids=jobs[0].prompt.token_ids())
-            return await self._whole(request, shape, jobs)
+            return await self._whole(request, shape, jobs, worker, self._encodings.answer(hashes))
         finally:
             self._active_requests -= 1
             if self._sglang and body.rid:
@@ -202,13 +208,13 @@ class Api:
             raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
         return model
 
-    def _make_jobs(self, body: AnyBody, shape: Shape, entry: Entry) -> list[Job]:
+    def _make_jobs(self, body: AnyBody, shape: Shape, entry: Entry, worker: Worker) -> list[Job]:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        all_params = self._worker.connector.params(body) if self._options.kv_connector != "none" else {}
-        connector, profile = self._worker.connector, self._worker.engine.profile
-        hand_off = self._kind_of(all_params)
+        all_params = worker.connector.params(body) if self._options.kv_connector not in WITHOUT_PARAMS else {}
+        connector, profile = worker.connector, worker.engine.profile
+        hand_off = _kind_of(all_params, worker)
         jobs: list[Job] = []
         try:
             for prompt in body.prompts(shape.model):
@@ -226,7 +232,8 @@ class Api:
                     if hand_off is HandOff.SEND:
                         name = connector.request_id(params) or name
                     pushes = hand_off is HandOff.SEND and not connector.lends
-                    hashes = prompt.block_hashes(profile.block_size) if profile.prefix_caching else ()
+                    salt = body.cache_salt or ""
+                    hashes = prompt.block_hashes(profile.block_size, salt) if profile.prefix_caching else ()
                     kept = HandOff.NONE if pushes else hand_off
                     request = EngineRequest(name, prompt.tokens, length.tokens, kept, hashes)
                     job = Job(request, prompt, len(jobs), length.finish_reason, answer, params=params)
@@ -235,61 +242,49 @@ class Api:
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
-                self._release_hand_off(all_params, entry)
+                _release_hand_off(all_params, entry, worker)
             raise
         if hand_off is not HandOff.NONE:
             entry.hand_off = hand_off.value
         if hand_off is HandOff.RECEIVE:
-            self._attach_hand_off(jobs, entry)
+            _attach_hand_off(jobs, entry, worker)
         return jobs
 
-    def _kind_of(self, params: dict[str, Any]) -> HandOff:
+    async def _encode(self, body: AnyBody) -> list[str]:
+        """Have the encodings of a request's media items; return their hashes."""
+        if not isinstance(body, ChatBody | MessagesBody) or self._options.ec_connector == "none":
+            return []
+        hashes = media_hashes(body.messages, body.mm_processor_kwargs)
         try:
-            return self._worker.connector.kind(params)
+            await self._encodings.have(hashes, body.ec_transfer_params)
         except FatalHandOff as error:
-            self._worker.die(str(error))
-            return HandOff.NONE
+            for worker in self._ranks.workers:
+                worker.die(str(error))
+        return hashes
 
-    def _attach_hand_off(self, jobs: list[Job], entry: Entry) -> None:
-        for job in jobs:
-            params = job.params
-            try:
-                blocks = self._worker.engine.profile.blocks_for(job.prompt.tokens)
-                connector = self._worker.connector
-                job.offer = connector.named(
-                    connector.read(params, blocks), job.request.request_id, job.prompt.digest
-                )
-            except FatalHandOff as error:
-                self._worker.die(str(error))
-            cached = params.get("remote_prefill_cached_tokens")
-            job.remote_cached = cached if type(cached) is int else None
-            job.on_hand_off = entry.outcomes.append
-
-    def _release_hand_off(self, params: dict[str, Any], entry: Entry) -> None:
-        if self._worker.connector.pushes:  # a request that is rejected tells the sender nothing
-            return
-        try:
-            offer = self._worker.connector.read(params, blocks_needed=0)
-        except FatalHandOff:
-            return
-        if offer:
-            entry.outcomes.append("released")
-            self._worker.release(offer)
-
-    async def _whole(self, request: web.Request, shape: Shape, jobs: list[Job]) -> web.StreamResponse:
+    async def _whole(
+        self,
+        request: web.Request,
+        shape: Shape,
+        jobs: list[Job],
+        worker: Worker,
+        encoded: dict[str, Any] | None = None,
+    ) -> web.StreamResponse:
         words: list[list[str]] = [[] for _ in jobs]
         try:
-            async with aclosing(self._worker.generate(jobs)) as tokens:
+            async with aclosing(worker.generate(jobs)) as tokens:
                 async for token in tokens:
                     words[token.choice].append(token.text)
-            if self._worker.connector.answers_when_fetched:
+            if worker.connector.answers_when_fetched:
                 for job in jobs:
                     if job.request.hand_off is HandOff.SEND:
-                        await self._worker.handed_over(job)
+                        await worker.handed_over(job)
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
-        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0]))
+        data = shape.whole(choices, _usage(jobs), self._offer(jobs[0], worker))
+        if encoded is not None:
+            data = data[:-1] + b',"ec_transfer_params":' + msgspec.json.encode(encoded) + b"}"
         if not request.get(HALF):
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(
@@ -299,24 +294,24 @@ class Api:
         await response.write(data[: len(data) // 2])
         await drop_connection(request, flush=True)
 
-    def _offer(self, job: Job) -> dict[str, Any] | None:
+    def _offer(self, job: Job, worker: Worker) -> dict[str, Any] | None:
         request = job.request
         if request.hand_off is not HandOff.SEND:
             return None
-        blocks = self._worker.engine.pinned_blocks(request.request_id)
-        offer = Offer(self._worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
-        return self._worker.connector.answer(offer, job.params, request.computed, request.cached)
+        blocks = worker.engine.pinned_blocks(request.request_id)
+        offer = Offer(worker.engine_id, request.request_id, self._options.kv_host, self.port, blocks)
+        return worker.connector.answer(offer, job.params, request.computed, request.cached)
 
     async def _stream(
-        self, request: web.Request, body: AnyBody, shape: Shape, jobs: list[Job]
+        self, request: web.Request, body: AnyBody, shape: Shape, jobs: list[Job], worker: Worker
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As with vLLM, status 200 is sent before anything can fail.
-        if not self._worker.connector.headers_with_first_token:
+        if not worker.connector.headers_with_first_token:
             await response.prepare(request)
         sent = 0
         try:
-            async with aclosing(self._worker.generate(jobs)) as tokens:
+            async with aclosing(worker.generate(jobs)) as tokens:
                 async for token in tokens:
                     if sent == request.get(MUTE):
                         await asyncio.Event().wait()
@@ -344,13 +339,15 @@ class Api:
     async def _health(self, request: web.Request) -> web.Response:
         if request.path == "/health" and self._fault.health is not None:
             return web.Response(status=self._fault.health)
-        return web.Response(status=503 if self._worker.dead else 200)
+        return web.Response(status=503 if self._ranks.dead else 200)
 
     async def _abort(self, request: web.Request) -> web.Response:
         """SGLang's: end a request by the name that it was given. One that is not known is no error."""
         body = read_body(await request.read(), request.content_type, AbortBody)
-        for job in self._by_rid.get(body.rid, ()):
-            self._worker.abort(job)
+        if found := self._by_rid.get(body.rid):
+            worker, jobs = found
+            for job in jobs:
+                worker.abort(job)
         return web.Response()
 
     async def _version(self, request: web.Request) -> web.Response:
@@ -360,12 +357,13 @@ class Api:
         return web.json_response({"server_load": self._active_requests})
 
     async def _scrape(self, request: web.Request) -> web.Response:
-        self._worker.observe()
+        self._ranks.observe()
+        metrics = self._ranks.workers[0].metrics
         if self._adapters.enabled:
-            self._metrics.adapters(self._adapters)
-        page = self._metrics.expose()
+            metrics.adapters(self._adapters)
+        page = metrics.expose()
         if self._sglang:
-            page = metrics_page(page, self._worker.engine.profile.capacity)
+            page = metrics_page(page, self._ranks.workers[0].engine.profile.capacity)
         return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -424,30 +422,59 @@ class Api:
         return web.json_response(self._journal.as_json())
 
     async def _stats(self, request: web.Request) -> web.Response:
-        self._worker.observe()
-        engine = self._worker.engine
         stats = {
-            "engine_id": self._worker.engine_id,
+            **self._ranks.stats(),
             "role": self._options.role,
-            "running": engine.running,
-            "waiting": engine.queued,
-            "deferred": engine.deferred,
-            "pinned": engine.pinned,
-            "blocks_used": engine.pool.used,
-            "num_blocks": engine.pool.size,
-            "kv_usage": engine.kv_usage,
             "requests_total": self._journal.total,
-            "hand_offs": self._worker.hand_offs,
+            "encodings": self._encodings.counts,
         }
         return web.json_response(stats)
 
     async def _set_fault(self, request: web.Request) -> web.Response:
         try:
             self._fault = msgspec.json.decode(await request.read(), type=Fault)
-            self._worker.stick(self._fault.stuck)
+            for worker in self._ranks.workers:
+                worker.stick(self._fault.stuck)
+                worker.fault = self._fault
         except msgspec.DecodeError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.Response(body=msgspec.json.encode(self._fault), content_type="application/json")
+
+
+def _kind_of(params: dict[str, Any], worker: Worker) -> HandOff:
+    try:
+        return worker.connector.kind(params)
+    except FatalHandOff as error:
+        worker.die(str(error))
+        return HandOff.NONE
+
+
+def _attach_hand_off(jobs: list[Job], entry: Entry, worker: Worker) -> None:
+    for job in jobs:
+        params = job.params
+        try:
+            blocks = worker.engine.profile.blocks_for(job.prompt.tokens)
+            connector = worker.connector
+            job.offer = connector.named(
+                connector.read(params, blocks), job.request.request_id, job.prompt.digest
+            )
+        except FatalHandOff as error:
+            worker.die(str(error))
+        cached = params.get("remote_prefill_cached_tokens")
+        job.remote_cached = cached if type(cached) is int else None
+        job.on_hand_off = entry.outcomes.append
+
+
+def _release_hand_off(params: dict[str, Any], entry: Entry, worker: Worker) -> None:
+    if worker.connector.pushes:  # a request that is rejected tells the sender nothing
+        return
+    try:
+        offer = worker.connector.read(params, blocks_needed=0)
+    except FatalHandOff:
+        return
+    if offer:
+        entry.outcomes.append("released")
+        worker.release(offer)
 
 
 def _is_a_probe(request: web.BaseRequest) -> bool:

@@ -28,7 +28,10 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     - ``health``: status that ``/health`` answers.
     - ``mute``: send so many tokens of a stream, then nothing, and leave the connection open.
     - ``stuck``: the engine makes no step. Only the server still answers.
+    - ``refuses``: hand-offs of senders at these ports fail, as over a fabric that does not connect them.
+    - ``slow_from``: by its port, seconds more that each transfer from a sender takes.
     - ``eos``: each answer ends with its first token, if the request allows that.
+    - ``garbled``: ports of instances from which whatever is fetched is wrong, without any error.
     - ``poison``: a request whose body has this text in it ends the engine, or with ``abrupt`` the process.
     """
 
@@ -38,7 +41,10 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     half: bool = False
     mute: int | None = None
     stuck: bool = False
+    refuses: list[int] = []
+    slow_from: dict[int, float] = {}
     eos: bool = False
+    garbled: list[int] = msgspec.field(default_factory=list)
     poison: str | None = None
     abrupt: bool = False
     health: int | None = None
@@ -68,6 +74,8 @@ class Entry:
     status: int | None = None
     hand_off: str | None = None
     """"send" for a request that prefills for another engine, "receive" for one that fetches its KV."""
+    rank: int = 0
+    """Of the engine that had it."""
     outcomes: list[str] = field(default_factory=list)
     """For each hand-off received: good, stale, failed, recomputed or released."""
 
@@ -82,6 +90,7 @@ class Entry:
             "body_bytes": self.size,
             "status": self.status,
             "hand_off": self.hand_off,
+            "rank": self.rank,
             "outcomes": self.outcomes,
         }
 

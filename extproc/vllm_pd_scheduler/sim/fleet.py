@@ -17,6 +17,8 @@ from typing import IO, Any, Literal, Self
 from .options import KvConnector
 from .profile import EngineProfile
 
+SimRole = Literal["prefill", "decode", "encode"]
+
 DECODE_PORT_OFFSET = 100
 """Distance of the decode instances' ports from the prefill instances', with a ``base_port``."""
 
@@ -30,7 +32,7 @@ class SimInstance:
     """An instance of a fleet. A restart replaces ``process``; ``port_holder`` keeps the port meanwhile."""
 
     id: str
-    role: Literal["prefill", "decode"]
+    role: SimRole
     host: str
     port: int
     process: subprocess.Popen[bytes]
@@ -59,12 +61,14 @@ class Fleet:
     """Starts simulated instances and ends them when it is stopped.
 
     - The instances are called ``prefill-0``, ``decode-0`` and so on.
-    - With a ``base_port``, prefill instances listen from that port on and decode instances from 100 above it;
+    - With a ``base_port``, prefill instances listen from that port on and decode instances from 100 above it,
+      encode instances from 200;
       without, on unused ports. An instance keeps its port when it is restarted.
-    - ``arguments`` are command line arguments of all servers, ``prefill_arguments`` and
-      ``decode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
+    - ``arguments`` are command line arguments of all servers, ``prefill_arguments``, ``decode_arguments`` and
+      ``encode_arguments`` of those of one role. If they turn on TLS, ``tls`` is a client's context that
       trusts the servers.
-    - ``connector`` is the hand-off protocol of all of them.
+    - ``connector`` is the hand-off protocol of all of them, and ``data_parallel_size`` how many engines each
+      has.
     - ``timeout`` is the time in which an instance must become healthy, in seconds.
 
     Example::
@@ -85,23 +89,36 @@ class Fleet:
         arguments: Sequence[str] = (),
         prefill_arguments: Sequence[str] = (),
         decode_arguments: Sequence[str] = (),
+        encode: int = 0,
+        encode_arguments: Sequence[str] = (),
         connector: KvConnector = "nixl",
+        data_parallel_size: int = 1,
         tls: ssl.SSLContext | None = None,
         timeout: float = 30.0,
     ) -> None:
         if base_port is not None and prefill > DECODE_PORT_OFFSET:
             raise ValueError(f"at most {DECODE_PORT_OFFSET} prefill instances fit below the decode ports")
-        self._counts: dict[Literal["prefill", "decode"], int] = {"prefill": prefill, "decode": decode}
+        self._counts: dict[SimRole, int] = {
+            "prefill": prefill,
+            "decode": decode,
+            "encode": encode,
+        }
         self._host = host
         self._base_port = base_port
         self.connector = connector
+        self.data_parallel_size = data_parallel_size
         common = [
             f"--model={model}",
             f"--kv-connector={connector}",
+            f"--data-parallel-size={data_parallel_size}",
             *(profile.arguments() if profile else ()),
             *arguments,
         ]
-        self._arguments = {"prefill": [*common, *prefill_arguments], "decode": [*common, *decode_arguments]}
+        self._arguments = {
+            "prefill": [*common, *prefill_arguments],
+            "decode": [*common, *decode_arguments],
+            "encode": [*common, *encode_arguments],
+        }
         self._tls = tls
         self._timeout = timeout
         self._instances: dict[str, SimInstance] = {}
@@ -141,7 +158,10 @@ class Fleet:
             return [{"id": each.id, "host": each.host, "port": each.port} | own(each) for each in instances]
 
         def own(instance: SimInstance) -> dict[str, Any]:
-            port = instance.port
+            ranks = {"data_parallel_size": self.data_parallel_size} if self.data_parallel_size > 1 else {}
+            return spoken(instance.port) | ranks
+
+        def spoken(port: int) -> dict[str, Any]:
             match self.connector:
                 case "mooncake" | "sglang":
                     return {"connector": {"type": self.connector, "bootstrap_port": port}}
@@ -152,7 +172,13 @@ class Fleet:
                     return {"connector": {"type": "offloading-p2p", "p2p_port": port}}
             return {} if self.connector in ("nixl", "none") else {"connector": self.connector}
 
-        return {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
+        found = {"prefill_instances": entries(self.prefill), "decode_instances": entries(self.decode)}
+        encode = [
+            {"id": each.id, "host": each.host, "port": each.port}
+            for each in self.instances
+            if each.role == "encode"
+        ]
+        return found | ({"encode_instances": encode} if encode else {})
 
     def start(self) -> None:
         """Start all instances and wait until they are healthy; raise FleetError and stop all if one fails."""
@@ -206,11 +232,11 @@ class Fleet:
         instance.process = self._spawn(instance.role, instance.port, instance.log)
         self._wait([instance])
 
-    def _add(self, role: Literal["prefill", "decode"], number: int) -> None:
+    def _add(self, role: SimRole, number: int) -> None:
         name = f"{role}-{number}"
         port = 0
         if self._base_port is not None:
-            port = self._base_port + number + (DECODE_PORT_OFFSET if role == "decode" else 0)
+            port = self._base_port + number + DECODE_PORT_OFFSET * list(self._counts).index(role)
         try:
             reserved = _reserve(self._host, port)
         except OSError as error:

@@ -18,8 +18,8 @@ from .offloading import (
     P2pLookup,
 )
 from .options import Options
+from .ranks import Ranks
 from .sglang import ROOM_PATH, RoomCall, SglangConnector
-from .worker import Worker
 
 C = TypeVar("C", bound=msgspec.Struct)
 Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
@@ -28,9 +28,9 @@ Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
 class KvApi:
     """Routes for other engines. ``port`` tells on which they are found."""
 
-    def __init__(self, options: Options, worker: Worker, port: Callable[[], int]) -> None:
+    def __init__(self, options: Options, ranks: Ranks, port: Callable[[], int]) -> None:
         self._options = options
-        self._worker = worker
+        self._ranks = ranks
         self._port = port
 
     def handlers(self) -> dict[tuple[str, str], Own]:
@@ -42,49 +42,52 @@ class KvApi:
             ("POST", PUSH_PATH): self._push,
         }
         sends = self._options.role != "decode"
-        if isinstance(self._worker.connector, MooncakeConnector) and sends:
+        if isinstance(self._ranks.workers[0].connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
-        if isinstance(self._worker.connector, SglangConnector) and sends:
+        if isinstance(self._ranks.workers[0].connector, SglangConnector) and sends:
             found["POST", ROOM_PATH] = self._room
-        if isinstance(self._worker.connector, OffloadingConnector):
+        if isinstance(self._ranks.workers[0].connector, OffloadingConnector):
             found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
 
     async def _room(self, request: web.Request) -> web.Response:
         """The meeting of P and D in SGLang."""
-        call, own = await _read(request, RoomCall), self._worker.engine_id
+        call, [worker] = await _read(request, RoomCall), self._ranks.workers
         if call.release:
-            self._worker.serve_release(FetchCall(own, sent_as(str(call.room))))
+            worker.serve_release(FetchCall(worker.engine_id, sent_as(str(call.room))))
             return web.Response()
-        return _answer(await self._worker.serve_pull(PullCall(own, str(call.room))))
+        return _answer(await worker.serve_pull(PullCall(worker.engine_id, str(call.room))))
 
     async def _fetch(self, request: web.Request) -> web.Response:
-        return _answer(self._worker.serve_fetch(await _read(request, FetchCall)))
+        call = await _read(request, FetchCall)
+        return _answer(self._ranks.of(call.engine_id).serve_fetch(call))
 
     async def _release(self, request: web.Request) -> web.Response:
-        self._worker.serve_release(await _read(request, FetchCall))
+        call = await _read(request, FetchCall)
+        self._ranks.of(call.engine_id).serve_release(call)
         return web.Response()
 
     async def _pull(self, request: web.Request) -> web.Response:
-        return _answer(await self._worker.serve_pull(await _read(request, PullCall)))
+        call = await _read(request, PullCall)
+        return _answer(await self._ranks.of(call.engine_id).serve_pull(call))
 
     async def _push(self, request: web.Request) -> web.Response:
-        self._worker.serve_push(await _read(request, PushCall))
+        self._ranks.workers[0].serve_push(await _read(request, PushCall))
         return web.Response()
 
     async def _p2p_fetch(self, request: web.Request) -> web.Response:
-        reply = await self._worker.serve_p2p(await _read(request, P2pFetch))
+        reply = await self._ranks.workers[0].serve_p2p(await _read(request, P2pFetch))
         return _answer(reply)
 
     async def _p2p_lookup(self, request: web.Request) -> web.Response:
         hashes = (await _read(request, P2pLookup)).hashes
-        blocks = len(self._worker.engine.pool.find(hashes, len(hashes)))
+        blocks = len(self._ranks.workers[0].engine.pool.find(hashes, len(hashes)))
         return web.Response(body=msgspec.json.encode(P2pFound(blocks)))
 
     async def _query(self, request: web.Request) -> web.Response:
         """The bootstrap server of Mooncake."""
-        engine_id, host = self._worker.engine_id, self._options.kv_host
-        return web.json_response(query_answer(engine_id, host, self._port()))
+        ids = [each.engine_id for each in self._ranks.workers]
+        return web.json_response(query_answer(ids, self._options.kv_host, self._port()))
 
 
 async def _read(request: web.Request, kind: type[C]) -> C:

@@ -1,4 +1,4 @@
-"""The metrics of one simulated engine, with the names, labels and buckets of vLLM's.
+"""The metrics of simulated engines, with the names, labels and buckets of vLLM's.
 
 Source: ``vllm/v1/metrics/loggers.py`` of vLLM 0.32.
 """
@@ -29,13 +29,18 @@ _BYTES = tuple(float(2048 * 4**power) for power in range(12))
 
 
 class Metrics:
-    """Counts what happens to an engine's requests. Gauges are read from the engine at each scrape."""
+    """Counts what happens to an engine's requests. Gauges are read from the engine at each scrape.
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    Those of the engine with another ``rank`` stand on the page of those ``beside`` it.
+    """
+
+    def __init__(self, engine: Engine, model: str, rank: int = 0, beside: "Metrics | None" = None) -> None:
         self._engine = engine
-        self._registry = CollectorRegistry()
-        self._labels = {"engine": "0", "model_name": model}
-        ProcessCollector(registry=self._registry)
+        self._registry: CollectorRegistry = CollectorRegistry() if beside is None else beside._registry
+        self._metrics: dict[str, MetricWrapperBase] = {} if beside is None else beside._metrics
+        self._labels = {"engine": str(rank), "model_name": model}
+        if beside is None:
+            ProcessCollector(registry=self._registry)
         self._adapters: Gauge | None = None
         self._gauges()
         self._counters()
@@ -43,14 +48,23 @@ class Metrics:
 
     def _make(self, kind: Callable[..., M], name: str, help: str, **options: Any) -> M:
         """Return a metric of one series."""
-        metric = kind(f"vllm:{name}", help, list(self._labels), registry=self._registry, **options)
+        metric: M = self._metric(kind, name, help, self._labels, **options)
         return metric.labels(**self._labels)
+
+    def _metric(
+        self, kind: Callable[..., M], name: str, help: str, labels: Iterable[str], **options: Any
+    ) -> Any:
+        """Return a metric, which another engine may have made."""
+        if name not in self._metrics:
+            made = kind(f"vllm:{name}", help, list(labels), registry=self._registry, **options)
+            self._metrics[name] = made
+        return self._metrics[name]
 
     def _family(
         self, kind: Callable[..., M], name: str, help: str, label: str, values: Iterable[str]
     ) -> dict[str, M]:
         """Return the series of a metric by the value of its label ``label``."""
-        metric = kind(f"vllm:{name}", help, [*self._labels, label], registry=self._registry)
+        metric = self._metric(kind, name, help, [*self._labels, label])
         return {value: metric.labels(**self._labels, **{label: value}) for value in values}
 
     def _gauges(self) -> None:
@@ -74,13 +88,12 @@ class Metrics:
         config = {
             "block_size": str(engine.profile.block_size),
             "enable_prefix_caching": str(engine.profile.prefix_caching),
-            "engine": "0",
+            "engine": self._labels["engine"],
             "kv_cache_size_tokens": str(engine.profile.capacity),
             "num_gpu_blocks": str(engine.profile.num_blocks),
         }
         help = "Information of the LLMEngine CacheConfig"
-        info = Gauge("vllm:cache_config_info", help, list(config), registry=self._registry)
-        info.labels(**config).set(1)
+        self._metric(Gauge, "cache_config_info", help, config).labels(**config).set(1)
 
     def _counters(self) -> None:
         make = self._make

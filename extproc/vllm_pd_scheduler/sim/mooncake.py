@@ -5,6 +5,7 @@ instance's own HTTP server, and its workers are asked by HTTP.
 """
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +42,10 @@ class Pull:
     """Base URL of the sender's bootstrap server."""
 
 
-def query_answer(engine_id: str, host: str, port: int) -> dict[str, Any]:
-    """Return what a bootstrap server says of one engine without parallelism."""
-    return {"0": {"engine_id": engine_id, "worker_addr": {"0": {"0": f"tcp://{host}:{port}"}}}}
+def query_answer(engine_ids: Iterable[str], host: str, port: int) -> dict[str, Any]:
+    """Return what a bootstrap server says of engines, by rank, whose models are not parallel."""
+    address = {"0": {"0": f"tcp://{host}:{port}"}}
+    return {str(rank): {"engine_id": id, "worker_addr": address} for rank, id in enumerate(engine_ids)}
 
 
 class MooncakeConnector(Connector):

@@ -14,14 +14,18 @@ _ADDRESS = ("remote_host", "remote_handshake_port", "remote_notify_port")
 
 
 class MoriioConnector(Connector):
-    """``address`` is the engine's own host and port; with ``writes`` a P sends only to the D it was told."""
+    """``address`` is the server's own host and port; with ``writes`` a P sends only to the D it was told.
+
+    The engine is the one with ``rank`` of ``size``.
+    """
 
     sends_stopped = False
 
-    def __init__(self, address: str, *, writes: bool) -> None:
+    def __init__(self, address: str, *, writes: bool, rank: int = 0, size: int = 1) -> None:
         super().__init__()
         self._writes = writes
-        self.address = address if writes else None
+        self._rank, self._size = rank, size
+        self.address = f"{address}/{rank}" if writes else None
 
     def kind(self, params: dict[str, Any]) -> HandOff:
         """An engine that is to write or be written to, and is not told where the other is, dies."""
@@ -38,7 +42,10 @@ class MoriioConnector(Connector):
 
     def receiver(self, params: dict[str, Any]) -> str | None:
         """Return the address of the engine to which a prefill is written."""
-        return f"{params['remote_host']}:{params['remote_notify_port']}" if self._writes else None
+        if not self._writes:
+            return None
+        rank = params.get("remote_dp_rank", 0)
+        return f"{params['remote_host']}:{params['remote_notify_port']}/{rank}"
 
     def answer(
         self, offer: Offer, params: dict[str, Any], num_tokens: int, cached: int
@@ -52,12 +59,13 @@ class MoriioConnector(Connector):
             "remote_host": offer.host,
             "remote_handshake_port": offer.port,
             "remote_notify_port": offer.port,
-            "remote_dp_rank": 0,
+            "remote_dp_rank": self._rank,
             "remote_dp_rank_override": True,
-            "remote_dp_size": 1,
-            "remote_dp_size_local": 1,
+            "remote_dp_size": self._size,
+            "remote_dp_size_local": self._size,
             "tp_size": 1,
             "transfer_id": params.get("transfer_id") or offer.request_id,
+            "remote_prefill_cached_tokens": cached,
         }
 
     def read(self, params: dict[str, Any], blocks_needed: int) -> Offer:

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 
 from .profile import EngineProfile
 
-Role = Literal["prefill", "decode", "both"]
+Role = Literal["prefill", "decode", "encode", "both"]
+EcConnector = Literal["none", "cpu", "example"]
 KvConnector = Literal[
     "nixl",
     "nixl-push",
+    "shared-store",
     "mooncake",
     "ascend-mooncake",
     "ascend-layerwise",
@@ -23,6 +25,8 @@ KvConnector = Literal[
     "sglang",
     "none",
 ]
+WITHOUT_PARAMS = frozenset({"shared-store", "none"})
+"""Engines that read no ``kv_transfer_params``. Here no store has anything yet when D looks: D computes it."""
 LEASES = {
     "mooncake": 480.0,
     "ascend-mooncake": 480.0,
@@ -50,6 +54,9 @@ class Options:
     allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
     kv_connector: KvConnector = "nixl"
+    ec_connector: EcConnector = "none"
+    ec_storage: str | None = None
+    data_parallel_size: int = 1
     recompute: bool = False
     fail_delay: float = 0.5
     profile: EngineProfile = field(default_factory=EngineProfile)
@@ -64,7 +71,13 @@ class Options:
     lora_modules: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the longest request would not fit into the KV cache."""
+        """Raise ValueError if the longest request would not fit into the KV cache, or there is no engine."""
+        if self.data_parallel_size < 1:
+            raise ValueError(f"data_parallel_size {self.data_parallel_size} must be 1 or more")
+        if self.data_parallel_size > 1 and self.kv_connector in ("offloading-p2p", "ascend-layerwise"):
+            raise ValueError(
+                f"data_parallel_size: several engines with {self.kv_connector} are not simulated"
+            )
         if not 1 < self.max_model_len <= self.profile.capacity:
             raise ValueError(
                 f"max_model_len {self.max_model_len} must be 2 to {self.profile.capacity}, the tokens that "
@@ -98,7 +111,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--port", type=int, required=True, help="0: any unused port")
-    add("--role", choices=get_args(Role), default="both", help="a name only: any role serves any request")
+    add(
+        "--role",
+        choices=get_args(Role),
+        default="both",
+        help="any role serves any request; encode hands encodings over",
+    )
     add("--host", default="127.0.0.1")
     add("--model", default="sim-model", help="the served model name")
     add(
@@ -110,6 +128,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
+    add("--data-parallel-size", type=int, default=1, help="engines behind the one port (default: 1)")
+    add(
+        "--ec-connector",
+        choices=get_args(EcConnector),
+        default="none",
+        help="how encoded images, video and audio are handed over, by instances of the role encode",
+    )
+    add("--ec-storage", metavar="DIRECTORY", help="with the connector example: where encodings are")
     add(
         "--load-fail-policy",
         choices=("fail", "recompute"),
@@ -168,6 +194,9 @@ def _options(given: argparse.Namespace) -> Options:
         allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
         kv_connector=given.kv_connector,
+        ec_connector=given.ec_connector,
+        ec_storage=given.ec_storage,
+        data_parallel_size=given.data_parallel_size,
         recompute=given.load_fail_policy == "recompute",
         fail_delay=FAIL_DELAYS.get(given.kv_connector, 0.5)
         if given.load_fail_delay is None

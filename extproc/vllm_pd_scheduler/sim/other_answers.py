@@ -88,6 +88,7 @@ class MessagesShape(Shape):
             counted = {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
             if usage.cached_tokens is not None:
                 counted["cache_read_input_tokens"] = usage.cached_tokens
+                counted["input_tokens"] -= usage.cached_tokens
         kind = {"id": self.answer_id, "type": "message", "role": "assistant", "model": self.model}
         return {**kind, "content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
 

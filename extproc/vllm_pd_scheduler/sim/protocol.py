@@ -52,11 +52,14 @@ class Body(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
     bootstrap_room: int | None = None
     rid: str | None = None
+    cache_salt: str | None = None
 
 
 class CompletionBody(Body, kw_only=True):

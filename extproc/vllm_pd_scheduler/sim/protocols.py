@@ -11,8 +11,8 @@ from .options import Options
 from .sglang import SglangConnector
 
 
-def connector_of(options: Options) -> Connector:
-    """Return the connector that a server's options name."""
+def connector_of(options: Options, rank: int = 0) -> Connector:
+    """Return the connector that a server's options name, of one of its engines."""
     match options.kv_connector:
         case "nixl-push":
             return PushConnector()
@@ -24,7 +24,8 @@ def connector_of(options: Options) -> Connector:
             return LayerwiseConnector(f"{options.kv_host}:{options.port}")
         case "moriio-read" | "moriio-write":
             address = f"{options.kv_host}:{options.port}"
-            return MoriioConnector(address, writes=options.kv_connector == "moriio-write")
+            writes, size = options.kv_connector == "moriio-write", options.data_parallel_size
+            return MoriioConnector(address, writes=writes, rank=rank, size=size)
         case "offloading-p2p":
             return OffloadingConnector(options.profile.lease, options.fail_delay)
         case "sglang":

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import uvloop
@@ -16,6 +16,7 @@ from .engine import Engine
 from .metrics import Metrics
 from .options import Options, parse_options
 from .protocols import connector_of
+from .ranks import Ranks
 from .worker import Worker
 
 
@@ -28,21 +29,8 @@ async def serve(options: Options) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    engine = Engine(options.profile)
-    metrics = Metrics(engine, options.model)
-    connector = connector_of(options)
-    offloads = options.kv_connector == "offloading-p2p"  # it waits by itself, and never fails a request
-    worker = Worker(
-        engine,
-        metrics,
-        connector,
-        engine_id=options.engine_id or str(uuid.uuid4()),
-        agent=uuid.uuid4().hex,
-        recompute=options.recompute or offloads,
-        fail_delay=0.0 if offloads else options.fail_delay,
-        on_death=stop.set,
-    )
-    api = Api(options, worker, metrics)
+    ranks = _ranks(options, stop.set)
+    api = Api(options, ranks)
     # The engine learns by the cancellation of a handler that its client has left. As in vLLM, a body is taken
     # as it is, whatever its content-encoding says.
     runner = web.AppRunner(
@@ -53,8 +41,9 @@ async def serve(options: Options) -> int:
         auto_decompress=False,
     )
     await runner.setup()
-    stepping = loop.create_task(worker.run())
-    stepping.add_done_callback(lambda _: None if worker.dead else stop.set())
+    stepping = [loop.create_task(worker.run()) for worker in ranks.workers]
+    for each in stepping:
+        each.add_done_callback(lambda _: None if ranks.dead else stop.set())
     try:
         tls = options.ssl_context()
         site = web.TCPSite(
@@ -75,12 +64,37 @@ async def serve(options: Options) -> int:
         await stop.wait()
     finally:
         await runner.cleanup()
-        stepping.cancel()
-        with suppress(asyncio.CancelledError):
-            await stepping
-        await worker.close()
-        await connector.close()
-    return 1 if worker.dead else 0
+        for each in stepping:
+            each.cancel()
+            with suppress(asyncio.CancelledError):
+                await each
+        for worker in ranks.workers:
+            await worker.close()
+            await worker.connector.close()
+    return 1 if ranks.dead else 0
+
+
+def _ranks(options: Options, on_death: Callable[[], None]) -> Ranks:
+    """Return the engines, with one set of metrics."""
+    workers: list[Worker] = []
+    metrics: Metrics | None = None
+    offloads = options.kv_connector == "offloading-p2p"  # it waits by itself, and never fails a request
+    own_id = options.engine_id or str(uuid.uuid4())
+    for rank in range(options.data_parallel_size):
+        engine = Engine(options.profile)
+        metrics = Metrics(engine, options.model, rank, metrics)
+        worker = Worker(
+            engine,
+            metrics,
+            connector_of(options, rank),
+            engine_id=own_id if options.data_parallel_size == 1 else f"{own_id}_dp{rank}",
+            agent=uuid.uuid4().hex,
+            recompute=options.recompute or offloads,
+            fail_delay=0.0 if offloads else options.fail_delay,
+            on_death=on_death,
+        )
+        workers.append(worker)
+    return Ranks(workers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

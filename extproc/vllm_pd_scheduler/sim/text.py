@@ -56,10 +56,10 @@ class Prompt:
     pieces: bytes | Sequence[bytes] = field(default=b"", repr=False, compare=False)
     """Bytes of the tokens: for a text its bytes, four for each token; for token ids an item for each."""
 
-    def block_hashes(self, block_size: int) -> list[int]:
-        """Return chained hashes of the full blocks: equal hashes mean equal model and tokens up to there."""
+    def block_hashes(self, block_size: int, salt: str = "") -> list[int]:
+        """Return chained hashes of the full blocks: equal ones mean equal model, salt and tokens so far."""
         hashes: list[int] = []
-        before = b""
+        before = salt.encode()
         for at in range(self.tokens // block_size):
             data = self._bytes(at * block_size, (at + 1) * block_size)
             before = blake2b(before + data, digest_size=8, key=self.key).digest()

@@ -10,6 +10,7 @@ from typing import Any
 
 from .ascend_layerwise import LayerwiseConnector, PushCall, external_id
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
+from .faults import Fault
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
 from .metrics import Metrics
 from .mooncake import PullCall, sent_as
@@ -88,7 +89,11 @@ class Worker:
         """Hand-offs by outcome: fetched, released or expired if sent; good, stale, failed, recomputed or
         released if received."""
         self.connector = connector
-        self._metrics = metrics
+        self.fault = Fault()
+        """What a test has ordered of its transfers."""
+        self.metrics = metrics
+        self._wrong: set[int] = set()
+        """Hashes of cached blocks that have come wrong."""
         self._agent = agent
         self._recompute = recompute
         self._fail_delay = fail_delay
@@ -125,7 +130,7 @@ class Worker:
             for request in step.transfers:
                 self._start_transfer(self._jobs[request.request_id])
             self._record_expired(step.expired)
-            self._metrics.preempted(len(step.preempted))
+            self.metrics.preempted(len(step.preempted))
             if step.idle:
                 await self._wait_for_work(now)
             else:
@@ -314,10 +319,10 @@ class Worker:
             job.loading.cancel()
             if self.connector.awaits_push and not self.dead:
                 self._left[external_id(request_id)] = job
-                self._metrics.finished(job.request, "abort")
+                self.metrics.finished(job.request, "abort")
                 return
         if self.engine.abort(request_id):
-            self._metrics.finished(job.request, "abort")
+            self.metrics.finished(job.request, "abort")
             self._wake.set()
         if job.request.hand_off is HandOff.RECEIVE and not job.request.transfer_ended:
             if self.connector.pushes:
@@ -335,20 +340,31 @@ class Worker:
             if job is None:
                 continue
             if output.index == 0 and job.offer is None:
-                self._metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+                self.metrics.prefilled(request.prompt_tokens - request.cached, remote=False)
+                if self._wrong:
+                    self._use_cached(job)
             if output.index == 0 and job.pushes:
                 self._spawn(self.connector.push(job.params, request.request_id, job.prompt.digest))
-            self._metrics.token(request, end - job.last_token if output.index else None)
+            self.metrics.token(request, end - job.last_token if output.index else None)
             job.last_token = end
             reason = job.finish_reason if output.finished else None
             if reason:
                 # The request has ended, so _drop must not abort it: its blocks may stay pinned.
                 del self._jobs[request.request_id]
-                self._metrics.finished(request, reason)
+                self.metrics.finished(request, reason)
                 self.connector.store(job.params, job.prompt.digest)
                 if there := self._pulled.pop(request.request_id, None):
                     there.set()
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
+
+    def _use_cached(self, job: Job) -> None:
+        """Have a prompt of which wrong blocks were cached answered wrongly, until it is computed anew."""
+        hashes = job.request.block_hashes
+        cached = job.request.cached // self.engine.profile.block_size
+        if not cached:
+            self._wrong.difference_update(hashes)
+        elif not self._wrong.isdisjoint(hashes[:cached]):
+            job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
 
     async def _wait_for_work(self, now: float) -> None:
         """Wait for a change, or for the end of a lease."""
@@ -372,7 +388,7 @@ class Worker:
             tokens = profile.block_size * self.engine.warm(hashes[:found])
             await asyncio.sleep(profile.transfer_time(tokens))
             self.hand_offs["pulled"] += 1
-            self._metrics.prefilled(tokens, remote=True)
+            self.metrics.prefilled(tokens, remote=True)
 
     def _start_transfer(self, job: Job) -> None:
         # As in vLLM: without a sender's address no KV ever comes, and the request hangs until its client
@@ -385,12 +401,16 @@ class Worker:
 
     async def _transfer(self, job: Job, offer: Any) -> None:
         request = job.request
+        sender = getattr(offer, "port", 0)
         seconds = self.engine.profile.transfer_time(request.transfer_tokens)
-        self._metrics.transfer_started(request.transfer_tokens)
+        seconds += self.fault.slow_from.get(sender, 0.0)
+        self.metrics.transfer_started(request.transfer_tokens)
         begins_with_call = self.connector.awaits_push
         if not begins_with_call:
             await asyncio.sleep(seconds)
         try:
+            if sender in self.fault.refuses:
+                raise TransferFailed("no handshake")
             reply = await self.connector.fetch(offer)
         except FatalHandOff as error:
             self.die(str(error))
@@ -402,29 +422,32 @@ class Worker:
         if begins_with_call:
             await asyncio.sleep(seconds)
         outcome = "good"
+        if getattr(offer, "port", None) in self.fault.garbled:
+            job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
+            self._wrong.update(request.block_hashes)
         if reply.digest != job.prompt.digest:
             job.answer = Answer(job.prompt, job.choice, wrong_kv=True)
             # A short prompt takes a part of what was pushed, and gives back the whole.
             outcome = "released" if job.prompt.tokens < reply.tokens else "stale"
         self._record_hand_off(job, outcome)
-        self._metrics.transferred(request.transfer_tokens, seconds)
-        self._metrics.prefilled(request.transfer_tokens, remote=True)
+        self.metrics.transferred(request.transfer_tokens, seconds)
+        self.metrics.prefilled(request.transfer_tokens, remote=True)
         self.engine.transfer_done(request.request_id)
         self._wake.set()
 
     def _transfer_failed(self, job: Job, error: TransferFailed) -> None:
         self._record_hand_off(job, "recomputed" if self._recompute else "failed")
         job.offer = None
-        self._metrics.transfer_failed()
+        self.metrics.transfer_failed()
         self.engine.transfer_failed(job.request.request_id, recompute=self._recompute)
         self._wake.set()
         if not self._recompute:
-            self._metrics.finished(job.request, "error")
+            self.metrics.finished(job.request, "error")
             del self._jobs[job.request.request_id]
             job.stream.put_nowait(EngineFailed("Internal server error"))
 
     def _record_expired(self, request_ids: list[str]) -> None:
-        self._metrics.expired(len(request_ids))
+        self.metrics.expired(len(request_ids))
         for request_id in request_ids:
             self._forget(request_id, "expired")
 

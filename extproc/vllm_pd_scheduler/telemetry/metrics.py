@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from .by_revision import ByRevision
 from .histogram import LeanHistogram, Series
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -128,6 +129,27 @@ class Telemetry:
             ["rule", "model"],
             registry=self.prometheus,
         )
+        self._encode_seconds = Histogram(
+            "pd_scheduler_encode_duration_seconds",
+            "Time that an encode instance took for an item, as the scheduler sees it.",
+            ["encode"],
+            buckets=_SECONDS,
+            registry=self.prometheus,
+        )
+        self._encode_failures = Counter(
+            "pd_scheduler_encode_failures",
+            "Attempts to encode an item that handed nothing over.",
+            ["encode", "reason"],
+            registry=self.prometheus,
+        )
+        self._media_items = Counter(
+            "pd_scheduler_media_items",
+            "Images, videos and sounds in requests: encoded by an encode instance, or left to the prefill.",
+            ["outcome"],
+            registry=self.prometheus,
+        )
+        for kind in ("encoded", "left"):
+            self._media_items.labels(kind)
         self._prefill_seconds = Histogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
@@ -191,6 +213,12 @@ class Telemetry:
             registry=self.prometheus,
         )
 
+        self._self_checks = Counter(
+            "pd_scheduler_self_checks",
+            "Tries of self-checks, by what came of them.",
+            ["result"],
+            registry=self.prometheus,
+        )
         self._state_changes = Counter(
             "pd_scheduler_instance_state_changes",
             "Changes of an instance's state, by the state that it came to; 'trial' follows an ejection.",
@@ -220,6 +248,7 @@ class Telemetry:
             registry=self.prometheus,
         )
         self._responses = {ending: responses.labels(ending) for ending in Ending}
+        self.by_revision = ByRevision(self.prometheus, _ANSWER_SECONDS)
         self._picks = LeanHistogram(
             "pd_scheduler_pick_duration_seconds",
             "Time of a pick.",
@@ -254,6 +283,8 @@ class Telemetry:
 
         self._by_instance: tuple[tuple[Counter | Histogram, str], ...] = (
             (self._requests, "decode"),
+            (self._encode_seconds, "encode"),
+            (self._encode_failures, "encode"),
             (self._prefill_seconds, "prefill"),
             (self._predicted, "prefill"),
             (self._prefill_failures, "prefill"),
@@ -332,6 +363,19 @@ class Telemetry:
         """Record how long a request waited in the scheduler's queue, and how that ended."""
         self._queue_seconds.labels(outcome).observe(seconds)
 
+    def encoded(self, instance: str, seconds: float) -> None:
+        """Record an item that an encode instance has encoded, and how long it took."""
+        self._encode_seconds.labels(instance).observe(seconds)
+
+    def encode_failed(self, instance: str, reason: str) -> None:
+        """Count an attempt to encode an item that failed; ``reason`` as in ``docs/metrics.md``."""
+        self._encode_failures.labels(instance, reason).inc()
+
+    def media_items(self, encoded: int, left: int) -> None:
+        """Count a request's items: those that were encoded before the prefill, and those that were not."""
+        self._media_items.labels("encoded").inc(encoded)
+        self._media_items.labels("left").inc(left)
+
     @contextmanager
     def time_prefill(self, instance: str) -> Iterator[None]:
         """Measure the block, a prefill leg. One that raises an exception is not measured."""
@@ -374,6 +418,10 @@ class Telemetry:
     def state_changed(self, instance: str, role: str, state: str) -> None:
         """Count that an instance came to a state."""
         self._state_changes.labels(instance, role, state).inc()
+
+    def self_checked(self, result: str) -> None:
+        """Count a try of a self-check; ``result`` as in ``docs/metrics.md``."""
+        self._self_checks.labels(result).inc()
 
     def local_error(self, kind: str) -> None:
         """Count a request that could not be sent for a reason of our own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
@@ -91,6 +91,10 @@ class RequestTrace:
         if predicted is not None:
             found[names.PREDICTED] = predicted
         self._span(f"pick {role}", found, max(since, self._waited_until)).end(self._at(now))
+
+    def encode_sent(self, instance: str, url: str, now: float) -> LegSpan:
+        """Begin the encoding of one item; several run at a time."""
+        return LegSpan(self._client_span("encode", instance, url, 0, now), self._at)
 
     def prefill_sent(self, instance: str, url: str, now: float) -> str:
         """Begin an attempt at a P; return the ``traceparent`` for it."""
@@ -246,6 +250,27 @@ class RequestTrace:
 
     def _at(self, seconds: float) -> int:
         return self._offset + int(seconds * 1e9)
+
+
+class LegSpan:
+    """A request to an instance that runs beside others of the same client's request."""
+
+    __slots__ = ("_at", "_span")
+
+    def __init__(self, span: Span, at: Callable[[float], int]) -> None:
+        self._span = span
+        self._at = at
+
+    @property
+    def traceparent(self) -> str:
+        """That of the request to the instance."""
+        return _traceparent(self._span)
+
+    def ended(self, now: float, failure: str) -> None:
+        """End it; ``failure`` says why it was of no use, and is empty if it was."""
+        if failure:
+            _fail(self._span, failure)
+        self._span.end(self._at(now))
 
 
 _LEFT = ("left", "abandoned", "broken_off")

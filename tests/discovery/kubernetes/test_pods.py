@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -57,13 +58,14 @@ class TestPods:
             ("prefill-decode", "PD"),
             ("both", "PD"),
             ("encode-prefill-decode", "PD"),
+            ("encode", "E"),
         ],
     )
     def test_roles(self, role: str | None, expected: str) -> None:
         found = candidates_of(read(pod("a", role=role)), (8000,), LABELS)
         assert "".join(each.role.value[0].upper() for each in found) == expected
 
-    @pytest.mark.parametrize("role", ["encode", "encode-decode", "Decode", "nonsense"])
+    @pytest.mark.parametrize("role", ["encode-decode", "Decode", "nonsense"])
     def test_unknown_roles(self, role: str) -> None:
         with pytest.raises(LeftOut, match=f"llm-d.ai/role is '{role}', which makes it neither"):
             list(candidates_of(read(pod("a", role=role)), (8000,), LABELS))
@@ -131,9 +133,21 @@ class TestPods:
         [found] = candidates_of(read(pod("a", model="llama")), (8000,), PodLabels("llm-d.ai/role", ROLES))
         assert found.model is None
 
+    def test_ranks(self) -> None:
+        labels = replace(LABELS, data_parallel_size="ranks")
+        for said, size in ((None, 1), ("", 1), ("1", 1), ("8", 8)):
+            more = {} if said is None else {"ranks": said}
+            [found] = candidates_of(read(pod("a", **more)), (8000,), labels)
+            assert found.data_parallel_size == size
+        [found] = candidates_of(read(pod("a", ranks="8")), (8000,), LABELS)
+        assert found.data_parallel_size == 1
+        for said in ("0", "65", "many", "-1", "٣", "9" * 5000):
+            with pytest.raises(LeftOut, match="its label ranks must be a number up to 64"):
+                list(candidates_of(read(pod("a", ranks=said)), (8000,), labels))
+
     def test_one_that_is_as_it_was_is_not_read_again(self) -> None:
         reader = PodReader(LABELS)
-        pods = {"a": read(pod("a")), "b": read(pod("b", role="encode"))}
+        pods = {"a": read(pod("a")), "b": read(pod("b", role="nonsense"))}
         first, left_out = reader.read(pods, (8000,))
         again, left_out_again = reader.read(pods, [8000])
         assert again[0] is first[0]

@@ -331,7 +331,7 @@ class TestConfiguration:
             ({"selector": "a=b", "ports": [1, 1]}, "ports: one is given twice"),
             ({"pool": "../nodes"}, "must be a name as Kubernetes has them"),
             ({"pool": "a", "namespace": "a/b"}, "must be a name as Kubernetes has them"),
-            ({"services": {"encode": "a"}}, "prefill"),
+            ({"services": {"enc": "a"}}, "prefill"),
             ({"pool": "a", "role_label": "a b"}, "must be the key of a label"),
             ({"pool": "a", "roles": {"decode": "d"}}, "must be a valid list"),
         ],

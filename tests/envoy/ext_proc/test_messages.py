@@ -192,6 +192,16 @@ class EncodeTest(unittest.TestCase):
         response = self.encode(Answer(Phase.REQUEST_BODY, forward))
         self.assertEqual(dict(response.dynamic_metadata["vllm_pd"]), {"only": "10.0.0.1:80"})
 
+    def test_forward_to_ranks(self) -> None:
+        """Which one is told by host, since each attempt is at another."""
+        forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
+        forward.ranks = {"10.0.0.1:80": 3, "[fd00::1]:80": 0}
+        response = self.encode(Answer(Phase.REQUEST_BODY, forward))
+        told = {name: dict(value) for name, value in response.dynamic_metadata["vllm_pd"].items()}
+        self.assertEqual(told, {"ranks": {"10.0.0.1:80": "3", "[fd00::1]:80": "0"}})
+        sent = headers_of(response.request_body.response.header_mutation)
+        self.assertNotIn("x-data-parallel-rank", sent)
+
     def test_bodies_of_every_size(self) -> None:
         forward = fleet.forward(self.router, fleet.COMPLETION, b'{"prompt": ["a", "b"]}')
         for size in (0, 1, 100, 127, 128, 16_383, 16_384, 2_100_000):

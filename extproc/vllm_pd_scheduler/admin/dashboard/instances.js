@@ -2,6 +2,7 @@
 "use strict";
 
 const ROLES = ["prefill", "decode"];
+const CAPTIONS = { prefill: "Prefill", decode: "Decode", encode: "Encode" };
 const MOST_ROWS = 100;
 const TONES = { healthy: "ok", unhealthy: "bad", ejected: "bad", trial: "warn", draining: "warn", starting: "idle" };
 const RANKS = { bad: 0, warn: 1, idle: 2, ok: 3 };
@@ -53,6 +54,7 @@ function cacheCell(instance) {
 
 function predictedCell(instance) {
   const { prefill_left_s: left, decode_step_s: step } = instance.predicted;
+  if (instance.role === "encode") return NONE;
   return instance.role === "prefill" ? `${seconds(left)} left` : `${seconds(step)} a token`;
 }
 
@@ -72,7 +74,7 @@ class RoleTable {
     this.table = h(
       "table",
       { role: "table" },
-      h("caption", {}, role === "prefill" ? "Prefill" : "Decode", this.count),
+      h("caption", {}, CAPTIONS[role], this.count),
       h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...head)),
       this.body,
     );
@@ -88,6 +90,8 @@ class RoleTable {
     if (found > MOST_ROWS && !fleet.showAll) {
       shown = shown.toSorted((a, b) => RANKS[tone(a)] - RANKS[tone(b)]).slice(0, MOST_ROWS);
     }
+    if (all.length === 0 && !ROLES.includes(this.role)) this.element.remove();
+    else if (!this.element.isConnected) byId("roles").append(this.element);
     const counts = status?.roles?.[this.role];
     say(this.count, counts ? `${counts.routable} of ${counts.total} can serve` : "");
     this.place(shown);
@@ -164,7 +168,7 @@ class InstanceRow {
   }
 }
 
-const tables = ROLES.map((role) => new RoleTable(role));
+const tables = Object.keys(CAPTIONS).map((role) => new RoleTable(role));
 
 function showAll() {
   fleet.showAll = true;
@@ -188,6 +192,6 @@ function drawInstances(status) {
 }
 
 function startInstances() {
-  byId("roles").append(...tables.map((table) => table.element));
+  byId("roles").append(...tables.filter((table) => ROLES.includes(table.role)).map((table) => table.element));
   byId("filter").addEventListener("input", () => drawInstances(lastStatus()));
 }

@@ -33,7 +33,7 @@ function removeInstance(instance) {
 
 function addInstance() {
   const field = (label, name, attributes) => ({ label, input: h("input", { name, required: true, autocomplete: "off", ...attributes }) });
-  const role = h("select", { name: "role" }, ...ROLES.map((each) => h("option", {}, each)));
+  const role = h("select", { name: "role" }, ...Object.keys(CAPTIONS).map((each) => h("option", {}, each)));
   showForm({
     title: "Add an instance",
     text: "It gets requests once a health check has succeeded.",

@@ -87,5 +87,6 @@ class DnsNames:
             port=server.port,
             api_key=source.api_key,
             server_name=name,
+            data_parallel_size=source.data_parallel_size,
         )
         return self._config.instance(InstanceRole(source.role), entry)

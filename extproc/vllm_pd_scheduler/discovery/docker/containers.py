@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
-from ...models import InstanceRole, canonical_ip, is_ip
+from ...models import MAX_RANKS, InstanceRole, canonical_ip, is_ip
 
 ROLE_LABEL = "vllm-pd.role"
 PORT_LABEL = "vllm-pd.port"
 MODEL_LABEL = "vllm-pd.model"
 REVISION_LABEL = "vllm-pd.revision"
+RANKS_LABEL = "vllm-pd.data-parallel-size"
 
 DEFAULT_PORT = 8000
 """Where vLLM listens if nobody says otherwise."""
@@ -113,6 +114,7 @@ class Labelled:
     port: int
     models: list[str] | None
     revision: str | None
+    data_parallel_size: int = 1
 
 
 def read_labels(container: Container, reach: Reach) -> Labelled:
@@ -122,7 +124,7 @@ def read_labels(container: Container, reach: Reach) -> Labelled:
     try:
         role = InstanceRole(said)
     except ValueError:
-        raise OddContainer(f"label {ROLE_LABEL} must be prefill or decode, not {said!r}") from None
+        raise OddContainer(f"label {ROLE_LABEL} must be prefill, decode or encode, not {said!r}") from None
     host, port = _place(container, _port(labels), reach)
     models = None
     if MODEL_LABEL in labels:
@@ -132,13 +134,18 @@ def read_labels(container: Container, reach: Reach) -> Labelled:
     revision = labels.get(REVISION_LABEL)
     if revision == "":
         raise OddContainer(f"label {REVISION_LABEL} is empty")
-    return Labelled(role, host, port, models, revision)
+    size = _number(labels, RANKS_LABEL, 1, MAX_RANKS, f"a number up to {MAX_RANKS}")
+    return Labelled(role, host, port, models, revision, size)
 
 
 def _port(labels: Mapping[str, str]) -> int:
-    said = labels.get(PORT_LABEL, str(DEFAULT_PORT))
-    if not (said.isascii() and said.isdigit() and len(said) <= 5 and 1 <= int(said) <= 65535):
-        raise OddContainer(f"label {PORT_LABEL} must be a port, not {said!r}")
+    return _number(labels, PORT_LABEL, DEFAULT_PORT, 65535, "a port")
+
+
+def _number(labels: Mapping[str, str], label: str, default: int, most: int, what: str) -> int:
+    said = labels.get(label, str(default))
+    if not (said.isascii() and said.isdigit() and len(said) <= 5 and 1 <= int(said) <= most):
+        raise OddContainer(f"label {label} must be {what}, not {said!r}")
     return int(said)
 
 

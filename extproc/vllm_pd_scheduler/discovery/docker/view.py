@@ -59,7 +59,7 @@ class View:
     def _entry(self, container: Container, host: str) -> tuple[InstanceRole, InstanceConfig]:
         source = self._source
         labels = read_labels(container, Reach(source.network, source.published, source.address or host))
-        return labels.role, InstanceConfig(
+        entry = InstanceConfig(
             id=container.name if source.name is None else f"{source.name}.{container.name}",
             host=labels.host,
             port=labels.port,
@@ -67,4 +67,10 @@ class View:
             server_name=source.server_name,
             models=labels.models,
             revision=labels.revision,
+            data_parallel_size=labels.data_parallel_size,
         )
+        try:
+            self._config.rank_count(entry)
+        except ValueError as error:
+            raise OddContainer(str(error)) from None
+        return labels.role, entry

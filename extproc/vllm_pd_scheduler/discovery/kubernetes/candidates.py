@@ -35,6 +35,7 @@ class Candidate:
     """When what it runs in was made: of two at one address the newer one is there."""
     model: str | None = None
     revision: str | None = None
+    data_parallel_size: int = 1
 
 
 class Candidates:
@@ -78,6 +79,7 @@ class Candidates:
             port=candidate.port,
             models=None if candidate.model is None else [candidate.model],
             revision=candidate.revision,
+            data_parallel_size=candidate.data_parallel_size,
         )
         return self._config.instance(candidate.role, item)
 

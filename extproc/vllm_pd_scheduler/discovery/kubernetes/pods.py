@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...models import InstanceRole
+from ...models import MAX_RANKS, InstanceRole
 from .candidates import Candidate, LeftOut
 from .objects import Pod
 from .watch import Resource
@@ -26,6 +26,7 @@ class PodLabels:
     """Values of the role's label; the empty one stands for a pod without it."""
     model: str | None = None
     revision: str | None = None
+    data_parallel_size: str | None = None
 
 
 class PodReader:
@@ -67,7 +68,7 @@ def candidates_of(pod: Pod, ports: Sequence[int], labels: PodLabels) -> Iterator
     if not pod.usable or pod.ip is None:
         return
     metadata = pod.metadata
-    active = _active_ports(pod)
+    active, size = _active_ports(pod), _rank_count(pod, labels)
     for role in _roles(pod, labels):
         for index, port in enumerate(ports):
             if active is None or port in active:
@@ -79,16 +80,25 @@ def candidates_of(pod: Pod, ports: Sequence[int], labels: PodLabels) -> Iterator
                     since=metadata.creation_timestamp or "",
                     model=metadata.label(labels.model) if labels.model else None,
                     revision=metadata.label(labels.revision) if labels.revision else None,
+                    data_parallel_size=size,
                 )
 
 
 def _roles(pod: Pod, labels: PodLabels) -> list[InstanceRole]:
     value = pod.metadata.label(labels.role) or ""
-    found = [role for role in InstanceRole if value in labels.roles[role]]
+    found = [role for role in InstanceRole if value in labels.roles.get(role, ())]
     if not found:
         what = f"{labels.role} is {value!r}" if value else f"it has no label {labels.role}"
-        raise LeftOut(f"{what}, which makes it neither prefill nor decode")
+        raise LeftOut(f"{what}, which makes it neither prefill, decode nor encode")
     return found
+
+
+def _rank_count(pod: Pod, labels: PodLabels) -> int:
+    key = labels.data_parallel_size
+    said = (key and pod.metadata.label(key)) or "1"
+    if not (said.isascii() and said.isdigit() and len(said) <= 5 and 1 <= int(said) <= MAX_RANKS):
+        raise LeftOut(f"its label {key} must be a number up to {MAX_RANKS}, not {said!r}")
+    return int(said)
 
 
 def _active_ports(pod: Pod) -> frozenset[int] | None:

@@ -124,7 +124,10 @@ def _finder(entry: KubernetesSource, api: Api, namespace: str, telling: Telling)
         services = {InstanceRole(role): name for role, name in entry.services.items()}
         return _OfServices(api, namespace, services, telling)
     roles = {role: frozenset(entry.roles.get(role.value, ())) for role in InstanceRole}
-    reader = PodReader(PodLabels(entry.role_label, roles, entry.model_label, entry.revision_label))
+    labels = PodLabels(
+        entry.role_label, roles, entry.model_label, entry.revision_label, entry.data_parallel_size_label
+    )
+    reader = PodReader(labels)
     if entry.pool is not None:
         return _OfPool(api, namespace, entry.pool, reader, telling)
     return _BySelector(api, namespace, entry.selector or "", entry.ports, reader, telling)

@@ -303,8 +303,10 @@ def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
     _set(mutation.set_headers, headers)
     mutation.remove_headers.extend(forward.remove_headers)
     common.clear_route_cache = forward.stream  # streams have a route of their own
-    if forward.splice is not None or forward.only is not None:
+    if forward.splice is not None or forward.only is not None or forward.ranks:
         handoff = response.dynamic_metadata.fields[METADATA].struct_value.fields
+        for address, rank in (forward.ranks or {}).items():
+            handoff["ranks"].struct_value.fields[address].string_value = str(rank)
         if forward.only is not None:
             handoff["only"].string_value = ",".join(str(each.address) for each in forward.only)
         if forward.splice is not None:

@@ -1,0 +1,259 @@
+"""Which P and D cannot hand over to each other, though each of them does with others.
+
+A firewall between two hosts, another fabric or another version makes every hand-off of one pair fail. So a D
+that fails a request with a hand-off is first a doubt about the pair. The pair is to blame if D has served
+another request since, with a hand-off of another P or with none. D is if it has not, or has failed others
+too. P is if all that it hands over has failed, at several D that serve others.
+
+Only what is unusual is kept: nothing of the pairs whose requests succeed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .breaker import Breaker, BreakerPolicy, BreakerState
+from .endpoint import Endpoint, Reservation
+
+MAX_DOUBTS = 4096
+"""Pairs in doubt that are kept: of a thousand P and a thousand D, a million could be."""
+
+
+class PairChange(NamedTuple):
+    """Hand-offs of a P to a D (``None``: to any) are left out, or are not any more."""
+
+    prefill: Endpoint
+    decode: Endpoint | None
+    out: bool
+    pause: float
+    """Seconds until the next is tried, if they are left out."""
+
+
+@dataclass(slots=True)
+class Doubt:
+    """What fails between a P and a D, or of all that a P hands over."""
+
+    breaker: Breaker
+    works_else: bool = False
+    """Whether D has served another request since the pair's first failure."""
+    trial: Reservation | None = None
+    """The request that is to show whether it works again."""
+    failed_at: Counter[Endpoint] = field(default_factory=Counter)
+    """D at which hand-offs have failed in a row, of a doubt about a P."""
+
+    def bars(self, now: float) -> bool:
+        """Whether no hand-off may be tried: it is left out, and its pause is not over or a trial runs."""
+        self.breaker.probed(now)
+        if self.breaker.state is BreakerState.HALF_OPEN:
+            return self.trial is not None and self.trial.active
+        return self.breaker.state is BreakerState.OPEN
+
+    def tried(self, reservation: Reservation) -> None:
+        """Note a request that is on its way; on trial, the first one decides."""
+        if self.breaker.state is BreakerState.HALF_OPEN and (self.trial is None or not self.trial.active):
+            self.trial = reservation
+
+
+class Pairs:
+    """The pairs that are in doubt, and those that are left out. Part of the registry."""
+
+    def __init__(self, policy: BreakerPolicy) -> None:
+        self.on_change: Callable[[PairChange], None] | None = None
+        self._policy = policy
+        self._doubts: dict[Endpoint, dict[Endpoint, Doubt]] = {}
+        """By P and D."""
+        self._of_prefill: dict[Endpoint, Doubt] = {}
+        self._failed_with: dict[Endpoint, set[Endpoint | None]] = {}
+        """For each D, the P whose hand-offs have failed there in a row; ``None`` is a request without one."""
+
+    def follow(self, policy: BreakerPolicy) -> None:
+        """Use another policy from now on."""
+        self._policy = policy
+        for doubt in (*self._of_prefill.values(), *(each for _, _, each in self._all())):
+            doubt.breaker.follow(policy)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether there is anything to ask for: if not, no request need."""
+        return bool(self._of_prefill)
+
+    @property
+    def suspects(self) -> Sequence[Endpoint]:
+        """The P of pairs that are in doubt."""
+        return tuple(self._of_prefill)
+
+    def out(self) -> Iterator[tuple[Endpoint, Endpoint | None, Doubt]]:
+        """Yield P, D and doubt of what is left out; D is ``None`` where all of a P's is."""
+        for prefill, doubt in self._of_prefill.items():
+            if doubt.breaker.state is not BreakerState.CLOSED:
+                yield prefill, None, doubt
+        yield from (each for each in self._all() if each[2].breaker.state is not BreakerState.CLOSED)
+
+    def barred(self, prefill: Endpoint, now: float) -> Sequence[Endpoint]:
+        """Return the D that may not get what a P hands over now."""
+        doubts = self._doubts.get(prefill)
+        return [decode for decode, doubt in doubts.items() if doubt.bars(now)] if doubts else ()
+
+    def useless(self, prefill: Endpoint, partners: Sequence[Endpoint], now: float) -> bool:
+        """Whether none of the ``partners``, the D that could take over from a P, may do so now."""
+        doubt = self._of_prefill.get(prefill)
+        if doubt is None:
+            return False
+        if doubt.bars(now):
+            return True
+        barred = frozenset(self.barred(prefill, now))
+        return 0 < len(partners) <= len(barred) and barred.issuperset(partners)
+
+    def tried(self, prefill: Endpoint, decode: Endpoint | None, reservation: Reservation) -> None:
+        """Note a request on its way to a P or, with what that has handed over, to a D."""
+        doubt = self._of_prefill.get(prefill)
+        if doubt is not None:
+            doubt.tried(reservation)
+        doubt = self._doubts.get(prefill, {}).get(decode) if decode is not None else None
+        if doubt is not None:
+            doubt.tried(reservation)
+
+    def on_trial(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Whether a pair was left out until now, and the next hand-off decides."""
+        doubt = self._doubts.get(prefill, {}).get(decode) or self._of_prefill.get(prefill)
+        return doubt is not None and doubt.breaker.state is BreakerState.HALF_OPEN
+
+    def failed(self, prefill: Endpoint | None, decode: Endpoint, now: float, *, served: bool = False) -> None:
+        """Record that a D has failed a request with the hand-off of a P, or one without.
+
+        ``served``: D has answered it all the same; only the hand-off has failed.
+        """
+        if not served:
+            self._failed_with.setdefault(decode, set()).add(prefill)
+        if prefill is None:
+            return
+        whole = self._of_prefill.setdefault(prefill, Doubt(Breaker(self._policy)))
+        whole.failed_at[decode] += 1
+        broken = whole.breaker.failed()
+        doubt = self._doubt(prefill, decode)
+        if doubt is not None:
+            doubt.works_else = doubt.works_else or served
+            closed = doubt.breaker.state is not BreakerState.OPEN
+            if doubt.breaker.failed() and doubt.works_else and closed:
+                self._open(prefill, decode, doubt, now)
+        if broken and (whole.breaker.state is BreakerState.HALF_OPEN or self._is_at_fault(prefill, whole)):
+            self._open(prefill, None, whole, now)
+
+    def explain(self, decode: Endpoint) -> bool:
+        """Whether a P, and not D, is to blame for all requests that D has failed in a row."""
+        failed = self._failed_with.get(decode, ())
+        if len(failed) != 1:
+            return False
+        [prefill] = failed
+        doubt = None if prefill is None else self._doubts.get(prefill, {}).get(decode)
+        whole = None if prefill is None else self._of_prefill.get(prefill)
+        at_fault = whole is not None and whole.breaker.state is BreakerState.OPEN
+        return at_fault or (doubt is not None and doubt.works_else)
+
+    def forgive(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """Take back the newest failure of a D with the hand-off of a P: it was the request's."""
+        whole, doubt = self._of_prefill.get(prefill), self._doubts.get(prefill, {}).get(decode)
+        if whole is not None and (decode in whole.failed_at or whole.breaker.state is BreakerState.OPEN):
+            whole.failed_at -= Counter((decode,))
+            whole.breaker.forgive()
+        if doubt is not None:
+            doubt.breaker.forgive()
+            if not doubt.breaker.failures:
+                self._failed_with.get(decode, set()).discard(prefill)
+            if doubt.breaker.spotless:
+                del self._doubts[prefill][decode]
+        self._clear(prefill)
+
+    def served(self, prefill: Endpoint | None, decode: Endpoint) -> None:
+        """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
+        self._failed_with.pop(decode, None)
+        for other, doubts in self._doubts.items():
+            if other is not prefill and decode in doubts:
+                doubts[decode].works_else = True
+
+    def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """Record that the hand-off of a P has come to a D."""
+        whole = self._of_prefill.get(prefill)
+        if whole is None:
+            return
+        whole.failed_at.clear()
+        if whole.breaker.succeeded():
+            self._tell(PairChange(prefill, None, False, 0.0))
+        doubt = self._doubts.get(prefill, {}).get(decode)
+        if doubt is not None:
+            if doubt.breaker.succeeded():
+                self._tell(PairChange(prefill, decode, False, 0.0))
+            if doubt.breaker.spotless:
+                del self._doubts[prefill][decode]
+        self._clear(prefill)
+
+    def ejected(self, decode: Endpoint) -> None:
+        """Note that a D is out itself: for what has failed with several, no pair is to blame."""
+        if len(self._failed_with.pop(decode, ())) > 1:
+            self.forget(decode)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Forget all of an instance: it is gone, or it is another process."""
+        self._failed_with.pop(endpoint, None)
+        self._doubts.pop(endpoint, None)
+        self._of_prefill.pop(endpoint, None)
+        for prefill in [each for each, doubts in self._doubts.items() if endpoint in doubts]:
+            del self._doubts[prefill][endpoint]
+        for prefill, doubt in list(self._of_prefill.items()):
+            doubt.failed_at.pop(endpoint, None)
+            self._clear(prefill)
+
+    def _is_at_fault(self, prefill: Endpoint, whole: Doubt) -> bool:
+        """Whether what a P hands over has failed at several D, which serve others and fail nothing else."""
+        if whole.breaker.state is BreakerState.OPEN or len(whole.failed_at) < 2:
+            return False
+        doubts = self._doubts.get(prefill, {})
+        return all(
+            self._failed_with.get(each, {prefill}) == {prefill} and each in doubts and doubts[each].works_else
+            for each in whole.failed_at
+        )
+
+    def _open(self, prefill: Endpoint, decode: Endpoint | None, doubt: Doubt, now: float) -> None:
+        doubt.breaker.open(now)
+        doubt.trial = None
+        if decode is None:
+            doubt.failed_at.clear()
+            self._doubts.pop(prefill, None)
+        self._tell(PairChange(prefill, decode, True, doubt.breaker.not_before - now))
+
+    def _doubt(self, prefill: Endpoint, decode: Endpoint) -> Doubt | None:
+        """Return the doubt about a pair, a new one if there is room for it."""
+        doubts = self._doubts.setdefault(prefill, {})
+        if decode not in doubts:
+            if sum(map(len, self._doubts.values())) >= MAX_DOUBTS:
+                self._drop_closed()
+                return None
+            doubts[decode] = Doubt(Breaker(self._policy))
+        return doubts[decode]
+
+    def _drop_closed(self) -> None:
+        """Make room by forgetting the pairs of which too little has failed for them to be left out."""
+        for prefill, doubts in list(self._doubts.items()):
+            for decode in [d for d, doubt in doubts.items() if doubt.breaker.state is BreakerState.CLOSED]:
+                del doubts[decode]
+            self._clear(prefill)
+
+    def _clear(self, prefill: Endpoint) -> None:
+        """Forget a P of which nothing is in doubt any more."""
+        if not self._doubts.get(prefill):
+            self._doubts.pop(prefill, None)
+            whole = self._of_prefill.get(prefill)
+            if whole is not None and not whole.failed_at and whole.breaker.state is BreakerState.CLOSED:
+                del self._of_prefill[prefill]
+
+    def _all(self) -> Iterator[tuple[Endpoint, Endpoint, Doubt]]:
+        for prefill, doubts in self._doubts.items():
+            for decode, doubt in doubts.items():
+                yield prefill, decode, doubt
+
+    def _tell(self, change: PairChange) -> None:
+        if self.on_change is not None:
+            self.on_change(change)

@@ -1,0 +1,49 @@
+"""The pairs of P and D that have given wrong texts: no hand-off goes from the one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from .endpoint import Endpoint
+
+
+class WrongPairs:
+    """Pairs that are left out until somebody takes them back, or one of them is another process or gone."""
+
+    def __init__(self) -> None:
+        self._why: dict[Endpoint, dict[Endpoint, str]] = {}
+        """By P and D."""
+
+    def __bool__(self) -> bool:
+        return bool(self._why)
+
+    def __iter__(self) -> Iterator[tuple[Endpoint, Endpoint, str]]:
+        """Yield P, D and why."""
+        return ((p, d, why) for p, found in self._why.items() for d, why in found.items())
+
+    def leave_out(self, prefill: Endpoint, decode: Endpoint, why: str) -> None:
+        """Send no hand-off of a P to a D from now on."""
+        self._why.setdefault(prefill, {})[decode] = why
+
+    def take_back(self, prefill: Endpoint, decode: Endpoint) -> bool:
+        """Use a pair again; return whether it was left out."""
+        found = self._why.get(prefill, {})
+        was = found.pop(decode, None) is not None
+        if not found:
+            self._why.pop(prefill, None)
+        return was
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Take back all pairs of an instance, since that is gone or another process."""
+        self._why.pop(endpoint, None)
+        for prefill in tuple(self._why):
+            self.take_back(prefill, endpoint)
+
+    def barred(self, prefill: Endpoint) -> Collection[Endpoint]:
+        """Return the D that may not get what a P hands over."""
+        return self._why.get(prefill, {}).keys()
+
+    @property
+    def prefill(self) -> Collection[Endpoint]:
+        """The P of which some pair is left out."""
+        return self._why.keys()

@@ -1,0 +1,178 @@
+"""How long D takes with what P hands over, learned by pair from the times to D's first byte.
+
+It does no I/O and reads no clock. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+from .regression import OnlineRegression
+
+MAX_PAIRS = 4096
+"""Pairs that are remembered, those that were used last."""
+SLOW = 4.0
+"""Times the fleet's time from which on a pair is slow, and stays so down to half of that.
+
+RDMA that has fallen back to TCP takes ten times as long, or more; a busy link or another rack's twice.
+"""
+SLOW_SAMPLES = 8
+"""Hand-offs of a pair before it can be called slow."""
+SLOW_EXCESS_S = 0.02
+"""Seconds of a usual hand-off that a slow pair loses at least: what is less, nobody feels."""
+_PRIOR = (0.02, 1e-5)
+"""A hand-off before anything was measured: 20 ms, and 10 µs a token (128 KiB at 100 Gbit/s)."""
+_SCALE = (10.0, 1024.0)
+_LEAST_S = 1e-3
+_MOST_TOKENS = 1e8
+_MAX_FACTOR = 3.0
+"""Logarithm of the factor up to which a hand-off is believed to be faster, or slower, than usual: 20."""
+_MAX_STEP = 1.0
+"""And by which one hand-off differs from what was learned before: so a few wild ones move little."""
+_SHRINK = 4.0
+"""Hand-offs for which the mean of P and D counts in what is believed of a pair, and for them the fleet's."""
+_LEAST_GAIN = 0.05
+"""Weight of the newest hand-off: some twenty count."""
+_SETTLED = 32
+"""Hand-offs from which on what is learned of the fleet follows no outlier."""
+
+
+class PairRate(NamedTuple):
+    """What was learned of a pair."""
+
+    prefill: str
+    decode: str
+    seconds_per_token: float
+    times: float
+    """Times as long as the fleet's median pair."""
+    samples: int
+    slow: bool
+
+
+@dataclass(slots=True)
+class _Factor:
+    """By how much something differs: the logarithm of a factor, drawn to that of all (0) by few samples."""
+
+    value: float = 0.0
+    samples: int = 0
+
+    def learn(self, sample: float) -> None:
+        self.samples += 1
+        gain = max(1.0 / (self.samples + _SHRINK), _LEAST_GAIN)
+        self.value += gain * _within(sample - self.value, _MAX_STEP)
+
+
+@dataclass(slots=True)
+class _Pair(_Factor):
+    slow: bool = False
+
+
+class TransferRates:
+    """Predicts the seconds from D's having a request with a hand-off to the first byte of its answer.
+
+    seconds = (``overhead`` + ``per_token`` * transferred tokens) * factor of P * factor of D * factor of both
+
+    The first two are the fleet's. What a decode step takes at D is not in it.
+    """
+
+    def __init__(self) -> None:
+        self.on_slow: Callable[[PairRate], None] | None = None
+        """Called when a pair has become slow, or is so no more."""
+        self.slow: set[tuple[str, str]] = set()
+        self._fleet = OnlineRegression(_PRIOR, _SCALE)
+        self._instances: dict[str, _Factor] = {}
+        self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._median = 0.0
+        self._tokens = 0.0
+        self._due = 0
+        """After so many hand-offs the median is worked out anew."""
+
+    @property
+    def samples(self) -> int:
+        """Hand-offs that were learned from."""
+        return self._fleet.samples
+
+    def predict(self, prefill: str, decode: str, tokens: float) -> float:
+        """Return the predicted seconds for so many tokens that D does not have."""
+        return max(0.0, self._fleet.predict((1.0, tokens))) * math.exp(self._factor(prefill, decode))
+
+    def learn(self, prefill: str, decode: str, tokens: float, seconds: float) -> None:
+        """Learn from a hand-off of so many tokens that took so long."""
+        if not (math.isfinite(seconds) and 1.0 <= tokens <= _MOST_TOKENS):
+            return
+        seconds = max(_LEAST_S, seconds)
+        features = 1.0, tokens
+        expected = max(_LEAST_S, self._fleet.predict(features))
+        usual = seconds if self.samples < _SETTLED else min(max(seconds, expected / 2), expected * 2)
+        self._fleet.learn(features, usual, _PRIOR)
+        self._tokens += (tokens - self._tokens) / max(1, min(self.samples, 100))
+        expected = max(_LEAST_S, self._fleet.predict(features))
+        sample = _within(math.log(seconds / expected), _MAX_FACTOR)
+        of_prefill, of_decode = (self._instances.setdefault(each, _Factor()) for each in (prefill, decode))
+        of_prefill.learn(sample - of_decode.value)
+        of_decode.learn(sample - of_prefill.value)
+        pair = self._pairs.pop((prefill, decode), None) or _Pair()
+        self._pairs[prefill, decode] = pair
+        pair.learn(sample - of_prefill.value - of_decode.value)
+        if len(self._pairs) > MAX_PAIRS:
+            oldest = next(iter(self._pairs))
+            del self._pairs[oldest]
+            self.slow.discard(oldest)
+        self._judge(prefill, decode, pair)
+
+    def forget(self, instance: str) -> None:
+        """Forget all of an instance that is gone."""
+        self._instances.pop(instance, None)
+        for pair in [each for each in self._pairs if instance in each]:
+            del self._pairs[pair]
+            self.slow.discard(pair)
+
+    def slowest(self, count: int) -> list[PairRate]:
+        """Return what was learned of the slowest pairs, those first."""
+        found = [self._rate_of(*each) for each in self._pairs]
+        return sorted(found, key=lambda each: -each.times)[:count]
+
+    def _factor(self, prefill: str, decode: str) -> float:
+        of, pairs = self._instances.get, self._pairs.get
+        known = of(prefill), of(decode), pairs((prefill, decode))
+        return _within(sum(each.value for each in known if each is not None), _MAX_FACTOR)
+
+    def _rate_of(self, prefill: str, decode: str) -> PairRate:
+        pair, factor = self._pairs[prefill, decode], self._factor(prefill, decode)
+        tokens = max(1.0, self._tokens)
+        per_token = self.predict(prefill, decode, tokens) / tokens
+        return PairRate(prefill, decode, per_token, math.exp(factor - self._median), pair.samples, pair.slow)
+
+    def _judge(self, prefill: str, decode: str, pair: _Pair) -> None:
+        """Say whether a pair is slow, beside the median of all."""
+        self._due -= 1
+        if self._due <= 0:
+            self._median = median(self._known()) if self._pairs else 0.0
+            self._due = len(self._pairs)
+        times = math.exp(self._factor(prefill, decode) - self._median)
+        if pair.slow:
+            slow = times >= SLOW / 2
+        else:
+            lost = self.predict(prefill, decode, self._tokens) * (1 - 1 / times)
+            slow = (
+                times >= SLOW
+                and lost >= SLOW_EXCESS_S
+                and pair.samples >= SLOW_SAMPLES
+                and len(self._pairs) > 2  # of two, nobody knows which is slow
+            )
+        if slow is not pair.slow:
+            pair.slow = slow
+            (self.slow.add if slow else self.slow.discard)((prefill, decode))
+            if self.on_slow is not None:
+                self.on_slow(self._rate_of(prefill, decode))
+
+    def _known(self) -> Iterator[float]:
+        return (self._factor(*each) for each in self._pairs)
+
+
+def _within(value: float, most: float) -> float:
+    return min(max(value, -most), most)

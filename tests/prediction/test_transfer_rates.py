@@ -1,0 +1,112 @@
+"""What is learned of hand-offs by pair."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_pd_scheduler.prediction.load_model import FleetLoad
+from vllm_pd_scheduler.prediction.transfer_rates import MAX_PAIRS, PairRate, TransferRates
+
+NAMES = ["0", "1", "2", "3"]
+
+
+def taught(slow: dict[tuple[str, str], float], rounds: int = 60, seed: int = 1) -> TransferRates:
+    """Return what 4 P and 4 D have taught, with 10 ms and 20 µs a token, and noise; some pairs are slower."""
+    rates, random = TransferRates(), Random(seed)
+    for _ in range(rounds):
+        for prefill, decode in product(NAMES, NAMES):
+            tokens = random.choice([500.0, 2000.0, 8000.0])
+            times = slow.get((prefill, decode), 1.0) * random.lognormvariate(0.0, 0.2)
+            rates.learn(f"p{prefill}", f"d{decode}", tokens, times * (0.01 + 2e-5 * tokens))
+    return rates
+
+
+def test_the_fleets_time_is_learned() -> None:
+    rates = taught({})
+    for tokens in (500.0, 2000.0, 8000.0):
+        expected = 0.01 + 2e-5 * tokens
+        assert 0.7 < rates.predict("p0", "d0", tokens) / expected < 1.4
+    assert not rates.slow
+
+
+def test_a_slow_pair_is_found_and_no_other() -> None:
+    told: list[PairRate] = []
+    rates = taught({})
+    rates.on_slow = told.append
+    for _ in range(40):
+        for prefill, decode in product(NAMES, NAMES):
+            slow = 10.0 if (prefill, decode) == ("1", "2") else 1.0
+            rates.learn(f"p{prefill}", f"d{decode}", 2000.0, slow * 0.05)
+    assert rates.slow == {("p1", "d2")}
+    assert [(each.prefill, each.decode, each.slow) for each in told] == [("p1", "d2", True)], "once"
+    assert rates.slowest(1)[0].decode == "d2"
+    assert rates.slowest(1)[0].times > 4.0
+    assert 5.0 < rates.predict("p1", "d2", 2000.0) / rates.predict("p1", "d1", 2000.0) < 15.0
+    for _ in range(80):
+        for prefill, decode in product(NAMES, NAMES):
+            rates.learn(f"p{prefill}", f"d{decode}", 2000.0, 0.05)
+    assert not rates.slow
+    assert [each.slow for each in told] == [True, False]
+
+
+def test_a_new_pair_starts_from_its_p_and_d() -> None:
+    of_d0 = {(prefill, "0"): 3.0 for prefill in NAMES[1:]}
+    rates, random = TransferRates(), Random(2)
+    for _ in range(60):
+        for prefill, decode in product(NAMES, NAMES):
+            if (prefill, decode) != ("0", "0"):
+                times = of_d0.get((prefill, decode), 1.0) * random.lognormvariate(0.0, 0.1)
+                rates.learn(f"p{prefill}", f"d{decode}", 2000.0, times * 0.05)
+    assert rates.predict("p0", "d0", 2000.0) > 1.8 * rates.predict("p0", "d1", 2000.0)
+
+
+def test_a_few_wild_ones_move_little() -> None:
+    rates = taught({})
+    before = rates.predict("p0", "d0", 2000.0)
+    for _ in range(3):
+        rates.learn("p0", "d0", 2000.0, 60.0)
+    assert rates.predict("p0", "d0", 2000.0) < 2.5 * before
+    assert not rates.slow
+
+
+def test_what_nobody_feels_is_not_slow() -> None:
+    rates = TransferRates()
+    for _ in range(60):
+        for prefill, decode in product(NAMES, NAMES):
+            slow = 10.0 if (prefill, decode) == ("1", "2") else 1.0
+            rates.learn(f"p{prefill}", f"d{decode}", 100.0, slow * 0.0011)
+    assert not rates.slow
+
+
+def test_pairs_are_bounded_and_go_with_their_instances() -> None:
+    rates = TransferRates()
+    for number in range(MAX_PAIRS + 50):
+        rates.learn("p0", f"d{number}", 1000.0, 0.03)
+    assert len(rates.slowest(10**6)) == MAX_PAIRS
+    rates.forget("p0")
+    assert rates.slowest(9) == []
+
+
+def test_before_anything_is_learned_the_prior_holds() -> None:
+    load = FleetLoad()
+    assert load.handoff("p", "d", 1e6) == load.transfer
+    load.transfers.learn("p", "d", 1000.0, 0.04)
+    assert load.handoff("p", "d", 1000.0) != load.transfer
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES), st.floats(), st.floats()), max_size=60)
+)
+def test_nothing_makes_nonsense_of_it(samples: list[tuple[str, str, float, float]]) -> None:
+    rates = TransferRates()
+    for prefill, decode, tokens, seconds in samples:
+        rates.learn(prefill, decode, tokens, seconds)
+        predicted = rates.predict(prefill, decode, 1000.0)
+        assert math.isfinite(predicted)
+        assert predicted >= 0.0
