@@ -143,6 +143,8 @@ async def test_a_first_token_that_ends_the_text_in_an_api_that_cannot_forbid_it(
 
 
 async def test_a_self_check(client: Client) -> None:
+    if client.fleet.connector == "ascend-layerwise":
+        pytest.skip("D begins: a self-check cannot say which P it gets")
     for prefill in client.fleet.prefill:
         for decode in client.fleet.decode:
             one = await client.self_check(prefill.id, decode.id)
