@@ -138,9 +138,9 @@ class TestInUse:
     def test_d_say_who_needs_a_p(self, custom: str) -> None:
         nixl, sglang = self.instance(), self.instance(ConnectorChoice("sglang"))
         connectors = Connectors(lambda: NIXL)
-        for decode in ([], [nixl], [nixl, sglang]):
-            connectors.used_by([nixl, sglang], decode)
-            assert connectors.some_need_prefill is (sglang in decode)
+        for partners in ([], [nixl], [nixl, sglang]):
+            connectors.used_by([nixl, sglang], partners)
+            assert connectors.some_need_prefill is (sglang in partners)
 
     def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
         given = Custom()
