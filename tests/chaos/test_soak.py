@@ -33,8 +33,8 @@ STREAMS_OF_A_D = 16
 LEFT_IF_D_HAS_ALL = {"nixl-push"}
 """Where a D that has the whole prompt cached tells P nothing, which keeps its blocks until its lease ends."""
 ALSO = {"sglang": {"status 503: No prefill instance has taken this request.", "error event"}}
-"""What clients see besides where D cannot prefill: if two P have failed a request, and if D has told first that
-P has failed it."""
+"""What clients see besides where D cannot prefill: if two P have failed a request, and if D has told of it
+before the scheduler knew."""
 MAX_GROWTH = 64 << 20
 """What the scheduler's RSS may grow by after the first part of the run, in bytes."""
 
