@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .admission.body_memory import BodyMemory
+from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
@@ -14,7 +14,7 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import AskPrefill, EncodeLeg, PrefillLeg
+from .handoff.interfaces import AbortLeg, AskPrefill, EncodeLeg, PrefillLeg
 from .health import PairLog, StateLog
 from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
@@ -104,7 +104,8 @@ class PDRouter:
         return frozenset(every)
 
     def _use_connectors(self) -> None:
-        self.connectors.used_by(each.instance for each in self.registry.endpoints(InstanceRole.PREFILL))
+        prefill, decode = ([each.instance for each in self.registry.endpoints(role)] for role in PD_ROLES)
+        self.connectors.used_by(prefill, decode)
 
     def _forget_the_removed(self) -> None:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
@@ -132,6 +133,33 @@ class PDRouter:
     def catalog(self) -> Catalog:
         """Which models clients can ask for."""
         return self._core.catalog
+
+    async def again(self, request: str, address: str, body: bytes) -> tuple[bytes, str] | None:
+        """Have a request prefilled anew for a further attempt, at the D that is reached at ``address``.
+
+        Return what its body ends with there, from where its first hand-off was put, and the id of its P.
+        ``None``: nobody prefills it, or there is no memory for its body.
+        """
+        hold = BodyAllocation(self.body_memory)
+        begun = None
+        try:
+            if hold.resize(len(body)):
+                begun = await self._core.again(request, address, body)
+        finally:
+            if begun is None:
+                hold.release()
+            else:
+                begun[0].when_done(hold.release)
+        return begun and (begun[1].text, begun[0].endpoint.id)
+
+    @property
+    def abort_leg(self) -> AbortLeg | None:
+        """Ends a leg whose other one has failed; without it, the instance waits by its own time-out."""
+        return self._core.prefill.abort
+
+    @abort_leg.setter
+    def abort_leg(self, abort: AbortLeg | None) -> None:
+        self._core.prefill.abort = abort
 
     @property
     def prefill_leg(self) -> PrefillLeg | None:

@@ -140,6 +140,13 @@ class MistakesTest(ConfigCase):
                 {**decode(data_parallel_size=2), "prefill_leg": "sidecar"},
                 r"^decode_instances\[0\]\.data_parallel_size: a sidecar cannot be told a rank of P: ",
             ),
+            *(
+                (config, r"^decode_instances\[0\]\.data_parallel_size: .* 'sglang' cannot be told a rank: ")
+                for config in (
+                    {**decode(data_parallel_size=2), "connector": "sglang"},
+                    decode(data_parallel_size=2, connector="sglang"),
+                )
+            ),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
             (decode(prot=1), r"^decode_instances\[0\]\.prot: unknown key; did you mean 'port'\?$"),

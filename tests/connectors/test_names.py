@@ -135,6 +135,13 @@ class TestInUse:
         connectors.used_by([self.instance()])
         assert not connectors.can_split(response)
 
+    def test_d_say_who_needs_a_p(self, custom: str) -> None:
+        nixl, sglang = self.instance(), self.instance(ConnectorChoice("sglang"))
+        connectors = Connectors(lambda: NIXL)
+        for partners in ([], [nixl], [nixl, sglang]):
+            connectors.used_by([nixl, sglang], partners)
+            assert connectors.some_need_prefill is (sglang in partners)
+
     def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
         given = Custom()
         connectors = Connectors(lambda: ConnectorChoice("nope"), given)

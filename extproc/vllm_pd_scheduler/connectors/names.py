@@ -17,6 +17,7 @@ from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -32,6 +33,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "ascend-layerwise": AscendLayerwiseConnector,
     "moriio": MoriioConnector,
     "offloading-p2p": OffloadingP2pConnector,
+    "sglang": SglangConnector,
 }
 
 
@@ -57,6 +59,14 @@ def load_connector(name: str) -> type[Connector]:
         return _KIND.load(name)
     except CannotLoad as error:
         raise UnknownConnector(str(error)) from error.__cause__
+
+
+def takes_ranks(name: str) -> bool:
+    """Whether an instance can be told which of its ranks is meant; true of an unknown connector."""
+    try:
+        return bool(getattr(load_connector(name), "takes_ranks", True))
+    except UnknownConnector:  # which is said elsewhere, or is that of an encode instance
+        return True
 
 
 def settings_of(choice: ConnectorChoice) -> Settings:

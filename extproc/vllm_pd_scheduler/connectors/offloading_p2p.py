@@ -35,9 +35,7 @@ class OffloadingP2pSettings(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         if self.p2p_port + (self.data_parallel_rank or 0) >= 1 << 16:
-            raise ValueError(
-                "p2p_port and data_parallel_rank make a port above 65535: choose a lower p2p_port"
-            )
+            raise ValueError("p2p_port and data_parallel_rank make a port above 65535: choose a lower one")
 
 
 _encode = msgspec.json.Encoder().encode
