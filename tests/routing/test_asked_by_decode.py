@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.support.routing import BODY, Case, P, answer, decode_body
-from vllm_pd_scheduler.connectors import Handoff, Question
+from vllm_pd_scheduler.connectors import Handoff, Legs, Peer, Question, Settings
 from vllm_pd_scheduler.connectors.ascend_layerwise import AscendLayerwiseConnector
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.handoff.interfaces import PrefillFailed, PrefillNotSent
@@ -413,6 +413,26 @@ class OwnConnectorTest(AskedCase):
             self.odd.clear()
             forward.release()
             self.pass_grace()
+        self.assertNothingLeft()
+
+    async def test_p_pulls_from_what_is_a_source_for_it(self) -> None:
+        """Not from that of the P which was chosen first: that may be this one."""
+        forward = await self.begun()
+        (kept,) = self.first._expected.values()
+        peers = [Peer(name, "10.0.0.1", 8000, Settings()) for name in ("p1", "p2")]
+        kept.later = replace(kept.later, attempt=kept.later.attempt.pulling_from(peers[0]))
+        seen: list[Peer | None] = []
+
+        def body(_: Any, legs: Legs) -> bytes:
+            seen.append(legs.source)
+            return b"{}"
+
+        self.odd["prefill_body"] = body
+        self.assertEqual(self.call(forward), Called.ACCEPTED)
+        await self.settled()
+        self.assertEqual(seen, [None])
+        self.assertIs(kept.later.attempt.by(peers[0], peers[1]).legs.source, peers[1])
+        forward.release()
         self.assertNothingLeft()
 
     async def test_a_call_for_which_nothing_can_be_made(self) -> None:

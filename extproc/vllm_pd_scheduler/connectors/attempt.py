@@ -54,9 +54,9 @@ class Attempt:
         except ConnectorFailed:  # who asks is about to end, and must not be kept from it
             return True
 
-    def by(self, prefill: Peer) -> Attempt:
-        """Return the attempt with another P, which has got nothing of it."""
-        return replace(self, legs=replace(self.legs, prefill=prefill))
+    def by(self, prefill: Peer, source: Peer | None = None) -> Attempt:
+        """Return the attempt with another P, which has got nothing of it, and from where that one pulls."""
+        return replace(self, legs=replace(self.legs, prefill=prefill, source=source))
 
     def invitation(self, url: str) -> Handoff:
         """Return what D gets to ask for the prefill at ``url``."""

@@ -420,8 +420,10 @@ class PrefillStage:
         That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
         """
         endpoint, source = reservation.endpoint, reservation.source
+        pulled_from = source and self._connectors.peer(source.instance, source.host, source.rank)
         if tried.asked is not None:
-            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank))
+            peer = self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank)
+            return tried.asked.by(peer, pulled_from)
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
@@ -430,8 +432,8 @@ class PrefillStage:
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
-        if source is not None:
-            attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host, source.rank))
+        if pulled_from is not None:
+            attempt = attempt.pulling_from(pulled_from)
         tried.decode, tried.order = None, attempt.order()
         tried.later = tried.order is Order.DECODE_FIRST
         if tried.order is Order.TOWARDS_DECODE:
