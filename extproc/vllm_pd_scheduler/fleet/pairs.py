@@ -5,6 +5,8 @@ that fails a request with a hand-off is first a doubt about the pair. The pair i
 another request since, with a hand-off of another P or with none. D is if it has not, or has failed others
 too. P is if all that it hands over has failed, at several D that serve others.
 
+A pair is one of processes: the ranks of one have the same network, version and settings.
+
 Only what is unusual is kept: nothing of the pairs whose requests succeed.
 """
 
@@ -58,11 +60,18 @@ class Doubt:
 
 
 class Pairs:
-    """The pairs that are in doubt, and those that are left out. Part of the registry."""
+    """The pairs that are in doubt, and those that are left out. Part of the registry.
 
-    def __init__(self, policy: BreakerPolicy) -> None:
+    ``ranks_of`` returns all endpoints of an endpoint's process. The first of them stands for it here, and in
+    all that is returned but where it says otherwise. Whatever is recorded is of instances that are there.
+    """
+
+    def __init__(
+        self, policy: BreakerPolicy, ranks_of: Callable[[Endpoint], Sequence[Endpoint]] = lambda one: (one,)
+    ) -> None:
         self.on_change: Callable[[PairChange], None] | None = None
         self._policy = policy
+        self._ranks_of = ranks_of
         self._doubts: dict[Endpoint, dict[Endpoint, Doubt]] = {}
         """By P and D."""
         self._of_prefill: dict[Endpoint, Doubt] = {}
@@ -82,8 +91,8 @@ class Pairs:
 
     @property
     def suspects(self) -> Sequence[Endpoint]:
-        """The P of pairs that are in doubt."""
-        return tuple(self._of_prefill)
+        """The P of pairs that are in doubt, all of their ranks."""
+        return tuple(rank for prefill in self._of_prefill for rank in self._ranks_of(prefill))
 
     def out(self) -> Iterator[tuple[Endpoint, Endpoint | None, Doubt]]:
         """Yield P, D and doubt of what is left out; D is ``None`` where all of a P's is."""
@@ -93,13 +102,15 @@ class Pairs:
         yield from (each for each in self._all() if each[2].breaker.state is not BreakerState.CLOSED)
 
     def barred(self, prefill: Endpoint, now: float) -> Sequence[Endpoint]:
-        """Return the D that may not get what a P hands over now."""
-        doubts = self._doubts.get(prefill)
-        return [decode for decode, doubt in doubts.items() if doubt.bars(now)] if doubts else ()
+        """Return the D that may not get what a P hands over now, all of their ranks."""
+        doubts = self._doubts.get(self._first(prefill))
+        if not doubts:
+            return ()
+        return [rank for d, doubt in doubts.items() if doubt.bars(now) for rank in self._ranks_of(d)]
 
     def useless(self, prefill: Endpoint, partners: Sequence[Endpoint], now: float) -> bool:
         """Whether none of the ``partners``, the D that could take over from a P, may do so now."""
-        doubt = self._of_prefill.get(prefill)
+        doubt = self._of_prefill.get(self._first(prefill))
         if doubt is None:
             return False
         if doubt.bars(now):
@@ -109,16 +120,18 @@ class Pairs:
 
     def tried(self, prefill: Endpoint, decode: Endpoint | None, reservation: Reservation) -> None:
         """Note a request on its way to a P or, with what that has handed over, to a D."""
+        prefill = self._first(prefill)
         doubt = self._of_prefill.get(prefill)
         if doubt is not None:
             doubt.tried(reservation)
-        doubt = self._doubts.get(prefill, {}).get(decode) if decode is not None else None
+        doubt = self._doubts.get(prefill, {}).get(self._first(decode)) if decode is not None else None
         if doubt is not None:
             doubt.tried(reservation)
 
     def on_trial(self, prefill: Endpoint, decode: Endpoint) -> bool:
         """Whether a pair was left out until now, and the next hand-off decides."""
-        doubt = self._doubts.get(prefill, {}).get(decode) or self._of_prefill.get(prefill)
+        prefill = self._first(prefill)
+        doubt = self._doubts.get(prefill, {}).get(self._first(decode)) or self._of_prefill.get(prefill)
         return doubt is not None and doubt.breaker.state is BreakerState.HALF_OPEN
 
     def failed(self, prefill: Endpoint | None, decode: Endpoint, now: float, *, served: bool = False) -> None:
@@ -126,6 +139,7 @@ class Pairs:
 
         ``served``: D has answered it all the same; only the hand-off has failed.
         """
+        decode, prefill = self._first(decode), prefill and self._first(prefill)
         if not served:
             self._failed_with.setdefault(decode, set()).add(prefill)
         if prefill is None:
@@ -144,6 +158,7 @@ class Pairs:
 
     def explain(self, decode: Endpoint) -> bool:
         """Whether a P, and not D, is to blame for all requests that D has failed in a row."""
+        decode = self._first(decode)
         failed = self._failed_with.get(decode, ())
         if len(failed) != 1:
             return False
@@ -155,6 +170,7 @@ class Pairs:
 
     def forgive(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Take back the newest failure of a D with the hand-off of a P: it was the request's."""
+        prefill, decode = self._first(prefill), self._first(decode)
         whole, doubt = self._of_prefill.get(prefill), self._doubts.get(prefill, {}).get(decode)
         if whole is not None and (decode in whole.failed_at or whole.breaker.state is BreakerState.OPEN):
             whole.failed_at -= Counter((decode,))
@@ -169,6 +185,7 @@ class Pairs:
 
     def served(self, prefill: Endpoint | None, decode: Endpoint) -> None:
         """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
+        decode, prefill = self._first(decode), prefill and self._first(prefill)
         self._failed_with.pop(decode, None)
         for other, doubts in self._doubts.items():
             if other is not prefill and decode in doubts:
@@ -176,6 +193,7 @@ class Pairs:
 
     def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that the hand-off of a P has come to a D."""
+        prefill, decode = self._first(prefill), self._first(decode)
         whole = self._of_prefill.get(prefill)
         if whole is None:
             return
@@ -192,6 +210,7 @@ class Pairs:
 
     def ejected(self, decode: Endpoint) -> None:
         """Note that a D is out itself: for what has failed with several, no pair is to blame."""
+        decode = self._first(decode)
         if len(self._failed_with.pop(decode, ())) > 1:
             self.forget(decode)
 
@@ -200,11 +219,19 @@ class Pairs:
         self._failed_with.pop(endpoint, None)
         self._doubts.pop(endpoint, None)
         self._of_prefill.pop(endpoint, None)
+        for decode in [each for each, failed in self._failed_with.items() if endpoint in failed]:
+            self._failed_with[decode].discard(endpoint)
+            if not self._failed_with[decode]:
+                del self._failed_with[decode]
         for prefill in [each for each, doubts in self._doubts.items() if endpoint in doubts]:
             del self._doubts[prefill][endpoint]
         for prefill, doubt in list(self._of_prefill.items()):
             doubt.failed_at.pop(endpoint, None)
             self._clear(prefill)
+
+    def _first(self, endpoint: Endpoint) -> Endpoint:
+        """Return the one that stands for an endpoint's process."""
+        return endpoint if endpoint.rank is None else self._ranks_of(endpoint)[0]
 
     def _is_at_fault(self, prefill: Endpoint, whole: Doubt) -> bool:
         """Whether what a P hands over has failed at several D, which serve others and fail nothing else."""

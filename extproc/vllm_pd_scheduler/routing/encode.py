@@ -118,8 +118,10 @@ class EncodeStage:
     async def _encoded(self, request: _Request, number: int, item: MediaItem) -> Encoded | None:
         """Return where the encoding of an item is; ``None`` if P is to encode it."""
         tried: list[Endpoint] = []
-        while len(tried) < ATTEMPTS and (endpoint := self._choose(item, request.context, tried)) is not None:
-            tried.append(endpoint)
+        attempts = 0
+        while attempts < ATTEMPTS and (endpoint := self._choose(item, request.context, tried)) is not None:
+            tried += self._registry.ranks_of(endpoint)
+            attempts += 1
             found, try_another = await self._attempt(request, endpoint, number, item)
             if found is not None or not try_another:
                 return found
@@ -177,7 +179,7 @@ class EncodeStage:
             noted.outcome = failure = str(error)
             self._failed(endpoint, failure)
             if error.lost:  # the item may be the reason
-                self._lost.lost(request.context.fingerprint, endpoint.id, self._clock())
+                self._lost.lost(request.context.fingerprint, endpoint.instance.instance_id, self._clock())
             return None, not error.lost
         finally:
             now = self._clock()
