@@ -92,7 +92,21 @@ def test_a_pair_that_is_out_gets_one_trial_after_a_pause() -> None:
     assert [(each.out, each.pause) for each in told] == [(True, 1.0), (True, 2.0), (False, 0.0)]
     for _ in range(20):
         registry.succeeded(d0, p0)
-    assert not pairs.in_doubt, "nothing is left of it"
+    assert not pairs.in_doubt
+    assert not pairs._of_prefill, "nothing is left of it"
+
+
+def test_doubts_cost_requests_nothing() -> None:
+    """In a large fleet some requests always fail: only what is left out is looked at for each request."""
+    registry = started()
+    play(registry, "00- 10+ 01- 11+ 22- 12+ 20- 20+")
+    assert not registry.pairs.in_doubt
+    assert not registry.pairs.suspects
+    play(registry, "10+ 00- 10+ 00-")
+    assert [each.id for each in registry.pairs.suspects] == ["p0"]
+    assert not registry.pairs.useless(registry.get("p0"), registry.routable(D), NOW + 1.1)
+    play(registry, "00+")
+    assert not registry.pairs.in_doubt
 
 
 def test_a_p_without_a_d_that_may_take_over() -> None:

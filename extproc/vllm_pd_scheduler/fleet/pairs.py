@@ -40,7 +40,9 @@ class Doubt:
 
     breaker: Breaker
     works_else: bool = False
-    """Whether D has served another request since the pair's first failure."""
+    """Whether D has answered all the same when a hand-off of the pair has failed."""
+    served_before: int = 0
+    """Requests that D had served before the pair's first failure, or has served with its hand-offs since."""
     trial: Reservation | None = None
     """The request that is to show whether it works again."""
     failed_at: Counter[Endpoint] = field(default_factory=Counter)
@@ -77,6 +79,10 @@ class Pairs:
         self._of_prefill: dict[Endpoint, Doubt] = {}
         self._failed_with: dict[Endpoint, set[Endpoint | None]] = {}
         """For each D, the P whose hand-offs have failed there in a row; ``None`` is a request without one."""
+        self._served: dict[Endpoint, int] = {}
+        """For each D that was ever in doubt, the requests that it has served since."""
+        self._suspects: dict[Endpoint, None] = {}
+        """P of which something is left out or on trial. All picks look at these."""
 
     def follow(self, policy: BreakerPolicy) -> None:
         """Use another policy from now on."""
@@ -86,13 +92,13 @@ class Pairs:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether there is anything to ask for: if not, no request need."""
-        return bool(self._of_prefill)
+        """Whether something is left out or on trial: if not, no request need ask."""
+        return bool(self._suspects)
 
     @property
     def suspects(self) -> Sequence[Endpoint]:
-        """The P of pairs that are in doubt, all of their ranks."""
-        return tuple(rank for prefill in self._of_prefill for rank in self._ranks_of(prefill))
+        """The P of pairs that are left out or on trial, all of their ranks."""
+        return tuple(rank for prefill in self._suspects for rank in self._ranks_of(prefill))
 
     def out(self) -> Iterator[tuple[Endpoint, Endpoint | None, Doubt]]:
         """Yield P, D and doubt of what is left out; D is ``None`` where all of a P's is."""
@@ -151,7 +157,7 @@ class Pairs:
         if doubt is not None:
             doubt.works_else = doubt.works_else or served
             closed = doubt.breaker.state is not BreakerState.OPEN
-            if doubt.breaker.failed() and doubt.works_else and closed:
+            if doubt.breaker.failed() and self._works_else(decode, doubt) and closed:
                 self._open(prefill, decode, doubt, now)
         if broken and (whole.breaker.state is BreakerState.HALF_OPEN or self._is_at_fault(prefill, whole)):
             self._open(prefill, None, whole, now)
@@ -166,7 +172,7 @@ class Pairs:
         doubt = None if prefill is None else self._doubts.get(prefill, {}).get(decode)
         whole = None if prefill is None else self._of_prefill.get(prefill)
         at_fault = whole is not None and whole.breaker.state is BreakerState.OPEN
-        return at_fault or (doubt is not None and doubt.works_else)
+        return at_fault or (doubt is not None and self._works_else(decode, doubt))
 
     def forgive(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Take back the newest failure of a D with the hand-off of a P: it was the request's."""
@@ -187,9 +193,10 @@ class Pairs:
         """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
         decode, prefill = self._first(decode), prefill and self._first(prefill)
         self._failed_with.pop(decode, None)
-        for other, doubts in self._doubts.items():
-            if other is not prefill and decode in doubts:
-                doubts[decode].works_else = True
+        if decode in self._served:
+            self._served[decode] += 1
+            if prefill is not None and (doubt := self._doubts.get(prefill, {}).get(decode)) is not None:
+                doubt.served_before += 1
 
     def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that the hand-off of a P has come to a D."""
@@ -216,9 +223,8 @@ class Pairs:
 
     def forget(self, endpoint: Endpoint) -> None:
         """Forget all of an instance: it is gone, or it is another process."""
-        self._failed_with.pop(endpoint, None)
-        self._doubts.pop(endpoint, None)
-        self._of_prefill.pop(endpoint, None)
+        for known in (self._failed_with, self._served, self._doubts, self._of_prefill, self._suspects):
+            known.pop(endpoint, None)
         for decode in [each for each, failed in self._failed_with.items() if endpoint in failed]:
             self._failed_with[decode].discard(endpoint)
             if not self._failed_with[decode]:
@@ -233,19 +239,26 @@ class Pairs:
         """Return the one that stands for an endpoint's process."""
         return endpoint if endpoint.rank is None else self._ranks_of(endpoint)[0]
 
+    def _works_else(self, decode: Endpoint, doubt: Doubt) -> bool:
+        """Whether D has served another request since the first failure of the pair in doubt."""
+        return doubt.works_else or self._served[decode] > doubt.served_before
+
     def _is_at_fault(self, prefill: Endpoint, whole: Doubt) -> bool:
         """Whether what a P hands over has failed at several D, which serve others and fail nothing else."""
         if whole.breaker.state is BreakerState.OPEN or len(whole.failed_at) < 2:
             return False
         doubts = self._doubts.get(prefill, {})
         return all(
-            self._failed_with.get(each, {prefill}) == {prefill} and each in doubts and doubts[each].works_else
+            self._failed_with.get(each, {prefill}) == {prefill}
+            and each in doubts
+            and self._works_else(each, doubts[each])
             for each in whole.failed_at
         )
 
     def _open(self, prefill: Endpoint, decode: Endpoint | None, doubt: Doubt, now: float) -> None:
         doubt.breaker.open(now)
         doubt.trial = None
+        self._suspects[prefill] = None
         if decode is None:
             doubt.failed_at.clear()
             self._doubts.pop(prefill, None)
@@ -258,7 +271,8 @@ class Pairs:
             if sum(map(len, self._doubts.values())) >= MAX_DOUBTS:
                 self._drop_closed()
                 return None
-            doubts[decode] = Doubt(Breaker(self._policy))
+            served = self._served.setdefault(decode, 0)
+            doubts[decode] = Doubt(Breaker(self._policy), served_before=served)
         return doubts[decode]
 
     def _drop_closed(self) -> None:
@@ -269,12 +283,19 @@ class Pairs:
             self._clear(prefill)
 
     def _clear(self, prefill: Endpoint) -> None:
-        """Forget a P of which nothing is in doubt any more."""
+        """Forget a P of which nothing is in doubt any more, or that it is a suspect."""
+        if prefill in self._suspects and not self._is_suspect(prefill):
+            del self._suspects[prefill]
         if not self._doubts.get(prefill):
             self._doubts.pop(prefill, None)
             whole = self._of_prefill.get(prefill)
             if whole is not None and not whole.failed_at and whole.breaker.state is BreakerState.CLOSED:
                 del self._of_prefill[prefill]
+
+    def _is_suspect(self, prefill: Endpoint) -> bool:
+        doubts, whole = self._doubts.get(prefill, {}).values(), self._of_prefill.get(prefill)
+        known = doubts if whole is None else (whole, *doubts)
+        return any(each.breaker.state is not BreakerState.CLOSED for each in known)
 
     def _all(self) -> Iterator[tuple[Endpoint, Endpoint, Doubt]]:
         for prefill, doubts in self._doubts.items():
