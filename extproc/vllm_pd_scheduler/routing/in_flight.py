@@ -221,7 +221,9 @@ class RequestsInFlight:
         revision = (endpoint or forward.decode[0]).instance.revision
         self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
-        if prefill is None or prefill not in self._registry or endpoint is None:
+        if prefill is None or endpoint is None:
+            return
+        if prefill not in self._registry or endpoint not in self._registry:
             return  # what is gone has no series
         if ttft is not None and result.sent is not None:
             took = ttft - result.sent
