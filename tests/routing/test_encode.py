@@ -254,6 +254,13 @@ class FailsTest(EncodeCase):
         self.assertEqual({name for name, _ in self.encode.sent}, {"e2:0", "e2:1"})
         self.assertEqual(forward.prefill.id[0], "p")
 
+    async def test_an_item_at_which_all_fail_is_nobodys_fault(self) -> None:
+        """Else a client that sends a broken image over and over would have E ejected."""
+        self.encode.answers = dict.fromkeys(("e0", "e1"), answer(500))
+        for number in range(9):
+            await self.chat(f"broken-{number}")
+        self.assertTrue(all(self.endpoint(name).routable for name in ("e0", "e1")))
+
     async def test_a_shortage_of_ours_is_no_e_s_fault(self) -> None:
         self.encode.answers = dict.fromkeys(("e0", "e1"), LocalShortage("EMFILE"))
         await self.chat("a")
