@@ -156,7 +156,7 @@ def parse_ranks(page: bytes, size: int) -> list[Scrape]:
     if sorted(ranks) != list(range(first, first + size)):
         told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
         raise OtherEngines(
-            f"it tells of {told}, and the data_parallel_size of the instance is {size}: give the number of its engines"
+            f"it tells of {told}, and the data_parallel_size of the instance is {size}: give how many it has"
         )
     adapters = _adapters(page)
     return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
