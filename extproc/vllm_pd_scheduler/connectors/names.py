@@ -73,8 +73,11 @@ def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
     wanted = load_connector(choice.name).settings_type
     given: dict[str, Any] = dict(choice.settings)
+    fields = wanted.__struct_fields__
+    known = f"its settings are {', '.join(fields)}" if fields else "it has none"
+    if unknown := [name for name in given if name not in fields]:
+        raise UnknownConnector(f"{choice.name!r} has no setting {unknown[0]!r}; {known}")
     try:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
-        known = ", ".join(wanted.__struct_fields__) or "no settings"
-        raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None
+        raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
