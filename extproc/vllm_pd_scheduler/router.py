@@ -11,6 +11,7 @@ from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
+from .config.schema import check_connector
 from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
@@ -214,8 +215,11 @@ class PDRouter:
     def register_instance(self, instance: PDInstance, by: str = By.START) -> None:
         """Add an instance; it takes requests once a health check found it serving.
 
-        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`.
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, and
+        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` for one that its role cannot have.
         """
+        if instance.connector is not None:
+            check_connector(instance.role, instance.connector)
         self.membership.add(instance, by)
 
     def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
