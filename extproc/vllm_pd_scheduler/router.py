@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
+from .config.schema import check_connector
 from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
@@ -18,7 +20,7 @@ from .handoff.interfaces import AbortLeg, AskPrefill, EncodeLeg, PrefillLeg
 from .health import PairLog, StateLog
 from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
-from .records.events import Events
+from .records.events import EventKind, Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
 from .request.objectives import Objectives
@@ -31,6 +33,7 @@ from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
+from .scheduler.misfits import misfits
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -212,8 +215,11 @@ class PDRouter:
     def register_instance(self, instance: PDInstance, by: str = By.START) -> None:
         """Add an instance; it takes requests once a health check found it serving.
 
-        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`.
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, and
+        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` for one that its role cannot have.
         """
+        if instance.connector is not None:
+            check_connector(instance.role, instance.connector)
         self.membership.add(instance, by)
 
     def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
@@ -267,6 +273,12 @@ class PDRouter:
         self._use_connectors()
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
+
+    def tell_misfits(self, by: str) -> None:
+        """Make an event of each thing for which instances get nothing, as all of them are configured now."""
+        instances = (ranks[0].instance for ranks in self.registry.instances())
+        for text in misfits(self.config, instances):
+            self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
 
     # -- requests
 

@@ -68,10 +68,13 @@ def test_what_is_none(custom: str, name: str, problem: str) -> None:
 def test_settings_are_checked(custom: str) -> None:
     assert settings_of(ConnectorChoice(custom)) == Port()
     assert settings_of(ConnectorChoice(custom, (("port", 7),))) == Port(7)
-    for settings in ((("prot", 7),), (("port", "7"),)):
-        with pytest.raises(UnknownConnector, match="has port:"):
+    for settings, problem in (
+        ((("prot", 7),), "has no setting 'prot'; its settings are port$"),
+        ((("port", "7"),), "Expected `int`, got `str` .*; its settings are port$"),
+    ):
+        with pytest.raises(UnknownConnector, match=problem):
             settings_of(ConnectorChoice(custom, settings))
-    with pytest.raises(UnknownConnector, match="has no settings: Object contains unknown field `port`"):
+    with pytest.raises(UnknownConnector, match=r"'nixl' has no setting 'port'; it has none$"):
         settings_of(ConnectorChoice("nixl", (("port", 7),)))
 
 
@@ -92,7 +95,13 @@ class TestConfiguration:
         raw["decode_instances"][0]["connector"] = {"type": custom, "prot": 9}
         first, second = self.problems(raw)
         assert first.startswith("connector: unknown connector 'nope'")
-        assert second.startswith(f"decode_instances[0].connector: {custom!r} has port: ")
+        assert second.startswith(f"decode_instances[0].connector: {custom!r} has no setting 'prot'")
+
+    def test_a_key_of_the_configuration_in_a_connector(self) -> None:
+        (problem,) = self.problems(fleet(connector={"type": "nixl", "metaserver_port": 9005}))
+        assert problem.endswith(
+            "metaserver_port is a key of the configuration, beside connector and not in it"
+        )
 
     def test_a_connector_without_a_name(self) -> None:
         (problem, *_) = self.problems(fleet(connector={"port": 9}))

@@ -77,9 +77,19 @@ def settings_of(choice: ConnectorChoice) -> Settings:
         if not issubclass(wanted, Settings):
             raise TypeError(f"its settings_type, {wanted.__name__}, is no subclass of Settings")
         connector()  # as it is made for requests later
+    except Exception as error:  # someone else's code, which may raise anything
+        raise _unusable(choice, error) from error
+    fields = wanted.__struct_fields__
+    known = f"its settings are {', '.join(fields)}" if fields else "it has none"
+    if unknown := [name for name in given if name not in fields]:
+        raise UnknownConnector(f"{choice.name!r} has no setting {unknown[0]!r}; {known}")
+    try:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
-        known = ", ".join(wanted.__struct_fields__) or "no settings"
-        raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None
-    except Exception as error:  # someone else's code, which may raise anything
-        raise UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}") from error
+        raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
+    except Exception as error:
+        raise _unusable(choice, error) from error
+
+
+def _unusable(choice: ConnectorChoice, error: Exception) -> UnknownConnector:
+    return UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}")

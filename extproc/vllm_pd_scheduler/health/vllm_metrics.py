@@ -177,7 +177,9 @@ def parse_ranks(page: bytes, size: int) -> list[Scrape]:
     first = min(ranks, default=0)
     if sorted(ranks) != list(range(first, first + size)):
         told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
-        raise OtherEngines(f"it tells of {told}, and the data_parallel_size of the instance is {size}")
+        raise OtherEngines(
+            f"it tells of {told}, and the data_parallel_size of the instance is {size}: give how many it has"
+        )
     adapters = _adapters(page)
     return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
 

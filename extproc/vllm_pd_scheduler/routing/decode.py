@@ -285,7 +285,7 @@ class DecodeStage:
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
-                self._registry.failed_transfers.handed_over(prefilled.prefill, forward.decode[0])
+                self._registry.handed_over(prefilled.prefill, forward.decode[0])
         return forward
 
     def add_encoded(self, forward: Forward, body: JsonBody) -> None:
@@ -363,9 +363,12 @@ class DecodeStage:
         unknown = self._catalog.unknown(decision.asked_model, context.model)
         if unknown is not None:  # an adapter may have been unloaded meanwhile
             return unknown
-        endpoints = self._registry.endpoints(InstanceRole.DECODE)
-        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
-        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
+        registered = self._registry.endpoints(InstanceRole.DECODE)
+        endpoints = [e for e in registered if self._scheduler.may_serve(e, context.model)]
+        nobody = (
+            "none that has the model is of a revision with a weight" if registered else "none is registered"
+        )
+        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or nobody
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
 
 

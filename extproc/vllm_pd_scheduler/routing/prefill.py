@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..scheduler.kv_source import KvSources
 from ..telemetry import Telemetry
+from ..telemetry.pace import Pace
 from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
@@ -41,6 +43,8 @@ from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
 from .together import Beside
 from .tokens_once import tokens_once
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class PrefillStage:
         self._lost = lost
         self._clock = clock
         self._sources = KvSources(scheduler, connectors.can_pull)
+        self._pace = Pace(clock)
         self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
     async def run(
@@ -420,7 +425,9 @@ class PrefillStage:
         That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
         """
         endpoint, source = reservation.endpoint, reservation.source
-        pulled_from = source and self._connectors.peer(source.instance, source.host, source.rank)
+        pulled_from = None
+        if source is not None:
+            pulled_from = self._connectors.peer(source.instance, source.host, source.rank)
         if tried.asked is not None:
             peer = self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank)
             return tried.asked.by(peer, pulled_from)
@@ -482,9 +489,12 @@ class PrefillStage:
         noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
             trace.prefill_useless("no_handoff")
-        self._failed(
-            endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
+        words = (
+            "no hand-off in its answer: has it a --kv-transfer-config, with the connector that is set here?"
         )
+        if self._pace.due("no_handoff"):
+            log.warning("%s: %s (logged at most once a minute)", endpoint.id, words)
+        self._failed(endpoint, "no_handoff", tried, words)
         return None
 
     def _not_200(

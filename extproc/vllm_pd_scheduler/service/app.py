@@ -164,6 +164,7 @@ class App:
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
         await self._sources.first_words()
+        router.tell_misfits(By.START)
         await self._start_grpc()
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
