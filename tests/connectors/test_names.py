@@ -156,3 +156,37 @@ class TestInUse:
         connectors = Connectors(lambda: ConnectorChoice("nope"), given)
         assert connectors.of(self.instance(NIXL)) is connectors.of(None)
         assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
+
+
+class Raises(NixlConnector):
+    def __init__(self) -> None:
+        raise ZeroDivisionError("no")
+
+
+class WantsMore(NixlConnector):
+    def __init__(self, more: int) -> None:
+        pass
+
+
+class NoSettings(NixlConnector):
+    settings_type = None  # type: ignore[assignment]
+
+
+class NoClass(NixlConnector):
+    settings_type = int  # type: ignore[assignment]
+
+
+class OddSettings(Settings, frozen=True):
+    def __post_init__(self) -> None:
+        raise ZeroDivisionError("no")
+
+
+class WithOddSettings(NixlConnector):
+    settings_type = OddSettings
+
+
+@pytest.mark.parametrize("made", [Raises, WantsMore, NoSettings, NoClass, WithOddSettings])
+def test_one_that_cannot_be_made_is_told_before_it_is_needed(made: type) -> None:
+    name = f"{__name__}:{made.__name__}"
+    with pytest.raises(ConfigError, match=f"connector: '{name}' cannot be used: "):
+        parse_config({**fleet(), "connector": name})

@@ -71,8 +71,14 @@ def takes_ranks(name: str) -> bool:
 
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
-    wanted = load_connector(choice.name).settings_type
-    given: dict[str, Any] = dict(choice.settings)
+    connector = load_connector(choice.name)
+    wanted, given = connector.settings_type, dict[str, Any](choice.settings)
+    try:
+        if not issubclass(wanted, Settings):
+            raise TypeError(f"its settings_type, {wanted.__name__}, is no subclass of Settings")
+        connector()  # as it is made for requests later
+    except Exception as error:  # someone else's code, which may raise anything
+        raise _unusable(choice, error) from error
     fields = wanted.__struct_fields__
     known = f"its settings are {', '.join(fields)}" if fields else "it has none"
     if unknown := [name for name in given if name not in fields]:
@@ -81,3 +87,9 @@ def settings_of(choice: ConnectorChoice) -> Settings:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
         raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
+    except Exception as error:
+        raise _unusable(choice, error) from error
+
+
+def _unusable(choice: ConnectorChoice, error: Exception) -> UnknownConnector:
+    return UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}")
