@@ -68,10 +68,13 @@ def test_what_is_none(custom: str, name: str, problem: str) -> None:
 def test_settings_are_checked(custom: str) -> None:
     assert settings_of(ConnectorChoice(custom)) == Port()
     assert settings_of(ConnectorChoice(custom, (("port", 7),))) == Port(7)
-    for settings in ((("prot", 7),), (("port", "7"),)):
-        with pytest.raises(UnknownConnector, match="has port:"):
+    for settings, problem in (
+        ((("prot", 7),), "has no setting 'prot'; its settings are port$"),
+        ((("port", "7"),), "Expected `int`, got `str` .*; its settings are port$"),
+    ):
+        with pytest.raises(UnknownConnector, match=problem):
             settings_of(ConnectorChoice(custom, settings))
-    with pytest.raises(UnknownConnector, match="has no settings: Object contains unknown field `port`"):
+    with pytest.raises(UnknownConnector, match=r"'nixl' has no setting 'port'; it has none$"):
         settings_of(ConnectorChoice("nixl", (("port", 7),)))
 
 
@@ -92,7 +95,13 @@ class TestConfiguration:
         raw["decode_instances"][0]["connector"] = {"type": custom, "prot": 9}
         first, second = self.problems(raw)
         assert first.startswith("connector: unknown connector 'nope'")
-        assert second.startswith(f"decode_instances[0].connector: {custom!r} has port: ")
+        assert second.startswith(f"decode_instances[0].connector: {custom!r} has no setting 'prot'")
+
+    def test_a_key_of_the_configuration_in_a_connector(self) -> None:
+        (problem,) = self.problems(fleet(connector={"type": "nixl", "metaserver_port": 9005}))
+        assert problem.endswith(
+            "metaserver_port is a key of the configuration, beside connector and not in it"
+        )
 
     def test_a_connector_without_a_name(self) -> None:
         (problem, *_) = self.problems(fleet(connector={"port": 9}))
@@ -135,8 +144,49 @@ class TestInUse:
         connectors.used_by([self.instance()])
         assert not connectors.can_split(response)
 
+    def test_d_say_who_needs_a_p(self, custom: str) -> None:
+        nixl, sglang = self.instance(), self.instance(ConnectorChoice("sglang"))
+        connectors = Connectors(lambda: NIXL)
+        for partners in ([], [nixl], [nixl, sglang]):
+            connectors.used_by([nixl, sglang], partners)
+            assert connectors.some_need_prefill is (sglang in partners)
+
     def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
         given = Custom()
         connectors = Connectors(lambda: ConnectorChoice("nope"), given)
         assert connectors.of(self.instance(NIXL)) is connectors.of(None)
         assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
+
+
+class Raises(NixlConnector):
+    def __init__(self) -> None:
+        raise ZeroDivisionError("no")
+
+
+class WantsMore(NixlConnector):
+    def __init__(self, more: int) -> None:
+        pass
+
+
+class NoSettings(NixlConnector):
+    settings_type = None  # type: ignore[assignment]
+
+
+class NoClass(NixlConnector):
+    settings_type = int  # type: ignore[assignment]
+
+
+class OddSettings(Settings, frozen=True):
+    def __post_init__(self) -> None:
+        raise ZeroDivisionError("no")
+
+
+class WithOddSettings(NixlConnector):
+    settings_type = OddSettings
+
+
+@pytest.mark.parametrize("made", [Raises, WantsMore, NoSettings, NoClass, WithOddSettings])
+def test_one_that_cannot_be_made_is_told_before_it_is_needed(made: type) -> None:
+    name = f"{__name__}:{made.__name__}"
+    with pytest.raises(ConfigError, match=f"connector: '{name}' cannot be used: "):
+        parse_config({**fleet(), "connector": name})

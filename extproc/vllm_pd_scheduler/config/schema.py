@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -14,7 +15,7 @@ from pydantic import (
     field_validator,
 )
 
-from ..connectors import UnknownConnector, settings_of
+from ..connectors import UnknownConnector, settings_of, takes_ranks
 from ..connectors.encode import EncodeConnectorName, encode_connector
 from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
@@ -316,6 +317,21 @@ class SchedulerConfig(InstancesFile):
             raise ValueError("must be http://HOST:PORT, without a path")
         return url
 
+    @field_validator("metaserver_url")
+    @classmethod
+    def _leads_somewhere(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            found = is_host(parts.hostname or "") and (parts.port is None or parts.port > 0)
+            found = found and parts.hostname not in ("0.0.0.0", "::")
+        except ValueError:
+            found = False
+        if not found:
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, where D reach this process")
+        return url
+
     @field_validator("revisions")
     @classmethod
     def _gives_something(cls, weights: dict[str, int]) -> dict[str, int]:
@@ -403,6 +419,12 @@ class SchedulerConfig(InstancesFile):
             raise ValueError(
                 "data_parallel_size: a sidecar cannot be told a rank of P: leave it out, or give each rank a "
                 "port, which is an instance of its own"
+            )
+        connector = connector_choice(item.connector or self.connector).name
+        if item.data_parallel_size > 1 and not takes_ranks(connector):
+            raise ValueError(
+                f"data_parallel_size: an instance of the connector {connector!r} cannot be told a rank: "
+                "leave it out, and its engine chooses among its ranks"
             )
         return item.data_parallel_size
 

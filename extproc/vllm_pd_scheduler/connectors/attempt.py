@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..request.body import JsonBody
-from .base import Handoff, Legs, Order, Peer, Question, Splice
-from .fence import ConnectorFence
+from .base import Abort, Handoff, Legs, Order, Peer, Question, Splice
+from .fence import ConnectorFailed, ConnectorFence
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,15 @@ class Attempt:
 
     @property
     def leaves_something(self) -> bool:
-        """Whether P may keep blocks for D when it has answered."""
-        return self.order() is not Order.DECODE_FIRST
+        """Whether P may keep blocks for D when it has answered. Raises nothing."""
+        try:
+            return self.order() is not Order.DECODE_FIRST
+        except ConnectorFailed:  # who asks is about to end, and must not be kept from it
+            return True
 
-    def by(self, prefill: Peer) -> Attempt:
-        """Return the attempt with another P, which has got nothing of it."""
-        return replace(self, legs=replace(self.legs, prefill=prefill))
+    def by(self, prefill: Peer, source: Peer | None = None) -> Attempt:
+        """Return the attempt with another P, which has got nothing of it, and from where that one pulls."""
+        return replace(self, legs=replace(self.legs, prefill=prefill, source=source))
 
     def invitation(self, url: str) -> Handoff:
         """Return what D gets to ask for the prefill at ``url``."""
@@ -74,6 +77,14 @@ class Attempt:
     def handoff(self, answer: bytes) -> Handoff | None:
         """Return the hand-off in P's answer."""
         return self.connector.handoff(answer, self.legs)
+
+    def promised(self) -> Handoff | None:
+        """Return the hand-off that P will make."""
+        return self.connector.promised(self.legs)
+
+    def abort(self) -> Abort | None:
+        """Return what ends either leg at the instance that has it."""
+        return self.connector.abort(self.legs)
 
     def ended(self, answer: bytes) -> bool:
         """Whether P's answer was whole with its first token."""

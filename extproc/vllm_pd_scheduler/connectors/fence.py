@@ -14,7 +14,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Order, Peer, Question, Splice
+from .base import MAX_TOKENS, NO_HEADERS, Abort, Connector, Handoff, Legs, Order, Peer, Question, Splice
 
 T = TypeVar("T")
 
@@ -30,11 +30,13 @@ class _Object(msgspec.Struct):
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
     "can_split", "order", "question", "understood", "invitation", "asked", "names_rank", "prefill_body",
-    "prefill_headers", "handoff", "ended", "splice", "release_body",
+    "prefill_headers", "handoff", "promised", "abort", "ended", "splice", "release_body",
+    "can_pull", "needs_prefill",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
 _PATH = re.compile(r"/[!-~]{0,1000}")
+_RELEASE_PATH = Handoff(b"").release_path
 _HEADER_VALUE = re.compile(r"[!-~]{0,1000}")
 
 
@@ -61,10 +63,17 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
-        self.can_pull = bool(getattr(connector, "can_pull", False))
-        """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)
+        self.needs_prefill = self._says("needs_prefill")
+        """See :attr:`Connector.needs_prefill`; ``False`` if it fails."""
+        self.can_pull = self._says("can_pull")
+        """See :attr:`Connector.can_pull`; ``False`` if it fails."""
+
+    def _says(self, name: str) -> bool:
+        with suppress(ConnectorFailed):
+            return self._ask(name, lambda: bool(getattr(self._connector, name, False)))
+        return False
 
     def can_split(self, body: JsonBody) -> bool:
         """See :meth:`Connector.can_split`; ``False`` if it fails."""
@@ -122,6 +131,16 @@ class ConnectorFence:
         """
         return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer, legs)))
 
+    def promised(self, legs: Legs) -> Handoff | None:
+        """See :meth:`Connector.promised`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("promised", lambda: _checked_handoff(self._connector.promised(legs)))
+
+    def abort(self, legs: Legs) -> Abort | None:
+        """See :meth:`Connector.abort`; ``None`` if it fails."""
+        with suppress(ConnectorFailed):
+            return self._ask("abort", lambda: _checked_abort(self._connector.abort(legs)))
+        return None
+
     def ended(self, answer: bytes) -> bool:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("ended", lambda: bool(self._connector.ended(answer)))
@@ -154,6 +173,17 @@ def _checked_question(question: Any) -> Question | None:
     if not _PATH.fullmatch(question.path):
         raise ValueError("it returned a path that cannot be sent")
     return question
+
+
+def _checked_abort(abort: Any) -> Abort | None:
+    if abort is None:
+        return None
+    if not isinstance(abort, Abort):
+        raise TypeError(f"it returned {type(abort).__name__} in place of an Abort")
+    if not _PATH.fullmatch(abort.path):
+        raise ValueError("it returned a path that cannot be sent")
+    _checked_body(abort.body)
+    return abort
 
 
 def _checked_body(body: Any) -> bytes:
@@ -192,6 +222,10 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
     lease = handoff.lease
     if lease is not None and not (isinstance(lease, int | float) and lease > 0):
         raise ValueError("it returned a lease that makes no sense")
+    if handoff.release_path is not _RELEASE_PATH and not _PATH.fullmatch(handoff.release_path):
+        raise ValueError("it returned a path that cannot be sent")
+    if not isinstance(handoff.protocol, str):
+        raise TypeError(f"it returned {type(handoff.protocol).__name__} in place of a protocol's name")
     for tokens in (handoff.prompt_tokens, handoff.cached_tokens):
         if tokens is not None and not (isinstance(tokens, int) and 0 <= tokens <= MAX_TOKENS):
             raise ValueError("it returned a number of tokens that makes no sense")

@@ -17,6 +17,7 @@ from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -32,6 +33,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "ascend-layerwise": AscendLayerwiseConnector,
     "moriio": MoriioConnector,
     "offloading-p2p": OffloadingP2pConnector,
+    "sglang": SglangConnector,
 }
 
 
@@ -59,12 +61,35 @@ def load_connector(name: str) -> type[Connector]:
         raise UnknownConnector(str(error)) from error.__cause__
 
 
+def takes_ranks(name: str) -> bool:
+    """Whether an instance can be told which of its ranks is meant; true of an unknown connector."""
+    try:
+        return bool(getattr(load_connector(name), "takes_ranks", True))
+    except UnknownConnector:  # which is said elsewhere, or is that of an encode instance
+        return True
+
+
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
-    wanted = load_connector(choice.name).settings_type
-    given: dict[str, Any] = dict(choice.settings)
+    connector = load_connector(choice.name)
+    wanted, given = connector.settings_type, dict[str, Any](choice.settings)
+    try:
+        if not issubclass(wanted, Settings):
+            raise TypeError(f"its settings_type, {wanted.__name__}, is no subclass of Settings")
+        connector()  # as it is made for requests later
+    except Exception as error:  # someone else's code, which may raise anything
+        raise _unusable(choice, error) from error
+    fields = wanted.__struct_fields__
+    known = f"its settings are {', '.join(fields)}" if fields else "it has none"
+    if unknown := [name for name in given if name not in fields]:
+        raise UnknownConnector(f"{choice.name!r} has no setting {unknown[0]!r}; {known}")
     try:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
-        known = ", ".join(wanted.__struct_fields__) or "no settings"
-        raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None
+        raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
+    except Exception as error:
+        raise _unusable(choice, error) from error
+
+
+def _unusable(choice: ConnectorChoice, error: Exception) -> UnknownConnector:
+    return UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}")
