@@ -138,10 +138,10 @@ def _variants(text: str) -> list[Variant]:
 
 def _replicated(variants: list[Variant], replicas: int, delay: float, loss: float) -> list[Variant]:
     """Return each variant with one scheduler, and with several that share what they do, or do not."""
-    from ..replay.variant import Sharing
-
     if replicas == 1:
         return variants
+    from ..replay.variant import Sharing
+
     kinds = Sharing(replicas, delay, loss), Sharing(replicas, None)
     return [each for one in variants for each in (one, *(one.shared(kind) for kind in kinds))]
 
