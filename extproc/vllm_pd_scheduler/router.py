@@ -184,8 +184,10 @@ class PDRouter:
     def register_instance(self, instance: PDInstance, by: str = By.START) -> None:
         """Add an instance; it takes requests once a health check found it serving.
 
-        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`.
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or
+        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` if its connector cannot be used.
         """
+        self.connectors.prepare([instance])
         self.membership.add(instance, by)
 
     def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
@@ -225,7 +227,8 @@ class PDRouter:
             instances = list(self.config.instances())
             put = scheduler.prepare(names)
             put_shadow = scheduler.prepare_shadow(config.shadow_strategy)
-        except ValueError:
+            self.connectors.prepare(instances)
+        except Exception:
             self.config.take(before, keys)
             raise
         put()

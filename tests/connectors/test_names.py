@@ -2,13 +2,16 @@
 
 import sys
 import types
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from tests.support.config import decode, fleet
-from vllm_pd_scheduler.config import ConfigError, parse_config
+from vllm_pd_scheduler.config import ConfigError, InstanceConfig, parse_config
 from vllm_pd_scheduler.connectors import (
+    Connector,
     Connectors,
     NixlConnector,
     Settings,
@@ -21,6 +24,7 @@ from vllm_pd_scheduler.connectors import (
 from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.api import RESPONSES
 from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.router import PDRouter
 
 NIXL = ConnectorChoice("nixl")
 
@@ -33,11 +37,39 @@ class Custom(NixlConnector):
     settings_type = Port
 
 
+class Needy(NixlConnector):
+    class Host(Settings, frozen=True):
+        host: str
+
+    settings_type = Host
+
+
+class OddSettings(NixlConnector):
+    settings_type = dict  # type: ignore[assignment]
+
+
+class Unreadable(NixlConnector):
+    class Port(Settings, frozen=True):
+        port: Fraction | Decimal | complex = 0j
+
+    settings_type = Port
+
+
+class Abstract(Connector):
+    """A connector whose author is not done."""
+
+
+class Raises(NixlConnector):
+    def __init__(self) -> None:
+        raise ValueError("no")
+
+
 @pytest.fixture
 def custom(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a connector of the operator's own."""
     module = types.ModuleType("operators_own")
-    module.Custom = Custom  # type: ignore[attr-defined]
+    for each in (Custom, Needy, OddSettings, Unreadable, Abstract, Raises):
+        setattr(module, each.__name__, each)
     module.NoConnector = int  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "operators_own", module)
     return "operators_own:Custom"
@@ -68,11 +100,67 @@ def test_what_is_none(custom: str, name: str, problem: str) -> None:
 def test_settings_are_checked(custom: str) -> None:
     assert settings_of(ConnectorChoice(custom)) == Port()
     assert settings_of(ConnectorChoice(custom, (("port", 7),))) == Port(7)
-    for settings in ((("prot", 7),), (("port", "7"),)):
-        with pytest.raises(UnknownConnector, match="has port:"):
-            settings_of(ConnectorChoice(custom, settings))
-    with pytest.raises(UnknownConnector, match="has no settings: Object contains unknown field `port`"):
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        (("Custom", ("prot", 7)), "unknown setting 'prot'; 'operators_own:Custom' has: port"),
+        (("Custom", ("port", "7")), "setting 'port': Expected `int`, got `str`; 'operators_own:Custom' has"),
+        (("Needy",), "missing setting `host`; 'operators_own:Needy' has: host"),
+        (("OddSettings",), "not a subclass of vllm_pd_scheduler.connectors.Settings"),
+        (("Unreadable",), "the settings of 'operators_own:Unreadable' cannot be read: TypeError"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none(custom: str, choice: tuple[Any, ...], problem: str) -> None:
+    name, *settings = choice
+    with pytest.raises(UnknownConnector) as caught:
+        settings_of(ConnectorChoice(f"operators_own:{name}", tuple(settings)))
+    assert problem in str(caught.value)
+
+
+def test_one_without_settings_gets_none() -> None:
+    with pytest.raises(UnknownConnector, match=r"^unknown setting 'port'; 'nixl' has: none$"):
         settings_of(ConnectorChoice("nixl", (("port", 7),)))
+
+
+class TestWhatCannotBeMade:
+    """The configuration says so, whoever names it: nothing has begun to use it then."""
+
+    LACKS = "'operators_own:Abstract' cannot be made: it lacks can_split, handoff, prefill_body"
+    RAISES = f"'operators_own:Raises' cannot be made: ValueError: no, at {__file__}:"
+    EVERY = pytest.mark.parametrize(("name", "problem"), [("Abstract", LACKS), ("Raises", RAISES)])
+
+    @EVERY
+    def test_of_the_fleet_and_of_instances(self, custom: str, name: str, problem: str) -> None:
+        raw = fleet(connector=f"operators_own:{name}")
+        raw["decode_instances"][0]["connector"] = {"type": f"operators_own:{name}"}
+        with pytest.raises(ConfigError) as caught:
+            parse_config(raw, "c.json")
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith(f"c.json: connector: {problem}")
+        assert lines[1].startswith(f"c.json: decode_instances[0].connector: {problem}")
+
+    @EVERY
+    def test_of_an_instance_that_joins(self, custom: str, name: str, problem: str) -> None:
+        config = parse_config(fleet())
+        item = InstanceConfig(id="p9", host="10.0.0.9", port=1, connector=f"operators_own:{name}")
+        with pytest.raises(ValueError, match="connector: ") as caught:
+            config.instance(InstanceRole.PREFILL, item)
+        assert problem in str(caught.value)
+
+    @EVERY
+    def test_of_one_that_a_script_registers(self, custom: str, name: str, problem: str) -> None:
+        router = PDRouter(parse_config(fleet()))
+        before = list(router.registry)
+        choice = ConnectorChoice(f"operators_own:{name}")
+        joins = PDInstance("p9", InstanceRole.PREFILL, "10.0.0.9", 1, connector=choice)
+        with pytest.raises(UnknownConnector) as caught:
+            router.register_instance(joins)
+        assert problem in str(caught.value)
+        assert list(router.registry) == before
+        router.register_instance(PDInstance("p9", InstanceRole.PREFILL, "10.0.0.9", 1))
 
 
 class TestConfiguration:
@@ -92,7 +180,8 @@ class TestConfiguration:
         raw["decode_instances"][0]["connector"] = {"type": custom, "prot": 9}
         first, second = self.problems(raw)
         assert first.startswith("connector: unknown connector 'nope'")
-        assert second.startswith(f"decode_instances[0].connector: {custom!r} has port: ")
+        expected = f"decode_instances[0].connector: unknown setting 'prot'; {custom!r} has: port"
+        assert second == expected
 
     def test_a_connector_without_a_name(self) -> None:
         (problem, *_) = self.problems(fleet(connector={"port": 9}))

@@ -9,7 +9,7 @@ from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
-from .names import UnknownConnector, connector_names, load_connector, settings_of
+from .names import UnknownConnector, connector_names, load_connector, make_connector, settings_of
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
@@ -20,5 +20,6 @@ __all__ = [
     "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
     "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
     "Question", "Settings",
-    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
+    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector",
+    "make_connector", "settings_of",
 ]  # fmt: skip

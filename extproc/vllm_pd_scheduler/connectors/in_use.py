@@ -7,12 +7,12 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ..models import ConnectorChoice, PDInstance
+from ..models import ConnectorChoice, InstanceRole, PDInstance
 from ..request.body import JsonBody
 from .attempt import Attempt
 from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
-from .names import load_connector, settings_of
+from .names import make_connector, settings_of
 
 
 class Connectors:
@@ -33,12 +33,23 @@ class Connectors:
         self._numbers = itertools.count()
         self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
 
+    def prepare(self, instances: Iterable[PDInstance]) -> None:
+        """Make what instances that are about to come need, and what the fleet does.
+
+        Raise :exc:`.names.UnknownConnector` if that cannot be: nothing has changed then, and nothing raises
+        that once they are there.
+        """
+        if self._given is None:
+            own = {each.connector for each in instances if each.role is not InstanceRole.ENCODE}
+            for choice in own:
+                self._fence(choice or self._of_the_fleet())
+            self._fence(self._of_the_fleet())
+
     def used_by(self, prefill: Iterable[PDInstance]) -> None:
         """Take which P there are: other connectors are asked no more whether a request can be split."""
         if self._given is None:
             choices = {each.connector or self._of_the_fleet() for each in prefill}
-            self._fences = {choice.name: self._fence(choice) for choice in choices}
-            self._of_prefill = tuple(self._fences.values())
+            self._of_prefill = tuple({self._fence(choice): None for choice in choices})
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
@@ -49,7 +60,7 @@ class Connectors:
     def _fence(self, choice: ConnectorChoice) -> ConnectorFence:
         fence = self._fences.get(choice.name)
         if fence is None:
-            made = load_connector(choice.name)()
+            made = make_connector(choice.name)
             fence = self._fences[choice.name] = ConnectorFence(made, self.failures)
         return fence
 

@@ -8,6 +8,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, Kind
+from ..telemetry.failures import described, why_not_made
 from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .auto import AutoConnector
@@ -36,7 +37,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
 
 
 class UnknownConnector(ValueError):
-    """The name stands for no connector, or for one that cannot be imported, or its settings are wrong."""
+    """The name stands for no connector, or one that cannot be imported or made, or its settings are wrong."""
 
 
 _BASE: Any = Connector  # mypy takes no abstract class for a type
@@ -59,12 +60,39 @@ def load_connector(name: str) -> type[Connector]:
         raise UnknownConnector(str(error)) from error.__cause__
 
 
+def make_connector(name: str) -> Connector:
+    """Return a new connector; raise :exc:`UnknownConnector`, also if its class cannot be made."""
+    found = load_connector(name)
+    try:
+        return found()
+    except Exception as error:  # other people's code, as on import
+        raise UnknownConnector(f"{name!r} cannot be made: {why_not_made(found, error)}") from error
+
+
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
-    wanted = load_connector(choice.name).settings_type
+    wanted: Any = load_connector(choice.name).settings_type
+    if not (isinstance(wanted, type) and issubclass(wanted, Settings)):
+        raise UnknownConnector(
+            f"{choice.name!r} has a settings_type that is not a subclass of {__package__}.Settings"
+        )
     given: dict[str, Any] = dict(choice.settings)
+    known = ", ".join(wanted.__struct_encode_fields__) or "none"
+    for key in given:
+        if key not in wanted.__struct_encode_fields__:
+            raise UnknownConnector(f"unknown setting {key!r}; {choice.name!r} has: {known}")
     try:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
-        known = ", ".join(wanted.__struct_fields__) or "no settings"
-        raise UnknownConnector(f"{choice.name!r} has {known}: {error}") from None
+        raise UnknownConnector(f"{_of_settings(str(error))}; {choice.name!r} has: {known}") from None
+    except Exception as error:  # other people's code too
+        text = f"the settings of {choice.name!r} cannot be read: {described(error, wanted)}"
+        raise UnknownConnector(text) from error
+
+
+def _of_settings(text: str) -> str:
+    """Return what msgspec says of an object in words of settings."""
+    what, at, path = text.partition(" - at `$.")
+    if at:
+        return f"setting {path.rstrip('`')!r}: {what}"
+    return text.replace("Object missing required field", "missing setting")
