@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .admission.body_memory import BodyMemory
+from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
@@ -14,11 +15,11 @@ from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
 from .fleet.registry import HealthPolicy, Registry
-from .handoff.interfaces import AskPrefill, EncodeLeg, PrefillLeg
+from .handoff.interfaces import AbortLeg, AskPrefill, EncodeLeg, PrefillLeg
 from .health import PairLog, StateLog
 from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
-from .records.events import Events
+from .records.events import EventKind, Events
 from .records.recording import Recording
 from .request.errors import Reject, reject
 from .request.objectives import Objectives
@@ -31,6 +32,7 @@ from .routing.forward import Forward
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
+from .scheduler.misfits import misfits
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ class PDRouter:
         return frozenset(every)
 
     def _use_connectors(self) -> None:
-        self.connectors.used_by(each.instance for each in self.registry.endpoints(InstanceRole.PREFILL))
+        prefill, decode = ([each.instance for each in self.registry.endpoints(role)] for role in PD_ROLES)
+        self.connectors.used_by(prefill, decode)
 
     def _forget_the_removed(self) -> None:
         """Drop the metrics of instances that were removed, also those of requests that end a while later."""
@@ -132,6 +135,33 @@ class PDRouter:
     def catalog(self) -> Catalog:
         """Which models clients can ask for."""
         return self._core.catalog
+
+    async def again(self, request: str, address: str, body: bytes) -> tuple[bytes, str] | None:
+        """Have a request prefilled anew for a further attempt, at the D that is reached at ``address``.
+
+        Return what its body ends with there, from where its first hand-off was put, and the id of its P.
+        ``None``: nobody prefills it, or there is no memory for its body.
+        """
+        hold = BodyAllocation(self.body_memory)
+        begun = None
+        try:
+            if hold.resize(len(body)):
+                begun = await self._core.again(request, address, body)
+        finally:
+            if begun is None:
+                hold.release()
+            else:
+                begun[0].when_done(hold.release)
+        return begun and (begun[1].text, begun[0].endpoint.id)
+
+    @property
+    def abort_leg(self) -> AbortLeg | None:
+        """Ends a leg whose other one has failed; without it, the instance waits by its own time-out."""
+        return self._core.prefill.abort
+
+    @abort_leg.setter
+    def abort_leg(self, abort: AbortLeg | None) -> None:
+        self._core.prefill.abort = abort
 
     @property
     def prefill_leg(self) -> PrefillLeg | None:
@@ -242,6 +272,12 @@ class PDRouter:
         self._use_connectors()
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
+
+    def tell_misfits(self, by: str) -> None:
+        """Make an event of each thing for which instances get nothing, as all of them are configured now."""
+        instances = (ranks[0].instance for ranks in self.registry.instances())
+        for text in misfits(self.config, instances):
+            self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
 
     # -- requests
 

@@ -32,6 +32,9 @@ STREAMS_OF_A_D = 16
 """More than are under way at one at a time."""
 LEFT_IF_D_HAS_ALL = {"nixl-push"}
 """Where a D that has the whole prompt cached tells P nothing, which keeps its blocks until its lease ends."""
+ALSO = {"sglang": {"status 503: No prefill instance has taken this request.", "error event"}}
+"""What clients see besides where D cannot prefill: if two P have failed a request, and if D has told of it
+before the scheduler knew."""
 MAX_GROWTH = 64 << 20
 """What the scheduler's RSS may grow by after the first part of the run, in bytes."""
 
@@ -182,7 +185,8 @@ async def test_soak(
         f"{fleet.connector}: {number} requests, {dict(results)}, faults {dict(done)}, {left}, "
         f"RSS grew by {grown / 2**20:.1f} MiB"
     )
-    assert set(results) <= ({"ok", "cut", "hung"} if waits else {"ok", "cut"}), results
+    also = {"hung"} if waits else ALSO.get(fleet.connector, set())
+    assert set(results) <= {"ok", "cut"} | also, results
     assert sum(results.values()) == number
     cuts = sum((await _cuts(client)).values()) + done["cut there"]
     assert results["cut"] <= cuts, "each was counted"

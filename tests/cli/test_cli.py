@@ -232,6 +232,14 @@ class TestCheck:
             in ended.stderr
         )
 
+    def test_check_says_who_fits_nobody(self, written: Any) -> None:
+        other = [{**FLEET["decode_instances"][0], "connector": "mooncake"}]
+        ended = call("check", "--config", written({**FLEET, "decode_instances": other}))
+        assert ended.exit_code == 0
+        assert "note: p0 can hand over to no decode instance" in ended.stderr
+        more = {"discovery": [{"type": "docker"}], "decode_instances": other}
+        assert "p0 can hand over" not in call("check", "--config", written({**FLEET, **more})).stderr
+
     def test_check_opens_nothing(self, written: Any) -> None:
         """A host that cannot be resolved is no mistake of the file."""
         ended = call("check", "--config", written(FLEET))

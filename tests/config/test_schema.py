@@ -131,6 +131,10 @@ class MistakesTest(ConfigCase):
                 fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1, "connector": "nixl"}]),
                 r"^encode_instances\[0\]\.connector: 'nixl' is no connector of an encode instance.*: ec-nixl",
             ),
+            (
+                fleet(encode_instances=[{"id": "e", "host": "e.x", "port": 1}], prefill_leg="sidecar"),
+                r'^encode_instances: not with "prefill_leg": "sidecar"',
+            ),
             (fleet(encode_connector="nixl"), r"^encode_connector: must be 'ec-nixl' or 'ec-example'$"),
             *(
                 (decode(data_parallel_size=wrong), r"^decode_instances\[0\]\.data_parallel_size: must be ")
@@ -139,6 +143,13 @@ class MistakesTest(ConfigCase):
             (
                 {**decode(data_parallel_size=2), "prefill_leg": "sidecar"},
                 r"^decode_instances\[0\]\.data_parallel_size: a sidecar cannot be told a rank of P: ",
+            ),
+            *(
+                (config, r"^decode_instances\[0\]\.data_parallel_size: .* 'sglang' cannot be told a rank: ")
+                for config in (
+                    {**decode(data_parallel_size=2), "connector": "sglang"},
+                    decode(data_parallel_size=2, connector="sglang"),
+                )
             ),
             (fleet(stratgy="weighted"), r"^stratgy: unknown key; did you mean 'strategy'\?$"),
             (fleet(colour="red"), r"^colour: unknown key$"),
@@ -358,7 +369,7 @@ class MistakesTest(ConfigCase):
     def test_d_that_ask_for_prefills_can_reach_whom_they_ask(self) -> None:
         layerwise = {"connector": "ascend-layerwise"}
         self.assertOneProblem(
-            fleet(**layerwise), r"^metaserver_port: needed because decode_instances\[0\] asks"
+            fleet(**layerwise), r"^metaserver_port: needed because decode_instances\[0\] asks.*; give"
         )
         self.assertOneProblem(decode(**layerwise), r"^metaserver_port: needed")
         there = {**layerwise, "metaserver_port": 9005}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_pd_scheduler.connectors.one_token import can_split, counted, has_stopped, one_token
-from vllm_pd_scheduler.request.api import APIS, CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES, Api
+from vllm_pd_scheduler.request.api import APIS, CHAT, COMPLETIONS, GENERATE, MESSAGES, NATIVE, RESPONSES, Api
 from vllm_pd_scheduler.request.body import JsonBody
 
 MESSAGE = {"role": "user", "content": "x"}
@@ -15,6 +15,7 @@ LEAST: dict[Api, dict[str, Any]] = {
     CHAT: {"model": "m", "messages": [MESSAGE]},
     RESPONSES: {"model": "m", "input": "x"},
     MESSAGES: {"model": "m", "messages": [MESSAGE], "max_tokens": 9},
+    NATIVE: {"text": "x", "sampling_params": {"max_new_tokens": 9}},
     GENERATE: {"model": "m", "token_ids": [1, 2], "sampling_params": {"max_tokens": 9, "seed": 1.50}},
 }
 """A request of each."""
@@ -65,7 +66,7 @@ def test_a_number_of_the_clients_is_passed_as_it_is_written() -> None:
 @pytest.mark.parametrize(
     ("api", "more", "expected"),
     [
-        *((api, {}, True) for api in LEAST),
+        *((api, {}, api is not NATIVE) for api in LEAST),  # that is no path of vLLM's
         (RESPONSES, {"background": True}, False),
         (RESPONSES, {"background": False}, True),
         (RESPONSES, {"previous_response_id": "resp_1"}, False),

@@ -8,6 +8,7 @@ from unittest import mock
 
 from tests.support.connectors import LEGS, PEER
 from vllm_pd_scheduler.connectors import (
+    Abort,
     ConnectorFailed,
     ConnectorFence,
     Handoff,
@@ -29,6 +30,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "prefill_body": (BODY, LEGS),
     "prefill_headers": (LEGS,),
     "handoff": (b"{}", LEGS),
+    "promised": (LEGS,),
+    "abort": (LEGS,),
     "ended": (b"{}",),
     "splice": (BODY, HANDOFF),
     "release_body": (HANDOFF, "m"),
@@ -57,7 +60,7 @@ NO_QUESTIONS: list[Any] = [
     (80, "/\r\n"),
     (80, None),
 ]
-DEFAULTS = {"can_split": False, "release_body": None}
+DEFAULTS = {"can_split": False, "abort": None, "release_body": None}
 """What stands for an answer; the other calls raise ``ConnectorFailed``."""
 
 
@@ -119,6 +122,8 @@ class ConnectorFenceTest(unittest.TestCase):
                 Handoff(b"{}", headers={"a": "\r"}),
                 *(Handoff(b"{}", *each) for each in tokens),
             ],
+            "promised": [b"{}", Handoff(b"{}", lease=-1.0)],
+            "abort": [b"{}", Abort("abort", b"{}"), Abort("/abort", b"")],
             "splice": [
                 b"body",
                 *(Splice(at, b"}") for at in (-1, 0, 99, None)),

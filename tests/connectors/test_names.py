@@ -105,11 +105,11 @@ def test_settings_are_checked(custom: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
-        (("Custom", ("prot", 7)), "unknown setting 'prot'; 'operators_own:Custom' has: port"),
-        (("Custom", ("port", "7")), "setting 'port': Expected `int`, got `str`; 'operators_own:Custom' has"),
-        (("Needy",), "missing setting `host`; 'operators_own:Needy' has: host"),
+        (("Custom", ("prot", 7)), "'operators_own:Custom' has no setting 'prot'; its settings are port"),
+        (("Custom", ("port", "7")), "Expected `int`, got `str` - at `$.port`; its settings are port"),
+        (("Needy",), "missing required field `host`; its settings are host"),
         (("OddSettings",), "not a subclass of vllm_pd_scheduler.connectors.Settings"),
-        (("Unreadable",), "the settings of 'operators_own:Unreadable' cannot be read: TypeError"),
+        (("Unreadable",), "of 'operators_own:Unreadable': TypeError"),
     ],
 )  # fmt: skip
 def test_settings_that_are_none(custom: str, choice: tuple[Any, ...], problem: str) -> None:
@@ -120,7 +120,7 @@ def test_settings_that_are_none(custom: str, choice: tuple[Any, ...], problem: s
 
 
 def test_one_without_settings_gets_none() -> None:
-    with pytest.raises(UnknownConnector, match=r"^unknown setting 'port'; 'nixl' has: none$"):
+    with pytest.raises(UnknownConnector, match=r"'nixl' has no setting 'port'; it has none$"):
         settings_of(ConnectorChoice("nixl", (("port", 7),)))
 
 
@@ -180,8 +180,13 @@ class TestConfiguration:
         raw["decode_instances"][0]["connector"] = {"type": custom, "prot": 9}
         first, second = self.problems(raw)
         assert first.startswith("connector: unknown connector 'nope'")
-        expected = f"decode_instances[0].connector: unknown setting 'prot'; {custom!r} has: port"
-        assert second == expected
+        assert second.startswith(f"decode_instances[0].connector: {custom!r} has no setting 'prot'")
+
+    def test_a_key_of_the_configuration_in_a_connector(self) -> None:
+        (problem,) = self.problems(fleet(connector={"type": "nixl", "metaserver_port": 9005}))
+        assert problem.endswith(
+            "metaserver_port is a key of the configuration, beside connector and not in it"
+        )
 
     def test_a_connector_without_a_name(self) -> None:
         (problem, *_) = self.problems(fleet(connector={"port": 9}))
@@ -223,6 +228,13 @@ class TestInUse:
         fleet = ConnectorChoice("nixl-push")
         connectors.used_by([self.instance()])
         assert not connectors.can_split(response)
+
+    def test_d_say_who_needs_a_p(self, custom: str) -> None:
+        nixl, sglang = self.instance(), self.instance(ConnectorChoice("sglang"))
+        connectors = Connectors(lambda: NIXL)
+        for partners in ([], [nixl], [nixl, sglang]):
+            connectors.used_by([nixl, sglang], partners)
+            assert connectors.some_need_prefill is (sglang in partners)
 
     def test_one_that_is_given_is_used_for_all(self, custom: str) -> None:
         given = Custom()

@@ -43,8 +43,11 @@ def own() -> Any:
 def test_its_settings_are_checked(config: dict[str, Any]) -> None:
     parse_config(config)
     for settings, problem in (
-        ({"tttl": 5}, "connector: unknown setting 'tttl'; 'ticketing:Ticket' has: ttl"),
-        ({"ttl": 0}, "connector: setting 'ttl': Expected `float` > 0.0; 'ticketing:Ticket' has: ttl"),
+        ({"tttl": 5}, "connector: 'ticketing:Ticket' has no setting 'tttl'; its settings are ttl"),
+        (
+            {"ttl": 0},
+            "connector: of 'ticketing:Ticket': Expected `float` > 0.0 - at `$.ttl`; its settings are ttl",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_config({**config, "connector": {"type": "ticketing:Ticket", **settings}})

@@ -72,7 +72,7 @@ class GatewayYamlTest(unittest.TestCase):
         self.assertEqual(removed, gateway_names.STEERS_INSTANCES)
         matchers = [each["remove_on_match"]["key_matcher"] for each in mutations if "remove_on_match" in each]
         prefixes = {matcher["prefix"] for matcher in matchers if matcher["ignore_case"]}
-        self.assertEqual(prefixes, {headers.DESTINATION, "x-envoy-"})
+        self.assertEqual(prefixes, {headers.DESTINATION, "x-envoy-", "x-override-"})
 
     def test_failing_open_is_guarded_as_in_envoys_own(self) -> None:
         scripts = [

@@ -84,7 +84,35 @@ vllm:lora_requests_info{max_lora="4",running_lora_adapters="older",waiting_lora_
 """
 
 
+SGLANG = """\
+# HELP sglang:num_running_reqs The number of running requests.
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{dp_rank="0",engine_type="decode",model_name="m",pp_rank="0",tp_rank="0"} 3.0
+sglang:num_running_reqs{dp_rank="1",engine_type="decode",model_name="m",pp_rank="0",tp_rank="0"} 4.0
+sglang:num_queue_reqs{dp_rank="0",engine_type="decode",model_name="m",pp_rank="0",tp_rank="0"} 2.0
+sglang:num_running_reqs_offline_batch{dp_rank="0",model_name="m"} 9.0
+sglang:token_usage{dp_rank="0",engine_type="decode",model_name="m",pp_rank="0",tp_rank="0"} 0.25
+sglang:token_usage{dp_rank="1",engine_type="decode",model_name="m",pp_rank="0",tp_rank="0"} 0.75
+sglang:max_total_num_tokens{dp_rank="0",model_name="m"} 1000.0
+sglang:max_total_num_tokens{dp_rank="1",model_name="m"} 1000.0
+sglang:max_total_num_tokens_swa{dp_rank="1",model_name="m"} 77.0
+sglang:generation_tokens_total{model_name="m"} 55.0
+sglang:num_requests_total{is_streaming="true",model_name="m"} 5.0
+sglang:num_requests_total{is_streaming="false",model_name="m"} 6.0
+sglang:time_to_first_token_seconds_sum{is_streaming="true",model_name="m"} 1.5
+sglang:time_to_first_token_seconds_count{is_streaming="true",model_name="m"} 3.0
+sglang:inter_token_latency_seconds_sum{model_name="m"} 2.0
+sglang:inter_token_latency_seconds_count{model_name="m"} 8.0
+"""
+
+
 class AdaptersTest(unittest.TestCase):
+    def test_sglang_has_other_names(self) -> None:
+        scrape = parse_metrics(SGLANG)
+        self.assertEqual((scrape.running, scrape.waiting, scrape.kv_usage), (7.0, 2.0, 0.5))
+        self.assertEqual((scrape.kv_capacity, scrape.generated, scrape.finished), (2000.0, 55.0, 11.0))
+        self.assertEqual(scrape.histograms, {TTFT: (1.5, 3.0), ITL: (2.0, 8.0)})
+
     def test_the_newest_series_counts(self) -> None:
         found = parse_metrics(CURRENT + LORA)
         self.assertEqual((found.adapters, found.adapter_slots), (("d", "a", "b/c"), 4))

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_pd_scheduler.request import body as body_module
 from vllm_pd_scheduler.request import prompt as prompt_module
-from vllm_pd_scheduler.request.api import APIS, CHAT, GENERATE, MESSAGES, RESPONSES, Api
+from vllm_pd_scheduler.request.api import APIS, CHAT, GENERATE, MESSAGES, NATIVE, RESPONSES, Api
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.fingerprint import fingerprint
 from vllm_pd_scheduler.request.json_text import finish
@@ -38,7 +38,7 @@ def said(role: str, text: str) -> dict[str, Any]:
 
 def test_the_paths_that_are_always_public_are_split() -> None:
     assert set(SPLIT_PATHS) < set(APIS)
-    assert set(APIS) - set(SPLIT_PATHS) - set(PUBLIC_PATHS) == {GENERATE.path}
+    assert set(APIS) - set(SPLIT_PATHS) - set(PUBLIC_PATHS) == {GENERATE.path, NATIVE.path}
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ class PrefillFailsTest(Case):
                 forward.release()
                 self.assertIdle()
 
+    async def test_a_p_that_hands_nothing_over_is_named_once(self) -> None:
+        for each in ("p0", "p1", "p2"):
+            self.leg.answers[each] = answer(params=None)
+        with self.assertLogs("vllm_pd_scheduler.routing.prefill", "WARNING") as logs:
+            for _ in range(2):
+                (await self.route()).release()
+        (line,) = logs.output
+        self.assertRegex(
+            line, "p[0-2]: no hand-off in its answer: has it a --kv-transfer-config, with the conn"
+        )
+
     async def test_a_leg_that_breaks_reserves_nothing(self) -> None:
         self.fail_all(RuntimeError("a bug"))
         with self.assertRaisesRegex(RuntimeError, "a bug"):

@@ -38,6 +38,14 @@ class RevisionsTest(Case):
             first = self.count("pd_scheduler_revision_time_to_first_token_seconds_count", **of)
             self.assertEqual(first, ended[0])
 
+    async def test_weights_of_revisions_that_nobody_has(self) -> None:
+        for name in ("d0", "d1", "d2"):
+            instance = self.router.registry.get(name).instance
+            self.router.unregister_instance(name)
+            self.router.register_instance(replace(instance, revision="red"))
+        error = self.assertRejected(await self.route(), 503, "no_decode")
+        self.assertIn("none that has the model is of a revision with a weight", error["message"])
+
     async def test_one_that_has_gone_is_forgotten(self) -> None:
         for _ in range(4):
             (await self.route()).release()

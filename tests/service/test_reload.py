@@ -1,6 +1,7 @@
 """The configuration is read again: what is live counts at once, the rest is named, a bad one is refused."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from vllm_pd_scheduler.strategies.least_load import LeastLoad
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 OTHERS: dict[str, Any] = {
-    "encode_connector": "ec-example",
     "revisions": {"blue": 9, "green": 1},
     "self_check_interval": 60.0,
     "strategy": "round_robin",
@@ -60,6 +60,12 @@ OTHERS: dict[str, Any] = {
     "latency_weight": 0.1,
     "decode_instances": [{"id": "d1", "host": "10.0.0.9", "port": 8200}],
     "prefill_instances": [{"id": "p1", "host": "10.0.0.8", "port": 8100}],
+    "encode_instances": [{"id": "e1", "host": "10.0.0.7", "port": 8300}],
+    "encode_connector": "ec-example",
+    "metaserver_host": "127.0.0.2",
+    "metaserver_port": 9996,
+    "metaserver_url": "http://10.0.0.5:9005",
+    "metaserver_callers": "any",
 }
 """Another value of each key whose default is no number; of the others it is one more."""
 
@@ -167,6 +173,15 @@ async def test_parts_that_keep_a_value_get_the_new_one(running: Running, key: st
     value, read = KEPT[key]
     await running.reload(**{key: value})
     assert read(running.router) == value
+
+
+async def test_weights_that_nobody_has_are_told(running: Running) -> None:
+    await running.reload(revisions={"v1": 1})
+    newest = running.router.events.after(0)[-1]
+    assert newest.level == logging.WARNING
+    assert newest.text.startswith(
+        "no decode instance has a revision to which revisions gives a weight ('v1')"
+    )
 
 
 async def test_limits_hold_at_once(running: Running) -> None:

@@ -14,9 +14,9 @@ from .tables import plain, show, table
 
 def self_check(
     prefill: Annotated[
-        str | None, typer.Argument(metavar="[PREFILL DECODE]", help="Ids of the pair to check.")
+        str | None, typer.Argument(metavar="PREFILL", help="Id of the P of the pair to check.")
     ] = None,
-    decode: Annotated[str | None, typer.Argument(hidden=True)] = None,
+    decode: Annotated[str | None, typer.Argument(metavar="DECODE", help="Id of its D.")] = None,
     last: Annotated[bool, typer.Option("--last", help="Show what the last checks have found.")] = False,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,

@@ -101,6 +101,7 @@ def check(config: ConfigOption) -> None:
     from ..discovery import CONFIG, merge
     from ..discovery.files import source_of
     from ..envoy.configuration import num_retries
+    from ..scheduler.misfits import misfits
     from ..scheduler.rehearsal import rehearse
 
     settings = read_config(config)
@@ -111,8 +112,12 @@ def check(config: ConfigOption) -> None:
         raise typer.Exit(2)
     told = {CONFIG: list(settings.instances())}
     told |= {source_of(path): read_instances(path, settings) for path in settings.instance_files}
-    for clash in merge(told).refused:
-        typer.echo(f"{config}: note: {clash}", err=True)
+    merged = merge(told)
+    notes = list(merged.refused)
+    if not settings.discovery:  # else there may be others
+        notes += misfits(settings, (member.instance for member in merged.members.values()))
+    for note in notes:
+        typer.echo(f"{config}: note: {note}", err=True)
     if settings.max_retries > (shipped := num_retries()):
         typer.echo(
             f"{config}: note: max_retries is {settings.max_retries}, but num_retries in envoy/envoy.yaml "

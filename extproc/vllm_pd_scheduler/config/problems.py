@@ -59,6 +59,10 @@ def find_problems(
         problems.append(
             'self_check_interval: not with "prefill_leg": "sidecar", where the scheduler calls no P itself'
         )
+    if config.encode_instances and config.prefill_leg == "sidecar":
+        problems.append(
+            'encode_instances: not with "prefill_leg": "sidecar", where sidecars have a stage of their own'
+        )
     listeners = [listener for listener in listeners_of(config) if listener[0] not in malformed]
     problems += clashes(listeners, items)
     problems += _unusable_state_file(config.state_file)
@@ -90,7 +94,12 @@ def _unknown_connector(
         if setting is not None:
             check_connector(role, connector_choice(setting))
     except UnknownConnector as error:
-        return [f"{key}: {error}"]
+        settings = {} if isinstance(setting, str | None) else setting.model_extra or {}
+        beside = sorted(settings.keys() & SchedulerConfig.model_fields.keys())
+        hint = (
+            f". {beside[0]} is a key of the configuration, beside connector and not in it" if beside else ""
+        )
+        return [f"{key}: {error}{hint}"]
     return []
 
 
@@ -103,7 +112,10 @@ def _unreachable_metaserver(config: SchedulerConfig, items: Iterable[Listed]) ->
         if role is not InstanceRole.DECODE or name != "ascend-layerwise":
             continue
         if config.metaserver_port is None:
-            return [f"metaserver_port: needed because {key} asks there for prefills"]
+            return [
+                f"metaserver_port: needed because {key} asks there for prefills; give a free port of this "
+                "machine, and as metaserver_host an address that D can reach"
+            ]
         here = is_loopback(config.metaserver_host) and config.metaserver_url is None
         if here and not is_loopback(item.host):
             return [

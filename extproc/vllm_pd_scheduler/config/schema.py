@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from ..connectors import UnknownConnector, make_connector, settings_of
+from ..connectors import UnknownConnector, make_connector, settings_of, takes_ranks
 from ..connectors.encode import EncodeConnectorName, encode_connector
 from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
@@ -403,6 +403,12 @@ class SchedulerConfig(InstancesFile):
             raise ValueError(
                 "data_parallel_size: a sidecar cannot be told a rank of P: leave it out, or give each rank a "
                 "port, which is an instance of its own"
+            )
+        connector = connector_choice(item.connector or self.connector).name
+        if item.data_parallel_size > 1 and not takes_ranks(connector):
+            raise ValueError(
+                f"data_parallel_size: an instance of the connector {connector!r} cannot be told a rank: "
+                "leave it out, and its engine chooses among its ranks"
             )
         return item.data_parallel_size
 

@@ -4,22 +4,30 @@ from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
-from .base import Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice
+from .base import Abort, Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
-from .names import UnknownConnector, connector_names, load_connector, make_connector, settings_of
+from .names import (
+    UnknownConnector,
+    connector_names,
+    load_connector,
+    make_connector,
+    settings_of,
+    takes_ranks,
+)
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 __all__ = [
-    "AscendLayerwiseConnector", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector",
+    "Abort", "AscendLayerwiseConnector", "AscendMooncakeConnector", "Attempt", "AutoConnector", "Connector",
     "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
     "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
-    "Question", "Settings",
+    "Question", "Settings", "SglangConnector",
     "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector",
-    "make_connector", "settings_of",
+    "make_connector", "settings_of", "takes_ranks",
 ]  # fmt: skip

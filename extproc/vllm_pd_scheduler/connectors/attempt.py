@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..request.body import JsonBody
-from .base import Handoff, Legs, Order, Peer, Question, Splice
+from .base import Abort, Handoff, Legs, Order, Peer, Question, Splice
 from .fence import ConnectorFence
 
 
@@ -74,6 +74,14 @@ class Attempt:
     def handoff(self, answer: bytes) -> Handoff | None:
         """Return the hand-off in P's answer."""
         return self.connector.handoff(answer, self.legs)
+
+    def promised(self) -> Handoff | None:
+        """Return the hand-off that P will make."""
+        return self.connector.promised(self.legs)
+
+    def abort(self) -> Abort | None:
+        """Return what ends either leg at the instance that has it."""
+        return self.connector.abort(self.legs)
 
     def ended(self, answer: bytes) -> bool:
         """Whether P's answer was whole with its first token."""

@@ -29,6 +29,9 @@ class Order(Enum):
     """P answers first, but must be told of its D before. No other D gets the hand-off."""
     DECODE_FIRST = "decode first"
     """D begins, and asks for the prefill when it has room for it. Only then P gets anything."""
+    TOGETHER = "together"
+    """Both have the request at the same time, and P answers when D has the blocks. Each further attempt at D
+    needs a new prefill."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +65,14 @@ class Question:
 
     port: int
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """What ends one leg of an attempt, by HTTP (POST), at the instance that has it."""
+
+    path: str
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,12 @@ class Connector(ABC):
     can_pull: ClassVar[bool] = False
     """Whether P can pull what another instance has cached of a prompt, as :attr:`Legs.source` says."""
 
+    needs_prefill: ClassVar[bool] = False
+    """Whether a D serves nothing but what a P prefills. What cannot be split is then refused."""
+
+    takes_ranks: ClassVar[bool] = True
+    """Whether an instance can be told which of its data-parallel engines gets a request."""
+
     @abstractmethod
     def can_split(self, body: JsonBody) -> bool:
         """Whether a request can be split in prefill and decode. If not, a D serves it alone."""
@@ -193,6 +210,14 @@ class Connector(ABC):
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """Return headers of the request to P, by lower-case names, that the client's cannot replace."""
         return NO_HEADERS
+
+    def promised(self, legs: Legs) -> Handoff | None:
+        """Return the hand-off that P will make, before it has answered, for legs that begin together."""
+        return None
+
+    def abort(self, legs: Legs) -> Abort | None:
+        """Return what ends either leg at its instance; ``None`` if only the end of the connection does."""
+        return None
 
     @abstractmethod
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:

@@ -61,7 +61,9 @@ def encode_connector(choice: ConnectorChoice) -> EncodeConnectorName:
             found: EncodeConnectorName = name
             return found
     names = ", ".join(get_args(EncodeConnectorName))
-    raise UnknownConnector(f"{choice.name!r} is no connector of an encode instance, or has settings: {names}")
+    raise UnknownConnector(
+        f"{choice.name!r} is no connector of an encode instance; choose one, without settings: {names}"
+    )
 
 
 def encode_body(body: JsonBody, part: Value) -> bytes:

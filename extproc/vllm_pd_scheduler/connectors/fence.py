@@ -14,7 +14,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, NO_HEADERS, Connector, Handoff, Legs, Order, Peer, Question, Splice
+from .base import MAX_TOKENS, NO_HEADERS, Abort, Connector, Handoff, Legs, Order, Peer, Question, Splice
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class _Object(msgspec.Struct):
 _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
     "can_split", "order", "question", "understood", "invitation", "asked", "names_rank", "prefill_body",
-    "prefill_headers", "handoff", "ended", "splice", "release_body",
+    "prefill_headers", "handoff", "promised", "abort", "ended", "splice", "release_body",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
@@ -61,6 +61,8 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
+        self.needs_prefill = bool(getattr(connector, "needs_prefill", False))
+        """See :attr:`Connector.needs_prefill`."""
         self.can_pull = bool(getattr(connector, "can_pull", False))
         """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
@@ -122,6 +124,16 @@ class ConnectorFence:
         """
         return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer, legs)))
 
+    def promised(self, legs: Legs) -> Handoff | None:
+        """See :meth:`Connector.promised`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("promised", lambda: _checked_handoff(self._connector.promised(legs)))
+
+    def abort(self, legs: Legs) -> Abort | None:
+        """See :meth:`Connector.abort`; ``None`` if it fails."""
+        with suppress(ConnectorFailed):
+            return self._ask("abort", lambda: _checked_abort(self._connector.abort(legs)))
+        return None
+
     def ended(self, answer: bytes) -> bool:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
         return self._ask("ended", lambda: bool(self._connector.ended(answer)))
@@ -154,6 +166,17 @@ def _checked_question(question: Any) -> Question | None:
     if not _PATH.fullmatch(question.path):
         raise ValueError("it returned a path that cannot be sent")
     return question
+
+
+def _checked_abort(abort: Any) -> Abort | None:
+    if abort is None:
+        return None
+    if not isinstance(abort, Abort):
+        raise TypeError(f"it returned {type(abort).__name__} in place of an Abort")
+    if not _PATH.fullmatch(abort.path):
+        raise ValueError("it returned a path that cannot be sent")
+    _checked_body(abort.body, "Abort.body")
+    return abort
 
 
 def _checked_body(body: Any, what: str = "") -> bytes:

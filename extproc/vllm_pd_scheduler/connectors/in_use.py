@@ -32,6 +32,8 @@ class Connectors:
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
+        self.some_need_prefill = self.of(None).needs_prefill
+        """Whether some D serve nothing but what a P prefills."""
 
     def prepare(self, instances: Iterable[PDInstance]) -> None:
         """Make what instances that are about to come need, and what the fleet does.
@@ -45,11 +47,15 @@ class Connectors:
                 self._fence(choice or self._of_the_fleet())
             self._fence(self._of_the_fleet())
 
-    def used_by(self, prefill: Iterable[PDInstance]) -> None:
-        """Take which P there are: other connectors are asked no more whether a request can be split."""
+    def used_by(self, prefill: Iterable[PDInstance], decode: Iterable[PDInstance] = ()) -> None:
+        """Take which P and D there are: only the connectors of P are asked whether a request can be split."""
         if self._given is None:
-            choices = {each.connector or self._of_the_fleet() for each in prefill}
-            self._of_prefill = tuple({self._fence(choice): None for choice in choices})
+            of_prefill, of_decode = self._choices(prefill), self._choices(decode)
+            self._of_prefill = tuple({self._fence(choice): None for choice in of_prefill})
+            self.some_need_prefill = any(self._fence(choice).needs_prefill for choice in of_decode)
+
+    def _choices(self, instances: Iterable[PDInstance]) -> set[ConnectorChoice]:
+        return {each.connector or self._of_the_fleet() for each in instances}
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""

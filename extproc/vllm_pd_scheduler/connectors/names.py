@@ -18,6 +18,7 @@ from .moriio import MoriioConnector
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
+from .sglang import SglangConnector
 from .shared_store import SharedStoreConnector
 
 ENTRY_POINT_GROUP = "vllm_pd_scheduler.connectors"
@@ -33,6 +34,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
     "ascend-layerwise": AscendLayerwiseConnector,
     "moriio": MoriioConnector,
     "offloading-p2p": OffloadingP2pConnector,
+    "sglang": SglangConnector,
 }
 
 
@@ -69,6 +71,14 @@ def make_connector(name: str) -> Connector:
         raise UnknownConnector(f"{name!r} cannot be made: {why_not_made(found, error)}") from error
 
 
+def takes_ranks(name: str) -> bool:
+    """Whether an instance can be told which of its ranks is meant; true of an unknown connector."""
+    try:
+        return bool(getattr(load_connector(name), "takes_ranks", True))
+    except UnknownConnector:  # which is said elsewhere, or is that of an encode instance
+        return True
+
+
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
     wanted: Any = load_connector(choice.name).settings_type
@@ -77,22 +87,13 @@ def settings_of(choice: ConnectorChoice) -> Settings:
             f"{choice.name!r} has a settings_type that is not a subclass of {__package__}.Settings"
         )
     given: dict[str, Any] = dict(choice.settings)
-    known = ", ".join(wanted.__struct_encode_fields__) or "none"
-    for key in given:
-        if key not in wanted.__struct_encode_fields__:
-            raise UnknownConnector(f"unknown setting {key!r}; {choice.name!r} has: {known}")
+    fields = wanted.__struct_encode_fields__
+    known = f"its settings are {', '.join(fields)}" if fields else "it has none"
+    if unknown := [name for name in given if name not in fields]:
+        raise UnknownConnector(f"{choice.name!r} has no setting {unknown[0]!r}; {known}")
     try:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
-        raise UnknownConnector(f"{_of_settings(str(error))}; {choice.name!r} has: {known}") from None
+        raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
     except Exception as error:  # other people's code too
-        text = f"the settings of {choice.name!r} cannot be read: {described(error, wanted)}"
-        raise UnknownConnector(text) from error
-
-
-def _of_settings(text: str) -> str:
-    """Return what msgspec says of an object in words of settings."""
-    what, at, path = text.partition(" - at `$.")
-    if at:
-        return f"setting {path.rstrip('`')!r}: {what}"
-    return text.replace("Object missing required field", "missing setting")
+        raise UnknownConnector(f"of {choice.name!r}: {described(error, wanted)}") from error

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..request.api import GENERATE, RESPONSES
+from ..request.api import GENERATE, NATIVE, RESPONSES
 from ..request.body import JsonBody
 from .base import MAX_TOKENS
 
@@ -83,6 +83,8 @@ def can_split(body: JsonBody) -> bool:
         return _is_one_turn(body)
     if body.api is GENERATE:
         return _has_one_answer(body)
+    if body.api is NATIVE:  # vLLM has no such path
+        return False
     return not body.has("prompt") or body.only_prompt() is not None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,11 +47,18 @@ class PrefillLeg(Protocol):
     """Sends the prefill request; the only I/O between a request's arrival and its forwarding."""
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Callable[[], object] | None = None,
     ) -> PrefillAnswer:
         """Return the answer, whatever its status; raises :exc:`PrefillFailed` if there is none.
 
-        ``headers`` are the client's, ``attempt`` has more and tells what hand-off an answer has.
+        ``headers`` are the client's, ``attempt`` has more and tells what hand-off an answer has. ``sent`` is
+        called when a connection has taken the request.
 
         :exc:`PrefillNotSent` and :exc:`LocalShortage`, which are that too, are not the instance's fault.
         """
@@ -89,6 +96,14 @@ class AskPrefill(Protocol):
 
     def forget(self, endpoint: Endpoint) -> None:
         """Ask again before the next request."""
+        ...
+
+
+class AbortLeg(Protocol):
+    """Ends one leg of an attempt at the instance that has it, in the background."""
+
+    def __call__(self, endpoint: Endpoint, attempt: Attempt) -> None:
+        """Start to end it; raises nothing."""
         ...
 
 

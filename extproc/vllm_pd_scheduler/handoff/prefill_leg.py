@@ -68,20 +68,26 @@ class HttpPrefill:
         self._under_way: dict[asyncio.Future[Answer], Endpoint] = {}
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Callable[[], object] | None = None,
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
         own = attempt.prefill_headers()
+        answer = self._begun(endpoint, path, headers, body, own, sent)
         if self._unwanted is None:
-            return await self.send(endpoint, path, headers, body, own)
-        sent = self._begun(endpoint, path, headers, body, own)
+            return await self._read(answer)
         try:
-            return await self._read(asyncio.shield(sent))
+            return await self._read(asyncio.shield(answer))
         except asyncio.CancelledError:
             if attempt.legs.decode is not None and not attempt.leaves_something:
-                sent.cancel()  # P writes to a D, which does not wait for it any more
+                answer.cancel()  # P writes to a D, which does not wait for it any more
                 raise
-            task = asyncio.ensure_future(self._linger(endpoint, sent, attempt, self._unwanted))
+            task = asyncio.ensure_future(self._linger(endpoint, answer, attempt, self._unwanted))
             self._lingering.add(task)
             task.add_done_callback(self._lingering.discard)
             raise
@@ -126,11 +132,12 @@ class HttpPrefill:
         headers: Mapping[str, str],
         body: bytes,
         own: Mapping[str, str],
+        sent: Callable[[], object] | None = None,
     ) -> asyncio.Future[Answer]:
-        sent = self._send(endpoint, path, headers, body, own)
-        self._under_way[sent] = endpoint
-        sent.add_done_callback(self._under_way.pop)
-        return sent
+        answer = self._send(endpoint, path, headers, body, own, sent)
+        self._under_way[answer] = endpoint
+        answer.add_done_callback(self._under_way.pop)
+        return answer
 
     def _send(
         self,
@@ -139,6 +146,7 @@ class HttpPrefill:
         headers: Mapping[str, str],
         body: bytes,
         own: Mapping[str, str],
+        sent: Callable[[], object] | None,
     ) -> asyncio.Future[Answer]:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
         # What is not ASCII means nothing here, and P would read it as other characters.
@@ -158,7 +166,7 @@ class HttpPrefill:
         request_id = kept.get(names.REQUEST_ID, "")
         name = b"cmpl-" + request_id.encode() if _NAME.fullmatch(request_id) else b""
         limit = largest_answer(body)
-        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name)
+        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent)
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:

@@ -19,16 +19,22 @@ class TracedLeg:
         self._clock = clock
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Callable[[], object] | None = None,
     ) -> PrefillAnswer:
         """Send the request, with the ``traceparent`` of this attempt in place of the client's."""
         trace = current.get()
         if trace is None:
-            return await self._leg(endpoint, path, headers, body, attempt)
+            return await self._leg(endpoint, path, headers, body, attempt, sent)
         parent = trace.prefill_sent(endpoint.id, endpoint.url, self._clock())
         try:
             headers = {**headers, names.TRACEPARENT: parent}
-            answer = await self._leg(endpoint, path, headers, body, attempt)
+            answer = await self._leg(endpoint, path, headers, body, attempt, sent)
         except PrefillFailed as error:
             trace.prefill_answered(self._clock(), failure=str(error))
             raise

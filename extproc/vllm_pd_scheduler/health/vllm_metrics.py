@@ -1,4 +1,4 @@
-"""Read vLLM's ``/metrics``: the few series a scheduler needs, under their current and older names.
+"""Read vLLM's or SGLang's ``/metrics``: the few series a scheduler needs, under current and older names.
 
 Whatever an instance says is data: each value has a type and a range, and what is outside is not believed.
 """
@@ -57,12 +57,34 @@ _STEPS = "vllm:iteration_tokens_total_count"
 _FAILED = "vllm:nixl_num_failed_transfers_total"
 _CACHE = "vllm:cache_config_info"
 _START = "process_start_time_seconds"
+_KV_TOKENS = "sglang:max_total_num_tokens"
+_SGLANG = {
+    "sglang:num_running_reqs": "vllm:num_requests_running",
+    "sglang:num_queue_reqs": "vllm:num_requests_waiting",
+    "sglang:token_usage": "vllm:kv_cache_usage_perc",
+    "sglang:generation_tokens_total": _GENERATED,
+    "sglang:num_requests_total": _FINISHED,
+    _KV_TOKENS: _KV_TOKENS,
+    **{
+        f"sglang:{name}_{part}": f"vllm:{name}_{part}"
+        for name in (
+            "time_to_first_token_seconds",
+            "inter_token_latency_seconds",
+            "request_time_per_output_token_seconds",
+        )
+        for part in ("sum", "count")
+    },
+}
+"""SGLang's series, and the names of vLLM's that they are read as; of the last one vLLM has labels."""
 _WANTED = {
     _START, _GENERATED, _FINISHED, _FAILED, _STEPS, _CACHE, *_GAUGES,
     *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
-_NAMES = {name.encode(): name for name in _WANTED}
+_NAMES = {name.encode(): name for name in _WANTED} | {
+    name.encode(): read_as for name, read_as in _SGLANG.items()
+}
 _PLAIN = [name for name in _WANTED if not name.startswith("vllm:")]
+_OF_SGLANG = [name.removeprefix("sglang:") for name in _SGLANG]
 _VLLM = [name.removeprefix("vllm:") for name in _WANTED if name.startswith("vllm:")]
 # No possessive groups: Python 3.11.4 and before go on at a wrong place when one fails. Each label and escape
 # can match in one way only, so the time is in proportion to the line without them.
@@ -71,7 +93,7 @@ _LABELS = rf"(?:\{{((?:{_LABEL},)*(?:{_LABEL})?)[ \t]*+\}}[ \t]*+)?"
 _INFINITY = "[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
 _NUMBER = rf"[+-]?(?:(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d++)?|[nN][aA][nN]|{_INFINITY})"
 _LINE = re.compile(
-    rf"\n(vllm:(?:{'|'.join(_VLLM)})|{'|'.join(_PLAIN)})(?![\w:])"
+    rf"\n(vllm:(?:{'|'.join(_VLLM)})|sglang:(?:{'|'.join(_OF_SGLANG)})|{'|'.join(_PLAIN)})(?![\w:])"
     rf"(?:[ \t]*+{_LABELS}({_NUMBER})(?:[ \t][^\n]*+)?\r?(?=\n|\Z)|[^\n]*+)".encode()
 )
 """Name, labels and value of a line that matters; no value if it cannot be read. Its time does not matter.
@@ -122,7 +144,7 @@ _Sample = tuple[str, bytes, float]
 
 
 class NotVllmMetrics(ValueError):
-    """The page has none of the series that every vLLM server exposes."""
+    """The page has none of the series that every vLLM server, or SGLang, exposes."""
 
 
 class OtherEngines(NotVllmMetrics):
@@ -130,7 +152,7 @@ class OtherEngines(NotVllmMetrics):
 
 
 def parse_metrics(page: bytes | str) -> Scrape:
-    """Parse a Prometheus text page of a vLLM server.
+    """Parse a Prometheus text page of a vLLM or SGLang server.
 
     Requests of several engines (data parallel) are summed, their KV use averaged. A number that makes no
     sense is left out. Raises :exc:`NotVllmMetrics` if the page is of something else, cannot be parsed, or
@@ -155,7 +177,9 @@ def parse_ranks(page: bytes, size: int) -> list[Scrape]:
     first = min(ranks, default=0)
     if sorted(ranks) != list(range(first, first + size)):
         told = f"engine {', '.join(map(str, sorted(ranks)))}" if ranks else "no engine"
-        raise OtherEngines(f"it tells of {told}, and the data_parallel_size of the instance is {size}")
+        raise OtherEngines(
+            f"it tells of {told}, and the data_parallel_size of the instance is {size}: give how many it has"
+        )
     adapters = _adapters(page)
     return [_scrape(shared + ranks[first + rank], size, *adapters) for rank in range(size)]
 
@@ -167,6 +191,8 @@ def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...],
     for name, labels, value in samples:
         if name == _CACHE:
             capacity += _kv_tokens(labels, engines)
+        elif name == _KV_TOKENS:
+            capacity += value if 0.0 <= value <= MAX_CAPACITY else 0.0
         elif _GAUGES.get(name) in ("running", "waiting") and not 0.0 <= value <= MAX_REQUESTS:
             raise NotVllmMetrics(f"{name} is {value:g}: not a number of requests")
         elif math.isfinite(value):  # a NaN would win or lose every comparison
@@ -176,7 +202,9 @@ def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...],
         if key not in gauges and name in values:
             gauges[key] = values[name]
     if "running" not in gauges and "waiting" not in gauges:
-        raise NotVllmMetrics("it has no vllm:num_requests_running: is this a vLLM server?")
+        raise NotVllmMetrics(
+            "it has no vllm:num_requests_running: is this a vLLM server, or SGLang with --enable-metrics?"
+        )
     kv_usage = [min(max(0.0, each), 1.0) for each in gauges.get("kv_usage", [0.0])]
     counts = {name: sum(each) for name, each in values.items() if min(each) >= 0.0}
     counts = {name: count for name, count in counts.items() if count <= _MAX_COUNT}

@@ -92,6 +92,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(exchange.head + exchange.body)
         else:
             self._transport.writelines((exchange.head, exchange.body))
+        if exchange.sent is not None:
+            exchange.sent()
 
     def abort(self) -> None:
         """End the connection now, with its request if it has one. vLLM then aborts that."""

@@ -33,7 +33,7 @@ class Exchange:
     the time is over.
     """
 
-    __slots__ = ("_timer", "answer", "body", "head", "limit", "name", "repeated", "stop", "to")
+    __slots__ = ("_timer", "answer", "body", "head", "limit", "name", "repeated", "sent", "stop", "to")
 
     def __init__(
         self, to: Destination, head: bytes, body: bytes, limit: int, timeout: float, name: bytes = b""
@@ -48,6 +48,8 @@ class Exchange:
         """What the instance may repeat in its answer."""
         self.repeated = False
         """Whether it was sent before, on a connection that was being closed."""
+        self.sent: Callable[[], object] | None = None
+        """Called when a connection has taken the request, if somebody wants to know."""
         self.stop: Callable[[], object] | None = None
         self.answer: asyncio.Future[Answer] = loop.create_future()
         self.answer.add_done_callback(self._ended)

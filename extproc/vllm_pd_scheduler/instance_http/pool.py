@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from .connection import Connection
@@ -58,15 +58,18 @@ class ConnectionPool:
         limit: int,
         timeout: float,
         name: bytes = b"",
+        sent: Callable[[], object] | None = None,
     ) -> asyncio.Future[Answer]:
         """Send a POST; return its answer to come, whose body may have ``limit`` bytes.
 
         The future raises :exc:`~vllm_pd_scheduler.instance_http.errors.RequestFailed`, after ``timeout``
         seconds at the latest. To cancel it ends the request's connection. ``name`` is what the answer has
         near its beginning, if the instance repeats that: one that has the request before's is not taken.
+        ``sent`` is called when a connection has taken the request.
         Raises :exc:`ValueError` for headers that cannot be sent.
         """
         exchange = Exchange(to, post_head(path, to[0], headers, len(body)), body, limit, timeout, name)
+        exchange.sent = sent
         connection = self._take(to)
         if connection is not None:
             connection.start(exchange)

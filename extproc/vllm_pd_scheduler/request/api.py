@@ -1,7 +1,7 @@
 """The APIs whose requests are split: what each calls the prompt, and what bounds its answer.
 
 Sources: vLLM's ``entrypoints/openai/completion``, ``chat_completion`` and ``responses``, ``anthropic`` and
-``scale_out/token_in_token_out``, version 0.32.
+``scale_out/token_in_token_out``, version 0.32, and SGLang's ``entrypoints/http_server.py``, version 0.5.23.
 """
 
 from __future__ import annotations
@@ -86,5 +86,16 @@ GENERATE: Final = Api(
 )
 """Token ids in, token ids out. What bounds or ends the answer is in ``sampling_params``."""
 
-APIS: Final = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE)}
+NATIVE: Final = Api(
+    "/generate",
+    ("text", "input_ids"),
+    (),
+    {"stream": b"false"},
+    frozenset({"stream_options"}),
+    frozenset(),
+    {},
+)
+"""SGLang's own: text or token ids. What bounds or ends the answer is in ``sampling_params``."""
+
+APIS: Final = {api.path: api for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE, NATIVE)}
 """By their paths."""

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from .api import CHAT, COMPLETIONS, GENERATE, Api
+from .api import CHAT, COMPLETIONS, GENERATE, NATIVE, Api
 from .errors import BodyError
 from .handoff_key import is_suspect, refuse_name, without_key
 from .json_text import (
@@ -83,6 +83,9 @@ class Fields(msgspec.Struct, frozen=True):
     system: msgspec.Raw = _ABSENT
     token_ids: msgspec.Raw = _ABSENT
     sampling_params: msgspec.Raw = _ABSENT
+    text: msgspec.Raw = _ABSENT
+    input_ids: msgspec.Raw = _ABSENT
+    logprob_start_len: msgspec.Raw = _ABSENT
     mm_processor_kwargs: msgspec.Raw = _ABSENT
     media_io_kwargs: msgspec.Raw = _ABSENT
 
@@ -92,7 +95,7 @@ UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KEYS = frozenset(Fields.__struct_fields__)
 _LONG = frozenset(
     {"prompt", "messages", "tools", "prompt_embeds", "model", "user", "prompt_cache_key", "cache_salt"}
-    | {"instructions", "input", "system", "token_ids", "sampling_params"}
+    | {"instructions", "input", "system", "token_ids", "sampling_params", "text", "input_ids"}
     | {"stop", "stop_token_ids", "stop_sequences", "mm_processor_kwargs", "media_io_kwargs"}
 )
 _decode = msgspec.json.Decoder(Fields).decode
@@ -192,8 +195,8 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
     def answer_limit(self) -> int | None:
         """Tokens that the client allows the answer; ``None`` without a limit."""
         given = next(filter(None, map(self.get, self.api.limits)), None)
-        if self.api is GENERATE and isinstance(params := self.get("sampling_params"), dict):
-            given = params.get("max_tokens")
+        if self.api in (GENERATE, NATIVE) and isinstance(params := self.get("sampling_params"), dict):
+            given = params.get("max_tokens" if self.api is GENERATE else "max_new_tokens")
         return given if type(given) is int and given > 0 else None
 
     def length(self, key: str) -> int:

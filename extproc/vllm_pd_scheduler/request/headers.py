@@ -12,9 +12,10 @@ ENVOY_CONFIG: Final = "pd-envoy-config"
 ENVOY_CONFIG_VERSION: Final = "5"
 """The version that this scheduler needs. It changes with what the two must agree on: 2 is hand-offs as
 dynamic metadata, 3 the log of results, 4 hand-offs for those D alone that can use them, and the client's
-request id beside D's, 5 data-parallel ranks."""
+request id beside D's, 5 data-parallel ranks, and new prefills for further attempts at a D that serves
+nothing alone."""
 
-_NOT_BEFORE_5: Final = "no D may have a data_parallel_size"
+_NOT_BEFORE_5: Final = "no D may have a data_parallel_size, and requests to SGLang have no further attempts"
 _NOT_BEFORE_4: Final = (
     "the health of a model is not known, a client's x-request-id can come back as another one, P and D of"
     f" several revisions must not run together, and {_NOT_BEFORE_5}"
@@ -45,6 +46,9 @@ REQUEST_ID: Final = "x-request-id"
 
 CLIENT_REQUEST_ID: Final = "x-pd-request-id"
 """The client's ``REQUEST_ID`` on a request to decode that has another one, since the hand-off needs that."""
+
+HOST: Final = "x-pd-host"
+"""``ip:port`` of the D that Envoy has chosen for an attempt, known to its filter of cluster ``decode``."""
 
 ATTEMPT: Final = "x-envoy-attempt-count"
 """Envoy's count of attempts at decode, from 1."""
@@ -113,8 +117,9 @@ EXPLAIN: Final = "x-pd-explain"
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
 """Headers by which a client asks for something. The instance does not get them."""
 
-STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, *STEERS_INSTANCES)
-"""Headers that only the scheduler sets, and those that only it reads; a client's go no further."""
+STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, "x-override-", *STEERS_INSTANCES)
+"""Headers that only the scheduler sets, those that only it reads, and those by which SGLang takes a room; a
+client's go no further."""
 
 TRACEPARENT: Final = "traceparent"
 """W3C Trace Context: the trace that a request belongs to, and its caller's span."""

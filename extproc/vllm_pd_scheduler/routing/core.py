@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..admission.body_memory import BodyMemory
 from ..admission.controller import AdmissionController
 from ..config import SchedulerConfig
-from ..connectors import Connectors
+from ..connectors import ConnectorFailed, Connectors, Splice
 from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
 from ..records.decision import MAX_TEXT, Decision
@@ -46,6 +47,7 @@ from .response_ids import ResponseIds
 from .share_limit import ShareLimit
 from .sidecar import SidecarPrefill
 from .time_limits import first_byte_timeout, passed_timeout
+from .together import Beside
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class RoutingCore:
             config,
             scheduler,
             admission,
+            connectors,
             telemetry,
             recording,
             self.catalog,
@@ -291,13 +294,16 @@ class RoutingCore:
                 context, changed, Served.WHOLE, limit, decision, keeper, bound=keeper is not None
             )
         alone = self._disaggregation.local_endpoint(context)
-        if alone is not None:
+        if alone is not None and self.decode.serves_alone(alone):
             return await self.decode.whole(context, changed, Served.ALONE, limit, decision, alone)
         if self.config.prefill_leg == "sidecar":
             return await self._by_sidecar(context, changed, limit, decision)
         prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
+        if isinstance(prefilled, Beside):
+            self._local.take(False)
+            return self.decode.together(context, body, prefilled, decision)
         if isinstance(prefilled, WithoutHandoff):
             return self.decode.without_handoff(context, changed, limit, prefilled, decision)
         self._local.take(False)
@@ -313,6 +319,30 @@ class RoutingCore:
         except Exception:
             self.in_flight.free(prefilled)
             raise
+
+    async def again(self, request: str, address: str, body: bytes) -> tuple[Beside, Splice] | None:
+        """Have a request prefilled anew for a further attempt, at the D that is reached at ``address``.
+
+        Return the prefill that runs, and what goes into the body; ``None`` if nobody prefills it.
+        """
+        forward = self.in_flight.running(request)
+        decode = self.registry.at(InstanceRole.DECODE, address)
+        before = None if forward is None else forward.beside
+        if forward is None or decode is None or not isinstance(before, Beside):
+            return None
+        parsed = await self._turns.take(JsonBody.read(body, APIS[before.context.path]))
+        beside = await self.prefill.again(before, parsed, decode)
+        if beside is None:
+            return None
+        splice = None
+        with contextlib.suppress(ConnectorFailed):
+            handoff = beside.attempt.promised()
+            splice = None if handoff is None else beside.attempt.splice(parsed, handoff)
+        if splice is None or forward.ended:
+            beside.stop()
+            return None
+        beside.attach(forward)
+        return beside, splice
 
     async def _by_sidecar(
         self, context: RequestContext, body: bytes | None, limit: float, decision: Decision

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
-from ..connectors import ConnectorFailed, Splice
+from ..connectors import ConnectorFailed, Connectors, Splice
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -28,7 +28,8 @@ from .forward import Forward
 from .in_flight import RequestsInFlight
 from .prefill import WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
-from .time_limits import first_byte_timeout
+from .time_limits import LEASE_SHARE, first_byte_timeout
+from .together import Beside
 
 
 class NoPartner(Exception):
@@ -46,6 +47,7 @@ class DecodeStage:
         config: SchedulerConfig,
         scheduler: Scheduler,
         admission: AdmissionController,
+        connectors: Connectors,
         telemetry: Telemetry,
         recording: Recording,
         catalog: Catalog,
@@ -57,6 +59,7 @@ class DecodeStage:
         self._scheduler = scheduler
         self._registry = scheduler.registry
         self._admission = admission
+        self._connectors = connectors
         self._telemetry = telemetry
         self._recording = recording
         self._catalog = catalog
@@ -106,6 +109,10 @@ class DecodeStage:
         if not picked:
             return self.no_decode(context, decision)
         decode = self._in_turn(context, picked[:count], count)
+        if served is not Served.PASSED and self._connectors.some_need_prefill:
+            decode = self._able(decode, context, served, beside, count)
+            if not decode:
+                return no_prefill() if served is Served.LOCAL else _indivisible()
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
         self._telemetry.forwarded(decode[0].id, served)
@@ -139,6 +146,66 @@ class DecodeStage:
             forward.trace = trace
             tokens, first = context.prompt_tokens, decode[0]
             trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
+        return forward
+
+    def serves_alone(self, endpoint: Endpoint) -> bool:
+        """Whether a D can serve a request that no P prefills."""
+        return not self._connectors.of(endpoint.instance).needs_prefill
+
+    def _able(
+        self,
+        decode: list[Endpoint],
+        context: RequestContext,
+        served: Served,
+        beside: Endpoint | None,
+        count: int,
+    ) -> list[Endpoint]:
+        """Return those D that can serve a request, further attempts included."""
+        if beside is not None and not self.serves_alone(beside):
+            fitting = self._scheduler.fitting(beside, decode)
+            return decode if fitting is None else [each for each in decode if each in fitting]
+        able = [each for each in decode if self.serves_alone(each) or (each is decode[0] and beside)]
+        if able:
+            return able
+        outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
+        others = self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
+        return [each for each in others if self.serves_alone(each)][:count]
+
+    def together(
+        self, context: RequestContext, body: JsonBody, prefill: Beside, decision: Decision
+    ) -> Forward | Reject:
+        """Send a request to decode while P prefills it."""
+        try:
+            handoff = prefill.attempt.promised()
+            splice = None if handoff is None else prefill.attempt.splice(body, handoff)
+            if handoff is None or splice is None or not self._fits(splice):
+                prefill.stop()
+                return no_prefill()
+            left = (handoff.lease or self._config.kv_lease_duration) * LEASE_SHARE
+            limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor)
+            forward = self.send(
+                context,
+                body.raw if body.changed else None,
+                Served.SPLIT,
+                min(self._config.prefill_timeout, left) + limit,  # the first byte comes after the prefill
+                decision,
+                beside=prefill.endpoint,
+            )
+        except ConnectorFailed:
+            prefill.stop()
+            return no_prefill()
+        except NoPartner:
+            prefill.stop()
+            return self.no_decode(context, decision)
+        except Exception:
+            prefill.stop()
+            raise
+        if isinstance(forward, Reject):
+            prefill.stop()
+        else:
+            forward.only = self._scheduler.fitting(prefill.endpoint, forward.decode)
+            forward.splice = splice
+            prefill.attach(forward)
         return forward
 
     async def whole(
@@ -296,10 +363,22 @@ class DecodeStage:
         unknown = self._catalog.unknown(decision.asked_model, context.model)
         if unknown is not None:  # an adapter may have been unloaded meanwhile
             return unknown
-        endpoints = self._registry.endpoints(InstanceRole.DECODE)
-        endpoints = [e for e in endpoints if self._scheduler.may_serve(e, context.model)]
-        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or "none is registered"
+        registered = self._registry.endpoints(InstanceRole.DECODE)
+        endpoints = [e for e in registered if self._scheduler.may_serve(e, context.model)]
+        nobody = (
+            "none that has the model is of a revision with a weight" if registered else "none is registered"
+        )
+        states = ", ".join(f"{e.id} is {e.state}" for e in endpoints[:8]) or nobody
         return reject(503, f"No decode instance can serve this request now: {states}.", "no_decode")
+
+
+def _indivisible() -> Reject:
+    """Return the answer to a request that only a D that prefills could serve, where no D does."""
+    words = (
+        "This request cannot be split between prefill and decode instances, and no decode instance here "
+        "serves one alone."
+    )
+    return reject(501, words, "indivisible")
 
 
 def _of_each_process(endpoints: Iterable[Endpoint]) -> list[Endpoint]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..connectors import Splice
 from ..fleet.endpoint import Endpoint, Reservation
@@ -22,6 +22,33 @@ from .prefill_claim import PrefillClaim
 
 if TYPE_CHECKING:
     from ..tracing.request_trace import RequestTrace
+
+
+class PrefillBeside(Protocol):
+    """A prefill that runs while D has the request: :class:`.together.Beside`, which is not of the core."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The P."""
+        ...
+
+    @property
+    def sent(self) -> bool:
+        """Whether P has said that D has all."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether P has failed or refused it."""
+        ...
+
+    def when_done(self, call: Callable[[], object]) -> None:
+        """Call something when P is at it no more."""
+        ...
+
+    def released(self) -> None:
+        """Take it that the request has ended."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +82,8 @@ class Forward:
     """Gives the client an error in place of D's answer, or cuts that, if it can be done."""
     sidecar: PrefillClaim | None = None
     """What it takes on the P that the sidecar at D asks, in place of a hand-off."""
+    beside: PrefillBeside | None = None
+    """The prefill that runs while D has the request. Its D can use that alone, once."""
     freed: bool = False
     """Whether the hand-off has been given back to P."""
     first_byte_timeout: float | None = None
@@ -108,6 +137,8 @@ class Forward:
         """The instance that prefilled, or that a sidecar asks to, if one does."""
         if self.pending is not None:
             return self.pending.prefill
+        if self.beside is not None:
+            return self.beside.endpoint
         return self.sidecar.endpoint if self.sidecar is not None else None
 
     @property
@@ -119,7 +150,13 @@ class Forward:
     @property
     def used_once(self) -> bool:
         """Whether it carries a hand-off that no second D may use."""
-        return self.call is not None or (self.pending is not None and self.pending.handoff.pinned)
+        made = self.beside is not None or self.call is not None
+        return made or (self.pending is not None and self.pending.handoff.pinned)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its answer has ended."""
+        return self.on_release is None
 
     @property
     def prefilled(self) -> bool:

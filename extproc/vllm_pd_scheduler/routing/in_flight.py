@@ -131,6 +131,15 @@ class RequestsInFlight:
         claim.expired(self._clock())
         self._changed()
 
+    def running(self, request: str) -> Forward | None:
+        """Return what was sent to decode under an id of ours, and has not ended."""
+        return self._running.get(request)
+
+    def in_vain(self, request: str) -> bool:
+        """Whether P has failed a request whose D is answering: it has been told to end that."""
+        forward = self._running.get(request)
+        return forward is not None and forward.beside is not None and forward.beside.failed
+
     def answer_began(self, forward: Forward, status: int) -> None:
         """Note that the answer to a request has begun, where Envoy tells that before it has ended."""
         if forward.sidecar is not None:
@@ -176,10 +185,12 @@ class RequestsInFlight:
             endpoint is not None and self._registry.stands_out(endpoint)
         )
         instance = endpoint.instance.instance_id if endpoint is not None else attempt.address
+        # Whose fault it is, is not known while D waits for P.
+        waited = forward.beside is not None and not forward.beside.sent
         if attempt.failure is Failure.RESET:
             forward.losses += 1
             self.lost.lost(forward.prompt, instance, self._clock())
-        elif attempt.status == 500:
+        elif attempt.status == 500 and not waited:
             forward.losses += 1
             self.lost.suspect(forward.prompt, instance, self._clock())
         if forward.sidecar is not None and attempt.failure is Failure.STATUS:
@@ -223,6 +234,8 @@ class RequestsInFlight:
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
         if prefill is None or prefill not in self._registry or endpoint is None:
             return  # what is gone has no series
+        if forward.beside is not None:
+            return  # what came before the first byte was the prefill too
         if ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
@@ -250,6 +263,9 @@ class RequestsInFlight:
         by = hands_over if attempt.first and failure is Failure.STATUS else None
         if claim is not None and failure in MAY_BE_PREFILLS:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
+        elif attempt.status == 500 and forward is not None and forward.beside and not forward.beside.sent:
+            if not forward.beside.failed:  # else it was made to, since P has failed
+                registry.doubtful(endpoint, reason, now)
         elif failure is Failure.OVERLOADED:
             registry.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:
@@ -346,6 +362,8 @@ class RequestsInFlight:
         if forward.call is not None:
             forward.refuse = None
             forward.call.end()
+        if forward.beside is not None:
+            forward.beside.released()
         if forward.sidecar is not None:
             forward.sidecar.end(now)
             forward.sidecar.endpoint.end_handoff()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Connectors, Handoff, Order
 from ..fleet.endpoint import Endpoint, Reservation
 from ..handoff.interfaces import (
+    AbortLeg,
     AskPrefill,
     LocalShortage,
     PrefillAnswer,
@@ -32,13 +34,17 @@ from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..scheduler.kv_source import KvSources
 from ..telemetry import Telemetry
+from ..telemetry.pace import Pace
 from ..tracing import current
 from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .share_limit import ShareLimit
 from .time_limits import handoff_deadline
+from .together import Beside
 from .tokens_once import tokens_once
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,8 @@ class PrefillStage:
     """Has requests prefilled: on one P after another, up to ``max_retries`` more.
 
     ``leg`` sends a prefill; without one, decode does all prefills itself. ``ask`` asks P what some protocols
-    must know before. ``local`` counts those that decode does because P failed.
+    must know before, ``abort`` ends a leg whose other one has failed. ``local`` counts those that decode does
+    because P failed.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class PrefillStage:
     ) -> None:
         self.leg: PrefillLeg | None = None
         self.ask: AskPrefill | None = None
+        self.abort: AbortLeg | None = None
         self.can_be_asked = False
         """Whether D can ask for a prefill."""
         self._config = config
@@ -119,12 +127,16 @@ class PrefillStage:
         self._lost = lost
         self._clock = clock
         self._sources = KvSources(scheduler, connectors.can_pull)
+        self._pace = Pace(clock)
         self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
 
     async def run(
         self, context: RequestContext, headers: Mapping[str, str], body: JsonBody, decision: Decision
-    ) -> Outcome | AskedLater:
-        """Return the hand-off, that D asks for it or prefills itself, or the answer in place of all."""
+    ) -> Outcome | AskedLater | Beside:
+        """Return the hand-off, that D asks for it or prefills itself, or the answer in place of all.
+
+        Where P answers only when D has the blocks, return the prefill that runs.
+        """
         if self.leg is None:
             return WithoutHandoff(failed=False)
         tried = Tried(self._lost.spent(context.fingerprint), decision)
@@ -155,7 +167,7 @@ class PrefillStage:
         assert self.leg is not None
         reservation = self._chosen_anew(later, context)
         outcome = await self._by_one_after_another(self.leg, reservation, context, headers, body, tried)
-        assert not isinstance(outcome, AskedLater)
+        assert not isinstance(outcome, (AskedLater, Beside))
         return outcome
 
     def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
@@ -184,7 +196,7 @@ class PrefillStage:
         headers: Mapping[str, str],
         body: JsonBody,
         tried: Tried,
-    ) -> Outcome | AskedLater:
+    ) -> Outcome | AskedLater | Beside:
         while isinstance(reservation, Reservation):
             self._sources.take(reservation, context)
             self.trace_pick(reservation, context)
@@ -214,6 +226,41 @@ class PrefillStage:
             return await self._admission.admit(ticket)
         finally:
             decision.admitted(ticket.choice, ticket.waited)
+
+    async def again(self, before: Beside, body: JsonBody, decode: Endpoint) -> Beside | None:
+        """Return a new prefill that runs, for a further attempt at a D; ``None`` if there is none to be had.
+
+        Nothing waits for a P here, since Envoy does not wait long.
+        """
+        tried, context = before.tried, before.context
+        before.stop()
+        if not before.failed:
+            tried.give_back(before.endpoint)
+        while self.leg is not None and tried.refusal is None:
+            endpoint = self._beside(decode, context, tried)
+            if endpoint is None:
+                break
+            reservation = self._registry.reserve(endpoint, context)
+            outcome = await self._attempt(self.leg, reservation, context, before.headers, body, tried)
+            if outcome is not None:
+                return outcome if isinstance(outcome, Beside) else None
+        return None
+
+    def _beside(self, decode: Endpoint, context: RequestContext, tried: Tried) -> Endpoint | None:
+        """Return a P that was not tried and fits a D."""
+        if len(tried.endpoints) > self._config.max_retries:
+            return None
+        context.at(self._clock())
+        role, exclude = InstanceRole.PREFILL, [*tried.excluded]
+        while picked := (
+            self._scheduler.pick(role, context, exclude=exclude)
+            or self._scheduler.last_resorts(role, exclude, context.model)
+        ):
+            barred = self._registry.left_out.barred(picked[0], context.now)
+            if self._scheduler.fit(picked[0], decode) and decode not in barred:
+                return picked[0]
+            exclude.append(picked[0])
+        return None
 
     async def _another(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
         """Reserve an endpoint that was not tried; ``None`` if there is none.
@@ -249,8 +296,8 @@ class PrefillStage:
         return found
 
     def _decode_may_not_prefill(self, tried: Tried) -> bool:
-        asked = tried.asked is not None
-        return asked or self._config.on_prefill_failure == "fail" or self._local.reached
+        cannot = tried.asked is not None or tried.order is Order.TOGETHER
+        return cannot or self._config.on_prefill_failure == "fail" or self._local.reached
 
     async def _attempt(
         self,
@@ -260,7 +307,7 @@ class PrefillStage:
         headers: Mapping[str, str],
         body: JsonBody,
         tried: Tried,
-    ) -> Outcome | AskedLater | None:
+    ) -> Outcome | AskedLater | Beside | None:
         """Make one attempt; ``None`` if another instance should be tried."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
@@ -269,6 +316,7 @@ class PrefillStage:
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
             noted.source, noted.pulled = reservation.source.id, reservation.pulled
+        beside: Beside | None = None
         try:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
             if refused_for:  # others with its prompt were lost while it has waited
@@ -287,44 +335,84 @@ class PrefillStage:
             if sent is None:
                 noted.outcome = "not_split"
                 return WithoutHandoff(failed=False)
-            with self._telemetry.time_prefill(endpoint.id):
-                answer = await leg(endpoint, context.path, headers, sent, attempt)
-            noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
-            if answer.status == 200:
-                return self._handed_over(reservation, context, attempt, answer, tried, noted)
-        except ConnectorFailed:  # which says nothing of the instance
+            if tried.order is Order.TOGETHER:
+                beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
+            else:
+                with self._telemetry.time_prefill(endpoint.id):
+                    answer = await leg(endpoint, context.path, headers, sent, attempt)
+                return self._answered(reservation, context, attempt, answer, tried, noted)
+        except (ConnectorFailed, PrefillFailed) as error:
+            return self._unanswered(error, endpoint, context, tried, noted)
+        finally:
+            if beside is None and not tried.later:
+                self._end(reservation, noted)
+
+        async def send(accepted: Callable[[], None]) -> Outcome | None:
+            try:
+                with self._telemetry.time_prefill(endpoint.id):
+                    answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
+                return self._answered(reservation, context, attempt, answer, tried, noted)
+            except (ConnectorFailed, PrefillFailed) as error:
+                return self._unanswered(error, endpoint, context, tried, noted)
+            finally:
+                self._end(reservation, noted)
+
+        return await beside.begin(send)
+
+    def _end(self, reservation: Reservation, noted: NotedAttempt) -> None:
+        now = self._clock()
+        noted.took = now - reservation.at
+        if noted.outcome in _MAY_BE_THE_SOURCE:
+            self._pull_ended(reservation, 0)
+        reservation.release(now)
+        # Soon, since this request itself is about to take a place at decode.
+        asyncio.get_running_loop().call_soon(self._admission.wake)
+
+    def _answered(
+        self,
+        reservation: Reservation,
+        context: RequestContext,
+        attempt: Attempt,
+        answer: PrefillAnswer,
+        tried: Tried,
+        noted: NotedAttempt,
+    ) -> Outcome | None:
+        noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
+        if answer.status == 200:
+            return self._handed_over(reservation, context, attempt, answer, tried, noted)
+        return self._not_200(reservation.endpoint, context.fingerprint, answer, tried)
+
+    def _unanswered(
+        self,
+        error: ConnectorFailed | PrefillFailed,
+        endpoint: Endpoint,
+        context: RequestContext,
+        tried: Tried,
+        noted: NotedAttempt,
+    ) -> Outcome | None:
+        """Note an attempt that has no answer, or none that its connector could read."""
+        if isinstance(error, ConnectorFailed):  # which says nothing of the instance
             noted.outcome = "connector"
             return WithoutHandoff(failed=False)
-        except LocalShortage as error:
+        if isinstance(error, LocalShortage):
             noted.outcome = "local_resources"
             self._local_errors.add(str(error))
             return reject(503, "The scheduler's machine is short of resources.", "local_resources")
-        except PrefillNotSent as error:
+        if isinstance(error, PrefillNotSent):
             noted.outcome = "not_sent"
             self._local_errors.add(str(error))
             tried.only_full = False
             return None
-        except PrefillFailed as error:
-            noted.outcome = str(error)
-            self._failed(endpoint, str(error), tried)
-            if self.ask is not None:
-                for rank in self._registry.ranks_of(endpoint):
-                    self.ask.forget(rank)
-            tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
-            lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
-            # One that is alive may write to D all the same, and later than another one has: when the blocks
-            # are another prompt's.
-            return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
-        finally:
-            if not tried.later:
-                now = self._clock()
-                noted.took = now - reservation.at
-                if noted.outcome in _MAY_BE_THE_SOURCE:
-                    self._pull_ended(reservation, 0)
-                reservation.release(now)
-                # Soon, since this request itself is about to take a place at decode.
-                asyncio.get_running_loop().call_soon(self._admission.wake)
-        return self._not_200(endpoint, context.fingerprint, answer, tried)
+        noted.outcome = str(error)
+        self._failed(endpoint, str(error), tried)
+        if self.ask is not None:
+            for rank in self._registry.ranks_of(endpoint):
+                self.ask.forget(rank)
+        tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
+        lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+        # One that is alive may write to D all the same, and later than another one has: when the blocks are
+        # another prompt's.
+        return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
 
     async def _prepared(
         self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
@@ -347,10 +435,9 @@ class PrefillStage:
         )
         if source is not None:
             attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host, source.rank))
-        tried.decode = None
-        order = attempt.order()
-        tried.later = order is Order.DECODE_FIRST
-        if order is Order.TOWARDS_DECODE:
+        tried.decode, tried.order = None, attempt.order()
+        tried.later = tried.order is Order.DECODE_FIRST
+        if tried.order is Order.TOWARDS_DECODE:
             context.at(self._clock())
             picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
             if not picked:
@@ -396,9 +483,12 @@ class PrefillStage:
         noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
             trace.prefill_useless("no_handoff")
-        self._failed(
-            endpoint, "no_handoff", tried, "no hand-off in its answer: has it a --kv-transfer-config?"
+        words = (
+            "no hand-off in its answer: has it a --kv-transfer-config, with the connector that is set here?"
         )
+        if self._pace.due("no_handoff"):
+            log.warning("%s: %s (logged at most once a minute)", endpoint.id, words)
+        self._failed(endpoint, "no_handoff", tried, words)
         return None
 
     def _not_200(
@@ -486,6 +576,8 @@ class Tried:
         """All ranks of their processes: what has failed on one is not tried on another."""
         self.only_full = True
         self.losses = losses
+        self.order = Order.PREFILL_FIRST
+        """Of the newest attempt."""
         self.decode: Endpoint | None = None
         """The only D that the newest attempt is for, if it is for one only."""
         self.refusal: Reject | None = None
@@ -504,6 +596,11 @@ class Tried:
     def excluded(self) -> Sequence[Endpoint]:
         """Those that are not to be tried."""
         return [*self.processes, *self.unfit] if self.unfit else self.processes
+
+    def give_back(self, endpoint: Endpoint) -> None:
+        """Let one that has not failed be tried again."""
+        self.endpoints.remove(endpoint)
+        self.processes = [each for each in self.processes if each.instance is not endpoint.instance]
 
     def clear(self) -> None:
         """Let all be tried again."""

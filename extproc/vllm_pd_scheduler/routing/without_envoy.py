@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from ..handoff.abort import HttpAbort
 from ..handoff.prefill_leg import HttpPrefill
 from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
@@ -97,12 +98,15 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
         core.encode.leg = HttpPrefill(pool, None, core.config.encode_timeout).send
         core.prefill.ask = questions = Questions(session, core.registry)
         core.in_flight.release_handoff = releaser
+        core.prefill.abort = abort = HttpAbort(pool)
         try:
             return await _attempts(core, pool, headers, data)
         finally:
             core.in_flight.settle(0.0)
             await questions.close()
             await releaser.close()
+            await abort.close()
+            core.prefill.abort = None
             core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff = leg, ask, release
             core.encode.leg = encode_leg
 

@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import PD_ROLES
+from ..models import PD_ROLES, PDInstance
 
 _SAME = {"auto": "nixl"}
 """Connectors that fit those of another name: with the first, only P's answers say which of its kind it is."""
 
 Kind = tuple[str | None, str]
 """What a P and a D have in common that fit together: their revision, and the name of their connector."""
+
+
+def kind_of(instance: PDInstance, connector: str) -> Kind:
+    """Return the kind of an instance of a fleet with this ``connector``."""
+    name = connector if instance.connector is None else instance.connector.name
+    return instance.revision, _SAME.get(name, name)
 
 
 class Pairing:
@@ -27,10 +33,7 @@ class Pairing:
 
     def kind_of(self, endpoint: Endpoint) -> Kind:
         """Return what an instance must have in common with the other half of a pair."""
-        instance = endpoint.instance
-        own = instance.connector
-        name = self._connector() if own is None else own.name
-        return instance.revision, _SAME.get(name, name)
+        return kind_of(endpoint.instance, self._connector())
 
     def several(self) -> bool:
         """Return whether there are instances that do not fit together."""

@@ -26,6 +26,7 @@ from ..envoy.ext_proc import ExtProcService
 from ..envoy.health import HealthService
 from ..envoy.retries import RetryCheck
 from ..fleet.endpoint import Endpoint
+from ..handoff.abort import HttpAbort
 from ..handoff.interfaces import AskPrefill, PrefillLeg
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.questions import Questions
@@ -129,6 +130,8 @@ class App:
             leg_pool, config.prefill_listener, config.prefill_timeout, releaser.unwanted
         )
         self._stack.push_async_callback(leg.close)
+        router.abort_leg = abort = HttpAbort(pool)
+        self._stack.push_async_callback(abort.close)
         router.encode_leg = (encode_leg := HttpPrefill(pool, None, config.encode_timeout)).send
         router.ask_prefill = questions = Questions(session, router.registry)
         self._stack.push_async_callback(questions.close)
@@ -161,6 +164,7 @@ class App:
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
         await self._sources.first_words()
+        router.tell_misfits(By.START)
         await self._start_grpc()
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
@@ -291,7 +295,12 @@ class App:
     async def _start_grpc(self) -> None:
         config = self.config
         access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
-        retries = RetryCheck(self.router.in_flight.may_try_again)
+        retries = RetryCheck(
+            self.router.in_flight.may_try_again,
+            self.router.again,
+            self.router.in_flight.in_vain,
+            config.max_body_bytes,
+        )
         discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)
         services = (self.ext_proc, discovery, access_log, retries, self._health)
         server = Server({path: method for each in services for path, method in each.methods().items()})

@@ -80,6 +80,7 @@ class Reload:
             await self._sources.follow(by)
         if asked or outcome.changed or outcome.needs_restart:
             self._router.events.add(EventKind.CONFIG, _said(outcome), by=by)
+            self._router.tell_misfits(by)
         return outcome
 
     async def _use(self, found: SchedulerConfig, by: str) -> Reloaded:

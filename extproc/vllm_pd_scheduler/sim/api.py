@@ -22,8 +22,9 @@ from .faults import MAX_JOURNAL_BODY, Entry, Fault, Journal, drop_connection
 from .handoff import FatalHandOff, Offer
 from .kv_api import KvApi
 from .options import WITHOUT_PARAMS, Options
-from .other_answers import GenerateShape, MessagesShape, ResponsesShape
+from .other_answers import GenerateShape, MessagesShape, NativeShape, ResponsesShape
 from .protocol import (
+    AbortBody,
     AdapterBody,
     AnyBody,
     ApiError,
@@ -31,7 +32,9 @@ from .protocol import (
     CompletionBody,
     EmbeddingBody,
     GenerateBody,
+    Length,
     MessagesBody,
+    NativeBody,
     ResponsesBody,
     TokenizeBody,
     TooLong,
@@ -40,6 +43,7 @@ from .protocol import (
     split_inputs,
 )
 from .ranks import Ranks
+from .sglang import metrics_page
 from .starlette import Cors, Handler, Routes
 from .text import Answer, read_prompt, render_chat, tokenize
 from .worker import EngineFailed, Job, Worker
@@ -66,6 +70,7 @@ _APIS: dict[str, tuple[type[AnyBody], type[Shape]]] = {
     "/v1/responses": (ResponsesBody, ResponsesShape),
     "/v1/messages": (MessagesBody, MessagesShape),
     "/inference/v1/generate": (GenerateBody, GenerateShape),
+    "/generate": (NativeBody, NativeShape),
 }
 """What generates: the body that each path reads, and the answers that it gives."""
 
@@ -81,6 +86,9 @@ class Api:
         self._fault = Fault()
         self._cors = Cors(options.allowed_origins)
         self._adapters = Adapters(options.enable_lora, options.max_loras, dict(options.lora_modules))
+        self._sglang = options.kv_connector == "sglang"
+        self._by_rid: dict[str, tuple[Worker, list[Job]]] = {}
+        """Of SGLang's requests that say how they are called."""
         self._encodings = Encodings(options, lambda: self.port)
         self._active_requests = 0
         self._started = int(time.time())
@@ -102,7 +110,7 @@ class Api:
         }
         post = {
             "/ping": self._health,
-            **dict.fromkeys(_APIS, self._generate),
+            **dict.fromkeys(_APIS.keys() - {"/generate"}, self._generate),
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/_sim/fault": self._set_fault,
@@ -111,6 +119,9 @@ class Api:
         }
         handlers = {("GET", path): handler for path, handler in get.items()}
         handlers |= {("POST", path): handler for path, handler in post.items()}
+        if self._sglang:
+            native = {"/generate": self._generate, "/abort_request": self._abort}
+            handlers |= {("POST", path): handler for path, handler in native.items()}
         handlers |= KvApi(self._options, self._ranks, lambda: self.port).handlers()
         app.router.add_get(ENCODINGS_PATH, self._encodings.give)
         app.add_routes([web.route("*", "/{path:.*}", Routes(handlers).__call__)])
@@ -173,6 +184,8 @@ class Api:
         request[ENTRY].rank = self._ranks.workers.index(worker)
         jobs = self._make_jobs(body, shape, request[ENTRY], worker)
         requests = [job.request for job in jobs]
+        if self._sglang and body.rid:
+            self._by_rid[body.rid] = worker, jobs
         self._adapters.begin(model, requests)
         self._active_requests += 1
         try:
@@ -183,6 +196,8 @@ class Api:
             return await self._whole(request, shape, jobs, worker, self._encodings.answer(hashes))
         finally:
             self._active_requests -= 1
+            if self._sglang and body.rid:
+                self._by_rid.pop(body.rid, None)
             self._adapters.end(model, requests)
 
     def _model(self, model: str | None) -> str:
@@ -197,17 +212,19 @@ class Api:
         """Return the jobs of a request, one for each choice; raise ApiError if it cannot be run."""
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise ApiError(400, f"n must be 1 to {MAX_N}, got {body.n}.", "BadRequestError", "n")
-        reads = self._options.kv_connector not in WITHOUT_PARAMS
-        params = (body.kv_transfer_params if reads else None) or {}
+        all_params = worker.connector.params(body) if self._options.kv_connector not in WITHOUT_PARAMS else {}
         connector, profile = worker.connector, worker.engine.profile
-        hand_off = _kind_of(params, worker)
+        hand_off = _kind_of(all_params, worker)
         jobs: list[Job] = []
         try:
             for prompt in body.prompts(shape.model):
                 for number in range(body.n or 1):
+                    params = connector.nth(all_params, len(jobs))
                     answer = Answer(prompt, number)
                     natural = 1 if self._fault.eos else answer.natural_length
                     length = choose_length(body, prompt, natural, self._options.max_model_len)
+                    if hand_off is HandOff.SEND and connector.answers_when_fetched:
+                        length = Length(1, "length")
                     if hand_off is HandOff.SEND and length.finish_reason == "stop":
                         hand_off = HandOff.SEND if connector.sends_stopped else HandOff.NONE
                     # A name of its own, even if a client sends the same X-Request-Id twice.
@@ -225,12 +242,12 @@ class Api:
         except TooLong:
             # As in vLLM, a request that is rejected releases the sender's blocks.
             if hand_off is HandOff.RECEIVE:
-                _release_hand_off(params, entry, worker)
+                _release_hand_off(all_params, entry, worker)
             raise
         if hand_off is not HandOff.NONE:
             entry.hand_off = hand_off.value
         if hand_off is HandOff.RECEIVE:
-            _attach_hand_off(jobs, params, entry, worker)
+            _attach_hand_off(jobs, entry, worker)
         return jobs
 
     async def _encode(self, body: AnyBody) -> list[str]:
@@ -258,6 +275,10 @@ class Api:
             async with aclosing(worker.generate(jobs)) as tokens:
                 async for token in tokens:
                     words[token.choice].append(token.text)
+            if worker.connector.answers_when_fetched:
+                for job in jobs:
+                    if job.request.hand_off is HandOff.SEND:
+                        await worker.handed_over(job)
         except EngineFailed as error:
             raise ApiError(500, str(error), "InternalServerError") from error
         choices = [shape.choice(job.choice, "".join(words[job.choice]), job.finish_reason) for job in jobs]
@@ -286,7 +307,8 @@ class Api:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As with vLLM, status 200 is sent before anything can fail.
-        await response.prepare(request)
+        if not worker.connector.headers_with_first_token:
+            await response.prepare(request)
         sent = 0
         try:
             async with aclosing(worker.generate(jobs)) as tokens:
@@ -294,6 +316,8 @@ class Api:
                     if sent == request.get(MUTE):
                         await asyncio.Event().wait()
                     if not sent:
+                        if not response.prepared:
+                            await response.prepare(request)
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
                     await response.write(shape.token(token.choice, token.text, token.finish_reason))
                     sent += 1
@@ -302,6 +326,8 @@ class Api:
             wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
             await response.write(shape.closing(_usage(jobs), wanted))
         except EngineFailed as error:
+            if not response.prepared:
+                await response.prepare(request)
             await response.write(event(ApiError(500, str(error), "InternalServerError").body()) + DONE)
         except ConnectionError:
             return response  # the client has left; closing the generator has aborted its request
@@ -315,6 +341,15 @@ class Api:
             return web.Response(status=self._fault.health)
         return web.Response(status=503 if self._ranks.dead else 200)
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        """SGLang's: end a request by the name that it was given. One that is not known is no error."""
+        body = read_body(await request.read(), request.content_type, AbortBody)
+        if found := self._by_rid.get(body.rid):
+            worker, jobs = found
+            for job in jobs:
+                worker.abort(job)
+        return web.Response()
+
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": VERSION})
 
@@ -326,7 +361,10 @@ class Api:
         metrics = self._ranks.workers[0].metrics
         if self._adapters.enabled:
             metrics.adapters(self._adapters)
-        return web.Response(body=metrics.expose(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        page = metrics.expose()
+        if self._sglang:
+            page = metrics_page(page, self._ranks.workers[0].engine.profile.capacity)
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: web.Request) -> web.Response:
         length, adapters = self._options.max_model_len, self._adapters.paths
@@ -411,8 +449,9 @@ def _kind_of(params: dict[str, Any], worker: Worker) -> HandOff:
         return HandOff.NONE
 
 
-def _attach_hand_off(jobs: list[Job], params: dict[str, Any], entry: Entry, worker: Worker) -> None:
+def _attach_hand_off(jobs: list[Job], entry: Entry, worker: Worker) -> None:
     for job in jobs:
+        params = job.params
         try:
             blocks = worker.engine.profile.blocks_for(job.prompt.tokens)
             connector = worker.connector

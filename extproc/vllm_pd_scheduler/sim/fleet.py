@@ -163,8 +163,8 @@ class Fleet:
 
         def spoken(port: int) -> dict[str, Any]:
             match self.connector:
-                case "mooncake":
-                    return {"connector": {"type": "mooncake", "bootstrap_port": port}}
+                case "mooncake" | "sglang":
+                    return {"connector": {"type": self.connector, "bootstrap_port": port}}
                 case "moriio-read" | "moriio-write":
                     ports = {"handshake_port": port, "notify_port": port}
                     return {"connector": {"type": "moriio", "mode": self.connector[7:], **ports}}

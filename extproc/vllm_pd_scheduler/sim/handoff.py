@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from .protocol import AnyBody
 from .request import HandOff
 
 FETCH_PATH = "/_sim/kv/fetch"
@@ -119,6 +120,10 @@ class Connector:
 
     sends_stopped = True
     """Whether a prefill that has ended by a stop is handed over too."""
+    answers_when_fetched = False
+    """Whether a prefill is of one token, whatever is asked for, and answered when its blocks were fetched."""
+    headers_with_first_token = False
+    """Whether the headers of a stream come with its first token, or error."""
     pushes = False
     """Whether the sender writes, and finds what it is asked for by the receiver's request id."""
 
@@ -131,6 +136,14 @@ class Connector:
         if params.get("do_remote_prefill"):
             return HandOff.RECEIVE
         return HandOff.SEND if params.get("do_remote_decode") else HandOff.NONE
+
+    def params(self, body: AnyBody) -> dict[str, Any]:
+        """Return what a request says of hand-offs; raise ApiError if the engine does not serve that."""
+        return body.kv_transfer_params or {}
+
+    def nth(self, params: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return the same of one of a request's prompts."""
+        return params
 
     def request_id(self, params: dict[str, Any]) -> str | None:
         """Return the name under which a prefill is kept, if the request gives one."""

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from .ascend_layerwise import PUSH_PATH, PushCall
 from .handoff import FETCH_PATH, RELEASE_PATH, FetchCall, FetchReply
-from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer
+from .mooncake import PULL_PATH, QUERY_PATH, MooncakeConnector, PullCall, query_answer, sent_as
 from .offloading import (
     P2P_FETCH_PATH,
     P2P_LOOKUP_PATH,
@@ -19,6 +19,7 @@ from .offloading import (
 )
 from .options import Options
 from .ranks import Ranks
+from .sglang import ROOM_PATH, RoomCall, SglangConnector
 
 C = TypeVar("C", bound=msgspec.Struct)
 Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
@@ -43,9 +44,19 @@ class KvApi:
         sends = self._options.role != "decode"
         if isinstance(self._ranks.workers[0].connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
+        if isinstance(self._ranks.workers[0].connector, SglangConnector) and sends:
+            found["POST", ROOM_PATH] = self._room
         if isinstance(self._ranks.workers[0].connector, OffloadingConnector):
             found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
+
+    async def _room(self, request: web.Request) -> web.Response:
+        """The meeting of P and D in SGLang."""
+        call, [worker] = await _read(request, RoomCall), self._ranks.workers
+        if call.release:
+            worker.serve_release(FetchCall(worker.engine_id, sent_as(str(call.room))))
+            return web.Response()
+        return _answer(await worker.serve_pull(PullCall(worker.engine_id, str(call.room))))
 
     async def _fetch(self, request: web.Request) -> web.Response:
         call = await _read(request, FetchCall)

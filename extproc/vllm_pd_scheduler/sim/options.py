@@ -22,6 +22,7 @@ KvConnector = Literal[
     "moriio-read",
     "moriio-write",
     "offloading-p2p",
+    "sglang",
     "none",
 ]
 WITHOUT_PARAMS = frozenset({"shared-store", "none"})
@@ -32,6 +33,7 @@ LEASES = {
     "moriio-read": 60.0,
     "moriio-write": 60.0,
     "offloading-p2p": 60.0,
+    "sglang": 300.0,
 }
 """Seconds for which other engines than those with NIXL keep blocks."""
 FAIL_DELAYS = {"offloading-p2p": 30.0}

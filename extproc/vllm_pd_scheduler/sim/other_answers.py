@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from .answers import Shape, Usage, event
+from .answers import DONE, Shape, Usage, event
 
 
 def _named(kind: str, **fields: Any) -> bytes:
@@ -113,6 +113,40 @@ class MessagesShape(Shape):
     def closing(self, usage: Usage, wanted: bool) -> bytes:
         """Return the last event."""
         return _named("message_stop")
+
+
+class NativeShape(Shape):
+    """Answers of SGLang's ``/generate``."""
+
+    __slots__ = ()
+
+    @property
+    def answer_id(self) -> str:
+        """The request's own id."""
+        return self.request_id
+
+    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+        """Return an answer but for its tokens."""
+        return {"text": text, "meta_info": {"id": self.request_id, "finish_reason": {"type": finish_reason}}}
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, params: dict[str, Any] | None) -> bytes:
+        """Return an answer that is not streamed."""
+        (answer,) = choices
+        tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        answer["meta_info"] |= {**tokens, "cached_tokens": usage.cached_tokens or 0}
+        return msgspec.json.encode(answer)
+
+    def opening(self, index: int) -> bytes:
+        """Return nothing: the first token is the first event."""
+        return b""
+
+    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+        """Return the event of a token, as with ``--incremental-streaming-output``."""
+        return event(self.choice(index, text, finish_reason) if finish_reason else {"text": text})
+
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
+        """Return the last event."""
+        return DONE
 
 
 class GenerateShape(Shape):

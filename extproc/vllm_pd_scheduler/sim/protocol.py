@@ -55,6 +55,10 @@ class Body(msgspec.Struct, kw_only=True):
     ec_transfer_params: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+    rid: str | None = None
     cache_salt: str | None = None
 
 
@@ -160,7 +164,40 @@ class GenerateBody(Body, kw_only=True):
         return self.sampling_params.max_tokens
 
 
-AnyBody = CompletionBody | ChatBody | ResponsesBody | MessagesBody | GenerateBody
+class NativeParams(msgspec.Struct, frozen=True):
+    """The field ``sampling_params`` of SGLang's own API."""
+
+    max_new_tokens: int | None = 128
+    n: int | None = 1
+
+
+class NativeBody(Body, kw_only=True):
+    """Body of SGLang's ``/generate``."""
+
+    text: str | None = None
+    input_ids: list[int] | None = None
+    sampling_params: NativeParams = NativeParams()
+
+    def prompts(self, model: str) -> list[Prompt]:
+        """Return the one prompt; raise ApiError without one."""
+        prompt = self.text if self.text is not None else self.input_ids
+        if prompt is None:
+            raise ApiError(400, "Either text, input_ids or input_embeds should be provided.", "BadRequest")
+        return [_prompt(model, prompt)]
+
+    def limit(self) -> int | None:
+        """Return the tokens that the client asks for at most."""
+        return self.sampling_params.max_new_tokens
+
+
+AnyBody = CompletionBody | ChatBody | ResponsesBody | MessagesBody | GenerateBody | NativeBody
+
+
+class AbortBody(msgspec.Struct):
+    """Body of SGLang's ``/abort_request``."""
+
+    rid: str = ""
+    abort_all: bool = False
 
 
 class TokenizeBody(msgspec.Struct):

@@ -8,6 +8,7 @@ from .moriio import MoriioConnector
 from .nixl_push import PushConnector
 from .offloading import OffloadingConnector
 from .options import Options
+from .sglang import SglangConnector
 
 
 def connector_of(options: Options, rank: int = 0) -> Connector:
@@ -27,5 +28,7 @@ def connector_of(options: Options, rank: int = 0) -> Connector:
             return MoriioConnector(address, writes=writes, rank=rank, size=size)
         case "offloading-p2p":
             return OffloadingConnector(options.profile.lease, options.fail_delay)
+        case "sglang":
+            return SglangConnector(options.role, options.profile.lease)
         case _:
             return Connector()

@@ -114,6 +114,8 @@ class Worker:
         """Whose clients have left and whose blocks others may write to, by the id for those."""
         self._pulled: dict[str, asyncio.Event] = {}
         """By the name of a prefill that is not there yet and for which somebody waits."""
+        self._awaited: dict[str, asyncio.Future[str]] = {}
+        """By the name of a prefill that is answered when it was fetched: what has become of it."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- called by the HTTP server ---------------------------------------------------------------------
@@ -156,6 +158,33 @@ class Worker:
         finally:
             for job in jobs:
                 self._drop(job)
+
+    async def handed_over(self, job: Job) -> None:
+        """Wait until a prefill's blocks were fetched; raise EngineFailed if they are not, and free them."""
+        name = job.request.request_id
+        try:
+            outcome = "fetched"
+            if name in self._sent:
+                outcome = await self._awaited.setdefault(name, asyncio.get_running_loop().create_future())
+            if outcome != "fetched":
+                raise EngineFailed(f"Prefill transfer failed: {outcome}")
+        finally:
+            self._awaited.pop(name, None)
+            if self.engine.release(name):
+                self._forget(name, "released")
+                self._wake.set()
+
+    def abort(self, job: Job) -> None:
+        """End a job as its client asks: with an error, or as it is if it has begun to answer."""
+        request = job.request
+        if (awaited := self._awaited.get(request.request_id)) is not None and not awaited.done():
+            awaited.set_result("aborted")
+        elif request.request_id in self._jobs:
+            if request.generated and request.hand_off is not HandOff.SEND:
+                job.finish_reason = "abort"
+                job.stream.put_nowait(Token(job.choice, "", "abort"))
+            else:
+                job.stream.put_nowait(EngineFailed("Aborted by AbortReq."))
 
     def release(self, offer: Any) -> None:
         """Tell a hand-off's sender, in the background, that nobody will fetch it."""
@@ -425,6 +454,8 @@ class Worker:
     def _forget(self, request_id: str, outcome: str) -> Prompt | None:
         prompt = self._sent.pop(request_id, None)
         self._receivers.pop(request_id, None)
+        if (awaited := self._awaited.get(request_id)) is not None and not awaited.done():
+            awaited.set_result(outcome)
         if prompt:
             self.hand_offs[outcome] += 1
         return prompt

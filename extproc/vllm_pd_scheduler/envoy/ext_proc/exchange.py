@@ -166,7 +166,10 @@ class Exchange:
         stream = self._stream
         if stream.state is State.ROUTED:
             stream.sent()
-            self._hold.release()
+            if stream.forward is None or stream.forward.beside is None:
+                self._hold.release()
+            else:  # P is still being sent it
+                stream.forward.beside.when_done(self._hold.release)
             if stream.streamed and stream.forward is not None:
                 self._watch_answer(stream.forward)
         if stream.state is State.CLOSED:

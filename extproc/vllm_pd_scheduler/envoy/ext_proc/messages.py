@@ -312,6 +312,8 @@ def _forward(phase: Phase, forward: Forward) -> tuple[bytes, ...]:
         if forward.splice is not None:
             handoff["at"].number_value = forward.splice.at
             handoff["text"].string_value = forward.splice.text
+        if forward.beside is not None:
+            handoff["together"].bool_value = True
     data: bytes = response.SerializeToString()
     if forward.body is None:
         return (data,)
