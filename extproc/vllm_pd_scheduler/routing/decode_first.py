@@ -188,6 +188,7 @@ class DecodeFirst:
         except (ConnectorFailed, OSError):  # or D cannot be reached from here: whoever gets it prefills it
             later.end(self._clock())
             forward.served = decision.served = Served.LOCAL
+            decision.not_split = "splice"
             return
         prefill = later.reservation.endpoint
         forward.pending = PendingHandoff(
