@@ -4,7 +4,7 @@ import asyncio
 
 from tests.support.routing import Case, D, P
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
-from vllm_pd_scheduler.models import PDInstance
+from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 
 
 class InstancesTest(Case):
@@ -18,6 +18,22 @@ class InstancesTest(Case):
                 call("p0")
         with self.assertRaises(DuplicateInstance):
             self.router.register_instance(PDInstance("p1", P, "10.0.0.7", 1))
+
+    async def test_an_instance_that_cannot_be_leaves_all_as_it_was(self) -> None:
+        for role, wrong in (
+            (P, {"data_parallel_size": 0}),
+            (P, {"data_parallel_size": 65}),
+            (D, {"data_parallel_size": 1.5}),
+            (D, {"data_parallel_size": True}),
+            (P, {"connector": ConnectorChoice("nope")}),
+            (InstanceRole.ENCODE, {"connector": ConnectorChoice("nixl")}),
+        ):
+            with self.subTest(wrong):
+                with self.assertRaisesRegex(ValueError, "data_parallel_size|nope|nixl"):
+                    self.router.register_instance(PDInstance("x", role, "10.0.0.9", 1, **wrong))
+                self.router.register_instance(PDInstance("y", D, "10.0.0.8", 1))
+                self.router.unregister_instance("y")
+                self.assertEqual(len(self.router.get_instances()), 6)
 
     async def test_a_draining_p_takes_nothing_new(self) -> None:
         self.router.drain_instance("p0")

@@ -95,6 +95,12 @@ class PDInstance:
     """Engines behind its one port. With more than one, each is an endpoint of its own, a rank."""
 
     def __post_init__(self) -> None:
+        size = self.data_parallel_size
+        if isinstance(size, bool) or not (isinstance(size, int) and 1 <= size <= MAX_RANKS):
+            raise ValueError(
+                f"data_parallel_size of {self.instance_id}: must be a whole number from 1 to {MAX_RANKS}, "
+                f"not {size!r}"
+            )
         object.__setattr__(self, "host", canonical_host(self.host))
 
     @property

@@ -11,6 +11,7 @@ from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
+from .config.schema import check_connector
 from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
@@ -214,9 +215,12 @@ class PDRouter:
     def register_instance(self, instance: PDInstance, by: str = By.START) -> None:
         """Add an instance; it takes requests once a health check found it serving.
 
-        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, or
-        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` if its connector cannot be used.
+        Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, and
+        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` for one that its
+        role cannot have, or that cannot be made.
         """
+        if instance.connector is not None:
+            check_connector(instance.role, instance.connector)
         self.connectors.prepare([instance])
         self.membership.add(instance, by)
 

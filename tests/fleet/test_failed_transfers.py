@@ -7,6 +7,8 @@ from random import Random
 import pytest
 
 from tests.fleet.test_pairs import blamed, started
+from tests.support.registry import instance
+from vllm_pd_scheduler.fleet.failed_transfers import _MAX_PREFILLS
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 
@@ -83,3 +85,15 @@ def test_a_d_that_does_not_count_them_keeps_nothing() -> None:
     registry.scraped(decode, MetricsSnapshot(0.0), 0)
     registry.failed_transfers.handed_over(prefill, decode)
     assert not registry.failed_transfers._handed
+
+
+def test_the_p_that_are_told_apart_are_bounded() -> None:
+    """To learn of a thousand P would hold up the event loop for a second with each scrape."""
+    registry = started(1)
+    for number in range(1000):
+        registry.add(instance(f"x{number}", P, f"10.1.{number // 250}.{1 + number % 250}"))
+    decode = registry.get("d0")
+    for second, prefill in enumerate(registry.endpoints(P)):
+        registry.handed_over(prefill, decode)
+        registry.scraped(decode, MetricsSnapshot(float(second), failed_transfers=1.0), 0)
+    assert len(registry.failed_transfers._shares[decode].mean) <= _MAX_PREFILLS + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -91,7 +92,21 @@ def test_a_pair_that_is_out_gets_one_trial_after_a_pause() -> None:
     assert [(each.out, each.pause) for each in told] == [(True, 1.0), (True, 2.0), (False, 0.0)]
     for _ in range(20):
         registry.succeeded(d0, p0)
-    assert not pairs.in_doubt, "nothing is left of it"
+    assert not pairs.in_doubt
+    assert not pairs._of_prefill, "nothing is left of it"
+
+
+def test_doubts_cost_requests_nothing() -> None:
+    """In a large fleet some requests always fail: only what is left out is looked at for each request."""
+    registry = started()
+    play(registry, "00- 10+ 01- 11+ 22- 12+ 20- 20+")
+    assert not registry.pairs.in_doubt
+    assert not registry.pairs.suspects
+    play(registry, "10+ 00- 10+ 00-")
+    assert [each.id for each in registry.pairs.suspects] == ["p0"]
+    assert not registry.pairs.useless(registry.get("p0"), registry.routable(D), NOW + 1.1)
+    play(registry, "00+")
+    assert not registry.pairs.in_doubt
 
 
 def test_a_p_without_a_d_that_may_take_over() -> None:
@@ -180,3 +195,70 @@ def test_in_the_end_who_is_broken_is_out_and_nobody_else(seed: int, broken: str,
     assert all(d.breaker.state is not BreakerState.OPEN for d in healthy)
     out = {(p, d) for p, d, _ in registry.pairs.out()}
     assert out <= {"pair": {(p0, d0)}, "prefill": {(p0, None)}}.get(broken, set()), out
+
+
+def test_instances_that_are_gone_leave_nothing_behind() -> None:
+    """Their last requests end after them."""
+    registry = started()
+    p0, d0 = registry.get("p0"), registry.get("d0")
+    play(registry, "00- 10- 11- 01-")
+    registry.remove("p0")
+    for _ in range(9):
+        registry.failed(registry.get("d1"), "status", NOW, p0)
+        registry.failed(registry.get("d1"), "status", NOW, registry.get("p1"))
+        registry.succeeded(registry.get("d1"))
+    registry.remove("d0")
+    for _ in range(9):
+        registry.failed(d0, "status", NOW, registry.get("p1"))
+        registry.handed_over(p0, registry.get("d1"))
+    pairs = registry.pairs
+    known = {*pairs._of_prefill, *pairs._failed_with, *pairs._doubts}
+    known |= {each for failed in pairs._failed_with.values() for each in failed if each}
+    known |= {each for doubts in pairs._doubts.values() for each in doubts}
+    assert known <= set(registry)
+
+
+def test_a_d_is_not_ejected_for_what_a_p_that_is_gone_has_handed_over() -> None:
+    registry = started()
+    p0, d0 = registry.get("p0"), registry.get("d0")
+    play(registry, "10+ 00- 00-")
+    registry.remove("p0")
+    for _ in range(3):
+        registry.failed(d0, "status", NOW, p0)
+    assert d0.routable
+
+
+def test_a_pair_is_one_of_processes() -> None:
+    """Whatever ranks of the two hand over to each other, and D serves the ranks of another one."""
+    registry = Registry(HealthPolicy(breaker=BreakerPolicy(failures=3, pause=1.0)))
+    for name, role, host in (
+        ("p0", P, "10.0.1.1"),
+        ("p1", P, "10.0.1.2"),
+        ("d0", D, "10.0.2.1"),
+        ("d1", D, "10.0.2.2"),
+    ):
+        registry.add(replace(instance(name, role, host), data_parallel_size=4))
+        registry.probed(registry.get(name), None)
+    ranks = {name: registry.ranks_of(registry.get(name)) for name in ("p0", "p1", "d0", "d1")}
+    for rank in range(4):
+        registry.failed(ranks["d0"][rank], "status", NOW, ranks["p0"][3 - rank])
+        registry.succeeded(ranks["d0"][-rank], ranks["p1"][rank])
+    pairs = registry.pairs
+    assert [(p.instance.instance_id, d and d.instance.instance_id) for p, d, _ in pairs.out()] == [
+        ("p0", "d0")
+    ]
+    assert all(each.routable for each in registry)
+    for prefill in ranks["p0"]:
+        assert set(pairs.barred(prefill, NOW)) == set(ranks["d0"])
+        assert pairs.useless(prefill, ranks["d0"], NOW)
+        assert not pairs.useless(prefill, (*ranks["d0"], ranks["d1"][2]), NOW)
+    assert set(ranks["p0"]) <= set(pairs.suspects)
+    reservation = registry.reserve(ranks["d0"][2])
+    pairs.tried(ranks["p0"][1], ranks["d0"][2], reservation)
+    assert not pairs.barred(ranks["p1"][0], NOW)
+    for prefill in ranks["p0"]:
+        assert set(pairs.barred(prefill, NOW + 1.1)) in (set(ranks["d0"]), set())
+    registry.succeeded(ranks["d0"][2], ranks["p0"][1])
+    registry.remove("d0")
+    registry.remove("p0")
+    assert not pairs.in_doubt

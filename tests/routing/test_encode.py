@@ -231,6 +231,36 @@ class FailsTest(EncodeCase):
         self.assertRejected(outcome, 503, "lost")
         self.assertEqual(len(self.leg.tried), 1, "one E and one P have died of it")
 
+    async def test_another_rank_of_one_that_has_failed_is_not_another_one(self) -> None:
+        self.down("e0", "e1")
+        ranked = PDInstance("e2", InstanceRole.ENCODE, "10.0.0.4", 8000, data_parallel_size=3)
+        self.add(ranked)
+        names = [f"e2:{rank}" for rank in range(3)]
+        self.encode.answers = dict.fromkeys(names, PrefillFailed("connect"))
+        await self.chat("a")
+        self.assertEqual(len(self.encode.sent), 1)
+        self.add(PDInstance("e3", InstanceRole.ENCODE, "10.0.0.5", 8000))
+        busy = self.router.registry.reserve(self.endpoint("e3"))
+        await self.chat("b")
+        busy.release()
+        self.assertEqual(self.encode.of("b")[-1], "e3")
+        self.assertEqual(len(self.encode.of("b")), 2)
+
+    async def test_the_ranks_of_one_that_dies_are_one_that_dies(self) -> None:
+        self.down("e0", "e1")
+        self.add(PDInstance("e2", InstanceRole.ENCODE, "10.0.0.4", 8000, data_parallel_size=2))
+        self.encode.answers = dict.fromkeys(("e2:0", "e2:1"), PrefillFailed("reset", lost=True))
+        forward = await self.chat("a", "b")
+        self.assertEqual({name for name, _ in self.encode.sent}, {"e2:0", "e2:1"})
+        self.assertEqual(forward.prefill.id[0], "p")
+
+    async def test_an_item_at_which_all_fail_is_nobodys_fault(self) -> None:
+        """Else a client that sends a broken image over and over would have E ejected."""
+        self.encode.answers = dict.fromkeys(("e0", "e1"), answer(500))
+        for number in range(9):
+            await self.chat(f"broken-{number}")
+        self.assertTrue(all(self.endpoint(name).routable for name in ("e0", "e1")))
+
     async def test_a_shortage_of_ours_is_no_e_s_fault(self) -> None:
         self.encode.answers = dict.fromkeys(("e0", "e1"), LocalShortage("EMFILE"))
         await self.chat("a")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
+
+from prometheus_client import generate_latest
 
 from tests.support.in_flight import InFlightCase
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -67,12 +71,45 @@ class PairsTest(InFlightCase):
         forward = await self.forward()
         self.assertEqual((forward.served, forward.prefill), (Served.LOCAL, None))
 
+    async def test_a_p_that_is_left_out_has_no_room_for_anybody(self) -> None:
+        """However idle it is: else all would go to the others, which are full."""
+        for revisions in ({}, {"": 1}):
+            with self.subTest(revisions):
+                self.router = self.start(max_waiting=2, ejection_pause=60.0, revisions=revisions)
+                first, *others = self.endpoints(P)
+                self.leave_out_all(first)
+                taken = [self.router.registry.reserve(each) for each in others for _ in range(2)]
+                routing = asyncio.ensure_future(self.forward())
+                await asyncio.sleep(0)
+                self.assertEqual(len(self.router.dispatcher.queue), 1)
+                taken[0].release()
+                self.router.dispatcher.dispatch(self.now)
+                forward = await routing
+                self.assertIs(forward.prefill, others[0])
+                self.router.drain_instance(first.id)
+                for each in taken:
+                    each.release()
+                forward.release()
+
     async def test_where_decode_may_not_prefill_it_is_tried_all_the_same(self) -> None:
         self.router = self.start(on_prefill_failure="fail", ejection_pause=60.0)
         for prefill in self.endpoints(P)[1:]:
             self.router.drain_instance(prefill.id)
         self.leave_out_all(self.endpoints(P)[0])
         await self.forward()
+
+    async def test_nothing_is_learned_of_a_d_that_is_another_one_now(self) -> None:
+        """It has other ranks, at the same address."""
+        forward = await self.forward(stream=True)
+        decode = forward.decode[0]
+        self.router.unregister_instance(decode.id)
+        self.router.register_instance(replace(decode.instance, data_parallel_size=2))
+        result = Result(forward.id, Ending.OK, 200, 1.0, 0.5, 0.1, str(decode.address), 9)
+        self.router.in_flight.told(result)
+        forward.release()
+        self.assertEqual(self.router.registry.load.transfers._instances, {})
+        shown = generate_latest(self.router.telemetry.prometheus).decode()
+        self.assertFalse(f'decode="{decode.id}"' in shown)
 
     def leave_out_all(self, prefill: Endpoint) -> None:
         """Have all hand-offs of a P fail, at D that serve others."""

@@ -65,8 +65,8 @@ class PairsApi:
         registry, now = self._router.registry, self._router.clock()
         out = [
             PairOut(
-                prefill=prefill.id,
-                decode=None if decode is None else decode.id,
+                prefill=prefill.instance.instance_id,
+                decode=None if decode is None else decode.instance.instance_id,
                 failures=doubt.breaker.failures,
                 next_try_s=max(0.0, doubt.breaker.not_before - now),
             )

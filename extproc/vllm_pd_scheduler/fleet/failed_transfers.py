@@ -61,6 +61,12 @@ class _Shares:
                 row[other] = row.get(other, 0.0) - of * of_other / variance
             row[prefill] = min(max(0.0, row[prefill]) + _DRIFT, _UNKNOWN)
 
+    def forget_all_but(self, count: int, used: _Counts) -> None:
+        """Keep so many P: those ``used`` now, then those that fail most. It takes count² steps to learn."""
+        others = sorted(self.mean.keys() - used.keys(), key=self.mean.__getitem__)
+        for prefill in others[: max(0, len(self.mean) - count)]:
+            self.forget(prefill)
+
     def forget(self, prefill: Endpoint) -> None:
         """Forget what was learned of a P."""
         self.mean.pop(prefill, None)
@@ -122,6 +128,7 @@ class FailedTransfers:
                         shares.forget(prefill)
             return
         shares.learn(counts, failures)
+        shares.forget_all_but(_MAX_PREFILLS, counts)
         for prefill in counts:
             fails = shares.fails(prefill)
             if fails is not None and not (fails and not failures):

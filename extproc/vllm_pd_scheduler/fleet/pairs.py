@@ -5,6 +5,8 @@ that fails a request with a hand-off is first a doubt about the pair. The pair i
 another request since, with a hand-off of another P or with none. D is if it has not, or has failed others
 too. P is if all that it hands over has failed, at several D that serve others.
 
+A pair is one of processes: the ranks of one have the same network, version and settings.
+
 Only what is unusual is kept: nothing of the pairs whose requests succeed.
 """
 
@@ -38,7 +40,9 @@ class Doubt:
 
     breaker: Breaker
     works_else: bool = False
-    """Whether D has served another request since the pair's first failure."""
+    """Whether D has answered all the same when a hand-off of the pair has failed."""
+    served_before: int = 0
+    """Requests that D had served before the pair's first failure, or has served with its hand-offs since."""
     trial: Reservation | None = None
     """The request that is to show whether it works again."""
     failed_at: Counter[Endpoint] = field(default_factory=Counter)
@@ -58,16 +62,27 @@ class Doubt:
 
 
 class Pairs:
-    """The pairs that are in doubt, and those that are left out. Part of the registry."""
+    """The pairs that are in doubt, and those that are left out. Part of the registry.
 
-    def __init__(self, policy: BreakerPolicy) -> None:
+    ``ranks_of`` returns all endpoints of an endpoint's process. The first of them stands for it here, and in
+    all that is returned but where it says otherwise. Whatever is recorded is of instances that are there.
+    """
+
+    def __init__(
+        self, policy: BreakerPolicy, ranks_of: Callable[[Endpoint], Sequence[Endpoint]] = lambda one: (one,)
+    ) -> None:
         self.on_change: Callable[[PairChange], None] | None = None
         self._policy = policy
+        self._ranks_of = ranks_of
         self._doubts: dict[Endpoint, dict[Endpoint, Doubt]] = {}
         """By P and D."""
         self._of_prefill: dict[Endpoint, Doubt] = {}
         self._failed_with: dict[Endpoint, set[Endpoint | None]] = {}
         """For each D, the P whose hand-offs have failed there in a row; ``None`` is a request without one."""
+        self._served: dict[Endpoint, int] = {}
+        """For each D that was ever in doubt, the requests that it has served since."""
+        self._suspects: dict[Endpoint, None] = {}
+        """P of which something is left out or on trial. All picks look at these."""
 
     def follow(self, policy: BreakerPolicy) -> None:
         """Use another policy from now on."""
@@ -77,13 +92,13 @@ class Pairs:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether there is anything to ask for: if not, no request need."""
-        return bool(self._of_prefill)
+        """Whether something is left out or on trial: if not, no request need ask."""
+        return bool(self._suspects)
 
     @property
     def suspects(self) -> Sequence[Endpoint]:
-        """The P of pairs that are in doubt."""
-        return tuple(self._of_prefill)
+        """The P of pairs that are left out or on trial, all of their ranks."""
+        return tuple(rank for prefill in self._suspects for rank in self._ranks_of(prefill))
 
     def out(self) -> Iterator[tuple[Endpoint, Endpoint | None, Doubt]]:
         """Yield P, D and doubt of what is left out; D is ``None`` where all of a P's is."""
@@ -93,13 +108,15 @@ class Pairs:
         yield from (each for each in self._all() if each[2].breaker.state is not BreakerState.CLOSED)
 
     def barred(self, prefill: Endpoint, now: float) -> Sequence[Endpoint]:
-        """Return the D that may not get what a P hands over now."""
-        doubts = self._doubts.get(prefill)
-        return [decode for decode, doubt in doubts.items() if doubt.bars(now)] if doubts else ()
+        """Return the D that may not get what a P hands over now, all of their ranks."""
+        doubts = self._doubts.get(self._first(prefill))
+        if not doubts:
+            return ()
+        return [rank for d, doubt in doubts.items() if doubt.bars(now) for rank in self._ranks_of(d)]
 
     def useless(self, prefill: Endpoint, partners: Sequence[Endpoint], now: float) -> bool:
         """Whether none of the ``partners``, the D that could take over from a P, may do so now."""
-        doubt = self._of_prefill.get(prefill)
+        doubt = self._of_prefill.get(self._first(prefill))
         if doubt is None:
             return False
         if doubt.bars(now):
@@ -109,16 +126,18 @@ class Pairs:
 
     def tried(self, prefill: Endpoint, decode: Endpoint | None, reservation: Reservation) -> None:
         """Note a request on its way to a P or, with what that has handed over, to a D."""
+        prefill = self._first(prefill)
         doubt = self._of_prefill.get(prefill)
         if doubt is not None:
             doubt.tried(reservation)
-        doubt = self._doubts.get(prefill, {}).get(decode) if decode is not None else None
+        doubt = self._doubts.get(prefill, {}).get(self._first(decode)) if decode is not None else None
         if doubt is not None:
             doubt.tried(reservation)
 
     def on_trial(self, prefill: Endpoint, decode: Endpoint) -> bool:
         """Whether a pair was left out until now, and the next hand-off decides."""
-        doubt = self._doubts.get(prefill, {}).get(decode) or self._of_prefill.get(prefill)
+        prefill = self._first(prefill)
+        doubt = self._doubts.get(prefill, {}).get(self._first(decode)) or self._of_prefill.get(prefill)
         return doubt is not None and doubt.breaker.state is BreakerState.HALF_OPEN
 
     def failed(self, prefill: Endpoint | None, decode: Endpoint, now: float, *, served: bool = False) -> None:
@@ -126,6 +145,7 @@ class Pairs:
 
         ``served``: D has answered it all the same; only the hand-off has failed.
         """
+        decode, prefill = self._first(decode), prefill and self._first(prefill)
         if not served:
             self._failed_with.setdefault(decode, set()).add(prefill)
         if prefill is None:
@@ -137,13 +157,14 @@ class Pairs:
         if doubt is not None:
             doubt.works_else = doubt.works_else or served
             closed = doubt.breaker.state is not BreakerState.OPEN
-            if doubt.breaker.failed() and doubt.works_else and closed:
+            if doubt.breaker.failed() and self._works_else(decode, doubt) and closed:
                 self._open(prefill, decode, doubt, now)
         if broken and (whole.breaker.state is BreakerState.HALF_OPEN or self._is_at_fault(prefill, whole)):
             self._open(prefill, None, whole, now)
 
     def explain(self, decode: Endpoint) -> bool:
         """Whether a P, and not D, is to blame for all requests that D has failed in a row."""
+        decode = self._first(decode)
         failed = self._failed_with.get(decode, ())
         if len(failed) != 1:
             return False
@@ -151,10 +172,11 @@ class Pairs:
         doubt = None if prefill is None else self._doubts.get(prefill, {}).get(decode)
         whole = None if prefill is None else self._of_prefill.get(prefill)
         at_fault = whole is not None and whole.breaker.state is BreakerState.OPEN
-        return at_fault or (doubt is not None and doubt.works_else)
+        return at_fault or (doubt is not None and self._works_else(decode, doubt))
 
     def forgive(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Take back the newest failure of a D with the hand-off of a P: it was the request's."""
+        prefill, decode = self._first(prefill), self._first(decode)
         whole, doubt = self._of_prefill.get(prefill), self._doubts.get(prefill, {}).get(decode)
         if whole is not None and (decode in whole.failed_at or whole.breaker.state is BreakerState.OPEN):
             whole.failed_at -= Counter((decode,))
@@ -169,13 +191,16 @@ class Pairs:
 
     def served(self, prefill: Endpoint | None, decode: Endpoint) -> None:
         """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
+        decode, prefill = self._first(decode), prefill and self._first(prefill)
         self._failed_with.pop(decode, None)
-        for other, doubts in self._doubts.items():
-            if other is not prefill and decode in doubts:
-                doubts[decode].works_else = True
+        if decode in self._served:
+            self._served[decode] += 1
+            if prefill is not None and (doubt := self._doubts.get(prefill, {}).get(decode)) is not None:
+                doubt.served_before += 1
 
     def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that the hand-off of a P has come to a D."""
+        prefill, decode = self._first(prefill), self._first(decode)
         whole = self._of_prefill.get(prefill)
         if whole is None:
             return
@@ -192,19 +217,31 @@ class Pairs:
 
     def ejected(self, decode: Endpoint) -> None:
         """Note that a D is out itself: for what has failed with several, no pair is to blame."""
+        decode = self._first(decode)
         if len(self._failed_with.pop(decode, ())) > 1:
             self.forget(decode)
 
     def forget(self, endpoint: Endpoint) -> None:
         """Forget all of an instance: it is gone, or it is another process."""
-        self._failed_with.pop(endpoint, None)
-        self._doubts.pop(endpoint, None)
-        self._of_prefill.pop(endpoint, None)
+        for known in (self._failed_with, self._served, self._doubts, self._of_prefill, self._suspects):
+            known.pop(endpoint, None)
+        for decode in [each for each, failed in self._failed_with.items() if endpoint in failed]:
+            self._failed_with[decode].discard(endpoint)
+            if not self._failed_with[decode]:
+                del self._failed_with[decode]
         for prefill in [each for each, doubts in self._doubts.items() if endpoint in doubts]:
             del self._doubts[prefill][endpoint]
         for prefill, doubt in list(self._of_prefill.items()):
             doubt.failed_at.pop(endpoint, None)
             self._clear(prefill)
+
+    def _first(self, endpoint: Endpoint) -> Endpoint:
+        """Return the one that stands for an endpoint's process."""
+        return endpoint if endpoint.rank is None else self._ranks_of(endpoint)[0]
+
+    def _works_else(self, decode: Endpoint, doubt: Doubt) -> bool:
+        """Whether D has served another request since the first failure of the pair in doubt."""
+        return doubt.works_else or self._served[decode] > doubt.served_before
 
     def _is_at_fault(self, prefill: Endpoint, whole: Doubt) -> bool:
         """Whether what a P hands over has failed at several D, which serve others and fail nothing else."""
@@ -212,13 +249,16 @@ class Pairs:
             return False
         doubts = self._doubts.get(prefill, {})
         return all(
-            self._failed_with.get(each, {prefill}) == {prefill} and each in doubts and doubts[each].works_else
+            self._failed_with.get(each, {prefill}) == {prefill}
+            and each in doubts
+            and self._works_else(each, doubts[each])
             for each in whole.failed_at
         )
 
     def _open(self, prefill: Endpoint, decode: Endpoint | None, doubt: Doubt, now: float) -> None:
         doubt.breaker.open(now)
         doubt.trial = None
+        self._suspects[prefill] = None
         if decode is None:
             doubt.failed_at.clear()
             self._doubts.pop(prefill, None)
@@ -231,7 +271,8 @@ class Pairs:
             if sum(map(len, self._doubts.values())) >= MAX_DOUBTS:
                 self._drop_closed()
                 return None
-            doubts[decode] = Doubt(Breaker(self._policy))
+            served = self._served.setdefault(decode, 0)
+            doubts[decode] = Doubt(Breaker(self._policy), served_before=served)
         return doubts[decode]
 
     def _drop_closed(self) -> None:
@@ -242,12 +283,19 @@ class Pairs:
             self._clear(prefill)
 
     def _clear(self, prefill: Endpoint) -> None:
-        """Forget a P of which nothing is in doubt any more."""
+        """Forget a P of which nothing is in doubt any more, or that it is a suspect."""
+        if prefill in self._suspects and not self._is_suspect(prefill):
+            del self._suspects[prefill]
         if not self._doubts.get(prefill):
             self._doubts.pop(prefill, None)
             whole = self._of_prefill.get(prefill)
             if whole is not None and not whole.failed_at and whole.breaker.state is BreakerState.CLOSED:
                 del self._of_prefill[prefill]
+
+    def _is_suspect(self, prefill: Endpoint) -> bool:
+        doubts, whole = self._doubts.get(prefill, {}).values(), self._of_prefill.get(prefill)
+        known = doubts if whole is None else (whole, *doubts)
+        return any(each.breaker.state is not BreakerState.CLOSED for each in known)
 
     def _all(self) -> Iterator[tuple[Endpoint, Endpoint, Doubt]]:
         for prefill, doubts in self._doubts.items():

@@ -107,7 +107,7 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.learning = Learning(self.load)
-        self.pairs = Pairs(self.policy.breaker)
+        self.pairs = Pairs(self.policy.breaker, self.ranks_of)
         self.left_out = LeftOut(self.pairs, self.wrong_pairs)
         self.failed_transfers = FailedTransfers(self.pairs)
 
@@ -446,6 +446,11 @@ class Registry:
         if endpoint.breaker.succeeded():
             self._changed(By.REQUEST)
 
+    def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """Record that what a P holds is on its way to a D."""
+        if prefill in self:
+            self.failed_transfers.handed_over(self.ranks_of(prefill)[0], decode)
+
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""
         if endpoint.speaks_now(protocol, takes_token_ids):
@@ -457,13 +462,17 @@ class Registry:
         """Record a request that an instance failed; it may be ejected for that.
 
         If all that it has failed in a row was ``handed_over_by`` one and the same P, and it serves others,
-        that pair is left out in its place (see :mod:`.pairs`).
+        that pair is left out in its place (see :mod:`.pairs`). If that P is gone, it may be the reason, and
+        the end is doubtful.
 
         No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
         client, a broken model) does not end all service; an instance on trial goes out in any case.
         """
+        if handed_over_by is not None and handed_over_by not in self:
+            self.doubtful(endpoint, reason, now)
+            return
         decode = endpoint.instance.role is InstanceRole.DECODE
-        if decode:
+        if decode and endpoint in self:
             self.pairs.failed(handed_over_by, endpoint, now)
         if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
             self._eject(endpoint, reason, now)

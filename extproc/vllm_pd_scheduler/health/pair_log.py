@@ -20,13 +20,14 @@ class PairLog:
         registry.load.transfers.on_slow = self._slow
 
     def _left_out(self, change: PairChange) -> None:
-        decode = "any decode instance" if change.decode is None else change.decode.id
-        pair = f"{change.prefill.id} to {decode}"
+        decode = "any decode instance" if change.decode is None else change.decode.instance.instance_id
+        prefill = change.prefill.instance.instance_id
+        pair = f"{prefill} to {decode}"
         if change.out:
             text = f"hand-offs from {pair} fail: the next is tried in {change.pause:g} s"
         else:
             text = f"hand-offs from {pair} work again"
-        self._add(text, change.prefill.id, change.out)
+        self._add(text, prefill, change.out)
 
     def _slow(self, pair: PairRate) -> None:
         names = f"{pair.prefill} to {pair.decode}"

@@ -289,7 +289,7 @@ class DecodeStage:
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
-                self._registry.failed_transfers.handed_over(prefilled.prefill, forward.decode[0])
+                self._registry.handed_over(prefilled.prefill, forward.decode[0])
         return forward
 
     def add_encoded(self, forward: Forward, body: JsonBody) -> None:

@@ -118,9 +118,12 @@ class EncodeStage:
     async def _encoded(self, request: _Request, number: int, item: MediaItem) -> Encoded | None:
         """Return where the encoding of an item is; ``None`` if P is to encode it."""
         tried: list[Endpoint] = []
-        while len(tried) < ATTEMPTS and (endpoint := self._choose(item, request.context, tried)) is not None:
-            tried.append(endpoint)
-            found, try_another = await self._attempt(request, endpoint, number, item)
+        errors: list[Endpoint] = []
+        attempts = 0
+        while attempts < ATTEMPTS and (endpoint := self._choose(item, request.context, tried)) is not None:
+            tried += self._registry.ranks_of(endpoint)
+            attempts += 1
+            found, try_another = await self._attempt(request, endpoint, number, item, errors)
             if found is not None or not try_another:
                 return found
         return None
@@ -141,9 +144,12 @@ class EncodeStage:
         return chosen
 
     async def _attempt(
-        self, request: _Request, endpoint: Endpoint, number: int, item: MediaItem
+        self, request: _Request, endpoint: Endpoint, number: int, item: MediaItem, errors: list[Endpoint]
     ) -> tuple[Encoded | None, bool]:
-        """Send an item to an E; return what that hands over, else whether another one is to be tried."""
+        """Send an item to an E; return what that hands over, else whether another one is to be tried.
+
+        ``errors`` are those that have answered 500: of two the item may be the reason.
+        """
         reservation = self._registry.reserve(endpoint)
         began, own = self._clock(), {}
         noted = request.decision.encode_begins(endpoint.id, began)
@@ -159,7 +165,7 @@ class EncodeStage:
             answer = await request.leg(endpoint, request.context.path, request.headers, sent, own)
             noted.outcome = failure = OK if answer.status == 200 else f"status_{answer.status}"
             if answer.status != 200:
-                return None, self._not_200(endpoint, answer)
+                return None, self._not_200(endpoint, answer, errors)
             found = encoded(self._connector_of(endpoint), answer.body)
             if found is None:
                 noted.outcome = failure = "no_handoff"
@@ -177,7 +183,7 @@ class EncodeStage:
             noted.outcome = failure = str(error)
             self._failed(endpoint, failure)
             if error.lost:  # the item may be the reason
-                self._lost.lost(request.context.fingerprint, endpoint.id, self._clock())
+                self._lost.lost(request.context.fingerprint, endpoint.instance.instance_id, self._clock())
             return None, not error.lost
         finally:
             now = self._clock()
@@ -190,7 +196,7 @@ class EncodeStage:
         own = endpoint.instance.connector
         return self._config.encode_connector if own is None else encode_connector(own)
 
-    def _not_200(self, endpoint: Endpoint, answer: PrefillAnswer) -> bool:
+    def _not_200(self, endpoint: Endpoint, answer: PrefillAnswer, errors: list[Endpoint]) -> bool:
         """Count an error of an E's; return whether another one may take the item."""
         failure, reason = failure_of_status(answer.status), f"status_{answer.status}"
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
@@ -200,6 +206,10 @@ class EncodeStage:
         elif failure is Failure.REFUSED and not own_key:
             self._telemetry.encode_failed(endpoint.id, reason)
             return False  # what P says of the item is the client's answer
+        elif answer.status == 500:
+            self._telemetry.encode_failed(endpoint.id, reason)
+            self._registry.errored(endpoint, errors, f"encode: {reason}", self._clock())
+            errors.append(endpoint)
         else:
             self._failed(endpoint, reason)
         return True

@@ -232,7 +232,9 @@ class RequestsInFlight:
         revision = (endpoint or forward.decode[0]).instance.revision
         self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
-        if prefill is None or prefill not in self._registry or endpoint is None:
+        if prefill is None or endpoint is None:
+            return
+        if prefill not in self._registry or endpoint not in self._registry:
             return  # what is gone has no series
         if forward.beside is not None:
             return  # what came before the first byte was the prefill too

@@ -146,10 +146,14 @@ class Candidates:
             return self.endpoints
         return self._random.choices(self.endpoints, k=SAMPLE)
 
-    def has_room(self, now: float) -> bool:
-        """Whether one candidate is not saturated, or there are none."""
+    def has_room(self, now: float, exclude: Collection[Endpoint] = ()) -> bool:
+        """Whether one candidate that is not in ``exclude`` is not saturated, or there are none."""
         self._refresh(now)
         either, on_trial, saturated = self._left_out
+        if exclude:
+            others = _without(self.endpoints, exclude)
+            out = saturated if all(each in on_trial for each in others) else either
+            return not others or not all(each in out for each in others)
         size = len(self.endpoints)
         if len(on_trial) == size:
             return not size or len(saturated) < size

@@ -182,10 +182,14 @@ class Scheduler:
 
     def has_room_for(self, role: InstanceRole, request: RequestContext, now: float) -> bool:
         """Whether a request need not wait for a role; for P also whether it need not for the D after that."""
+        exclude: Collection[Endpoint] = ()
+        if role is InstanceRole.PREFILL and self.registry.left_out:
+            exclude = self.barred(role, request, None)  # however idle they are
         if self.config.revisions:
-            return self._shares.has_room(role, request, now)
+            return self._shares.has_room(role, request, now, exclude)
         model = request.model
-        return self.has_room(InstanceRole.DECODE, now, model) and self.has_room(role, now, model)
+        has_room = self.has_room(InstanceRole.DECODE, now, model)
+        return has_room and self._pools[role].of(model).has_room(now, exclude)
 
     def _candidates(
         self,

@@ -37,19 +37,25 @@ class Shares:
             return own or pools.of(model)
         return found[self._choose(role, request, among, request.session)]
 
-    def has_room(self, role: InstanceRole, request: RequestContext, now: float) -> bool:
-        """Whether a request need not wait. One whose revision is full goes to another one that is not."""
+    def has_room(
+        self, role: InstanceRole, request: RequestContext, now: float, exclude: Collection[Endpoint] = ()
+    ) -> bool:
+        """Whether a request need not wait for one that is not in ``exclude``.
+
+        One whose revision is full goes to another one that is not.
+        """
         decode = self._pools[InstanceRole.DECODE]
         beside, all_decode = decode.by_revision(request.model), decode.of(request.model)
 
         def room(pool: Candidates, revision: str | None) -> bool:
             partners = beside.get(revision or "", all_decode)
-            return pool.has_room(now) and (role is InstanceRole.DECODE or partners.has_room(now))
+            return pool.has_room(now, exclude) and (role is InstanceRole.DECODE or partners.has_room(now))
 
-        if room(self.candidates(role, request), request.revision):
+        if room(self.candidates(role, request, exclude), request.revision):
             return True
         found = self._pools[role].by_revision(request.model)
-        if free := [name for name, pool in found.items() if room(pool, name)]:
+        free = [name for name, pool in found.items() if room(pool, name) and not _all_in(pool, exclude)]
+        if free:
             self._choose(role, request, free, None)  # its session stays where it is
         return bool(free)
 
