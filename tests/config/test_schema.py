@@ -249,6 +249,28 @@ class MistakesTest(ConfigCase):
                 r"^public_paths\[1\]: must be a path like '/v1/models'",
             ),
             *(
+                (
+                    fleet(metaserver_port=9005, metaserver_url=url),
+                    r"^metaserver_url: must be http://HOST:PORT",
+                )
+                for url in (
+                    "",
+                    "ftp://h:1",
+                    "http://",
+                    "http://h/path",
+                    "http://:9005",
+                    "http://h:0",
+                    "http://h:65536",
+                    "http://h:x",
+                    "http://[::1",
+                    "http://[x]:1",
+                    "http://0.0.0.0:9005",
+                    "https://[::]:9005",
+                    "http://10.0.11:1",
+                    "http://a@h:1",
+                )
+            ),
+            *(
                 (fleet(prefill_listener=url), r"^prefill_listener: must be http://HOST:PORT, without a path$")
                 for url in (
                     "http://h/path",

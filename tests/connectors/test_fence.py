@@ -9,10 +9,12 @@ from unittest import mock
 from tests.support.connectors import LEGS, PEER
 from vllm_pd_scheduler.connectors import (
     Abort,
+    Attempt,
     ConnectorFailed,
     ConnectorFence,
     Handoff,
     NixlConnector,
+    Order,
     Question,
     Splice,
 )
@@ -120,6 +122,8 @@ class ConnectorFenceTest(unittest.TestCase):
                 {},
                 Handoff(b"{}", lease=0.0),
                 Handoff(b"{}", headers={"a": "\r"}),
+                *(Handoff(b"{}", release_path=each) for each in ("", "a", "/a b", "/\r\n", b"/a", None)),
+                Handoff(b"{}", protocol=5),
                 *(Handoff(b"{}", *each) for each in tokens),
             ],
             "promised": [b"{}", Handoff(b"{}", lease=-1.0)],
@@ -173,6 +177,32 @@ class ConnectorFenceTest(unittest.TestCase):
                 with self.subTest(call), self.assertRaises(type(self.custom.answer)):
                     self.ask(call)
         self.assertEqual(self.fence.failures.counts.total(), 0)
+
+    def test_calls_of_those_whose_d_asks_for_the_prefill(self) -> None:
+        calls: dict[str, tuple[Any, ...]] = {"invitation": (LEGS, "http://a"), "asked": (b"{}", LEGS)}
+        calls["names_rank"] = (LEGS,)
+        with mock.patch.dict(CALLS, calls), self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
+            for call in calls:
+                self.custom.answer = ValueError("odd")
+                self.assertFails(call)
+            for self.custom.answer in (None, b"{}", Handoff("{}"), Handoff(b"{}", headers=5)):  # type: ignore[arg-type]
+                self.assertFails("invitation")
+            for self.custom.answer in ("first", None, 5, [Order.DECODE_FIRST]):
+                self.assertFails("order")
+
+    def test_whether_it_can_pull_may_fail_too(self) -> None:
+        class Odd(NixlConnector):
+            @property
+            def can_pull(self) -> bool:  # type: ignore[override]
+                raise ZeroDivisionError
+
+        with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
+            self.assertFalse(ConnectorFence(Odd()).can_pull)
+
+    def test_one_that_fails_keeps_nobody_from_ending(self) -> None:
+        self.custom.answer = ValueError("odd")
+        with self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR"):
+            self.assertTrue(Attempt(self.fence, LEGS).leaves_something)
 
     def test_a_hand_off_may_have_no_release(self) -> None:
         self.assertIsNone(self.ask("release_body"))

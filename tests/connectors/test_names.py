@@ -241,3 +241,35 @@ class TestInUse:
         connectors = Connectors(lambda: ConnectorChoice("nope"), given)
         assert connectors.of(self.instance(NIXL)) is connectors.of(None)
         assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
+
+
+class WantsMore(NixlConnector):
+    def __init__(self, more: int) -> None:
+        pass
+
+
+class NoSettings(NixlConnector):
+    settings_type = None  # type: ignore[assignment]
+
+
+class Picky(Settings, frozen=True):
+    def __post_init__(self) -> None:
+        raise ZeroDivisionError("no")
+
+
+class WithPickySettings(NixlConnector):
+    settings_type = Picky
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        (WantsMore, "cannot be made: TypeError: .* missing 1 required positional argument: 'more'"),
+        (NoSettings, r"not a subclass of vllm_pd_scheduler\.connectors\.Settings"),
+        (WithPickySettings, "ZeroDivisionError: no, at .*:[0-9]+ in __post_init__"),
+    ],
+)
+def test_one_that_cannot_be_used_is_told_before_it_is_needed(made: type, problem: str) -> None:
+    name = f"{__name__}:{made.__name__}"
+    with pytest.raises(ConfigError, match=f"connector: .*'{name}'.* {problem}"):
+        parse_config({**fleet(), "connector": name})

@@ -127,3 +127,9 @@ def test_it_can_pull() -> None:
 def test_settings_that_are_wrong(settings: dict[str, Any]) -> None:
     with pytest.raises(UnknownConnector, match="p2p_port, lease, data_parallel_rank"):
         peer("p0", "10.0.0.1", **settings)
+
+
+def test_a_rank_whose_port_does_not_exist() -> None:
+    settings = (("p2p_port", 65_530), ("data_parallel_rank", 6))
+    with pytest.raises(UnknownConnector, match="choose a lower one"):
+        settings_of(ConnectorChoice("offloading-p2p", settings))

@@ -1,6 +1,7 @@
 """Which pairs are checked, when that is skipped, and what a wrong one leads to."""
 
 import asyncio
+import time
 import unittest
 from collections import Counter
 from collections.abc import Callable
@@ -250,6 +251,19 @@ class VerdictsTest(Case):
         count = len(self.tried)
         await asyncio.sleep(0.02)
         self.assertEqual(len(self.tried), count)
+        running.cancel()
+
+    async def test_reloads_do_not_put_it_off(self) -> None:
+        """Some fleets are configured anew each few seconds."""
+        self.check._clock = time.monotonic
+        self.router.config.__dict__["self_check_interval"] = 0.2
+        running = asyncio.ensure_future(self.check.run())
+
+        async def reloaded() -> bool:
+            self.check.reconfigured()
+            return bool(self.tried)
+
+        await until(reloaded)
         running.cancel()
 
     async def test_one_at_a_time(self) -> None:

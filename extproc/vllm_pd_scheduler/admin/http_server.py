@@ -14,6 +14,11 @@ from .route import Refused, Route, error_answer
 
 log = logging.getLogger(__name__)
 
+_of_peers = logging.getLogger(f"{__name__}.peers")
+_of_peers.setLevel(logging.CRITICAL)
+"""What aiohttp has to say of what is no HTTP, with a traceback each: whoever reaches the port could fill the
+log. What fails here is logged by :func:`errors_as_json`."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SHUTDOWN_S = 1.0
@@ -39,7 +44,13 @@ class HttpServer:
 
         ``::`` is all addresses, those of IPv4 too.
         """
-        self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
+        self._runner = web.AppRunner(
+            self.application(),
+            access_log=None,
+            logger=_of_peers,
+            shutdown_timeout=SHUTDOWN_S,
+            auto_decompress=False,  # a few KB could take the event loop for seconds
+        )
         await self._runner.setup()
         everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
         await web.TCPSite(self._runner, everywhere, port, ssl_context=tls).start()
@@ -74,6 +85,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         more = "; GET / lists what there is" if error.status == 404 else ""
         return error_answer(error.status, f"{request.method} {request.path}: {error.reason}{more}", headers)
+    except (web.RequestPayloadError, ConnectionResetError) as error:  # or it has gone: nobody reads this
+        return error_answer(400, f"the body cannot be read: {type(error).__name__}")
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return error_answer(500, "the scheduler has failed: its log says where")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -12,10 +13,13 @@ from ..models import is_ip, join_address
 from ..routing.decode_first import Called, DecodeFirst
 from ..system.own_address import own_address
 from .http_server import HttpServer, errors_as_json
-from .route import error_answer
+from .route import Refused, error_answer
 
 MAX_CALL_BYTES = 16 << 20
 """Of a call: it names each block of the prompt, in each group of layers."""
+
+READ_S = 10.0
+"""For the body of a call: D sends it at once, over a network that KV caches cross."""
 
 _REFUSALS = {
     Called.UNKNOWN: (HTTPStatus.NOT_FOUND, "no request that is in flight has this URL"),
@@ -41,9 +45,16 @@ class Metaserver(HttpServer):
         return app
 
     async def _call(self, request: web.Request) -> web.Response:
-        said = await request.read()
         host = (request.remote or "").partition("%")[0].removeprefix("::ffff:")
-        outcome = self._decode_first.called(request.match_info["id"], host, said)
+        id_ = request.match_info["id"]
+        outcome = self._decode_first.not_for_us(id_, host)
+        if outcome is None:  # only now: who calls for nothing could fill the memory with bodies
+            try:
+                async with asyncio.timeout(READ_S):
+                    said = await request.read()
+            except TimeoutError:
+                raise Refused(HTTPStatus.REQUEST_TIMEOUT, f"the body did not come in {READ_S:g} s") from None
+            outcome = self._decode_first.called(id_, host, said)
         if outcome in _REFUSALS:
             return error_answer(*_REFUSALS[outcome])
         return web.json_response({"outcome": outcome.value})

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -314,6 +315,21 @@ class SchedulerConfig(InstancesFile):
         found = _LISTENER.fullmatch(url)
         if not found or not is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
             raise ValueError("must be http://HOST:PORT, without a path")
+        return url
+
+    @field_validator("metaserver_url")
+    @classmethod
+    def _leads_somewhere(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            found = is_host(parts.hostname or "") and (parts.port is None or parts.port > 0)
+            found = found and parts.hostname not in ("0.0.0.0", "::")
+        except ValueError:
+            found = False
+        if not found:
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, where D reach this process")
         return url
 
     @field_validator("revisions")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..request.body import JsonBody
 from .base import Abort, Handoff, Legs, Order, Peer, Question, Splice
-from .fence import ConnectorFence
+from .fence import ConnectorFailed, ConnectorFence
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,15 @@ class Attempt:
 
     @property
     def leaves_something(self) -> bool:
-        """Whether P may keep blocks for D when it has answered."""
-        return self.order() is not Order.DECODE_FIRST
+        """Whether P may keep blocks for D when it has answered. Raises nothing."""
+        try:
+            return self.order() is not Order.DECODE_FIRST
+        except ConnectorFailed:  # who asks is about to end, and must not be kept from it
+            return True
 
-    def by(self, prefill: Peer) -> Attempt:
-        """Return the attempt with another P, which has got nothing of it."""
-        return replace(self, legs=replace(self.legs, prefill=prefill))
+    def by(self, prefill: Peer, source: Peer | None = None) -> Attempt:
+        """Return the attempt with another P, which has got nothing of it, and from where that one pulls."""
+        return replace(self, legs=replace(self.legs, prefill=prefill, source=source))
 
     def invitation(self, url: str) -> Handoff:
         """Return what D gets to ask for the prefill at ``url``."""

@@ -31,10 +31,12 @@ _check_object = msgspec.json.Decoder(_Object).decode
 _CALLS = (
     "can_split", "order", "question", "understood", "invitation", "asked", "names_rank", "prefill_body",
     "prefill_headers", "handoff", "promised", "abort", "ended", "splice", "release_body",
+    "can_pull", "needs_prefill",
 )  # fmt: skip
 _MOST_HEADERS = 16
 _HEADER = re.compile(r"[a-z0-9-]{1,100}")
 _PATH = re.compile(r"/[!-~]{0,1000}")
+_RELEASE_PATH = Handoff(b"").release_path
 _HEADER_VALUE = re.compile(r"[!-~]{0,1000}")
 
 
@@ -61,12 +63,17 @@ class ConnectorFence:
         """By the connector's class and the call."""
         self._connector: Any = connector
         self._name = type(connector).__name__
-        self.needs_prefill = bool(getattr(connector, "needs_prefill", False))
-        """See :attr:`Connector.needs_prefill`."""
-        self.can_pull = bool(getattr(connector, "can_pull", False))
-        """See :attr:`Connector.can_pull`."""
         for call in _CALLS:
             self.failures.expect(self._name, call)
+        self.needs_prefill = self._says("needs_prefill")
+        """See :attr:`Connector.needs_prefill`; ``False`` if it fails."""
+        self.can_pull = self._says("can_pull")
+        """See :attr:`Connector.can_pull`; ``False`` if it fails."""
+
+    def _says(self, name: str) -> bool:
+        with suppress(ConnectorFailed):
+            return self._ask(name, lambda: bool(getattr(self._connector, name, False)))
+        return False
 
     def can_split(self, body: JsonBody) -> bool:
         """See :meth:`Connector.can_split`; ``False`` if it fails."""
@@ -219,6 +226,10 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
     lease = handoff.lease
     if lease is not None and not (isinstance(lease, int | float) and lease > 0):
         raise ValueError("it returned a lease that makes no sense")
+    if handoff.release_path is not _RELEASE_PATH and not _PATH.fullmatch(handoff.release_path):
+        raise ValueError("it returned a path that cannot be sent")
+    if not isinstance(handoff.protocol, str):
+        raise TypeError(f"it returned {type(handoff.protocol).__name__} in place of a protocol's name")
     for tokens in (handoff.prompt_tokens, handoff.cached_tokens):
         if tokens is not None and not (isinstance(tokens, int) and 0 <= tokens <= MAX_TOKENS):
             raise ValueError("it returned a number of tokens that makes no sense")

@@ -33,6 +33,10 @@ class OffloadingP2pSettings(Settings, frozen=True):
     data_parallel_rank: _Rank | None = None
     """The only engine that gets requests, if the scheduler chooses none; ``None``: there is one."""
 
+    def __post_init__(self) -> None:
+        if self.p2p_port + (self.data_parallel_rank or 0) >= 1 << 16:
+            raise ValueError("p2p_port and data_parallel_rank make a port above 65535: choose a lower one")
+
 
 _encode = msgspec.json.Encoder().encode
 

@@ -178,7 +178,7 @@ class DecodeStage:
         try:
             handoff = prefill.attempt.promised()
             splice = None if handoff is None else prefill.attempt.splice(body, handoff)
-            if handoff is None or splice is None or not self._fits(splice):
+            if handoff is None or splice is None or not self.fits(splice):
                 prefill.stop()
                 return no_prefill()
             left = (handoff.lease or self._config.kv_lease_duration) * LEASE_SHARE
@@ -247,13 +247,12 @@ class DecodeStage:
         changed, only = body.raw if body.changed else None, prefilled.decode
         try:
             splice = prefilled.attempt.splice(body, prefilled.handoff)
-            # Else Envoy would answer 413 in D's place.
-            usable = self._fits(splice)
+            usable = self.fits(splice)
             if prefilled.handoff.token_ids:  # they are long, and of no more use
                 prefilled.handoff = replace(prefilled.handoff, token_ids=b"")
                 if not usable:
                     splice = prefilled.attempt.splice(body, prefilled.handoff)
-                    usable = self._fits(splice)
+                    usable = self.fits(splice)
         except ConnectorFailed:
             usable = False
         why = None if usable else "splice"
@@ -297,9 +296,10 @@ class DecodeStage:
         if forward.pending is None and forward.sidecar is None and forward.splice is None:
             ((name, text),) = body.more.items()
             splice = Splice(*body.one_more(name, text))
-            forward.splice = splice if self._fits(splice) else None
+            forward.splice = splice if self.fits(splice) else None
 
-    def _fits(self, splice: Splice | None) -> bool:
+    def fits(self, splice: Splice | None) -> bool:
+        """Whether D's body is not too large with a splice: else Envoy would answer 413 in D's place."""
         return splice is None or splice.at + len(splice.text) <= self._config.max_body_bytes
 
     def without_handoff(

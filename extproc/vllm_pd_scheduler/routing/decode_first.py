@@ -121,6 +121,11 @@ class DecodeFirst:
         self._url = url
         self._prefill.can_be_asked = url is not None
 
+    async def idle(self) -> None:
+        """Wait for the prefills that are under way: their D wait for them, also when no client does."""
+        while legs := [kept.leg for kept in self._expected.values() if kept.leg and not kept.leg.done()]:
+            await asyncio.wait(legs)
+
     async def close(self) -> None:
         """End the prefills that are under way."""
         legs = [kept.leg for kept in self._expected.values() if kept.leg is not None]
@@ -183,14 +188,18 @@ class DecodeFirst:
         decode, id_ = forward.decode[0], secrets.token_urlsafe(16)
         attempt = later.attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
         try:
-            invitation = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
-            forward.splice = attempt.splice(body, invitation)
-        except (ConnectorFailed, OSError):  # or D cannot be reached from here: whoever gets it prefills it
-            later.end(self._clock())
+            invited = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
+            invitation = replace(invited, pinned=False)  # P has got nothing
+            splice = attempt.splice(body, invitation)
+            usable = self._decode.fits(splice)
+        except (ConnectorFailed, OSError):  # or D cannot be reached from here
+            usable = False
+        if not usable:
+            later.end(self._clock())  # whoever gets it prefills it
             forward.served = decision.served = Served.LOCAL
             decision.not_split = "splice"
             return
-        prefill = later.reservation.endpoint
+        forward.splice, prefill = splice, later.reservation.endpoint
         forward.pending = PendingHandoff(
             invitation, prefill, attempt, float("inf"), context.model, decode, later.tried.losses
         )
@@ -204,13 +213,20 @@ class DecodeFirst:
 
     # -- the call
 
+    def not_for_us(self, id_: str, host: str) -> Called | None:
+        """Return what a call is that needs no prefill, whatever it says; ``None`` for :meth:`called`."""
+        outcome = self._needless(id_, host)
+        if outcome is not None:
+            self._telemetry.metaserver_called(outcome)
+        return outcome
+
     def called(self, id_: str, host: str, said: bytes) -> Called:
         """Take a call from ``host``, an IP address, and begin the prefill that it asks for."""
-        outcome = self._taken(id_, host, said)
+        outcome = self._needless(id_, host) or self._taken(self._expected[id_], host, said)
         self._telemetry.metaserver_called(outcome)
         return outcome
 
-    def _taken(self, id_: str, host: str, said: bytes) -> Called:
+    def _needless(self, id_: str, host: str) -> Called | None:
         kept = self._expected.get(id_)
         if kept is None:
             return self._complain(Called.UNKNOWN, "of no request that is in flight", host)
@@ -218,15 +234,21 @@ class DecodeFirst:
         if self._config.metaserver_callers == "decode" and host != decode.host:
             what = f"for a request of {decode.id}, which is at {decode.host} (see metaserver_callers)"
             return self._complain(Called.ELSEWHERE, what, host)
-        if kept.leg is not None:
-            return Called.REPEATED
+        return None if kept.leg is None else Called.REPEATED
+
+    def _taken(self, kept: _Kept, host: str, said: bytes) -> Called:
+        decode = kept.decode
         try:
             known = kept.later.attempt.asked(said)
-        except ConnectorFailed:
-            known = None
+        except ConnectorFailed:  # which says nothing of D
+            self._give_up(kept, _FAILED)
+            return Called.UNREADABLE
         if known is None:
+            if not kept.call.refused:  # D tries again, as if the call had not come
+                self._registry.failed(
+                    decode, "decode: its call for the prefill makes no sense", self._clock()
+                )
             self._give_up(kept, reject(502, f"{decode.id} has asked for nonsense.", "metaserver_call"))
-            self._registry.failed(decode, "decode: its call for the prefill makes no sense", self._clock())
             return self._complain(Called.UNREADABLE, f"of {decode.id} that makes no sense", host)
         kept.leg = asyncio.ensure_future(self._do(kept, known))
         kept.leg.add_done_callback(lambda _: self._done(kept))

@@ -160,7 +160,7 @@ class PrefillStage:
         """
         tried = later.tried
         tried.clear()
-        tried.asked = later.attempt.knowing(known)
+        tried.asked, tried.later = later.attempt.knowing(known), False
         if self._scheduler.several_kinds:
             every = self._registry.endpoints(InstanceRole.PREFILL)
             tried.unfit = [each for each in every if self._scheduler.fitting(each, [decode]) == []]
@@ -170,8 +170,8 @@ class PrefillStage:
         assert not isinstance(outcome, (AskedLater, Beside))
         return outcome
 
-    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation:
-        """Return a reservation on the P that is best now.
+    def _chosen_anew(self, later: AskedLater, context: RequestContext) -> Reservation | None:
+        """Return a reservation on the P that is best now; ``None`` if there is none.
 
         That is the same one until the fleet's load has been read again: a second choice from what was known
         would take one more turn of the strategy.
@@ -183,10 +183,11 @@ class PrefillStage:
         serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
         if serves and now - known_at < self._config.health_check_interval:
             return self._registry.reserve(endpoint, context)
-        if picked := self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit):
-            later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-            endpoint = picked[0]
-        return self._registry.reserve(endpoint, context)
+        picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit)
+        if not picked:
+            return self._last_resort(context, later.tried)
+        later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
+        return self._registry.reserve(picked[0], context)
 
     async def _by_one_after_another(
         self,
@@ -316,6 +317,7 @@ class PrefillStage:
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
             noted.source, noted.pulled = reservation.source.id, reservation.pulled
+        kept = False
         beside: Beside | None = None
         try:
             refused_for = self._lost.refused_for(context.fingerprint, self._clock())
@@ -326,10 +328,11 @@ class PrefillStage:
                 noted.outcome = "no_decode"
                 return WithoutHandoff(failed=False)
             if tried.later and not self.can_be_asked:
-                noted.outcome, tried.later = "not_sent", False
+                noted.outcome = "not_sent"
                 self._local_errors.add("metaserver")
                 return WithoutHandoff(failed=False)
             if tried.later:
+                kept = True
                 return AskedLater(attempt, reservation, noted, tried)
             sent = attempt.prefill_body(body)
             if sent is None:
@@ -344,7 +347,7 @@ class PrefillStage:
         except (ConnectorFailed, PrefillFailed) as error:
             return self._unanswered(error, endpoint, context, tried, noted)
         finally:
-            if beside is None and not tried.later:
+            if beside is None and not kept:
                 self._end(reservation, noted)
 
         async def send(accepted: Callable[[], None]) -> Outcome | None:
@@ -422,9 +425,12 @@ class PrefillStage:
         That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
         """
         endpoint, source = reservation.endpoint, reservation.source
+        pulled_from = None
+        if source is not None:
+            pulled_from = self._connectors.peer(source.instance, source.host, source.rank)
         if tried.asked is not None:
-            tried.later = False
-            return tried.asked.by(self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank))
+            peer = self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank)
+            return tried.asked.by(peer, pulled_from)
         attempt = self._connectors.attempt(
             endpoint.instance,
             endpoint.host,
@@ -433,8 +439,8 @@ class PrefillStage:
             takes_token_ids=endpoint.takes_token_ids,
             token_ids=self._config.tokenize_once and tokens_once(body),
         )
-        if source is not None:
-            attempt = attempt.pulling_from(self._connectors.peer(source.instance, source.host, source.rank))
+        if pulled_from is not None:
+            attempt = attempt.pulling_from(pulled_from)
         tried.decode, tried.order = None, attempt.order()
         tried.later = tried.order is Order.DECODE_FIRST
         if tried.order is Order.TOWARDS_DECODE:

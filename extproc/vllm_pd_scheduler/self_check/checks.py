@@ -102,12 +102,16 @@ class SelfCheck:
 
     async def run(self) -> None:
         """Check a pair of each model at each interval, until this is cancelled."""
+        last = self._clock()
         while True:
+            interval = self._config.self_check_interval
+            left = None if interval is None else max(0.0, last + interval - self._clock())
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._config.self_check_interval):
+                async with asyncio.timeout(left):
                     await self._changed.wait()
-                self._changed.clear()
+                self._changed.clear()  # what is due goes on to be due
                 continue
+            last = self._clock()
             try:
                 await self.round(By.PROBE)
             except Exception:  # whatever it is, the next check comes

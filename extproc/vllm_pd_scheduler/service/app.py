@@ -344,8 +344,9 @@ class App:
         try:
             async with asyncio.timeout(timeout):
                 await self.ext_proc.idle()
+                await self.router.decode_first.idle()
         except TimeoutError:
-            running = self.ext_proc.open_streams
+            running = self.ext_proc.open_streams or len(self.router.decode_first)
             log.warning("%d requests still run after drain_timeout (%g s)", running, timeout)
             return False
         finally:
