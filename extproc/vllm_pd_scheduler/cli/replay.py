@@ -59,6 +59,16 @@ def replay(
     find_rate: Annotated[
         bool, typer.Option("--find-rate", help="Search each one's highest rate with 95 % within the limits.")
     ] = False,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Schedulers, to compare with one: sharing what they do, and not."),
+    ] = 1,
+    sync_delay: Annotated[
+        str, typer.Option(help="How late schedulers hear of each other: 10ms, 0.5s.")
+    ] = "10ms",
+    sync_loss: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=_finite, help="Share of their messages that are lost.")
+    ] = 0.0,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Strategies run side by side; else one a core.")
     ] = None,
@@ -67,7 +77,7 @@ def replay(
     from ..replay.job import Conditions
 
     _check_outputs(trace, json_path, plot_path)
-    variants = _variants(strategies)
+    variants = _replicated(_variants(strategies), replicas, _seconds("--sync-delay", sync_delay), sync_loss)
     fleet = _fleet(prefill, decode, setup, seed)
     loaded = _load(trace, limit)
     conditions = Conditions(trace.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
@@ -124,6 +134,28 @@ def _variants(text: str) -> list[Variant]:
         if variants.setdefault(variant.label, variant) is not variant:
             _refuse("--strategies", f"{variant.label} is named twice")
     return list(variants.values())
+
+
+def _replicated(variants: list[Variant], replicas: int, delay: float, loss: float) -> list[Variant]:
+    """Return each variant with one scheduler, and with several that share what they do, or do not."""
+    from ..replay.variant import Sharing
+
+    if replicas == 1:
+        return variants
+    kinds = Sharing(replicas, delay, loss), Sharing(replicas, None)
+    return [each for one in variants for each in (one, *(one.shared(kind) for kind in kinds))]
+
+
+def _seconds(option: str, text: str) -> float:
+    """Return the seconds that a user wrote as ``10ms``, ``0.5s`` or a number of seconds."""
+    value, factor = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        seconds = float(value) * factor
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 <= seconds <= 60.0:
+        _refuse(option, f"{text}: write it as 10ms or 0.5s, at most 60s")
+    return seconds
 
 
 def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:

@@ -59,7 +59,9 @@ class Endpoint(Struct, frozen=True, eq=False):
     adapter_slots: int = 1
     """How many it holds at once: as scraped, else vLLM's default for ``--max-loras``."""
     in_flight: int = 0
-    """Requests that we sent there and that have not ended."""
+    """Requests that we, or another replica of the scheduler, sent there and that have not ended."""
+    elsewhere: int = 0
+    """Those of ``in_flight`` that other replicas sent."""
     draining: bool = False
     drain_told: bool = False
     """Whether the registry's listeners know that it is drained."""
@@ -90,6 +92,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Hand-offs that a P holds for requests whose answer has not ended."""
     tokens: float = 0.0
     """Tokens of our requests there: for prefill those to compute, for decode prompt and expected answer."""
+    tokens_elsewhere: float = 0.0
+    """Those of ``tokens`` that belong to requests of other replicas."""
     tokens_at_scrape: float = 0.0
     kv_capacity: float | None = None
     """Tokens that its KV cache holds, as last scraped."""
@@ -185,6 +189,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         """
         trial = self._trial
         return self.breaker.state is BreakerState.HALF_OPEN and trial is not None and trial.active
+
+    @property
+    def on_our_trial(self) -> bool:
+        """Whether its trial request is one of ours, not of another replica of the scheduler."""
+        return self.on_trial and self._trial is not None and not self._trial.elsewhere
 
     @property
     def reason(self) -> str:
@@ -366,6 +375,26 @@ class Endpoint(Struct, frozen=True, eq=False):
         self._load_changes()
         _set(self, "_trial", sibling._trial)
 
+    def tried_elsewhere(self, trial: Reservation) -> None:
+        """Take another replica's request for the trial, if none of ours is."""
+        self._load_changes()
+        if not self.on_trial:
+            _set(self, "_trial", trial)
+
+    def sent_elsewhere(self, requests: int, tokens: int) -> None:
+        """Count so many requests and tokens of other replicas more, or less."""
+        self._load_changes()
+        if requests > 0:
+            _set(self, "drain_told", False)
+        _set(self, "in_flight", self.in_flight + requests)
+        _set(self, "elsewhere", self.elsewhere + requests)
+        _set(self, "tokens_elsewhere", max(0.0, self.tokens_elsewhere + tokens))
+        _set(self, "tokens", max(0.0, self.tokens + tokens) if self.in_flight else 0.0)
+
+    def work_changes(self) -> None:
+        """Note that its queue of prefills has others' work."""
+        self._load_changes()
+
     def recount(self, tokens: float) -> None:
         """Count so many tokens more, or less, for a request that is there."""
         self._load_changes()
@@ -416,6 +445,7 @@ class Endpoint(Struct, frozen=True, eq=False):
             "generation": self.generation + 1,
             "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
+            "elsewhere": 0, "tokens_elsewhere": 0.0,
             "busy_until": 0.0, "busy_answers": 0, "speaks": "",
             "takes_token_ids": False,
         }  # fmt: skip
@@ -455,6 +485,8 @@ class Reservation:
     alone: float = 0.0
     """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
+    elsewhere: bool = False
+    """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
 
     def release(self, now: float | None = None) -> None:
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..models import InstanceRole, MetricsSnapshot
@@ -108,12 +109,24 @@ class Learning:
             endpoint.decode.learn(batch, kv_tokens, now.step_time, self.load.decode)
             self._measured(endpoint)
 
+    def told(self, prefill: Sequence[float], decode: Sequence[float]) -> None:
+        """Use what another replica of the scheduler has learned, for a role that nothing was learned of."""
+        for role, fleet, learned in (
+            (InstanceRole.PREFILL, self.load.prefill, prefill),
+            (InstanceRole.DECODE, self.load.decode, decode),
+        ):
+            if not fleet.samples:
+                fleet.adopt(learned)
+                self._tell_untried(role)
+
     def _measured(self, endpoint: Endpoint) -> None:
         """Tell what the fleet has learned to those of a role of which nothing was measured yet."""
         role = endpoint.instance.role
-        untried = self._untried[role]
-        untried.discard(endpoint)
-        for other in untried:
+        self._untried[role].discard(endpoint)
+        self._tell_untried(role)
+
+    def _tell_untried(self, role: InstanceRole) -> None:
+        for other in self._untried[role]:
             if role is InstanceRole.DECODE:
                 other.decode.adopt(self.load.decode)
             else:

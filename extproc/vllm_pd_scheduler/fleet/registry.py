@@ -15,6 +15,7 @@ from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .elsewhere import Elsewhere, Journal
 from .endpoint import Endpoint, Reservation
 from .failed_transfers import FailedTransfers
 from .learning import Learning
@@ -61,6 +62,10 @@ class Registry:
     """The pairs of P and D between which hand-offs fail."""
     left_out: LeftOut = field(init=False)
     failed_transfers: FailedTransfers = field(init=False)
+    elsewhere: Elsewhere = field(init=False)
+    """Where what other replicas of the scheduler do is counted."""
+    journal: Journal | None = None
+    """Is told what we do, if there are other replicas."""
     busy_until: float = 0.0
     """Until when some endpoint is left alone because it said that it is full."""
     models_version: int = 0
@@ -110,6 +115,7 @@ class Registry:
         self.pairs = Pairs(self.policy.breaker, self.ranks_of)
         self.left_out = LeftOut(self.pairs, self.wrong_pairs)
         self.failed_transfers = FailedTransfers(self.pairs)
+        self.elsewhere = Elsewhere(self)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
@@ -280,9 +286,9 @@ class Registry:
         """
         self._listeners.append(listener)
 
-    def tell(self) -> None:
-        """Tell the listeners, though no endpoint has changed."""
-        self._changed(self.changed_by)
+    def tell(self, by: str | None = None) -> None:
+        """Tell the listeners that something has changed of which this does not know."""
+        self._changed(self.changed_by if by is None else by)
 
     def tell_drained(self) -> None:
         """Tell the listeners if the last that was left on an instance which drains has ended.
@@ -405,6 +411,8 @@ class Registry:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
                 if self.pairs.in_doubt:
                     self.pairs.tried(endpoint, None, reservation)
+            if self.journal is not None:
+                self.journal.reserved(reservation, request)
         return reservation
 
     def pull(
@@ -436,6 +444,8 @@ class Registry:
         seconds = reservation.finish(now)
         if seconds is not None:
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
+            if self.journal is not None:
+                self.journal.prefilled(reservation, prompt_tokens, cached_tokens)
 
     def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
         """Record a request that an instance served: a D maybe with what a P has handed over."""
@@ -444,6 +454,8 @@ class Registry:
         if handed_over_by is not None and not self.failed_transfers.fail_at(endpoint):
             self.pairs.succeeded(handed_over_by, endpoint)
         if endpoint.breaker.succeeded():
+            if self.journal is not None:
+                self.journal.recovered(endpoint)
             self._changed(By.REQUEST)
 
     def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
@@ -475,7 +487,7 @@ class Registry:
         if decode and endpoint in self:
             self.pairs.failed(handed_over_by, endpoint, now)
         if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
-            self._eject(endpoint, reason, now)
+            self._eject_by_us(endpoint, reason, now)
 
     def errored(
         self,
@@ -508,7 +520,7 @@ class Registry:
         """
         endpoint.doubts.doubtful()
         if self._odd(endpoint):
-            self._eject(endpoint, f"{reason}, where others of its role serve", now)
+            self._eject_by_us(endpoint, f"{reason}, where others of its role serve", now)
 
     def stands_out(self, endpoint: Endpoint) -> bool:
         """Whether an instance, and not the fleet, is the reason for what happens there.
@@ -530,18 +542,24 @@ class Registry:
         endpoint.say_full(now, retry_after)
         self.busy_until = max(self.busy_until, endpoint.busy_until)
 
-    def _eject(self, endpoint: Endpoint, reason: str, now: float) -> None:
+    def _eject_by_us(self, endpoint: Endpoint, reason: str, now: float) -> None:
+        if self.eject(endpoint, reason, now) and self.journal is not None:
+            self.journal.ejected(endpoint)
+
+    def eject(self, endpoint: Endpoint, reason: str, now: float) -> bool:
+        """Eject an instance unless too many of its role are out; return whether it is out since now."""
         if endpoint.breaker.state is BreakerState.OPEN:
-            return
+            return False
         breaker = endpoint.breaker
         servers = {id(e.breaker): e.breaker for e in self.endpoints(endpoint.instance.role)}
         out = sum(each is breaker or each.state is not BreakerState.CLOSED for each in servers.values())
-        if out <= self.policy.max_ejected_share * len(servers):
+        if allowed := out <= self.policy.max_ejected_share * len(servers):
             for each in self.ranks_of(endpoint):
                 each.ejected_because(reason)
                 self.pairs.ejected(each)
             breaker.open(now)
             self._changed(By.REQUEST)
+        return allowed
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
         """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""

@@ -69,6 +69,11 @@ class OnlineRegression:
         """How many were learned from."""
         return self._samples
 
+    def adopt(self, coefficients: Sequence[float]) -> None:
+        """Use what was learned elsewhere, until the first sample."""
+        if not self._samples:
+            self._coefficients = tuple(coefficients)
+
     def predict(self, x: Sequence[float]) -> float:
         """Return the predicted ``y`` of the features ``x``."""
         return sum(c * value for c, value in zip(self._coefficients, x, strict=True))

@@ -9,23 +9,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from ..admission.dispatcher import Dispatcher
 from ..admission.queue import Ticket
 from ..fleet.endpoint import Endpoint, Reservation
-from ..fleet.registry import Registry
-from ..models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
+from ..models import InstanceRole, MetricsSnapshot, PDInstance
 from ..request.context import RequestContext
 from ..request.errors import Reject
-from ..scheduler import Scheduler
-from ..scheduler.disaggregation import Disaggregation
 from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
 from ..sim.setups import setup
-from ..sim.virtual import Handle, Offer, Snapshot, VirtualClock, VirtualInstance
+from ..sim.virtual import Offer, VirtualClock, VirtualInstance
 from . import DEFAULT_SETUP
-from .peers import PEERS
 from .result import LoadSample, RequestResult, RunResult
+from .schedulers import Network, OneScheduler, make_schedulers
 from .trace import Trace, TraceRequest
 from .variant import LOWER_BOUND, Variant
 
@@ -107,6 +103,8 @@ class _Job:
     """Its place in the trace."""
     traced: TraceRequest
     context: RequestContext
+    at: OneScheduler
+    """Which scheduler has it."""
     prefill: Endpoint | None = None
     decode: Endpoint | None = None
     cached: int = 0
@@ -133,16 +131,11 @@ class _Run:
         self._clock = VirtualClock()
         self._config = config = variant.config()
         self._scrape_interval = config.health_check_interval
-        self._registry = Registry()
-        self._scheduler = Scheduler(config, self._registry, seed=fleet.seed)
-        if variant.strategy in PEERS:
-            for role in PD_ROLES:
-                self._scheduler.install(PEERS[variant.strategy], role, variant.strategy)
-        self._dispatcher = Dispatcher(self._scheduler)
-        self._disaggregation = Disaggregation(config, self._scheduler)
-        self._instances: dict[Endpoint, VirtualInstance] = {}
-        self._scraped: dict[Endpoint, Snapshot] = {}
-        self._wake_up: Handle | None = None
+        self._schedulers = make_schedulers(variant, config, fleet.seed)
+        self._spread = Random(fleet.seed + 1)
+        """Whose turn it is, and what is lost: none of that changes what else is random."""
+        self._network = Network(self._clock, variant.sharing, self._schedulers, self._spread, self._dispatch)
+        self._instances: dict[str, VirtualInstance] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profile = fleet.profile(trace.block_tokens)
@@ -155,20 +148,24 @@ class _Run:
             count, profile = 1, _pooled(profile, count)
         for number in range(count):
             host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-            endpoint = self._registry.add(PDInstance(f"{role}-{number}", role, host, 8000))
-            self._registry.probed(endpoint, None)
-            self._instances[endpoint] = VirtualInstance(Engine(profile), self._clock)
-            endpoint.holder.resize(profile.num_blocks)
+            described = PDInstance(f"{role}-{number}", role, host, 8000)
+            self._instances[described.instance_id] = VirtualInstance(Engine(profile), self._clock)
+            for one in self._schedulers:
+                endpoint = one.registry.add(described)
+                one.registry.probed(endpoint, None)
+                endpoint.holder.resize(profile.num_blocks)
 
     def run(self) -> RunResult:
         """Run to the end, or until ``stop_when`` returns ``True``, and return the results."""
         started = time.perf_counter()
         if self._trace.requests:
             self._clock.call_at(0.0, partial(self._arrive, 0))
-            for number, endpoint in enumerate(self._instances):
-                # Not all at the same moment, as with the scheduler's own loops.
-                at = number / len(self._instances) * self._scrape_interval
-                self._clock.call_at(at, partial(self._scrape, endpoint))
+            for place, one in enumerate(self._schedulers):
+                for number, endpoint in enumerate(one.registry):
+                    # Not all at the same moment, as with the scheduler's own loops.
+                    turn = (number + place / len(self._schedulers)) / len(self._instances)
+                    self._clock.call_at(turn * self._scrape_interval, partial(self._scrape, one, endpoint))
+                self._network.publish_soon(one)
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
@@ -179,14 +176,14 @@ class _Run:
             self._busy(InstanceRole.DECODE),
             self._samples,
             time.perf_counter() - started,
-            self._scheduler.failures.counts.total(),
+            sum(one.scheduler.failures.counts.total() for one in self._schedulers),
         )
 
     def _busy(self, role: InstanceRole) -> dict[str, float]:
         """Return the share of the run in which each instance computed."""
         end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
-        endpoints = self._registry.endpoints(role)
-        return {e.id: self._instances[e].snapshot().busy / end if end else 0.0 for e in endpoints}
+        endpoints = self._schedulers[0].registry.endpoints(role)
+        return {e.id: self._instances[e.id].snapshot().busy / end if end else 0.0 for e in endpoints}
 
     # -- the life of a request, as in routing/core.py
 
@@ -194,23 +191,25 @@ class _Run:
         traced = self._trace.requests[number]
         if number + 1 < len(self._trace.requests):
             self._clock.call_at(self._trace.requests[number + 1].arrival, partial(self._arrive, number + 1))
-        job = _Job(number, traced, self._context(traced))
-        alone = self._disaggregation.local_endpoint(job.context)
+        few = len(self._schedulers)
+        one = self._schedulers[self._spread.randrange(few) if few > 1 else 0]
+        job = _Job(number, traced, self._context(traced, one), one)
+        alone = one.disaggregation.local_endpoint(job.context)
         if alone is not None:
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
             return
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
-        self._dispatcher.submit(ticket, self._clock.now)
-        self._set_wake_up()
+        one.dispatcher.submit(ticket, self._clock.now)
+        self._set_wake_up(one)
 
-    def _context(self, traced: TraceRequest) -> RequestContext:
+    def _context(self, traced: TraceRequest, one: OneScheduler) -> RequestContext:
         config, now = self._config, self._clock.now
         # A trace names no sessions. The second block stands for one, since many prompts share their first.
         private = traced.blocks[1:2] or traced.blocks[:1]
         return RequestContext(
             "/v1/completions",
             prompt_tokens=traced.prompt_tokens * math.exp(self._random.gauss(0.0, ESTIMATE_ERROR)),
-            output_tokens=self._registry.load.output_tokens,
+            output_tokens=one.registry.load.output_tokens,
             blocks=traced.blocks,
             block_tokens=self._trace.block_tokens,
             session=str(private[0]) if private else None,
@@ -231,7 +230,7 @@ class _Run:
     def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
         traced = job.traced
         job.context.at(self._clock.now)
-        job.decode, job.reservation = decode, self._registry.reserve(decode, job.context)
+        job.decode, job.reservation = decode, job.at.registry.reserve(decode, job.context)
         request = EngineRequest(
             str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.NONE, traced.blocks
         )
@@ -240,7 +239,7 @@ class _Run:
     def _decode(self, job: _Job, request: EngineRequest, offer: Offer | None) -> None:
         assert job.decode is not None
         try:
-            self._instances[job.decode].add(
+            self._instances[job.decode.id].add(
                 request,
                 offer=offer,
                 on_first_token=partial(self._on_first_token, job),
@@ -252,14 +251,14 @@ class _Run:
             self._release(job)
             self._record(job, "too_long")
             return
-        self._dispatch()
+        self._dispatch(job.at)
 
     def _prefill(self, job: _Job) -> None:
         traced, endpoint = job.traced, job.prefill
         assert endpoint is not None
         request = EngineRequest(str(job.number), traced.prompt_tokens, 1, HandOff.SEND, traced.blocks)
         try:
-            self._instances[endpoint].add(request, on_finished=partial(self._on_prefilled, job))
+            self._instances[endpoint.id].add(request, on_finished=partial(self._on_prefilled, job))
         except ValueError:
             self._release(job)
             self._record(job, "too_long")
@@ -267,17 +266,18 @@ class _Run:
     def _on_prefilled(self, job: _Job, request: EngineRequest, _: float) -> None:
         job.cached = request.cached
         assert job.prefill is not None
-        offer = self._instances[job.prefill].offer(request.request_id)
+        offer = self._instances[job.prefill.id].offer(request.request_id)
         self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._pick_decode, job, offer))
 
     def _pick_decode(self, job: _Job, offer: Offer) -> None:
         now, context, reservation = self._clock.now, job.context, job.reservation
         assert reservation is not None
-        self._registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
+        registry, scheduler = job.at.registry, job.at.scheduler
+        registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
         context.at(now)
-        job.decode = self._scheduler.pick(InstanceRole.DECODE, context)[0]
-        job.reservation = self._registry.reserve(job.decode, context)
+        job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
+        job.reservation = registry.reserve(job.decode, context)
         traced = job.traced
         request = EngineRequest(
             str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.RECEIVE, traced.blocks
@@ -296,7 +296,7 @@ class _Run:
     def _release(self, job: _Job) -> None:
         assert job.reservation is not None
         job.reservation.release(self._clock.now)
-        self._dispatch()
+        self._dispatch(job.at)
 
     def _record(self, job: _Job, reason: str | None) -> None:
         traced, first, now = job.traced, job.first_token, self._clock.now
@@ -317,6 +317,8 @@ class _Run:
         )
         if self._stop_when is not None and self._stop_when(self._results[job.number]):
             self._clock.stop()
+        if self._done:
+            self._network.stop()
         if len(self._results) % _PROGRESS_EVERY == 0:
             self._progress(len(self._results))
 
@@ -326,34 +328,37 @@ class _Run:
     def _done(self) -> bool:
         return len(self._results) == len(self._trace.requests)
 
-    def _dispatch(self) -> None:
-        """Serve waiting requests after a change, as ``AdmissionController.wake``."""
-        if len(self._dispatcher.queue):
-            self._dispatcher.dispatch(self._clock.now)
-            self._set_wake_up()
+    def _dispatch(self, one: OneScheduler) -> None:
+        """Serve waiting requests after a change, as ``AdmissionController.wake``, and tell of the change."""
+        if len(one.dispatcher.queue):
+            one.dispatcher.dispatch(self._clock.now)
+            self._set_wake_up(one)
+        else:
+            self._network.publish_soon(one)
 
-    def _set_wake_up(self) -> None:
-        if self._wake_up is not None:
-            self._wake_up.cancel()
-        at = self._dispatcher.next_wake(self._clock.now)
-        self._wake_up = None if at is None else self._clock.call_at(at, self._dispatch)
+    def _set_wake_up(self, one: OneScheduler) -> None:
+        if one.wake_up is not None:
+            one.wake_up.cancel()
+        at = one.dispatcher.next_wake(self._clock.now)
+        one.wake_up = None if at is None else self._clock.call_at(at, partial(self._dispatch, one))
+        self._network.publish_soon(one)
 
-    def _scrape(self, endpoint: Endpoint) -> None:
+    def _scrape(self, one: OneScheduler, endpoint: Endpoint) -> None:
         """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
         if self._done:
             return
         now = self._clock.now
-        seen, before = self._instances[endpoint].snapshot(), self._scraped.get(endpoint)
-        self._scraped[endpoint] = seen
+        instance, before = self._instances[endpoint.id], one.scraped.get(endpoint)
+        seen = one.scraped[endpoint] = instance.snapshot()
         gaps = seen.gaps - before.gaps if before else 0
-        self._registry.scraped(
+        one.registry.scraped(
             endpoint,
             MetricsSnapshot(
                 now,
                 seen.running,
                 seen.waiting,
                 seen.kv_usage,
-                kv_capacity=self._instances[endpoint].engine.profile.capacity,
+                kv_capacity=instance.engine.profile.capacity,
                 step_time=(seen.gap_seconds - before.gap_seconds) / gaps if before and gaps else None,
                 output_tokens=seen.generation_tokens - before.generation_tokens if before else 0.0,
                 finished=seen.finished - before.finished if before else 0.0,
@@ -361,16 +366,17 @@ class _Run:
             endpoint.in_flight,
             endpoint.tokens,
         )
-        self._dispatch()
-        self._clock.call_at(now + self._scrape_interval, partial(self._scrape, endpoint))
+        self._dispatch(one)
+        self._clock.call_at(now + self._scrape_interval, partial(self._scrape, one, endpoint))
 
     def _sample(self) -> None:
         """Record the load of all instances and of the queue, for the figure."""
         if self._done:
             return
         now = self._clock.now
-        for endpoint, instance in self._instances.items():
+        for name, instance in self._instances.items():
             seen = instance.snapshot()
-            self._samples.append(LoadSample(now, endpoint.id, seen.running, seen.waiting, seen.kv_usage))
-        self._samples.append(LoadSample(now, "scheduler", 0, len(self._dispatcher.queue), 0.0))
+            self._samples.append(LoadSample(now, name, seen.running, seen.waiting, seen.kv_usage))
+        waiting = sum(len(one.dispatcher.queue) for one in self._schedulers)
+        self._samples.append(LoadSample(now, "scheduler", 0, waiting, 0.0))
         self._clock.call_at(now + max(1.0, self._trace.seconds / _SAMPLES), self._sample)

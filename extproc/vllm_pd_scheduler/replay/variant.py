@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import ConfigError, SchedulerConfig, parse_config
@@ -19,6 +19,17 @@ _LLM_D_SCRAPE_INTERVAL_S = 0.05
 """llm-d's default for reading the instances' metrics. The other peers do not read any."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How many schedulers there are, and what they know of each other's requests."""
+
+    replicas: int = 1
+    delay: float | None = 0.01
+    """Seconds that a message takes; ``None``: they tell each other nothing."""
+    loss: float = 0.0
+    """Share of the messages that are lost."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A strategy and settings of the scheduler, such as ``predicted_latency+late_binding``."""
@@ -29,6 +40,13 @@ class Variant:
     """Name or dotted path of a strategy, a key of ``PEERS`` or :data:`LOWER_BOUND`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keys of the scheduler's configuration and their values."""
+    sharing: Sharing = Sharing()
+
+    def shared(self, sharing: Sharing) -> Variant:
+        """Return the same for several schedulers."""
+        telling = "alone" if sharing.delay is None else f"{sharing.delay * 1000:g} ms"
+        lost = f", {sharing.loss:.3g} lost" if sharing.loss and sharing.delay is not None else ""
+        return replace(self, label=f"{self.label} x{sharing.replicas} ({telling}{lost})", sharing=sharing)
 
     def config(self) -> SchedulerConfig:
         """Return the scheduler's configuration, with one placeholder instance for each role.

@@ -1,0 +1,108 @@
+"""The schedulers of a replay: one, or several replicas that tell each other what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+
+from ..admission.dispatcher import Dispatcher
+from ..config import SchedulerConfig
+from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
+from ..models import PD_ROLES, InstanceRole
+from ..replicas import FleetKey, Replica
+from ..scheduler import Scheduler
+from ..scheduler.disaggregation import Disaggregation
+from ..sim.virtual import Handle, Snapshot, VirtualClock
+from .peers import PEERS
+from .variant import Sharing, Variant
+
+_FLEET = FleetKey("replay")
+
+
+@dataclass(slots=True, eq=False)
+class OneScheduler:
+    """A scheduler with all that it knows."""
+
+    registry: Registry
+    scheduler: Scheduler
+    dispatcher: Dispatcher
+    disaggregation: Disaggregation
+    scraped: dict[Endpoint, Snapshot] = field(default_factory=dict)
+    """What it read last of each instance."""
+    wake_up: Handle | None = None
+    """When it looks again at the requests that wait."""
+    replica: Replica | None = None
+    """What it knows of the others, if they tell."""
+    publishes: tuple[float, Handle] | None = None
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Requests in its queue, for P and for D."""
+        queue = self.dispatcher.queue
+        return queue.waiting(InstanceRole.PREFILL), queue.waiting(InstanceRole.DECODE)
+
+
+def make_schedulers(variant: Variant, config: SchedulerConfig, seed: int) -> list[OneScheduler]:
+    """Return the schedulers of a variant, which know no instance yet."""
+    return [_make(variant, config, seed, number) for number in range(variant.sharing.replicas)]
+
+
+def _make(variant: Variant, config: SchedulerConfig, seed: int, number: int) -> OneScheduler:
+    registry = Registry()
+    scheduler = Scheduler(config, registry, seed=seed + number)
+    if variant.strategy in PEERS:
+        for role in PD_ROLES:
+            scheduler.install(PEERS[variant.strategy], role, variant.strategy)
+    one = OneScheduler(registry, scheduler, Dispatcher(scheduler), Disaggregation(config, scheduler))
+    if variant.sharing.replicas > 1 and variant.sharing.delay is not None:
+        one.replica = Replica(registry, f"scheduler-{number}", _FLEET)
+    return one
+
+
+class Network:
+    """Carries messages between schedulers in virtual time, late, and loses some."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        sharing: Sharing,
+        schedulers: Sequence[OneScheduler],
+        random: Random,
+        on_news: Callable[[OneScheduler], None],
+    ) -> None:
+        self._clock, self._schedulers, self._random, self._on_news = clock, schedulers, random, on_news
+        self._delay, self._loss = sharing.delay or 0.0, sharing.loss
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._stopped = True
+
+    def publish_soon(self, one: OneScheduler) -> None:
+        """Have a scheduler tell what it did, as soon as it may."""
+        if one.replica is None or self._stopped:
+            return
+        at = one.replica.next_publish(self._clock.now)
+        if one.publishes is not None:
+            if one.publishes[0] <= at:
+                return
+            one.publishes[1].cancel()
+        one.publishes = at, self._clock.call_at(at, partial(self._publish, one))
+
+    def _publish(self, one: OneScheduler) -> None:
+        one.publishes, now = None, self._clock.now
+        if one.replica is None or self._stopped:
+            return
+        for data in one.replica.publish(now, one.waiting):
+            for other in self._schedulers:
+                if other is not one and self._random.random() >= self._loss:
+                    self._clock.call_at(now + self._delay, partial(self._deliver, other, data))
+        self.publish_soon(one)
+
+    def _deliver(self, one: OneScheduler, data: bytes) -> None:
+        assert one.replica is not None
+        one.replica.receive(data, self._clock.now)
+        self._on_news(one)

@@ -1,0 +1,52 @@
+"""Several schedulers over one fleet in virtual time."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.replay.test_fleet import FLEET, TRACE
+from vllm_pd_scheduler.replay.fleet import run_variant
+from vllm_pd_scheduler.replay.result import RunResult, Summary, summary
+from vllm_pd_scheduler.replay.variant import Sharing, parse_variant
+
+
+def run(strategy: str, sharing: Sharing | None = None) -> RunResult:
+    variant = parse_variant(strategy)
+    variant = variant if sharing is None else variant.shared(sharing)
+    return run_variant(variant, TRACE, FLEET, lambda finished: None)
+
+
+def figures(strategy: str, sharing: Sharing | None = None) -> Summary:
+    return summary(run(strategy, sharing), 5.0, 0.05)
+
+
+@pytest.mark.parametrize("strategy", ["predicted_latency", "least_load+late_binding", "round_robin"])
+@pytest.mark.parametrize(
+    "sharing", [Sharing(3), Sharing(3, 0.05, 0.3), Sharing(3, None), Sharing(2, 0.0, 1.0)]
+)
+def test_each_request_is_answered_and_a_run_can_be_repeated(strategy: str, sharing: Sharing) -> None:
+    first, second = run(strategy, sharing), run(strategy, sharing)
+    assert len(first.results) == len(TRACE.requests)
+    assert all(each.finished is not None for each in first.results)
+    assert first.results == second.results
+
+
+def test_one_scheduler_among_one_is_one_scheduler() -> None:
+    assert run("predicted_latency", Sharing(1)).results == run("predicted_latency").results
+
+
+def test_those_that_tell_each_other_choose_almost_as_one_would() -> None:
+    one = figures("predicted_latency")
+    shared, alone = figures("predicted_latency", Sharing(4)), figures("predicted_latency", Sharing(4, None))
+    assert one.ttft
+    assert shared.ttft
+    assert alone.ttft
+    assert shared.ttft.mean < alone.ttft.mean
+    assert shared.ttft.mean - one.ttft.mean < (alone.ttft.mean - one.ttft.mean) / 2
+
+
+def test_a_label_says_what_is_shared() -> None:
+    variant = parse_variant("least_load")
+    labels = [variant.shared(each).label for each in (Sharing(4), Sharing(4, 0.5, 0.1), Sharing(4, None))]
+    assert labels == ["least_load x4 (10 ms)", "least_load x4 (500 ms, 0.1 lost)", "least_load x4 (alone)"]
+    assert replace(variant.shared(Sharing(4)), label="", sharing=Sharing()) == replace(variant, label="")
