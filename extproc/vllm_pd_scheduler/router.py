@@ -216,10 +216,12 @@ class PDRouter:
         """Add an instance; it takes requests once a health check found it serving.
 
         Raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`, and
-        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` for one that its role cannot have.
+        :exc:`~vllm_pd_scheduler.connectors.UnknownConnector` for one that its
+        role cannot have, or that cannot be made.
         """
         if instance.connector is not None:
             check_connector(instance.role, instance.connector)
+        self.connectors.prepare([instance])
         self.membership.add(instance, by)
 
     def unregister_instance(self, instance_id: str, by: str = By.START) -> None:
@@ -259,7 +261,8 @@ class PDRouter:
             instances = list(self.config.instances())
             put = scheduler.prepare(names)
             put_shadow = scheduler.prepare_shadow(config.shadow_strategy)
-        except ValueError:
+            self.connectors.prepare(instances)
+        except Exception:
             self.config.take(before, keys)
             raise
         put()

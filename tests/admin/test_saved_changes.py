@@ -350,7 +350,9 @@ class OvertakenTest(Case):
     def test_a_strategy_that_cannot_be_made(self) -> None:
         self.keep(strategy="weighted")
         with mock.patch("vllm_pd_scheduler.strategies.Weighted.__init__", side_effect=RuntimeError("odd")):
-            self.assertIn("strategy: strategy 'weighted' cannot be made: odd", self.warnings()[0])
+            self.assertIn(
+                "strategy: strategy 'weighted' cannot be made: RuntimeError: odd", self.warnings()[0]
+            )
 
     def test_a_key_that_is_gone(self) -> None:
         self.keep(added=[saved(**{**D1, "id": "x", "port": 1}, api_key={"env": "PD_TEST_GONE"})])

@@ -209,7 +209,7 @@ class TestStrategy:
         assert answer["error"].startswith('give "strategy" for both roles, ')
         with mock.patch("vllm_pd_scheduler.strategies.Weighted.__init__", side_effect=RuntimeError("odd")):
             status, answer = await admin.ask("PUT", "/strategy", {"strategy": "weighted"})
-        assert (status, answer) == (400, {"error": "strategy 'weighted' cannot be made: odd"})
+        assert (status, answer) == (400, {"error": "strategy 'weighted' cannot be made: RuntimeError: odd"})
 
     async def test_each_role_of_its_own(self, admin: Admin) -> None:
         for body, prefill, decode in (

@@ -187,6 +187,24 @@ class TestCheck:
             f"at {tmp_path}/own_{key}.py:4 in score"
         )
 
+    @pytest.mark.usefixtures("own_signals")
+    @pytest.mark.parametrize("command", ["check", "serve", "up"])
+    def test_a_connector_that_cannot_be_made(
+        self, written: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "unfinished.py").write_text(
+            "from vllm_pd_scheduler.connectors import Connector\nclass Own(Connector):\n    pass\n"
+        )
+        prefill = [{**FLEET["prefill_instances"][0], "connector": "unfinished:Own"}]
+        path = written({**FLEET, "prefill_instances": prefill})
+        ended = call(command, "--config", path)
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        assert ended.stderr == (
+            f"{path}: prefill_instances[0].connector: 'unfinished:Own' cannot be made: "
+            "it lacks can_split, handoff, prefill_body\n"
+        )
+
     def test_more_retries_than_envoys(self, written: Any) -> None:
         """An Envoy that runs elsewhere cannot be asked, and ``up`` tells its own."""
         path = written({**FLEET, "max_retries": 5})
@@ -309,4 +327,6 @@ class TestOptions:
         monkeypatch.setattr("vllm_pd_scheduler.strategies.Weighted.__init__", broken)
         ended = call("--config", written({**FLEET, "strategy": "weighted"}))
         assert ended.exit_code == 1
-        assert ended.stderr.endswith("vllm-pd-scheduler: strategy 'weighted' cannot be made: odd\n")
+        assert ended.stderr.endswith(
+            "vllm-pd-scheduler: strategy 'weighted' cannot be made: RuntimeError: odd\n"
+        )

@@ -26,6 +26,7 @@ SPLIT: dict[str, Any] = {
     "stream": True,
     "prompt_tokens": 512,
     "served": "split",
+    "not_split": None,
     "status": 200,
     "reason": None,
     "waited_s": 0.0,
@@ -191,6 +192,16 @@ def test_explain(admin: AdminThread) -> None:
     ):
         assert line in lines
     assert json.loads(call(admin, "explain", "c0ffee-42", "--json").stdout) == {"decisions": [SPLIT]}
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [("connector", "a connector of P does not split such a request"), ("of-a-later-version",) * 2],
+)
+def test_why_one_was_not_split(admin: AdminThread, kept: Decisions, why: str, words: str) -> None:
+    kept.all.append({**SPLIT, "number": 20, "request_id": "alone", "served": "whole", "not_split": why})
+    ended = call(admin, "explain", "alone")
+    assert f"a stream; served whole, not split: {words}; waited 0 ms" in " ".join(ended.stdout.split())
 
 
 def test_one_that_was_rejected(admin: AdminThread) -> None:

@@ -143,6 +143,24 @@ class ConnectorFenceTest(unittest.TestCase):
                     with self.subTest(call, answer=self.custom.answer):
                         self.assertFails(call)
 
+    def test_which_field_it_is_is_said(self) -> None:
+        instead = "in place of bytes that are not empty"
+        for call, answer, message in (
+            ("handoff", Handoff("{}"), f"Handoff.params is str {instead}"),  # type: ignore[arg-type]
+            ("handoff", Handoff(b"", token_ids=[1]), f"Handoff.token_ids is list {instead}"),  # type: ignore[arg-type]
+            ("splice", Splice(END, "}"), f"Splice.text is str {instead}"),  # type: ignore[arg-type]
+            ("splice", Splice(END, b""), f"Splice.text is empty {instead}"),
+            ("prefill_body", "{}", f"it returned str {instead}"),
+        ):
+            self.setUp()
+            self.custom.answer = answer
+            with (
+                self.subTest(message),
+                self.assertLogs("vllm_pd_scheduler.telemetry.failures", "ERROR") as logged,
+            ):
+                self.assertFails(call)
+                self.assertIn(f"failed in {call}(): TypeError: {message}", logged.output[0])
+
     def test_one_of_an_older_protocol(self) -> None:
         """It lacks a call."""
         with (
@@ -201,10 +219,6 @@ class ConnectorFenceTest(unittest.TestCase):
         self.assertIsNone(fence.handoff(b"{}", LEGS))
         self.assertEqual(set(fence.failures.counts.values()), {0}, "each series exists from the start")
 
-
-if __name__ == "__main__":
-    unittest.main()
-
     def test_where_a_splice_may_go(self) -> None:
         for raw, at, text in (
             (b"{}", 1, b'"a":1}'),
@@ -249,3 +263,7 @@ if __name__ == "__main__":
                     continue
                 self.assertEqual(fence.prefill_body(body, LEGS), nixl.prefill_body(body, LEGS))
                 self.assertEqual(fence.splice(body, HANDOFF), nixl.splice(body, HANDOFF))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -2,13 +2,16 @@
 
 import sys
 import types
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from tests.support.config import decode, fleet
-from vllm_pd_scheduler.config import ConfigError, parse_config
+from vllm_pd_scheduler.config import ConfigError, InstanceConfig, parse_config
 from vllm_pd_scheduler.connectors import (
+    Connector,
     Connectors,
     NixlConnector,
     Settings,
@@ -21,6 +24,7 @@ from vllm_pd_scheduler.connectors import (
 from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.api import RESPONSES
 from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.router import PDRouter
 
 NIXL = ConnectorChoice("nixl")
 
@@ -33,11 +37,39 @@ class Custom(NixlConnector):
     settings_type = Port
 
 
+class Needy(NixlConnector):
+    class Host(Settings, frozen=True):
+        host: str
+
+    settings_type = Host
+
+
+class OddSettings(NixlConnector):
+    settings_type = dict  # type: ignore[assignment]
+
+
+class Unreadable(NixlConnector):
+    class Port(Settings, frozen=True):
+        port: Fraction | Decimal | complex = 0j
+
+    settings_type = Port
+
+
+class Abstract(Connector):
+    """A connector whose author is not done."""
+
+
+class Raises(NixlConnector):
+    def __init__(self) -> None:
+        raise ValueError("no")
+
+
 @pytest.fixture
 def custom(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a connector of the operator's own."""
     module = types.ModuleType("operators_own")
-    module.Custom = Custom  # type: ignore[attr-defined]
+    for each in (Custom, Needy, OddSettings, Unreadable, Abstract, Raises):
+        setattr(module, each.__name__, each)
     module.NoConnector = int  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "operators_own", module)
     return "operators_own:Custom"
@@ -68,14 +100,67 @@ def test_what_is_none(custom: str, name: str, problem: str) -> None:
 def test_settings_are_checked(custom: str) -> None:
     assert settings_of(ConnectorChoice(custom)) == Port()
     assert settings_of(ConnectorChoice(custom, (("port", 7),))) == Port(7)
-    for settings, problem in (
-        ((("prot", 7),), "has no setting 'prot'; its settings are port$"),
-        ((("port", "7"),), "Expected `int`, got `str` .*; its settings are port$"),
-    ):
-        with pytest.raises(UnknownConnector, match=problem):
-            settings_of(ConnectorChoice(custom, settings))
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        (("Custom", ("prot", 7)), "'operators_own:Custom' has no setting 'prot'; its settings are port"),
+        (("Custom", ("port", "7")), "Expected `int`, got `str` - at `$.port`; its settings are port"),
+        (("Needy",), "missing required field `host`; its settings are host"),
+        (("OddSettings",), "not a subclass of vllm_pd_scheduler.connectors.Settings"),
+        (("Unreadable",), "of 'operators_own:Unreadable': TypeError"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none(custom: str, choice: tuple[Any, ...], problem: str) -> None:
+    name, *settings = choice
+    with pytest.raises(UnknownConnector) as caught:
+        settings_of(ConnectorChoice(f"operators_own:{name}", tuple(settings)))
+    assert problem in str(caught.value)
+
+
+def test_one_without_settings_gets_none() -> None:
     with pytest.raises(UnknownConnector, match=r"'nixl' has no setting 'port'; it has none$"):
         settings_of(ConnectorChoice("nixl", (("port", 7),)))
+
+
+class TestWhatCannotBeMade:
+    """The configuration says so, whoever names it: nothing has begun to use it then."""
+
+    LACKS = "'operators_own:Abstract' cannot be made: it lacks can_split, handoff, prefill_body"
+    RAISES = f"'operators_own:Raises' cannot be made: ValueError: no, at {__file__}:"
+    EVERY = pytest.mark.parametrize(("name", "problem"), [("Abstract", LACKS), ("Raises", RAISES)])
+
+    @EVERY
+    def test_of_the_fleet_and_of_instances(self, custom: str, name: str, problem: str) -> None:
+        raw = fleet(connector=f"operators_own:{name}")
+        raw["decode_instances"][0]["connector"] = {"type": f"operators_own:{name}"}
+        with pytest.raises(ConfigError) as caught:
+            parse_config(raw, "c.json")
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith(f"c.json: connector: {problem}")
+        assert lines[1].startswith(f"c.json: decode_instances[0].connector: {problem}")
+
+    @EVERY
+    def test_of_an_instance_that_joins(self, custom: str, name: str, problem: str) -> None:
+        config = parse_config(fleet())
+        item = InstanceConfig(id="p9", host="10.0.0.9", port=1, connector=f"operators_own:{name}")
+        with pytest.raises(ValueError, match="connector: ") as caught:
+            config.instance(InstanceRole.PREFILL, item)
+        assert problem in str(caught.value)
+
+    @EVERY
+    def test_of_one_that_a_script_registers(self, custom: str, name: str, problem: str) -> None:
+        router = PDRouter(parse_config(fleet()))
+        before = list(router.registry)
+        choice = ConnectorChoice(f"operators_own:{name}")
+        joins = PDInstance("p9", InstanceRole.PREFILL, "10.0.0.9", 1, connector=choice)
+        with pytest.raises(UnknownConnector) as caught:
+            router.register_instance(joins)
+        assert problem in str(caught.value)
+        assert list(router.registry) == before
+        router.register_instance(PDInstance("p9", InstanceRole.PREFILL, "10.0.0.9", 1))
 
 
 class TestConfiguration:
@@ -158,11 +243,6 @@ class TestInUse:
         assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
 
 
-class Raises(NixlConnector):
-    def __init__(self) -> None:
-        raise ZeroDivisionError("no")
-
-
 class WantsMore(NixlConnector):
     def __init__(self, more: int) -> None:
         pass
@@ -172,21 +252,24 @@ class NoSettings(NixlConnector):
     settings_type = None  # type: ignore[assignment]
 
 
-class NoClass(NixlConnector):
-    settings_type = int  # type: ignore[assignment]
-
-
-class OddSettings(Settings, frozen=True):
+class Picky(Settings, frozen=True):
     def __post_init__(self) -> None:
         raise ZeroDivisionError("no")
 
 
-class WithOddSettings(NixlConnector):
-    settings_type = OddSettings
+class WithPickySettings(NixlConnector):
+    settings_type = Picky
 
 
-@pytest.mark.parametrize("made", [Raises, WantsMore, NoSettings, NoClass, WithOddSettings])
-def test_one_that_cannot_be_made_is_told_before_it_is_needed(made: type) -> None:
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        (WantsMore, "cannot be made: TypeError: .* missing 1 required positional argument: 'more'"),
+        (NoSettings, r"not a subclass of vllm_pd_scheduler\.connectors\.Settings"),
+        (WithPickySettings, "ZeroDivisionError: no, at .*:[0-9]+ in __post_init__"),
+    ],
+)
+def test_one_that_cannot_be_used_is_told_before_it_is_needed(made: type, problem: str) -> None:
     name = f"{__name__}:{made.__name__}"
-    with pytest.raises(ConfigError, match=f"connector: '{name}' cannot be used: "):
+    with pytest.raises(ConfigError, match=f"connector: .*'{name}'.* {problem}"):
         parse_config({**fleet(), "connector": name})

@@ -56,6 +56,7 @@ class KindsTest(Case):
         found = self.shown()
         self.assertEqual((found["number"], found["request_id"], found["id"]), (1, "r", forward.id))
         self.assertEqual((found["served"], found["outcome"], found["status"]), ("split", "ok", 200))
+        self.assertIsNone(found["not_split"])
         self.assertEqual((found["path"], found["model"], found["stream"]), ("/v1/completions", "m", True))
         self.assertEqual((found["ttft_s"], found["duration_s"]), (0.5, 1.5))
         self.assertEqual(found["prompt_tokens"], 5)  # as P has counted them
@@ -77,6 +78,7 @@ class KindsTest(Case):
         await self.sent(n=2)
         found = self.shown()
         self.assertEqual((found["served"], found["prefill"], found["outcome"]), ("whole", None, None))
+        self.assertEqual(found["not_split"], "connector")
         self.assertEqual((found["decode"]["by"], found["decode"]["strategy"]), ("strategy", "round_robin"))
         self.assertIsNotNone(found["predicted_ttft_s"])
 
@@ -84,12 +86,14 @@ class KindsTest(Case):
         self.router = self.start(disaggregation="never")
         await self.sent()
         self.assertEqual((self.shown()["served"], self.shown()["prefill"]), ("alone", None))
+        self.assertEqual(self.shown()["not_split"], "disaggregation")
 
     async def test_local(self) -> None:
         self.leg.answers = {f"p{number}": PrefillFailed("connect") for number in range(4)}
         await self.sent()
         found = self.shown()
         self.assertEqual(found["served"], "local")
+        self.assertEqual(found["not_split"], "prefill")
         self.assertEqual([each["outcome"] for each in found["prefill"]["attempts"]], ["connect"] * 4)
 
     async def test_passed(self) -> None:

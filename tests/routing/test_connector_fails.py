@@ -54,6 +54,8 @@ class ConnectorFailsTest(Case):
             forward = await self.route()
             self.assertLocal(forward)
             self.assertEqual(self.failures(call), number)
+            why = call if call == "splice" else "connector" if call == "can_split" else "prefill"
+            self.assertEqual(self.router.decisions.after(0)[-1].not_split, why)
             self.assertLessEqual(len(self.leg.tried), tried + 1, "no other P is troubled")
             forward.release()
             self.assertIdle()

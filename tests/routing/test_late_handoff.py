@@ -39,5 +39,6 @@ class LateHandoffTest(Case):
                 self.assertIn("kv_transfer_params", decode_body(forward))
                 forward = await self.served(connector, limit + 1)
                 self.assertLocal(forward)
+                self.assertEqual(self.router.decisions.after(0)[-1].not_split, "late")
                 unused = {"prefill": "p0", "outcome": "late"}
                 self.assertEqual(self.count("pd_scheduler_handoffs_unused_total", **unused), 1)

@@ -135,7 +135,7 @@ def test_what_is_built_in_passes(name: str) -> None:
     ("strategy", "message"),
     [
         (InScore, "AttributeError: 'Endpoint' object has no attribute 'no_such_thing', at "),
-        (InInit, f"strategy '{HERE}:InInit' cannot be made: odd"),
+        (InInit, f"strategy '{HERE}:InInit' cannot be made: RuntimeError: odd"),
         (InOrder, "KeyError: 'cost', at "),
         (InHopeless, "ZeroDivisionError: "),
         (OnceScraped, "AttributeError: "),

@@ -12,9 +12,11 @@ import pytest
 from tests.support.certificates import make_certificates
 from tests.support.config import fleet
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, load_config
+from vllm_pd_scheduler.connectors import Connector
 from vllm_pd_scheduler.discovery import CONFIG
 from vllm_pd_scheduler.discovery.sources import Sources
 from vllm_pd_scheduler.models import InstanceRole
+from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.service.reload import ConfigFile, Reload
 from vllm_pd_scheduler.strategies.least_load import LeastLoad
@@ -281,6 +283,37 @@ async def test_a_strategy_that_cannot_be_made_changes_nothing(
         await running.reload(strategy=f"{__name__}:Moody", queue_size=7)
     assert running.router.config.queue_size == 1024
     assert running.router.config.strategy == "least_load"
+
+
+class Unfinished(Connector):
+    """Its author is not done."""
+
+
+UNFINISHED = f"{__name__}:Unfinished"
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["as it is used", "as it is checked"])
+@pytest.mark.parametrize("of", ["the fleet", "P", "D"])
+async def test_a_connector_that_cannot_be_made_changes_nothing(
+    running: Running, of: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"queue_size": 7, "connector": UNFINISHED}
+    if of != "the fleet":
+        key = "prefill_instances" if of == "P" else "decode_instances"
+        settings = {"queue_size": 7, key: [{**fleet()[key][0], "connector": UNFINISHED}]}
+    if not at_once:  # as if it could be made the first time alone
+        monkeypatch.setattr("vllm_pd_scheduler.config.schema.make_connector", lambda _: None)
+    router = running.router
+    before = router.config.model_copy(), [each.instance for each in router.registry]
+    with pytest.raises(ConfigError, match=r"cannot be made: it lacks can_split, handoff, prefill_body$"):
+        await running.reload(**settings)
+    assert (router.config, [each.instance for each in router.registry]) == before
+    assert running.applied == 0
+    body = JsonBody.parse(b'{"prompt":"x"}')
+    assert router.connectors.can_split(body)
+    assert await running.reload(queue_size=8) == (["queue_size"], [])
+    assert router.config.queue_size == 8
+    assert router.connectors.can_split(body)
 
 
 async def test_what_is_said(running: Running) -> None:

@@ -126,6 +126,9 @@ class DecisionAnswer(Shown):
     prompt_tokens: int
     served: Served | str | None
     """As in the metrics, or `rejected`; `null` if its client left before it was decided."""
+    not_split: str | None
+    """Why D was to do all of it: `connector`, `no_model`, `disaggregation`, `prefill`, `late`, `splice` or
+    `no_decode`; else `null`."""
     status: int | None
     reason: str | None
     """Why the scheduler has refused it."""

@@ -130,12 +130,26 @@ def explain(
             show(*_explanation(each))
 
 
+_NOT_SPLIT = {
+    "connector": "a connector of P does not split such a request",
+    "no_model": "it names no model, and there are several",
+    "disaggregation": "disaggregation has a D serve it alone",
+    "prefill": "no P has handed it over",
+    "late": "the hand-off was too old",
+    "splice": "the hand-off does not go into D's request",
+    "no_decode": "no D can take P's hand-off",
+}
+"""Words for what ``not_split`` says."""
+
+
 def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     kind = "a stream" if each["stream"] else "not streamed"
     model = f"model {each['model']}" if each["model"] else "no model named"
     yield plain(f"{each['request_id']}: {local_time(each['time'])}, {each['path']}, {model}", "bold")
     tokens = f"{each['prompt_tokens']} prompt tokens, {kind}"
-    yield plain(f"  {tokens}; served {each['served']}; waited {seconds(each['waited_s'])} for an instance")
+    why = each.get("not_split")  # a scheduler of an older version does not say
+    served = f"served {each['served']}" + (f", not split: {_NOT_SPLIT.get(why, why)}" if why else "")
+    yield plain(f"  {tokens}; {served}; waited {seconds(each['waited_s'])} for an instance")
     ended = [f"status {each['status']}"] if each["status"] else []
     ended += [plain(text).plain for text in (each["reason"], each["outcome"]) if text]
     ended += [f"after {seconds(each['duration_s'])}"] if each["duration_s"] is not None else []

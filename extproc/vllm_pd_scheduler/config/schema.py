@@ -15,7 +15,7 @@ from pydantic import (
     field_validator,
 )
 
-from ..connectors import UnknownConnector, settings_of, takes_ranks
+from ..connectors import UnknownConnector, make_connector, settings_of, takes_ranks
 from ..connectors.encode import EncodeConnectorName, encode_connector
 from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
@@ -473,6 +473,7 @@ def check_connector(role: InstanceRole, choice: ConnectorChoice) -> None:
     if role is InstanceRole.ENCODE:
         encode_connector(choice)
     else:
+        make_connector(choice.name)
         settings_of(choice)
 
 

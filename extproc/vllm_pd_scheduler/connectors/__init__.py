@@ -9,7 +9,14 @@ from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
 from .moriio import MoriioConnector
-from .names import UnknownConnector, connector_names, load_connector, settings_of, takes_ranks
+from .names import (
+    UnknownConnector,
+    connector_names,
+    load_connector,
+    make_connector,
+    settings_of,
+    takes_ranks,
+)
 from .nixl import NixlConnector
 from .nixl_push import NixlPushConnector
 from .offloading_p2p import OffloadingP2pConnector
@@ -21,6 +28,6 @@ __all__ = [
     "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
     "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
     "Question", "Settings", "SglangConnector",
-    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector", "settings_of",
-    "takes_ranks",
+    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector",
+    "make_connector", "settings_of", "takes_ranks",
 ]  # fmt: skip

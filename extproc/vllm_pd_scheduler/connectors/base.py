@@ -102,20 +102,27 @@ class Handoff:
     """
 
     params: bytes
-    """JSON text of the field ``kv_transfer_params`` of the decode request; empty if D needs none."""
+    """JSON text of the field ``kv_transfer_params`` of the decode request; empty if D needs none.
+
+    Another :meth:`Connector.splice` may do something else with it.
+    """
     prompt_tokens: int | None = None
-    """Tokens of the prompt as P counted them; ``None`` if it does not say."""
+    """Tokens of the prompt as P counted them; ``None`` if it does not say. The load model learns from it."""
     cached_tokens: int | None = None
     """How many of them P had in its prefix cache; ``None`` if it does not say."""
     tells_cached: bool = False
     """Whether D learns :attr:`cached_tokens` from it. Else D counts as cached what it has got, and a header
     of the answer says what is right."""
     lease: float | None = None
-    """Seconds for which it may be used; ``None``: as configured. ``inf`` if it cannot be too old."""
+    """Seconds for which P keeps it, from when its answer was read; it is used in the first 80 % of them.
+
+    ``None``: ``kv_lease_duration`` of the configuration. ``inf`` if it cannot be too old.
+    """
     pinned: bool = True
-    """Whether P keeps the blocks for it, so that it must be used or freed."""
+    """Whether P keeps the blocks for it, so that it must be used or freed: by
+    :meth:`Connector.release_body`, or by the end of its lease."""
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
-    """Those of the decode request that belong to it."""
+    """Those of the decode request, and of the one that frees it, that belong to it; lower-case names."""
     release_path: str = "/v1/completions"
     """Path of the request to D that makes P free it (:meth:`Connector.release_body`)."""
     released_by: int = 400

@@ -182,14 +182,18 @@ def _checked_abort(abort: Any) -> Abort | None:
         raise TypeError(f"it returned {type(abort).__name__} in place of an Abort")
     if not _PATH.fullmatch(abort.path):
         raise ValueError("it returned a path that cannot be sent")
-    _checked_body(abort.body)
+    _checked_body(abort.body, "Abort.body")
     return abort
 
 
-def _checked_body(body: Any) -> bytes:
-    if not isinstance(body, bytes) or not body:
-        raise TypeError(f"it returned {type(body).__name__} in place of bytes that are not empty")
-    return body
+def _checked_body(body: Any, what: str = "") -> bytes:
+    """Return bytes that are not empty; ``what`` is the field that has them, if it is no answer itself."""
+    if isinstance(body, bytes) and body:
+        return body
+    found = "empty" if body == b"" else type(body).__name__
+    if what:
+        raise TypeError(f"{what} is {found} in place of bytes that are not empty")
+    raise TypeError(f"it returned {found} in place of bytes that are not empty")
 
 
 def _checked_prefill(made: Any, body: JsonBody) -> bytes | None:
@@ -215,9 +219,9 @@ def _checked_handoff(handoff: Any) -> Handoff | None:
         return None
     if not isinstance(handoff, Handoff):
         raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
-    for text in (handoff.params, handoff.token_ids):
+    for what, text in (("params", handoff.params), ("token_ids", handoff.token_ids)):
         if text != b"":
-            _checked_body(text)
+            _checked_body(text, f"Handoff.{what}")
     _checked_headers(handoff.headers)
     lease = handoff.lease
     if lease is not None and not (isinstance(lease, int | float) and lease > 0):
@@ -251,7 +255,7 @@ def _checked_splice(splice: Any, body: JsonBody) -> Splice | None:
         raise TypeError(f"it returned {type(splice).__name__} in place of a Splice")
     if not isinstance(splice.at, int) or not 0 < splice.at <= len(body.raw):
         raise ValueError("it returned an offset that is not within the body")
-    _checked_body(splice.text).decode()
+    _checked_body(splice.text, "Splice.text").decode()
     if len(splice.text) <= CHECKED_BYTES:
         _check_tail(splice, body)
     return splice

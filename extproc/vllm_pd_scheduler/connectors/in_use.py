@@ -7,12 +7,12 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ..models import ConnectorChoice, PDInstance
+from ..models import ConnectorChoice, InstanceRole, PDInstance
 from ..request.body import JsonBody
 from .attempt import Attempt
 from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
-from .names import load_connector, settings_of
+from .names import make_connector, settings_of
 
 
 class Connectors:
@@ -35,11 +35,22 @@ class Connectors:
         self.some_need_prefill = self.of(None).needs_prefill
         """Whether some D serve nothing but what a P prefills."""
 
+    def prepare(self, instances: Iterable[PDInstance]) -> None:
+        """Make what instances that are about to come need, and what the fleet does.
+
+        Raise :exc:`.names.UnknownConnector` if that cannot be: nothing has changed then, and nothing raises
+        that once they are there.
+        """
+        if self._given is None:
+            own = {each.connector for each in instances if each.role is not InstanceRole.ENCODE}
+            for choice in own:
+                self._fence(choice or self._of_the_fleet())
+            self._fence(self._of_the_fleet())
+
     def used_by(self, prefill: Iterable[PDInstance], decode: Iterable[PDInstance] = ()) -> None:
         """Take which P and D there are: only the connectors of P are asked whether a request can be split."""
         if self._given is None:
             of_prefill, of_decode = self._choices(prefill), self._choices(decode)
-            self._fences = {choice.name: self._fence(choice) for choice in of_prefill | of_decode}
             self._of_prefill = tuple({self._fence(choice): None for choice in of_prefill})
             self.some_need_prefill = any(self._fence(choice).needs_prefill for choice in of_decode)
 
@@ -55,7 +66,7 @@ class Connectors:
     def _fence(self, choice: ConnectorChoice) -> ConnectorFence:
         fence = self._fences.get(choice.name)
         if fence is None:
-            made = load_connector(choice.name)()
+            made = make_connector(choice.name)
             fence = self._fences[choice.name] = ConnectorFence(made, self.failures)
         return fence
 

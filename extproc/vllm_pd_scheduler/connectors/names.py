@@ -8,6 +8,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..system.loading import CannotLoad, Kind
+from ..telemetry.failures import described, why_not_made
 from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .auto import AutoConnector
@@ -38,7 +39,7 @@ _BUILT_IN: dict[str, type[Connector]] = {
 
 
 class UnknownConnector(ValueError):
-    """The name stands for no connector, or for one that cannot be imported, or its settings are wrong."""
+    """The name stands for no connector, or one that cannot be imported or made, or its settings are wrong."""
 
 
 _BASE: Any = Connector  # mypy takes no abstract class for a type
@@ -61,6 +62,15 @@ def load_connector(name: str) -> type[Connector]:
         raise UnknownConnector(str(error)) from error.__cause__
 
 
+def make_connector(name: str) -> Connector:
+    """Return a new connector; raise :exc:`UnknownConnector`, also if its class cannot be made."""
+    found = load_connector(name)
+    try:
+        return found()
+    except Exception as error:  # other people's code, as on import
+        raise UnknownConnector(f"{name!r} cannot be made: {why_not_made(found, error)}") from error
+
+
 def takes_ranks(name: str) -> bool:
     """Whether an instance can be told which of its ranks is meant; true of an unknown connector."""
     try:
@@ -71,15 +81,13 @@ def takes_ranks(name: str) -> bool:
 
 def settings_of(choice: ConnectorChoice) -> Settings:
     """Return an instance's settings, checked; raise :exc:`UnknownConnector` saying what is wrong."""
-    connector = load_connector(choice.name)
-    wanted, given = connector.settings_type, dict[str, Any](choice.settings)
-    try:
-        if not issubclass(wanted, Settings):
-            raise TypeError(f"its settings_type, {wanted.__name__}, is no subclass of Settings")
-        connector()  # as it is made for requests later
-    except Exception as error:  # someone else's code, which may raise anything
-        raise _unusable(choice, error) from error
-    fields = wanted.__struct_fields__
+    wanted: Any = load_connector(choice.name).settings_type
+    if not (isinstance(wanted, type) and issubclass(wanted, Settings)):
+        raise UnknownConnector(
+            f"{choice.name!r} has a settings_type that is not a subclass of {__package__}.Settings"
+        )
+    given: dict[str, Any] = dict(choice.settings)
+    fields = wanted.__struct_encode_fields__
     known = f"its settings are {', '.join(fields)}" if fields else "it has none"
     if unknown := [name for name in given if name not in fields]:
         raise UnknownConnector(f"{choice.name!r} has no setting {unknown[0]!r}; {known}")
@@ -87,9 +95,5 @@ def settings_of(choice: ConnectorChoice) -> Settings:
         return msgspec.convert(given, wanted)
     except msgspec.ValidationError as error:
         raise UnknownConnector(f"of {choice.name!r}: {error}; {known}") from None
-    except Exception as error:
-        raise _unusable(choice, error) from error
-
-
-def _unusable(choice: ConnectorChoice, error: Exception) -> UnknownConnector:
-    return UnknownConnector(f"{choice.name!r} cannot be used: {type(error).__name__}: {error}")
+    except Exception as error:  # other people's code too
+        raise UnknownConnector(f"of {choice.name!r}: {described(error, wanted)}") from error

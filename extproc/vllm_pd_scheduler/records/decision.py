@@ -95,6 +95,8 @@ class Decision(Struct, gc=False, eq=False):
     prompt_tokens: float = 0.0
     served: Served | None = None
     """``None``: it was not sent to decode."""
+    not_split: str | None = None
+    """Why D was to do all of it, as in ``docs/scheduling.md``; ``None`` if it was split, or passed on."""
     status: int | None = None
     """Of the answer; ``None`` while that is not known."""
     reason: str | None = None

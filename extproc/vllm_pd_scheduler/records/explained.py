@@ -33,6 +33,7 @@ def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
         "stream": decision.stream,
         "prompt_tokens": round(decision.prompt_tokens),
         "served": _served(decision),
+        "not_split": decision.not_split,
         "status": decision.status,
         "reason": decision.reason,
         "waited_s": _rounded(decision.waited),

@@ -16,14 +16,18 @@ class Api:
     """What routing and connectors need to know of an API."""
 
     path: str
+    """Where requests of it are sent."""
     prompt: tuple[str, ...]
     """Fields that have the prompt, in the order in which it is read; what has none of them, vLLM refuses."""
     limits: tuple[str, ...]
     """Fields that bound the answer's tokens, the one that counts first."""
     one_token: Mapping[str, bytes]
-    """Fields, with JSON texts, that make the answer one token in one piece."""
+    """Fields, with JSON texts, that make the answer one token in one piece; for P they replace the client's.
+
+    With ``/inference/v1/generate`` the limit is in ``sampling_params``: :func:`.one_token.one_token` sets it.
+    """
     dropped: frozenset[str]
-    """Fields that a request for one token has without: with it, vLLM would refuse them."""
+    """Fields of the client's that are left out of a request for one token: vLLM would refuse them in it."""
     stops: frozenset[str]
     """Fields that name what ends an answer."""
     past_stop: Mapping[str, bytes]

@@ -167,11 +167,15 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         return cls(clean, fields, clean is not body, walked, api or _usual(fields))
 
     def has(self, key: str) -> bool:
-        """Whether the body has a field, null or not."""
+        """Whether the body has a field, null or not; one of :class:`Fields`, as with :meth:`get`."""
         return getattr(self.fields, key) is not _ABSENT
 
     def get(self, key: str) -> Any:
-        """Return the decoded value of a field, ``None`` if it is absent, or :data:`UNREAD`."""
+        """Return the decoded value of a field, ``None`` if it is absent or null.
+
+        :data:`UNREAD` stands for one that is malformed, or longer than :data:`DECODED_BYTES`. ``key`` is one
+        of :class:`Fields`; raise :exc:`AttributeError` for another. What else a body has is in ``raw`` alone.
+        """
         raw = getattr(self.fields, key)
         if raw is _ABSENT:
             return None
@@ -207,9 +211,10 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         return Value(text, 0, len(text)) if text else None
 
     def only_prompt(self) -> Value | None:
-        """Return the prompt, without the list that it may be the only one in; ``None`` if there are several.
+        """Return the field ``prompt``, without the list that it may be the only one in.
 
-        It is a text or, as another list, token ids; if it is malformed it may be anything.
+        ``None`` if there are several, or no such field, as in a chat (``messages``). It is a text or, as
+        another list, token ids; if it is malformed it may be anything.
         """
         if self.walked is not None:
             return self.walked.prompt

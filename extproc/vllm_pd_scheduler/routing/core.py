@@ -289,12 +289,14 @@ class RoutingCore:
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
         if not (named and self.connectors.can_split(body)):
+            decision.not_split = "connector" if named else "no_model"
             keeper = self._response_ids.keeper(body.get("previous_response_id"))
             return await self.decode.whole(
                 context, changed, Served.WHOLE, limit, decision, keeper, bound=keeper is not None
             )
         alone = self._disaggregation.local_endpoint(context)
         if alone is not None and self.decode.serves_alone(alone):
+            decision.not_split = "disaggregation"
             return await self.decode.whole(context, changed, Served.ALONE, limit, decision, alone)
         if self.config.prefill_leg == "sidecar":
             return await self._by_sidecar(context, changed, limit, decision)
@@ -313,6 +315,7 @@ class RoutingCore:
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
             self.telemetry.handoff_late(prefilled.prefill.id)
+            decision.not_split = "late"
             return self.decode.send(context, changed, Served.LOCAL, limit, decision)
         try:
             return self.decode.with_handoff(context, body, prefilled, left, decision)
@@ -366,6 +369,7 @@ class RoutingCore:
             )
         except NoPartner:
             claim.end(self._clock())
+            decision.not_split = "no_decode"
             return self.decode.send(context, body, Served.LOCAL, limit, decision)
         except Exception:
             claim.end(self._clock())

@@ -253,10 +253,12 @@ class DecodeStage:
                 if not usable:
                     splice = prefilled.attempt.splice(body, prefilled.handoff)
                     usable = self.fits(splice)
-            usable = usable and (only is None or only.routable)
         except ConnectorFailed:
             usable = False
-        if usable:
+        why = None if usable else "splice"
+        if usable and only is not None and not only.routable:
+            why = "no_decode"
+        if why is None:
             limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor, left)
             try:
                 forward = self.send(
@@ -271,8 +273,9 @@ class DecodeStage:
                     beside=prefilled.prefill,
                 )
             except NoPartner:
-                usable = False
-        if not usable:
+                why = "no_decode"
+        if why is not None:
+            decision.not_split = why
             self._in_flight.free(prefilled)
             limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor)
             return self.send(context, changed, Served.LOCAL, limit, decision)
@@ -310,6 +313,7 @@ class DecodeStage:
         """Send a request to decode, which prefills it too: P has failed or refused it."""
         if not self._local.take(why.failed):
             return no_prefill()
+        decision.not_split = "prefill"
         forward = self.send(context, body, Served.LOCAL, limit, decision)
         if isinstance(forward, Forward):
             forward.refused_by, forward.refused_status = why.refused_by, why.status

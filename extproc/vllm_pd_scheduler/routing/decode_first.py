@@ -197,6 +197,7 @@ class DecodeFirst:
         if not usable:
             later.end(self._clock())  # whoever gets it prefills it
             forward.served = decision.served = Served.LOCAL
+            decision.not_split = "splice"
             return
         forward.splice, prefill = splice, later.reservation.endpoint
         forward.pending = PendingHandoff(

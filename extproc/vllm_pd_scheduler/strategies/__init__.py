@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..fleet.endpoint import Endpoint
 from ..request.context import RequestContext
 from ..system.loading import CannotLoad, Kind
+from ..telemetry.failures import why_not_made
 from .base import Strategy, StrategySettings
 from .least_load import LeastLoad
 from .power_of_two import PowerOfTwo
@@ -64,4 +65,4 @@ def make_strategy(name: str, config: StrategySettings) -> Strategy:
     try:
         return strategy(config)
     except Exception as error:  # other people's code, as on import
-        raise UnknownStrategy(f"strategy {name!r} cannot be made: {error}") from error
+        raise UnknownStrategy(f"strategy {name!r} cannot be made: {why_not_made(strategy, error)}") from error

@@ -51,13 +51,23 @@ class Failures:
 
 
 def described(error: Exception, code: object) -> str:
-    """Return an exception in one line, with the last place in the module of ``code`` that it came through."""
+    """Return an exception in one line, with the last place in the module of ``code`` that it came through.
+
+    ``code`` is an object or a class.
+    """
     # Not str(error), which is code of others too.
     text = " ".join("".join(traceback.format_exception_only(error)).split())[:_MAX_MESSAGE]
-    own = {cls.__module__ for cls in type(code).__mro__ if cls.__module__.partition(".")[0] != _OURS}
+    made_by = code if isinstance(code, type) else type(code)
+    own = {cls.__module__ for cls in made_by.__mro__ if cls.__module__.partition(".")[0] != _OURS}
     places = [
         f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
         for frame, line in traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__") in own
     ]
     return f"{text}, at {places[-1]}" if places else text
+
+
+def why_not_made(code: type, error: Exception) -> str:
+    """Return why there can be no object of a class: what it has to define, or what it has raised."""
+    missing = sorted(getattr(code, "__abstractmethods__", ()))
+    return f"it lacks {', '.join(missing)}" if missing else described(error, code)

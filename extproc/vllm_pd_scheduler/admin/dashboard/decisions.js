@@ -78,7 +78,7 @@ async function explain(decision) {
     Path: whole.path,
     Model: whole.model,
     Prompt: whole.prompt_tokens === null || whole.prompt_tokens === undefined ? null : `${number(whole.prompt_tokens)} tokens`,
-    Served: whole.served,
+    Served: whole.not_split ? `${whole.served}, not split: ${whole.not_split}` : whole.served,
     Waited: whole.waited_s ? seconds(whole.waited_s) : null,
     "First token": whole.ttft_s === null || whole.ttft_s === undefined ? null : `${seconds(whole.ttft_s)}, predicted ${seconds(whole.predicted_ttft_s)}`,
     Lasted: whole.duration_s ? seconds(whole.duration_s) : null,
