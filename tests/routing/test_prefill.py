@@ -97,7 +97,7 @@ class PrefillFailsTest(Case):
     async def test_a_p_that_hands_nothing_over_is_named_once(self) -> None:
         for each in ("p0", "p1", "p2"):
             self.leg.answers[each] = answer(params=None)
-        with self.assertLogs("vllm_pd_scheduler.routing.prefill", "WARNING") as logs:
+        with self.assertLogs("vllm_pd_scheduler.routing.prefill_ends", "WARNING") as logs:
             for _ in range(2):
                 (await self.route()).release()
         (line,) = logs.output

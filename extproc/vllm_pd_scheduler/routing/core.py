@@ -41,13 +41,14 @@ from .denials import Denials
 from .encode import EncodeStage
 from .forward import Forward
 from .in_flight import Later, RequestsInFlight
-from .prefill import AskedLater, PrefillStage, WithoutHandoff, lost_twice
+from .prefill import PrefillStage
 from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
 from .sidecar import SidecarPrefill
 from .time_limits import first_byte_timeout, passed_timeout
 from .together import Beside
+from .tried import AskedLater, WithoutHandoff, lost_twice
 from .turns import Turns
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from ..tracing import current
 from .catalog import Catalog
 from .forward import Forward
 from .in_flight import RequestsInFlight
-from .prefill import WithoutHandoff, lost_twice, no_prefill
 from .share_limit import ShareLimit
 from .time_limits import LEASE_SHARE, first_byte_timeout
 from .together import Beside
+from .tried import WithoutHandoff, lost_twice, no_prefill
 
 
 class NoPartner(Exception):

@@ -32,7 +32,8 @@ from .decode import DecodeStage, NoPartner
 from .expected_call import ExpectedCall
 from .forward import Forward
 from .in_flight import Later
-from .prefill import AskedLater, PrefillStage, WithoutHandoff
+from .prefill import PrefillStage
+from .tried import AskedLater, WithoutHandoff
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from ..records.decision import Decision
 from ..request.context import RequestContext
 from ..request.errors import Reject
 from .lost import LostPrompts
-from .prefill import PrefillStage, WithoutHandoff, lost_twice, no_prefill
+from .prefill import PrefillStage
 from .prefill_claim import PrefillClaim
+from .tried import WithoutHandoff, lost_twice, no_prefill
 
 
 class SidecarPrefill:

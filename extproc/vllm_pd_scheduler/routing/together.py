@@ -16,7 +16,7 @@ from ..request.context import RequestContext
 
 if TYPE_CHECKING:
     from .forward import Forward
-    from .prefill import Outcome, Tried
+    from .tried import Outcome, Tried
 
 log = logging.getLogger(__name__)
 
