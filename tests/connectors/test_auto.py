@@ -97,7 +97,13 @@ class Pushing(Leg):
     """A P that knows requests by the id that it gets."""
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Any = None,
     ) -> PrefillAnswer:
         known_as = {**headers, **attempt.prefill_headers()}["x-request-id"]
         self.answers[endpoint.id] = answer(

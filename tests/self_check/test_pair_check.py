@@ -93,7 +93,13 @@ class Case(unittest.IsolatedAsyncioTestCase):
         )
 
     async def prefill(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Any = None,
     ) -> PrefillAnswer:
         return await self.leg(endpoint, path, headers, body, attempt)
 

@@ -26,7 +26,7 @@ PARAMS = {
 
 
 async def prefill(
-    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt, sent: Any = None
 ) -> PrefillAnswer:
     return PrefillAnswer(200, "application/json", json.dumps({"kv_transfer_params": PARAMS}).encode())
 

@@ -46,7 +46,13 @@ class Leg:
         self.entered = asyncio.Event()
 
     async def __call__(
-        self, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+        self,
+        endpoint: Endpoint,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: Attempt,
+        sent: Any = None,
     ) -> PrefillAnswer:
         self.sent.append((endpoint.id, path, {**headers, **attempt.prefill_headers()}, json.loads(body)))
         self.in_flight.append(endpoint.in_flight)
