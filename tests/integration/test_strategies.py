@@ -75,7 +75,8 @@ async def test_a_shadow_that_fails_costs_no_request(client: Client, up: Process)
 
 
 async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: Client, up: Process) -> None:
-    before = up.output.count("ERROR")
+    failures = "ERROR vllm_pd_scheduler.telemetry.failures"  # not that a look at the file refuses the shadow
+    before = up.output.count(failures)
     status, _ = await client.admin("PUT", "/strategy", {"strategy": "broken_shadow:Broken"})
     assert status == 200
     found = await served(client, "broken")
@@ -87,7 +88,7 @@ async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: C
     for role in ("prefill", "decode"):
         labels = f'{{role="{role}",strategy="broken_shadow:Broken"}}'
         assert f"pd_scheduler_strategy_failures_total{labels} {ROUNDS}.0" in page
-    errors = [line for line in up.output.splitlines() if "ERROR" in line][before:]
+    errors = [line for line in up.output.splitlines() if failures in line][before:]
     assert len(errors) == 2, "once a minute for each role"
     assert "strategy broken_shadow:Broken failed for prefill: RuntimeError: odd, at " in errors[0]
     assert "broken_shadow.py:8 in rank" in errors[0]
