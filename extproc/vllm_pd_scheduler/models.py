@@ -113,6 +113,11 @@ class PDInstance:
         """Base URL, with an IPv6 address in brackets."""
         return f"{self.scheme}://{join_address(self.host, self.port)}"
 
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that has its key; empty if it asks for none."""
+        return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+
 
 @dataclass(frozen=True, slots=True)
 class MetricsSnapshot:

@@ -16,6 +16,7 @@ from ..models import ANY_MODEL, InstanceState, MetricsSnapshot, PDInstance
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
 from ..request.context import RequestContext
+from ..request.headers import RANK
 from .breaker import Breaker, BreakerPolicy, BreakerState
 from .peers import DoubtfulEnds
 
@@ -130,6 +131,17 @@ class Endpoint(Struct, frozen=True, eq=False):
     def host(self) -> str:
         """IP address without brackets, or the name as long as it has none."""
         return self.instance.host if self.address is None else self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def destination(self) -> tuple[str, str | None]:
+        """Where its requests go: its address, which must be known, and the name in its certificate."""
+        return str(self.address), self.instance.tls_name
+
+    @property
+    def own_headers(self) -> dict[str, str]:
+        """Headers of each request that is meant for it: its key, and its rank if it is one of several."""
+        key = self.instance.authorization
+        return key if self.rank is None else {RANK: str(self.rank), **key}
 
     @property
     def state(self) -> InstanceState:

@@ -37,13 +37,9 @@ class HttpAbort:
         abort = attempt.abort()
         if abort is None:
             return
-        headers = {"content-type": "application/json"}
-        if endpoint.instance.api_key is not None:
-            headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
-        to = (str(endpoint.address), endpoint.instance.tls_name)
+        headers = {"content-type": "application/json", **endpoint.instance.authorization}
+        limit, to = MAX_ANSWER_BYTES, endpoint.destination
         try:
-            await self._pool.post(
-                to, abort.path, headers, abort.body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S
-            )
+            await self._pool.post(to, abort.path, headers, abort.body, limit=limit, timeout=TIMEOUT_S)
         except RequestFailed as error:
             log.debug("abort of a leg at %s: %s", endpoint.id, error)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from ..connectors import Attempt
 from ..fleet.endpoint import Endpoint
 from ..instance_http.errors import AnswerRefused, GivenUp, NotConnected, RequestFailed, TimedOut
-from ..instance_http.exchange import Answer, Destination
+from ..instance_http.exchange import Answer
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.shortage import is_our_shortage
 from ..models import join_address
@@ -78,7 +78,7 @@ class HttpPrefill:
     ) -> PrefillAnswer:
         """Send the request and read the whole answer."""
         own = attempt.prefill_headers()
-        answer = self._begun(endpoint, path, headers, body, own, sent)
+        answer = self._send(endpoint, path, headers, body, own, sent)
         if self._unwanted is None:
             return await self._read(answer)
         try:
@@ -101,7 +101,7 @@ class HttpPrefill:
         own: Mapping[str, str],
     ) -> PrefillAnswer:
         """Send a request of which nothing is left if the call is cancelled: an ``EncodeLeg``."""
-        return await self._read(self._begun(endpoint, path, headers, body, own))
+        return await self._read(self._send(endpoint, path, headers, body, own))
 
     def give_up(self, endpoint: Endpoint) -> None:
         """End all requests that wait at an instance, since it hangs: it has them, and does not answer."""
@@ -125,7 +125,7 @@ class HttpPrefill:
                 answer = await self._read(sent)
             unwanted(endpoint, answer, attempt)
 
-    def _begun(
+    def _send(
         self,
         endpoint: Endpoint,
         path: str,
@@ -134,39 +134,25 @@ class HttpPrefill:
         own: Mapping[str, str],
         sent: Callable[[], object] | None = None,
     ) -> asyncio.Future[Answer]:
-        answer = self._send(endpoint, path, headers, body, own, sent)
-        self._under_way[answer] = endpoint
-        answer.add_done_callback(self._under_way.pop)
-        return answer
-
-    def _send(
-        self,
-        endpoint: Endpoint,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        own: Mapping[str, str],
-        sent: Callable[[], object] | None,
-    ) -> asyncio.Future[Answer]:
         given = ((name, headers[name]) for name in names.FORWARDED_TO_PREFILL if name in headers)
         # What is not ASCII means nothing here, and P would read it as other characters.
         kept = {name: value for name, value in given if _SENDABLE.fullmatch(value)}
-        kept.update(own)
-        if endpoint.rank is not None:
-            kept[names.RANK] = str(endpoint.rank)
-        if endpoint.instance.api_key is not None:
-            kept["authorization"] = f"Bearer {endpoint.instance.api_key}"
+        kept |= own
+        kept |= endpoint.own_headers
         kept.setdefault("content-type", "application/json")
-        address = str(endpoint.address)
-        if self._listener is None:
-            to: Destination = (address, endpoint.instance.tls_name)
-        else:  # TLS to the instance is Envoy's
+        to = endpoint.destination
+        if self._listener is not None:  # TLS to the instance is Envoy's
+            kept[names.DESTINATION] = to[0]
             to = (self._listener, None)
-            kept[names.DESTINATION] = address
         request_id = kept.get(names.REQUEST_ID, "")
         name = b"cmpl-" + request_id.encode() if _NAME.fullmatch(request_id) else b""
         limit = largest_answer(body)
-        return self._pool.post(to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent)
+        answer = self._pool.post(
+            to, path, kept, body, limit=limit, timeout=self.timeout, name=name, sent=sent
+        )
+        self._under_way[answer] = endpoint
+        answer.add_done_callback(self._under_way.pop)
+        return answer
 
     async def _read(self, sent: asyncio.Future[Answer]) -> PrefillAnswer:
         try:

@@ -100,9 +100,8 @@ class HandoffReleaser:
         found = known if fitting is None else fitting
         for endpoint in [each for each in found if not each.rank][:3]:  # a rank is no other process
             headers = {"content-type": "application/json", **pending.handoff.headers}
-            if endpoint.instance.api_key is not None:
-                headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
-            to = (str(endpoint.address), endpoint.instance.tls_name)
+            headers |= endpoint.instance.authorization
+            to = endpoint.destination
             try:
                 answer = await self._pool.post(
                     to, pending.handoff.release_path, headers, body, limit=MAX_ANSWER_BYTES, timeout=TIMEOUT_S

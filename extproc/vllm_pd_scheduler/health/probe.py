@@ -130,10 +130,9 @@ class Probe:
 
     def _get(self, endpoint: Endpoint, path: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         instance = endpoint.instance
-        key = instance.api_key if path.startswith("/v1/") else None
         return self._session.get(
             URL(endpoint.url + path, encoded=True),
-            headers=None if key is None else {"authorization": f"Bearer {key}"},
+            headers=instance.authorization if path.startswith("/v1/") else None,
             server_hostname=instance.tls_name,
             allow_redirects=False,
             read_bufsize=_BIG_PAGE_BYTES,

@@ -211,8 +211,7 @@ class Forward:
             found[names.STREAM] = "true"
         if refusals := self.retried_refusals:
             found[names.RETRIABLE_STATUS_CODES] = ",".join(map(str, sorted(refusals)))
-        if (key := self.decode[0].instance.api_key) is not None:
-            found["authorization"] = f"Bearer {key}"
+        found |= self.decode[0].instance.authorization
         if self.trace is not None:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found
@@ -246,10 +245,7 @@ class Forward:
             found |= self.pending.handoff.headers
         if self.sidecar is not None:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
-        if self.decode[0].rank is not None:
-            found[names.RANK] = str(self.decode[0].rank)
-        if (key := self.decode[0].instance.api_key) is not None:
-            found["authorization"] = f"Bearer {key}"
+        found |= self.decode[0].own_headers
         if self.trace is not None:
             found[names.TRACEPARENT] = self.trace.traceparent
         return found

@@ -23,7 +23,6 @@ from ..instance_http.session import open_session
 from ..instance_http.shortage import is_our_shortage
 from ..models import InstanceState, PDInstance
 from ..request import gateway_names
-from ..request import headers as names
 from ..request.errors import Reject
 from .attempts import NOT_ANSWERED, FailedAttempt, Failure, Retry, failure_of_status
 from .core import RoutingCore
@@ -148,18 +147,15 @@ async def _decode(
     body = data if forward.body is None else forward.body
     if forward.splice is not None:
         body = forward.splice.into(body)
-    headers = {"content-type": "application/json"}
-    if endpoint.instance.api_key is not None:
-        headers["authorization"] = f"Bearer {endpoint.instance.api_key}"
-    if endpoint.rank is not None:
-        headers[names.RANK] = str(endpoint.rank)
+    headers = {"content-type": "application/json", **endpoint.own_headers}
     if forward.sidecar is not None:
         headers[gateway_names.PREFILLER] = str(forward.sidecar.endpoint.address)
-    to = (str(endpoint.address), endpoint.instance.tls_name)
     limit = forward.first_byte_timeout or _DECODE_TIMEOUT_S
     status = 0
     try:
-        answer = await pool.post(to, path, headers, body, limit=_MAX_ANSWER_BYTES, timeout=limit)
+        answer = await pool.post(
+            endpoint.destination, path, headers, body, limit=_MAX_ANSWER_BYTES, timeout=limit
+        )
         status = answer.status
         if status == 200:
             decoded = msgspec.json.decode(answer.body, type=dict[str, Any])

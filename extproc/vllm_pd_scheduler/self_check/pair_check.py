@@ -208,15 +208,9 @@ class PairCheck:
     async def _ask_decode(
         self, decode: Endpoint, body: bytes, headers: Mapping[str, str], limit: float
     ) -> bytes:
-        sent = {"content-type": "application/json", **headers}
-        if decode.instance.api_key is not None:
-            sent["authorization"] = f"Bearer {decode.instance.api_key}"
-        if decode.rank is not None:
-            sent[names.RANK] = str(decode.rank)
-        to = (str(decode.address), decode.instance.tls_name)
-        answer = await self._pool.post(
-            to, COMPLETIONS.path, sent, body, limit=_MAX_ANSWER_BYTES, timeout=limit
-        )
+        sent = {"content-type": "application/json", **headers, **decode.own_headers}
+        to, path = decode.destination, COMPLETIONS.path
+        answer = await self._pool.post(to, path, sent, body, limit=_MAX_ANSWER_BYTES, timeout=limit)
         if answer.status != 200:
             raise NoAnswer(f"D answers {answer.status}")
         return answer.body
