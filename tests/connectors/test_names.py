@@ -21,6 +21,7 @@ from vllm_pd_scheduler.connectors import (
     load_connector,
     settings_of,
 )
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.api import RESPONSES
 from vllm_pd_scheduler.request.body import JsonBody
@@ -206,11 +207,13 @@ class TestInUse:
     def test_an_attempt_has_a_name_of_its_own_and_the_settings(self, custom: str) -> None:
         connectors = Connectors(lambda: NIXL)
         choice = ConnectorChoice(custom, (("port", 3),))
-        first, second = (connectors.attempt(self.instance(choice), "10.9.9.9") for _ in range(2))
+        first, second = (
+            connectors.attempt(Endpoint(self.instance(choice), "10.9.9.9:8000")) for _ in range(2)
+        )
         assert first.legs.id != second.legs.id
         assert first.legs.prefill.settings == Port(3)
         assert first.legs.prefill.host == "10.9.9.9"
-        assert Connectors(lambda: NIXL).attempt(self.instance(), "h").legs.id != first.legs.id
+        assert Connectors(lambda: NIXL).attempt(Endpoint(self.instance())).legs.id != first.legs.id
 
     def test_only_those_of_the_p_that_there_are_say_what_can_be_split(self, custom: str) -> None:
         response = JsonBody.parse(b'{"model":"m","input":"x"}', RESPONSES)
@@ -240,7 +243,7 @@ class TestInUse:
         given = Custom()
         connectors = Connectors(lambda: ConnectorChoice("nope"), given)
         assert connectors.of(self.instance(NIXL)) is connectors.of(None)
-        assert connectors.attempt(self.instance(NIXL), "h").connector is connectors.of(None)
+        assert connectors.attempt(Endpoint(self.instance(NIXL))).connector is connectors.of(None)
 
 
 class WantsMore(NixlConnector):

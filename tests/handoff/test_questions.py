@@ -58,7 +58,7 @@ class Stage:
         self.questions = Questions(session, self.registry)
 
     def attempt(self) -> Attempt:
-        return self.connectors.attempt(self.endpoint.instance, self.endpoint.host)
+        return self.connectors.attempt(self.endpoint)
 
     async def ask(self, endpoint: Endpoint | None = None) -> Any:
         attempt = self.attempt()

@@ -103,7 +103,7 @@ class ConnectorFailsTest(Case):
         self.odd.add("handoff")
         releaser = self.releaser()
         endpoint = self.router.registry.get("p0")
-        attempt = self.router.connectors.attempt(endpoint.instance, endpoint.host)
+        attempt = self.router.connectors.attempt(endpoint)
         releaser.unwanted(endpoint, answer(), attempt)
         await releaser.close()
         self.assertEqual(self.stranded(), 1.0)

@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from ..models import ConnectorChoice, InstanceRole, PDInstance
 from ..request.body import JsonBody
@@ -13,6 +14,35 @@ from .attempt import Attempt
 from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
 from .names import make_connector, settings_of
+
+
+class Reached(Protocol):
+    """An instance, or a rank of it, and where it is reached: an endpoint of the fleet."""
+
+    @property
+    def instance(self) -> PDInstance:
+        """As it is configured."""
+        ...
+
+    @property
+    def host(self) -> str:
+        """IP address, or its name as long as that has none."""
+        ...
+
+    @property
+    def rank(self) -> int | None:
+        """Of its engines the one that was chosen; ``None`` if it has one."""
+        ...
+
+    @property
+    def speaks(self) -> str:
+        """The protocol of its last hand-off; empty: not known."""
+        ...
+
+    @property
+    def takes_token_ids(self) -> bool:
+        """Whether that has shown that its D read token ids."""
+        ...
 
 
 class Connectors:
@@ -83,30 +113,22 @@ class Connectors:
         """Whether there may be such instances."""
         return any(fence.can_pull for fence in self._of_prefill)
 
-    def attempt(
-        self,
-        prefill: PDInstance,
-        host: str,
-        *,
-        rank: int | None = None,
-        speaks: str = "",
-        takes_token_ids: bool = False,
-        token_ids: bool = False,
-    ) -> Attempt:
-        """Return a new attempt to split a request, with a P that is reached at ``host``.
+    def attempt(self, prefill: Reached, *, token_ids: bool = False) -> Attempt:
+        """Return a new attempt to split a request, with the P that was chosen.
 
-        ``rank`` is that of the engine that was chosen. ``speaks`` and ``takes_token_ids`` are what that P's
-        last hand-off has shown, and ``token_ids`` says whether D is to get the prompt's, if it takes them.
+        ``token_ids`` says whether D is to get those of the prompt, if it takes them.
         """
-        peer = replace(self.peer(prefill, host, rank), speaks=speaks, takes_token_ids=takes_token_ids)
-        legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes_token_ids)
-        return Attempt(self.of(prefill), legs)
+        takes = prefill.takes_token_ids
+        peer = replace(self.peer(prefill), speaks=prefill.speaks, takes_token_ids=takes)
+        legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes)
+        return Attempt(self.of(prefill.instance), legs)
 
-    def peer(self, instance: PDInstance, host: str, rank: int | None = None) -> Peer:
-        """Return an instance that is reached at ``host``, or a rank of it, as its connector sees it."""
+    def peer(self, at: Reached) -> Peer:
+        """Return an instance, or a rank of it, as its connector sees it."""
+        instance = at.instance
         choice = instance.connector or self._of_the_fleet()
         settings, ranks = self._settings_of(choice), instance.data_parallel_size
-        return Peer(instance.instance_id, host, instance.port, settings, rank=rank, ranks=ranks)
+        return Peer(instance.instance_id, at.host, instance.port, settings, rank=at.rank, ranks=ranks)
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given_settings is not None:

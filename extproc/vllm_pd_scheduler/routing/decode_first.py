@@ -187,7 +187,7 @@ class DecodeFirst:
         decision: Decision,
     ) -> None:
         decode, id_ = forward.decode[0], secrets.token_urlsafe(16)
-        attempt = later.attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
+        attempt = later.attempt.towards(self._connectors.peer(decode))
         try:
             invited = attempt.invitation(f"{url(decode.host)}/v1/metaserver/{id_}")
             invitation = replace(invited, pinned=False)  # P has got nothing

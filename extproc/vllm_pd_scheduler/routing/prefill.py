@@ -85,6 +85,7 @@ class PrefillStage:
             self._local_errors,
             self._sources,
             self._decode_may_not_prefill,
+            self._forget_answers,
             clock,
         )
 
@@ -303,7 +304,7 @@ class PrefillStage:
                     answer = await leg(endpoint, context.path, headers, sent, attempt)
                 return self._ends.answered(reservation, context, attempt, answer, tried, noted)
         except (ConnectorFailed, PrefillFailed) as error:
-            return self._unanswered(error, endpoint, context, tried, noted)
+            return self._ends.unanswered(error, endpoint, context, tried, noted)
         finally:
             if beside is None and not kept:
                 self._end(reservation, noted)
@@ -314,7 +315,7 @@ class PrefillStage:
                     answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
                 return self._ends.answered(reservation, context, attempt, answer, tried, noted)
             except (ConnectorFailed, PrefillFailed) as error:
-                return self._unanswered(error, endpoint, context, tried, noted)
+                return self._ends.unanswered(error, endpoint, context, tried, noted)
             finally:
                 self._end(reservation, noted)
 
@@ -325,20 +326,11 @@ class PrefillStage:
         # Soon, since this request itself is about to take a place at decode.
         asyncio.get_running_loop().call_soon(self._admission.wake)
 
-    def _unanswered(
-        self,
-        error: ConnectorFailed | PrefillFailed,
-        endpoint: Endpoint,
-        context: RequestContext,
-        tried: Tried,
-        noted: NotedAttempt,
-    ) -> Outcome | None:
-        outcome = self._ends.unanswered(error, endpoint, context, tried, noted)
-        failed = isinstance(error, PrefillFailed) and not isinstance(error, PrefillNotSent)
-        if failed and self.ask is not None:
+    def _forget_answers(self, endpoint: Endpoint) -> None:
+        """Ask all ranks of a P again before the next request."""
+        if self.ask is not None:
             for rank in self._registry.ranks_of(endpoint):
                 self.ask.forget(rank)
-        return outcome
 
     async def _prepared(
         self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
@@ -348,19 +340,11 @@ class PrefillStage:
         That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
         """
         endpoint, source = reservation.endpoint, reservation.source
-        pulled_from = None
-        if source is not None:
-            pulled_from = self._connectors.peer(source.instance, source.host, source.rank)
+        pulled_from = None if source is None else self._connectors.peer(source)
         if tried.asked is not None:
-            peer = self._connectors.peer(endpoint.instance, endpoint.host, endpoint.rank)
-            return tried.asked.by(peer, pulled_from)
+            return tried.asked.by(self._connectors.peer(endpoint), pulled_from)
         attempt = self._connectors.attempt(
-            endpoint.instance,
-            endpoint.host,
-            rank=endpoint.rank,
-            speaks=endpoint.speaks,
-            takes_token_ids=endpoint.takes_token_ids,
-            token_ids=self._config.tokenize_once and tokens_once(body),
+            endpoint, token_ids=self._config.tokenize_once and tokens_once(body)
         )
         if pulled_from is not None:
             attempt = attempt.pulling_from(pulled_from)
@@ -373,7 +357,7 @@ class PrefillStage:
                 return None
             tried.decode = decode = picked[0]
             tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
-            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
+            attempt = attempt.towards(self._connectors.peer(decode))
         question = attempt.question()
         if question is not None:
             if self.ask is None:

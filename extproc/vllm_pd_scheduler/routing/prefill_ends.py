@@ -38,7 +38,8 @@ _MAY_BE_THE_SOURCE = frozenset({"timeout", "hung", "reset", "status_500"})
 class PrefillEnds:
     """Counts how attempts end, learns from them, and says what follows: ``None`` is another attempt.
 
-    ``decode_may_not_prefill`` says so of a request, by what it has tried.
+    ``decode_may_not_prefill`` says so of a request, by what it has tried. ``forget_answers`` drops what a P
+    has answered to its connector's question, since it may be another process now.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PrefillEnds:
         local_errors: LocalErrors,
         sources: KvSources,
         decode_may_not_prefill: Callable[[Tried], bool],
+        forget_answers: Callable[[Endpoint], None],
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -59,6 +61,7 @@ class PrefillEnds:
         self._local_errors = local_errors
         self._sources = sources
         self._decode_may_not_prefill = decode_may_not_prefill
+        self._forget_answers = forget_answers
         self._pace = Pace(clock)
         self._clock = clock
 
@@ -108,6 +111,7 @@ class PrefillEnds:
             return None
         noted.outcome = str(error)
         self._failed(endpoint, str(error), tried)
+        self._forget_answers(endpoint)
         tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
         lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
         # One that is alive may write to D all the same, and later than another one has: when the blocks are

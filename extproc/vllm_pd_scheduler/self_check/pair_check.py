@@ -184,16 +184,10 @@ class PairCheck:
         return PendingHandoff(handoff, prefill, attempt, deadline, body.get("model"), only)
 
     async def _attempt(self, prefill: Endpoint, decode: Endpoint) -> Attempt:
-        attempt = self._connectors.attempt(
-            prefill.instance,
-            prefill.host,
-            rank=prefill.rank,
-            speaks=prefill.speaks,
-            takes_token_ids=prefill.takes_token_ids,
-        )
+        attempt = self._connectors.attempt(prefill)
         order = attempt.order()
         if order is Order.TOWARDS_DECODE:
-            attempt = attempt.towards(self._connectors.peer(decode.instance, decode.host, decode.rank))
+            attempt = attempt.towards(self._connectors.peer(decode))
         elif order is not Order.PREFILL_FIRST:
             raise NotForThis(f"its connector's order is {order.value}")
         if (question := attempt.question()) is not None:
