@@ -6,15 +6,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
 from tests.integration.test_apis import PATHS, REQUESTS, said, undivided
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -46,11 +44,6 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
-@pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     limits: dict[str, Any] = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
     (limits["metaserver_port"],) = unused_ports(1)
@@ -59,16 +52,11 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    """A client of a stack that is ready; afterwards nothing may be in flight or pinned."""
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client) -> AsyncIterator[Client]:
+    """A client whose requests are split; afterwards nothing may be in flight or pinned."""
     await client.until_split()
     yield client
-    for instance in fleet.instances:
-        await client.fault(instance.id)
+    await client.undo_faults()
     await client.until_in_flight(0)
     await client.until_freed()
 

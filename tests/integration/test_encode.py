@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Answer, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Answer, Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -60,28 +58,16 @@ def up(fleet: Fleet, stack: Stack, connector: str) -> Iterator[Process]:
         yield process
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    made = Client(session, stack, fleet)
-    await ready(made, up)
-    await made.until_split()
+async def client(client: Client) -> AsyncIterator[Client]:
+    await client.until_split()
 
     async def encodes() -> bool:
-        states = await made.states()
+        states = await client.states()
         return all(state == "healthy" for state in states.values())
 
     await until(encodes)
-    yield made
-    for instance in fleet.instances:
-        await made.fault(instance.id)
-    await made.until_in_flight(0)
+    yield client
 
 
 async def counts(client: Client, role: str) -> dict[str, int]:

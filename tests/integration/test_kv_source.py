@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -25,25 +23,15 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
-@pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     with spawned(stack.up({"strategy": "round_robin", **NO_EJECTION, **fleet.config()})) as process:
         yield process
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client) -> AsyncIterator[Client]:
     await client.until_split()
     yield client
-    await client.until_in_flight(0)
 
 
 async def told(client: Client, prompt: str) -> tuple[str, str, Any]:

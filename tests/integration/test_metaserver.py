@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.test_connectors import alone, restarted
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -30,11 +29,6 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
-@pytest.fixture(scope="module")
 def port() -> int:
     return unused_ports(1)[0]
 
@@ -47,16 +41,11 @@ def up(fleet: Fleet, stack: Stack, port: int) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    """A client of a stack that is ready; afterwards nothing may be in flight, and no D may wait for P."""
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client) -> AsyncIterator[Client]:
+    """A client whose requests are split; afterwards nothing may be in flight, and no D may wait for P."""
     await client.until_split()
     yield client
-    for instance in fleet.instances:
-        await client.fault(instance.id)
+    await client.undo_faults()
     await client.until_in_flight(0)
     await until(lambda: nothing_held(client))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
 from tests.integration.test_apis import PATHS, REQUESTS, said
-from tests.support.processes import Client, Process, Stack, ready, spawned
+from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -37,11 +35,6 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
-@pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     limits = {"strategy": "round_robin", "decode_first_byte_timeout": 5.0}
     with spawned(stack.up({**limits, **fleet.config()})) as process:
@@ -49,12 +42,8 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    """A client of a stack that is ready; afterwards nothing may be in flight or pinned."""
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client) -> AsyncIterator[Client]:
+    """A client whose requests are split; afterwards nothing may be in flight or pinned."""
     await client.until_split()
     yield client
     await client.until_in_flight(0)

@@ -7,14 +7,12 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -51,11 +49,6 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    return Stack(Path(tmp_path_factory.mktemp("stack")))
-
-
-@pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     config = {
         "strategy": "round_robin",
@@ -67,18 +60,13 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def client(
-    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
-) -> AsyncIterator[Client]:
-    """A client of a stack that is ready; afterwards nothing may be in flight or kept."""
-    client = Client(session, stack, fleet)
-    await ready(client, up)
+async def client(client: Client, up: Process) -> AsyncIterator[Client]:
+    """A client whose requests are split; afterwards nothing may be in flight or kept."""
     await client.until_known()
     await client.until_split()
     yield client
     assert "script log" not in up.output, "a filter's script failed"
-    for instance in fleet.instances:
-        await client.fault(instance.id)
+    await client.undo_faults()
     await client.until_in_flight(0)
     await client.until_freed()
 

@@ -229,6 +229,12 @@ class Client:
 
         await until(reached)
 
+    async def undo_faults(self) -> None:
+        """Let all simulated instances that live work as they should."""
+        for instance in self.fleet.instances:
+            if instance.alive:
+                await self.fault(instance.id)
+
     async def until_split(self) -> None:
         """Wait until a request has a P: Envoy asks the scheduler once it has found it healthy."""
 

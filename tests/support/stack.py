@@ -21,7 +21,8 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
+def stack(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Stack:
+    """One for each fleet, since what a scheduler has learned of its instances stays."""
     return Stack(Path(tmp_path_factory.mktemp("stack")))
 
 
@@ -48,8 +49,6 @@ async def client(
     await ready(client, up)
     yield client
     assert "lua" not in up.output, "a filter's script failed"
-    for instance in fleet.instances:
-        if instance.alive:
-            await client.fault(instance.id)
+    await client.undo_faults()
     if up.process.poll() is None:
         await client.until_in_flight(0)
