@@ -12,14 +12,14 @@ import yaml
 from tests.support.certificates import make_certificates
 from tests.support.compose_file import ROOT
 from tests.support.processes import Stack, spawned, unused_ports
-from tests.support.stack import session, stack
+from tests.support.stack import session
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
 
-__all__ = ["session", "stack"]
+__all__ = ["session"]
 
 README = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
 ENVOY_YAML = (ROOT / "envoy" / "envoy.yaml").read_text(encoding="utf-8")
@@ -45,6 +45,11 @@ def is_accepted(config: dict[str, Any], directory: Path) -> None:
     command = [find_envoy(), "--mode", "validate", "-c", str(path), "--disable-hot-restart"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return Stack(tmp_path)
 
 
 @pytest.fixture
