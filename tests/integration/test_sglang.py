@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -60,8 +61,15 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
 
 
 @pytest_asyncio.fixture
-async def client(client: Client, up: Process) -> AsyncIterator[Client]:
-    """A client whose requests are split; afterwards nothing may be in flight or kept."""
+async def client(
+    session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, up: Process
+) -> AsyncIterator[Client]:
+    """A client of a stack that is ready; afterwards nothing may be in flight or kept.
+
+    Not the shared one: here a filter's script may refuse a further attempt, which the access log says.
+    """
+    client = Client(session, stack, fleet)
+    await ready(client, up)
     await client.until_known()
     await client.until_split()
     yield client
