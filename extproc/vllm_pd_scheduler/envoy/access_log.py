@@ -4,12 +4,18 @@ Envoy has two logs for the scheduler. ``reports`` tells of attempts that failed,
 itself, and the scheduler must know which instance failed and whether the hand-off was used. Nothing comes
 there for an attempt that succeeded. ``results`` tells how each request has ended and how long it took, many
 in one message, up to a second later: nothing is decided by that.
+
+Envoy keeps the streams of its logs open. Where it has several schedulers, the nearest one may have been away,
+and its logs come to another one after it is back. Who gets an entry about a request that another scheduler
+has ends the streams of that connection, and Envoy opens them anew: at the nearest one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
@@ -39,47 +45,95 @@ MAX_ENTRIES = 1024
 MAX_RETRY_AFTER_S = 60.0
 """An instance that wants to be left alone for longer is asked again all the same."""
 
+STREAM_S = 2.0
+"""How long a stream is kept at least. Entries about requests from before this scheduler's restart look like
+those of another one, and come here again when their stream is opened anew."""
+
 
 class AccessLog:
     """Serves ``envoy.service.accesslog.v3.AccessLogService``.
 
-    ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended.
+    ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended;
+    ``is_ours`` says whether a request of that id is this scheduler's.
     """
 
-    def __init__(self, failed: Callable[[FailedAttempt], None], ended: Callable[[Result], None]) -> None:
+    def __init__(
+        self,
+        failed: Callable[[FailedAttempt], None],
+        ended: Callable[[Result], None],
+        is_ours: Callable[[str], bool],
+    ) -> None:
         self._failed = failed
         self._ended = ended
+        self._is_ours = is_ours
+        self._open: dict[object, list[_Kept]] = {}
+        """The streams of each connection."""
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path."""
         return {f"/{SERVICE}/StreamAccessLogs": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
     async def _stream(self, stream: ServerStream) -> None:
-        results = False
+        kept = _Kept(asyncio.timeout(None), asyncio.get_running_loop().time() + STREAM_S)
+        beside = self._open.setdefault(stream.connection, [])
+        beside.append(kept)
         try:
-            while (data := await stream.read()) is not None:
-                message = read_message(data)
-                results = results or message.identifier.log_name == RESULTS  # the first message has it
-                if results:
-                    self._read_results(message)
-                else:
-                    self._read_attempts(message)
+            async with kept.end:
+                await self._read(stream)
+        except TimeoutError:
+            log.debug("an access log stream is to be opened at the nearest scheduler")
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise
+        finally:
+            beside.remove(kept)
+            if not beside:
+                self._open.pop(stream.connection, None)
         await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
-    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+    async def _read(self, stream: ServerStream) -> None:
+        results = False
+        while (data := await stream.read()) is not None:
+            message = read_message(data)
+            results = results or message.identifier.log_name == RESULTS  # the first message has it
+            about = self._read_results(message) if results else self._read_attempts(message)
+            if not all(map(self._is_ours, about)):
+                for each in self._open[stream.connection]:
+                    each.end_soon()
+
+    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> list[str]:
+        """Take the entries; return the ids of their requests."""
+        about = []
         for entry in message.http_logs.log_entry:
             if (attempt := read_attempt(entry)) is not None:
                 log_lines.request_id.set(attempt.request_id)
                 self._failed(attempt)
+                if attempt.request:
+                    about.append(attempt.request)
         log_lines.request_id.set("")
+        return about
 
-    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> list[str]:
+        """Take the entries; return the ids of their requests."""
+        about = []
         for entry in message.http_logs.log_entry:
             if (result := read_result(entry)) is not None:
                 self._ended(result)
+                about.append(result.request)
+        return about
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A stream that is open."""
+
+    end: asyncio.Timeout
+    until: float
+    """When it may be ended, by the clock of the event loop."""
+
+    def end_soon(self) -> None:
+        if self.end.when() is None:
+            self.end.reschedule(max(self.until, asyncio.get_running_loop().time()))
 
 
 def read_message(data: bytes) -> als_pb2.StreamAccessLogsMessage:

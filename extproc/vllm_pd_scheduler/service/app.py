@@ -294,11 +294,12 @@ class App:
 
     async def _start_grpc(self) -> None:
         config = self.config
-        access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
+        in_flight = self.router.in_flight
+        access_log = AccessLog(in_flight.attempt_failed, in_flight.told, in_flight.is_ours)
         retries = RetryCheck(
-            self.router.in_flight.may_try_again,
+            in_flight.may_try_again,
             self.router.again,
-            self.router.in_flight.in_vain,
+            in_flight.in_vain,
             config.max_body_bytes,
         )
         discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)
