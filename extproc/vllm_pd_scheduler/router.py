@@ -48,7 +48,7 @@ class PDRouter:
 
     ``route`` is what the ext_proc server calls. A script without Envoy uses ``register_instance``,
     ``run_health_checks`` and ``route_request``, which block until they are done and must not be called
-    from a running event loop.
+    from a running event loop. ``name`` is the scheduler's among several: ids of its requests begin with it.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class PDRouter:
         events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
         later: Later = in_this_loop,
+        name: str = "",
     ) -> None:
         self.config = config
         self.events = events or Events(time.time)
@@ -91,6 +92,7 @@ class PDRouter:
             clock,
             later,
             self.body_memory,
+            name,
         )
         self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg

@@ -20,6 +20,7 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.process import find_envoy
+from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
 
 SETTINGS: dict[str, Any] = {"strategy": "round_robin", "ejection_success_rate": 0.0, "ejection_failures": 1000}
 LONG = "Where does the cache go? " * 40
@@ -52,30 +53,6 @@ class Scheduler:
         return bool(found["decisions"])
 
 
-def _address(port: int) -> dict[str, Any]:
-    return {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}}
-
-
-def _several(config: dict[str, Any], ports: list[int]) -> dict[str, Any]:
-    for cluster in config["static_resources"]["clusters"]:
-        if cluster["name"] in ("scheduler", "xds"):
-            cluster["load_assignment"]["endpoints"] = [
-                {"priority": number, "lb_endpoints": [_address(port)]} for number, port in enumerate(ports)
-            ]
-
-    def walk(found: Any) -> None:
-        if isinstance(found, dict):
-            if "log_name" in found:
-                found["grpc_service"] = {"envoy_grpc": {"cluster_name": "scheduler"}}
-            found = list(found.values())
-        if isinstance(found, list):
-            for each in found:
-                walk(each)
-
-    walk(config)
-    return config
-
-
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     with Fleet(2, 2, arguments=["--max-model-len=4096", "--decode-base=0.01"]) as running:
@@ -99,7 +76,11 @@ async def schedulers(
     second = Stack(
         tmp_path / "second", replace(first.ports, grpc=unused_ports(1)[0]), unused_ports(1)[0]
     )
-    config = _several(render_config(first.ports), [first.ports.grpc, second.ports.grpc])
+    addresses = [
+        SchedulerAddress(f"127.0.0.1:{each.ports.grpc}", priority=priority)
+        for priority, each in enumerate((first, second))
+    ]
+    config = render_config(first.ports, schedulers=addresses)
     path = tmp_path / "envoy.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [find_envoy(), "-c", str(path), "--log-level", "warning", "--disable-hot-restart", "--concurrency", "2"]
@@ -140,7 +121,10 @@ async def assert_told(scheduler: Scheduler) -> None:
     async def counted() -> bool:
         return await _failures(scheduler) == before + rescued
 
-    await until(counted)
+    try:
+        await until(counted, 10)
+    except TimeoutError:
+        print((await client.admin('GET','/metrics'))[1]); raise
     await client.until_freed()
     assert await scheduler.metric("pd_scheduler_handoffs_unused_total{") == freed + rescued
     await client.fault("decode-0")

@@ -54,18 +54,18 @@ class AccessLog:
     """Serves ``envoy.service.accesslog.v3.AccessLogService``.
 
     ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended;
-    ``is_ours`` says whether a request of that id is this scheduler's.
+    ``is_for_us`` says of a request's id whether no other scheduler can have it.
     """
 
     def __init__(
         self,
         failed: Callable[[FailedAttempt], None],
         ended: Callable[[Result], None],
-        is_ours: Callable[[str], bool],
+        is_for_us: Callable[[str], bool],
     ) -> None:
         self._failed = failed
         self._ended = ended
-        self._is_ours = is_ours
+        self._is_for_us = is_for_us
         self._open: dict[object, list[_Kept]] = {}
         """The streams of each connection."""
 
@@ -97,7 +97,7 @@ class AccessLog:
             message = read_message(data)
             results = results or message.identifier.log_name == RESULTS  # the first message has it
             about = self._read_results(message) if results else self._read_attempts(message)
-            if not all(map(self._is_ours, about)):
+            if not all(map(self._is_for_us, about)):
                 for each in self._open[stream.connection]:
                     each.end_soon()
 

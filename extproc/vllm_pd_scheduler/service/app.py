@@ -295,7 +295,7 @@ class App:
     async def _start_grpc(self) -> None:
         config = self.config
         in_flight = self.router.in_flight
-        access_log = AccessLog(in_flight.attempt_failed, in_flight.told, in_flight.is_ours)
+        access_log = AccessLog(in_flight.attempt_failed, in_flight.told, in_flight.is_for_us)
         retries = RetryCheck(
             in_flight.may_try_again,
             self.router.again,
