@@ -5,9 +5,10 @@ itself, and the scheduler must know which instance failed and whether the hand-o
 there for an attempt that succeeded. ``results`` tells how each request has ended and how long it took, many
 in one message, up to a second later: nothing is decided by that.
 
-Envoy keeps the streams of its logs open. Where it has several schedulers, the nearest one may have been away,
-and its logs come to another one after it is back. Who gets an entry about a request that another scheduler
-has ends the streams of that connection, and Envoy opens them anew: at the nearest one.
+Envoy keeps the streams of its logs open where they are, and opens one at the nearest scheduler when it has
+something to tell. So those that say nothing are ended. If the nearest scheduler was away and is back, Envoy
+asks it, and its logs may still come to another one: who gets an entry about a request that it does not have
+ends the streams of that connection.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType
@@ -45,9 +45,12 @@ MAX_ENTRIES = 1024
 MAX_RETRY_AFTER_S = 60.0
 """An instance that wants to be left alone for longer is asked again all the same."""
 
-STREAM_S = 2.0
+STREAM_S = 1.0
 """How long a stream is kept at least. Entries about requests from before this scheduler's restart look like
 those of another one, and come here again when their stream is opened anew."""
+
+IDLE_S = 5.0
+"""How long one is kept that says nothing."""
 
 
 class AccessLog:
@@ -74,14 +77,14 @@ class AccessLog:
         return {f"/{SERVICE}/StreamAccessLogs": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
     async def _stream(self, stream: ServerStream) -> None:
-        kept = _Kept(asyncio.timeout(None), asyncio.get_running_loop().time() + STREAM_S)
+        kept = _Kept(asyncio.get_running_loop().time())
         beside = self._open.setdefault(stream.connection, [])
         beside.append(kept)
         try:
             async with kept.end:
-                await self._read(stream)
+                await self._read(stream, kept)
         except TimeoutError:
-            log.debug("an access log stream is to be opened at the nearest scheduler")
+            log.debug("an access log stream is ended, for Envoy to open it at the nearest scheduler")
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise
@@ -91,9 +94,10 @@ class AccessLog:
                 self._open.pop(stream.connection, None)
         await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
-    async def _read(self, stream: ServerStream) -> None:
+    async def _read(self, stream: ServerStream, kept: _Kept) -> None:
         results = False
         while (data := await stream.read()) is not None:
+            kept.heard()
             message = read_message(data)
             results = results or message.identifier.log_name == RESULTS  # the first message has it
             about = self._read_results(message) if results else self._read_attempts(message)
@@ -123,17 +127,24 @@ class AccessLog:
         return about
 
 
-@dataclass(slots=True)
 class _Kept:
-    """A stream that is open."""
+    """How long a stream is kept that was opened at a time of the event loop's clock."""
 
-    end: asyncio.Timeout
-    until: float
-    """When it may be ended, by the clock of the event loop."""
+    def __init__(self, opened: float) -> None:
+        self.end = asyncio.timeout_at(opened + IDLE_S)
+        self._opened = opened
+        self._ends = False
+
+    def heard(self) -> None:
+        """Note that something has come."""
+        if not self._ends:
+            self.end.reschedule(asyncio.get_running_loop().time() + IDLE_S)
 
     def end_soon(self) -> None:
-        if self.end.when() is None:
-            self.end.reschedule(max(self.until, asyncio.get_running_loop().time()))
+        """End the stream as soon as may be."""
+        if not self._ends:
+            self._ends = True
+            self.end.reschedule(max(self._opened + STREAM_S, asyncio.get_running_loop().time()))
 
 
 def read_message(data: bytes) -> als_pb2.StreamAccessLogsMessage:

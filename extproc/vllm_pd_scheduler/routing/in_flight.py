@@ -140,7 +140,7 @@ class RequestsInFlight:
         return request.startswith(self._run)
 
     def is_for_us(self, request: str) -> bool:
-        """Whether nobody but this scheduler can have the request of an id, though perhaps before a restart."""
+        """Whether no other scheduler can have the request of an id; this one may have, before a restart."""
         return request.startswith(self._name or self._run)
 
     def running(self, request: str) -> Forward | None:
