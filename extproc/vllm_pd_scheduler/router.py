@@ -286,6 +286,10 @@ class PDRouter:
         for text in self.misfits():
             self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
 
+    def share_hashes(self, key: int) -> None:
+        """Hash prompts as every scheduler with this key, below 2**64, does: call it before any request."""
+        self._core.reader.hash_key = key
+
     # -- requests
 
     def route(
