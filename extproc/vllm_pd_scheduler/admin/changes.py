@@ -74,8 +74,8 @@ class AdminChanges:
 
     With ``state_file`` in the configuration each is on the disk before it counts, or raises
     :exc:`NotKept` and changes nothing. The file is written off the event loop: a disk that hangs holds up no
-    request. With other replicas each is in their log before it counts, or raises :exc:`NotShared`, and the file
-    follows: what it holds counts where the log is empty.
+    request. With other replicas each is in their log before it counts, or raises :exc:`NotShared`. The file
+    follows then: what it holds counts where the log is empty.
     """
 
     def __init__(self, router: PDRouter) -> None:

@@ -46,6 +46,10 @@ class Meeting:
     database: int
     tls: bool
 
+    def fleet(self, key: str) -> str:
+        """Return a fleet's name, which pub/sub, that knows no databases, shall keep apart too."""
+        return f"{key}/{self.database}" if self.database else key
+
 
 class ReplicasTlsConfig(InstanceTlsConfig):
     """TLS to the server of the replicas. The PEM files are [read again](security.md#tls) when they change."""

@@ -77,8 +77,7 @@ class Valkey:
         self._place = config.meeting()
         self._tls = tls
         self._resolver = resolver or NameResolver()
-        # Pub/sub knows no databases.
-        fleet = f"{config.key}/{self._place.database}" if self._place.database else config.key
+        fleet = self._place.fleet(config.key)
         self._messages = f"{{{fleet}}}:messages".encode()
         self._changes = f"{{{fleet}}}:changes"
         self._publish = "PUBLISH"
