@@ -237,9 +237,8 @@ class App:
             raise StartupError(f"replicas: {error}") from None
         meeting = config.meeting()
         tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
-        sync = join(
-            self.router, self.changes, Valkey(config, tls), meeting.fleet(config.key), config.name or ""
-        )
+        fleet, name = meeting.fleet(config.key), config.name or ""
+        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name)
         self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
         await sync.joined(JOIN_S)
 

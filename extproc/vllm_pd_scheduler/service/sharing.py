@@ -15,8 +15,8 @@ from ..sync.greeting import Greeting, settings_of
 from ..sync.sync import Sync
 
 JOIN_S = 1.0
-"""Seconds that the start waits for the others at most: what operators have changed should count from the first
-request on."""
+"""Seconds that the start waits for the others at most: what operators have changed should count from the
+first request on."""
 
 
 def join(router: PDRouter, changes: AdminChanges, channel: Channel, fleet: str, name: str) -> Sync:

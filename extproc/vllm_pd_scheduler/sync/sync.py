@@ -76,9 +76,7 @@ class Sync:
     def summary(self) -> str:
         """Return in one line, without names and addresses, how it is."""
         if (away := self.away_s) is not None:
-            return (
-                f"no connection to the other replicas for {away:.0f} s: this one goes by what it sees itself"
-            )
+            return f"no connection to the other replicas for {away:.0f} s; this one goes on by itself"
         count = len(self._others)
         return f"connected; {count} other {'replica is' if count == 1 else 'replicas are'} heard"
 
