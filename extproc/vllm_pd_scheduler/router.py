@@ -37,6 +37,7 @@ from .scheduler.misfits import misfits
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from .sync.sync import Sync
     from .tracing.request_tracer import RequestTracer
 
 FORGET_S = 300.0
@@ -77,6 +78,10 @@ class PDRouter:
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
+        self.sync: Sync | None = None
+        """Joins this scheduler to other replicas; without one, it is alone."""
+        self.wake = admission.wake
+        """Serves waiting requests that can be served now: call it when load or health have changed."""
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time)
