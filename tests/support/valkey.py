@@ -53,29 +53,14 @@ class Server:
         with (self._directory / "log").open("ab") as log:
             command = [SERVER, str(config), *(["--sentinel"] if self._sentinel else [])]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        self._await_listening()
-
-    def _await_listening(self) -> None:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
-            except OSError:
-                assert self._process is not None
-                if self._process.poll() is not None or time.monotonic() > until:
-                    raise AssertionError((self._directory / "log").read_text()) from None
-                time.sleep(0.02)
-            else:
-                return
+        try:
+            until_listening(self.port, self._process)
+        except TimeoutError:
+            raise AssertionError((self._directory / "log").read_text()) from None
 
     def ask(self, *words: str, password: str | None = None) -> str:
         """Return the raw answer to a command."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as made:
-            if password is not None:
-                made.sendall(_packed("AUTH", password))
-                made.recv(1 << 16)
-            made.sendall(_packed(*words))
-            return made.recv(1 << 16).decode(errors="replace")
+        return ask(self.port, *words, password=password)
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -87,6 +72,30 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def ask(port: int, *words: str, password: str | None = None) -> str:
+    """Return a server's raw answer to a command."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as made:
+        if password is not None:
+            made.sendall(_packed("AUTH", password))
+            made.recv(1 << 16)
+        made.sendall(_packed(*words))
+        return made.recv(1 << 16).decode(errors="replace")
+
+
+def until_listening(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server accepts connections; raise :exc:`TimeoutError` if it has ended, or does not."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except OSError:
+            if process.poll() is not None or time.monotonic() > until:
+                raise TimeoutError from None
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _packed(*words: str) -> bytes:
