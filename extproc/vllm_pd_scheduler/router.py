@@ -37,6 +37,7 @@ from .scheduler.misfits import misfits
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from .sync.sync import Sync
     from .tracing.request_tracer import RequestTracer
 
 FORGET_S = 300.0
@@ -77,6 +78,10 @@ class PDRouter:
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
+        self.sync: Sync | None = None
+        """Joins this scheduler to other replicas; without one, it is alone."""
+        self.wake = admission.wake
+        """Serves waiting requests that can be served now: call it when load or health have changed."""
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time, bool(name))
@@ -279,10 +284,13 @@ class PDRouter:
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 
+    def misfits(self) -> list[str]:
+        """Return a line for each thing for which instances get nothing, as all of them are configured now."""
+        return misfits(self.config, (ranks[0].instance for ranks in self.registry.instances()))
+
     def tell_misfits(self, by: str) -> None:
-        """Make an event of each thing for which instances get nothing, as all of them are configured now."""
-        instances = (ranks[0].instance for ranks in self.registry.instances())
-        for text in misfits(self.config, instances):
+        """Make an event of each of the misfits."""
+        for text in self.misfits():
             self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
 
     # -- requests

@@ -19,7 +19,7 @@ from ..admin.metaserver import Metaserver, url_for
 from ..admin.others import Others
 from ..admin.probes_server import ProbesServer
 from ..admin.worker_server import WorkerServer
-from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
+from ..config import ConfigError, ReplicasConfig, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -43,15 +43,18 @@ from ..router import PDRouter
 from ..rpc import ListenError, Server
 from ..self_check import SelfCheck
 from ..self_check.pair_check import PairCheck
+from ..sync.channel import Channel
+from ..sync.local import LocalChannel
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
 from .certificates import Certificates, TlsSettings
 from .listen_advice import listen_advice
 from .reload import ConfigFile, Reload
+from .sharing import JOIN_S, join
 from .startup_error import StartupError
 from .watchdog import LoopWatchdog
-from .worker import FirstWorker, Worker
+from .worker import FirstWorker, Worker, scheduler_name
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +85,11 @@ class App:
         worker: Worker | None = None,
     ) -> None:
         self.config = config
-        self.router = PDRouter(config, name=worker.name if worker is not None else "")
+        self.router = PDRouter(config, name=scheduler_name(config, worker))
         if streams is not None:
             streams.count_dropped(self.router.telemetry.log_lines_dropped)
         self.changes = AdminChanges(self.router)
+        self.changes.saves = worker is None
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
         self._health = HealthService(
@@ -120,6 +124,11 @@ class App:
         except ConfigError as error:
             raise StartupError(str(error)) from None
         self.changes.restore()
+        if config.replicas is not None:
+            await self._join_replicas(config.replicas)
+        elif self._worker is not None:
+            self.changes.file_first = True
+            await self._join(LocalChannel(self._worker.hub), "workers")
         if config.tracing is not None:
             self._start_tracing(config.tracing)
         if self._worker is None:
@@ -163,6 +172,8 @@ class App:
             leg.timeout, encode_leg.timeout = config.prefill_timeout, config.encode_timeout
             monitor.reconfigured(config)
             self_check.reconfigured()
+            if router.sync is not None:
+                router.sync.reconfigured(config)
 
         if self._file is not None:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
@@ -233,6 +244,23 @@ class App:
         self.router.tracer = export.tracer
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)
+
+    async def _join_replicas(self, config: ReplicasConfig) -> None:
+        """Meet the other replicas, so that what operators have changed counts from the first request on."""
+        try:
+            config.check()
+            from ..sync.valkey import Valkey  # its package is an extra
+        except ValueError as error:
+            raise StartupError(f"replicas: {error}") from None
+        meeting = config.meeting()
+        tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
+        await self._join(Valkey(config, tls), meeting.fleet(config.key))
+
+    async def _join(self, channel: Channel, fleet: str) -> None:
+        name = scheduler_name(self.config, self._worker)
+        sync = join(self.router, self.changes, channel, fleet, name)
+        self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
+        await sync.joined(JOIN_S)
 
     def _start_self_check(self, leg: PrefillLeg, ask: AskPrefill, pool: ConnectionPool) -> SelfCheck:
         router, config = self.router, self.config
@@ -311,7 +339,8 @@ class App:
             await asyncio.sleep(LEAD_AGAIN_S)
 
     async def _lead(self, stack: AsyncExitStack, worker: Worker, self_check: SelfCheck) -> None:
-        """Listen where only one process can, and answer for all workers there."""
+        """Listen where only one process can, answer for all workers there, and write their files."""
+        self.changes.saves = True
         others = Others(worker.name, worker.others, worker.counts)
         stack.push_async_callback(others.close)
         await self._start_health(stack, others)

@@ -13,13 +13,13 @@ from ..config.listeners import Listener, clashes, listeners_of
 from ..envoy.configuration import render_config
 from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
-from ..envoy.schedulers import SchedulerAddress
+from ..envoy.schedulers import NAME, SchedulerAddress
 from ..rpc import ListenError
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .signals import Signals
 from .startup_error import StartupError
-from .worker import Worker
+from .worker import Worker, scheduler_name
 from .workers import WorkerEnded, Workers, worker_command
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def addresses(config: SchedulerConfig, count: int) -> list[SchedulerAddress]:
     found = []
     for worker in (Worker(index, count, "") for index in range(count)):
         own = worker.own_ports(config)
-        found.append(SchedulerAddress(own.grpc_socket or f"127.0.0.1:{own.grpc_port}", worker.name))
+        address = own.grpc_socket or f"127.0.0.1:{own.grpc_port}"
+        found.append(SchedulerAddress(address, scheduler_name(config, worker)))
     return found
 
 
@@ -145,6 +146,9 @@ def _private_path() -> Iterator[str]:
 
 def _require_ports(config: SchedulerConfig, count: int, listeners: list[Listener]) -> None:
     """Raise :exc:`StartupError` if a worker's ports are none, or another's."""
+    last = scheduler_name(config, Worker(count - 1, count, ""))
+    if not NAME.fullmatch(last):
+        raise StartupError(f"replicas.name: {last!r} has more than 16 letters: choose a shorter one")
     for worker in (Worker(index, count, "") for index in range(1, count)):
         own = worker.own_ports(config)
         if config.grpc_socket is None:

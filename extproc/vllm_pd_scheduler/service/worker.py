@@ -21,7 +21,7 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """The name with which the ids of its requests begin."""
+        """Its name among them."""
         return f"w{self.index}"
 
     @property
@@ -51,6 +51,12 @@ class Worker:
         if config.metaserver_port is not None:
             update["metaserver_port"] = config.metaserver_port + self.index
         return config.model_copy(update=update)
+
+
+def scheduler_name(config: SchedulerConfig, worker: Worker | None) -> str:
+    """Return the name with which the ids of a scheduler's requests begin: empty, if it is alone."""
+    replica = (config.replicas and config.replicas.name) or ""
+    return replica + (worker.name if worker is not None else "")
 
 
 class FirstWorker:
