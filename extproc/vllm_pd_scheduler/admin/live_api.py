@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from aiohttp import web
 
 from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
-from ..records.series import INTERVAL_S, Point, Reading, Series
+from ..records.series import INTERVAL_S, Point, Reading, Series, summed
 from ..router import PDRouter
 from .event_stream import MEDIA_TYPE, Streams
 from .instances_api import describe
 from .live_feed import LiveFeed, Look, Row
+from .others import Others
 from .process_api import StatusAnswer
 from .route import Route, Shown, json_answer
 
@@ -35,20 +36,24 @@ class HistoryAnswer(Shown):
 class LiveApi:
     """Shows how the fleet goes and went. It takes a point each few seconds while its server runs.
 
-    ``status`` returns how the scheduler is, ``source`` where an instance comes from.
+    ``status`` returns how the scheduler is, ``source`` where an instance comes from. With ``others`` it
+    counts for all workers.
     """
 
     def __init__(
         self,
         router: PDRouter,
         streams: Streams,
-        status: Callable[[], StatusAnswer],
+        status: Callable[[], Awaitable[StatusAnswer]],
         source: Callable[[str], str],
+        others: Others | None = None,
     ) -> None:
         self._router = router
         self._streams = streams
         self._status = status
         self._source = source
+        self._others = others
+        self._readings: dict[str, Reading] = {}
         self._series = Series()
         self._feed = LiveFeed(self.look, router.events, router.decisions)
 
@@ -62,7 +67,7 @@ class LiveApi:
 
         async def run() -> None:
             while True:
-                self._series.add(reading(self._router), time.monotonic(), time.time())
+                self._series.add(await self._reading(), time.monotonic(), time.time())
                 await asyncio.sleep(INTERVAL_S)
 
         task = asyncio.create_task(run())
@@ -70,6 +75,16 @@ class LiveApi:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+    async def _reading(self) -> Reading:
+        """Return what was counted until now, by all workers."""
+        before, self._readings = self._readings, {"": reading(self._router)}
+        if self._others is not None:
+            self._readings |= await self._others.readings()
+        now = self._readings
+        if before.keys() != now.keys() or any(now[name].requests < before[name].requests for name in now):
+            self._series.interrupt()  # one came or went: the difference is no traffic
+        return summed(self._readings[""], list(self._readings.values()))
 
     async def _history(self, _: web.Request) -> web.Response:
         return json_answer(HistoryAnswer(interval_s=INTERVAL_S, points=list(self._series.points)))
@@ -89,7 +104,7 @@ class LiveApi:
                 now = time.monotonic()
             rows[endpoint.id] = _row(endpoint, self._source(endpoint.instance.instance_id), now)
             ages.append(None if endpoint.scraped_at is None else round(now - endpoint.scraped_at, 1))
-        return Look(self._status().model_dump_json().encode(), rows, ages, self._series.newest)
+        return Look((await self._status()).model_dump_json().encode(), rows, ages, self._series.newest)
 
 
 def _row(endpoint: Endpoint, source: str, now: float) -> Row:
