@@ -38,7 +38,7 @@ pytestmark = needs_server
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "0"))
 LASTS_S = 10.0 if SECONDS else 2.0
-"""How long the server stands still, or is split from a replica."""
+"""How long the server is split from a replica, or stands still beside the load; a scheduler too."""
 NEAREST = ("a",), ("b", "c")
 """Of each Envoy the schedulers that it asks while they are healthy; it knows them all."""
 HELD = 3
@@ -64,6 +64,10 @@ class Replica:
             found = await response.json()
         return {each["id"]: each["in_flight"] for each in found["instances"] if each["in_flight"]}
 
+    async def chose(self, session: aiohttp.ClientSession, request: str) -> bool:
+        async with session.get(f"{self.stack.admin}/decisions?request_id={request}") as response:
+            return bool((await response.json())["decisions"])
+
     async def is_ready(self, session: aiohttp.ClientSession) -> bool:
         try:
             async with session.get(f"{self.stack.admin}/readyz") as response:
@@ -88,11 +92,18 @@ class Site:
     async def agree(self, in_flight: dict[str, int], without: str = "") -> None:
         """Wait until all replicas but one count this."""
 
-        async def all_do() -> bool:
-            others = [each for each in self.replicas.values() if each.name != without]
-            return all([await each.in_flight(self.session) == in_flight for each in others])
+        counted: dict[str, dict[str, int]] = {}
 
-        await until(all_do)
+        async def all_do() -> bool:
+            for each in self.replicas.values():
+                if each.name != without:
+                    counted[each.name] = await each.in_flight(self.session)
+            return all(each == in_flight for each in counted.values())
+
+        try:
+            await until(all_do)
+        except TimeoutError:
+            raise AssertionError(f"in flight are {in_flight}, counted {counted}") from None
 
 
 @pytest.fixture(scope="module")
@@ -220,35 +231,43 @@ FAULTS: list[Fault] = [
 # -- what clients do meanwhile
 
 
+@dataclass
+class Held:
+    """An answer that has begun and runs on."""
+
+    response: aiohttp.ClientResponse
+    replica: str
+    """Who has chosen."""
+
+    @property
+    def decode(self) -> str:
+        return self.response.headers["x-pd-decode"]
+
+
 @asynccontextmanager
-async def held(site: Site) -> AsyncIterator[list[aiohttp.ClientResponse]]:
-    """Answers that have begun and run on while the block runs; then their clients leave."""
+async def held(site: Site) -> AsyncIterator[list[Held]]:
+    """Answers that run on while the block runs; then their clients leave."""
     body = {"prompt": "p", "max_tokens": 8000, "ignore_eos": True, "stream": True}
     answers = []
     for client in site.clients:
         for _ in range(HELD):
-            answer = await site.session.post(client.stack.url + "/v1/completions", json=body)
-            await answer.content.readline()
-            assert answer.headers["x-pd-prefill"]
-            answers.append(answer)
+            response = await site.session.post(client.stack.url + "/v1/completions", json=body)
+            await response.content.readline()
+            assert response.headers["x-pd-prefill"]
+            request = response.headers["x-request-id"]
+            (owner,) = [
+                name for name, each in site.replicas.items() if await each.chose(site.session, request)
+            ]
+            answers.append(Held(response, owner))
     yield answers
     for answer in answers:
-        assert answer.connection is not None, "it has gone on all the time"
-        answer.close()
+        assert answer.response.connection is not None, "it has gone on all the time"
+        answer.response.close()
 
 
-async def _counted(site: Site, answers: list[aiohttp.ClientResponse], lost: str = "") -> dict[str, int]:
-    """Return how many of these answers are at each D, but those of which a scheduler that is lost knew."""
-    ours = {answer.headers["x-request-id"]: answer.headers["x-pd-decode"] for answer in answers}
-    counts: Counter[str] = Counter()
-    for instance in site.fleet.decode:
-        for seen in await site.clients[0].seen(instance.id):
-            headers = seen["headers"]
-            if headers.get("x-request-id") in ours and not (
-                lost and headers["x-pd-id"].startswith(f"{lost}.")
-            ):
-                counts[instance.id] += 1
-    return dict(counts)
+def _counted(answers: list[Held], lost: str = "") -> dict[str, int]:
+    """Return how many of these are at each D, but those of which a replica that is lost knew."""
+    return dict(Counter(answer.decode for answer in answers if answer.replica != lost))
 
 
 @asynccontextmanager
@@ -260,7 +279,7 @@ async def loads(site: Site) -> AsyncIterator[list[Seen]]:
 async def _through(site: Site, fault: Fault, chance: random.Random) -> str:
     """Let one fault come and go; return what was measured."""
     async with held(site) as answers:
-        await site.agree(await _counted(site, answers))
+        await site.agree(_counted(answers))
         async with AsyncExitStack() as stack:
             async with loads(site) as seen:
                 await asyncio.gather(*(each.more() for each in seen))
@@ -269,12 +288,11 @@ async def _through(site: Site, fault: Fault, chance: random.Random) -> str:
                 await asyncio.gather(*(each.more(60) for each in seen))
             for each in seen:
                 each.assert_clean()
-            killed = lost if fault is scheduler_killed else ""
-            expected = await _counted(site, answers, killed)
-            measured = ""
-            if killed:
-                await site.agree(expected, without=killed)
-                measured = f", forgotten {time.monotonic() - began:.2f} s after it was killed"
+            # What a scheduler has in flight when it dies, or Envoy leaves it, nobody counts from then on.
+            expected, measured = _counted(answers, lost), ""
+            if lost:
+                await site.agree(expected, without=lost)
+                measured = f"; forgotten {time.monotonic() - began:.2f} s after it was last heard"
         back = time.monotonic()
         await site.agree(expected)
         agreed = time.monotonic() - back

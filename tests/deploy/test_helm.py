@@ -211,11 +211,8 @@ def mounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / secret / "ca.crt").write_bytes(Path(made.ca).read_bytes())
         (folder / secret / "tls.crt").write_bytes(Path(made.server["cert"]).read_bytes())
         (folder / secret / "tls.key").write_bytes(Path(made.server["key"]).read_bytes())
-    for secret, keys in (
-        ("admin", ("token", "key")),
-        ("api-key", ("api-key", "key")),
-        ("valkey", ("password", "key")),
-    ):
+    secrets = ("admin", "token"), ("api-key", "api-key"), ("valkey", "password")
+    for secret, name in secrets:
         (folder / secret).mkdir()
         for key in (name, "key"):
             (folder / secret / key).write_text("s3cret")
