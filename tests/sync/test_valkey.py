@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import unused_ports
@@ -22,6 +23,12 @@ from vllm_pd_scheduler.sync.channel import START, Change, NotKept, Overtaken
 from vllm_pd_scheduler.sync.valkey import Valkey
 
 pytestmark = needs_server
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> uvloop.EventLoopPolicy:
+    """Have the event loop that the scheduler runs on."""
+    return uvloop.EventLoopPolicy()
 
 
 class Heard:

@@ -107,7 +107,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to look whether the server answers."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         if (made := transport.get_extra_info("socket")) is not None:
             keep_alive(made)
         self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
