@@ -77,6 +77,19 @@ async def test_while_the_server_is_away_all_goes_on_and_is_told_when_it_is_back(
         assert back == "connected to the other replicas, after 2.5 s"
 
 
+async def test_one_that_was_away_for_a_moment_asks_what_it_has_missed(meeting: Meeting) -> None:
+    """Without a request or a summary of the other one, for which time would have to go on."""
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        await until(lambda: one.sync.others and two.sync.others)
+        one.channel.lose("it is gone")
+        two.reserve()
+        await asyncio.sleep(0.05)
+        assert one.in_flight() == 0
+        one.channel.connect()
+        await until(lambda: one.in_flight() == 1)
+
+
 async def test_a_loss_is_said_once_however_often_it_comes(meeting: Meeting) -> None:
     one = Scheduler(meeting)
     async with running(one):

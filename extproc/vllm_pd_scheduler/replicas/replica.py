@@ -90,6 +90,10 @@ class Replica:
         self._summary_at = now
         return self._encode(self._own.summary(self.name, self._number + 1, waiting))
 
+    def tell_all(self) -> None:
+        """Have :meth:`publish` tell all that this replica has the next time: somebody must learn it."""
+        self._summary_at = -1e9
+
     def _encode(self, message: Message) -> bytes:
         self._number = message.number
         data = self._fleet.encode(message)
@@ -111,7 +115,7 @@ class Replica:
             return self._ignore(reason)
         self.received += 1
         if len(self._others.names) > known:
-            self._summary_at = -1e9  # it must learn what we have
+            self.tell_all()
         return True
 
     def _ignore(self, reason: Ignored) -> bool:

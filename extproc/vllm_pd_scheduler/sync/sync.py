@@ -19,6 +19,8 @@ from .greeting import MAGIC, Greeting, Greetings, settings_of
 
 GREET_S = 10.0
 """Seconds between two greetings, beside those for a replica that has just come."""
+ASK = MAGIC + b"?"
+"""Begins the question for all that the others have."""
 _LEAST_S = 0.001
 """Timers of event loops are no finer; one that comes early would come again at once."""
 
@@ -148,7 +150,11 @@ class Sync:
         """See :class:`~vllm_pd_scheduler.sync.channel.Listener`."""
         armed, self._armed = self._armed, True  # what others do is no news to tell
         try:
-            if data.startswith(MAGIC):
+            if data.startswith(ASK):
+                self.replica.tell_all()
+                self._arm()
+                armed = True
+            elif data.startswith(MAGIC):
                 self._greeted(data)
             elif self.replica.receive(data, self._clock()):
                 if len(self.replica.others) != len(self._others):
@@ -188,6 +194,8 @@ class Sync:
         # All that it has is told at once: what was told meanwhile has reached nobody.
         self.channel.send(self.replica.snapshot(now, self._waiting()))
         self._greet()
+        # And they are asked: to those who were there, this one was not away for long enough to be new.
+        self.channel.send(ASK + self.replica.name.encode())
 
     def _answer(self) -> bool:
         """Tell a replica that has just come all that this one has; return that it is about to be sent."""
