@@ -79,8 +79,8 @@ async def schedulers(
     (tmp_path / "second").mkdir()
     second = Stack(tmp_path / "second", replace(first.ports, grpc=unused_ports(1)[0]), unused_ports(1)[0])
     addresses = [
-        SchedulerAddress(f"127.0.0.1:{each.ports.grpc}", priority=priority)
-        for priority, each in enumerate((first, second))
+        SchedulerAddress(f"127.0.0.1:{first.ports.grpc}"),
+        SchedulerAddress(f"localhost:{second.ports.grpc}", priority=1),  # as by a Service of Kubernetes
     ]
     config = render_config(first.ports, schedulers=addresses)
     path = tmp_path / "envoy.yaml"
