@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
-from vllm_pd_scheduler.sync.channel import START, Change, NotKept, Overtaken
+from vllm_pd_scheduler.sync.channel import START, Change, Dropped, NotKept, Overtaken
 from vllm_pd_scheduler.sync.frames import MAX_FRAME_BYTES, MAX_WAITING_BYTES, FrameReader, Told, encode
 from vllm_pd_scheduler.sync.hub import Hub
 from vllm_pd_scheduler.sync.local import LocalChannel, tell_ready
@@ -152,7 +152,7 @@ async def test_without_a_hub_nothing_waits(tmp_path: Path) -> None:
     one = Worker(str(tmp_path / "hub"))
     await until(lambda: "cannot be reached" in one.channel.problem)
     assert not one.channel.send(b"x")
-    assert one.channel.traffic.dropped["not connected"] == 1
+    assert one.channel.traffic.dropped[Dropped.AWAY] == 1
     with pytest.raises(NotKept, match="cannot be reached"):
         await one.channel.append(b"a", START)
     with pytest.raises(NotKept, match="at most"):

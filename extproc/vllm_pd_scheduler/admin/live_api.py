@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from ..fleet.endpoint import Endpoint
@@ -15,7 +17,7 @@ from ..records.series import INTERVAL_S, Point, Reading, Series, summed
 from ..router import PDRouter
 from .event_stream import MEDIA_TYPE, Streams
 from .instances_api import describe
-from .live_feed import LiveFeed, Look, Row
+from .live_feed import MAX_DECISIONS, LiveFeed, Look, Row
 from .others import Others
 from .process_api import StatusAnswer
 from .route import Route, Shown, json_answer
@@ -94,6 +96,15 @@ class LiveApi:
             return web.Response(content_type=MEDIA_TYPE)
         return await self._streams.serve(request, self._feed.subscribe, self._feed.reader())
 
+    async def _decided_elsewhere(self) -> list[dict[str, Any]]:
+        """Return the newest decisions of the other workers, the oldest first."""
+        if self._others is None:
+            return []
+        answers = await self._others.get(f"/decisions?limit={MAX_DECISIONS}")
+        told = [msgspec.json.decode(body) for body in answers]
+        found = [decision for each in told for decision in each["decisions"]]
+        return sorted(found, key=lambda each: int(each["number"]))
+
     async def look(self) -> Look:
         """Look at the fleet, in turns with the requests."""
         rows: dict[str, Row] = {}
@@ -104,7 +115,9 @@ class LiveApi:
                 now = time.monotonic()
             rows[endpoint.id] = _row(endpoint, self._source(endpoint.instance.instance_id), now)
             ages.append(None if endpoint.scraped_at is None else round(now - endpoint.scraped_at, 1))
-        return Look((await self._status()).model_dump_json().encode(), rows, ages, self._series.newest)
+        elsewhere = await self._decided_elsewhere()
+        status = (await self._status()).model_dump_json().encode()
+        return Look(status, rows, ages, self._series.newest, elsewhere)
 
 
 def _row(endpoint: Endpoint, source: str, now: float) -> Row:

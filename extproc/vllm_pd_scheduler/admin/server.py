@@ -66,7 +66,7 @@ class AdminServer(HttpServer):
             ProbesApi(router, is_ready, others),
             process,
             ReloadApi(reload, others),
-            StrategyApi(router, changes),
+            StrategyApi(router, changes, others),
             DecisionsApi(router.decisions, others),
             InstancesApi(router, changes, is_ready),
             ModelsApi(router),

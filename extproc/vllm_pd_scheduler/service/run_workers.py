@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..envoy.schedulers import NAME, SchedulerAddress
 from ..rpc import ListenError
+from ..rpc.listener import MAX_PATH_BYTES
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .signals import Signals
 from .startup_error import StartupError
 from .worker import Worker, scheduler_name
 from .workers import WorkerEnded, Workers, worker_command
+
+_LONGEST_SUFFIX = ".admin-w99"
+"""Of the sockets beside the parent's."""
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +144,11 @@ def _private_path() -> Iterator[str]:
             "where one can"
         ) from None
     try:
+        if len(os.fsencode(f"{path}{_LONGEST_SUFFIX}")) > MAX_PATH_BYTES:
+            raise StartupError(
+                f"--workers: the path of a socket in {os.path.dirname(path)} would have more than "
+                f"{MAX_PATH_BYTES} bytes: set TMPDIR to a directory with a shorter one"
+            )
         yield path
     finally:
         place.__exit__(None, None, None)

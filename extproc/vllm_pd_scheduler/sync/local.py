@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
-from .channel import MAX_CHANGE_BYTES, START, Change, Listener, NotKept, Overtaken, Position, Traffic
+from .channel import MAX_CHANGE_BYTES, START, Change, Dropped, Listener, NotKept, Overtaken, Position, Traffic
 from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, encode
 
 RETRY_S = 0.05
@@ -36,10 +36,10 @@ class LocalChannel:
     def send(self, data: bytes) -> bool:
         """See :class:`~.channel.Channel`."""
         if self._connection is None:
-            self.traffic.dropped["not connected"] += 1
+            self.traffic.dropped[Dropped.AWAY] += 1
             return False
         if not self._connection.write(encode(Told(data))):
-            self.traffic.dropped["too much waits"] += 1
+            self.traffic.dropped[Dropped.SLOW] += 1
             return False
         self.traffic.sent += 1
         self.traffic.sent_bytes += len(data)
