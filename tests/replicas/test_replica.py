@@ -15,7 +15,8 @@ from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored, Replica
-from vllm_pd_scheduler.replicas.message import MAX_BYTES, MAX_REQUESTS, Message, Share
+from vllm_pd_scheduler.replicas.message import MAX_BYTES, Message, Share
+from vllm_pd_scheduler.replicas.plausible import UNSCRAPED
 from vllm_pd_scheduler.request.context import RequestContext
 
 KEY = FleetKey("fleet")
@@ -240,8 +241,8 @@ BAD = {
     "no message": (b"hello, this is no message at all", Ignored.GARBAGE),
     "cut": (KEY.encode(_message())[:-1], Ignored.GARBAGE),
     "more": (KEY.encode(_message()) + b"x", Ignored.GARBAGE),
-    "long": (b"PDR\1" + bytes(MAX_BYTES), Ignored.TOO_LONG),
-    "version": (b"PDR\2" + KEY.encode(_message())[4:], Ignored.VERSION),
+    "long": (b"PDR\2" + bytes(MAX_BYTES), Ignored.TOO_LONG),
+    "version": (b"PDR\1" + KEY.encode(_message())[4:], Ignored.VERSION),
     "fleet": (FleetKey("another").encode(_message()), Ignored.FLEET),
     "negative": (KEY.encode(_message(shares=[Share(0, -1, 0)])), Ignored.GARBAGE),
     "huge": (KEY.encode(_message(shares=[Share(0, 1 << 63, 0)])), Ignored.GARBAGE),
@@ -280,7 +281,7 @@ def test_nonsense_is_bounded_and_gone_with_the_next_summary() -> None:
     one = One("a")
     one.send("decode-0", 0.0)
     one.hear([KEY.encode(_message(1, shares=[Share(0, 1 << 61, 1 << 61)]))], 0.0)
-    assert one.registry.get("decode-0").in_flight == MAX_REQUESTS + 1
+    assert one.registry.get("decode-0").in_flight == UNSCRAPED + 1
     one.hear([KEY.encode(_message(2, endpoints=[]))], 0.0)
     assert one.loads()[1][0] == 1
     _sound(one)
