@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
@@ -43,16 +43,17 @@ class Answers:
         self._refill(now)
         return now if self._room > 0 else now - self._room / BLOCKS_PER_S
 
-    def placements(self, now: float) -> Iterator[Placed]:
-        """Yield what was told in messages that somebody has missed, the newest first."""
+    def placements(self, now: float) -> list[Placed]:
+        """Return what was told in messages that somebody has missed, the newest first."""
         self._refill(now)
         gaps, self._gaps = self._gaps, []
-        for first, last in gaps:
-            for endpoint, blocks in self._told.by(first, last):
-                if self._room <= 0:
-                    return  # what is older than that is soon cached no more
-                self._room -= len(blocks)
-                yield endpoint, blocks
+        found: list[Placed] = []
+        for each in chain.from_iterable(self._told.by(*gap) for gap in gaps):
+            if self._room <= 0:
+                break  # what is older than that is soon cached no more
+            self._room -= len(each[1])
+            found.append(each)
+        return found
 
     def held(self, now: float) -> tuple[Endpoint, list[int]] | None:
         """Return the blocks of an endpoint that somebody has asked for, those used last first."""
