@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.replicas.one import KEY, D, One, sound
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored
 from vllm_pd_scheduler.replicas.message import MAX_BYTES, Message, Share
 from vllm_pd_scheduler.replicas.plausible import UNSCRAPED
-
-from tests.replicas.one import KEY, D, One, sound
 
 ACTIONS = st.lists(
     st.tuples(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter
-from hashlib import blake2b
-from functools import lru_cache
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
 
 from ..fleet.endpoint import Reservation
 from ..models import InstanceRole
@@ -28,10 +28,13 @@ queue: a tenant that is forgotten starts level with the others when it comes bac
 """
 
 
+TenantKey = bytes
+"""Eight that stand for a tenant, here and for other replicas of the scheduler."""
+
 
 @lru_cache(2 * _MAX_IDLE_TENANTS)
-def tenant_key(name: str) -> bytes:
-    """Return 8 bytes that stand for a tenant, here and for other replicas of the scheduler."""
+def tenant_key(name: str) -> TenantKey:
+    """Return the key of a tenant: a hash of its name."""
     return blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
@@ -82,9 +85,9 @@ class _Tenant:
 class _PriorityLevel:
     """The waiting requests of one priority."""
 
-    tenants: dict[bytes, _Tenant] = field(default_factory=dict)
+    tenants: dict[TenantKey, _Tenant] = field(default_factory=dict)
     """Tenants that have requests waiting, by :func:`tenant_key`."""
-    served_idle: dict[bytes, float] = field(default_factory=dict)
+    served_idle: dict[TenantKey, float] = field(default_factory=dict)
     """``served`` of tenants without waiting requests.
 
     Without it a tenant could reset its count by waiting a moment until its queue is empty.
@@ -113,7 +116,7 @@ class _PriorityLevel:
         """The work of the tenant that was given the least of those that wait."""
         return min((tenant.served for tenant in self.tenants.values()), default=0.0)
 
-    def idles(self, key: bytes, served: float) -> None:
+    def idles(self, key: TenantKey, served: float) -> None:
         """Remember what a tenant was served of which nothing waits."""
         self.served_idle[key] = served
         if len(self.served_idle) > _MAX_IDLE_TENANTS:
@@ -216,7 +219,7 @@ class RequestQueue:
         else:
             self._remove_from_level(ticket, priority, order, number, served)
 
-    def drawn_elsewhere(self, priority: int, key: bytes, work: float) -> None:
+    def drawn_elsewhere(self, priority: int, key: TenantKey, work: float) -> None:
         """Count work that a tenant was given by another replica, if somebody waits here in its priority."""
         level = self._levels.get(priority)
         if level is None:

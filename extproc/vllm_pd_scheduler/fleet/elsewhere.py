@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 BELIEVED_TIMES = 2.5
-"""Times that another's prefill may have taken what is predicted, or the other way round, to teach anything."""
+"""Times that another's prefill may differ from what is predicted, and still teach something."""
 SETTLED = 32
 """Prefills after which that holds: before, there is nothing to compare with."""
 LEAST_S = 0.02
@@ -157,7 +157,7 @@ class Elsewhere:
         return True
 
     def leave_out(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool, now: float) -> None:
-        """Leave out a pair whose hand-offs fail elsewhere, or whose texts were ``wrong``; of any D if none."""
+        """Leave out a pair, or all of a P, that fails elsewhere, or a pair whose texts were ``wrong``."""
         if not wrong:
             self._registry.pairs.leave_out_elsewhere(prefill, decode, now)
         elif decode is not None:

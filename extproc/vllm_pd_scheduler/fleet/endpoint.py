@@ -94,7 +94,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     handoffs_elsewhere: int = 0
     """Those that it holds for requests of other replicas, as these last told."""
     tokens: float = 0.0
-    """Tokens of the requests in flight: for prefill those to compute, for decode prompt and expected answer."""
+    """Tokens of the requests in flight: for prefill those to compute, for decode prompt and answer."""
     tokens_elsewhere: float = 0.0
     """Those of ``tokens`` that belong to requests of other replicas."""
     tokens_at_scrape: float = 0.0
@@ -207,7 +207,7 @@ class Endpoint(Struct, frozen=True, eq=False):
 
     @property
     def drained(self) -> bool:
-        """Whether it is draining and nothing that anybody sent, or that waits to be fetched, is left on it."""
+        """Whether it is draining, and nothing is left on it that anybody sent or that waits to be fetched."""
         return self.draining and not self.in_flight and not self.handoffs
 
     @property
@@ -422,7 +422,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens", max(0.0, self.tokens + tokens) if self.in_flight else 0.0)
 
     def never_there(self, requests: int, tokens: int) -> None:
-        """Take so many requests and tokens back that other replicas claim, and that it was scraped without."""
+        """Take back so many requests and tokens that other replicas claim, and that a scrape has not shown."""
         self.sent_elsewhere(-requests, -tokens)
         _set(self, "in_flight_at_scrape", max(0, self.in_flight_at_scrape - requests))
         _set(self, "tokens_at_scrape", max(0.0, self.tokens_at_scrape - tokens))

@@ -210,7 +210,7 @@ class Ask(Struct, array_like=True, frozen=True):
 
 
 class Held(Struct, array_like=True, frozen=True):
-    """Blocks that are taken for cached on an endpoint, those used last first; the answer to an :class:`Ask`."""
+    """Blocks that are taken for cached on an endpoint, those used last first: who asks is told."""
 
     endpoint: Index
     blocks: Annotated[bytes, Meta(max_length=8 * MAX_HELD)]

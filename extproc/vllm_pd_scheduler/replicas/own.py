@@ -181,14 +181,8 @@ class OwnWork:
     @property
     def untold(self) -> bool:
         """Whether there may be something to tell."""
-        return bool(
-            self._new
-            or self._ended
-            or self._placed
-            or self._new_draws
-            or self._new_pairs
-            or any(self._changed)
-        )
+        lists = self._new, self._ended, self._placed, self._handed, self._new_draws, self._new_pairs
+        return any(lists) or any(self._changed)
 
     def changes(
         self, replica: str, number: int, waiting: tuple[int, int], now: float, asks: list[Ask], names: Names
@@ -212,7 +206,7 @@ class OwnWork:
         held, rates = self.answers.held(now), self._rates(names) if self.answers.rates() else None
         ended = self._ended
         self._clear()
-        if not (shares or prefills or ended or placed or pairs or drawn or asks or held or rates):
+        if not (shares or prefills or ended or placed or handed or pairs or drawn or asks or held or rates):
             return None
         return Message(
             replica, number, False, waiting, names.ids, shares, prefills, ended, placed[:MAX_ITEMS],

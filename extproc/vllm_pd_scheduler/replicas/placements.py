@@ -1,4 +1,4 @@
-"""Where prompts are cached, as it was told lately: to refer to it, and to tell it again to who has missed it."""
+"""Where prompts are cached, as it was told lately: to refer to it, and to tell it once more."""
 
 from __future__ import annotations
 
