@@ -422,7 +422,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens", max(0.0, self.tokens + tokens) if self.in_flight else 0.0)
 
     def never_there(self, requests: int, tokens: int) -> None:
-        """Take back so many requests and tokens that other replicas claim, and that a scrape has not shown."""
+        """Take back so many requests and tokens that other replicas claim, and that no scrape has shown."""
         self.sent_elsewhere(-requests, -tokens)
         _set(self, "in_flight_at_scrape", max(0, self.in_flight_at_scrape - requests))
         _set(self, "tokens_at_scrape", max(0.0, self.tokens_at_scrape - tokens))

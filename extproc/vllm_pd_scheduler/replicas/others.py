@@ -299,31 +299,33 @@ class Others:
 
     def _scraped(self, endpoint: Endpoint) -> None:
         """Compare what the others claim of an endpoint with what it says itself."""
-        for other in self._others.values():
-            share = other.shares.get(endpoint)
-            if share is None:
-                continue
-            if not share.claim.scraped(endpoint):
-                self.disbelieved[Disbelieved.LOAD] += 1
+        found = [(o, share) for o in self._others.values() if (share := o.shares.get(endpoint)) is not None]
+        if not found:
+            return
+        if not plausible.settle(endpoint, [(share.claim, share.queued) for _, share in found]):
+            self.disbelieved[Disbelieved.LOAD] += 1
+        for other, share in found:
             if share.generation != endpoint.generation:
                 self._count(endpoint, share)
             believed = share.claim.believed(endpoint)
             if believed != (share.requests, share.tokens):
                 endpoint.never_there(share.requests - believed[0], share.tokens - believed[1])
                 share.requests, share.tokens = believed
-            self._drop_old(other, endpoint, share)
+            if share.queued:
+                self._drop_unknown(other, endpoint, share)
 
-    def _drop_old(self, other: _Other, endpoint: Endpoint, share: _Share) -> None:
+    def _drop_unknown(self, other: _Other, endpoint: Endpoint, share: _Share) -> None:
         """Take prefills for ended that a P should know for long, and says that it does not have."""
         metrics = endpoint.metrics
-        if metrics is None or share.queued <= (there := int(1.25 * (metrics.running + metrics.waiting))):
+        if metrics is None:
             return
-        old = [
-            claim
-            for claim in other.prefills.values()
-            if claim.active and claim.endpoint is endpoint and claim.at < metrics.taken_at - plausible.OLD_S
-        ]
-        for claim in old[: max(0, len(old) - there)]:
+        there = max(0, int(1.25 * (metrics.running + metrics.waiting)) - endpoint.own_in_flight)
+        trusted, since = share.claim.trusted, metrics.taken_at - plausible.OLD_S
+        if share.queued <= there:
+            return
+        claims = [each for each in other.prefills.values() if each.active and each.endpoint is endpoint]
+        known = [each for each in claims if not trusted or each.at < since]
+        for claim in known[: max(0, len(known) - there)]:
             self.disbelieved[Disbelieved.PREFILLS] += 1
             self._unqueue(other, claim)
             self._registry.elsewhere.cancel(claim, metrics.taken_at)

@@ -1,11 +1,13 @@
-"""What is believed of what another replica claims.
+"""What is believed of what other replicas claim.
 
-The judge is the instance: after each scrape, what a replica claims to have there is compared with what the
-instance says that it has. Between two scrapes what is new is believed, within bounds.
+The judge is the instance. After each scrape, what all claim to have there is compared with what the instance
+says that it has; what is too much is taken from the claims in proportion. Between two scrapes what is new is
+believed, within bounds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..fleet.endpoint import Endpoint
@@ -19,8 +21,8 @@ UNSCRAPED = 1024
 """Requests of a replica that are believed on an endpoint that was never scraped."""
 LONGEST_PROMPT = 1_000_000
 """Tokens of a prompt that are believed where it is not known how many fit."""
-OLD_S = 5.0
-"""Seconds after which a prefill that is queued on a P is surely known there."""
+OLD_S = 2.0
+"""Seconds after which a prefill that is queued on a P is known there."""
 MESSAGES_PER_S = 250.0
 """Of one replica. It sends 100 and some."""
 _MESSAGES_AT_ONCE = 1000.0
@@ -31,7 +33,7 @@ DRAWS_AHEAD_S = 30.0
 
 
 def most_requests(scraped: float) -> int:
-    """Return how many requests a replica may have where an instance says that it has so many."""
+    """Return how many requests all may have where an instance says that it has so many."""
     return int(scraped + scraped // 4) + SLACK
 
 
@@ -45,10 +47,11 @@ class Claim:
     """As it had said when the endpoint was last scraped."""
     believed_then: tuple[int, int] = (0, 0)
     growth: int = UNSCRAPED
+    """New requests that are believed until the next scrape."""
 
     @property
     def trusted(self) -> bool:
-        """Whether the last scrape has not contradicted it."""
+        """Whether it can be so, as the last scrape has shown."""
         return self.growth > 0
 
     def believed(self, endpoint: Endpoint) -> tuple[int, int]:
@@ -56,34 +59,58 @@ class Claim:
         requests = self._grown(0, self.growth)
         if not requests:
             return 0, 0
-        fits = endpoint.kv_capacity
-        longest = LONGEST_PROMPT if fits is None else int(fits)
-        if endpoint.instance.role is InstanceRole.PREFILL or fits is None:
-            most = requests * longest
-        else:
-            most = longest  # those that run there fit together
+        fits = LONGEST_PROMPT if endpoint.kv_capacity is None else int(endpoint.kv_capacity)
+        # Those that run on a D fit together.
+        most = fits if endpoint.instance.role is InstanceRole.DECODE else requests * fits
         return requests, min(self._grown(1, most if self.trusted else 0), most)
-
-    def scraped(self, endpoint: Endpoint) -> bool:
-        """Compare it with what an endpoint has just said of itself; return whether it can be so."""
-        metrics = endpoint.metrics
-        if metrics is None:
-            return True
-        requests, tokens = self.told
-        most = most_requests(metrics.running + metrics.waiting)
-        fits = requests <= most
-        believed = min(requests, most), tokens if fits else tokens * most // max(1, requests)
-        if endpoint.instance.role is InstanceRole.DECODE and endpoint.kv_capacity is not None:
-            # Prompts that have a beginning in common take its tokens once.
-            used = int(endpoint.kv_capacity * (4 * metrics.kv_usage + 1 / 16))
-            believed = believed[0], min(believed[1], used)
-        self.at_scrape, self.believed_then = self.told, believed
-        self.growth = GROWTH if fits else 0
-        return fits
 
     def _grown(self, part: int, growth: int) -> int:
         new = min(max(0, self.told[part] - self.at_scrape[part]), growth)
         return min(self.told[part], self.believed_then[part] + new)
+
+
+def settle(endpoint: Endpoint, claims: Sequence[tuple[Claim, int]]) -> bool:
+    """Compare the claims of all others with what an endpoint has just said; return whether they can be so.
+
+    Each comes with the number of prefills that it claims besides.
+    """
+    metrics = endpoint.metrics
+    if metrics is None:
+        return True
+    most = most_requests(metrics.running + metrics.waiting)
+    ours = min(endpoint.own_in_flight, max(0, endpoint.in_flight_at_scrape - endpoint.elsewhere))
+    room = max(0, most - ours)
+    told = {id(claim): max(claim.told[0], queued) for claim, queued in claims}
+    alone = [claim for claim, _ in claims if told[id(claim)] <= most]
+    beyond = [claim for claim, _ in claims if told[id(claim)] > most]
+    left = room - _share(alone, room, told, most // 4)
+    _share(beyond, left, told, 0)
+    _fit_tokens(endpoint, [claim for claim, _ in claims])
+    return not beyond and sum(told.values()) <= room
+
+
+def _share(claims: Sequence[Claim], room: int, told: Mapping[int, int], growth: int) -> int:
+    """Believe so many requests of some claims at most, all of them as much; return how many."""
+    total = sum(told[id(claim)] for claim in claims)
+    part = min(1.0, room / total) if total else 1.0
+    for claim in claims:
+        claim.at_scrape = claim.told
+        claim.believed_then = int(claim.told[0] * part), int(claim.told[1] * part)
+        claim.growth = GROWTH if part == 1.0 and growth else growth
+    return min(total, room)
+
+
+def _fit_tokens(endpoint: Endpoint, claims: Sequence[Claim]) -> None:
+    """Believe no more tokens on a D than its cache can have for them."""
+    metrics, tokens = endpoint.metrics, sum(claim.believed_then[1] for claim in claims)
+    if metrics is None or endpoint.kv_capacity is None or endpoint.instance.role is not InstanceRole.DECODE:
+        return
+    # Prompts that have a beginning in common take its tokens once.
+    used = endpoint.kv_capacity * (4 * metrics.kv_usage + 1 / 16)
+    if tokens > used:
+        for claim in claims:
+            requests, believed = claim.believed_then
+            claim.believed_then = requests, int(believed * used / tokens)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ class Replica:
 
     @property
     def missing(self) -> int:
-        """Endpoints of which this replica, since it has just joined, does not know yet what is cached there."""
+        """Endpoints of which this replica, which has just joined, does not know what is cached there."""
         return self._others.joining.missing
 
     @property
