@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 
-BELIEVED_TIMES = 2.5
-"""Times that another's prefill may differ from what is predicted, and still teach something."""
-SETTLED = 32
-"""Prefills after which that holds: before, there is nothing to compare with."""
-LEAST_S = 0.02
-"""Of such times: what is less is not measured so well by who hears of it."""
 EARLY_S = 0.25
 """By which a pause that began later here than there may be over early."""
 
@@ -104,25 +98,26 @@ class Elsewhere:
         endpoint.work_changes()
         return claim
 
-    def prefilled(
+    def done(
         self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
-    ) -> bool:
-        """End such a prefill, which was done, and learn from it; return ``False`` if it cannot be believed.
+    ) -> tuple[float, float] | None:
+        """End such a prefill, which was done; return the seconds that it took and those predicted for it.
 
-        Its seconds are measured here. Two that end in one step of the engine would else count twice: either
-        replica hears too late of the other's to know that it was done in its own time. One that took many
-        times longer than predicted here, or less, teaches nothing: our own requests find out if that is so.
+        They are measured here. Two that end in one step of the engine would else count twice: either replica
+        hears too late of the other's to know that it was done in its own time. ``None`` if it has ended.
         """
         load = claim.endpoint.prefill
         seconds = load.complete(claim, now) if self._end(claim) else None
         if seconds is None:
-            return True
+            return None
         new = max(1.0, prompt_tokens - (claim.cached if cached_tokens is None else cached_tokens))
-        less, more = sorted((max(seconds, LEAST_S), max(load.cost(new, prompt_tokens), LEAST_S)))
-        if self._registry.load.prefill.samples >= SETTLED and more > BELIEVED_TIMES * less:
-            return False
+        return seconds, load.cost(new, prompt_tokens)
+
+    def learn(
+        self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
+    ) -> None:
+        """Learn from such a prefill as from one of ours."""
         self._registry.learning.prefilled(claim, prompt_tokens, cached_tokens, seconds)
-        return True
 
     def cancel(self, claim: Reservation, now: float) -> None:
         """End such a prefill, of which nothing is known but that it is queued no more."""

@@ -28,7 +28,7 @@ from .message import (
 )
 from .own import OwnWork
 from .placements import Heard
-from .plausible import Budget, Claim
+from .plausible import Budget, Claim, Lessons
 from .verdicts import Judge, Verdicts
 
 SILENT_S = 3.0
@@ -39,8 +39,6 @@ _MAX_AHEAD = 10_000
 _MAX_GONE = 1024
 """Replicas that are gone, of which it is known what they said last."""
 _MAX_TENANTS = 2048
-_UNTAUGHT = 64
-"""Prefills of one replica that are learned from beyond twice as many of our own."""
 _NO_BLOCKS: Sequence[int] = ()
 
 
@@ -76,8 +74,7 @@ class _Other:
     heard: Heard = field(default_factory=Heard)
     verdicts: Verdicts = field(default_factory=Verdicts)
     drawn: dict[tuple[int, bytes], float] = field(default_factory=dict)
-    taught: int = 0
-    """Prefills of its that were learned from."""
+    lessons: Lessons = field(default_factory=Lessons)
 
 
 class Others:
@@ -228,13 +225,19 @@ class Others:
         claim = other.prefills.pop(ended.number, None)
         if claim is None or not self._unqueue(other, claim):
             return
-        if not ended.prompt or other.taught > 2 * self._own.done + _UNTAUGHT:
-            self._registry.elsewhere.cancel(claim, now)
+        elsewhere, prompt = self._registry.elsewhere, ended.prompt
+        if not prompt:
+            elsewhere.cancel(claim, now)
             return
-        other.taught += 1
-        cached = None if ended.cached < 0 else min(ended.cached, ended.prompt)
-        if not self._registry.elsewhere.prefilled(claim, ended.prompt, cached, now):
+        cached = None if ended.cached < 0 else min(ended.cached, prompt)
+        if (times := elsewhere.done(claim, prompt, cached, now)) is None:
+            return
+        settled = self._registry.load.prefill.samples >= plausible.SETTLED
+        if not other.lessons.believed(*times) and settled:
             self.disbelieved[Disbelieved.TIMES] += 1
+        elif other.lessons.learned <= 2 * self._own.done + plausible.UNTAUGHT:
+            other.lessons.learned += 1
+            elsewhere.learn(claim, prompt, cached, times[0])
 
     def _unqueue(self, other: _Other, claim: Reservation) -> bool:
         """Count a prefill that ends no more; return whether it counted."""

@@ -23,6 +23,14 @@ LONGEST_PROMPT = 1_000_000
 """Tokens of a prompt that are believed where it is not known how many fit."""
 OLD_S = 2.0
 """Seconds after which a prefill that is queued on a P is known there."""
+SETTLED = 32
+"""Prefills after which what another's have taken is compared with what is predicted."""
+UNTAUGHT = 64
+"""Prefills of one replica that are learned from beyond twice as many of our own."""
+_BELIEVED_TIMES = 2.0
+"""By which the seconds of its prefills, all told, may differ from those predicted here."""
+_RECENT = 0.03
+_FEW = 32
 MESSAGES_PER_S = 250.0
 """Of one replica. It sends 100 and some."""
 _MESSAGES_AT_ONCE = 1000.0
@@ -111,6 +119,29 @@ def _fit_tokens(endpoint: Endpoint, claims: Sequence[Claim]) -> None:
         for claim in claims:
             requests, believed = claim.believed_then
             claim.believed_then = requests, int(believed * used / tokens)
+
+
+@dataclass(slots=True)
+class Lessons:
+    """What the prefills of one replica teach.
+
+    One by one they say little, since those that share a step of the engine end together. So it is their sum
+    that is compared with what is predicted.
+    """
+
+    learned: int = 0
+    """Prefills that were learned from."""
+    _seen: int = 0
+    _seconds: float = 0.0
+    _expected: float = 0.0
+
+    def believed(self, seconds: float, expected: float) -> bool:
+        """Note what one has taken, and was predicted to; return whether the last ones can be so."""
+        self._seen += 1
+        self._seconds += _RECENT * (seconds - self._seconds)
+        self._expected += _RECENT * (expected - self._expected)
+        less, more = sorted((self._seconds, self._expected))
+        return self._seen < _FEW or more <= _BELIEVED_TIMES * less
 
 
 @dataclass(slots=True)
