@@ -28,6 +28,7 @@ from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.drain import DRAIN_TIME_S
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
+from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
 
 Values = dict[str, Any]
 Objects = list[dict[str, Any]]
@@ -605,8 +606,8 @@ def test_envoy_is_one_that_can_drain_and_choose() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"})],
-    ids=["default", "all"],
+    [{}, SHARED, merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"})],
+    ids=["default", "shared", "all"],
 )
 def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tmp_path: Path) -> None:
     found = render(values)
@@ -632,8 +633,17 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
     ports = EnvoyPorts(
         prefill=None, address=values.get("listenHost", "0.0.0.0"), grpc_socket=config.grpc_socket
     )
+    peers = [
+        SchedulerAddress("127.0.0.1:9002"),
+        SchedulerAddress(f"{NAME}-schedulers:9002", priority=1),
+    ]
     assert printed == render_config(
-        ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
+        ports,
+        config.instance_tls,
+        config.stream_idle_timeout,
+        config.max_retries,
+        config.public_paths,
+        peers if config.replicas else (),
     )
 
 

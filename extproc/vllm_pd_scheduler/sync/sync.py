@@ -156,7 +156,6 @@ class Sync:
             if data.startswith(ASK):
                 self.replica.tell_all()
                 self._arm()
-                armed = True
             elif data.startswith(MAGIC):
                 self._greeted(data)
             elif self.replica.receive(data, now):
