@@ -286,6 +286,20 @@ async def test_sighup_and_reload_reach_all(
     await until(lambda: all(said.format(worker) in up.output for worker in WORKERS))
 
 
+async def test_one_that_is_started_again_is_where_envoy_knows_it(
+    client: Client, up: Process, stack: Stack, settings: dict[str, Any]
+) -> None:
+    stack.write_config({**settings, "grpc_socket": "/tmp/elsewhere.sock", "strategy": "least_load"})
+    for number, broken in enumerate((False, True), 1):
+        if broken:
+            stack.write_config({**settings, "nonsense": 1})
+        pid = pids(up)["w1"]
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda number=number: up.output.count("worker w1: serving") > number)
+        await split_by_all(client)
+    assert "ERROR w1 vllm_pd_scheduler.cli.serving: the configuration is as at the start" in up.output
+
+
 async def test_events_and_the_trace_are_of_all(client: Client) -> None:
     _, found = await client.admin("GET", "/events")
     started = [each["text"] for each in found["events"] if each["kind"] == "started"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -70,7 +69,7 @@ async def test_all_serve_and_all_end(path: Path) -> None:
         assert sorted(pids) == ["w0", "w1", "w2"]
         assert started(path)[0][0] == "w0", "the first says what is wrong, alone"
     assert not any(map(running, pids.values()))
-    assert not os.path.exists(path)
+    await until(lambda: not path.exists())
 
 
 async def test_one_that_dies_is_started_again(
@@ -99,7 +98,7 @@ async def test_one_that_cannot_start_ends_all(path: Path, script: str) -> None:
     with pytest.raises(WorkerEnded, match="at its start"):
         async with Workers(2, command(script, path), str(path)):
             pass
-    assert not os.path.exists(path)
+    await until(lambda: not path.exists())
 
 
 async def test_a_signal_while_they_start_ends_all(path: Path) -> None:
@@ -135,7 +134,7 @@ async def test_what_cannot_be_is_said_before_a_worker_starts() -> None:
         (SchedulerConfig(replicas=ReplicasConfig(url="valkey://x", name="a" * 15)), "replicas.name: 'a*w1'"),
     ):
         with pytest.raises(StartupError, match=said):
-            await serve_with_workers(config, 2, [])
+            await serve_with_workers(config, Path("none"), 2, [])
 
 
 async def test_a_directory_whose_path_is_too_long_for_sockets(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ async def test_a_directory_whose_path_is_too_long_for_sockets(tmp_path: Path) ->
     with mock.patch.object(run_workers, "private_socket_path") as made:
         made.return_value.__enter__.return_value = str(place / "grpc")
         with pytest.raises(StartupError, match="more than 107 bytes"):
-            await serve_with_workers(SchedulerConfig(grpc_socket="/run/x"), 2, [])
+            await serve_with_workers(SchedulerConfig(grpc_socket="/run/x"), Path("none"), 2, [])
 
 
 async def test_the_first_is_one_and_the_next_when_it_has_ended(path: Path) -> None:

@@ -71,6 +71,7 @@ def envoy_config(
             settings.max_retries,
             settings.public_paths,
             _schedulers(settings, grpc_port, scheduler or [], worker_count(workers)),
+            settings.grpc_tls,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--scheduler") from None

@@ -62,7 +62,7 @@ def serve(
 
         arguments = worker_arguments(config, log_level, interval, shadow, log_format)
         with logging_at(log_level, settings.log_format):
-            run(serve_with_workers(settings, count, arguments))
+            run(serve_with_workers(settings, config, count, arguments))
         return
     from ..service import run as service
     from ..service.reload import ConfigFile
@@ -107,7 +107,7 @@ def up(
         )
         level = envoy_log_level(log_level)
         with logging_at(log_level, settings.log_format) as streams:
-            run(up_with_workers(settings, ports, count, arguments, level, started, streams))
+            run(up_with_workers(settings, config, ports, count, arguments, level, started, streams))
         return
     from ..service import run as service
     from ..service.reload import ConfigFile
@@ -192,6 +192,7 @@ def worker(
     from ..system.parent_death import die_with_parent
 
     die_with_parent(parent)
+    from ..config import ConfigError, compare, load_config
     from ..service import run as service
     from ..service.reload import ConfigFile
     from ..service.worker import Worker
@@ -207,9 +208,15 @@ def worker(
             settings = settings.model_copy(update={"grpc_socket": grpc_socket})
         return this.own_ports(settings)
 
-    settings = adjust(read_config(config))
-    file = ConfigFile(config, settings, adjust)
+    # What needs a restart of all is as at the parent's start: Envoy knows this worker's address from then.
+    settings = adjust(read_config(Path(this.started)))
     with logging_at(log_level, settings.log_format, this.name) as streams:
+        try:
+            found = adjust(load_config(config))
+            settings.take(found, compare(settings, found).changed)
+        except ConfigError as error:
+            logging.getLogger(__name__).error("the configuration is as at the start: %s", error)
+        file = ConfigFile(config, settings, adjust)
         run(service.serve(settings, streams, file, this))
 
 

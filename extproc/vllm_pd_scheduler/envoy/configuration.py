@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..config.tls import InstanceTlsConfig
+from ..config.tls import InstanceTlsConfig, TlsConfig
 from ..request.api import APIS
 from ..request.path import PUBLIC_PATHS, SPLIT_PATHS, PublicPaths, path_regex
 from .ports import EnvoyPorts
@@ -32,12 +32,13 @@ def render_config(
     max_retries: int | None = None,
     public_paths: Sequence[str] = PUBLIC_PATHS,
     schedulers: Sequence[SchedulerAddress] = (),
+    scheduler_tls: TlsConfig | None = None,
 ) -> dict[str, Any]:
     """Return ``envoy.yaml`` as a dict with these settings in place of its own.
 
     ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds, and
     ``max_retries`` how many further instances a request is sent to. ``schedulers`` are in place of the one of
-    ``ports``; raise :exc:`ValueError` if they cannot be.
+    ``ports``, and ``scheduler_tls`` is their ``grpc_tls``; raise :exc:`ValueError` if they cannot be.
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
     for policy in _retry_policies(config):
@@ -60,7 +61,8 @@ def render_config(
         for cluster in config["static_resources"]["clusters"]:
             for match in cluster.get("transport_socket_matches", ()):
                 match["transport_socket"]["typed_config"] = _upstream_tls(tls)
-    put_schedulers(config, schedulers or [SchedulerAddress(ports.grpc_socket or f"127.0.0.1:{ports.grpc}")])
+    near = [SchedulerAddress(ports.grpc_socket or f"127.0.0.1:{ports.grpc}")]
+    put_schedulers(config, schedulers or near, scheduler_tls)
     if sys.platform != "linux":  # the numbers of these options are Linux's
         for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
             each.pop("socket_options", None)

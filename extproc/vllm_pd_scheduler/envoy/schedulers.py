@@ -15,6 +15,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
+from ..config.tls import TlsConfig
 from ..models import is_ip
 from ..request import headers as names
 
@@ -55,8 +56,10 @@ class SchedulerAddress:
         return f"scheduler_{self.name}"
 
 
-def put_schedulers(config: dict[str, Any], schedulers: Sequence[SchedulerAddress]) -> None:
-    """Put these schedulers in place of the one of ``envoy.yaml``.
+def put_schedulers(
+    config: dict[str, Any], schedulers: Sequence[SchedulerAddress], tls: TlsConfig | None = None
+) -> None:
+    """Put these schedulers in place of the one of ``envoy.yaml``; ``tls`` is what they have set.
 
     Raise :exc:`ValueError` if their names or addresses cannot be.
     """
@@ -65,6 +68,9 @@ def put_schedulers(config: dict[str, Any], schedulers: Sequence[SchedulerAddress
     by_name = {each["name"]: each for each in clusters}
     near_first = sorted(schedulers, key=attrgetter("priority"))
     groups = [list(group) for _, group in groupby(near_first, attrgetter("priority"))]
+    if tls is not None:
+        for name in ("scheduler", "xds"):
+            by_name[name]["transport_socket"] = _transport_socket(tls)
     _assign(by_name["scheduler"], groups)
     # One tells the endpoints of all clusters, so that they fit together: the first that is healthy.
     _assign(by_name["xds"], [[each] for each in near_first])
@@ -84,6 +90,27 @@ def put_schedulers(config: dict[str, Any], schedulers: Sequence[SchedulerAddress
     for loggers in _logger_lists(config):
         loggers[:] = [one for logger in loggers for one in _for_each(logger, named)]
     _name_in_script(by_name["decode"], named)
+
+
+def _transport_socket(tls: TlsConfig) -> dict[str, Any]:
+    """Return the TLS by which Envoy speaks with schedulers that have this.
+
+    With ``client_ca`` both sides have certificates of that authority, and Envoy shows the schedulers' own.
+    Without it nothing is known by which Envoy could tell whom it speaks with.
+    """
+    common: dict[str, Any] = {"alpn_protocols": ["h2"]}
+    if tls.client_ca is not None:
+        common["validation_context"] = {"trusted_ca": {"filename": tls.client_ca}}
+        if tls.cert is not None:
+            files = {"certificate_chain": {"filename": tls.cert}, "private_key": {"filename": tls.key}}
+            common["tls_certificates"] = [files]
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+            "common_tls_context": common,
+        },
+    }
 
 
 def _require_distinct(schedulers: Sequence[SchedulerAddress]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..config import SchedulerConfig
 from ..config.listeners import Listener, clashes, listeners_of
@@ -30,19 +31,20 @@ _LONGEST_SUFFIX = ".admin-w99"
 log = logging.getLogger(__name__)
 
 
-async def serve_with_workers(config: SchedulerConfig, count: int, arguments: Sequence[str]) -> int:
+async def serve_with_workers(
+    config: SchedulerConfig, file: Path, count: int, arguments: Sequence[str]
+) -> int:
     """Have workers serve until a signal comes, and drain; return the exit status.
 
-    ``arguments`` are those of the command ``worker`` that say what to run. Raise
-    :exc:`~vllm_pd_scheduler.service.startup_error.StartupError`.
+    ``file`` is where the configuration comes from. ``arguments`` are those of the command ``worker`` that say
+    what to run. Raise :exc:`~vllm_pd_scheduler.service.startup_error.StartupError`.
     """
     _require_ports(config, count, listeners_of(config))
     with _private_path() as path:
-        workers = _workers(count, arguments, path)
+        workers = _workers(file, count, arguments, path)
         signals = Signals(lambda: workers.signal(signal.SIGHUP))
         try:
             async with workers:
-                log.info("%d workers serve", count)
                 await signals.wait()
                 workers.signal(signal.SIGTERM)
                 await signals.run_drain(workers.ended())
@@ -53,6 +55,7 @@ async def serve_with_workers(config: SchedulerConfig, count: int, arguments: Seq
 
 async def up_with_workers(
     config: SchedulerConfig,
+    file: Path,
     ports: EnvoyPorts,
     count: int,
     arguments: Sequence[str],
@@ -91,7 +94,7 @@ async def up_with_workers(
             streams=streams,
             schedulers=count,
         )
-        workers = _workers(count, arguments, path)
+        workers = _workers(file, count, arguments, path)
         signals = Signals(lambda: workers.signal(signal.SIGHUP))
         try:
             async with workers, envoy:
@@ -128,7 +131,11 @@ def addresses(config: SchedulerConfig, count: int) -> list[SchedulerAddress]:
     return found
 
 
-def _workers(count: int, arguments: Sequence[str], path: str) -> Workers:
+def _workers(file: Path, count: int, arguments: Sequence[str], path: str) -> Workers:
+    try:
+        Path(Worker(0, count, path).started).write_bytes(file.read_bytes())
+    except OSError as error:
+        raise StartupError(f"{file}: {error.strerror}") from None
     command = worker_command([*arguments, "--workers", str(count), "--hub", path])
     return Workers(count, command, path)
 

@@ -40,6 +40,11 @@ class Worker:
         """The path of the file with what workers have counted that have ended since."""
         return f"{self.hub}.counts"
 
+    @property
+    def started(self) -> str:
+        """The path of a copy of the configuration with which the parent was started."""
+        return f"{self.hub}.config"
+
     def own_ports(self, config: SchedulerConfig) -> SchedulerConfig:
         """Return a configuration with what each worker must have for itself: the first has what is there.
 

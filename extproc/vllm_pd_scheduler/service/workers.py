@@ -92,12 +92,18 @@ class Workers:
         name, clock = f"w{index}", asyncio.get_running_loop().time
         while not self._ending:
             began = clock()
-            process = self._processes[index] = await asyncio.create_subprocess_exec(
-                *self._command,
-                *("--worker", str(index)),
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # so that a Ctrl-C reaches the parent alone, which passes it on
-            )
+            try:
+                process = self._processes[index] = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    *("--worker", str(index)),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,  # so that a Ctrl-C reaches the parent alone, which passes it on
+                )
+            except OSError as error:
+                why, again = error.strerror, LONGEST_PAUSE_S
+                log.error("no worker can be started: %s; it is tried again in %g s", why, again)
+                await asyncio.sleep(again)
+                continue
             if self._ending:  # meanwhile
                 process.kill()
             status = await process.wait()
