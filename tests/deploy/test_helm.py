@@ -85,6 +85,7 @@ TOGGLES: list[tuple[str, Any, Values]] = [
     ("apiKey.secretKey", "key", {"apiKey": {"existingSecret": "vllm"}}),
     ("tls.admin", "admin-tls", ADMIN),
     ("tls.grpc", "grpc-tls", EPP),
+    ("tls.grpc", "grpc-tls", SHARED),
     ("tls.instances.enabled", True, {}),
     ("tls.instances.existingSecret", "vllm-tls", {"tls": {"instances": {"enabled": True}}}),
     ("tls.instances.clientCertificate", True, TLS),
@@ -368,6 +369,17 @@ def test_schedulers_that_share_know_each_other(own: bool, mounted: Path) -> None
     assert grpc["from"] == [{"podSelector": {"matchLabels": peers["selector"]}}]
 
 
+def test_envoy_and_schedulers_show_each_other_certificates() -> None:
+    found = render({**SHARED, "tls": {"grpc": "grpc-tls"}})
+    assert config_of(found)["grpc_tls"] == {
+        "cert": f"{MOUNTS}/grpc-tls/tls.crt",
+        "key": f"{MOUNTS}/grpc-tls/tls.key",
+        "client_ca": f"{MOUNTS}/grpc-tls/ca.crt",
+    }
+    for container in containers(the_only(found, "Deployment")["spec"]["template"]["spec"]):
+        assert "grpc-tls" in [mount["name"] for mount in container["volumeMounts"]], container["name"]
+
+
 def test_the_server_is_as_restricted_as_the_rest() -> None:
     pod = the_only(render(SHARED), "StatefulSet")["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
@@ -606,8 +618,13 @@ def test_envoy_is_one_that_can_drain_and_choose() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, SHARED, merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"})],
-    ids=["default", "shared", "all"],
+    [
+        {},
+        SHARED,
+        {**SHARED, "tls": {"grpc": "grpc-tls"}},
+        merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"}),
+    ],
+    ids=["default", "shared", "shared by TLS", "all"],
 )
 def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tmp_path: Path) -> None:
     found = render(values)
@@ -644,6 +661,7 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
         config.max_retries,
         config.public_paths,
         peers if config.replicas else (),
+        config.grpc_tls,
     )
 
 

@@ -57,6 +57,9 @@
 {{- end }}
 {{- else if include "vllm-pd-scheduler.shared" . }}
 {{- $_ = set $config "grpc_host" .Values.listenHost }}
+{{- if .Values.tls.grpc }}
+{{- $_ = set $config "grpc_tls" (dict "cert" (printf "%s/grpc-tls/tls.crt" $mounts) "key" (printf "%s/grpc-tls/tls.key" $mounts) "client_ca" (printf "%s/grpc-tls/ca.crt" $mounts)) }}
+{{- end }}
 {{- else }}
 {{- $_ = set $config "grpc_socket" "/run/vllm-pd-scheduler/grpc" }}
 {{- end }}
@@ -114,7 +117,7 @@
 {{- with .Values.tls.admin }}{{ $_ := set $secrets "admin-tls" . }}{{ end }}
 {{- with .Values.apiKey.existingSecret }}{{ $_ := set $secrets "api-key" . }}{{ end }}
 {{- if include "vllm-pd-scheduler.shared" . }}{{ with .Values.valkey.existingSecret }}{{ $_ := set $secrets "valkey" . }}{{ end }}{{ end }}
-{{- if eq .Values.mode "epp" }}{{ with .Values.tls.grpc }}{{ $_ := set $secrets "grpc-tls" . }}{{ end }}{{ end }}
+{{- if or (eq .Values.mode "epp") (include "vllm-pd-scheduler.shared" .) }}{{ with .Values.tls.grpc }}{{ $_ := set $secrets "grpc-tls" . }}{{ end }}{{ end }}
 {{- if .Values.tls.instances.enabled }}{{ with .Values.tls.instances.existingSecret }}{{ $_ := set $secrets "instance-tls" . }}{{ end }}{{ end }}
 {{- toJson $secrets }}
 {{- end }}
