@@ -96,7 +96,7 @@ _SHARED_GAUGES: _Gauges = (
         lambda e, _: e.elsewhere,
     ),
 )
-"""There only if there may be other replicas."""
+"""With values only if there may be other replicas."""
 _PREFILL_GAUGES: _Gauges = (
     (
         "pd_scheduler_prefill_rate",
@@ -171,8 +171,8 @@ class _RegistryCollector(_AtScrape):
     def collect(self) -> Iterator[Metric]:
         yield from self._states()
         yield from self._values(_GAUGES, tuple(self._registry))
-        if self._registry.journal is not None:
-            yield from self._values(_SHARED_GAUGES, tuple(self._registry))
+        alone = self._registry.journal is None
+        yield from self._values(_SHARED_GAUGES, () if alone else tuple(self._registry))
         yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
         yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))
         ratios = GaugeMetricFamily(
