@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,12 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.support.observed_index import cached_blocks
 from tests.support.processes import Client, Stack, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.process import EnvoyProcess
-from vllm_pd_scheduler.request.api import CHAT as CHAT_API
-from vllm_pd_scheduler.request.body import JsonBody
-from vllm_pd_scheduler.request.json_text import finish
-from vllm_pd_scheduler.request.prompt import read_prompt
 from vllm_pd_scheduler.service.app import App
 
 SMALL = ["--instant", "--num-blocks=256", "--block-size=16", "--max-model-len=2048"]
@@ -52,10 +48,7 @@ class Observed:
 
     def cached(self, instance_id: str, chat: dict[str, Any] = CHAT) -> int:
         """Return how many blocks of a prompt are taken for cached."""
-        router = self.app.router
-        key = router._core.reader.hash_key
-        blocks = finish(read_prompt(JsonBody.parse(json.dumps(chat).encode(), CHAT_API), key)).blocks
-        return router.registry.prefixes.match(blocks).get(router.registry.get(instance_id).holder, 0)
+        return cached_blocks(self.app.router, instance_id, chat)
 
 
 @pytest_asyncio.fixture
