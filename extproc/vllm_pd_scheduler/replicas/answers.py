@@ -6,6 +6,7 @@ from itertools import chain
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from .directory import Directory
 from .message import MAX_HELD, Ask
 from .placements import Placed, Told
 
@@ -18,22 +19,22 @@ _MAX_GAPS = 64
 class Answers:
     """Answers what was asked, at a bounded pace: one endpoint's blocks a message."""
 
-    def __init__(self, registry: Registry, told: Told) -> None:
-        self._registry, self._told = registry, told
+    def __init__(self, registry: Registry, directory: Directory, told: Told) -> None:
+        self._registry, self._directory, self._told = registry, directory, told
         self._gaps: list[tuple[int, int]] = []
-        self._endpoints: dict[str, None] = {}
-        """Ids of those whose blocks were asked for."""
+        self._endpoints: dict[int | str, None] = {}
+        """Names of those whose blocks were asked for."""
         self._rates = False
         self._room = _BURST
         self._at = -1e9
 
-    def asked(self, ask: Ask, ids: list[str]) -> None:
-        """Note what another asks; ``ids`` are the endpoints of its message."""
+    def asked(self, ask: Ask, names: list[int | str]) -> None:
+        """Note what another asks; ``names`` are those of its message."""
         if ask.last and len(self._gaps) < _MAX_GAPS:
             self._gaps.append((ask.first, ask.last))
         for place in ask.endpoints:
             if len(self._endpoints) < len(self._registry.endpoints()):
-                self._endpoints[ids[place]] = None
+                self._endpoints[names[place]] = None
         self._rates = self._rates or ask.rates
 
     def due(self, now: float) -> float | None:
@@ -61,7 +62,7 @@ class Answers:
         while self._endpoints and self._room > 0:
             name = next(iter(self._endpoints))
             del self._endpoints[name]
-            if (endpoint := self._registry.find(name)) is not None:
+            if (endpoint := self._directory.find(name)) is not None:
                 blocks = endpoint.holder.newest(MAX_HELD)
                 self._room -= len(blocks)
                 return endpoint, blocks

@@ -3,8 +3,8 @@
 A message is ``PDR``, the format's version (one byte), the fleet's key (8 bytes) and a MessagePack array.
 Loads, verdicts and draws are told as sums that stand for themselves, not as differences: one that is lost is
 mended by the next, one that comes twice changes nothing. What cannot be told so, where prompts are cached, is
-numbered by its message, so who misses one can ask for it (:class:`Ask`). Endpoints are indices of a list of
-ids in the same message. There is no time of day in it, since clocks differ, and nothing of a prompt or a
+numbered by its message, so who misses one can ask for it (:class:`Ask`). Endpoints are indices of a list in
+the same message. There is no time of day in it, since clocks differ, and nothing of a prompt or a
 tenant but hashes.
 """
 
@@ -53,6 +53,7 @@ Number = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Prompt = Annotated[int, Meta(ge=0, le=MAX_PROMPT)]
 Blocks = Annotated[bytes, Meta(max_length=8 * MAX_BLOCKS)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+EndpointName = Name | Annotated[int, Meta(ge=0, lt=1 << 32)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """How often something has happened, modulo 65,536."""
 Overhead = Annotated[float, Meta(ge=0.0, le=MAX_OVERHEAD_S)]
@@ -236,7 +237,8 @@ class Message(Struct, array_like=True, frozen=True):
     summary: bool
     waiting: tuple[Number, Number]
     """Requests in its queue, for P and for D."""
-    endpoints: Annotated[list[Name], Meta(max_length=MAX_ITEMS)]
+    endpoints: Annotated[list[EndpointName], Meta(max_length=MAX_ITEMS)]
+    """See :class:`.directory.Directory`."""
     shares: Annotated[list[Share], Meta(max_length=MAX_ITEMS)] = []
     prefills: Annotated[list[Prefill], Meta(max_length=MAX_ITEMS)] = []
     ended: Annotated[list[Ended], Meta(max_length=MAX_ITEMS)] = []

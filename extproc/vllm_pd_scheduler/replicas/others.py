@@ -12,6 +12,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..prediction.transfer_rates import KnownRates
 from . import plausible
+from .directory import Directory
 from .joining import Joining
 from .message import (
     MAX_ITEMS,
@@ -80,11 +81,11 @@ class _Other:
 class Others:
     """Every number that it adds to the registry it takes away again, so nothing of a replica stays."""
 
-    def __init__(self, name: str, registry: Registry, own: OwnWork) -> None:
+    def __init__(self, name: str, registry: Registry, directory: Directory, own: OwnWork) -> None:
         self.disbelieved: Counter[Disbelieved] = Counter()
         """Claims that were not believed, by kind."""
         self.joining = Joining(registry)
-        self._name, self._registry, self._own = name, registry, own
+        self._name, self._registry, self._directory, self._own = name, registry, directory, own
         self._judge = Judge(registry, own, self.disbelieved)
         self._others: dict[str, _Other] = {}
         self._gone: dict[str, int] = {}
@@ -149,7 +150,7 @@ class Others:
         self._registry.elsewhere.waiting = sum(each[0] for each in found), sum(each[1] for each in found)
 
     def _apply(self, other: _Other, message: Message, now: float) -> None:
-        find = self._registry.find
+        find = self._directory.find
         endpoints = [find(each) for each in message.endpoints]
         for prefill in message.prefills:
             if (endpoint := endpoints[prefill.endpoint]) is not None:
