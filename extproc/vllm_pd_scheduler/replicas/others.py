@@ -263,16 +263,17 @@ class Others:
         return share
 
     def _share(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
-        self._told(endpoint, self._share_of(other, endpoint), told)
-        # What happened before it was first heard is not news.
-        self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
+        self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told)
+        if told.ejections or told.recoveries or told.out:
+            # What happened before it was first heard is not news.
+            self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
 
     def _told(self, endpoint: Endpoint, share: _Share, told: Share) -> None:
         """Replace what is counted by what is told, as far as that is believed."""
         share.claim.told = told.requests, told.tokens
         self._count(endpoint, share)
-        handoffs = min(told.handoffs, plausible.UNSCRAPED)
-        if handoffs != share.handoffs:
+        if told.handoffs != share.handoffs:
+            handoffs = min(told.handoffs, plausible.UNSCRAPED)
             endpoint.holds_elsewhere(handoffs - share.handoffs)
             share.handoffs = handoffs
         if told.on_trial and share.trial is None:
@@ -281,16 +282,14 @@ class Others:
         elif not told.on_trial and share.trial is not None:
             share.trial.active, share.trial = False, None
 
-    def _count(self, endpoint: Endpoint, share: _Share) -> tuple[int, int]:
-        """Count what is believed; return how many more requests and tokens that are."""
+    def _count(self, endpoint: Endpoint, share: _Share) -> None:
+        """Count what is believed."""
         if share.generation != endpoint.generation:  # its restart has set all to zero
             share.generation, share.requests, share.tokens, share.handoffs = endpoint.generation, 0, 0, 0
         requests, tokens = share.claim.believed(endpoint)
-        more = requests - share.requests, tokens - share.tokens
-        if more != (0, 0):
-            endpoint.sent_elsewhere(*more)
+        if requests != share.requests or tokens != share.tokens:
+            endpoint.sent_elsewhere(requests - share.requests, tokens - share.tokens)
             share.requests, share.tokens = requests, tokens
-        return more
 
     def _keep_only(self, other: _Other, told: set[Endpoint], numbers: set[int], now: float) -> None:
         """Take away what a summary does not have."""

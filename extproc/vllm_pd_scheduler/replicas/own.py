@@ -280,18 +280,20 @@ class OwnWork:
 
     def _changed_shares(self, names: Names, endpoints: Iterable[Endpoint]) -> Iterator[Share]:
         """Yield what we have on each endpoint that is not as it was told."""
+        verdicts, told_before = self._verdicts, self._shares.get
         for endpoint in endpoints:
-            out, back = self._verdicts.get(endpoint, (0, 0))
+            state = endpoint.breaker.state
+            out, back = verdicts.get(endpoint, (0, 0)) if verdicts else (0, 0)
             share = (
-                min(MAX_REQUESTS, endpoint.own_in_flight),
-                min(MAX_TOKENS, round(endpoint.own_tokens)),
-                endpoint.on_our_trial,
+                endpoint.in_flight - endpoint.elsewhere,
+                min(MAX_TOKENS, max(0, round(endpoint.tokens - endpoint.tokens_elsewhere))),
+                state is BreakerState.HALF_OPEN and endpoint.on_our_trial,
                 out % 65536,
                 back % 65536,
-                endpoint.breaker.state is BreakerState.OPEN,
-                min(MAX_REQUESTS, endpoint.pending_handoffs),
+                state is BreakerState.OPEN,
+                endpoint.pending_handoffs,
             )
-            if self._shares.get(endpoint, _NOTHING) != share:
+            if told_before(endpoint, _NOTHING) != share:
                 self._shares[endpoint] = share
                 yield Share(names.place(endpoint), *share)
 

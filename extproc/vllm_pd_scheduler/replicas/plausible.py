@@ -64,10 +64,16 @@ class Claim:
 
     def believed(self, endpoint: Endpoint) -> tuple[int, int]:
         """Return the requests and tokens that are believed."""
-        requests = self._grown(0, self.growth)
+        fits = LONGEST_PROMPT if endpoint.kv_capacity is None else int(endpoint.kv_capacity)
+        told = self.told
+        if self.believed_then == self.at_scrape and told[0] <= self.at_scrape[0] + self.growth:
+            requests = told[0]
+            if requests and told[1] <= fits and self.growth:  # as it mostly is
+                return told
+        else:
+            requests = self._grown(0, self.growth)
         if not requests:
             return 0, 0
-        fits = LONGEST_PROMPT if endpoint.kv_capacity is None else int(endpoint.kv_capacity)
         # Those that run on a D fit together.
         most = fits if endpoint.instance.role is InstanceRole.DECODE else requests * fits
         return requests, min(self._grown(1, most if self.trusted else 0), most)
