@@ -86,6 +86,8 @@ class Disbelieved(StrEnum):
     """Prefills that were queued on a P long before it said that it has none."""
     EJECTIONS = "ejections"
     """More than may be out by the word of one, or of an instance that serves us."""
+    TRIALS = "trials"
+    """One that runs for more than a minute."""
     RECOVERIES = "recoveries"
     """Before the pause after an ejection is over."""
     PAIRS = "pairs"

@@ -135,7 +135,7 @@ class Others:
         for name in silent:
             other = self._others.pop(name)
             for endpoint, share in other.shares.items():
-                self._told(endpoint, share, Share(0, 0, 0))
+                self._told(endpoint, share, Share(0, 0, 0), now)
             self._cancel(other, other.prefills.keys(), now)
             self.joining.left(name)
             self._gone[name] = other.number
@@ -263,12 +263,12 @@ class Others:
         return share
 
     def _share(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
-        self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told)
+        self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told, now)
         if told.ejections or told.recoveries or told.out:
             # What happened before it was first heard is not news.
             self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
 
-    def _told(self, endpoint: Endpoint, share: _Share, told: Share) -> None:
+    def _told(self, endpoint: Endpoint, share: _Share, told: Share, now: float) -> None:
         """Replace what is counted by what is told, as far as that is believed."""
         share.claim.told = told.requests, told.tokens
         self._count(endpoint, share)
@@ -276,11 +276,19 @@ class Others:
             handoffs = min(told.handoffs, plausible.UNSCRAPED)
             endpoint.holds_elsewhere(handoffs - share.handoffs)
             share.handoffs = handoffs
-        if told.on_trial and share.trial is None:
-            share.trial = Reservation(endpoint, endpoint.generation, elsewhere=True)
+        if told.on_trial or share.trial is not None:
+            self._try(endpoint, share, told.on_trial, now)
+
+    def _try(self, endpoint: Endpoint, share: _Share, runs: bool, now: float) -> None:
+        """Take another's request for the trial while it runs, but not for ever."""
+        if share.trial is None:
+            share.trial = Reservation(endpoint, endpoint.generation, at=now, elsewhere=True)
             endpoint.tried_elsewhere(share.trial)
-        elif not told.on_trial and share.trial is not None:
+        elif not runs:
             share.trial.active, share.trial = False, None
+        elif now - share.trial.at > plausible.TRIAL_S and share.trial.active:
+            share.trial.active = False
+            self.disbelieved[Disbelieved.TRIALS] += 1
 
     def _count(self, endpoint: Endpoint, share: _Share) -> None:
         """Count what is believed."""
@@ -296,7 +304,7 @@ class Others:
         self._cancel(other, other.prefills.keys() - numbers, now)
         for endpoint in [each for each in other.shares if each not in told]:
             share = other.shares[endpoint]
-            self._told(endpoint, share, Share(0, 0, 0))
+            self._told(endpoint, share, Share(0, 0, 0), now)
             if not share.queued and share.claim.trusted:
                 del other.shares[endpoint]
 

@@ -23,6 +23,8 @@ LONGEST_PROMPT = 1_000_000
 """Tokens of a prompt that are believed where it is not known how many fit."""
 OLD_S = 2.0
 """Seconds after which a prefill that is queued on a P is known there."""
+TRIAL_S = 60.0
+"""Seconds for which the trial request of another keeps ours away."""
 SETTLED = 32
 """Prefills after which what another's have taken is compared with what is predicted."""
 UNTAUGHT = 64
