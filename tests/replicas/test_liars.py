@@ -74,7 +74,7 @@ LIES = st.fixed_dictionaries(
             st.builds(Ask, st.sampled_from("ab"), HUGE, HUGE, st.lists(PLACE, max_size=8), st.booleans()),
             max_size=4,
         ),
-        "held": st.builds(Held, PLACE, BLOCKS),
+        "held": st.builds(Held, PLACE, BLOCKS, HUGE, st.booleans()),
         "rates": st.builds(
             Rates,
             st.tuples(st.floats(0, 10), st.floats(0, 0.1)),

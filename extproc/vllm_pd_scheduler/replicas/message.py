@@ -28,6 +28,8 @@ MAX_BLOCKS = 4096
 """Of one prompt whose placement is told: the beginning of a longer one."""
 MAX_HELD = 20_000
 """Blocks of one endpoint that are told to one who joins: those used last."""
+MAX_PART = 2_500
+"""Of these in one message: to record so many takes 3 ms."""
 MAX_ASKED = 8
 """Endpoints whose blocks one asks for at once."""
 MAX_REQUESTS = 10_000
@@ -216,7 +218,11 @@ class Held(Struct, array_like=True, frozen=True):
     """Blocks that are taken for cached on an endpoint, those used last first: who asks is told."""
 
     endpoint: Index
-    blocks: Annotated[bytes, Meta(max_length=8 * MAX_HELD)]
+    blocks: Annotated[bytes, Meta(max_length=8 * MAX_PART)]
+    before: Number = 0
+    """How many used later the messages before have told."""
+    more: bool = False
+    """Whether another message has those used before."""
 
 
 class Rates(Struct, array_like=True, frozen=True):

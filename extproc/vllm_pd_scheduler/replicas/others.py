@@ -189,7 +189,7 @@ class Others:
     def _learn(self, message: Message, endpoints: list[Endpoint | None], now: float) -> None:
         """Take what another has learned, which one that has learned nothing yet uses."""
         if (held := message.held) is not None and (endpoint := endpoints[held.endpoint]) is not None:
-            self.joining.answered(message.replica, endpoint, held.blocks, now)
+            self.joining.answered(message.replica, endpoint, held, now)
         if message.learned is not None:
             self._registry.learning.told(message.learned.prefill, message.learned.decode)
         if message.rates is not None:

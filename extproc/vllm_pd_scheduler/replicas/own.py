@@ -209,7 +209,7 @@ class OwnWork:
         return Message(
             replica, number, False, waiting, names.names, shares, prefills, ended, placed[:MAX_ITEMS],
             None, drawn, pairs, handed, asks,
-            held and Held(names.place(held[0]), pack_blocks(held[1])), rates,
+            held and Held(names.place(held[0]), pack_blocks(held[1]), *held[2:]), rates,
         )  # fmt: skip
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:
