@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..fleet.breaker import BreakerState
 from ..fleet.endpoint import Endpoint, Reservation
@@ -60,12 +60,31 @@ class Names:
         return place
 
 
+class _Changed(set[Endpoint]):
+    """Endpoints whose load has changed. When a request of ours ends, nothing else says it."""
+
+    def __init__(self, own: OwnWork) -> None:
+        super().__init__()
+        self._own = own
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Have an endpoint in it, which is news, unless it is others' load."""
+        super().add(endpoint)
+        if not self._own.deaf:
+            self._own.noted()
+
+
 class OwnWork:
     """Collects what is to be told, at the cost of a few notes a request."""
 
     def __init__(self, registry: Registry, directory: Directory) -> None:
+        self.wake: Callable[[], None] = _nobody
+        """Called when there may be something to tell; often, so it should return at once."""
+        self.deaf = False
+        """Whether what others do is counted just now: a load that changes by that is nothing to tell."""
+        self._news = False
         self._registry, self._directory = registry, directory
-        self._changed = [registry.watch(role) for role in InstanceRole]
+        self._changed = [registry.watch(role, _Changed(self)) for role in InstanceRole]
         self._numbers = 0
         self._queued: dict[Endpoint, dict[Reservation, tuple[int, int]]] = {}
         """By P, our prefills in its queue, with their numbers and prompts' tokens."""
@@ -97,6 +116,7 @@ class OwnWork:
 
     def reserved(self, reservation: Reservation, request: RequestContext) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         endpoint = reservation.endpoint
         if endpoint.instance.role is InstanceRole.PREFILL:
             self._numbers += 1
@@ -109,6 +129,7 @@ class OwnWork:
 
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         self.done += 1
         known = self._queued.get(reservation.endpoint, {}).pop(reservation, None)
         if known is None:
@@ -122,11 +143,13 @@ class OwnWork:
 
     def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         if len(self._handed) < MAX_ITEMS:
             self._handed[prefill, decode] = min(MAX_REQUESTS, self._handed.get((prefill, decode), 0) + 1)
 
     def drawn(self, priority: int, tenant: bytes, work: float) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         key = priority, tenant
         self._drawn[key] = min(MAX_WORK_S, self._drawn.pop(key, 0.0) + work)
         self._new_draws[key] = None
@@ -152,6 +175,7 @@ class OwnWork:
     def _verdict(self, endpoint: Endpoint, verdict: tuple[int, int]) -> None:
         self._verdicts[endpoint] = verdict
         self._changed[0].add(endpoint)
+        self.noted()
 
     def _pair_failed(self, change: PairChange) -> None:
         self._pair(change.prefill, change.decode, False, change.out)
@@ -165,6 +189,7 @@ class OwnWork:
             out, back = self._pairs.get(pair, (0, 0))
             self._pairs[pair] = (out + is_out) % 65536, (back + (not is_out)) % 65536
             self._new_pairs[pair] = None
+            self.noted()
 
     def _end(self, ended: Ended) -> None:
         if len(self._ended) < MAX_ITEMS:
@@ -174,13 +199,17 @@ class OwnWork:
         self._blocks += blocks
         return self._blocks <= _MAX_UNTOLD_BLOCKS
 
+    def noted(self) -> None:
+        """Take it that there may be something to tell."""
+        self._news = True
+        self.wake()
+
     # -- what is told
 
     @property
     def untold(self) -> bool:
         """Whether there may be something to tell."""
-        lists = self._new, self._ended, self._placed, self._handed, self._new_draws, self._new_pairs
-        return any(lists) or any(self._changed)
+        return self._news
 
     def changes(
         self, replica: str, number: int, waiting: tuple[int, int], now: float, asks: list[Ask], names: Names
@@ -241,6 +270,7 @@ class OwnWork:
         )  # fmt: skip
 
     def _clear(self) -> None:
+        self._news = False
         self._new, self._ended, self._placed, self._blocks = [], [], [], 0
         self._handed, self._new_pairs, self._new_draws = {}, {}, {}
         for changed in self._changed:
@@ -334,3 +364,7 @@ class OwnWork:
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     a, b, c = values
     return min(a, MAX_OVERHEAD_S), min(b, MAX_TOKEN_S), min(c, MAX_TOKEN_S)
+
+
+def _nobody() -> None:
+    """Wake nobody: the caller asks by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from ..fleet.registry import Registry
 from .directory import Directory
@@ -48,10 +49,18 @@ class Replica:
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
 
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever there may be something to publish."""
+        self._own.wake = wake
+
     @property
     def others(self) -> list[str]:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
+
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each of them."""
+        return self._others.silent_for(now)
 
     @property
     def disbelieved(self) -> Counter[Disbelieved]:
@@ -85,8 +94,7 @@ class Replica:
         ``waiting`` are the requests in the queue, for P and for D. Replicas that were silent for long are
         forgotten.
         """
-        for name in self._others.forget_silent(now):
-            _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
+        self._others.forget_silent(now)
         messages = []
         names = Names(self._directory)
         asks = self._asks(names, now)
@@ -131,7 +139,12 @@ class Replica:
         if message.replica == self.name:
             return False
         known = len(self._others.names)
-        if (reason := self._others.receive(message, now)) is not None:
+        self._own.deaf = True
+        try:
+            reason = self._others.receive(message, now)
+        finally:
+            self._own.deaf = False
+        if reason is not None:
             return self._ignore(reason)
         self.received += 1
         if len(self.disbelieved) > len(self._disbelieved_said):
