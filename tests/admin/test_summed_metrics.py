@@ -66,6 +66,21 @@ def test_counts_are_sums_and_the_fleet_is_the_firsts() -> None:
     assert found["process_start_time_seconds"] == 10
 
 
+def test_requests_of_other_workers_are_not_elsewhere() -> None:
+    """The first sees those of another worker, 3, and those of a replica on another machine, 4."""
+    pages = {}
+    for worker, own, elsewhere in (("w0", 2, 7), ("w1", 3, 6)):
+        registry = CollectorRegistry()
+        for name, value in (("pd_scheduler_in_flight", own), ("pd_scheduler_in_flight_elsewhere", elsewhere)):
+            Gauge(name, "Requests.", ["instance", "role"], registry=registry).labels("d0", "decode").set(
+                value
+            )
+        pages[worker] = generate_latest(registry)
+    text = b"".join(SummedMetrics().page("w0", pages)).decode()
+    assert 'pd_scheduler_in_flight{instance="d0",role="decode"} 5.0' in text
+    assert 'pd_scheduler_in_flight_elsewhere{instance="d0",role="decode"} 4.0' in text
+
+
 def test_what_a_dead_worker_has_told_still_counts_and_counts_once() -> None:
     summed, w0, w1 = SummedMetrics(), Worker(10), Worker(11)
     w0.requests.labels("d0").inc(2)

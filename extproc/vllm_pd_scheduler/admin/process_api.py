@@ -46,6 +46,8 @@ class QueueStatus(Shown):
 
     requests: int
     bytes: int
+    requests_elsewhere: int
+    """Those that wait in the queues of its other replicas, as these tell."""
 
 
 class RoleStatus(Shown):
@@ -169,8 +171,12 @@ class ProcessApi:
             return status
         told = [StatusAnswer.model_validate_json(body) for body in await self._others.get("/status")]
         every = [status, *told]
+        waiting = sum(each.queue.requests for each in every)
+        known = status.queue.requests + status.queue.requests_elsewhere  # those of other workers too
         queue = QueueStatus(
-            requests=sum(each.queue.requests for each in every), bytes=sum(each.queue.bytes for each in every)
+            requests=waiting,
+            bytes=sum(each.queue.bytes for each in every),
+            requests_elsewhere=max(0, known - waiting),
         )
         update = {"queue": queue, "held_bytes": sum(each.held_bytes for each in every)}
         return status.model_copy(update=update)
@@ -187,7 +193,11 @@ class ProcessApi:
             ready=self._is_ready() and serves,
             strategy=StrategiesInUse(**{role.value: name for role, name in scheduler.names.items()}),
             shadow=scheduler.shadow.name if scheduler.shadow else None,
-            queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
+            queue=QueueStatus(
+                requests=len(queue),
+                bytes=queue.bytes,
+                requests_elsewhere=sum(self._router.registry.elsewhere.waiting),
+            ),
             held_bytes=self._router.body_memory.used,
             roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
             misfits=self._router.misfits(),

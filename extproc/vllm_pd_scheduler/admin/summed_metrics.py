@@ -10,6 +10,8 @@ from prometheus_client.utils import floatToGoString
 
 SUMMED_GAUGES = frozenset(
     {
+        "pd_scheduler_in_flight",
+        "pd_scheduler_tokens_in_flight",
         "pd_scheduler_queue_requests",
         "pd_scheduler_queue_bytes",
         "pd_scheduler_held_bytes",
@@ -19,6 +21,9 @@ SUMMED_GAUGES = frozenset(
     }
 )
 """Gauges of a process's own work. All others are of the fleet, which all see: they are the first's."""
+
+OWN, ELSEWHERE = "pd_scheduler_in_flight", "pd_scheduler_in_flight_elsewhere"
+"""Requests on an instance: a worker's own, and those of others that it knows, the other workers' among them."""
 
 FIRSTS = frozenset({"pd_scheduler_instance_state_changes_total"})
 """Counters of what each worker sees, and all see alike."""
@@ -68,11 +73,14 @@ class SummedMetrics:
         for worker, families in read.items():
             self._count(worker, families)
         shown = read.pop(first)
+        known = _both(shown)
         for families in read.values():
             for key, family in families.items():
                 mine = shown.setdefault(key, _Family(family.head, family.type))
                 if key in SUMMED_GAUGES:
                     _add(mine.values, family.values)
+        if ELSEWHERE in shown:
+            shown[ELSEWHERE].values = _elsewhere(known, shown[OWN].values)
         for key, family in shown.items():
             if _is_counted(key, family):
                 family.values = {}
@@ -102,6 +110,26 @@ def _is_counted(key: str, family: _Family) -> bool:
 def _written(value: float) -> str:
     text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
     return text
+
+
+def _both(families: Mapping[str, _Family]) -> Values:
+    """Return the requests on each instance that a worker knows, its own and all others'."""
+    if ELSEWHERE not in families:
+        return {}
+    found = dict(families[OWN].values)
+    _add(found, {_renamed(name, ELSEWHERE, OWN): value for name, value in families[ELSEWHERE].values.items()})
+    return found
+
+
+def _elsewhere(known: Values, own: Values) -> Values:
+    """Return the requests of those that are none of us: what the first knows, without all workers' own."""
+    return {
+        _renamed(name, OWN, ELSEWHERE): max(0.0, value - own.get(name, 0.0)) for name, value in known.items()
+    }
+
+
+def _renamed(name: str, before: str, after: str) -> str:
+    return after + name[len(before) :]
 
 
 def _add(to: Values, values: Values) -> None:

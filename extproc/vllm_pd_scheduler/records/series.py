@@ -100,7 +100,10 @@ def summed(first: Reading, every: Sequence[Reading]) -> Reading:
     """Return what several workers have counted; what each sees of the fleet is as the ``first`` sees it."""
     errors: dict[str, float] = {}
     ttft: dict[float, float] = {}
+    in_flight: dict[str, int] = {}
     for each in every:
+        for role, number in each.in_flight.items():
+            in_flight[role] = in_flight.get(role, 0) + number
         for reason, count in each.errors.items():
             errors[reason] = errors.get(reason, 0.0) + count
         for bound, count in each.ttft:
@@ -110,6 +113,7 @@ def summed(first: Reading, every: Sequence[Reading]) -> Reading:
         requests=sum(each.requests for each in every),
         errors=errors,
         queue=sum(each.queue for each in every),
+        in_flight=in_flight,
         ttft=list(ttft.items()),
         prompt_tokens=sum(each.prompt_tokens for each in every),
         cached_tokens=sum(each.cached_tokens for each in every),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from .message import MAX_ASKED, Ask, unpack_blocks
+from .message import MAX_ASKED, Ask, Held, unpack_blocks
 
 SETTLE_S = 0.1
 """Seconds after the first was heard until one is asked: by then all have said how much they know."""
@@ -26,7 +26,8 @@ class Joining:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._wanted: dict[Endpoint, None] = {}
-        self._asked: dict[Endpoint, None] = {}
+        self._asked: dict[Endpoint, int] = {}
+        """Those asked for, and how many blocks of each have come."""
         self._sources: dict[str, int] = {}
         """Those that may be asked, and the blocks that they know."""
         self._source = ""
@@ -60,6 +61,9 @@ class Joining:
 
     def missed(self, name: str, first: int, last: int) -> None:
         """Note that messages of another, with these numbers, have not come."""
+        if name == self._source:  # a part may be missing, without which the rest is not found
+            self._wanted, self._asked = dict.fromkeys((*self._asked, *self._wanted)), {}
+            self._due = -1e9
         if len(self._gaps) < MAX_GAPS:
             self._gaps.append(Ask(name, first, last))
 
@@ -90,8 +94,8 @@ class Joining:
                 return
         first = not self._source
         self._source = max(self._sources, key=lambda each: (self._sources[each], each))
-        self._wanted = self._asked | self._wanted
-        self._asked = dict.fromkeys([e for e in self._wanted if e in self._registry][:MAX_ASKED])
+        self._wanted = dict.fromkeys((*self._asked, *self._wanted))
+        self._asked = dict.fromkeys([e for e in self._wanted if e in self._registry][:MAX_ASKED], 0)
         self._wanted = {e: None for e in self._wanted if e not in self._asked and e in self._registry}
         self._due = now + _PATIENCE_S
         if self._asked:
@@ -99,13 +103,19 @@ class Joining:
         else:
             self._end()
 
-    def answered(self, name: str, endpoint: Endpoint, blocks: bytes, now: float) -> None:
-        """Take the blocks of an endpoint, if they were asked for."""
+    def answered(self, name: str, endpoint: Endpoint, held: Held, now: float) -> None:
+        """Take blocks of an endpoint, if they were asked for."""
         if name != self._source or endpoint not in self._asked:
             return
-        del self._asked[endpoint]
-        endpoint.holder.restore(unpack_blocks(blocks))
+        if held.before != self._asked[endpoint]:
+            return  # it answers another one, or one has not come: all is asked again
+        blocks = unpack_blocks(held.blocks)
+        endpoint.holder.restore(blocks)
+        self._asked[endpoint] += len(blocks)
         self._tries, self._due = 0, now + _PATIENCE_S
+        if held.more:
+            return
+        del self._asked[endpoint]
         if not self._asked:
             self._due = now
             if not self._wanted:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..fleet.registry import Registry
+from .directory import Directory
 from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
 from .own import Names, OwnWork
@@ -40,8 +41,9 @@ class Replica:
         self.unsent = 0
         """Messages that would have been too long."""
         self._fleet = fleet
-        self._own = OwnWork(registry)
-        self._others = Others(name, registry, self._own)
+        self._directory = Directory(registry)
+        self._own = OwnWork(registry, self._directory)
+        self._others = Others(name, registry, self._directory, self._own)
         self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
         self._published_at = self._summary_at = -1e9
@@ -94,7 +96,7 @@ class Replica:
         """
         self._others.forget_silent(now)
         messages = []
-        names = Names()
+        names = Names(self._directory)
         asks = self._asks(names, now)
         changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
         if changes is not None:
