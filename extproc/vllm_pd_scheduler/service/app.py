@@ -247,7 +247,8 @@ class App:
         meeting = config.meeting()
         tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
         fleet, name = meeting.fleet(config.key), config.name or ""
-        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name)
+        secret = config.password.read() if config.password is not None else ""
+        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name, secret)
         self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
         await sync.joined(JOIN_S)
 
