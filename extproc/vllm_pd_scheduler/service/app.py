@@ -263,11 +263,12 @@ class App:
             raise StartupError(f"replicas: {error}") from None
         meeting = config.meeting()
         tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
-        await self._join(Valkey(config, tls), meeting.fleet(config.key))
+        secret = config.password.read() if config.password is not None else ""
+        await self._join(Valkey(config, tls), meeting.fleet(config.key), secret)
 
-    async def _join(self, channel: Channel, fleet: str) -> None:
+    async def _join(self, channel: Channel, fleet: str, secret: str = "") -> None:
         name = scheduler_name(self.config, self._worker)
-        sync = join(self.router, self.changes, channel, fleet, name)
+        sync = join(self.router, self.changes, channel, fleet, name, secret)
         self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
         await sync.joined(JOIN_S)
 
