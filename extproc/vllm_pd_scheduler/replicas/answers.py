@@ -47,6 +47,8 @@ class Answers:
     def placements(self, now: float) -> list[Placed]:
         """Return what was told in messages that somebody has missed, the newest first."""
         self._refill(now)
+        if self._room <= 0:
+            return []
         gaps, self._gaps = self._gaps, []
         found: list[Placed] = []
         for each in chain.from_iterable(self._told.by(*gap) for gap in gaps):
