@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from ..advice import Adviser
 from ..router import PDRouter
 from ..self_check import SelfCheck
+from .advice_api import AdviceApi
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -69,6 +71,7 @@ class AdminServer(HttpServer):
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
+            AdviceApi(Adviser(router, router.clock)),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .advising import advise
 from .checking import self_check
 from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
@@ -74,6 +75,7 @@ _PANELS = {
         decisions,
         explain,
         events,
+        advise,
         record,
     ),
     "Try out": (demo, sim, replay),
