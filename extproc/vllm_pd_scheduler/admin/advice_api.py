@@ -63,8 +63,9 @@ class FleetAnswer(Shown):
     in_limits: float
     """Share of the requests within ``ttft_slo`` and ``tpot_slo``, as far as they are configured."""
     prefill_busy: float
-    """Share of the time in which an engine computes."""
-    decode_busy: float
+    """Share of the time in which P compute."""
+    decode_kv_usage: float
+    """Share of D's KV caches that is in use."""
     rejected: int
     requests: int
 
@@ -142,7 +143,7 @@ def _fleet(outcome: Outcome, times: Times) -> FleetAnswer:
         tpot_p90_s=_rounded(times.tpot),
         in_limits=round(times.in_limits, 4),
         prefill_busy=round(outcome.prefill_busy, 4),
-        decode_busy=round(outcome.decode_busy, 4),
+        decode_kv_usage=round(outcome.decode_kv, 4),
         rejected=outcome.rejected,
         requests=outcome.requests,
     )

@@ -76,7 +76,7 @@ class Outcome(Struct, frozen=True):
     prefill_busy: float
     """Share of the time in which a P computed: mean over P."""
     decode_kv: float
-    """Share of the KV cache that was in use: mean over D and the time. (A D computes whenever it has a request.)"""
+    """Share of the KV cache that was in use: mean over D and the time. A D computes all the time."""
     rejected: int
     requests: int
     """That were counted; the first are left out, since they find empty caches."""

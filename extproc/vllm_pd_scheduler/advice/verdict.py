@@ -17,8 +17,8 @@ WORTH_IN_LIMITS = 0.01
 """Share of the requests that must come within the limits, where there are limits."""
 LATEST = 0.5
 """Share of that which the later half of the requests must show too: else the load is changing."""
-_SATURATED = 0.97
-"""Share of the time in which an engine computes, from which on its role has no room."""
+_SATURATED = 0.95
+"""Share of the time in which P compute, or of the KV caches of D, from which on a role has no room."""
 
 
 class Kind(StrEnum):
@@ -125,8 +125,8 @@ def _reasons(observation: Observation, answer: Answer) -> Iterator[str]:
         f"32 such requests {step * 1000:.3g} ms on a D"
     )
     yield f"now {_busy(now)}"
-    for role, busy in (("P", now.prefill_busy), ("D", now.decode_busy)):
-        if busy >= _SATURATED:
+    for role, share in (("P", now.prefill_busy), ("D", now.decode_kv)):
+        if share >= _SATURATED:
             yield f"{role} have no room: what waits for them grows as long as this load lasts"
     if observation.ttft is not None and now.whole.ttft is not None:
         yield (
@@ -138,8 +138,8 @@ def _reasons(observation: Observation, answer: Answer) -> Iterator[str]:
 
 
 def _busy(outcome: Outcome) -> str:
-    prefill, decode = _percent(outcome.prefill_busy), _percent(outcome.decode_busy)
-    return f"P compute {prefill} of the time and D {decode}"
+    prefill, decode = _percent(outcome.prefill_busy), _percent(outcome.decode_kv)
+    return f"P compute {prefill} of the time, and the KV caches of D are {decode} full"
 
 
 def _percent(share: float) -> str:

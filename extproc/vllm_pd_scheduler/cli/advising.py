@@ -51,14 +51,14 @@ def _print(found: Mapping[str, Any]) -> None:
     if not found["fleets"]:
         return
     made = table(
-        ">P", ">D", ">P90 TTFT s", ">P90 TPOT ms", ">IN LIMITS %", ">P BUSY %", ">D BUSY %", ">REFUSED"
+        ">P", ">D", ">P90 TTFT s", ">P90 TPOT ms", ">IN LIMITS %", ">P BUSY %", ">D KV %", ">REFUSED"
     )
     for each in found["fleets"]:
         made.add_row(
             *(plain(each[role]) for role in ("prefill", "decode")),
             _number(each["ttft_p90_s"], 1.0, ".3f"),
             _number(each["tpot_p90_s"], 1000.0, ".1f"),
-            *(_number(each[key], 100.0, ".1f") for key in ("in_limits", "prefill_busy", "decode_busy")),
+            *(_number(each[key], 100.0, ".1f") for key in ("in_limits", "prefill_busy", "decode_kv_usage")),
             plain(each["rejected"]),
         )
     show("", made)
