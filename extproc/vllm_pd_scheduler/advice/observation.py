@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..fleet.endpoint import Endpoint
+from ..fleet.registry import Registry
 from ..models import PD_ROLES, InstanceRole
 from ..records.traffic import Recorded
 from ..replay.result import percentile
@@ -28,8 +29,8 @@ MOST_MOVES = 4
 _NEARLY_ALL = 1.05
 """So few more requests came to the fleet as this scheduler has seen that it has seen all."""
 _MOST_RATE = 100.0
-_NO_LIMIT = 1e9
-"""Tokens of a KV cache whose size is not known."""
+_MOST_KV_TOKENS = 1e7
+"""Tokens of a KV cache at most, and of one whose size is not known. More would only take memory."""
 
 _SETTINGS = (
     "disaggregation", "late_binding", "max_waiting", "max_kv_usage", "max_in_flight_tokens", "queue_size",
@@ -84,8 +85,8 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
     answered = [each.output_tokens for each in requests if each.output_tokens]
     ttft = sorted(each.ttft for each in requests if each.ttft is not None)
     question = Question(
-        _sizes(roles, asked),
-        _learned(router, roles),
+        sizes(router.registry, asked),
+        learned(router.registry),
         _rate(requests, learning.finished),
         0.0 if hashed or cached is None else cached,
         _settings(router),
@@ -129,8 +130,9 @@ def _check_traffic(requests: Sequence[Recorded], seconds: float) -> None:
         )
 
 
-def _sizes(roles: dict[InstanceRole, tuple[Endpoint, ...]], asked: Size | None) -> list[Size]:
+def sizes(registry: Registry, asked: Size | None = None) -> list[Size]:
     """Return the fleets to compare: the present one, that which is asked for, and one move more each time."""
+    roles = {role: registry.routable(role) for role in PD_ROLES}
     prefill, decode = (len(roles[role]) for role in PD_ROLES)
     found = [Size(prefill, decode), *([asked] if asked else [])]
     units = [max(each.instance.data_parallel_size for each in roles[role]) for role in PD_ROLES]
@@ -143,9 +145,10 @@ def _sizes(roles: dict[InstanceRole, tuple[Endpoint, ...]], asked: Size | None) 
     return list(dict.fromkeys(found))
 
 
-def _learned(router: PDRouter, roles: dict[InstanceRole, tuple[Endpoint, ...]]) -> Learned:
-    prefill, decode = (roles[role] for role in PD_ROLES)
-    load = router.registry.load
+def learned(registry: Registry) -> Learned:
+    """Return what the load model has learned: means over the instances that can serve."""
+    prefill, decode = (registry.routable(role) for role in PD_ROLES)
+    load = registry.load
     latency, per_token = load.transfer, 0.0
     if load.transfers.samples:
         latency = load.transfers.predict("", "", 0.0)
@@ -159,9 +162,14 @@ def _learned(router: PDRouter, roles: dict[InstanceRole, tuple[Endpoint, ...]]) 
         _mean(each.decode.per_kv_token for each in decode),
         latency,
         per_token,
-        _mean(each.kv_capacity for each in prefill if each.kv_capacity) or _NO_LIMIT,
-        _mean(each.kv_capacity for each in decode if each.kv_capacity) or _NO_LIMIT,
+        _capacity(prefill),
+        _capacity(decode),
     )
+
+
+def _capacity(endpoints: Iterable[Endpoint]) -> float:
+    known = _mean(each.kv_capacity for each in endpoints if each.kv_capacity)
+    return min(known or _MOST_KV_TOKENS, _MOST_KV_TOKENS)
 
 
 def _rate(requests: Sequence[Recorded], finished: float) -> float:
