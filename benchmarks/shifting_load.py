@@ -1,7 +1,7 @@
-"""A load that shifts from long prompts to long answers, on a fleet that follows the advice and on one that does not.
+"""A load that shifts from long prompts to long answers: with the advice followed, and without.
 
-Run it with ``python -m benchmarks.shifting_load``. The fleet, the load and the schedulers are those of ``replay``, in virtual
-time; each minute the advice is asked for, with what the scheduler has learned until then. It takes some minutes of CPU.
+Run it with ``python -m benchmarks.shifting_load``. Fleet and scheduler are those of ``replay``, in virtual time.
+Each minute the advice is asked for, with what the scheduler has learned until then.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Plan:
 
 
 class Turning(_Run):
-    """A replay in which an instance may change its role: it drains, and comes back as one of the other role."""
+    """A replay in which an instance may change its role: it drains, and comes back with the other one."""
 
     def __init__(self, trace: Trace, fleet: FleetSpec, plan: Plan) -> None:
         super().__init__(parse_variant(STRATEGY), trace, fleet, lambda _: None, None)
@@ -97,7 +97,7 @@ class Turning(_Run):
         return self._schedulers[0]
 
     def _ask(self) -> None:
-        if self._done:
+        if self._done or self._clock.now > self._trace.seconds:
             return
         fleet = tuple(len(self._one.registry.routable(role)) for role in PD_ROLES)
         advice = self._advised() if sum(fleet) == self._fleet.prefill + self._fleet.decode else None
@@ -183,10 +183,9 @@ def show(name: str, results: list[RequestResult]) -> None:
     refused = sum(each.reason is not None for each in results)
     assert ttft is not None
     assert tpot is not None
-    print(
-        f"{name:<28} {len(results):>6} requests, {refused} refused; TTFT mean {ttft.mean:.2f}, p90 {ttft.p90:.2f}, "
-        f"p99 {ttft.p99:.2f} s; TPOT mean {1000 * tpot.mean:.1f}, p90 {1000 * tpot.p90:.1f} ms"
-    )
+    times = f"TTFT mean {ttft.mean:.2f}, p90 {ttft.p90:.2f}, p99 {ttft.p99:.2f} s"
+    per_token = f"TPOT mean {1000 * tpot.mean:.1f}, p90 {1000 * tpot.p90:.1f} ms"
+    print(f"{name:<36} {len(results):>5} requests, {refused} refused; {times}; {per_token}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The examples for autoscalers: their objects are well formed, and their queries name metrics that there are."""
+"""The examples for autoscalers: their objects are well formed, and their queries name metrics that exist."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tests.deploy.test_fleet_examples import read
-from tests.support.kubernetes_schema import of_kind, the_only
 from tests.support.known_metrics import known_series, problems
+from tests.support.kubernetes_schema import of_kind, the_only
 
 INTEGER, TEXT, BOOLEAN = int, str, bool
 POLICY = {"type": TEXT, "value": INTEGER, "periodSeconds": INTEGER}

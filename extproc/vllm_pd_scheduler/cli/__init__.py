@@ -14,7 +14,7 @@ from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
 from .history import decisions, events, explain
-from .operating import add, drain, reload, remove, status, strategy, undrain
+from .operating import add, drain, reload, remove, status, strategy, turn, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .recording import record
 from .replay import replay
@@ -68,6 +68,7 @@ _PANELS = {
         strategy,
         drain,
         undrain,
+        turn,
         add,
         remove,
         reload,
