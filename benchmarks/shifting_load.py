@@ -1,7 +1,7 @@
 """A load that shifts from long prompts to long answers: with the advice followed, and without.
 
-Run it with ``python -m benchmarks.shifting_load``. Fleet and scheduler are those of ``replay``, in virtual time.
-Each minute the advice is asked for, with what the scheduler has learned until then.
+Run it with ``python -m benchmarks.shifting_load``. It replays in virtual time, as ``replay`` does.
+Each minute it asks for the advice, by what the scheduler has learned until then.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from vllm_pd_scheduler.advice.observation import LEAST_REQUESTS, Observation, learned, sizes
+from vllm_pd_scheduler.advice.observation import LEAST_REQUESTS, Observation, lead_seconds, learned, sizes
 from vllm_pd_scheduler.advice.question import Question
 from vllm_pd_scheduler.advice.rehearsal import TooSlow, rehearse
 from vllm_pd_scheduler.advice.verdict import Advice, judge
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
-from vllm_pd_scheduler.records.traffic import Recorded
+from vllm_pd_scheduler.records.traffic import MAX_AGE_S, Recorded
 from vllm_pd_scheduler.replay.fleet import FleetSpec, _Run
 from vllm_pd_scheduler.replay.result import RequestResult, Spread
 from vllm_pd_scheduler.replay.schedulers import OneScheduler
@@ -42,7 +42,7 @@ class Phase:
     answer: float
 
 
-PHASES = (Phase(900.0, 2.0, 18_000.0, 200.0), Phase(900.0, 5.0, 800.0, 4_000.0))
+PHASES = (Phase(900.0, 2.0, 18_000.0, 200.0), Phase(900.0, 4.0, 800.0, 4_000.0))
 
 
 def shifting(phases: Iterable[Phase], seed: int = 0) -> Trace:
@@ -109,22 +109,33 @@ class Turning(_Run):
 
     def _advised(self) -> Advice | None:
         now, plan = self._clock.now, self._plan
-        requests = [
+        came = [
             Recorded(each.arrival, each.prompt_tokens, True, output_tokens=each.output_tokens)
             for each in self._trace.requests
-            if now - plan.window <= each.arrival < now
+            if each.arrival < now
         ]
+        requests = [each for each in came if each.arrived >= now - plan.window]
         if len(requests) < LEAST_REQUESTS:
             return None
         settings = self._config.model_dump(mode="json", include={"queue_timeout", "ttft_slo", "tpot_slo"})
         settings |= {f"{role}_strategy": STRATEGY for role in PD_ROLES}
         registry = self._one.registry
-        question = Question(sizes(registry)[:3], learned(registry), 1.0, 0.0, settings, plan.cpu_seconds)
         prompt = sum(each.prompt_tokens for each in requests) / len(requests)
         answer = sum(each.output_tokens for each in requests) / len(requests)
-        seen = Observation(question, None, requests, plan.window, prompt, answer, None, None)
+        since = requests[0].arrived - min(MAX_AGE_S - plan.window, lead_seconds(registry, answer))
+        replayed = [each for each in came if each.arrived >= since]
+        question = Question(
+            sizes(registry)[:3],
+            learned(registry),
+            1.0,
+            0.0,
+            settings,
+            plan.cpu_seconds,
+            requests[0].arrived,
+        )
+        seen = Observation(question, None, replayed, requests, plan.window, prompt, answer, None, None)
         try:
-            return judge(seen, rehearse(question, requests))
+            return judge(seen, rehearse(question, replayed))
         except TooSlow:
             return None
 

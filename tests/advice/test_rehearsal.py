@@ -86,6 +86,18 @@ class RehearsalTest(unittest.TestCase):
             ticks = itertools.count(0.0, 50.0)
             rehearse(asks, requests, lambda: next(ticks))
 
+    def test_requests_before_those_that_count_load_the_fleet(self) -> None:
+        requests = Traffic(4.0, 200.0, 400.0).requests(300)
+        alone = question((1, 1))
+        later = Question([Size(1, 1)], LEARNED, 1.0, 0.0, SETTINGS, 1e9, requests[200].arrived)
+        (without,) = rehearse(alone, requests[200:]).outcomes
+        (with_lead,) = rehearse(later, requests).outcomes
+        self.assertEqual(with_lead.requests, 100)
+        self.assertLess(without.requests, 100)
+        assert without.whole.tpot is not None
+        assert with_lead.whole.tpot is not None
+        self.assertGreater(with_lead.whole.tpot, without.whole.tpot)
+
     def test_nothing_learned_is_zero_cost_and_not_an_error(self) -> None:
         free = profiles(Learned(*[0.0] * 10))
         self.assertEqual(set(free), {InstanceRole.PREFILL, InstanceRole.DECODE})

@@ -20,7 +20,7 @@ def outcome(
 def observed(*sizes: Size, asked: Size | None = None, rate: float = 1.0, **limits: float) -> Observation:
     learned = Learned(0.005, 1e-4, 0.0, 0.015, 2e-4, 2e-8, 0.01, 0.0, 1e6, 1e6)
     question = Question([NOW, *sizes], learned, rate, 0.0, dict(limits), 20.0)
-    return Observation(question, asked, [], 300.0, 2000.0, 200.0, None, 0.8)
+    return Observation(question, asked, [], [], 300.0, 2000.0, 200.0, None, 0.8)
 
 
 def advised(*outcomes: Outcome, asked: Size | None = None, **more: Any) -> Advice:
@@ -85,7 +85,7 @@ class VerdictTest(unittest.TestCase):
     def test_the_last_of_a_role_is_not_moved(self) -> None:
         observation = Observation(
             Question([Size(1, 1)], observed().question.learned, 1.0, 0.0, {}, 20.0),
-            None, [], 300.0, 2000.0, 200.0, None, None,
+            None, [], [], 300.0, 2000.0, 200.0, None, None,
         )  # fmt: skip
         found = judge(observation, Answer([outcome(Size(1, 1), 9.0, 0.1)]))
         self.assertEqual(found.kind, Kind.KEEP)

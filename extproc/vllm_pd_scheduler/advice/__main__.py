@@ -1,7 +1,7 @@
 """``python -m vllm_pd_scheduler.advice PARENT``: reads a question and requests, writes the answer.
 
-The question is a line of JSON, and so is each list of requests after it. It takes what CPU nobody else wants,
-and no more memory or time than it may.
+The question is a line of JSON, and so is each list of requests after it. It gives way to others
+that want the CPU, and takes no more memory or time than it may.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ..system.parent_death import die_with_parent
 from .question import Question, Requests
 from .rehearsal import TooSlow, rehearse
 
+NICE = 10
+"""Beside others that want the CPU it gets a tenth of what each of them does: it comes to an end."""
 MEMORY_BYTES = 2 << 30
 """Of address space, at most."""
 _CPU_FACTOR = 3
@@ -29,7 +31,7 @@ FAILED = 1
 def main() -> int:
     """Answer one question; return the exit status."""
     die_with_parent(int(sys.argv[1]))
-    os.nice(19)
+    os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     question = msgspec.json.decode(sys.stdin.buffer.readline(), type=Question)
     seconds = max(1, int(question.seconds * _CPU_FACTOR))

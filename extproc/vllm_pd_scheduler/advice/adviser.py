@@ -18,8 +18,8 @@ from .verdict import Advice, Kind, judge
 
 CPU_S = 20.0
 """CPU time that the replays of one advice may take."""
-WALL_S = 90.0
-"""Seconds after which the process is ended: it gets what CPU is left over."""
+WALL_S = 180.0
+"""Seconds after which the process is ended: others that want the CPU go first."""
 FRESH_S = 30.0
 """Seconds for which an advice is given again: the traffic is hardly another."""
 _LINE_REQUESTS = 100
@@ -104,8 +104,8 @@ async def _write(process: Process, observation: Observation) -> None:
     assert stdin is not None
     with contextlib.suppress(ConnectionError):  # it has ended: its status says why
         stdin.write(msgspec.json.encode(observation.question) + b"\n")
-        for at in range(0, len(observation.requests), _LINE_REQUESTS):
-            stdin.write(msgspec.json.encode(observation.requests[at : at + _LINE_REQUESTS]) + b"\n")
+        for at in range(0, len(observation.replayed), _LINE_REQUESTS):
+            stdin.write(msgspec.json.encode(observation.replayed[at : at + _LINE_REQUESTS]) + b"\n")
             await stdin.drain()
             await asyncio.sleep(0)
     stdin.close()

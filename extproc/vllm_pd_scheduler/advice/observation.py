@@ -26,6 +26,8 @@ MOST_ENGINES = 256
 """Of a larger fleet the replay would take too long."""
 MOST_MOVES = 4
 """Instances whose move is tried, in each direction."""
+_LEAD_ANSWERS = 2.0
+"""An answer's time that the requests begin earlier than those that count: a choice. Most are shorter."""
 _NEARLY_ALL = 1.05
 """So few more requests came to the fleet as this scheduler has seen that it has seen all."""
 _MOST_RATE = 100.0
@@ -51,7 +53,10 @@ class Observation:
     question: Question
     asked: Size | None
     """Another fleet of which somebody wants to know."""
+    replayed: Sequence[Recorded]
+    """The requests, with those that came before them."""
     requests: Sequence[Recorded]
+    """Those that count."""
     seconds: float
     """From the first request to the last."""
     prompt_tokens: float
@@ -79,10 +84,11 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
     requests = router.recording.traffic.since(since)
     length = requests[-1].arrived - requests[0].arrived if requests else 0.0
     _check_traffic(requests, length)
+    answered = [each.output_tokens for each in requests if each.output_tokens]
+    lead = lead_seconds(router.registry, _mean(answered))
     totals, learning = router.telemetry.totals, router.registry.learning
     cached = totals.cached_tokens / totals.prompt_tokens if totals.prompt_tokens else None
     hashed = any(each.blocks for each in requests)
-    answered = [each.output_tokens for each in requests if each.output_tokens]
     ttft = sorted(each.ttft for each in requests if each.ttft is not None)
     question = Question(
         sizes(router.registry, asked),
@@ -91,10 +97,12 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
         0.0 if hashed or cached is None else cached,
         _settings(router),
         seconds,
+        requests[0].arrived,
     )
     return Observation(
         question,
         asked,
+        router.recording.traffic.since(requests[0].arrived - lead),
         requests,
         length,
         _mean(each.prompt_tokens for each in requests),
@@ -102,6 +110,12 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
         cached,
         percentile(ttft, 0.9) if len(ttft) >= LEAST_REQUESTS / 2 else None,
     )
+
+
+def lead_seconds(registry: Registry, output_tokens: float) -> float:
+    """Return for how long requests must have come before the load of D is what it is: some answers' time."""
+    steps = (each.decode_step for each in registry.routable(InstanceRole.DECODE))
+    return _LEAD_ANSWERS * output_tokens * _mean(steps)
 
 
 def _check_fleet(router: PDRouter, roles: dict[InstanceRole, tuple[Endpoint, ...]]) -> None:

@@ -55,6 +55,8 @@ class Question(Struct, frozen=True):
     """Of the scheduler's configuration."""
     seconds: float
     """CPU time that the answer may take."""
+    count_since: float = 0.0
+    """Arrival of the first request that counts. Those before it are replayed, so that the fleet is loaded."""
 
 
 class Times(Struct, frozen=True):
@@ -79,7 +81,7 @@ class Outcome(Struct, frozen=True):
     """Share of the KV cache that was in use: mean over D and the time. A D computes all the time."""
     rejected: int
     requests: int
-    """That were counted; the first are left out, since they find empty caches."""
+    """That were counted. The first find an idle fleet with empty caches, and are left out."""
 
 
 class Answer(Struct, frozen=True):

@@ -18,7 +18,7 @@ from ..sim.profile import EngineProfile
 from .question import Answer, Learned, Outcome, Question, Size, Times
 
 WARM_UP = 0.2
-"""Share of the time whose requests do not count: caches are empty then, and nothing is learned."""
+"""Share of the time whose requests do not count at least: caches are empty then, and nothing is learned."""
 _FIRST_SHARES = (0.25, 0.5)
 """Share of the time by which the first run must have ended; and by which one of half of the requests must."""
 _MOST_BATCHED = 8192
@@ -54,13 +54,14 @@ def rehearse(
         kept = kept[len(kept) // 2 :]
     else:
         raise TooSlow
-    outcomes = [_outcome(question, trace, present, first)]
+    start = kept[0].arrived
+    outcomes = [_outcome(question, start, trace, present, first)]
     for size in question.sizes[1:]:
         run = _run(variant, trace, size, engines, _later(cpu, began + question.seconds))
         if run is None:
             break
-        outcomes.append(_outcome(question, trace, size, run))
-    return Answer(outcomes, kept[0].arrived - requests[0].arrived)
+        outcomes.append(_outcome(question, start, trace, size, run))
+    return Answer(outcomes, max(0.0, start - max(requests[0].arrived, question.count_since)))
 
 
 def _later(cpu: Callable[[], float], end: float) -> Callable[[], bool]:
@@ -144,8 +145,8 @@ def _run(
     return None if stopped and len(run.results) < len(trace.requests) else run
 
 
-def _outcome(question: Question, trace: Trace, size: Size, run: RunResult) -> Outcome:
-    since = WARM_UP * trace.seconds
+def _outcome(question: Question, start: float, trace: Trace, size: Size, run: RunResult) -> Outcome:
+    since = max(WARM_UP * trace.seconds, (question.count_since - start) / question.rate)
     counted = [each for each in run.results if each.arrival >= since]
     middle = since + (trace.seconds - since) / 2
     latest = [each for each in counted if each.arrival >= middle]

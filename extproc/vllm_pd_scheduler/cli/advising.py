@@ -11,7 +11,7 @@ from .client import REFUSED
 from .connection import DEFAULT_URL, CaFileOption, JsonOption, TokenFileOption, UrlOption, connected
 from .tables import plain, show, table
 
-TIMEOUT_S = 200.0
+TIMEOUT_S = 400.0
 """How long an answer may take: two replays, if another one is being worked out."""
 
 
