@@ -22,6 +22,7 @@ from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import EventKind, Events
 from .records.recording import Recording
+from .request.context import RequestContext
 from .request.errors import Reject, reject
 from .request.objectives import Objectives
 from .request.rewrites import Rewrites
@@ -280,11 +281,22 @@ class PDRouter:
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 
+    def misfits(self) -> list[str]:
+        """Return a line for each thing for which instances get nothing, as all of them are configured now."""
+        return misfits(self.config, (ranks[0].instance for ranks in self.registry.instances()))
+
     def tell_misfits(self, by: str) -> None:
-        """Make an event of each thing for which instances get nothing, as all of them are configured now."""
-        instances = (ranks[0].instance for ranks in self.registry.instances())
-        for text in misfits(self.config, instances):
+        """Make an event of each of the misfits."""
+        for text in self.misfits():
             self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
+
+    def on_token_ids(self, call: Callable[[RequestContext, bytes], None]) -> None:
+        """Call ``call`` for each prompt of which P tells the tokens: with these, as a JSON array."""
+        self._core.prefill.ends.on_token_ids = call
+
+    def share_hashes(self, key: int) -> None:
+        """Hash prompts as every scheduler with this key, below 2**64, does: call it before any request."""
+        self._core.reader.hash_key = key
 
     # -- requests
 

@@ -33,6 +33,7 @@ from .instances import (
     connector_choice,
     is_host,
 )
+from .kv_events import KvEventsConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -125,7 +126,7 @@ class SchedulerConfig(InstancesFile):
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
     encode_connector: EncodeConnectorName = "ec-nixl"
-    """How the [encode instances](connectors.md#encode-instances) hand over images, video and audio that they
+    """How the [encode instances](connectors/encode.md) hand over images, video and audio that they
     have encoded: `ec-nixl` by what E answers, which P gets (vLLM's `ECCPUConnector`), `ec-example` by storage
     that they share (`ECExampleConnector`)."""
     encode_timeout: Seconds = 30.0
@@ -241,7 +242,7 @@ class SchedulerConfig(InstancesFile):
     pod's own."""
     metaserver_port: Annotated[Port | None, _AT_START] = None
     """Port at which D ask for prefills, which those of the connector
-    [`ascend-layerwise`](connectors.md#ascend-layerwise) do. Without it, such D compute the prompts
+    [`ascend-layerwise`](connectors/ascend.md#ascend-layerwise) do. Without it, such D compute the prompts
     themselves."""
     metaserver_url: Annotated[Annotated[str, Field(pattern=_BASE_URL)] | None, _AT_START] = None
     """What D are told in place of that address and port, as `http://HOST:PORT`, where they reach them by
@@ -277,6 +278,9 @@ class SchedulerConfig(InstancesFile):
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
+    kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
+    """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
+    cached. Off without it."""
     tracing: Annotated[TracingConfig | None, _AT_START] = None
     """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 
@@ -292,7 +296,7 @@ class SchedulerConfig(InstancesFile):
     decode_instances: list[InstanceConfig] = []
     """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     encode_instances: list[InstanceConfig] = []
-    """The [encode instances](connectors.md#encode-instances) (E) of the fleet. Without any, P encodes what
+    """The [encode instances](connectors/encode.md) (E) of the fleet. Without any, P encodes what
     its requests have of images, video and audio."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
     """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the three
@@ -411,6 +415,7 @@ class SchedulerConfig(InstancesFile):
             item.revision,
             _own_connector(role, item),
             self.rank_count(item),
+            (item.kv_events_port, item.kv_events_replay_port),
         )
 
     def rank_count(self, item: InstanceConfig) -> int:
