@@ -168,6 +168,9 @@ def add(
     data_parallel_size: Annotated[
         int, typer.Option("--data-parallel-size", min=1, max=MAX_RANKS, help="Engines behind its one port.")
     ] = 1,
+    both_roles: Annotated[
+        bool, typer.Option("--both-roles", help="It can be P and D, so that it may be turned.")
+    ] = False,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
     token_file: TokenFileOption = None,
@@ -177,7 +180,9 @@ def add(
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()):
         raise typer.BadParameter(f"{address!r} is not HOST:PORT", param_hint="HOST:PORT")
-    body = {"id": instance, "role": role, "host": host, "port": int(port)}
+    body: dict[str, object] = {"id": instance, "role": role, "host": host, "port": int(port)}
+    if both_roles:
+        body["both_roles"] = True
     if server_name is not None:
         body["server_name"] = server_name
     if data_parallel_size > 1:
