@@ -58,9 +58,9 @@ async def test_of_several_schedulers_each_replays_the_load_of_all() -> None:
     requests = LONG_PROMPTS.requests(SOME)
     router = served(requests)
     assert observe(router, 0.0, None, 1.0).question.rate == 1.0
-    router.registry.learning.finished = 3.0 * SOME
+    router.recording.ended, router.registry.learning.finished = SOME, 3.0 * SOME
     assert observe(router, 0.0, None, 1.0).question.rate == pytest.approx(3.0)
-    router.registry.learning.finished = 0.9 * SOME
+    router.registry.learning.finished = 1.1 * SOME
     assert observe(router, 0.0, None, 1.0).question.rate == 1.0
 
 

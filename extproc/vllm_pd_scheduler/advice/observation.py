@@ -28,8 +28,11 @@ MOST_MOVES = 4
 """Instances whose move is tried, in each direction."""
 _LEAD_ANSWERS = 2.0
 """An answer's time that the requests begin earlier than those that count: a choice. Most are shorter."""
-_NEARLY_ALL = 1.05
-"""So few more requests came to the fleet as this scheduler has seen that it has seen all."""
+_NEARLY_ALL = 1.2
+"""Up to so many times as many requests as this scheduler has seen end, it takes it that it has seen all.
+
+The instances tell at another time than Envoy, and count requests of ours that it counts as failed.
+"""
 _MOST_RATE = 100.0
 _MOST_KV_TOKENS = 1e7
 """Tokens of a KV cache at most, and of one whose size is not known. More would only take memory."""
@@ -93,7 +96,7 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
     question = Question(
         sizes(router.registry, asked),
         learned(router.registry),
-        _rate(requests, learning.finished),
+        _rate(requests[0], router.recording.ended, learning.finished),
         0.0 if hashed or cached is None else cached,
         _settings(router),
         seconds,
@@ -186,12 +189,13 @@ def _capacity(endpoints: Iterable[Endpoint]) -> float:
     return min(known or _MOST_KV_TOKENS, _MOST_KV_TOKENS)
 
 
-def _rate(requests: Sequence[Recorded], finished: float) -> float:
-    """Return how many times as many requests the instances have ended as were sent from here.
+def _rate(first: Recorded, ended: int, finished: float) -> float:
+    """Return how many times as many requests the instances have ended as this scheduler has, since the first.
 
     With one scheduler that is 1. Of several, each sees its own requests alone.
     """
-    rate = (finished - requests[0].finished) / len(requests)
+    own, all_of_them = ended - first.ended, finished - first.finished
+    rate = all_of_them / own if own > 0 else 1.0
     return min(rate, _MOST_RATE) if rate > _NEARLY_ALL else 1.0
 
 

@@ -77,6 +77,8 @@ class Recording:
         finished: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.traffic = Traffic()
+        self.ended = 0
+        """Requests whose answers have ended well."""
         self._finished = finished
         self._clock = clock
         self._wall_clock = wall_clock
@@ -117,6 +119,7 @@ class Recording:
             context.block_tokens,
             context.fingerprint,
             self._finished(),
+            self.ended,
             read=bool(self._readers),
         )
         self.traffic.add(request)
@@ -126,6 +129,7 @@ class Recording:
         """Note that a request's answer has ended, and write its line for those who read since it was sent."""
         tokens = self._sizes[request.stream].tokens(answer_bytes)
         request.output_tokens, request.ttft = tokens, ttft
+        self.ended += 1
         if not (self._readers and request.read):
             return
         began = self._wall_clock() - self._clock() + request.arrived

@@ -29,6 +29,8 @@ class Recorded(msgspec.Struct, gc=False):
     fingerprint: int = 0
     finished: float = 0.0
     """Requests that had ended on the fleet's D by then, whoever sent them."""
+    ended: int = 0
+    """Those of this scheduler that had ended well by then."""
     output_tokens: int = 0
     """Of its answer, estimated when that has ended; 0 until then, and if it was no success."""
     ttft: float | None = None
