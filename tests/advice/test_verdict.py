@@ -71,8 +71,12 @@ class VerdictTest(unittest.TestCase):
     def test_another_fleet_is_compared(self) -> None:
         asked = Size(6, 10)
         found = advised(outcome(NOW, 1.0, 0.03), outcome(asked, 0.2, 0.02), asked=asked)
-        self.assertEqual(found.kind, Kind.UNKNOWN, "no move was replayed")
+        self.assertEqual(found.kind, Kind.KEEP, "it is no move")
         self.assertIn("6 P + 10 D: -80 % p90 TTFT, -33 % p90 TPOT", found.why)
+        moved = outcome(Size(5, 3), 0.7, 0.03)
+        found = advised(outcome(NOW, 1.0, 0.03), outcome(asked, 0.2, 0.02), moved, asked=asked)
+        self.assertEqual(found.move, moved)
+        self.assertFalse(any("better still" in each for each in found.why))
 
     def test_further_moves_are_hinted_at(self) -> None:
         found = advised(

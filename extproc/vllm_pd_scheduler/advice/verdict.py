@@ -58,7 +58,7 @@ def judge(observation: Observation, answer: Answer) -> Advice:
     kind, move = Kind.KEEP, None
     if best is None:
         text = "keep the roles: no instance can be moved, since each role needs one"
-        if len(observation.question.sizes) > 1:
+        if any(_is_moved(each, now.size) for each in observation.question.sizes):
             kind, text = Kind.UNKNOWN, "there was not enough time to replay another fleet"
     elif gains[best.size] < 1.0:
         text = (
@@ -77,7 +77,8 @@ def judge(observation: Observation, answer: Answer) -> Advice:
         why.append(f"{_named(asked.size)}: {_changes(now.whole, asked.whole)}")
     if move is not None:
         why.append(f"after it, {_busy(move)}")
-        further = max(others, key=lambda each: gains[each.size])
+        moved = (each for each in others if _is_moved(each.size, now.size))
+        further = max(moved, key=lambda each: gains[each.size])
         if further.size not in {each.size for each in steps} and gains[further.size] > gains[move.size] + 1:
             why.append(f"{_named(further.size)} would be better still: ask again after this move")
     return Advice(kind, text, why, observation, answer.outcomes, move)
@@ -100,13 +101,17 @@ def gain(now: Times, then: Times, limited: bool) -> float:
 
 def _one_move(sizes: Sequence[Size], now: Size, others: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes of the fleets with one instance moved: the nearest in each direction."""
-    engines, found = now.prefill + now.decode, []
+    found = []
     for sign in (-1, 1):
-        moved = [each for each in sizes if each.prefill + each.decode == engines]
-        moved = [each for each in moved if sign * (each.prefill - now.prefill) > 0]
+        moved = [each for each in sizes if _is_moved(each, now) and sign * (each.prefill - now.prefill) > 0]
         nearest = min(moved, key=lambda each: abs(each.prefill - now.prefill), default=None)
         found += [each for each in others if each.size == nearest]
     return found
+
+
+def _is_moved(size: Size, now: Size) -> bool:
+    """Whether a fleet is another one of as many engines."""
+    return size != now and size.prefill + size.decode == now.prefill + now.decode
 
 
 def _reasons(observation: Observation, answer: Answer) -> Iterator[str]:
