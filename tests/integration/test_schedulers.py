@@ -217,16 +217,19 @@ async def test_a_request_of_a_scheduler_that_died_has_one_more_attempt(
     schedulers: tuple[Scheduler, Scheduler],
 ) -> None:
     """The other scheduler, which is asked, does not know it."""
-    nearest, other = schedulers
+    nearest, _ = schedulers
     client = nearest.client
     with client.frozen("decode-0", "decode-1"):
         waiting = [asyncio.ensure_future(client.complete()) for _ in range(2)]
-        await client.until_in_flight(2)
+
+        async def sent() -> bool:
+            return sum([await each.client.in_flight() for each in schedulers]) == 2
+
+        await until(sent)
         nearest.process.signal(signal.SIGKILL)
         nearest.process.wait()
 
         await until(lambda: _healthy(client, 1))
         client.fleet.kill("decode-0")
     assert [(await each).status for each in waiting] == [200, 200]
-    assert await other.metric('pd_scheduler_strays_total{what="question"}') == 1
     client.fleet.restart("decode-0")

@@ -148,6 +148,9 @@ def _assign(cluster: dict[str, Any], near: Sequence[Sequence[SchedulerAddress]])
     cluster["load_assignment"] = assignment
     names = any(_has_dns_name(each) for group in near for each in group)
     cluster["type"] = "STRICT_DNS" if names else "STATIC"
+    if names:
+        # Who listens at :: has IPv4 too; many have nothing else.
+        cluster["dns_lookup_family"] = "V4_PREFERRED"
 
 
 def _endpoint(scheduler: SchedulerAddress) -> dict[str, Any]:
