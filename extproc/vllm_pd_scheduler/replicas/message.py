@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from enum import StrEnum
 from hashlib import blake2b
+from itertools import chain
 from typing import Annotated
 
 import msgspec
@@ -30,6 +31,8 @@ MAX_TOKENS = 1_000_000_000
 """Tokens of those."""
 MAX_PROMPT = 100_000_000
 """Tokens of one prompt."""
+MAX_FOUND_BYTES = 1 << 15
+"""Of what was found at one instance: 64 ranks have some 14 KB."""
 MAX_COEFFICIENT = 100.0
 """Seconds: the fixed cost of a prefill or a step, or what a token adds, is surely less."""
 
@@ -59,6 +62,8 @@ class Ignored(StrEnum):
     REPLAYED = "replayed or late"
     FUTURE = "from the future"
     TOO_MANY = "too many replicas"
+    FINDING = "a finding that cannot be"
+    """Of a message that was used: what it tells of an instance was not."""
 
 
 class Unreadable(ValueError):
@@ -120,6 +125,13 @@ class Learned(Struct, array_like=True, frozen=True):
     decode: Coefficients
 
 
+class Found(Struct, array_like=True, frozen=True):
+    """What a probe of an instance has found, as :mod:`vllm_pd_scheduler.health.finding` writes it."""
+
+    endpoint: Index
+    told: Annotated[bytes, Meta(max_length=MAX_FOUND_BYTES)]
+
+
 class Message(Struct, array_like=True, frozen=True):
     """What a replica did since its message before; with ``summary`` all that it has, and nothing else."""
 
@@ -135,6 +147,9 @@ class Message(Struct, array_like=True, frozen=True):
     ended: Annotated[list[Ended], Meta(max_length=MAX_ITEMS)] = []
     placed: Annotated[list[Placement], Meta(max_length=MAX_ITEMS)] = []
     learned: Learned | None = None
+    asked: Annotated[list[Index], Meta(max_length=MAX_ITEMS)] = []
+    """Instances that it asks just now how they are, for all replicas; each by an endpoint."""
+    found: Annotated[list[Found], Meta(max_length=MAX_ITEMS)] = []
 
 
 class FleetKey:
@@ -164,8 +179,9 @@ class FleetKey:
             message = self._decoder.decode(data[_HEADER:])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Unreadable(Ignored.GARBAGE) from None
-        used = (each.endpoint for part in (message.shares, message.prefills, message.placed) for each in part)
-        if max(used, default=-1) >= len(message.endpoints) or not _whole(message):
+        parts = (message.shares, message.prefills, message.placed, message.found)
+        used = (each.endpoint for part in parts for each in part)
+        if max(chain(used, message.asked), default=-1) >= len(message.endpoints) or not _whole(message):
             raise Unreadable(Ignored.GARBAGE)
         return message
 

@@ -9,6 +9,7 @@ from ..fleet.registry import Registry
 from .message import MAX_BYTES, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
 from .own import OwnWork
+from .probes import Probes
 
 __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
@@ -39,8 +40,10 @@ class Replica:
         self.unsent = 0
         """Messages that would have been too long."""
         self._fleet = fleet
-        self._own = OwnWork(registry)
         self._others = Others(registry)
+        self.probes = Probes(registry, name, lambda: self._others.names)
+        """Says which instances this replica probes for all, and tells what it finds."""
+        self._own = OwnWork(registry, self.probes)
         self._number = 0
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
@@ -102,6 +105,8 @@ class Replica:
         if (reason := self._others.receive(message, now)) is not None:
             return self._ignore(reason)
         self.received += 1
+        if not self.probes.receive(message):
+            self._ignore(Ignored.FINDING)
         if len(self._others.names) > known:
             self._summary_at = -1e9  # it must learn what we have
         return True
