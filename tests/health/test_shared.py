@@ -472,7 +472,7 @@ class TestLiars:
         number = owner.replica._number
         for _ in range(times):
             number += 1
-            message = Message(owner.name, number, False, (0, 0), ["d0"], asked=[0], found=[Found(0, told)])
+            message = Message(owner.name, number, False, (0, 0), ["d0"], probing=[0], found=[Found(0, told)])
             used = other.replica.receive(KEY.encode(message), schedulers.now)
         return other, used
 

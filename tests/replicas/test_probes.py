@@ -117,7 +117,7 @@ def test_only_the_first_two_may_tell() -> None:
     a = ones[0]
     liar = Message(
         "b", 100, False, (0, 0), [f"d{number}" for number in range(INSTANCES)],
-        asked=list(range(INSTANCES)), found=[Found(number, b"lie") for number in range(INSTANCES)],
+        probing=list(range(INSTANCES)), found=[Found(number, b"lie") for number in range(INSTANCES)],
     )  # fmt: skip
     assert a.replica.receive(KEY.encode(liar), 1.2)
     its = {f"d{number}" for number in range(INSTANCES) if "b" in first(f"d{number}", "abcd", 2)}
@@ -139,11 +139,11 @@ def test_nonsense_is_counted_and_takes_nothing_with_it() -> None:
 def test_what_names_no_endpoint_is_garbage_and_what_it_does_not_know_is_nothing() -> None:
     a, b = One("a"), One("b")
     exchange(a, b, now=1.0)
-    for number, wrong in enumerate(({"asked": [1]}, {"found": [Found(1, b"")]}), 10):
+    for number, wrong in enumerate(({"probing": [1]}, {"found": [Found(1, b"")]}), 10):
         data = KEY.encode(Message("a", number, False, (0, 0), ["d0"], **wrong))  # type: ignore[arg-type]
         assert not b.replica.receive(data, 1.1)
     assert b.replica.ignored == {Ignored.GARBAGE: 2}
-    assert b.replica.receive(KEY.encode(Message("a", 12, False, (0, 0), ["x"], asked=[0])), 1.1)
+    assert b.replica.receive(KEY.encode(Message("a", 12, False, (0, 0), ["x"], probing=[0])), 1.1)
     assert not b.heard.asked_of
 
 

@@ -147,7 +147,7 @@ class Message(Struct, array_like=True, frozen=True):
     ended: Annotated[list[Ended], Meta(max_length=MAX_ITEMS)] = []
     placed: Annotated[list[Placement], Meta(max_length=MAX_ITEMS)] = []
     learned: Learned | None = None
-    asked: Annotated[list[Index], Meta(max_length=MAX_ITEMS)] = []
+    probing: Annotated[list[Index], Meta(max_length=MAX_ITEMS)] = []
     """Instances that it asks just now how they are, for all replicas; each by an endpoint."""
     found: Annotated[list[Found], Meta(max_length=MAX_ITEMS)] = []
 
@@ -181,7 +181,7 @@ class FleetKey:
             raise Unreadable(Ignored.GARBAGE) from None
         parts = (message.shares, message.prefills, message.placed, message.found)
         used = (each.endpoint for part in parts for each in part)
-        if max(chain(used, message.asked), default=-1) >= len(message.endpoints) or not _whole(message):
+        if max(chain(used, message.probing), default=-1) >= len(message.endpoints) or not _whole(message):
             raise Unreadable(Ignored.GARBAGE)
         return message
 

@@ -21,7 +21,6 @@ from .message import (
     Share,
     pack_blocks,
 )
-from .probes import Probes
 
 _MAX_UNTOLD_BLOCKS = 50_000
 """Hashes in one message: of further prompts, where they are cached is not told."""
@@ -45,9 +44,8 @@ class Names:
 class OwnWork:
     """Collects what is to be told. It is the registry's journal, and costs a request a few notes."""
 
-    def __init__(self, registry: Registry, probes: Probes) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._probes = probes
         self._changed = [registry.watch(role) for role in InstanceRole]
         self._numbers = 0
         self._queued: dict[Endpoint, dict[Reservation, tuple[int, int]]] = {}
@@ -109,7 +107,7 @@ class OwnWork:
     @property
     def untold(self) -> bool:
         """Whether there may be something to tell."""
-        return bool(self._new or self._ended or self._placed or any(self._changed) or self._probes.untold)
+        return bool(self._new or self._ended or self._placed or any(self._changed))
 
     def changes(self, replica: str, number: int, waiting: tuple[int, int]) -> Message | None:
         """Return what has happened since the last message; ``None`` if nothing has."""
@@ -119,14 +117,10 @@ class OwnWork:
         placed = [Placement(names.place(e), pack_blocks(blocks)) for e, blocks in self._placed]
         shares = list(self._shares(names, changed))
         ended = self._ended
-        asked, found = self._probes.take(names.place)
         self._clear()
-        if not (shares or prefills or ended or placed or asked or found):
+        if not (shares or prefills or ended or placed):
             return None
-        return Message(
-            replica, number, False, waiting, names.ids, shares, prefills, ended, placed,
-            asked=asked, found=found,
-        )  # fmt: skip
+        return Message(replica, number, False, waiting, names.ids, shares, prefills, ended, placed)
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:
         """Return all that this replica has: what others have of it besides has ended."""

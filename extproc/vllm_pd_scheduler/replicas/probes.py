@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from msgspec import structs
+
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry, UnknownInstance
 from .message import MAX_FOUND_BYTES, MAX_ITEMS, Found, Message
@@ -89,12 +91,21 @@ class Probes:
         """Whether there is something to tell."""
         return bool(self._asked or self._found)
 
-    def take(self, place: Callable[[Endpoint], int]) -> tuple[list[int], list[Found]]:
-        """Return what is to be told, once; ``place`` returns an endpoint's place in the message."""
-        asked = [place(each) for each in self._asked if each in self._registry]
-        found = [Found(place(each), told) for each, told in self._found if each in self._registry]
+    def add_to(self, message: Message) -> Message:
+        """Return a message that has also what is to be told of probes, once."""
+        ids = list(message.endpoints)
+        places = {name: place for place, name in enumerate(ids)}
+
+        def place(endpoint: Endpoint) -> int:
+            found = places.setdefault(endpoint.id, len(ids))
+            if found == len(ids):
+                ids.append(endpoint.id)
+            return found
+
+        probing = [place(each) for each in self._asked]
+        found = [Found(place(each), told) for each, told in self._found]
         self._asked, self._found, self._bytes = [], [], 0
-        return asked, found
+        return structs.replace(message, endpoints=ids, probing=probing, found=found)
 
     def receive(self, message: Message) -> bool:
         """Pass on what another replica tells, if it may; return whether all of that can be."""
@@ -102,7 +113,7 @@ class Probes:
         if listener is None:
             return sound
         by, ids = message.replica, message.endpoints
-        for place in message.asked:
+        for place in message.probing:
             if (endpoint := self._told_of(ids[place], by)) is not None:
                 listener.asked(endpoint, by)
         for each in message.found:

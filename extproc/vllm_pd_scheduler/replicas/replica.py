@@ -43,7 +43,7 @@ class Replica:
         self._others = Others(registry)
         self.probes = Probes(registry, name, lambda: self._others.names)
         """Says which instances this replica probes for all, and tells what it finds."""
-        self._own = OwnWork(registry, self.probes)
+        self._own = OwnWork(registry)
         self._number = 0
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
@@ -60,7 +60,7 @@ class Replica:
 
     def next_publish(self, now: float) -> float:
         """Return when to call :meth:`publish` if nothing happens before."""
-        if self._own.untold:
+        if self._own.untold or self.probes.untold:
             return max(now, self._published_at + BATCH_S)
         return max(now, self._summary_at + SUMMARY_S)
 
@@ -73,7 +73,11 @@ class Replica:
         for name in self._others.forget_silent(now):
             _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
         messages = []
-        if (changes := self._own.changes(self.name, self._number + 1, waiting)) is not None:
+        changes = self._own.changes(self.name, self._number + 1, waiting)
+        if self.probes.untold:
+            nothing = Message(self.name, self._number + 1, False, waiting, [])
+            changes = self.probes.add_to(nothing if changes is None else changes)
+        if changes is not None:
             messages.append(self._encode(changes))
             self._published_at = now  # what others did is no news, and delays none
         if now >= self._summary_at + SUMMARY_S:
