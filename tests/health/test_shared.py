@@ -16,7 +16,7 @@ from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import HealthMonitor
 from vllm_pd_scheduler.health import monitor as health
 from vllm_pd_scheduler.health.names import NameResolver
-from vllm_pd_scheduler.health.shared import HEARD_INTERVALS, OWN_LOOK_INTERVALS
+from vllm_pd_scheduler.health.shared import HEARD_INTERVALS, OWN_LOOK_S
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.replicas import FleetKey, Ignored, Replica
 from vllm_pd_scheduler.replicas.message import Found, Message
@@ -291,7 +291,7 @@ class TestBadNews:
         other.registry.resolved(other["d0"], "127.9.9.9")
         await schedulers.rounds(3)
         assert other["d0"].healthy is True, "it has not looked"
-        await schedulers.rounds(int(OWN_LOOK_INTERVALS))
+        await schedulers.rounds(int(OWN_LOOK_S / INTERVAL_S))
         assert other["d0"].healthy is False
         await schedulers.rounds(3)
         assert other["d0"].healthy is False

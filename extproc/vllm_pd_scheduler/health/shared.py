@@ -21,9 +21,9 @@ from .finding import Finding, NotAFinding, digest_of, read, write
 
 HEARD_INTERVALS = 2.0
 """For how many intervals what was heard of an instance stands for a look of our own."""
-OWN_LOOK_INTERVALS = 12.0
-"""After so many at the latest, and half as many at the earliest, we look ourselves at what others tell us of:
-it may be cut off from us, or another than they say."""
+OWN_LOOK_S = 60.0
+"""After so many seconds at the latest, and half as many at the earliest, we look ourselves at an instance of
+which others tell us: it may be cut off from us, or be another one than they say."""
 LEAST_INTERVALS = 0.5
 """How often findings of one instance are believed, on average: more would teach more than is true."""
 _BURST_INTERVALS = 2.0
@@ -187,7 +187,7 @@ class Shared:
         return known
 
     def _next_look(self) -> float:
-        return self.clock() + OWN_LOOK_INTERVALS * self.interval * (1.0 - 0.5 * random.random())
+        return self.clock() + OWN_LOOK_S * (1.0 - 0.5 * random.random())
 
     def _stale_at(self, heard_at: float) -> float:
         return heard_at + HEARD_INTERVALS * self.interval
