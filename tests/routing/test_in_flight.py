@@ -16,6 +16,18 @@ from vllm_pd_scheduler.routing.time_limits import LEASE_SHARE
 _FREE = (Failure.CONNECT, Failure.RESET, Failure.STATUS)
 
 
+class IdTest(InFlightCase):
+    async def test_ids_begin_with_the_schedulers_name(self) -> None:
+        ids = []
+        for name in ("w0", "w0", ""):
+            self.router = self.start(name=name)
+            ids += [(await self.forward()).id for _ in range(2)]
+        self.assertRegex(ids[0], r"^w0\.[0-9a-f]{8}-0$")
+        self.assertEqual(ids[1], f"{ids[0][:-1]}1")
+        self.assertNotEqual(ids[2], ids[0], "after a restart")
+        self.assertRegex(ids[4], r"^[0-9a-f]{8}-0$")
+
+
 class FailedAttemptTest(InFlightCase):
     async def test_the_reservation_moves_along_the_list(self) -> None:
         forward = await self.forward()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
-from .changes import LastRoutable, Leaving, NotKept
+from .changes import LastRoutable, Leaving, NotKept, NotShared
 from .route import Refused, Route, error_answer
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")
+    except NotShared as error:
+        return error_answer(503, f"the log of the replicas does not take the change: {error}")
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         more = "; GET / lists what there is" if error.status == 404 else ""

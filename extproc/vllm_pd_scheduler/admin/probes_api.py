@@ -21,6 +21,8 @@ class ProbeAnswer(Shown):
     status: str
     discovery: str | None = None
     """How many of the sources of instances cannot be asked: what they told before is used."""
+    replicas: str | None = None
+    """Whether the other replicas are heard, if this is one of several."""
 
 
 class ReadyQuery(Query):
@@ -74,9 +76,10 @@ class ProbesApi:
         no_news = self._router.membership.no_news
         if not self._router.registry.routable(InstanceRole.DECODE):
             raise Refused(503, f"no decode instance can serve{f'; {no_news}' if no_news else ''}")
-        if no_news:
-            return json_answer(ProbeAnswer(status="ready", discovery=no_news))
-        return json_answer(ProbeAnswer(status="ready"))
+        more = {"discovery": no_news} if no_news else {}
+        if self._router.sync is not None:
+            more["replicas"] = self._router.sync.summary()
+        return json_answer(ProbeAnswer(status="ready", **more))
 
     async def _metrics(self, _: web.Request) -> web.Response:
         body = await metrics_page((self._router.telemetry.prometheus, self._collectors))

@@ -33,6 +33,13 @@ def envoy_config(
     prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]ADDRESS[,PRIORITY]",
+            help="One of several schedulers: host:port or a socket's path. See docs/cli.md.",
+        ),
+    ] = None,
 ) -> None:
     """Print the configuration for an Envoy beside `serve`, as YAML.
 
@@ -42,6 +49,7 @@ def envoy_config(
 
     from ..config import SchedulerConfig
     from ..envoy.configuration import config_path, render_config
+    from ..envoy.schedulers import SchedulerAddress
 
     if config is not None:
         settings = read_config(config)
@@ -49,13 +57,17 @@ def envoy_config(
     else:
         settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
-    rendered = render_config(
-        EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
-        settings.instance_tls,
-        settings.stream_idle_timeout,
-        settings.max_retries,
-        settings.public_paths,
-    )
+    try:
+        rendered = render_config(
+            EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
+            settings.instance_tls,
+            settings.stream_idle_timeout,
+            settings.max_retries,
+            settings.public_paths,
+            [SchedulerAddress.parse(each) for each in scheduler or ()],
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--scheduler") from None
     shipped = config_path().read_text(encoding="utf-8")
     if rendered == yaml.safe_load(shipped):
         typer.echo(shipped, nl=False)

@@ -4,12 +4,13 @@ from .instances import InstanceConfig, SecretSource, connector_choice
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
+from .replicas import ReplicasConfig
 from .schema import SchedulerConfig, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
-    "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error", "find_problems",
-    "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "ReplicasConfig", "SchedulerConfig",
+    "SecretSource", "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error",
+    "find_problems", "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

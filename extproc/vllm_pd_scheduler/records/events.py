@@ -37,6 +37,9 @@ class EventKind(StrEnum):
     SHADOW = "shadow"
     QUEUE_FULL = "queue_full"
     LOG_LEVEL = "log_level"
+    REPLICAS = "replicas"
+    """Another replica came or is silent, or is configured in another way; the connection to them is lost, or
+    back."""
     SELF_CHECK = "self_check"
     """A pair of P and D gave a wrong text, or gives right ones again."""
 

@@ -65,6 +65,10 @@ class Others:
         """Those of which something was heard lately."""
         return list(self._others)
 
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each, by name."""
+        return {name: now - other.heard_at for name, other in self._others.items()}
+
     @property
     def waiting(self) -> tuple[int, int]:
         """Requests in their queues, for P and for D."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
@@ -41,12 +41,27 @@ class Names:
         return found
 
 
+class _Changed(set[Endpoint]):
+    """Endpoints whose load has changed. All that a replica does comes with such a change."""
+
+    def __init__(self, own: OwnWork) -> None:
+        super().__init__()
+        self._own = own
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Have an endpoint in it, and wake who tells the others."""
+        super().add(endpoint)
+        self._own.wake()
+
+
 class OwnWork:
     """Collects what is to be told. It is the registry's journal, and costs a request a few notes."""
 
     def __init__(self, registry: Registry) -> None:
+        self.wake: Callable[[], None] = _nobody
+        """Called when there may be something to tell; often, so it should return at once."""
         self._registry = registry
-        self._changed = [registry.watch(role) for role in InstanceRole]
+        self._changed = [registry.watch(role, _Changed(self)) for role in InstanceRole]
         self._numbers = 0
         self._queued: dict[Endpoint, dict[Reservation, tuple[int, int]]] = {}
         """By P, our prefills in its queue, with their numbers and prompts' tokens."""
@@ -187,3 +202,7 @@ class OwnWork:
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     a, b, c = values
     return a, b, c
+
+
+def _nobody() -> None:
+    """Wake nobody: the caller asks by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from ..fleet.registry import Registry
 from .message import MAX_BYTES, FleetKey, Ignored, Message, Unreadable
@@ -48,10 +49,18 @@ class Replica:
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
 
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever there may be something to publish."""
+        self._own.wake = wake
+
     @property
     def others(self) -> list[str]:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
+
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each of them."""
+        return self._others.silent_for(now)
 
     @property
     def waiting_elsewhere(self) -> tuple[int, int]:
@@ -70,8 +79,7 @@ class Replica:
         ``waiting`` are the requests in the queue, for P and for D. Replicas that were silent for long are
         forgotten.
         """
-        for name in self._others.forget_silent(now):
-            _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
+        self._others.forget_silent(now)
         messages = []
         changes = self._own.changes(self.name, self._number + 1, waiting)
         if self.probes.untold:

@@ -68,8 +68,9 @@ class RequestsInFlight:
     """Keeps what was sent to decode by the ids under which Envoy tells of its attempts.
 
     ``changed`` is called when one has ended. ``release_handoff`` frees a hand-off on its P; without it, it is
-    left to the lease. A request that has ended counts for its D a moment later, if nothing else was told of
-    it until then: as a success; see :meth:`attempt_failed` for what else it can be.
+    left to the lease. With a ``name`` the ids begin with it and a dot. A request that has ended counts for
+    its D a moment later, if nothing else was told of it until then: as a success; see :meth:`attempt_failed`
+    for what else it can be.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RequestsInFlight:
         clock: Callable[[], float],
         changed: Callable[[], None],
         later: Later = in_this_loop,
+        name: str = "",
     ) -> None:
         self.release_handoff: ReleaseHandoff | None = None
         self.lost = LostPrompts()
@@ -99,7 +101,8 @@ class RequestsInFlight:
         self._remembered: deque[tuple[float, Forward]] = deque()
         self._remembered_bytes = 0
         self._waking = False
-        self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
+        # Keeps our ids apart from those of a scheduler before a restart. By a name Envoy knows ours.
+        self._run = (f"{name}." if name else "") + secrets.token_hex(4)
         self._numbers = itertools.count()
         registry.subscribe(self._look_for_the_dead)
 

@@ -17,7 +17,7 @@ from ..admin.changes import AdminChanges
 from ..admin.http_server import HttpServer
 from ..admin.metaserver import Metaserver, url_for
 from ..admin.probes_server import ProbesServer
-from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
+from ..config import ConfigError, ReplicasConfig, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -47,6 +47,7 @@ from ..system.output import StandardStreams
 from .certificates import Certificates, TlsSettings
 from .listen_advice import listen_advice
 from .reload import ConfigFile, Reload
+from .sharing import JOIN_S, join
 from .watchdog import LoopWatchdog
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class App:
         file: ConfigFile | None = None,
     ) -> None:
         self.config = config
-        self.router = PDRouter(config)
+        self.router = PDRouter(config, name=(config.replicas and config.replicas.name) or "")
         if streams is not None:
             streams.count_dropped(self.router.telemetry.log_lines_dropped)
         self.changes = AdminChanges(self.router)
@@ -114,6 +115,8 @@ class App:
         except ConfigError as error:
             raise StartupError(str(error)) from None
         self.changes.restore()
+        if config.replicas is not None:
+            await self._join_replicas(config.replicas)
         if config.tracing is not None:
             self._start_tracing(config.tracing)
         await self._start_health()
@@ -156,6 +159,8 @@ class App:
             leg.timeout, encode_leg.timeout = config.prefill_timeout, config.encode_timeout
             monitor.reconfigured(config)
             self_check.reconfigured()
+            if router.sync is not None:
+                router.sync.reconfigured(config)
 
         if self._file is not None:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
@@ -222,6 +227,20 @@ class App:
         self.router.tracer = export.tracer
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)
+
+    async def _join_replicas(self, config: ReplicasConfig) -> None:
+        """Meet the other replicas, so that what operators have changed counts from the first request on."""
+        try:
+            config.check()
+            from ..sync.valkey import Valkey  # its package is an extra
+        except ValueError as error:
+            raise StartupError(f"replicas: {error}") from None
+        meeting = config.meeting()
+        tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
+        fleet, name = meeting.fleet(config.key), config.name or ""
+        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name)
+        self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
+        await sync.joined(JOIN_S)
 
     def _start_self_check(self, leg: PrefillLeg, ask: AskPrefill, pool: ConnectionPool) -> SelfCheck:
         router, config = self.router, self.config
