@@ -51,7 +51,7 @@ class Replica:
 
     def wake_by(self, wake: Callable[[], None]) -> None:
         """Have ``wake`` called whenever there may be something to publish."""
-        self._own.wake = wake
+        self._own.wake = self.probes.wake = wake
 
     @property
     def others(self) -> list[str]:
