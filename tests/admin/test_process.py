@@ -46,6 +46,7 @@ async def test_status(admin: Admin) -> None:
             "encode": {"total": 0, "routable": 0},
         },
         "misfits": [],
+        "replicas": None,
     }
     assert {key: value for key, value in found.items() if key not in ("started_at", "uptime_s")} == expected
     admin.healthy("d0")

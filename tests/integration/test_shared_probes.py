@@ -70,7 +70,7 @@ async def states(session: aiohttp.ClientSession, stack: Stack) -> dict[str, tupl
     """What a scheduler knows of each instance: its state, and how old its load is."""
     async with session.get(f"{stack.admin}/instances") as response:
         listed = (await response.json())["instances"]
-    return {each["instance_id"]: (each["state"], each["metrics_age_s"]) for each in listed}
+    return {each["id"]: (each["state"], each["metrics_age_s"]) for each in listed}
 
 
 async def test_each_instance_is_probed_by_one_and_by_the_other_when_that_is_gone(

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from vllm_pd_scheduler.sync.channel import START, Change, Listener, NotKept, Overtaken, Position, Traffic
+from vllm_pd_scheduler.sync.channel import (
+    START,
+    Change,
+    Dropped,
+    Listener,
+    NotKept,
+    Overtaken,
+    Position,
+    Traffic,
+)
 
 
 class Meeting:
@@ -41,7 +50,7 @@ class FakeChannel:
 
     def send(self, data: bytes) -> bool:
         if self.problem:
-            self.traffic.dropped["not connected"] += 1
+            self.traffic.dropped[Dropped.AWAY] += 1
             return False
         self.sent.append(data)
         for other in self._meeting.channels:

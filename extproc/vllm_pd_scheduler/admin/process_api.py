@@ -63,6 +63,31 @@ class RolesStatus(Shown):
     encode: RoleStatus
 
 
+class OtherReplica(Shown):
+    """Another replica of the scheduler."""
+
+    replica: str
+    name: str
+    """As it is configured; empty if it is not, or not known yet."""
+    machine: str
+    version: str
+    silent_s: float
+    """Seconds since something was heard of it."""
+    differs: bool
+    """Whether it is configured in another way."""
+
+
+class ReplicasStatus(Shown):
+    """This scheduler among others."""
+
+    replica: str
+    """This one."""
+    connected: bool
+    problem: str
+    """Why it is not connected, and what to do."""
+    others: list[OtherReplica]
+
+
 class StatusAnswer(Shown):
     """How the scheduler is."""
 
@@ -79,6 +104,8 @@ class StatusAnswer(Shown):
     roles: RolesStatus
     misfits: list[str]
     """Why instances get nothing that are right by themselves: a line for each reason."""
+    replicas: ReplicasStatus | None
+    """The other replicas, if this is one of several."""
 
 
 class LogLevelBody(Body):
@@ -148,6 +175,29 @@ class ProcessApi:
             held_bytes=self._router.body_memory.used,
             roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
             misfits=self._router.misfits(),
+            replicas=self._replicas(),
+        )
+
+    def _replicas(self) -> ReplicasStatus | None:
+        sync = self._router.sync
+        if sync is None:
+            return None
+        known, differing = sync.greetings.known, sync.greetings.differing()
+        others = []
+        for name, silent in sync.replica.silent_for(self._router.clock()).items():
+            said = known.get(name)
+            other = OtherReplica(
+                replica=name,
+                name=said.name if said else "",
+                machine=said.machine if said else "",
+                version=said.version if said else "",
+                silent_s=round(silent, 3),
+                differs=name in differing,
+            )
+            others.append(other)
+        problem = sync.channel.problem
+        return ReplicasStatus(
+            replica=sync.replica.name, connected=not problem, problem=problem, others=others
         )
 
     def _role(self, role: InstanceRole) -> RoleStatus:

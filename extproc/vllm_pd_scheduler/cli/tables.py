@@ -204,8 +204,22 @@ def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:
             continue
         style = "" if count["routable"] == count["total"] else "yellow" if count["routable"] else "red"
         yield plain(f"{role:<9} {count['routable']} of {count['total']} can serve", style)
+    if (replicas := found.get("replicas")) is not None:
+        yield from _replicas(replicas)
     for line in found.get("misfits", ()):
         yield plain(line, "yellow")
+
+
+def _replicas(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the lines of the other replicas."""
+    if not found["connected"]:
+        yield plain(f"replicas  not connected: {found['problem']}", "yellow")
+    others = [(each["name"] or each["replica"], each) for each in found["others"]]
+    names = ", ".join(f"{name} on {each['machine']}" if each["machine"] else name for name, each in others)
+    yield plain(f"replicas  {len(others)} others are heard" + (f": {names}" if others else ""))
+    for name, each in others:
+        if each["differs"]:
+            yield plain(f"replica {name} is configured in another way: the events say how", "yellow")
 
 
 def show(*parts: RenderableType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 Position = str
@@ -32,6 +33,14 @@ class NotKept(Exception):
     """A change is not in the log, or nobody knows whether it is; the message says why and what to do."""
 
 
+class Dropped(StrEnum):
+    """Why a message was not sent."""
+
+    AWAY = "not connected"
+    SLOW = "too slow"
+    """Too much waits to be sent."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """What has passed through a channel since the start."""
@@ -42,8 +51,8 @@ class Traffic:
     received: int = 0
     """Messages, without those of our own that come back."""
     received_bytes: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Messages that were not sent, by reason."""
+    dropped: Counter[Dropped] = field(default_factory=Counter)
+    """Messages that were not sent."""
     connected: int = 0
     """How often a connection was made."""
 

@@ -12,7 +12,7 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 
@@ -107,8 +107,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to look whether the server answers."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         if (made := transport.get_extra_info("socket")) is not None:
             keep_alive(made)
         self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)

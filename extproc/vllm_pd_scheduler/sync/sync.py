@@ -22,7 +22,7 @@ GREET_S = 10.0
 _LEAST_S = 0.001
 """Timers of event loops are no finer; one that comes early would come again at once."""
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Sync:
@@ -223,7 +223,7 @@ class Sync:
 
     def _failed(self, what: str) -> None:
         if self._pace.due(what):
-            _log.exception("%s", what)
+            log.exception("%s", what)
 
 
 def _nothing() -> None:

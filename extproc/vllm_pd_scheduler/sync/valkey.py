@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ReplicasConfig
 from ..health.names import NameNotResolved, NameResolver
 from ..models import is_ip, join_address
-from .channel import MAX_CHANGE_BYTES, START, Change, Listener, NotKept, Overtaken, Position, Traffic
+from .channel import MAX_CHANGE_BYTES, START, Change, Dropped, Listener, NotKept, Overtaken, Position, Traffic
 from .connection import Connection, Lost, Refused, connect
 
 OLDEST = (6, 2)
@@ -106,10 +106,10 @@ class Valkey:
         """See :class:`~vllm_pd_scheduler.sync.channel.Channel`."""
         traffic = self.traffic
         if self._problem or self._connection is None:
-            traffic.dropped["not connected"] += 1
+            traffic.dropped[Dropped.AWAY] += 1
             return False
         if not self._connection.tell(b"%b$%d\r\n%b\r\n" % (self._head, len(data), data)):
-            traffic.dropped["too slow"] += 1
+            traffic.dropped[Dropped.SLOW] += 1
             return False
         self._ours.append(data)
         traffic.sent += 1
