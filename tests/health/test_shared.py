@@ -301,20 +301,25 @@ class TestBadNews:
         assert not other.looks("d0")
 
     async def test_one_at_which_own_requests_fail_is_looked_at(self, schedulers: Schedulers) -> None:
+        """Whatever others tell: only a look of its own, or a request, ends that."""
         schedulers.join("a", "b")
         server = await schedulers.serve("d0")
-        await schedulers.serve("d1")
         await schedulers.acquaint()
-        other = schedulers.other("d0")
-        for _ in range(3):
-            other.registry.failed(other["d0"], "reset", schedulers.now)
-        assert other["d0"].ejected
+        owner, other = schedulers.owner("d0"), schedulers.other("d0")
+        assert not other.looks("d0")
+        other.registry.failed(other["d0"], "reset", schedulers.now)
+        assert other.looks("d0"), "one failure is enough"
         server.status = 503
-        assert other.looks("d0")
         await other.look()
-        schedulers.owner("d0").replica.probes.finds(schedulers.owner("d0")["d0"], b"")
+        server.status = 200
+        schedulers.now += INTERVAL_S
+        await owner.look()
         schedulers.exchange()
-        assert other["d0"].reason.startswith("/health answers 503") or not other["d0"].routable
+        assert other["d0"].problem == "/health answers 503", "the other's word does not count"
+        await other.look()
+        assert not other["d0"].problem
+        other.registry.succeeded(other["d0"])
+        assert not other.looks("d0")
 
     async def test_a_trial_follows_a_look_of_its_own_not_a_word_of_others(
         self, schedulers: Schedulers
