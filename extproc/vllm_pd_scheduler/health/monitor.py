@@ -17,7 +17,7 @@ import aiohttp
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole, canonical_ip, join_address
+from ..models import By, InstanceRole, canonical_ip, join_address
 from ..telemetry.metrics import Telemetry
 from .finding import Finding, digest_of
 from .names import NameNotResolved, NameResolver
@@ -141,8 +141,12 @@ class HealthMonitor:
         await self._silence.stop()
 
     async def check_all(self) -> None:
-        """Probe every instance once. Raises nothing."""
-        await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
+        """Probe every instance once. Raises nothing.
+
+        What is found is one change: each change looks at all instances, so 1,000 of them would take seconds.
+        """
+        with self._registry.as_one_change(By.PROBE):
+            await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
         self._odd_ones.compare()
 
     async def check(self, endpoint: Endpoint) -> None:
