@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.admin.test_saved_changes import CHANGES, D0, D1, P0, shape
 from tests.support.channels import Meeting
 from tests.support.replicas import FLEET, Scheduler, running
 from tests.support.waiting import until
 from vllm_pd_scheduler.admin.changes import LastRoutable, NotShared
 from vllm_pd_scheduler.admin.saved_changes import SavedInstance
-from vllm_pd_scheduler.fleet.registry import DuplicateInstance
-from vllm_pd_scheduler.models import By, InstanceRole
+from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
+from vllm_pd_scheduler.models import PD_ROLES, By, InstanceRole
 from vllm_pd_scheduler.records.events import EventKind
 from vllm_pd_scheduler.sync.channel import Change
 
@@ -76,6 +82,18 @@ async def test_an_instance_that_is_put_elsewhere_is_put_there_by_all(meeting: Me
         await one.changes.add(moved)
         assert two.router.registry.get("d1").instance.host == "10.0.0.7"
         await two.changes.remove("d1")
+        assert "d1" not in _ids(one)
+        assert _same(one, two)
+
+
+async def test_an_instance_that_is_turned_is_turned_at_all(meeting: Meeting) -> None:
+    both = [{**each, "both_roles": True} for each in FLEET["decode_instances"]]
+    one, two = (Scheduler(meeting, decode_instances=both) for _ in range(2))
+    async with running(one, two):
+        await two.changes.drain("d1")
+        await one.changes.turn("d1")
+        assert two.router.registry.get("d1").instance.role is InstanceRole.PREFILL
+        await two.changes.remove("d1", force=True)
         assert "d1" not in _ids(one)
         assert _same(one, two)
 
@@ -206,3 +224,43 @@ async def test_what_cannot_be_made_here_is_said_and_the_rest_is_made(
         assert two.router.registry.get("d9").instance.host == "h"
         assert _draining(two) == {"d0"}
     assert any("is not made here: added: 'd9'" in each.message for each in caplog.records)
+
+
+async def _change(one: Scheduler, kind: str, value: Any) -> None:
+    """Do one change as the admin interface does; one that is impossible changes nothing."""
+    kept = one.changes
+    calls: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        "use": lambda: kept.use(dict.fromkeys(PD_ROLES, value)),
+        "use_each": lambda: kept.use(value),
+        "shadow": lambda: kept.use_shadow(value),
+        "drain": lambda: kept.drain(value, force=True),
+        "undrain": lambda: kept.undrain(value),
+        "add": lambda: kept.add(value),
+        "remove": lambda: kept.remove(value, force=True),
+    }
+    with contextlib.suppress(DuplicateInstance, UnknownInstance):
+        await calls[kind]()
+
+
+@given(CHANGES, st.lists(st.integers(0, 1), min_size=20, max_size=20), st.integers(0, 20))
+def test_whatever_is_changed_where_all_end_alike(
+    changes: list[tuple[str, Any]], where: list[int], away_from: int
+) -> None:
+    """Two make changes in turns, a third is away from some time on, and a fourth comes at the end."""
+    settings = {"prefill_instances": [P0], "decode_instances": [D0, D1], "decode_strategy": "weighted"}
+    settings |= {"shadow_strategy": "slo", "strategy": "least_load"}
+
+    async def run() -> None:
+        meeting = Meeting()
+        one, two, away, late = (Scheduler(meeting, **settings) for _ in range(4))
+        async with running(one, two, away):
+            for number, (kind, value) in enumerate(changes):
+                if number == away_from:
+                    away.channel.lose()
+                await _change((one, two)[where[number]], kind, value)
+            away.channel.connect()
+            async with running(late):
+                assert shape(one.router) == shape(two.router) == shape(away.router) == shape(late.router)
+                assert _same(one, two, away, late)
+
+    asyncio.run(run())

@@ -18,7 +18,7 @@ from vllm_pd_scheduler.health import monitor as health
 from vllm_pd_scheduler.health.names import NameResolver
 from vllm_pd_scheduler.health.shared import HEARD_INTERVALS, OWN_LOOK_S
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
-from vllm_pd_scheduler.replicas import FleetKey, Ignored, Replica
+from vllm_pd_scheduler.replicas import Disbelieved, FleetKey, Replica
 from vllm_pd_scheduler.replicas.message import Found, Message
 from vllm_pd_scheduler.telemetry import Telemetry
 
@@ -502,13 +502,13 @@ class TestLiars:
         other, used = await self.lie(schedulers, told)
         assert used
         assert other["d0"].metrics is before
-        assert other.replica.ignored[Ignored.FINDING] == 1
+        assert other.replica.disbelieved[Disbelieved.FINDINGS] == 1
 
     async def test_of_other_ranks_than_it_has(self, schedulers: Schedulers) -> None:
         await self.prepared(schedulers)
         page = [0, 0, 0, [], 1.7e9, None, 0, 0, 0, None, [], 0]
         other, _ = await self.lie(schedulers, msgspec.msgpack.encode(["", b"", [page, page]]))
-        assert other.replica.ignored[Ignored.FINDING] == 1
+        assert other.replica.disbelieved[Disbelieved.FINDINGS] == 1
 
     async def test_too_often(self, schedulers: Schedulers) -> None:
         await self.prepared(schedulers)

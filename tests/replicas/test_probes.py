@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
-from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored, Replica
+from vllm_pd_scheduler.replicas import SILENT_S, Disbelieved, FleetKey, Ignored, Replica
 from vllm_pd_scheduler.replicas.message import MAX_FOUND_BYTES, Found, Message
 from vllm_pd_scheduler.replicas.rendezvous import first
 
@@ -132,7 +132,7 @@ def test_nonsense_is_counted_and_takes_nothing_with_it() -> None:
     a.tell_of_all(b"nonsense")
     a.registry.reserve(a.registry.get("d0"))
     exchange(a, b, now=1.2)
-    assert b.replica.ignored == {Ignored.FINDING: 1}
+    assert b.replica.disbelieved == {Disbelieved.FINDINGS: 1}
     assert b.registry.get("d0").elsewhere == 1, "the rest of the message was used"
 
 

@@ -7,6 +7,7 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm_pd_scheduler.sync import connection, valkey
 from vllm_pd_scheduler.sync.channel import START, Change, NotKept, Overtaken
 from vllm_pd_scheduler.sync.valkey import Valkey
 
-pytestmark = needs_server
+pytestmark = [needs_server, pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")]
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,25 @@ async def test_a_node_of_a_cluster_is_used_by_shards(tmp_path: Path) -> None:
             await until(lambda: here.heard.messages == [b"hello"])
             await there.channel.append(b"1", START)
             await until(lambda: here.heard.changes[-1].data == b"1")
+
+
+async def test_much_that_comes_at_once_is_taken_in_turns(server: Server) -> None:
+    async with replicas(2, server.url) as (one, two):
+        turns: list[int] = []
+
+        async def others() -> None:
+            while True:
+                turns.append(len(two.heard.messages))
+                await asyncio.sleep(0)
+
+        running_beside = asyncio.ensure_future(others())
+        for n in range(1000):
+            one.channel.send(b"%d" % n)
+        await until(lambda: len(two.heard.messages) == 1000)
+        running_beside.cancel()
+        assert two.heard.messages == [b"%d" % n for n in range(1000)]
+        steps = [after - before for before, after in pairwise(turns)]
+        assert max(steps) <= 2 * connection.TURN  # the end of one turn, and the next one
 
 
 # -- who may use it

@@ -17,6 +17,7 @@ from ..router import PDRouter
 from .changes import AdminChanges
 from .route import Flag, Query, Refused, Route, Shown, asked_by, json_answer
 from .saved_changes import SavedInstance
+from .turning import Turning
 
 _AT_ONCE = 50
 """Instances that are written in one turn of the event loop."""
@@ -42,6 +43,13 @@ class DrainQuery(Query):
     """Whether to drain even the last instance of its role that can serve."""
 
 
+class TurnQuery(Query):
+    """How to turn."""
+
+    wait: Flag = False
+    """Whether to answer only when it has the other role, or after ``drain_timeout``."""
+
+
 class RemoveQuery(Query):
     """How to remove."""
 
@@ -53,7 +61,7 @@ class Predicted(Shown):
     """What the load model predicts: of a P the first, of a D the second."""
 
     prefill_left_s: float | None = None
-    """Seconds until the prefills that we have sent there are done."""
+    """Seconds until the prefills that we and other replicas have sent there are done."""
     decode_step_s: float | None = None
     """Seconds of a decode step with what runs there now."""
 
@@ -83,9 +91,11 @@ class InstanceAnswer(Shown):
     reason: str | None
     """Why it is not healthy."""
     in_flight: int
-    """Requests of this scheduler there."""
+    """Requests there, of this scheduler and of its other replicas."""
+    in_flight_elsewhere: int
+    """Those of them that other replicas have sent."""
     pending_handoffs: int
-    """Hand-offs that a P holds for requests whose answer has not ended."""
+    """Hand-offs that a P holds for requests whose answer has not ended, of all replicas."""
     drained: bool
     """Whether it is draining and has nothing left to do."""
     waiting: float
@@ -95,7 +105,7 @@ class InstanceAnswer(Shown):
     running: float | None
     """Requests in its batch, as scraped."""
     tokens_in_flight: float
-    """Tokens of our requests: on P those to compute, on D prompt and expected answer."""
+    """Tokens of the requests in flight: on P those to compute, on D prompt and expected answer."""
     kv_capacity_tokens: float | None
     """Tokens that its KV cache holds."""
     kv_cache_usage: float | None
@@ -125,6 +135,7 @@ class Remaining(Shown):
     """What an instance that drains has left."""
 
     in_flight: int
+    """Of all replicas of the scheduler."""
     pending_handoffs: int
 
 
@@ -158,7 +169,8 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
         "source": source,
         "reason": endpoint.reason or None,
         "in_flight": endpoint.in_flight,
-        "pending_handoffs": endpoint.pending_handoffs,
+        "in_flight_elsewhere": endpoint.elsewhere,
+        "pending_handoffs": endpoint.handoffs,
         "drained": endpoint.drained,
         "waiting": endpoint.waiting,
         "requests": endpoint.requests,
@@ -183,6 +195,7 @@ class InstancesApi:
         self._router = router
         self._changes = changes
         self._is_ready = is_ready
+        self._turning = Turning(router, changes, is_ready)
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -201,6 +214,14 @@ class InstancesApi:
             "Send an instance no new requests",
             self._drain,
             {200: DrainAnswer, 202: InstanceAnswer},
+            refusals=(404, 409, 507),
+        )
+        yield Route(
+            "POST",
+            f"{one}/turn",
+            "Drain an instance, and give it the other role when nothing is left on it",
+            self._turn,
+            {200: InstanceAnswer, 202: InstanceAnswer},
             refusals=(404, 409, 507),
         )
         yield Route(
@@ -254,7 +275,7 @@ class InstancesApi:
             return json_answer(self._shown(endpoint))
         remaining = Remaining(
             in_flight=sum(each.in_flight for each in ranks),
-            pending_handoffs=sum(each.pending_handoffs for each in ranks),
+            pending_handoffs=sum(each.handoffs for each in ranks),
         )
         return json_answer(DrainAnswer(**self._fields(endpoint, time.monotonic()), remaining=remaining))
 
@@ -268,6 +289,18 @@ class InstancesApi:
             async with asyncio.timeout(self._router.config.drain_timeout):
                 while any(e.draining and not e.drained for e in ranks) and self._is_ready():  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
+
+    async def _turn(self, request: web.Request, query: TurnQuery) -> web.Response:
+        name, role = (instance := self._endpoint(request).instance).instance_id, instance.role
+        await self._turning.begin(name, asked_by(request))
+        if query.wait:
+            await self._turning.wait(self._router.config.drain_timeout)
+        endpoint = self._router.registry.get(name)
+        return json_answer(self._shown(endpoint), 202 if endpoint.instance.role is role else 200)
+
+    async def close(self, _: web.Application) -> None:
+        """Give up what goes on, since the server ends."""
+        await self._turning.close()
 
     async def _undrain(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)

@@ -33,6 +33,7 @@ from .instances import (
     connector_choice,
     is_host,
 )
+from .kv_events import KvEventsConfig
 from .replicas import FLEET_KEY, REPLICA_NAME, ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
@@ -280,6 +281,9 @@ class SchedulerConfig(InstancesFile):
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
+    kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
+    """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
+    cached. Off without it."""
     replicas: Annotated[ReplicasConfig | None, _AT_START] = None
     """Where this scheduler meets the other [replicas](replicas.md) of the fleet, to choose as one with them.
     Without it, it is the only one."""
@@ -417,6 +421,7 @@ class SchedulerConfig(InstancesFile):
             item.revision,
             _own_connector(role, item),
             self.rank_count(item),
+            (item.kv_events_port, item.kv_events_replay_port),
         )
 
     def rank_count(self, item: InstanceConfig) -> int:

@@ -8,7 +8,8 @@ from typing import Protocol
 from msgspec import structs
 
 from ..fleet.endpoint import Endpoint
-from ..fleet.registry import Registry, UnknownInstance
+from ..fleet.registry import Registry
+from .directory import Directory
 from .message import MAX_FOUND_BYTES, MAX_ITEMS, Found, Message
 from .rendezvous import first
 
@@ -37,9 +38,12 @@ class Probes:
     ``others`` returns the living ones, and ``wake`` is called when there is something to tell.
     """
 
-    def __init__(self, registry: Registry, name: str, others: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, directory: Directory, registry: Registry, name: str, others: Callable[[], Collection[str]]
+    ) -> None:
         self.listener: Listener | None = None
         self.wake: Callable[[], None] = lambda: None
+        self._directory = directory
         self._registry = registry
         self._name = name
         self._others = others
@@ -91,40 +95,34 @@ class Probes:
         """Whether there is something to tell."""
         return bool(self._asked or self._found)
 
-    def add_to(self, message: Message) -> Message:
-        """Return a message that has also what is to be told of probes, once."""
-        ids = list(message.endpoints)
-        places = {name: place for place, name in enumerate(ids)}
+    def add_to(self, message: Message, place: Callable[[Endpoint], int]) -> Message:
+        """Return a message that has also what is to be told of probes, once.
 
-        def place(endpoint: Endpoint) -> int:
-            found = places.setdefault(endpoint.id, len(ids))
-            if found == len(ids):
-                ids.append(endpoint.id)
-            return found
-
-        probing = [place(each) for each in self._asked]
-        found = [Found(place(each), told) for each, told in self._found]
+        ``place`` puts an endpoint into the message's list and returns its place.
+        """
+        probing = [place(each) for each in self._asked if each in self._registry]
+        found = [Found(place(each), told) for each, told in self._found if each in self._registry]
         self._asked, self._found, self._bytes = [], [], 0
-        return structs.replace(message, endpoints=ids, probing=probing, found=found)
+        return structs.replace(message, probing=probing, found=found)
 
     def receive(self, message: Message) -> bool:
         """Pass on what another replica tells, if it may; return whether all of that can be."""
         listener, sound = self.listener, True
         if listener is None:
             return sound
-        by, ids = message.replica, message.endpoints
+        by, names = message.replica, message.endpoints
         for place in message.probing:
-            if (endpoint := self._told_of(ids[place], by)) is not None:
+            if (endpoint := self._told_of(names[place], by)) is not None:
                 listener.asked(endpoint, by)
         for each in message.found:
-            if (endpoint := self._told_of(ids[each.endpoint], by)) is not None:
+            if (endpoint := self._told_of(names[each.endpoint], by)) is not None:
                 sound = listener.found(endpoint, by, each.told) and sound
         return sound
 
-    def _told_of(self, endpoint_id: str, replica: str) -> Endpoint | None:
+    def _told_of(self, name: int | str, replica: str) -> Endpoint | None:
         """Return the first endpoint of an instance of which a replica may tell."""
-        try:
-            endpoint = self._registry.ranks_of(self._registry.get(endpoint_id))[0]
-        except UnknownInstance:
+        found = self._directory.find(name)
+        if found is None:
             return None
+        endpoint = self._registry.ranks_of(found)[0]
         return endpoint if replica in self._trusted(endpoint) else None

@@ -17,7 +17,14 @@ from ..admin.changes import AdminChanges
 from ..admin.http_server import HttpServer
 from ..admin.metaserver import Metaserver, url_for
 from ..admin.probes_server import ProbesServer
-from ..config import ConfigError, ReplicasConfig, SchedulerConfig, TracingConfig, is_loopback
+from ..config import (
+    ConfigError,
+    KvEventsConfig,
+    ReplicasConfig,
+    SchedulerConfig,
+    TracingConfig,
+    is_loopback,
+)
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -149,6 +156,8 @@ class App:
             leg.give_up(endpoint)
             encode_leg.give_up(endpoint)
 
+        if config.kv_events is not None:
+            self._start_kv_events(config.kv_events)
         peers = router.sync.replica.probes if router.sync is not None else None
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung, peers)
         if peers is not None:
@@ -241,9 +250,23 @@ class App:
         meeting = config.meeting()
         tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
         fleet, name = meeting.fleet(config.key), config.name or ""
-        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name)
+        secret = config.password.read() if config.password is not None else ""
+        sync = join(self.router, self.changes, Valkey(config, tls), fleet, name, secret)
         self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
         await sync.joined(JOIN_S)
+
+    def _start_kv_events(self, config: KvEventsConfig) -> None:
+        try:
+            config.check()
+        except ValueError as error:
+            raise StartupError(f"kv_events: {error}") from None
+        from ..kv_events.follow import KvEvents  # its package is an extra
+
+        router = self.router
+        events = KvEvents(config, router.registry, router.telemetry)
+        events.start()
+        self._stack.push_async_callback(events.stop)
+        router.on_token_ids(events.learn)
 
     def _start_self_check(self, leg: PrefillLeg, ask: AskPrefill, pool: ConnectionPool) -> SelfCheck:
         router, config = self.router, self.config

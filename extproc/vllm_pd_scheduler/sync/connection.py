@@ -27,7 +27,11 @@ MAX_UNSENT = 1 << 20
 MAX_ANSWER = 8 << 20
 """Bytes of an answer. The server of no replica has a longer one."""
 
+TURN = 8
+"""What is taken in at once of much that has come; then others have the event loop."""
+
 _INCOMPLETE = object()
+_NO_SERVER = "what answers there is no Valkey or Redis server"
 _SUBSCRIBED = (b"subscribe", b"ssubscribe")
 
 
@@ -58,6 +62,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._unread = 0
+        """Bytes since something whole was read."""
+        self._in_turns = False
+        """Whether more has come than is taken in at once."""
         self._waiting: deque[asyncio.Future[Any] | None] = deque()
         """Who waits for the answers that are to come, in their order; nobody for that to a message."""
         self._heard = True
@@ -118,14 +125,43 @@ class Connection(asyncio.Protocol):
         self._unread += len(data)
         try:
             self._reader.feed(data)
-            while not self.problem and (what := self._reader.gets()) is not _INCOMPLETE:
+        except hiredis.HiredisError:
+            self.close(_NO_SERVER)
+        else:
+            if not self._in_turns:
+                self._read()
+
+    def _read(self) -> None:
+        """Take what has come, in turns with all else that happens: no more comes meanwhile."""
+        for _ in range(TURN):
+            try:
+                what = self._reader.gets()
+            except hiredis.HiredisError:
+                self.close(_NO_SERVER)
+            else:
+                if what is _INCOMPLETE:
+                    break
                 self._unread = 0
                 self._take(what)
-        except hiredis.HiredisError:
-            self.close("what answers there is no Valkey or Redis server")
+            if self.problem:
+                return
+        else:
+            self._pause(True)
+            asyncio.get_running_loop().call_soon(self._go_on)
             return
+        self._pause(False)
         if self._unread > MAX_ANSWER:
             self.close(f"an answer is longer than {MAX_ANSWER} bytes")
+
+    def _go_on(self) -> None:
+        if not self.problem:
+            self._heard = True
+            self._read()
+
+    def _pause(self, pause: bool) -> None:
+        if pause != self._in_turns and self._transport is not None:
+            self._in_turns = pause
+            (self._transport.pause_reading if pause else self._transport.resume_reading)()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Note that it is lost."""

@@ -56,8 +56,10 @@ class Sync:
         self._pace = Pace(clock)
         self._others: frozenset[str] = frozenset()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        """When it fires."""
         self._armed = False
-        """Whether a batch is about to be sent."""
+        """Whether that is soon, since something has happened here."""
         self._greeted_at = -1e9
         self._away_since: float | None = clock()
         self._told_away = False
@@ -107,7 +109,8 @@ class Sync:
 
     def reconfigured(self, config: SchedulerConfig) -> None:
         """Tell the others how this replica is configured now."""
-        self.greetings.own = replace(self.greetings.own, settings=settings_of(config))
+        settings = {**self.greetings.own.settings, **settings_of(config)}
+        self.greetings.own = replace(self.greetings.own, settings=settings)
         self._greet()
 
     # -- what is sent
@@ -122,8 +125,9 @@ class Sync:
         if self._timer is not None:
             self._timer.cancel()
         now = self._clock()
-        delay = self.replica.next_publish(now) - now
-        self._timer = asyncio.get_running_loop().call_later(max(_LEAST_S, delay), self._publish)
+        self._due = self.replica.next_publish(now)
+        delay = max(_LEAST_S, self._due - now)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._publish)
 
     def _publish(self) -> None:
         now = self._clock()
@@ -146,19 +150,19 @@ class Sync:
 
     def received(self, data: bytes) -> None:
         """See :class:`~vllm_pd_scheduler.sync.channel.Listener`."""
-        armed, self._armed = self._armed, True  # what others do is no news to tell
+        now = self._clock()
         try:
             if data.startswith(MAGIC):
                 self._greeted(data)
-            elif self.replica.receive(data, self._clock()):
+            elif self.replica.receive(data, now):
                 if len(self.replica.others) != len(self._others):
                     self._look_at_others()
-                    armed = self._answer()
+                    self._greet()
+                if not self._armed and self.replica.next_publish(now) < self._due:
+                    self._arm()  # it asks something, or has just come
                 self._news()
         except Exception:
             self._failed("a message of another replica cannot be used")
-        finally:
-            self._armed = armed
 
     def changed(self, change: Change) -> None:
         """See :class:`~vllm_pd_scheduler.sync.channel.Listener`."""
@@ -188,12 +192,6 @@ class Sync:
         # All that it has is told at once: what was told meanwhile has reached nobody.
         self.channel.send(self.replica.snapshot(now, self._waiting()))
         self._greet()
-
-    def _answer(self) -> bool:
-        """Tell a replica that has just come all that this one has; return that it is about to be sent."""
-        self._greet()
-        self._arm()
-        return True
 
     def _greeted(self, data: bytes) -> None:
         lines = self.greetings.receive(data)
