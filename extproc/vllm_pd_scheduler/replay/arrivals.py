@@ -12,12 +12,14 @@ from .trace import Trace
 class Arrivals:
     """Sends the requests of a trace, which it names by their places in it.
 
-    With ``waits``, one that needs the answers of others is sent when the last of these has ended and its pause
-    is over, and not before its time. So whoever serves slowly gets the next turns later, as from real users
-    and agents. A name that nobody has is ignored: a trace may be cut.
+    With ``waits``, one that needs the answers of others is sent when the last of these has ended and its
+    pause is over, and not before its time. So whoever serves slowly gets the next turns later, as from real
+    users and agents. A name that nobody has is ignored: a trace may be cut.
     """
 
-    def __init__(self, clock: VirtualClock, trace: Trace, send: Callable[[int], None], *, waits: bool) -> None:
+    def __init__(
+        self, clock: VirtualClock, trace: Trace, send: Callable[[int], None], *, waits: bool
+    ) -> None:
         self._clock, self._requests, self._send = clock, trace.requests, send
         self._missing: dict[int, int] = {}
         """How much each request still waits for: answers, and its time."""

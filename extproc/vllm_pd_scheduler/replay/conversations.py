@@ -1,7 +1,7 @@
 """Finds out which requests of a trace continue which, where it does not say.
 
-A turn of a conversation has in its prompt that of the turn before, and its answer. So the blocks that a prompt
-has more than the one it continues are first those of an answer, and then those of a message.
+A turn of a conversation has in its prompt that of the turn before, and its answer. So the blocks that a
+prompt has more than the one it continues are first those of an answer, and then those of a message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linked(trace: Trace) -> Trace:
             whole = (earlier.prompt_tokens + earlier.output_tokens) // size
             answers[at] = requests[place].blocks[len(earlier.blocks) : whole]
     sessions: list[str] = []
-    told = []
+    told: list[TraceRequest] = []
     for place, (request, at) in enumerate(zip(requests, before, strict=True)):
         sessions.append(request.session or (str(place) if at is None else sessions[at]))
         told.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 
@@ -17,17 +17,18 @@ from ..request.errors import Reject
 from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
-from ..sim.setups import setup
 from ..sim.virtual import Offer, VirtualClock, VirtualInstance
-from . import DEFAULT_SETUP
 from .arrivals import Arrivals
 from .cache_events import CacheEvents
 from .peers import Peer, Site
 from .result import LoadSample, RequestResult, RunResult
 from .schedulers import Network, OneScheduler, make_schedulers
+from .spec import FleetSpec, pooled
 from .topology import Topology
 from .trace import Trace, TraceRequest
 from .variant import LOWER_BOUND, Variant
+
+__all__ = ["FleetSpec", "run_variant"]
 
 HOP_S = 0.001
 """Seconds from the scheduler to an instance and back: a choice, that of hosts of one site."""
@@ -43,31 +44,6 @@ _PROGRESS_EVERY = 100
 """Requests after which progress is reported: seldom enough to cost nothing."""
 
 
-@dataclass(frozen=True)
-class FleetSpec:
-    """A fleet: how many instances of which set-up. ``seed`` makes all that is random repeatable.
-
-    The constructor raises :exc:`ValueError` for an unknown set-up.
-    """
-
-    prefill: int
-    decode: int
-    setup: str = DEFAULT_SETUP
-    seed: int = 0
-    realistic: bool = False
-    """Whether answers are cached where they were written, transfers share links, a turn waits for the answer
-    before it, sessions are those of the trace, and other routers learn of caches as late as they really do."""
-    leaves: int = 1
-    """Leaf switches that the instances are spread over; with one, transfers only share ports."""
-
-    def __post_init__(self) -> None:
-        self.profile(16)
-
-    def profile(self, block_size: int) -> EngineProfile:
-        """Return the profile of each engine, with blocks of ``block_size`` tokens."""
-        return setup(self.setup, block_size=block_size)
-
-
 def run_variant(
     variant: Variant,
     trace: Trace,
@@ -81,27 +57,6 @@ def run_variant(
     with the result of each request; once it returns ``True`` the run ends, with the results so far.
     """
     return _Run(variant, trace, fleet, progress, stop_when).run()
-
-
-def _pooled(profile: EngineProfile, count: int) -> EngineProfile:
-    """Return the profile of one engine as fast and as large as ``count``, for the lower bound.
-
-    Its steps have no fixed cost. A fleet with a queue shares that among the many tokens of long steps; one
-    fast engine that never has a queue would pay it for each prompt, and be slower than a bound may be.
-    """
-    return replace(
-        profile,
-        num_blocks=profile.num_blocks * count,
-        max_num_seqs=profile.max_num_seqs * count,
-        step_overhead=0.0,
-        prefill_min=0.0,
-        prefill_rate=profile.prefill_rate * count,
-        prefill_per_kv_token=profile.prefill_per_kv_token / count,
-        decode_base=profile.decode_base / count,
-        decode_per_seq=profile.decode_per_seq / count,
-        decode_per_kv_token=profile.decode_per_kv_token / count,
-        transfer_bandwidth=profile.transfer_bandwidth * count,
-    )
 
 
 def _policies(one: OneScheduler) -> list[Peer]:
@@ -176,7 +131,7 @@ class _Run:
     def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
         """Register the instances of a role, all healthy."""
         if self._variant.strategy == LOWER_BOUND:
-            count, profile = 1, _pooled(profile, count)
+            count, profile = 1, pooled(profile, count)
         for number in range(count):
             host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
             described = PDInstance(f"{role}-{number}", role, host, 8000)
@@ -282,7 +237,6 @@ class _Run:
             self._record(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
 
     def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
-        traced = job.traced
         job.context.at(self._clock.now)
         job.decode, job.reservation = decode, job.at.registry.reserve(decode, job.context)
         self._decode(job, self._request(job, HandOff.NONE), None)

@@ -1,4 +1,4 @@
-"""Made-up loads of stated shapes, for ``replay`` and for those who have no trace. Each is repeatable by its seed.
+"""Made-up loads of stated shapes, for ``replay`` and for those who have no trace, repeatable by a seed.
 
 They are made to be like what is published of such loads, not like any one trace. Lengths are lognormal: the
 number with each is the median, and the other one the standard deviation of the logarithm.
@@ -72,7 +72,9 @@ class _Draw:
         """Return the blocks of a prompt of so many tokens that begins with ``blocks``."""
         return blocks + tuple(itertools.islice(self.ids, max(0, tokens // self.block - len(blocks))))
 
-    def call(self, agent: _Agent, new: int, output: int, pause: float, also: tuple[str, ...] = ()) -> TraceRequest:
+    def call(
+        self, agent: _Agent, new: int, output: int, pause: float, also: tuple[str, ...] = ()
+    ) -> TraceRequest:
         """Return the next call of an agent, with ``new`` tokens more, and have its context grow by both."""
         agent.now += pause
         agent.tokens += new
@@ -170,7 +172,9 @@ def _code(draw: _Draw) -> _Session:
                 agent.tokens = len(kept) * draw.block
                 agent.blocks = kept = draw.longer(stays, agent.tokens)
             agent.after = ()  # nobody waits for a suggestion before he types on
-            yield draw.call(agent, draw.tokens(300, 0.8, 8000), draw.tokens(28, 0.7, 500), draw.seconds(4.0, 1.0))
+            yield draw.call(
+                agent, draw.tokens(300, 0.8, 8000), draw.tokens(28, 0.7, 500), draw.seconds(4.0, 1.0)
+            )
 
     return session
 

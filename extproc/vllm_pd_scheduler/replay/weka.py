@@ -1,8 +1,8 @@
 """Conversations of coding agents, in the format of Weka's kv-cache-tester that the AgentX benchmark uses.
 
 A conversation is a JSON object: ``id``, ``block_size``, ``hash_id_scope`` and ``requests``. An entry of
-``requests`` is a call (``type`` ``n``, or ``s`` with a stream) with ``t`` (seconds since the beginning), ``in``
-and ``out`` (tokens), ``hash_ids``, ``api_time`` (seconds) and more; or a sub-agent (``subagent``) with
+``requests`` is a call (``type`` ``n``, or ``s`` with a stream) with ``t`` (seconds since the beginning),
+``in`` and ``out`` (tokens), ``hash_ids``, ``api_time`` (seconds) and more; or a sub-agent (``subagent``) with
 ``requests`` of its own. https://docs.nvidia.com/aiperf/tutorials/datasets-inputs/replay-weka-agentic-coding-traces
 
 A file has one conversation, or one a line; a folder has one in each of its ``.json`` files.
@@ -86,8 +86,8 @@ def read_conversations(path: Path, sessions: int = SESSIONS) -> Trace:
     """Return the calls of all conversations, of which ``sessions`` are held at the same time.
 
     The next one begins where one has ended, as recorded; the first ones begin ``STAGGER_S`` apart. Each call
-    is sent when its agent has had the answer before, its sub-agents have come back, and the recorded pause has
-    passed.
+    is sent when its agent has had the answer before, its sub-agents have come back, and the recorded pause
+    has passed.
 
     Raise :exc:`TraceError` for what cannot be read, has no calls, or is malformed.
     """
@@ -188,7 +188,9 @@ class _Calls:
         for number, entry in enumerate(entries):
             if isinstance(entry, _SubAgent):
                 began = origin + (entry.t if self._relative else 0.0)
-                last = self._agent(entry.requests, f"{name}.{number}", began, self._latest(done, origin + entry.t))
+                last = self._agent(
+                    entry.requests, f"{name}.{number}", began, self._latest(done, origin + entry.t)
+                )
                 if entry.status != "async_launched":
                     awaited += last
                 continue
@@ -200,7 +202,7 @@ class _Calls:
 
     @staticmethod
     def _latest(done: list[_Placed], at: float) -> list[_Placed]:
-        """Return the last call that had ended by then, or none. What overlaps does not wait for each other."""
+        """Return the last call that had ended by then, or none: those that overlap do not wait."""
         ended = [each for each in done if each.end <= at + 1e-3]
         return [max(ended, key=lambda each: each.end)] if ended else []
 

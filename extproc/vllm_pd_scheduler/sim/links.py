@@ -48,7 +48,7 @@ class Links:
         return len(self._transfers)
 
     def send(self, route: Sequence[Link], size: float, on_end: Callable[[], None]) -> None:
-        """Begin a transfer of ``size`` bytes over all links of ``route``; call ``on_end`` when it has ended."""
+        """Begin a transfer of ``size`` bytes over all links of ``route``; call ``on_end`` at its end."""
         self._advance()
         self._transfers.append(_Transfer(route, size, on_end))
         self._share()

@@ -73,7 +73,7 @@ def peak_throughput(profile: EngineProfile) -> float:
 
 
 class LlmDWeighted(Peer):
-    """llm-d's weighted scorers, its default until July 2026: the highest sum of queue + KV cache + 3 * prefix.
+    """llm-d's weighted scorers, its default until July 2026: the highest queue + KV cache + 3 * prefix.
 
     - *queue* = (most waiting - waiting) / (most waiting - fewest waiting); 1 if all are equal.
     - *KV cache* = 1 - usage.

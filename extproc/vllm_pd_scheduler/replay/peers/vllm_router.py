@@ -34,7 +34,12 @@ class KvAware(ConsistentHash, Peer):
             return super().rank(endpoints, request, count)
         self._turn += 1
         ranked = sorted(
-            (-self.cached_blocks(each, request), each.in_flight, (number + self._turn) % len(endpoints), number)
+            (
+                -self.cached_blocks(each, request),
+                each.in_flight,
+                (number + self._turn) % len(endpoints),
+                number,
+            )
             for number, each in enumerate(endpoints)
         )
         chosen = [endpoints[number] for *_, number in ranked[:count]]
