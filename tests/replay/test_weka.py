@@ -1,4 +1,4 @@
-"""Conversations of coding agents: their calls, what they wait for, and every way in which a file can be wrong.
+"""Conversations of coding agents: their calls, what they wait for, and how a file can be wrong.
 
 All of them are made up here, from the format's documentation.
 """

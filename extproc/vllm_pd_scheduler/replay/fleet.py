@@ -192,7 +192,10 @@ class _Run:
         job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
         alone = self._alone(job)
         if alone is not None:
-            self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
+            # Counted at once, as in routing: of a burst each one sees those before it.
+            job.decode, job.reservation = alone, one.registry.reserve(alone, job.context)
+            request = self._request(job, HandOff.NONE)
+            self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
         if self._decode_first:
             job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
@@ -235,11 +238,6 @@ class _Run:
         else:
             self._release_early(job)
             self._record(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
-
-    def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
-        job.context.at(self._clock.now)
-        job.decode, job.reservation = decode, job.at.registry.reserve(decode, job.context)
-        self._decode(job, self._request(job, HandOff.NONE), None)
 
     def _request(self, job: _Job, hand_off: HandOff) -> EngineRequest:
         """Return what D gets of a request."""
