@@ -277,11 +277,18 @@ class PDRouter:
         self.rewrites.update(CONFIG, self.config.rewrites())
         self._core.reconfigured()
 
+    def misfits(self) -> list[str]:
+        """Return a line for each thing for which instances get nothing, as all of them are configured now."""
+        return misfits(self.config, (ranks[0].instance for ranks in self.registry.instances()))
+
     def tell_misfits(self, by: str) -> None:
-        """Make an event of each thing for which instances get nothing, as all of them are configured now."""
-        instances = (ranks[0].instance for ranks in self.registry.instances())
-        for text in misfits(self.config, instances):
+        """Make an event of each of the misfits."""
+        for text in self.misfits():
             self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
+
+    def share_hashes(self, key: int) -> None:
+        """Hash prompts as every scheduler with this key, below 2**64, does: call it before any request."""
+        self._core.reader.hash_key = key
 
     # -- requests
 

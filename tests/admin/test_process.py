@@ -45,6 +45,7 @@ async def test_status(admin: Admin) -> None:
             "decode": {"total": 1, "routable": 0},
             "encode": {"total": 0, "routable": 0},
         },
+        "misfits": [],
     }
     assert {key: value for key, value in found.items() if key not in ("started_at", "uptime_s")} == expected
     admin.healthy("d0")
@@ -54,6 +55,9 @@ async def test_status(admin: Admin) -> None:
     assert (found["ready"], found["shadow"]) == (True, "weighted")
     assert found["strategy"] == {"prefill": "least_load", "decode": "slo"}
     assert found["roles"]["decode"] == {"total": 1, "routable": 1}
+    admin.router.register_instance(PDInstance("p1", InstanceRole.PREFILL, "10.0.0.1", 8101, revision="v2"))
+    (misfit,) = (await admin.ask("GET", "/status"))[1]["misfits"]
+    assert misfit.startswith("p1 can hand over to no decode instance")
     admin.ready = False
     assert (await admin.ask("GET", "/status"))[1]["ready"] is False
 

@@ -1,4 +1,4 @@
-"""A connector of one's own: the example in ``docs/connectors.md`` does what the page says."""
+"""A connector of one's own: the example in ``docs/connectors/own.md`` does what the page says."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.router import PDRouter
 
-PAGE = Path(__file__).parents[2] / "docs" / "connectors.md"
-SECTION = PAGE.read_text(encoding="utf-8").partition("\n## One of your own\n")[2]
+PAGE = Path(__file__).parents[2] / "docs" / "connectors" / "own.md"
+SECTION = PAGE.read_text(encoding="utf-8")
 
 
 def example(language: str) -> str:

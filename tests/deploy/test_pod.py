@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -78,7 +79,7 @@ async def test_it_serves_and_its_end_cuts_no_answer(
     async def turned_away() -> bool:
         return not await healthy()
 
-    with spawned(pod["scheduler"]) as scheduler, spawned(pod["envoy"]) as envoy:
+    with spawned(pod["scheduler"]) as scheduler, spawned(pod["envoy"]) as envoy, ExitStack() as hooks:
         await until(healthy)
         await client.until_split()  # Envoy may know the instances before it has found the scheduler well
         split = {"x-pd-prefill", "x-pd-decode"}
@@ -86,13 +87,14 @@ async def test_it_serves_and_its_end_cuts_no_answer(
             assert await asyncio.to_thread(test.wait) == 0, test.output
         async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
             await response.content.readline()
-            with spawned(pod["preStop"]) as hook:
-                with client.frozen(response.headers["x-pd-decode"]):
-                    await until(turned_away)
-                    assert (await client.complete()).headers.keys() >= split  # while others hear of it
-                    assert hook.process.poll() is None
-                assert (await response.read()).endswith(b"data: [DONE]\n\n")
-                assert await asyncio.to_thread(hook.wait) == 0
+            with ExitStack() as held:
+                held.enter_context(client.frozen(response.headers["x-pd-decode"]))
+                hook = hooks.enter_context(spawned(pod["preStop"]))
+                await until(turned_away)
+                assert (await client.complete()).headers.keys() >= split  # while others hear of it
+                assert hook.process.poll() is None
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            assert await asyncio.to_thread(hook.wait) == 0
         await _ends(envoy)
         await _ends(scheduler)
 

@@ -33,7 +33,7 @@ READMES = ("README.md", "README.zh-CN.md")
 """The same text in two languages."""
 TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/README.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/**/README.md"))
 }
 CONFIGURATION = "docs/configuration.md"
 STRATEGIES = ("docs/strategies.md", "## Choose one")
@@ -256,12 +256,13 @@ class PlacesTest(unittest.TestCase):
 
     def test_every_page_is_in_the_index_and_in_the_menu(self) -> None:
         menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-        for page in (ROOT / "docs").glob("*.md"):
-            with self.subTest(page.name):
-                self.assertIn(f": {page.name}\n", menu)
-                self.assertTrue(
-                    page.name in ("index.md", "reference.md") or page.name in TEXTS["docs/index.md"]
-                )
+        for page in (ROOT / "docs").rglob("*.md"):
+            path = page.relative_to(ROOT / "docs")
+            parent = path.parent.with_suffix(".md") if path.parent.name else Path("index.md")
+            with self.subTest(str(path)):
+                self.assertIn(f": {path}\n", menu)
+                named = TEXTS[f"docs/{parent}"]
+                self.assertTrue(path.name in ("index.md", "reference.md") or str(path) in named)
 
     def test_both_readmes_have_the_same_sections_and_links(self) -> None:
         found = []

@@ -77,6 +77,8 @@ class StatusAnswer(Shown):
     held_bytes: int
     """Bytes of all bodies between arrival and decode."""
     roles: RolesStatus
+    misfits: list[str]
+    """Why instances get nothing that are right by themselves: a line for each reason."""
 
 
 class LogLevelBody(Body):
@@ -145,6 +147,7 @@ class ProcessApi:
             queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
             held_bytes=self._router.body_memory.used,
             roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
+            misfits=self._router.misfits(),
         )
 
     def _role(self, role: InstanceRole) -> RoleStatus:

@@ -204,6 +204,8 @@ def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:
             continue
         style = "" if count["routable"] == count["total"] else "yellow" if count["routable"] else "red"
         yield plain(f"{role:<9} {count['routable']} of {count['total']} can serve", style)
+    for line in found.get("misfits", ()):
+        yield plain(line, "yellow")
 
 
 def show(*parts: RenderableType) -> None:

@@ -152,7 +152,7 @@ class InstanceConfig(StrictModel):
     `encode_connector`."""
     data_parallel_size: RankCount = 1
     """Its `--data-parallel-size`, if its engines share its one port: the scheduler then chooses among them
-    ([data-parallel ranks](connectors.md#data-parallel-ranks)). Engines with ports of their own are instances
+    ([data-parallel ranks](connectors/ranks.md)). Engines with ports of their own are instances
     of their own."""
 
     @field_validator("host")

@@ -125,7 +125,7 @@ class SchedulerConfig(InstancesFile):
     """The [connector](connectors.md) of the instances, as `"nixl"` or `{"type": "nixl"}`: how P hands a
     prompt's KV cache over to D. `auto` is NIXL's, pulled or pushed, as P's answers show."""
     encode_connector: EncodeConnectorName = "ec-nixl"
-    """How the [encode instances](connectors.md#encode-instances) hand over images, video and audio that they
+    """How the [encode instances](connectors/encode.md) hand over images, video and audio that they
     have encoded: `ec-nixl` by what E answers, which P gets (vLLM's `ECCPUConnector`), `ec-example` by storage
     that they share (`ECExampleConnector`)."""
     encode_timeout: Seconds = 30.0
@@ -241,7 +241,7 @@ class SchedulerConfig(InstancesFile):
     pod's own."""
     metaserver_port: Annotated[Port | None, _AT_START] = None
     """Port at which D ask for prefills, which those of the connector
-    [`ascend-layerwise`](connectors.md#ascend-layerwise) do. Without it, such D compute the prompts
+    [`ascend-layerwise`](connectors/ascend.md#ascend-layerwise) do. Without it, such D compute the prompts
     themselves."""
     metaserver_url: Annotated[Annotated[str, Field(pattern=_BASE_URL)] | None, _AT_START] = None
     """What D are told in place of that address and port, as `http://HOST:PORT`, where they reach them by
@@ -292,7 +292,7 @@ class SchedulerConfig(InstancesFile):
     decode_instances: list[InstanceConfig] = []
     """The D of the fleet, at least one, unless `instance_files` or `discovery` has some."""
     encode_instances: list[InstanceConfig] = []
-    """The [encode instances](connectors.md#encode-instances) (E) of the fleet. Without any, P encodes what
+    """The [encode instances](connectors/encode.md) (E) of the fleet. Without any, P encodes what
     its requests have of images, video and audio."""
     instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
     """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the three

@@ -93,7 +93,7 @@ class DnsSource(StrictModel):
     """With `instance_tls`: the DNS name that their certificates must be for. Without it the one of
     `instance_tls`, else `name`, else the target of each SRV record."""
     data_parallel_size: RankCount = 1
-    """The [`data_parallel_size`](connectors.md#data-parallel-ranks) of each of these instances."""
+    """The [`data_parallel_size`](connectors/ranks.md) of each of these instances."""
 
     @property
     def label(self) -> str:
@@ -213,7 +213,7 @@ class KubernetesSource(StrictModel):
     revision_label: _LabelKey | None = None
     """Label of a pod that says to which roll-out it belongs: P hands over only to D of the same one."""
     data_parallel_size_label: _LabelKey | None = None
-    """Label of a pod that says its [`data_parallel_size`](connectors.md#data-parallel-ranks). Without it each
+    """Label of a pod that says its [`data_parallel_size`](connectors/ranks.md). Without it each
     port has one engine."""
     kubeconfig: Annotated[str, Field(min_length=1)] | None = None
     """Path of a kubeconfig file. Without it the scheduler uses its pod's service account or, outside a

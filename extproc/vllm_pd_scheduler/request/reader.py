@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -54,6 +55,8 @@ class RequestReader:
 
     def __init__(self, config: RequestSettings, fleet: FleetLoad) -> None:
         self.objectives = Objectives()
+        self.hash_key = secrets.randbits(64)
+        """Keeps hashes of prompts apart from those of other processes, unless these have the same."""
         self._config = config
         self._fleet = fleet
 
@@ -68,7 +71,7 @@ class RequestReader:
         model = name if isinstance(name, str) else None
         ratio = self._fleet.bytes_per_token(model)
         if prefixes:
-            prompt = yield from read_prompt(body)
+            prompt = yield from read_prompt(body, self.hash_key)
             blocks, size, exact = prompt.blocks, prompt.size, prompt.tokens
         else:
             blocks, size, exact = (), sum(map(body.length, body.api.prompt)), None

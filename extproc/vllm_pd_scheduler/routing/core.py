@@ -87,13 +87,13 @@ class RoutingCore:
         self._scheduler = scheduler
         self._admission = admission
         self._clock = clock
-        self._reader = RequestReader(config, self.registry.load)
+        self.reader = RequestReader(config, self.registry.load)
         self._public = PublicPaths(config.public_paths)
         self._disaggregation = Disaggregation(config, scheduler)
         self._turns = Turns()
         self.rewrites = Rewrites()
         self.catalog = Catalog(scheduler, self.rewrites, clock)
-        self._renaming = Renaming(self.rewrites, scheduler, self._reader, telemetry)
+        self._renaming = Renaming(self.rewrites, scheduler, self.reader, telemetry)
         self._local = ShareLimit(config.max_local_prefill_share)
         self._response_ids = ResponseIds(self.registry)
         self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
@@ -131,7 +131,7 @@ class RoutingCore:
     @property
     def objectives(self) -> Objectives:
         """The priorities of requests that name an objective."""
-        return self._reader.objectives
+        return self.reader.objectives
 
     def fitting(self, prefill: Endpoint, decode: Sequence[Endpoint]) -> Sequence[Endpoint] | None:
         """Return those D that can use what a P hands over; ``None`` if all can."""
@@ -235,7 +235,7 @@ class RoutingCore:
             refusal = await self.catalog.refusal(decision.asked_model, model)
             if refusal is not None:
                 return refusal
-        context = self._reader.passed(path, headers, clean, stream, self._clock(), model)
+        context = self.reader.passed(path, headers, clean, stream, self._clock(), model)
         context.limited_to(subset)
         refused_for = self.in_flight.lost.refused_for(context.fingerprint, context.now)
         if refused_for:
@@ -258,7 +258,7 @@ class RoutingCore:
         reads_prefixes = (
             self._scheduler.reads_prefixes or self._recording.readers > 0 or self.connectors.some_can_pull
         )
-        reading = self._reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
+        reading = self.reader.read(path, headers, body, self._clock(), prefixes=reads_prefixes)
         context = await self._turns.take(reading)
         context.limited_to(subset)
         decision.model = context.model and context.model[:MAX_TEXT]

@@ -22,6 +22,7 @@ function problemsOf(status, instances, point) {
   const serious = errors.some(([reason]) => !CLIENTS_OWN.has(reason));
   if (errors.length) found.push([serious ? "bad" : "warn", `Clients get errors: ${errors.map(([reason, rate]) => `${reason} ${perSecond(rate)}`).join(", ")}.`]);
   found.push(...named("bad", all.filter((each) => tone(each) === "bad"), "cannot serve", (each) => `${each.shown_state}: ${each.reason ?? "?"}`));
+  found.push(...status.misfits.map((text) => ["warn", `${text}.`]));
   if (status.queue.requests) found.push(["warn", `${many(status.queue.requests, "request")} wait in the queue.`]);
   found.push(...named("warn", all.filter((each) => each.shown_state === "trial"), "on trial after an ejection"));
   found.push(...named("warn", all.filter(isOld), "not scraped for long, so their load is not known"));
