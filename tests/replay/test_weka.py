@@ -131,6 +131,7 @@ def test_a_folder_a_file_and_lines_are_the_same(tmp_path: Path) -> None:
     [
         (json.dumps(conversation()), "there are no requests in it"),
         (json.dumps(conversation(call(-1.0))), r"Expected `float` >= 0.0 - at `\$.requests\[0\].t`"),
+        (json.dumps(conversation(call(0.0), call(1e9))), "spans 1.157e.04 days, more than 366"),
         (json.dumps(conversation({"type": "n", "t": 0})), "missing required field `in`"),
         (json.dumps(conversation({"type": "odd", "t": 0})), "Invalid value 'odd' - at"),
         (json.dumps(conversation(call(0.0), hash_id_scope="here")), "Invalid enum value 'here'"),

@@ -91,10 +91,16 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     if not requests:
         raise TraceError(f"{path}: there are no requests in it")
-    start, days = requests[0].arrival, (requests[-1].arrival - requests[0].arrival) / 86_400
+    check_span(path, requests)
+    start = requests[0].arrival
+    return Trace([replace(each, arrival=each.arrival - start) for each in requests], jsonl.block_tokens)
+
+
+def check_span(path: Path, requests: Sequence[TraceRequest]) -> None:
+    """Raise :exc:`TraceError` if requests, in their order, span more than can be replayed."""
+    days = (requests[-1].arrival - requests[0].arrival) / 86_400
     if days > _MAX_DAYS:
         raise TraceError(f"{path}: it spans {days:.4g} days, more than {_MAX_DAYS}: what unit has its time?")
-    return Trace([replace(each, arrival=each.arrival - start) for each in requests], jsonl.block_tokens)
 
 
 _Parse = Callable[[bytes], TraceRequest]
@@ -156,7 +162,7 @@ class _Line(msgspec.Struct):
     session_id: str | int | None = None
     request_id: str | int | None = None
     after: list[str | int] = []
-    delay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    delay: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
 
 
 _decoder = msgspec.json.Decoder(_Line)

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..records.recording import BLOCK_TOKENS
-from .trace import Trace, TraceError, TraceRequest, prefixes
+from .trace import Trace, TraceError, TraceRequest, check_span, prefixes
 
 SESSIONS = 16
 """Conversations that are held at the same time: a choice."""
@@ -114,6 +114,7 @@ def read_conversations(path: Path, sessions: int = SESSIONS) -> Trace:
     if not requests:
         raise TraceError(f"{path}: there are no requests in it")
     requests.sort(key=lambda each: each.arrival)
+    check_span(path, requests)
     size = sizes.pop()
     return Trace(requests, _blocks_together(size) * size)
 
