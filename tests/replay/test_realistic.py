@@ -19,7 +19,7 @@ from vllm_pd_scheduler.sim.engine import Engine
 from vllm_pd_scheduler.sim.virtual import VirtualClock, VirtualInstance
 
 FLEET = FleetSpec(2, 2, realistic=True)
-CHAT = linked(make("chat", 150, 2)).scaled(4.0)
+CHAT = linked(make("chat", 60, 2)).scaled(4.0)
 
 
 def run(name: str, trace: Trace = CHAT, fleet: FleetSpec = FLEET) -> RunResult:

@@ -15,7 +15,6 @@ holders of 10,000 blocks.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
 
@@ -94,7 +93,7 @@ class PrefixIndex:
         """
         step, high, after = 1, len(blocks), 0
         while low + step < high:
-            other = self._mask(blocks[low + step])
+            other = mask & self._mask(blocks[low + step])
             if other != mask:
                 high, after = low + step, other
                 break
@@ -102,7 +101,7 @@ class PrefixIndex:
             step *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            other = self._mask(blocks[middle])
+            other = mask & self._mask(blocks[middle])
             if other == mask:
                 low = middle
             else:
@@ -234,13 +233,24 @@ class Holder:
         closed holder, since a request can end after its instance has left.
         """
         mine, chain = self._blocks, blocks[: self._capacity]
-        known = bisect_left(chain, True, key=lambda block: block not in mine)
-        new = chain[known:][::-1]
-        used = list(map(mine.pop, chain[:known][::-1]))
+        new = [block for block in reversed(chain) if block not in mine]
+        used = [mine.pop(block) for block in reversed(chain) if block in mine]
         self._evict(len(mine) + len(chain) - self._capacity)
         self._index._mark(new, self._bit)
         mine.update(zip(new, new, strict=True))
         mine.update(zip(used, used, strict=True))
+
+    def keep(self, block: int) -> None:
+        """Record that a block is cached there, as the engine says."""
+        if block not in self._blocks and self._capacity:
+            self._evict(len(self._blocks) + 1 - self._capacity)
+            self._index._mark((block,), self._bit)
+            self._blocks[block] = block
+
+    def drop(self, block: int) -> None:
+        """Record that a block is cached there no more. It need not have been."""
+        if self._blocks.pop(block, None) is not None:
+            self._index._unmark((block,), self._bit)
 
     def resize(self, capacity: int) -> None:
         """Change the capacity, in blocks, and evict what exceeds it; raise :exc:`ValueError` if negative."""
