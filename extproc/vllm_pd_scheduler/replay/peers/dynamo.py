@@ -19,6 +19,8 @@ class Dynamo(Peer):
     - What is cached is known by KV events. The event plane is taken to need 10 ms: a choice, which nobody has
       published. All else the router counts itself.
 
+    Its queue, in which requests wait while each P has 16 steps of prompts, is left out.
+
     Cost, credit and scale (1 and 1; no decay, no weight of active requests, no temperature):
     https://docs.nvidia.com/dynamo/v1.6.2/knowledge-base/modular-components/router/routing-concepts. What is
     off for which role: ``…/router/disaggregated-serving``.
