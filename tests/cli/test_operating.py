@@ -409,3 +409,17 @@ class TestReload:
 
     def test_a_scheduler_without_a_file(self, admin: AdminThread) -> None:
         assert "the configuration comes from no file" in refused(admin.url, "reload")
+
+
+def test_turn(admin: AdminThread) -> None:
+    registry = admin.router.registry
+    done(admin.url, "add", "new", "10.0.0.9:8000", "--role", "decode", "--both-roles")
+    admin.do(lambda: registry.probed(registry.get("new"), None))
+    assert done(admin.url, "turn", "new", "--wait").strip() == "new is a prefill instance now"
+    assert "change its role there" in refused(admin.url, "turn", "prefill-0")
+    admin.do(lambda: registry.probed(registry.get("new"), None))
+    held = admin.do(lambda: registry.reserve(registry.get("new")))
+    assert done(admin.url, "turn", "new").strip() == (
+        "new is draining, to be turned then: 1 requests are left there"
+    )
+    admin.do(held.release)

@@ -119,14 +119,14 @@ class _Run:
         self._instances: dict[str, VirtualInstance] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
-        profile = fleet.profile(trace.block_tokens)
-        self._populate(InstanceRole.PREFILL, fleet.prefill, profile)
-        self._populate(InstanceRole.DECODE, fleet.decode, profile)
+        profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
+        for role, count in ((InstanceRole.PREFILL, fleet.prefill), (InstanceRole.DECODE, fleet.decode)):
+            self._populate(role, count, profiles[role])
         self._policies = {one: _policies(one) for one in self._schedulers}
         """What other routers' policies choose by, P before D; none for our strategies."""
         for one in self._schedulers:
             for each in self._policies[one]:
-                each.deployed(Site(profile, self._events))
+                each.deployed(Site(profiles[InstanceRole.PREFILL], self._events))
 
     def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
         """Register the instances of a role, all healthy."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..models import InstanceRole
 from ..sim.profile import EngineProfile
 from ..sim.setups import setup
 from . import DEFAULT_SETUP
@@ -25,13 +27,18 @@ class FleetSpec:
     before it, sessions are the trace's, and other routers learn of caches as late as they really do."""
     leaves: int = 1
     """Leaf switches that the instances are spread over; with one, transfers only share ports."""
+    engines: Mapping[InstanceRole, EngineProfile] | None = None
+    """In place of those of the set-up."""
 
     def __post_init__(self) -> None:
-        self.profile(16)
+        self.profile(16, InstanceRole.PREFILL)
 
-    def profile(self, block_size: int) -> EngineProfile:
-        """Return the profile of each engine, with blocks of ``block_size`` tokens."""
-        return setup(self.setup, block_size=block_size)
+    def profile(self, block_size: int, role: InstanceRole) -> EngineProfile:
+        """Return the profile of each engine of a role, with blocks of ``block_size`` tokens."""
+        if self.engines is None:
+            return setup(self.setup, block_size=block_size)
+        engine = self.engines[role]
+        return replace(engine, block_size=block_size, num_blocks=max(1, engine.capacity // block_size))
 
 
 def pooled(profile: EngineProfile, count: int) -> EngineProfile:
