@@ -137,7 +137,8 @@ def test_a_load_is_generated_and_replayed(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
 
     def generate(shape: str = "chat") -> Any:
-        return CliRunner().invoke(app, ["generate", shape, str(path), "--requests=60", "--seed=2"])
+        arguments = ["generate", shape, str(path), "--requests=60", "--seed=2"]
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
 
     assert generate().exit_code == 0
     first = path.read_bytes()
@@ -145,7 +146,7 @@ def test_a_load_is_generated_and_replayed(tmp_path: Path) -> None:
     ended = generate()
     assert (ended.exit_code, "exists: choose another name" in ended.stderr) == (2, True)
     path.unlink()
-    assert "unknown shape 'odd'; there are chat, agents" in generate("odd").stderr.replace("\n│ ", " ")
+    assert "unknown shape 'odd'; there are chat, agents" in generate("odd").stderr
     generate()
     assert path.read_bytes() == first
     ended = call(*fleet(path, "fast"), "--realistic", "--leaves=2", "--seeds=3")
