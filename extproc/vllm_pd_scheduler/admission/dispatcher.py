@@ -19,7 +19,7 @@ from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import log_lines
-from .queue import RequestQueue, Ticket
+from .queue import RequestQueue, Ticket, tenant_key
 
 NEARLY_FREE_S = 0.01
 """A prefill instance with at most so many seconds of work left counts as free.
@@ -80,6 +80,7 @@ class Dispatcher:
         self.queue = RequestQueue(config.queue_size, config.queue_bytes)
         self._scheduler = scheduler
         self.registry = scheduler.registry
+        self.registry.elsewhere.on_drawn = self.queue.drawn_elsewhere
         self._config = config
         self._events = events
         self._full_at = -math.inf
@@ -248,6 +249,9 @@ class Dispatcher:
         if not self._scheduler.has_room_for(role, request, now):
             return None
         outcome: Reservation | None = None
+        waits = ticket in self.queue
+        if not waits and self.registry.elsewhere.waiting[role is InstanceRole.DECODE]:
+            ticket.cost = self._predicted_work(request)  # it is served before those who wait elsewhere
         request.at(now)
         picked = self._scheduler.pick(role, request)
         if picked:
@@ -258,8 +262,10 @@ class Dispatcher:
             if role is InstanceRole.PREFILL:
                 self._scheduler.compare_shadow(role, request, picked[0])
             outcome = self.registry.reserve(picked[0], request)
-        if ticket in self.queue:
+        if waits:
             self.queue.remove(ticket, served=True)
+        if outcome is not None and ticket.cost and self.registry.journal is not None:
+            self.registry.journal.drawn(request.priority, tenant_key(request.tenant), ticket.cost)
         ticket.settle(outcome)
         return None
 

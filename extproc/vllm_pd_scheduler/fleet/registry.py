@@ -246,6 +246,10 @@ class Registry:
             raise UnknownInstance(endpoint_id)
         return found
 
+    def find(self, endpoint_id: str) -> Endpoint | None:
+        """Return the endpoint that :meth:`get` does; ``None`` if there is none."""
+        return self._endpoints.get(endpoint_id) or (self._instances.get(endpoint_id) or (None,))[0]
+
     def ranks_of(self, endpoint: Endpoint) -> tuple[Endpoint, ...]:
         """Return all endpoints of an endpoint's process, of which it is one: its ranks, or itself."""
         if endpoint.rank is None:
@@ -347,6 +351,8 @@ class Registry:
         self.learning.scraped(endpoint, before, snapshot)
         if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
             self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
+        if self.journal is not None:
+            self.elsewhere.scraped(endpoint)
         if self.on_scraped is not None:
             self.on_scraped()
 
@@ -461,7 +467,9 @@ class Registry:
     def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that what a P holds is on its way to a D."""
         if prefill in self:
-            self.failed_transfers.handed_over(self.ranks_of(prefill)[0], decode)
+            first = self.ranks_of(prefill)[0]
+            if self.failed_transfers.handed_over(first, decode) and self.journal is not None:
+                self.journal.handed_over(first, decode)
 
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""

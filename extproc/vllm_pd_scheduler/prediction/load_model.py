@@ -301,7 +301,8 @@ class FleetLoad:
 
     def handoff(self, prefill: str, decode: str, tokens: float) -> float:
         """Return predicted seconds of a hand-off of so many tokens from P to D, by their ids."""
-        return self.transfers.predict(prefill, decode, tokens) if self.transfers.samples else self.transfer
+        known = self.transfers.has_learned
+        return self.transfers.predict(prefill, decode, tokens) if known else self.transfer
 
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""

@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 
 from ..fleet.registry import Registry
-from .message import MAX_BYTES, FleetKey, Ignored, Message, Unreadable
+from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
-from .own import OwnWork
+from .own import Names, OwnWork
 
 __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
@@ -40,7 +40,8 @@ class Replica:
         """Messages that would have been too long."""
         self._fleet = fleet
         self._own = OwnWork(registry)
-        self._others = Others(registry)
+        self._others = Others(name, registry, self._own)
+        self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
@@ -51,15 +52,30 @@ class Replica:
         return self._others.names
 
     @property
+    def disbelieved(self) -> Counter[Disbelieved]:
+        """Claims in messages that were used, which were not believed or not in full, by kind."""
+        return self._others.disbelieved
+
+    @property
+    def missing(self) -> int:
+        """Endpoints of which this replica, which has just joined, does not know what is cached there."""
+        return self._others.joining.missing
+
+    @property
     def waiting_elsewhere(self) -> tuple[int, int]:
         """Requests that wait in the others' queues, for P and for D."""
         return self._others.waiting
 
     def next_publish(self, now: float) -> float:
         """Return when to call :meth:`publish` if nothing happens before."""
-        if self._own.untold:
-            return max(now, self._published_at + BATCH_S)
-        return max(now, self._summary_at + SUMMARY_S)
+        joining, soon = self._others.joining, self._published_at + BATCH_S
+        times = [self._summary_at + SUMMARY_S]
+        if self._own.untold or joining.has_gaps:
+            times.append(soon)
+        for due in (joining.due(now), self._own.answers.due(now)):
+            if due is not None:
+                times.append(max(soon, due))
+        return max(now, min(times))
 
     def publish(self, now: float, waiting: tuple[int, int] = (0, 0)) -> list[bytes]:
         """Return what to send to all others; nothing if nothing has happened and no summary is due.
@@ -70,7 +86,10 @@ class Replica:
         for name in self._others.forget_silent(now):
             _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
         messages = []
-        if (changes := self._own.changes(self.name, self._number + 1, waiting)) is not None:
+        names = Names()
+        asks = self._asks(names, now)
+        changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
+        if changes is not None:
             messages.append(self._encode(changes))
             self._published_at = now  # what others did is no news, and delays none
         if now >= self._summary_at + SUMMARY_S:
@@ -78,9 +97,20 @@ class Replica:
         return [each for each in messages if each]
 
     def snapshot(self, now: float, waiting: tuple[int, int] = (0, 0)) -> bytes:
-        """Return all that this replica has, for one that joins."""
+        """Return all that this replica has, for one that joins.
+
+        It has loads, ejections and pairs that stand, what is queued, what was learned. What is cached where
+        is too much for one message: who joins asks one of the others for it, some endpoints at a time.
+        """
         self._summary_at = now
         return self._encode(self._own.summary(self.name, self._number + 1, waiting))
+
+    def _asks(self, names: Names, now: float) -> list[Ask]:
+        joining = self._others.joining
+        asks = joining.gaps()
+        for name, endpoints, first in joining.asks(now):
+            asks.append(Ask(name, endpoints=[names.place(each) for each in endpoints], rates=first))
+        return asks
 
     def _encode(self, message: Message) -> bytes:
         self._number = message.number
@@ -102,9 +132,20 @@ class Replica:
         if (reason := self._others.receive(message, now)) is not None:
             return self._ignore(reason)
         self.received += 1
+        if len(self.disbelieved) > len(self._disbelieved_said):
+            self._say_disbelieved(message.replica)
         if len(self._others.names) > known:
             self._summary_at = -1e9  # it must learn what we have
         return True
+
+    def _say_disbelieved(self, name: str) -> None:
+        for kind in self.disbelieved.keys() - self._disbelieved_said:
+            self._disbelieved_said.add(kind)
+            _log.warning(
+                "replica %s, or one before it, claims what cannot be: %s (said once; see the count)",
+                name,
+                kind,
+            )
 
     def _ignore(self, reason: Ignored) -> bool:
         self.ignored[reason] += 1
