@@ -531,6 +531,10 @@ class Reservation:
     alone: float = 0.0
     """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
+    tentative: bool = False
+    """Whether it may be given up for another P: then its prompt is not yet taken for cached there."""
+    replica: str = ""
+    """Which other replica's it is, if it is a place in a queue."""
     elsewhere: bool = False
     """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
 
