@@ -189,11 +189,13 @@ class Dispatcher:
             return max(now, *due) if due else None
         times = [*due, oldest.request.arrived + self._config.queue_timeout, self._scheduler.room_at(now)]
         if self._config.late_binding:
+            lead = self.registry.claims.lead
             for load in (e.prefill for e in self._scheduler.some(InstanceRole.PREFILL)):
                 # What is queued behind the prefill that runs does not shrink before that one ends. Then there
                 # is an event anyway, so no time is set for a slack that only comes after it.
                 remaining, behind = load.remaining(now), load.queued - load.head_cost
-                slacks = (s for s in (_short_prompt_s(load), NEARLY_FREE_S) if remaining > s >= behind)
+                allowed = (s + lead for s in (_short_prompt_s(load), NEARLY_FREE_S))
+                slacks = (s for s in allowed if remaining > s >= behind)
                 times += (load.head_at + load.queued - slack for slack in slacks)
         return max(now + _MIN_WAKE_DELAY_S, min(times))
 
@@ -253,8 +255,9 @@ class Dispatcher:
         bound; infinite if an instance is free, or if there is no instance to wait for.
         """
         max_cost, routable = -1.0, self._scheduler.some(InstanceRole.PREFILL)
+        lead = self.registry.claims.lead
         for load in (e.prefill for e in routable):
-            remaining = load.remaining(now)
+            remaining = load.remaining(now) - lead
             if remaining <= NEARLY_FREE_S:
                 return math.inf
             short = _short_prompt_s(load)
@@ -279,7 +282,8 @@ class Dispatcher:
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._config.late_binding and role is InstanceRole.PREFILL
-            if late and picked[0].prefill.remaining(now) > _allowed_backlog(picked[0], request):
+            backlog = picked[0].prefill.remaining(now) - self.registry.claims.lead if late else 0.0
+            if late and backlog > _allowed_backlog(picked[0], request):
                 return picked[0]
             ticket.choice = self._scheduler.explain(role, request)
             if role is InstanceRole.PREFILL:

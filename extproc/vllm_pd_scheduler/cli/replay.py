@@ -46,6 +46,9 @@ def replay(
     setup: Annotated[
         str, typer.Option(help="Model and machine that the engines simulate; a wrong one names all.")
     ] = DEFAULT_SETUP,
+    spread: Annotated[
+        str, typer.Option(help="Let requests come at random up to so much later, if times are coarse: 3s.")
+    ] = "0s",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
     ttft_slo: Annotated[
@@ -80,6 +83,8 @@ def replay(
     variants = _replicated(_variants(strategies), replicas, _seconds("--sync-delay", sync_delay), sync_loss)
     fleet = _fleet(prefill, decode, setup, seed)
     loaded = _load(trace, limit)
+    if (most := _seconds("--spread", spread)) > 0.0:
+        loaded = loaded.spread(most, seed)
     conditions = Conditions(trace.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
     outcomes = _run(loaded, conditions, find_rate, variants, jobs or os.cpu_count() or 1)
     _publish(outcomes, conditions, json_path, plot_path)

@@ -45,6 +45,11 @@ class Claims:
         """Note what this scheduler is called, and which others there are."""
         self._name, self._others, self._first = name, tuple(others), {}
 
+    @property
+    def lead(self) -> float:
+        """Seconds before P is free in which it is to be claimed, to be given to one when it is."""
+        return HEARD_S if self._others else 0.0
+
     def contested(self, endpoint: Endpoint, now: float) -> bool:
         """Whether a P, if it is chosen now, should only be claimed."""
         if not self._others:
@@ -52,7 +57,8 @@ class Claims:
         self._learn(now)
         if self._is_first(endpoint):
             return False
-        return not _idle(endpoint.prefill.remaining(now)) or self._loss > HEARD_S
+        # Half of it: it may well be over early.
+        return self._loss >= HEARD_S - endpoint.prefill.remaining(now) / 2
 
     def made(self, claim: Reservation) -> None:
         """Note a choice of ours, claimed or not, to see what it loses."""

@@ -113,7 +113,9 @@ class Others:
                 return Ignored.TOO_MANY
             self._gone.pop(message.replica, None)
             budgets = plausible.messages(now), Budget(math.inf, now)
-            other = self._others[message.replica] = _Other(message.replica, message.number, now, *budgets, back=gone > 0)
+            other = self._others[message.replica] = _Other(
+                message.replica, message.number, now, *budgets, back=gone > 0
+            )
             self._registry.claims.among(self._name, self.names)
         elif message.number <= other.number:
             return Ignored.REPLAYED
