@@ -1,7 +1,5 @@
 """Requests whose P another replica of the scheduler may have chosen at the same time."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support.fleet import P, prompt, scheduler_of
@@ -46,8 +44,8 @@ class Burst:
 
 
 @pytest.fixture
-def burst() -> Iterator[Burst]:
-    yield Burst()
+def burst() -> Burst:
+    return Burst()
 
 
 def test_a_claim_counts_at_once_and_is_sent_when_the_others_were_heard(burst: Burst) -> None:

@@ -164,7 +164,7 @@ class Dispatcher:
         return bool(self._claimed or len(self.queue))
 
     def dispatch(self, now: float) -> None:
-        """Confirm claims, refuse those that have waited too long, give endpoints to those that can have one."""
+        """Confirm claims, refuse what has waited too long, give endpoints to those that can have one."""
         while self._claimed and self._due(self._claimed[0]) <= now:
             self._confirm(self._claimed.popleft(), now)
         for ticket in list(self._overdue(now)):
