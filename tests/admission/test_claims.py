@@ -1,9 +1,13 @@
 """Requests whose P another replica of the scheduler may have chosen at the same time."""
 
+import asyncio
+import time
+
 import pytest
 
 from tests.support.fleet import P, prompt, scheduler_of
 from tests.support.given import give
+from vllm_pd_scheduler.admission.controller import AdmissionController
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.claims import HEARD_S
@@ -16,7 +20,7 @@ HEARD = 1.0 + HEARD_S
 class Burst:
     """A scheduler, busy P, and a request that is given the P it likes best, where others come first."""
 
-    def __init__(self, **config: object) -> None:
+    def __init__(self, now: float = 1.0, **config: object) -> None:
         self.scheduler: Scheduler = scheduler_of(4, 1, strategy="predicted_latency", **config)
         self.registry = self.scheduler.registry
         self.dispatcher = Dispatcher(self.scheduler)
@@ -24,7 +28,7 @@ class Burst:
         self.liked = next(e for e in self.registry.endpoints(P) if self.is_contested(e))
         for endpoint in self.registry.endpoints(P):
             give(endpoint.prefill, per_token=1e-3)
-            self.registry.reserve(endpoint, prompt(1000.0 if endpoint is self.liked else 3000.0, now=1.0))
+            self.registry.reserve(endpoint, prompt(1000.0 if endpoint is self.liked else 3000.0, now=now))
 
     def is_contested(self, endpoint: Endpoint) -> bool:
         claim = self.registry.reserve(endpoint, prompt(9000.0))
@@ -128,3 +132,24 @@ def test_many_claims_of_one_burst_are_confirmed_together(burst: Burst) -> None:
         burst.dispatcher.dispatch(1.0 + turn * (HEARD_S + 0.001))
     assert all(isinstance(each.outcome, Reservation) for each in tickets)
     assert sum(e.in_flight for e in burst.registry.endpoints(P)) == 2004
+
+
+def test_a_request_in_the_event_loop_goes_on_by_itself() -> None:
+    async def admit() -> None:
+        burst = Burst(time.monotonic())
+        controller = AdmissionController(burst.dispatcher, time.monotonic)
+        ticket = Ticket(prompt(500.0, arrived=time.monotonic()), P)
+        outcome = await controller.admit(ticket)
+        assert isinstance(outcome, Reservation)
+        assert ticket.claims == 1
+        before = burst.liked.in_flight
+        leaves = asyncio.create_task(controller.admit(Ticket(prompt(500.0, arrived=time.monotonic()), P)))
+        await asyncio.sleep(0)
+        assert burst.liked.in_flight == before + 1
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        assert burst.liked.in_flight == before
+        assert not burst.dispatcher.pending
+
+    asyncio.run(admit())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.replicas.one import P, One, make_registry, make_request
+from tests.replicas.one import One, P, make_registry, make_request
 from vllm_pd_scheduler.fleet.claims import HEARD_S
 from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.replicas import SILENT_S
