@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.aliases import AliasConfig
 from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
+from vllm_pd_scheduler.config.kv_events import KvEventsConfig
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
@@ -84,7 +85,7 @@ GROUPS = (
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
         (
             *("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
-            *("encode_connector", "encode_timeout"),
+            *("encode_connector", "encode_timeout", "kv_events"),
         ),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
@@ -196,6 +197,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     ConnectorConfig: "connector",
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
+    KvEventsConfig: "KV events",
     TracingConfig: "tracing",
     AliasConfig: "alias",
     DnsSource: "DNS source",

@@ -93,6 +93,8 @@ class PDInstance:
     fleet."""
     data_parallel_size: int = 1
     """Engines behind its one port. With more than one, each is an endpoint of its own, a rank."""
+    kv_events_ports: tuple[int | None, int | None] = None, None
+    """Where it publishes KV events, and gives them again, if not where the fleet does."""
 
     def __post_init__(self) -> None:
         size = self.data_parallel_size

@@ -22,6 +22,7 @@ from .models import PD_ROLES, By, InstanceRole, PDInstance
 from .records.decisions import Decisions
 from .records.events import EventKind, Events
 from .records.recording import Recording
+from .request.context import RequestContext
 from .request.errors import Reject, reject
 from .request.objectives import Objectives
 from .request.rewrites import Rewrites
@@ -285,6 +286,10 @@ class PDRouter:
         """Make an event of each of the misfits."""
         for text in self.misfits():
             self.events.add(EventKind.CONFIG, text, by=by, level=logging.WARNING)
+
+    def on_token_ids(self, call: Callable[[RequestContext, bytes], None]) -> None:
+        """Call ``call`` for each prompt of which P tells the tokens: with these, as a JSON array."""
+        self._core.prefill.ends.on_token_ids = call
 
     def share_hashes(self, key: int) -> None:
         """Hash prompts as every scheduler with this key, below 2**64, does: call it before any request."""

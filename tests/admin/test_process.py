@@ -38,7 +38,7 @@ async def test_status(admin: Admin) -> None:
         "ready": False,
         "strategy": {"prefill": "least_load", "decode": "least_load"},
         "shadow": None,
-        "queue": {"requests": 0, "bytes": 0},
+        "queue": {"requests": 0, "bytes": 0, "requests_elsewhere": 0},
         "held_bytes": 0,
         "roles": {
             "prefill": {"total": 1, "routable": 0},

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.replicas.one import KEY, D, One, P, make_registry, make_request, sound
@@ -18,13 +18,17 @@ from vllm_pd_scheduler.fleet.endpoint import Reservation
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.replicas import SILENT_S, Disbelieved, Ignored
 from vllm_pd_scheduler.replicas.message import (
+    Ask,
     Drawn,
     Ended,
     Handed,
+    Held,
+    Learned,
     Message,
     PairVerdict,
     Placement,
     Prefill,
+    Rates,
     Share,
     pack_blocks,
 )
@@ -65,6 +69,21 @@ LIES = st.fixed_dictionaries(
         ),
         "handed": st.lists(st.builds(Handed, PLACE, PLACE, st.integers(1, 10_000)), max_size=4),
         "waiting": st.tuples(HUGE, HUGE),
+        "blocks": HUGE,
+        "asks": st.lists(
+            st.builds(Ask, st.sampled_from("ab"), HUGE, HUGE, st.lists(PLACE, max_size=8), st.booleans()),
+            max_size=4,
+        ),
+        "held": st.builds(Held, PLACE, BLOCKS, HUGE, st.booleans()),
+        "rates": st.builds(
+            Rates,
+            st.tuples(st.floats(0, 10), st.floats(0, 0.1)),
+            st.lists(st.tuples(PLACE, st.floats(-3, 3)), max_size=4),
+            st.lists(st.tuples(PLACE, PLACE, st.floats(-3, 3)), max_size=4),
+        ),
+        "learned": st.builds(
+            Learned, *2 * [st.tuples(st.floats(0, 10), st.floats(0, 0.1), st.floats(0, 0.1))]
+        ),
         "summary": st.booleans(),
     },
 )
@@ -81,7 +100,7 @@ def _scrape(one: One, name: str, requests: int, now: float, usage: float = 0.1) 
     one.registry.scraped(endpoint, snapshot, endpoint.in_flight, endpoint.tokens)
 
 
-@settings(max_examples=60, phases=[Phase.generate])
+@settings(max_examples=60)
 @given(st.lists(LIES, max_size=12), st.randoms(use_true_random=False))
 def test_two_honest_ones_and_a_liar(lies: list[dict[str, Any]], random: Random) -> None:
     ones = [One("a", registry=make_registry(EACH)), One("b", registry=make_registry(EACH))]

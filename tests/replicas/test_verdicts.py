@@ -95,6 +95,18 @@ def test_the_trial_of_a_replica_that_dies_is_anothers() -> None:
     assert theirs.on_our_trial
 
 
+def test_a_trial_that_never_ends_keeps_nobody_away_for_ever() -> None:
+    b = One("b")
+    names = ["decode-0"]
+    b.hear([KEY.encode(Message("x", 1, True, (0, 0), names, [Share(0, 0, 0)]))], 0.9)
+    _eject(b, "decode-0", 1.0)
+    (theirs,) = _half_open(2.5, b)
+    for number in range(2, 70):
+        b.hear([KEY.encode(Message("x", number, True, (0, 0), names, [Share(0, 1, 9, True)]))], 2.0 + number)
+        assert theirs.on_trial is (number <= 62)
+    assert b.replica.disbelieved == {Disbelieved.TRIALS: 1}
+
+
 def test_an_instance_that_serves_us_is_not_ejected_again_by_one_that_cannot_reach_it() -> None:
     a, b = One("a"), One("b")
     _introduce(a, b)

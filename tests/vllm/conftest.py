@@ -66,6 +66,24 @@ def short_lease(pair: Pair) -> Iterator[Pair]:
         _run("down", **settings)
 
 
+@pytest.fixture(scope="module")
+def publishing(pair: Pair) -> Iterator[Pair]:
+    """Another pair that publishes KV events, at 5677 and 5687, of caches that are soon full."""
+    settings: dict[str, object] = {
+        "ROOT": ROOT / "publishing",
+        "VENV": ROOT / "venv",
+        "MODEL": ROOT / "tiny-llama",
+        **{"P_PORT": 28221, "P_SIDE": 5620, "P_EV": 5677, "D_PORT": 28222, "D_SIDE": 5720, "D_EV": 5687},
+        **{"KV_EVENTS": 1, "KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2},
+    }
+    try:
+        _done(_run("up", **settings))
+        run = ROOT / "publishing" / "run"
+        yield Pair(Instance(28221, run / "prefill.pid"), Instance(28222, run / "decode.pid"))
+    finally:
+        _run("down", **settings)
+
+
 @contextmanager
 def _another_pair(name: str, ports: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Iterator[Pair]:
     """A pair with other connectors than the script's: its smoke test, which is NIXL's, is left out."""

@@ -52,7 +52,7 @@ _Gauges = tuple[tuple[str, str, _Getter], ...]
 """Name, help text and value of each gauge."""
 
 _GAUGES: _Gauges = (
-    ("pd_scheduler_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
+    ("pd_scheduler_in_flight", "Requests of ours on an instance.", lambda e, _: e.own_in_flight),
     (
         "pd_scheduler_waiting",
         "Requests queued on an instance: scraped, plus sent since.",
@@ -76,7 +76,7 @@ _GAUGES: _Gauges = (
     (
         "pd_scheduler_tokens_in_flight",
         "Tokens of our requests on an instance: to compute for prefill, prompt and answer for decode.",
-        lambda e, _: e.tokens,
+        lambda e, _: e.own_tokens,
     ),
     (
         "pd_scheduler_kv_capacity_tokens",
@@ -89,6 +89,14 @@ _GAUGES: _Gauges = (
         lambda e, _: len(e.holder),
     ),
 )
+_SHARED_GAUGES: _Gauges = (
+    (
+        "pd_scheduler_in_flight_elsewhere",
+        "Requests of other replicas on an instance, as they tell.",
+        lambda e, _: e.elsewhere,
+    ),
+)
+"""With values only if there may be other replicas."""
 _PREFILL_GAUGES: _Gauges = (
     (
         "pd_scheduler_prefill_rate",
@@ -102,7 +110,7 @@ _PREFILL_GAUGES: _Gauges = (
     ),
     (
         "pd_scheduler_prefill_left_seconds",
-        "Predicted time until the prefills that we have sent there are done.",
+        "Predicted time until the prefills that we and other replicas have sent there are done.",
         lambda e, now: e.prefill.remaining(now),
     ),
     (
@@ -163,6 +171,8 @@ class _RegistryCollector(_AtScrape):
     def collect(self) -> Iterator[Metric]:
         yield from self._states()
         yield from self._values(_GAUGES, tuple(self._registry))
+        alone = self._registry.journal is None
+        yield from self._values(_SHARED_GAUGES, () if alone else tuple(self._registry))
         yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
         yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))
         ratios = GaugeMetricFamily(

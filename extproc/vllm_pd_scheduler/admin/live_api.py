@@ -111,7 +111,7 @@ def reading(router: PDRouter) -> Reading:
         requests=totals.requests,
         errors=dict(totals.errors),
         queue=len(router.dispatcher.queue),
-        in_flight={role.value: sum(each.in_flight for each in found) for role, found in roles.items()},
+        in_flight={role.value: sum(each.own_in_flight for each in found) for role, found in roles.items()},
         tpot=[
             (each.latency, each.metrics.running if each.metrics else 0.0)
             for each in roles[InstanceRole.DECODE]

@@ -45,6 +45,8 @@ class QueueStatus(Shown):
 
     requests: int
     bytes: int
+    requests_elsewhere: int
+    """Those that wait in the queues of its other replicas, as these tell."""
 
 
 class RoleStatus(Shown):
@@ -144,7 +146,11 @@ class ProcessApi:
             ready=self._is_ready() and serves,
             strategy=StrategiesInUse(**{role.value: name for role, name in scheduler.names.items()}),
             shadow=scheduler.shadow.name if scheduler.shadow else None,
-            queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
+            queue=QueueStatus(
+                requests=len(queue),
+                bytes=queue.bytes,
+                requests_elsewhere=sum(self._router.registry.elsewhere.waiting),
+            ),
             held_bytes=self._router.body_memory.used,
             roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
             misfits=self._router.misfits(),

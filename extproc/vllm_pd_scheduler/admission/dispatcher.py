@@ -341,7 +341,10 @@ class Dispatcher:
     def _refusal(self, ticket: Ticket, reason: str, message: str) -> Reject:
         # When the queue is done, if all instances share what waits now.
         serving = max(1, len(self.registry.routable(InstanceRole.PREFILL)))
-        retry_after = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self.queue.work / serving)))
+        # Those that wait at other replicas of the scheduler are served meanwhile too.
+        waiting, elsewhere = max(1, len(self.queue)), sum(self.registry.elsewhere.waiting)
+        seconds = self.queue.work * (waiting + elsewhere) / waiting / serving
+        retry_after = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(min(seconds, _MAX_RETRY_AFTER_S))))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
 
 

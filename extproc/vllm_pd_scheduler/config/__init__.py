@@ -1,6 +1,7 @@
 """The configuration: what it may hold (:mod:`.schema`) and how it is read (:mod:`.load`)."""
 
 from .instances import InstanceConfig, SecretSource, connector_choice
+from .kv_events import KvEventsConfig
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
@@ -9,7 +10,7 @@ from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "Reloaded", "SchedulerConfig", "SecretSource",
-    "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error", "find_problems",
-    "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "KvEventsConfig", "Reloaded", "SchedulerConfig",
+    "SecretSource", "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error",
+    "find_problems", "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

@@ -154,6 +154,10 @@ class InstanceConfig(StrictModel):
     """Its `--data-parallel-size`, if its engines share its one port: the scheduler then chooses among them
     ([data-parallel ranks](connectors/ranks.md)). Engines with ports of their own are instances
     of their own."""
+    kv_events_port: Port | None = None
+    """With `kv_events`: the `port` of this instance, if it is another one than that of all."""
+    kv_events_replay_port: Port | None = None
+    """With `kv_events`: the `replay_port` of this instance, if it is another one than that of all."""
 
     @field_validator("host")
     @classmethod

@@ -33,6 +33,7 @@ from .instances import (
     connector_choice,
     is_host,
 )
+from .kv_events import KvEventsConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -277,6 +278,9 @@ class SchedulerConfig(InstancesFile):
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
+    kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
+    """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
+    cached. Off without it."""
     tracing: Annotated[TracingConfig | None, _AT_START] = None
     """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 
@@ -411,6 +415,7 @@ class SchedulerConfig(InstancesFile):
             item.revision,
             _own_connector(role, item),
             self.rank_count(item),
+            (item.kv_events_port, item.kv_events_replay_port),
         )
 
     def rank_count(self, item: InstanceConfig) -> int:

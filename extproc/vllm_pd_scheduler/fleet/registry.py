@@ -304,13 +304,14 @@ class Registry:
         if [endpoint for endpoint in self._draining if endpoint.drain_ended()]:
             self._changed(By.REQUEST)
 
-    def watch(self, role: InstanceRole) -> set[Endpoint]:
-        """Return a new set to which each endpoint of a role is added when its load changes.
+    def watch(self, role: InstanceRole, changed: set[Endpoint] | None = None) -> set[Endpoint]:
+        """Return a set to which each endpoint of a role is added when its load changes.
 
-        That is when a request is reserved or released there, when it is scraped, and when it says that it is
-        full. The caller empties the set, and so need not look at all endpoints to see what has changed.
+        It is ``changed``, or a new one. A load changes when a request is reserved or released there, when it
+        is scraped, and when it says that it is full. The caller empties the set, and so need not look at all
+        endpoints to see what has changed.
         """
-        changed: set[Endpoint] = set()
+        changed = set() if changed is None else changed
         self._watchers[role].append(changed)
         return changed
 

@@ -3,8 +3,8 @@
 A message is ``PDR``, the format's version (one byte), the fleet's key (8 bytes) and a MessagePack array.
 Loads, verdicts and draws are told as sums that stand for themselves, not as differences: one that is lost is
 mended by the next, one that comes twice changes nothing. What cannot be told so, where prompts are cached, is
-numbered by its message, so who misses one can ask for it (:class:`Ask`). Endpoints are indices of a list of
-ids in the same message. There is no time of day in it, since clocks differ, and nothing of a prompt or a
+numbered by its message, so who misses one can ask for it (:class:`Ask`). Endpoints are indices of a list in
+the same message. There is no time of day in it, since clocks differ, and nothing of a prompt or a
 tenant but hashes.
 """
 
@@ -28,6 +28,8 @@ MAX_BLOCKS = 4096
 """Of one prompt whose placement is told: the beginning of a longer one."""
 MAX_HELD = 20_000
 """Blocks of one endpoint that are told to one who joins: those used last."""
+MAX_PART = 2_500
+"""Of these in one message: to record so many takes 3 ms."""
 MAX_ASKED = 8
 """Endpoints whose blocks one asks for at once."""
 MAX_REQUESTS = 10_000
@@ -53,6 +55,7 @@ Number = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Prompt = Annotated[int, Meta(ge=0, le=MAX_PROMPT)]
 Blocks = Annotated[bytes, Meta(max_length=8 * MAX_BLOCKS)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+EndpointName = Name | Annotated[int, Meta(ge=0, lt=1 << 32)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """How often something has happened, modulo 65,536."""
 Overhead = Annotated[float, Meta(ge=0.0, le=MAX_OVERHEAD_S)]
@@ -85,6 +88,8 @@ class Disbelieved(StrEnum):
     """Prefills that were queued on a P long before it said that it has none."""
     EJECTIONS = "ejections"
     """More than may be out by the word of one, or of an instance that serves us."""
+    TRIALS = "trials"
+    """One that runs for more than a minute."""
     RECOVERIES = "recoveries"
     """Before the pause after an ejection is over."""
     PAIRS = "pairs"
@@ -213,7 +218,11 @@ class Held(Struct, array_like=True, frozen=True):
     """Blocks that are taken for cached on an endpoint, those used last first: who asks is told."""
 
     endpoint: Index
-    blocks: Annotated[bytes, Meta(max_length=8 * MAX_HELD)]
+    blocks: Annotated[bytes, Meta(max_length=8 * MAX_PART)]
+    before: Number = 0
+    """How many used later the messages before have told."""
+    more: bool = False
+    """Whether another message has those used before."""
 
 
 class Rates(Struct, array_like=True, frozen=True):
@@ -236,7 +245,8 @@ class Message(Struct, array_like=True, frozen=True):
     summary: bool
     waiting: tuple[Number, Number]
     """Requests in its queue, for P and for D."""
-    endpoints: Annotated[list[Name], Meta(max_length=MAX_ITEMS)]
+    endpoints: Annotated[list[EndpointName], Meta(max_length=MAX_ITEMS)]
+    """See :class:`.directory.Directory`."""
     shares: Annotated[list[Share], Meta(max_length=MAX_ITEMS)] = []
     prefills: Annotated[list[Prefill], Meta(max_length=MAX_ITEMS)] = []
     ended: Annotated[list[Ended], Meta(max_length=MAX_ITEMS)] = []

@@ -12,6 +12,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..prediction.transfer_rates import KnownRates
 from . import plausible
+from .directory import Directory
 from .joining import Joining
 from .message import (
     MAX_ITEMS,
@@ -81,11 +82,11 @@ class _Other:
 class Others:
     """Every number that it adds to the registry it takes away again, so nothing of a replica stays."""
 
-    def __init__(self, name: str, registry: Registry, own: OwnWork) -> None:
+    def __init__(self, name: str, registry: Registry, directory: Directory, own: OwnWork) -> None:
         self.disbelieved: Counter[Disbelieved] = Counter()
         """Claims that were not believed, by kind."""
         self.joining = Joining(registry)
-        self._name, self._registry, self._own = name, registry, own
+        self._name, self._registry, self._directory, self._own = name, registry, directory, own
         self._judge = Judge(registry, own, self.disbelieved)
         self._others: dict[str, _Other] = {}
         self._gone: dict[str, int] = {}
@@ -96,6 +97,10 @@ class Others:
     def names(self) -> list[str]:
         """Those of which something was heard lately."""
         return list(self._others)
+
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each, by name."""
+        return {name: now - other.heard_at for name, other in self._others.items()}
 
     @property
     def waiting(self) -> tuple[int, int]:
@@ -138,7 +143,7 @@ class Others:
         for name in silent:
             other = self._others.pop(name)
             for endpoint, share in other.shares.items():
-                self._told(endpoint, share, Share(0, 0, 0))
+                self._told(endpoint, share, Share(0, 0, 0), now)
             self._cancel(other, other.prefills.keys(), now)
             self.joining.left(name)
             self._gone[name] = other.number
@@ -154,7 +159,7 @@ class Others:
         self._registry.elsewhere.waiting = sum(each[0] for each in found), sum(each[1] for each in found)
 
     def _apply(self, other: _Other, message: Message, now: float) -> None:
-        find = self._registry.find
+        find = self._directory.find
         endpoints = [find(each) for each in message.endpoints]
         for prefill in message.prefills:
             if (endpoint := endpoints[prefill.endpoint]) is not None:
@@ -193,7 +198,7 @@ class Others:
     def _learn(self, message: Message, endpoints: list[Endpoint | None], now: float) -> None:
         """Take what another has learned, which one that has learned nothing yet uses."""
         if (held := message.held) is not None and (endpoint := endpoints[held.endpoint]) is not None:
-            self.joining.answered(message.replica, endpoint, held.blocks, now)
+            self.joining.answered(message.replica, endpoint, held, now)
         if message.learned is not None:
             self._registry.learning.told(message.learned.prefill, message.learned.decode)
         if message.rates is not None:
@@ -267,41 +272,48 @@ class Others:
         return share
 
     def _share(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
-        self._told(endpoint, self._share_of(other, endpoint), told)
-        # What happened before it was first heard is not news.
-        self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
+        self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told, now)
+        if told.ejections or told.recoveries or told.out:
+            # What happened before it was first heard is not news.
+            self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
 
-    def _told(self, endpoint: Endpoint, share: _Share, told: Share) -> None:
+    def _told(self, endpoint: Endpoint, share: _Share, told: Share, now: float) -> None:
         """Replace what is counted by what is told, as far as that is believed."""
         share.claim.told = told.requests, told.tokens
         self._count(endpoint, share)
-        handoffs = min(told.handoffs, plausible.UNSCRAPED)
-        if handoffs != share.handoffs:
+        if told.handoffs != share.handoffs:
+            handoffs = min(told.handoffs, plausible.UNSCRAPED)
             endpoint.holds_elsewhere(handoffs - share.handoffs)
             share.handoffs = handoffs
-        if told.on_trial and share.trial is None:
-            share.trial = Reservation(endpoint, endpoint.generation, elsewhere=True)
-            endpoint.tried_elsewhere(share.trial)
-        elif not told.on_trial and share.trial is not None:
-            share.trial.active, share.trial = False, None
+        if told.on_trial or share.trial is not None:
+            self._try(endpoint, share, told.on_trial, now)
 
-    def _count(self, endpoint: Endpoint, share: _Share) -> tuple[int, int]:
-        """Count what is believed; return how many more requests and tokens that are."""
+    def _try(self, endpoint: Endpoint, share: _Share, runs: bool, now: float) -> None:
+        """Take another's request for the trial while it runs, but not for ever."""
+        if share.trial is None:
+            share.trial = Reservation(endpoint, endpoint.generation, at=now, elsewhere=True)
+            endpoint.tried_elsewhere(share.trial)
+        elif not runs:
+            share.trial.active, share.trial = False, None
+        elif now - share.trial.at > plausible.TRIAL_S and share.trial.active:
+            share.trial.active = False
+            self.disbelieved[Disbelieved.TRIALS] += 1
+
+    def _count(self, endpoint: Endpoint, share: _Share) -> None:
+        """Count what is believed."""
         if share.generation != endpoint.generation:  # its restart has set all to zero
             share.generation, share.requests, share.tokens, share.handoffs = endpoint.generation, 0, 0, 0
         requests, tokens = share.claim.believed(endpoint)
-        more = requests - share.requests, tokens - share.tokens
-        if more != (0, 0):
-            endpoint.sent_elsewhere(*more)
+        if requests != share.requests or tokens != share.tokens:
+            endpoint.sent_elsewhere(requests - share.requests, tokens - share.tokens)
             share.requests, share.tokens = requests, tokens
-        return more
 
     def _keep_only(self, other: _Other, told: set[Endpoint], numbers: set[int], now: float) -> None:
         """Take away what a summary does not have."""
         self._cancel(other, other.prefills.keys() - numbers, now)
         for endpoint in [each for each in other.shares if each not in told]:
             share = other.shares[endpoint]
-            self._told(endpoint, share, Share(0, 0, 0))
+            self._told(endpoint, share, Share(0, 0, 0), now)
             if not share.queued and share.claim.trusted:
                 del other.shares[endpoint]
 

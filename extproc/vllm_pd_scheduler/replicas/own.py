@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..fleet.breaker import BreakerState
 from ..fleet.endpoint import Endpoint, Reservation
@@ -11,6 +11,7 @@ from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..request.context import RequestContext
 from .answers import Answers
+from .directory import Directory
 from .message import (
     MAX_BLOCKS,
     MAX_ITEMS,
@@ -44,30 +45,51 @@ _NOTHING = (0, 0, False, 0, 0, False, 0)
 
 
 class Names:
-    """The ids of a message's endpoints, and the place of each in their list."""
+    """The endpoints of a message, and the place of each in their list."""
 
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self._places: dict[str, int] = {}
+    def __init__(self, directory: Directory) -> None:
+        self.names: list[int | str] = []
+        self._directory = directory
+        self._places: dict[Endpoint, int] = {}
 
     def place(self, endpoint: Endpoint) -> int:
-        """Return the place of an endpoint's id."""
-        return self.place_of(endpoint.id)
+        """Return the place of an endpoint."""
+        place = self._places.setdefault(endpoint, len(self.names))
+        if place == len(self.names):
+            self.names.append(self._directory.name(endpoint))
+        return place
 
-    def place_of(self, name: str) -> int:
-        """Return the place of an id."""
-        found = self._places.setdefault(name, len(self.ids))
-        if found == len(self.ids):
-            self.ids.append(name)
-        return found
+    def add(self, name: int | str) -> int:
+        """Add what stands for an endpoint, and return its place."""
+        self.names.append(name)
+        return len(self.names) - 1
+
+
+class _Changed(set[Endpoint]):
+    """Endpoints whose load has changed. When a request of ours ends, nothing else says it."""
+
+    def __init__(self, own: OwnWork) -> None:
+        super().__init__()
+        self._own = own
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Have an endpoint in it, which is news, unless it is others' load."""
+        super().add(endpoint)
+        if not self._own.deaf:
+            self._own.noted()
 
 
 class OwnWork:
     """Collects what is to be told, at the cost of a few notes a request."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._changed = [registry.watch(role) for role in InstanceRole]
+    def __init__(self, registry: Registry, directory: Directory) -> None:
+        self.wake: Callable[[], None] = _nobody
+        """Called when there may be something to tell; often, so it should return at once."""
+        self.deaf = False
+        """Whether what others do is counted just now: a load that changes by that is nothing to tell."""
+        self._news = False
+        self._registry, self._directory = registry, directory
+        self._changed = [registry.watch(role, _Changed(self)) for role in InstanceRole]
         self._numbers = 0
         self._queued: dict[Endpoint, dict[Reservation, tuple[int, int]]] = {}
         """By P, our prefills in its queue, with their numbers and prompts' tokens."""
@@ -89,7 +111,7 @@ class OwnWork:
         self._draws_to_repeat: dict[tuple[int, bytes], int] = {}
         """Those told lately, and in how many summaries they are told once more."""
         self._told = Told()
-        self.answers = Answers(registry, self._told)
+        self.answers = Answers(directory, self._told)
         self.done = 0
         """Prefills of ours that were done."""
         registry.pairs.on_verdict = self._pair_failed
@@ -99,6 +121,7 @@ class OwnWork:
 
     def reserved(self, reservation: Reservation, request: RequestContext) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         endpoint = reservation.endpoint
         if endpoint.instance.role is InstanceRole.PREFILL:
             self._numbers += 1
@@ -116,6 +139,7 @@ class OwnWork:
 
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         self.done += 1
         known = self._queued.get(reservation.endpoint, {}).pop(reservation, None)
         if known is None:
@@ -129,11 +153,13 @@ class OwnWork:
 
     def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         if len(self._handed) < MAX_ITEMS:
             self._handed[prefill, decode] = min(MAX_REQUESTS, self._handed.get((prefill, decode), 0) + 1)
 
     def drawn(self, priority: int, tenant: bytes, work: float) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         key = priority, tenant
         self._drawn[key] = min(MAX_WORK_S, self._drawn.pop(key, 0.0) + work)
         self._new_draws[key] = None
@@ -159,6 +185,7 @@ class OwnWork:
     def _verdict(self, endpoint: Endpoint, verdict: tuple[int, int]) -> None:
         self._verdicts[endpoint] = verdict
         self._changed[0].add(endpoint)
+        self.noted()
 
     def _pair_failed(self, change: PairChange) -> None:
         self._pair(change.prefill, change.decode, False, change.out)
@@ -172,6 +199,7 @@ class OwnWork:
             out, back = self._pairs.get(pair, (0, 0))
             self._pairs[pair] = (out + is_out) % 65536, (back + (not is_out)) % 65536
             self._new_pairs[pair] = None
+            self.noted()
 
     def _end(self, ended: Ended) -> None:
         if len(self._ended) < MAX_ITEMS:
@@ -181,13 +209,17 @@ class OwnWork:
         self._blocks += blocks
         return self._blocks <= _MAX_UNTOLD_BLOCKS
 
+    def noted(self) -> None:
+        """Take it that there may be something to tell."""
+        self._news = True
+        self.wake()
+
     # -- what is told
 
     @property
     def untold(self) -> bool:
         """Whether there may be something to tell."""
-        lists = self._new, self._ended, self._placed, self._handed, self._new_draws, self._new_pairs
-        return any(lists) or any(self._changed)
+        return self._news
 
     def changes(
         self, replica: str, number: int, waiting: tuple[int, int], now: float, asks: list[Ask], names: Names
@@ -214,14 +246,14 @@ class OwnWork:
         if not (shares or prefills or ended or placed or handed or pairs or drawn or asks or held or rates):
             return None
         return Message(
-            replica, number, False, waiting, names.ids, shares, prefills, ended, placed[:MAX_ITEMS],
+            replica, number, False, waiting, names.names, shares, prefills, ended, placed[:MAX_ITEMS],
             None, drawn, pairs, handed, asks,
-            held and Held(names.place(held[0]), pack_blocks(held[1])), rates,
+            held and Held(names.add(held[0]), pack_blocks(held[1]), *held[2:]), rates,
         )  # fmt: skip
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:
         """Return all that this replica has: what others have of it besides has ended."""
-        names, registry = Names(), self._registry
+        names, registry = Names(self._directory), self._registry
         self._shares = {e: told for e, told in self._shares.items() if e in registry and told != _NOTHING}
         self._queued = {e: queued for e, queued in self._queued.items() if queued and e in registry}
         self._verdicts = {e: verdict for e, verdict in self._verdicts.items() if e in registry}
@@ -243,11 +275,12 @@ class OwnWork:
         self._draws_to_repeat = {key: left - 1 for key, left in self._draws_to_repeat.items() if left > 1}
         pairs = self._told_pairs(names, self._pairs)
         return Message(
-            replica, number, True, waiting, names.ids[:MAX_ITEMS], shares[:MAX_ITEMS], prefills[:MAX_ITEMS],
+            replica, number, True, waiting, names.names[:MAX_ITEMS], shares[:MAX_ITEMS], prefills[:MAX_ITEMS],
             learned=self._learned(), drawn=drawn, pairs=pairs, blocks=len(registry.prefixes),
         )  # fmt: skip
 
     def _clear(self) -> None:
+        self._news = False
         self._new, self._ended, self._placed, self._blocks = [], [], [], 0
         self._handed, self._new_pairs, self._new_draws = {}, {}, {}
         for changed in self._changed:
@@ -287,18 +320,20 @@ class OwnWork:
 
     def _changed_shares(self, names: Names, endpoints: Iterable[Endpoint]) -> Iterator[Share]:
         """Yield what we have on each endpoint that is not as it was told."""
+        verdicts, told_before = self._verdicts, self._shares.get
         for endpoint in endpoints:
-            out, back = self._verdicts.get(endpoint, (0, 0))
+            state = endpoint.breaker.state
+            out, back = verdicts.get(endpoint, (0, 0)) if verdicts else (0, 0)
             share = (
-                min(MAX_REQUESTS, endpoint.own_in_flight),
-                min(MAX_TOKENS, round(endpoint.own_tokens)),
-                endpoint.on_our_trial,
+                endpoint.in_flight - endpoint.elsewhere,
+                min(MAX_TOKENS, max(0, round(endpoint.tokens - endpoint.tokens_elsewhere))),
+                state is BreakerState.HALF_OPEN and endpoint.on_our_trial,
                 out % 65536,
                 back % 65536,
-                endpoint.breaker.state is BreakerState.OPEN,
-                min(MAX_REQUESTS, endpoint.pending_handoffs),
+                state is BreakerState.OPEN,
+                endpoint.pending_handoffs,
             )
-            if self._shares.get(endpoint, _NOTHING) != share:
+            if told_before(endpoint, _NOTHING) != share:
                 self._shares[endpoint] = share
                 yield Share(names.place(endpoint), *share)
 
@@ -327,11 +362,11 @@ class OwnWork:
         known, find = self._registry.load.transfers.known(_MAX_PAIRS), self._registry.find
         return Rates(
             (min(MAX_OVERHEAD_S, known.fleet[0]), min(MAX_TOKEN_S, known.fleet[1])),
-            [(names.place_of(each), factor) for each, factor in known.instances.items() if find(each)],
+            [(names.place(e), factor) for each, factor in known.instances.items() if (e := find(each))],
             [
-                (names.place_of(p), names.place_of(d), factor)
-                for (p, d), factor in known.pairs.items()
-                if find(p) and find(d)
+                (names.place(p), names.place(d), factor)
+                for pair, factor in known.pairs.items()
+                if (p := find(pair[0])) and (d := find(pair[1]))
             ],
         )
 
@@ -339,3 +374,7 @@ class OwnWork:
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     a, b, c = values
     return min(a, MAX_OVERHEAD_S), min(b, MAX_TOKEN_S), min(c, MAX_TOKEN_S)
+
+
+def _nobody() -> None:
+    """Wake nobody: the caller asks by itself."""

@@ -23,6 +23,8 @@ LONGEST_PROMPT = 1_000_000
 """Tokens of a prompt that are believed where it is not known how many fit."""
 OLD_S = 2.0
 """Seconds after which a prefill that is queued on a P is known there."""
+TRIAL_S = 60.0
+"""Seconds for which the trial request of another keeps ours away."""
 SETTLED = 32
 """Prefills after which what another's have taken is compared with what is predicted."""
 UNTAUGHT = 64
@@ -64,10 +66,16 @@ class Claim:
 
     def believed(self, endpoint: Endpoint) -> tuple[int, int]:
         """Return the requests and tokens that are believed."""
-        requests = self._grown(0, self.growth)
+        fits = LONGEST_PROMPT if endpoint.kv_capacity is None else int(endpoint.kv_capacity)
+        told = self.told
+        if self.believed_then == self.at_scrape and told[0] <= self.at_scrape[0] + self.growth:
+            requests = told[0]
+            if requests and told[1] <= fits and self.growth:  # as it mostly is
+                return told
+        else:
+            requests = self._grown(0, self.growth)
         if not requests:
             return 0, 0
-        fits = LONGEST_PROMPT if endpoint.kv_capacity is None else int(endpoint.kv_capacity)
         # Those that run on a D fit together.
         most = fits if endpoint.instance.role is InstanceRole.DECODE else requests * fits
         return requests, min(self._grown(1, most if self.trusted else 0), most)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from ..fleet.registry import Registry
+from .directory import Directory
 from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
 from .own import Names, OwnWork
@@ -39,17 +41,26 @@ class Replica:
         self.unsent = 0
         """Messages that would have been too long."""
         self._fleet = fleet
-        self._own = OwnWork(registry)
-        self._others = Others(name, registry, self._own)
+        self._directory = Directory(registry)
+        self._own = OwnWork(registry, self._directory)
+        self._others = Others(name, registry, self._directory, self._own)
         self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
 
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever there may be something to publish."""
+        self._own.wake = wake
+
     @property
     def others(self) -> list[str]:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
+
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each of them."""
+        return self._others.silent_for(now)
 
     @property
     def disbelieved(self) -> Counter[Disbelieved]:
@@ -83,10 +94,9 @@ class Replica:
         ``waiting`` are the requests in the queue, for P and for D. Replicas that were silent for long are
         forgotten.
         """
-        for name in self._others.forget_silent(now):
-            _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
+        self._others.forget_silent(now)
         messages = []
-        names = Names()
+        names = Names(self._directory)
         asks = self._asks(names, now)
         changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
         if changes is not None:
@@ -129,7 +139,12 @@ class Replica:
         if message.replica == self.name:
             return False
         known = len(self._others.names)
-        if (reason := self._others.receive(message, now)) is not None:
+        self._own.deaf = True
+        try:
+            reason = self._others.receive(message, now)
+        finally:
+            self._own.deaf = False
+        if reason is not None:
             return self._ignore(reason)
         self.received += 1
         if len(self.disbelieved) > len(self._disbelieved_said):

@@ -77,7 +77,7 @@ class PrefillStage:
         self._clock = clock
         self._sources = KvSources(scheduler, connectors.can_pull)
         self._local_errors = LocalErrors(telemetry, config.prefill_listener, clock)
-        self._ends = PrefillEnds(
+        self.ends = PrefillEnds(
             config,
             scheduler,
             telemetry,
@@ -302,9 +302,9 @@ class PrefillStage:
             else:
                 with self._telemetry.time_prefill(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt)
-                return self._ends.answered(reservation, context, attempt, answer, tried, noted)
+                return self.ends.answered(reservation, context, attempt, answer, tried, noted)
         except (ConnectorFailed, PrefillFailed) as error:
-            return self._ends.unanswered(error, endpoint, context, tried, noted)
+            return self.ends.unanswered(error, endpoint, context, tried, noted)
         finally:
             if beside is None and not kept:
                 self._end(reservation, noted)
@@ -313,16 +313,16 @@ class PrefillStage:
             try:
                 with self._telemetry.time_prefill(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
-                return self._ends.answered(reservation, context, attempt, answer, tried, noted)
+                return self.ends.answered(reservation, context, attempt, answer, tried, noted)
             except (ConnectorFailed, PrefillFailed) as error:
-                return self._ends.unanswered(error, endpoint, context, tried, noted)
+                return self.ends.unanswered(error, endpoint, context, tried, noted)
             finally:
                 self._end(reservation, noted)
 
         return await beside.begin(send)
 
     def _end(self, reservation: Reservation, noted: NotedAttempt) -> None:
-        self._ends.over(reservation, noted)
+        self.ends.over(reservation, noted)
         # Soon, since this request itself is about to take a place at decode.
         asyncio.get_running_loop().call_soon(self._admission.wake)
 

@@ -54,6 +54,8 @@ class PrefillEnds:
         forget_answers: Callable[[Endpoint], None],
         clock: Callable[[], float],
     ) -> None:
+        self.on_token_ids: Callable[[RequestContext, bytes], None] | None = None
+        """Called with the token ids of a prompt, a JSON array, where P has told them."""
         self._config = config
         self._registry = scheduler.registry
         self._telemetry = telemetry
@@ -137,6 +139,8 @@ class PrefillEnds:
             self._registry.succeeded(endpoint)
             self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
             self._learn(reservation, context, handoff)
+            if handoff.token_ids and self.on_token_ids is not None:
+                self.on_token_ids(context, handoff.token_ids)
             deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
             return PendingHandoff(
                 handoff, endpoint, attempt, deadline, context.model, tried.decode, tried.losses

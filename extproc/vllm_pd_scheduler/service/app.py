@@ -17,7 +17,7 @@ from ..admin.changes import AdminChanges
 from ..admin.http_server import HttpServer
 from ..admin.metaserver import Metaserver, url_for
 from ..admin.probes_server import ProbesServer
-from ..config import ConfigError, SchedulerConfig, TracingConfig, is_loopback
+from ..config import ConfigError, KvEventsConfig, SchedulerConfig, TracingConfig, is_loopback
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -146,6 +146,8 @@ class App:
             leg.give_up(endpoint)
             encode_leg.give_up(endpoint)
 
+        if config.kv_events is not None:
+            self._start_kv_events(config.kv_events)
         monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
@@ -222,6 +224,19 @@ class App:
         self.router.tracer = export.tracer
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)
+
+    def _start_kv_events(self, config: KvEventsConfig) -> None:
+        try:
+            config.check()
+        except ValueError as error:
+            raise StartupError(f"kv_events: {error}") from None
+        from ..kv_events.follow import KvEvents  # its package is an extra
+
+        router = self.router
+        events = KvEvents(config, router.registry, router.telemetry)
+        events.start()
+        self._stack.push_async_callback(events.stop)
+        router.on_token_ids(events.learn)
 
     def _start_self_check(self, leg: PrefillLeg, ask: AskPrefill, pool: ConnectionPool) -> SelfCheck:
         router, config = self.router, self.config

@@ -235,6 +235,8 @@ class Api:
                     salt = body.cache_salt or ""
                     hashes = prompt.block_hashes(profile.block_size, salt) if profile.prefix_caching else ()
                     kept = HandOff.NONE if pushes else hand_off
+                    if worker.publisher is not None:
+                        worker.publisher.knows(prompt, hashes)
                     request = EngineRequest(name, prompt.tokens, length.tokens, kept, hashes)
                     job = Job(request, prompt, len(jobs), length.finish_reason, answer, params=params)
                     job.pushes = pushes

@@ -25,6 +25,8 @@ class BlockPool:
         # Usually one block for each hash. Two requests that compute the same prompt at the same time have one
         # each.
         self._cached: dict[int, list[int]] = {}
+        self.changes: list[tuple[int, bool]] | None = None
+        """If it is a list: each hash that was cached (True) or is not any more (False), for who watches."""
 
     @property
     def used(self) -> int:
@@ -79,7 +81,10 @@ class BlockPool:
             block, key = blocks[index], hashes[index]
             if block not in self._hash_of:
                 self._hash_of[block] = key
-                self._cached.setdefault(key, []).append(block)
+                copies = self._cached.setdefault(key, [])
+                copies.append(block)
+                if self.changes is not None and len(copies) == 1:
+                    self.changes.append((key, True))
 
     def release(self, holder: str) -> None:
         """Free all blocks of a holder, if it has any.
@@ -119,4 +124,6 @@ class BlockPool:
             copies.remove(block)
             if not copies:
                 del self._cached[key]
+                if self.changes is not None:
+                    self.changes.append((key, False))
         return block

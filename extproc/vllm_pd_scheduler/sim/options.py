@@ -54,6 +54,8 @@ class Options:
     allowed_origins: tuple[str, ...] = ()
     engine_id: str | None = None
     kv_connector: KvConnector = "nixl"
+    kv_events_port: int | None = None
+    kv_events_replay_port: int | None = None
     ec_connector: EcConnector = "none"
     ec_storage: str | None = None
     data_parallel_size: int = 1
@@ -128,6 +130,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--allowed-origins", type=json.loads, default=[], help="JSON list of web pages that may read answers")
     add("--engine-id", help="NIXL engine id (default: another one at each start)")
     add("--kv-connector", choices=get_args(KvConnector), default="nixl", help="how blocks are handed over")
+    add("--kv-events-port", type=int, help="publish KV events there, a rank at a port; needs pyzmq")
+    add("--kv-events-replay-port", type=int, help="and give them again there")
     add("--data-parallel-size", type=int, default=1, help="engines behind the one port (default: 1)")
     add(
         "--ec-connector",
@@ -194,6 +198,8 @@ def _options(given: argparse.Namespace) -> Options:
         allowed_origins=tuple(given.allowed_origins),
         engine_id=given.engine_id,
         kv_connector=given.kv_connector,
+        kv_events_port=given.kv_events_port,
+        kv_events_replay_port=given.kv_events_replay_port,
         ec_connector=given.ec_connector,
         ec_storage=given.ec_storage,
         data_parallel_size=given.data_parallel_size,

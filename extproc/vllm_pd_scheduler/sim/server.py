@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import uvloop
 from aiohttp import web
@@ -18,6 +19,9 @@ from .options import Options, parse_options
 from .protocols import connector_of
 from .ranks import Ranks
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from .kv_events import Publisher
 
 
 async def serve(options: Options) -> int:
@@ -41,6 +45,7 @@ async def serve(options: Options) -> int:
         auto_decompress=False,
     )
     await runner.setup()
+    publishing = [loop.create_task(each.run()) for each in _publishers(options, ranks)]
     stepping = [loop.create_task(worker.run()) for worker in ranks.workers]
     for each in stepping:
         each.add_done_callback(lambda _: None if ranks.dead else stop.set())
@@ -64,7 +69,7 @@ async def serve(options: Options) -> int:
         await stop.wait()
     finally:
         await runner.cleanup()
-        for each in stepping:
+        for each in (*stepping, *publishing):
             each.cancel()
             with suppress(asyncio.CancelledError):
                 await each
@@ -95,6 +100,27 @@ def _ranks(options: Options, on_death: Callable[[], None]) -> Ranks:
         )
         workers.append(worker)
     return Ranks(workers)
+
+
+def _publishers(options: Options, ranks: Ranks) -> list["Publisher"]:
+    """Return what publishes the engines' KV events, if that is asked for."""
+    if options.kv_events_port is None:
+        return []
+    from .kv_events import Publisher  # its package is an extra
+
+    found, replay = [], options.kv_events_replay_port
+    for rank, worker in enumerate(ranks.workers):
+        engine = worker.engine
+        worker.publisher = Publisher(
+            engine.pool,
+            engine.profile.block_size,
+            options.host,
+            options.kv_events_port + rank,
+            None if replay is None else replay + rank,
+            rank,
+        )
+        found.append(worker.publisher)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .ascend_layerwise import LayerwiseConnector, PushCall, external_id
 from .engine import Engine, EngineRequest, Fetch, HandOff, Step
@@ -17,6 +17,9 @@ from .mooncake import PullCall, sent_as
 from .nixl_push import base_id
 from .offloading import OffloadingConnector, P2pFetch
 from .text import Answer, Prompt
+
+if TYPE_CHECKING:
+    from .kv_events import Publisher
 
 
 class EngineFailed(Exception):
@@ -92,6 +95,8 @@ class Worker:
         self.fault = Fault()
         """What a test has ordered of its transfers."""
         self.metrics = metrics
+        self.publisher: Publisher | None = None
+        """Who publishes its KV events, if anybody does."""
         self._wrong: set[int] = set()
         """Hashes of cached blocks that have come wrong."""
         self._agent = agent

@@ -177,6 +177,12 @@ class Telemetry:
             ["decode", "failure"],
             registry=self.prometheus,
         )
+        self._kv_events = Counter(
+            "pd_scheduler_kv_event_batches",
+            "Batches of KV events of an endpoint: read, lost on the way, or bad.",
+            ["endpoint", "outcome"],
+            registry=self.prometheus,
+        )
         self._handoffs = Counter(
             "pd_scheduler_handoffs_unused",
             "Hand-offs that no decode used: freed on P at once, left to the lease, or too late to be used.",
@@ -398,6 +404,10 @@ class Telemetry:
     def metaserver_called(self, outcome: str) -> None:
         """Count a call by which somebody has asked for a prefill."""
         self._metaserver_calls.labels(outcome).inc()
+
+    def kv_event_batches(self, endpoint: str, outcome: str, count: int) -> None:
+        """Count batches of KV events; ``outcome`` is ``read``, ``lost`` or ``bad``."""
+        self._kv_events.labels(endpoint, outcome).inc(count)
 
     def handoff_released(self, prefill: str) -> None:
         """Count an unused hand-off whose blocks were freed on P."""
