@@ -108,5 +108,22 @@ def test_a_claim_places_no_prefix_before_it_is_confirmed() -> None:
     request = prompt(blocks=(1, 2), now=1.0)
     ours = registry.reserve(endpoint, request, tentative=True)
     assert len(registry.prefixes) == 0
-    registry.confirm(ours)
+    registry.confirm(ours, 1.0)
     assert len(registry.prefixes) == 2
+
+
+def test_what_a_prefill_takes_counts_from_when_it_is_sent() -> None:
+    registry = among("a")
+    ours = claim(registry, registry.endpoints(P)[0])
+    behind = claim(registry, ours.endpoint)
+    registry.confirm(ours, 1.0 + HEARD_S)
+    registry.confirm(behind, 1.5)
+    assert ours.finish(2.0) == pytest.approx(1.0 - HEARD_S)
+
+
+def test_a_claim_that_is_given_up_has_kept_nobody_waiting() -> None:
+    registry = among("a")
+    endpoint = registry.endpoints(P)[0]
+    ours, theirs = claim(registry, endpoint), claimed_by("b", endpoint, registry, 1.01)
+    ours.release(1.0 + HEARD_S)
+    assert endpoint.prefill.complete(theirs, 1.5) == pytest.approx(0.5)

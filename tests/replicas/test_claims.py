@@ -39,7 +39,7 @@ def test_a_claim_is_load_elsewhere_at_once_and_a_cached_prompt_when_it_stands() 
     there = b.registry.get(endpoint)
     assert there.prefill.queued > 0
     assert len(b.registry.prefixes) == 0
-    a.registry.confirm(made)
+    a.registry.confirm(made, 1.0 + HEARD_S)
     b.hear(a.publish(1.0 + HEARD_S), 1.0 + HEARD_S)
     assert len(b.registry.prefixes) == 2
     assert len(list(there.prefill.pending)) == 1

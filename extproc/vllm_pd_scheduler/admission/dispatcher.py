@@ -321,7 +321,7 @@ class Dispatcher:
         if claim is None:
             return
         if claim.endpoint.routable and claim.active and not self.registry.claims.overtaken(claim):
-            self.registry.confirm(claim)
+            self.registry.confirm(claim, now)
             ticket.settle(claim)
             return
         claim.release(now)

@@ -542,7 +542,8 @@ class Reservation:
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self._end():
             load = self.endpoint.prefill
-            load.cancel(self, load.head_at if now is None else now)
+            # One that was not sent has kept P from nothing: what is behind it began when it was made.
+            load.cancel(self, load.head_at if now is None or self.tentative else now)
 
     def finish(self, now: float) -> float | None:
         """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""

@@ -429,9 +429,10 @@ class Registry:
                 self.journal.reserved(reservation, request)
         return reservation
 
-    def confirm(self, reservation: Reservation) -> None:
-        """Let a request stay where it is: its prompt will be cached there."""
+    def confirm(self, reservation: Reservation, now: float) -> None:
+        """Let a request stay where it is, and go there now: its prompt will be cached there."""
         reservation.tentative = False
+        reservation.endpoint.prefill.sent(reservation, now)
         if reservation.blocks:
             reservation.endpoint.holder.store(reservation.blocks)
         if self.journal is not None:
