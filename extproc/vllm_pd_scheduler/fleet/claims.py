@@ -16,6 +16,7 @@ _RECENT = 0.05
 _MOST_LOSS_S = 1.0
 """That one claim counts for, so that one long prompt does not decide for long."""
 _MAX_WATCHED = 256
+_MAX_KNOWN = 10_000
 
 
 class Claims:
@@ -90,6 +91,8 @@ class Claims:
     def _is_first(self, endpoint: Endpoint) -> bool:
         first = self._first.get(endpoint.id)
         if first is None:
+            if len(self._first) >= _MAX_KNOWN:  # of most of them the instance is gone
+                self._first.clear()
             first = not any(self._precedes(each, endpoint) for each in self._others)
             self._first[endpoint.id] = first
         return first
