@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from ..advice import Adviser
 from ..router import PDRouter
 from ..self_check import SelfCheck
+from .advice_api import AdviceApi
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -58,6 +60,7 @@ class AdminServer(HttpServer):
         self._streams = Streams()
         process = ProcessApi(router, is_ready)
         self._live = LiveApi(router, self._streams, process.status, changes.source)
+        self._instances = instances = InstancesApi(router, changes, is_ready)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready),
@@ -65,10 +68,11 @@ class AdminServer(HttpServer):
             ReloadApi(reload),
             StrategyApi(router, changes),
             DecisionsApi(router.decisions),
-            InstancesApi(router, changes, is_ready),
+            instances,
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
+            AdviceApi(Adviser(router, router.clock)),
             EventsApi(router.events, self._streams),
             self._live,
             TraceApi(router.recording, self._streams),
@@ -84,6 +88,7 @@ class AdminServer(HttpServer):
         add_routes(app, self.routes)
         app.cleanup_ctx.append(self._live.sample)
         app.on_shutdown.append(self._streams.end)
+        app.on_cleanup.append(self._instances.close)
         return app
 
     def _is_open(self, request: web.Request) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -50,13 +50,18 @@ class FleetSpec:
     decode: int
     setup: str = DEFAULT_SETUP
     seed: int = 0
+    engines: Mapping[InstanceRole, EngineProfile] | None = None
+    """In place of those of the set-up."""
 
     def __post_init__(self) -> None:
-        self.profile(16)
+        self.profile(16, InstanceRole.PREFILL)
 
-    def profile(self, block_size: int) -> EngineProfile:
-        """Return the profile of each engine, with blocks of ``block_size`` tokens."""
-        return setup(self.setup, block_size=block_size)
+    def profile(self, block_size: int, role: InstanceRole) -> EngineProfile:
+        """Return the profile of each engine of a role, with blocks of ``block_size`` tokens."""
+        if self.engines is None:
+            return setup(self.setup, block_size=block_size)
+        engine = self.engines[role]
+        return replace(engine, block_size=block_size, num_blocks=max(1, engine.capacity // block_size))
 
 
 def run_variant(
@@ -138,9 +143,8 @@ class _Run:
         self._instances: dict[str, VirtualInstance] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
-        profile = fleet.profile(trace.block_tokens)
-        self._populate(InstanceRole.PREFILL, fleet.prefill, profile)
-        self._populate(InstanceRole.DECODE, fleet.decode, profile)
+        for role, count in ((InstanceRole.PREFILL, fleet.prefill), (InstanceRole.DECODE, fleet.decode)):
+            self._populate(role, count, fleet.profile(trace.block_tokens, role))
 
     def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
         """Register the instances of a role, all healthy."""
