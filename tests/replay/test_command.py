@@ -54,9 +54,21 @@ def test_limit_and_limits(trace_file: Path, tmp_path: Path) -> None:
     assert written["strategies"][0]["find_rate"]["rate"] == pytest.approx(1 / 1.2, rel=0.02)
 
 
+def test_arrivals_are_spread(trace_file: Path, tmp_path: Path) -> None:
+    seconds = []
+    for spread in ("0s", "500ms"):
+        out = tmp_path / f"{spread}.json"
+        assert call(*fleet(trace_file, "fast"), "--spread", spread, "--json", out).exit_code == 0
+        seconds.append(json.loads(out.read_text(encoding="utf-8"))["trace"]["seconds"])
+    assert seconds[0] == 10
+    assert seconds[1] != 10
+    assert abs(seconds[1] - 10) < 0.5
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (["--spread", "a while"], "--spread: a while: write it as"),
         (["--strategies", "slow,fats"], "unknown strategy 'fats'; choose from slow, fast, hopeless, "),
         (["--strategies", "slow,"], "a name is missing beside a comma"),
         (["--strategies", ""], "name at least one"),

@@ -197,6 +197,19 @@ class TestTrace:
             with pytest.raises(ValueError, match="above 0"):
                 self.TRACE.scaled(rate)
 
+    def test_spread(self) -> None:
+        burst = Trace([TraceRequest(3.0 * (i // 10), i + 1, 1) for i in range(100)])
+        spread = burst.spread(3.0, 1)
+        arrivals = [each.arrival for each in spread.requests]
+        assert arrivals == sorted(arrivals)
+        assert arrivals[0] == 0
+        assert len(set(arrivals)) == 100
+        came = {each.prompt_tokens: each.arrival for each in spread.requests}
+        assert all(-3.0 <= came[i + 1] - 3.0 * (i // 10) <= 3.0 for i in range(100))
+        assert spread == burst.spread(3.0, 1) != burst.spread(3.0, 2)
+        assert burst.spread(0.0, 1) == burst
+        assert Trace([]).spread(3.0, 1) == Trace([])
+
     def test_limited(self) -> None:
         assert self.TRACE.limited(2).requests == self.TRACE.requests[:2]
         assert self.TRACE.limited(5) == self.TRACE

@@ -50,6 +50,9 @@ def replay(
     setup: Annotated[
         str, typer.Option(help="Model and machine that the engines simulate; a wrong one names all.")
     ] = DEFAULT_SETUP,
+    spread: Annotated[
+        str, typer.Option(help="Let requests come at random up to so much later, if times are coarse: 3s.")
+    ] = "0s",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
     seeds: Annotated[
@@ -104,6 +107,8 @@ def replay(
     fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)
     load = Load(trace, limit, sessions)
     loaded = _load(load, seed)
+    if (most := _seconds("--spread", spread)) > 0.0:
+        loaded = loaded.spread(most, seed)
     conditions = Conditions(load.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
     job = Job(loaded, conditions, find_rate, run_variant, seeds, load if load.shape else None)
     outcomes = _run(job, variants, jobs or os.cpu_count() or 1)

@@ -344,7 +344,7 @@ class _Run:
 
     def _dispatch(self, one: OneScheduler) -> None:
         """Serve waiting requests after a change, as ``AdmissionController.wake``, and tell of the change."""
-        if len(one.dispatcher.queue):
+        if one.dispatcher.pending:
             one.dispatcher.dispatch(self._clock.now)
             self._set_wake_up(one)
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
+from random import Random
 from typing import Annotated
 
 import msgspec
@@ -67,6 +68,17 @@ class Trace:
         if not rate > 0:
             raise ValueError(f"a rate must be above 0, got {rate}")
         return replace(self, requests=[replace(each, arrival=each.arrival / rate) for each in self.requests])
+
+    def spread(self, seconds: float, seed: int) -> Trace:
+        """Return the same requests, each at random up to ``seconds`` later.
+
+        In a trace with coarse times, those that came within such a time seem to come at the same instant.
+        """
+        random = Random(seed)
+        moved = (replace(each, arrival=each.arrival + seconds * random.random()) for each in self.requests)
+        requests = sorted(moved, key=lambda each: each.arrival)
+        start = requests[0].arrival if requests else 0.0
+        return replace(self, requests=[replace(each, arrival=each.arrival - start) for each in requests])
 
     def limited(self, count: int) -> Trace:
         """Return the first ``count`` requests, or all if there are fewer."""
