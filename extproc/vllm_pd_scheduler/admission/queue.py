@@ -56,6 +56,10 @@ class Ticket:
     """Bytes that stay in memory while the request waits."""
     cost: float = 0.0
     """Predicted seconds of prefill."""
+    claim: Reservation | None = None
+    """Its endpoint, while it is not known whether another replica of the scheduler has chosen that too."""
+    claims: int = 0
+    """How many it has had."""
     settled: bool = False
     outcome: Outcome = None
     choice: Choice | None = None

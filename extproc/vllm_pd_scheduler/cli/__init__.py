@@ -13,6 +13,7 @@ from .checking import self_check
 from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
+from .generate import generate
 from .history import decisions, events, explain
 from .operating import add, drain, reload, remove, status, strategy, turn, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
@@ -79,7 +80,7 @@ _PANELS = {
         advise,
         record,
     ),
-    "Try out": (demo, sim, replay),
+    "Try out": (demo, sim, replay, generate),
 }
 for panel, commands in _PANELS.items():
     for command in commands:

@@ -25,6 +25,10 @@ class Journal(Protocol):
         """Note a request that was given an endpoint."""
         ...
 
+    def confirmed(self, reservation: Reservation) -> None:
+        """Note that a request stays with the P that it was given for the time being."""
+        ...
+
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """Note a prefill that was done, and what P has read."""
         ...
@@ -75,6 +79,7 @@ class Elsewhere:
         cached: tuple[float, int],
         blocks: Sequence[int],
         now: float,
+        replica: str = "",
     ) -> Reservation:
         """Count a prefill that another replica has sent, at the place in P's queue where it is heard of.
 
@@ -92,6 +97,7 @@ class Elsewhere:
             cached[0],
             blocks,
             cached[1],
+            replica=replica,
             elsewhere=True,
         )
         load.enqueue(claim, claim.cost, now)

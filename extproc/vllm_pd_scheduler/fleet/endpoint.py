@@ -531,6 +531,10 @@ class Reservation:
     alone: float = 0.0
     """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
+    tentative: bool = False
+    """Whether it may be given up for another P: then its prompt is not yet taken for cached there."""
+    replica: str = ""
+    """Which other replica's it is, if it is a place in a queue."""
     elsewhere: bool = False
     """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
 
@@ -538,7 +542,8 @@ class Reservation:
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self._end():
             load = self.endpoint.prefill
-            load.cancel(self, load.head_at if now is None else now)
+            # One that was not sent has kept P from nothing: what is behind it began when it was made.
+            load.cancel(self, load.head_at if now is None or self.tentative else now)
 
     def finish(self, now: float) -> float | None:
         """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""

@@ -15,6 +15,7 @@ from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .claims import Claims
 from .elsewhere import Elsewhere, Journal
 from .endpoint import Endpoint, Reservation
 from .failed_transfers import FailedTransfers
@@ -63,6 +64,7 @@ class Registry:
     left_out: LeftOut = field(init=False)
     failed_transfers: FailedTransfers = field(init=False)
     elsewhere: Elsewhere = field(init=False)
+    claims: Claims = field(default_factory=Claims)
     """Where what other replicas of the scheduler do is counted."""
     journal: Journal | None = None
     """Is told what we do, if there are other replicas."""
@@ -400,9 +402,14 @@ class Registry:
         if name in endpoint.adapters and endpoint.adapter_used(name):
             self.adapters_version += 1
 
-    def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
-        """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
-        reservation = Reservation(endpoint, endpoint.generation)
+    def reserve(
+        self, endpoint: Endpoint, request: RequestContext | None = None, *, tentative: bool = False
+    ) -> Reservation:
+        """Count a request on an endpoint from now on (``request.now``), with the work that it brings.
+
+        A ``tentative`` one is to be confirmed, or released.
+        """
+        reservation = Reservation(endpoint, endpoint.generation, tentative=tentative)
         if request is not None:
             self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
         endpoint.take(reservation)
@@ -412,7 +419,7 @@ class Registry:
         if request is not None:
             if endpoint.adapters and request.model is not None:
                 self._adapter_used(endpoint, request.model)
-            if request.blocks:
+            if request.blocks and not tentative:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
@@ -421,6 +428,15 @@ class Registry:
             if self.journal is not None:
                 self.journal.reserved(reservation, request)
         return reservation
+
+    def confirm(self, reservation: Reservation, now: float) -> None:
+        """Let a request stay where it is, and go there now: its prompt will be cached there."""
+        reservation.tentative = False
+        reservation.endpoint.prefill.sent(reservation, now)
+        if reservation.blocks:
+            reservation.endpoint.holder.store(reservation.blocks)
+        if self.journal is not None:
+            self.journal.confirmed(reservation)
 
     def pull(
         self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float

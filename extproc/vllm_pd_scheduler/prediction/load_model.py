@@ -138,6 +138,11 @@ class PrefillLoad(ReadOnly):
         self._pending[key] = cost
         set_own(self, "queued", self.queued + cost)
 
+    def sent(self, key: Hashable, now: float) -> None:
+        """Note that a prefill which was queued is on its way only now: if it is the first, it begins now."""
+        if self._pending and next(iter(self._pending)) == key:
+            set_own(self, "head_at", now)
+
     @property
     def pending(self) -> Iterable[Hashable]:
         """The names of the queued prefills."""

@@ -61,6 +61,7 @@ class _Share:
 class _Other:
     """One other replica."""
 
+    name: str
     number: int
     heard_at: float
     messages: Budget
@@ -117,7 +118,10 @@ class Others:
                 return Ignored.TOO_MANY
             self._gone.pop(message.replica, None)
             budgets = plausible.messages(now), Budget(math.inf, now)
-            other = self._others[message.replica] = _Other(message.number, now, *budgets, back=gone > 0)
+            other = self._others[message.replica] = _Other(
+                message.replica, message.number, now, *budgets, back=gone > 0
+            )
+            self._registry.claims.among(self._name, self.names)
         elif message.number <= other.number:
             return Ignored.REPLAYED
         elif message.number > other.number + _MAX_AHEAD:
@@ -147,6 +151,7 @@ class Others:
                 del self._gone[next(iter(self._gone))]
         if silent:
             self._count_waiting()
+            self._registry.claims.among(self._name, self.names)
         return silent
 
     def _count_waiting(self) -> None:
@@ -212,7 +217,7 @@ class Others:
         most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
         prompt = min(float(what.prompt), most)
         cached = min(float(what.cached), prompt), min(what.cached_blocks, len(blocks))
-        claim = self._registry.elsewhere.enqueue(endpoint, prompt, cached, blocks, now)
+        claim = self._registry.elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
         other.prefills[what.number] = claim
         share = self._share_of(other, endpoint)
         if not share.claim.trusted or share.queued >= plausible.UNSCRAPED:

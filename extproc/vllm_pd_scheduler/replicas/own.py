@@ -132,6 +132,11 @@ class OwnWork:
         elif request.blocks and len(self._placed) < MAX_ITEMS:
             self._placed.append((endpoint, request.blocks))
 
+    def confirmed(self, reservation: Reservation) -> None:
+        """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        if reservation.blocks and len(self._placed) < MAX_ITEMS:
+            self._placed.append((reservation.endpoint, reservation.blocks))
+
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
         self.noted()
@@ -292,7 +297,7 @@ class OwnWork:
     def _prefill(self, names: Names, message: int, what: tuple[int, Reservation, int]) -> Prefill:
         """Return a prefill as it is told: with its blocks if a message is named."""
         number, reservation, prompt = what
-        blocks = reservation.blocks[:MAX_BLOCKS] if message else ()
+        blocks = reservation.blocks[:MAX_BLOCKS] if message and not reservation.tentative else ()
         if blocks and self._has_room(len(blocks)):
             self._told.add(message, reservation.endpoint, blocks, number)
         else:
