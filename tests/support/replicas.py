@@ -25,14 +25,14 @@ FLEET: dict[str, Any] = {
 class Scheduler:
     """A router among others, by a fake channel. Its time stands still unless the test moves it."""
 
-    def __init__(self, meeting: Meeting, name: str = "", **more: Any) -> None:
+    def __init__(self, meeting: Meeting, name: str = "", secret: str = "", **more: Any) -> None:
         self.now = 100.0
         self.router = PDRouter(parse_config({**FLEET, **more}), clock=lambda: self.now)
         self.changes = AdminChanges(self.router)
         self.channel: FakeChannel = meeting.channel()
         self.news = 0
         self.router.wake = self._count
-        self.sync: Sync = join(self.router, self.changes, self.channel, "fleet", name)
+        self.sync: Sync = join(self.router, self.changes, self.channel, "fleet", name, secret)
         for endpoint in self.router.registry:
             self.router.registry.probed(endpoint, None)
 

@@ -126,6 +126,18 @@ async def test_another_configuration_is_said_once_by_its_keys_and_counts(
         assert one.sync.greetings.differing() == [two.sync.replica.name]
 
 
+async def test_all_hash_prompts_alike_and_another_password_is_said(meeting: Meeting) -> None:
+    one, two, other = Scheduler(meeting), Scheduler(meeting), Scheduler(meeting, secret="another")
+    keys = [each.router._core.reader.hash_key for each in (one, two, other)]
+    assert keys[0] == keys[1] != keys[2]
+    async with running(one, two, other):
+        found = [each for each in one.said() if "configured" in each]
+        assert len(found) == 1
+        assert "in another way: replicas.password;" in found[0]
+        one.sync.reconfigured(one.router.config)
+        assert other.sync.greetings.differing() == [one.sync.replica.name, two.sync.replica.name]
+
+
 async def test_a_name_that_two_have_is_said(meeting: Meeting) -> None:
     one, two = Scheduler(meeting, "a"), Scheduler(meeting, "a")
     async with running(one, two):

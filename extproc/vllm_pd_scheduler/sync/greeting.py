@@ -47,10 +47,11 @@ _decoder = msgspec.msgpack.Decoder(Greeting)
 def settings_of(config: SchedulerConfig) -> dict[str, int]:
     """Return a hash of the value of each key that should be the same at all replicas."""
     values = config.model_dump(mode="json")
-    return {key: _hash(value) for key, value in values.items() if key not in OF_EACH}
+    return {key: hashed(value) for key, value in values.items() if key not in OF_EACH}
 
 
-def _hash(value: object) -> int:
+def hashed(value: object) -> int:
+    """Return a hash of a value that JSON can have, below 2**32."""
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest())
 

@@ -109,7 +109,8 @@ class Sync:
 
     def reconfigured(self, config: SchedulerConfig) -> None:
         """Tell the others how this replica is configured now."""
-        self.greetings.own = replace(self.greetings.own, settings=settings_of(config))
+        settings = {**self.greetings.own.settings, **settings_of(config)}
+        self.greetings.own = replace(self.greetings.own, settings=settings)
         self._greet()
 
     # -- what is sent
