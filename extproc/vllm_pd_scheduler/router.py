@@ -86,7 +86,10 @@ class PDRouter:
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time, bool(name))
-        self.recording = Recording(clock, time.time, lambda: self.registry.load.output_tokens)
+        learning = self.registry.learning
+        self.recording = Recording(
+            clock, time.time, lambda: self.registry.load.output_tokens, lambda: learning.finished
+        )
         self._core = RoutingCore(
             config,
             self.scheduler,

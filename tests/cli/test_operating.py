@@ -46,7 +46,9 @@ def admin() -> Iterator[AdminThread]:
 def call(url: str, *arguments: str, **variables: str) -> Any:
     """Run a command in this process."""
     variables.setdefault("PD_SCHEDULER_URL", url)
-    return CliRunner().invoke(app, list(arguments), prog_name="vllm-pd-scheduler", env=variables)
+    return CliRunner().invoke(
+        app, list(arguments), prog_name="vllm-pd-scheduler", env={"COLUMNS": "200", **variables}
+    )
 
 
 def done(url: str, *arguments: str, **variables: str) -> str:
@@ -409,3 +411,17 @@ class TestReload:
 
     def test_a_scheduler_without_a_file(self, admin: AdminThread) -> None:
         assert "the configuration comes from no file" in refused(admin.url, "reload")
+
+
+def test_turn(admin: AdminThread) -> None:
+    registry = admin.router.registry
+    done(admin.url, "add", "new", "10.0.0.9:8000", "--role", "decode", "--both-roles")
+    admin.do(lambda: registry.probed(registry.get("new"), None))
+    assert done(admin.url, "turn", "new", "--wait").strip() == "new is a prefill instance now"
+    assert "change its role there" in refused(admin.url, "turn", "prefill-0")
+    admin.do(lambda: registry.probed(registry.get("new"), None))
+    held = admin.do(lambda: registry.reserve(registry.get("new")))
+    assert done(admin.url, "turn", "new").strip() == (
+        "new is draining, to be turned then: 1 requests are left there"
+    )
+    admin.do(held.release)

@@ -131,3 +131,31 @@ def test_a_disk_that_is_full(trace_file: Path) -> None:
     assert ended.exit_code == 1
     assert "/dev/full: cannot be written: No space left on device" in ended.stderr
     assert "makespan" in ended.stdout
+
+
+def test_a_load_is_generated_and_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "load.jsonl"
+
+    def generate(shape: str = "chat") -> Any:
+        arguments = ["generate", shape, str(path), "--requests=60", "--seed=2"]
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+    assert generate().exit_code == 0
+    first = path.read_bytes()
+    assert len(first.splitlines()) >= 60
+    ended = generate()
+    assert (ended.exit_code, "exists: choose another name" in ended.stderr) == (2, True)
+    path.unlink()
+    assert "unknown shape 'odd'; there are chat, agents" in generate("odd").stderr
+    generate()
+    assert path.read_bytes() == first
+    ended = call(*fleet(path, "fast"), "--realistic", "--leaves=2", "--seeds=3")
+    assert "Over 3 seeds" in ended.stdout
+    ended = call(*fleet(Path("made:code"), "fast"), "--limit=50")
+    assert "made:code: " in ended.stdout
+
+
+def test_leaves_need_links_that_are_shared(trace_file: Path) -> None:
+    ended = call(*fleet(trace_file), "--leaves=2")
+    assert ended.exit_code == 2
+    assert "only with --realistic" in ended.stderr

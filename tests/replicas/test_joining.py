@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.replicas.one import KEY, One, sound
+from tests.replicas.one import KEY, One, make_registry, sound
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.prediction.prefix_index import PrefixIndex
 from vllm_pd_scheduler.replicas.message import MAX_BYTES, Held, Message, pack_blocks
@@ -167,6 +167,24 @@ def test_it_is_told_what_stands_and_what_was_learned() -> None:
     assert b.registry.load.handoff("prefill-1", "decode-1", 1000.0) == pytest.approx(
         load.handoff("prefill-1", "decode-1", 1000.0), rel=0.01
     )
+
+
+def test_pairs_are_told_where_no_prompts_are_known_and_unknown_instances_hold_nothing_up() -> None:
+    a, b, c = One("a"), One("b"), One("c", registry=make_registry(12))
+    for number in range(20):
+        a.registry.load.transfers.learn("prefill-1", "decode-1", 1000.0 + number, 0.5)
+    net = Net([a])
+    net.run(0.1)
+    net.ones.append(b)
+    net.run(0.5)
+    assert b.registry.load.transfers.has_learned
+    prompts = _prompts(20)
+    _learn(a, prompts, net.now)
+    net.run(0.5)
+    net.ones.append(c)
+    net.run(1.0)
+    assert _hits(c, prompts) == _hits(a, prompts)
+    assert c.replica.missing == 0
 
 
 @pytest.mark.parametrize("lost", range(2, 14))

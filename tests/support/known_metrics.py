@@ -52,7 +52,7 @@ _MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*""')
 
 def filled_router() -> PDRouter:
     """Return a router whose metrics have a value each, as far as they are gauges."""
-    router = PDRouter(SchedulerConfig(shadow_strategy="slo"))
+    router = PDRouter(SchedulerConfig(shadow_strategy="slo", ttft_slo=1.0, tpot_slo=0.1))
     registry = router.registry
     for role in PD_ROLES:
         endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance
-from ..models import By, InstanceRole, join_address
+from ..models import PD_ROLES, By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
 from ..scheduler.shadow import Shadow
@@ -67,6 +67,10 @@ class Leaving(Exception):
         super().__init__(
             f"no source names {instance_id} any more: it is removed when its requests have ended"
         )
+
+
+class CannotTurn(Exception):
+    """An instance cannot have the other role; the message says why."""
 
 
 class AdminChanges:
@@ -211,6 +215,53 @@ class AdminChanges:
             self._can_go(instance_id, force)
             steered.draining[instance_id] = True
             return partial(self._router.drain_instance, instance_id, by)
+
+        await self._make(prepare, by)
+
+    def turned(self, instance_id: str) -> SavedInstance:
+        """Return an instance as it is described with the other role.
+
+        Raises :exc:`CannotTurn`, and :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`.
+        """
+        instance = self._router.registry.get(instance_id).instance
+        listed = (SavedInstance(role=role, **dict(item)) for role, _, item in self._router.config.listed())
+        known = [*self._added.values(), *listed]
+        item = next((each for each in known if each.is_at(instance)), None)
+        if item is None:
+            sources = self.source(instance_id) or "no source"
+            raise CannotTurn(f"{instance_id} is named by {sources}: change its role there")
+        if instance.role not in PD_ROLES or not item.both_roles:
+            raise CannotTurn(
+                f"{instance_id} has no both_roles in its configuration: only a P that can be a D, or a D "
+                "that can be a P, may be turned"
+            )
+        for other in self._router.get_instances():
+            if (other.host, other.port) == (item.host, item.port) and other.instance_id != item.id:
+                raise CannotTurn(f"{other.instance_id} has the same address as {instance_id}")
+        if not any(each.instance != instance for each in self._router.registry.routable(instance.role)):
+            raise CannotTurn(f"{instance_id} is the last {instance.role} instance that can serve")
+        other_role = next(role for role in PD_ROLES if role is not instance.role)
+        return item.model_copy(update={"role": other_role})
+
+    async def turn(self, instance_id: str, by: str = By.ADMIN) -> None:
+        """Give an instance on which nothing is left the other role; raises as :meth:`turned`."""
+
+        def prepare(steered: Steered) -> Make:
+            item, router = self.turned(instance_id), self._router
+            if not router.registry.drained(instance_id):
+                raise CannotTurn(f"{instance_id} is not drained")
+            instance = router.config.instance(item.role, item)
+            removed = (*steered.removed, *router.membership.hides(instance_id))
+            steered.removed = [each for each in removed if not item.is_at(each)]
+            steered.added[item.id], steered.draining[item.id] = item, False
+
+            def make() -> None:
+                router.unregister_instance(instance_id, by)
+                router.register_instance(instance, by)
+                text = f"{instance_id} was turned: it is a {item.role} instance now"
+                router.events.add(EventKind.STATE, text, by=by, subject=instance_id)
+
+            return make
 
         await self._make(prepare, by)
 

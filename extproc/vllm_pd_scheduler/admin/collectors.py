@@ -24,6 +24,7 @@ from ..models import PD_ROLES, InstanceRole, InstanceState
 from ..replicas import Ignored
 from ..router import PDRouter
 from ..scheduler import Scheduler
+from ..scheduler.role_load import RoleLoad
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
 from ..sync.channel import Dropped
 from ..sync.sync import Sync
@@ -37,6 +38,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_InfoCollector(router.scheduler))
     registry.register(_RegistryCollector(router.registry, clock))
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
+    registry.register(_RoleLoadCollector(RoleLoad(router.scheduler, router.dispatcher.queue), clock))
     registry.register(_DiscoveryCollector(router.membership, clock))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
     registry.register(_ReplicasCollector(lambda: router.sync, clock))
@@ -178,6 +180,7 @@ class _RegistryCollector(_AtScrape):
         alone = self._registry.journal is None
         yield from self._values(_SHARED_GAUGES, () if alone else tuple(self._registry))
         yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
+        yield self._busy()
         yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))
         ratios = GaugeMetricFamily(
             "pd_scheduler_bytes_per_token", "Learned: bytes of prompt that make a token.", labels=["model"]
@@ -186,6 +189,16 @@ class _RegistryCollector(_AtScrape):
             ratios.add_metric([model], ratio)
         yield ratios
         yield from self._pairs()
+
+    def _busy(self) -> Metric:
+        busy = CounterMetricFamily(
+            "pd_scheduler_prefill_busy_seconds",
+            "Time in which a prefill instance was busy with our prefills.",
+            labels=["instance", "role"],
+        )
+        for endpoint in self._registry.endpoints(InstanceRole.PREFILL):
+            busy.add_metric([endpoint.id, endpoint.instance.role.value], endpoint.prefill.busy)
+        return busy
 
     def _pairs(self) -> Iterator[Metric]:
         out = GaugeMetricFamily(
@@ -233,6 +246,41 @@ class _RegistryCollector(_AtScrape):
                 if (value := get(endpoint, now)) is not None:
                     family.add_metric([endpoint.id, endpoint.instance.role.value], value)
             yield family
+
+
+class _RoleLoadCollector(_AtScrape):
+    """How much work each role has, for those who scale them."""
+
+    def __init__(self, load: RoleLoad, clock: Callable[[], float]) -> None:
+        self._load = load
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        now, load = self._clock(), self._load
+        backlog = GaugeMetricFamily(
+            "pd_scheduler_backlog_seconds",
+            "Predicted time until a role has done what waits for it of ours, here and at its instances.",
+            labels=["role"],
+        )
+        backlog.add_metric([InstanceRole.PREFILL.value], load.prefill_backlog(now))
+        backlog.add_metric([InstanceRole.DECODE.value], load.decode_backlog(now))
+        slack = GaugeMetricFamily(
+            "pd_scheduler_slack_seconds",
+            "What a request that came now would have left of ttft_slo (prefill) or tpot_slo (decode).",
+            labels=["role"],
+        )
+        limits = ((InstanceRole.PREFILL, load.ttft_slack(now)), (InstanceRole.DECODE, load.tpot_slack()))
+        for role, left in limits:
+            if left is not None:
+                slack.add_metric([role.value], left)
+        use = GaugeMetricFamily(
+            "pd_scheduler_decode_utilization_ratio",
+            "Share of all decode instances that our requests use: of the KV cache, of tpot_slo.",
+            labels=["resource"],
+        )
+        for resource, share in load.decode_use():
+            use.add_metric([resource], share)
+        yield from (backlog, slack, use)
 
 
 class _DiscoveryCollector(_AtScrape):

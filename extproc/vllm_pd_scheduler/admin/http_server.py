@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
-from .changes import LastRoutable, Leaving, NotKept, NotShared
+from .changes import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
 from .route import Refused, Route, error_answer
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return error_answer(*error.args)
     except UnknownInstance as error:
         return error_answer(404, str(error))
-    except (LastRoutable, Leaving) as error:
+    except (CannotTurn, LastRoutable, Leaving) as error:
         return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")

@@ -17,6 +17,7 @@ from ..router import PDRouter
 from .changes import AdminChanges
 from .route import Flag, Query, Refused, Route, Shown, asked_by, json_answer
 from .saved_changes import SavedInstance
+from .turning import Turning
 
 _AT_ONCE = 50
 """Instances that are written in one turn of the event loop."""
@@ -40,6 +41,13 @@ class DrainQuery(Query):
     """Whether to answer only when nothing is left on the instance, or after ``drain_timeout``."""
     force: Flag = False
     """Whether to drain even the last instance of its role that can serve."""
+
+
+class TurnQuery(Query):
+    """How to turn."""
+
+    wait: Flag = False
+    """Whether to answer only when it has the other role, or after ``drain_timeout``."""
 
 
 class RemoveQuery(Query):
@@ -187,6 +195,7 @@ class InstancesApi:
         self._router = router
         self._changes = changes
         self._is_ready = is_ready
+        self._turning = Turning(router, changes, is_ready)
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -205,6 +214,14 @@ class InstancesApi:
             "Send an instance no new requests",
             self._drain,
             {200: DrainAnswer, 202: InstanceAnswer},
+            refusals=(404, 409, 507),
+        )
+        yield Route(
+            "POST",
+            f"{one}/turn",
+            "Drain an instance, and give it the other role when nothing is left on it",
+            self._turn,
+            {200: InstanceAnswer, 202: InstanceAnswer},
             refusals=(404, 409, 507),
         )
         yield Route(
@@ -272,6 +289,18 @@ class InstancesApi:
             async with asyncio.timeout(self._router.config.drain_timeout):
                 while any(e.draining and not e.drained for e in ranks) and self._is_ready():  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)  # no event tells that a request has ended
+
+    async def _turn(self, request: web.Request, query: TurnQuery) -> web.Response:
+        name, role = (instance := self._endpoint(request).instance).instance_id, instance.role
+        await self._turning.begin(name, asked_by(request))
+        if query.wait:
+            await self._turning.wait(self._router.config.drain_timeout)
+        endpoint = self._router.registry.get(name)
+        return json_answer(self._shown(endpoint), 202 if endpoint.instance.role is role else 200)
+
+    async def close(self, _: web.Application) -> None:
+        """Give up what goes on, since the server ends."""
+        await self._turning.close()
 
     async def _undrain(self, request: web.Request) -> web.Response:
         endpoint = self._endpoint(request)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from ..advice import Adviser
 from ..router import PDRouter
 from ..self_check import SelfCheck
+from .advice_api import AdviceApi
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -61,6 +63,7 @@ class AdminServer(HttpServer):
         self._streams = Streams()
         process = ProcessApi(router, is_ready, others)
         self._live = LiveApi(router, self._streams, process.status_of_all, changes.source, others)
+        self._instances = instances = InstancesApi(router, changes, is_ready)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready, others),
@@ -68,10 +71,11 @@ class AdminServer(HttpServer):
             ReloadApi(reload, others),
             StrategyApi(router, changes, others),
             DecisionsApi(router.decisions, others),
-            InstancesApi(router, changes, is_ready),
+            instances,
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
+            AdviceApi(Adviser(router, router.clock)),
             EventsApi(router.events, self._streams, others),
             self._live,
             TraceApi(router.recording, self._streams, others),
@@ -87,6 +91,7 @@ class AdminServer(HttpServer):
         add_routes(app, self.routes)
         app.cleanup_ctx.append(self._live.sample)
         app.on_shutdown.append(self._streams.end)
+        app.on_cleanup.append(self._instances.close)
         return app
 
     def _is_open(self, request: web.Request) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -166,6 +167,10 @@ class RequestQueue:
     def waiting(self, role: InstanceRole) -> int:
         """Return how many requests wait for an endpoint of a role."""
         return self._roles[role]
+
+    def work_of(self, role: InstanceRole) -> float:
+        """Return the predicted seconds of prefill of the requests that wait for an endpoint of a role."""
+        return math.fsum(ticket.cost for ticket in self._positions if ticket.role is role)
 
     def by_arrival(self) -> Iterator[Ticket]:
         """Yield all tickets, the one that has waited longest first."""

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .advising import advise
 from .checking import self_check
 from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
+from .generate import generate
 from .history import decisions, events, explain
-from .operating import add, drain, reload, remove, status, strategy, undrain
+from .operating import add, drain, reload, remove, status, strategy, turn, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .recording import record
 from .replay import replay
@@ -67,6 +69,7 @@ _PANELS = {
         strategy,
         drain,
         undrain,
+        turn,
         add,
         remove,
         reload,
@@ -74,9 +77,10 @@ _PANELS = {
         decisions,
         explain,
         events,
+        advise,
         record,
     ),
-    "Try out": (demo, sim, replay),
+    "Try out": (demo, sim, replay, generate),
 }
 for panel, commands in _PANELS.items():
     for command in commands:

@@ -118,6 +118,36 @@ def _left(found: Mapping[str, Any]) -> str:
     return f"{found['in_flight']} requests{others}{handoffs} are left there"
 
 
+def turn(
+    instance: IdArgument,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="End when it has the other role; 1 if it has not after drain_timeout."),
+    ] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Give an instance the other role: P becomes D, or D becomes P, when nothing is left on it."""
+    with connected(url, token_file, ca_file) as client:
+        role = client.parsed(client.get(instance_path(instance)))["role"]
+        query = {"wait": "true" if wait else None}
+        text = client.ask(
+            "POST", instance_path(instance, "/turn"), query, timeout=None if wait else TIMEOUT_S
+        )
+        found = client.parsed(text)
+        turned = found["role"] != role
+        if as_json:
+            typer.echo(text)
+        elif turned:
+            show(f"{instance} is a {found['role']} instance now")
+        else:
+            show(f"{instance} is {found['state']}, to be turned then: {_left(found)}")
+        if wait and not turned:
+            raise typer.Exit(REFUSED)
+
+
 def undrain(
     instance: IdArgument,
     as_json: JsonOption = False,
@@ -140,6 +170,9 @@ def add(
     data_parallel_size: Annotated[
         int, typer.Option("--data-parallel-size", min=1, max=MAX_RANKS, help="Engines behind its one port.")
     ] = 1,
+    both_roles: Annotated[
+        bool, typer.Option("--both-roles", help="It can be P and D, so that it may be turned.")
+    ] = False,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
     token_file: TokenFileOption = None,
@@ -149,7 +182,9 @@ def add(
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()):
         raise typer.BadParameter(f"{address!r} is not HOST:PORT", param_hint="HOST:PORT")
-    body = {"id": instance, "role": role, "host": host, "port": int(port)}
+    body: dict[str, object] = {"id": instance, "role": role, "host": host, "port": int(port)}
+    if both_roles:
+        body["both_roles"] = True
     if server_name is not None:
         body["server_name"] = server_name
     if data_parallel_size > 1:

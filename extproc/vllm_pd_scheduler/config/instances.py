@@ -150,6 +150,9 @@ class InstanceConfig(StrictModel):
     connector: ConnectorSetting | None = None
     """Its [connector](connectors.md), if it is not the `connector` of all; of an E that in place of
     `encode_connector`."""
+    both_roles: bool = False
+    """Whether its vLLM can be a P and a D, so that it may be [turned](ratio.md#turn-an-instance): with NIXL
+    that is `"kv_role": "kv_both"`."""
     data_parallel_size: RankCount = 1
     """Its `--data-parallel-size`, if its engines share its one port: the scheduler then chooses among them
     ([data-parallel ranks](connectors/ranks.md)). Engines with ports of their own are instances

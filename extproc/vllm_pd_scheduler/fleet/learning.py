@@ -25,6 +25,12 @@ class Learning:
     load: FleetLoad
     block_tokens: float = 256.0
     """Tokens of one block of the prefix index, on average over recent requests."""
+    usual_prefill: float | None = None
+    """Predicted seconds of a prefill, on average over our recent requests; ``None`` before the first."""
+    usual_prompt: float = 0.0
+    """Tokens of the prompts of these requests, on average."""
+    finished: float = 0.0
+    """Requests that have ended on decode instances, as those say. It only grows."""
     _untried: dict[InstanceRole, set[Endpoint]] = field(
         default_factory=lambda: {role: set() for role in InstanceRole}
     )
@@ -54,6 +60,14 @@ class Learning:
         reservation.tokens = max(1.0, request.prompt_tokens - load.trust * reservation.cached)
         reservation.wait = load.remaining(request.now)
         reservation.cost = load.cost(reservation.tokens, request.prompt_tokens)
+        self._notes_usual(reservation.cost, request.prompt_tokens)
+
+    def _notes_usual(self, cost: float, prompt: float) -> None:
+        if self.usual_prefill is None:
+            self.usual_prefill, self.usual_prompt = cost, prompt
+        else:
+            self.usual_prefill += _RECENT * (cost - self.usual_prefill)
+            self.usual_prompt += _RECENT * (prompt - self.usual_prompt)
 
     def weigh_pull(
         self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float
@@ -98,6 +112,7 @@ class Learning:
             endpoint.holder.resize(min(max(1, blocks), _MOST_BLOCKS))
         if endpoint.instance.role is not InstanceRole.DECODE:
             return
+        self.finished += max(0.0, now.finished)
         self.load.learn_output(now.output_tokens, now.finished)
         if now.transfer is not None:
             self.load.learn_transfer(now.transfer)

@@ -450,6 +450,7 @@ class Registry:
         """
         seconds = reservation.finish(now)
         if seconds is not None:
+            reservation.endpoint.prefill.computed(seconds)
             self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
             if self.journal is not None:
                 self.journal.prefilled(reservation, prompt_tokens, cached_tokens)

@@ -88,8 +88,8 @@ class PrefillLoad(ReadOnly):
     """
 
     __slots__ = (
-        "_group", "_pending", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token", "queued",
-        "trust",
+        "_group", "_pending", "busy", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token",
+        "queued", "trust",
     )  # fmt: skip
 
     fit: OnlineRegression
@@ -104,6 +104,8 @@ class PrefillLoad(ReadOnly):
     """Predicted seconds of the prefill that runs, the first of those queued."""
     head_at: float
     """When that prefill began."""
+    busy: float
+    """Seconds that the prefills which were done there took, without their waits. It only grows."""
     _pending: dict[Hashable, float]
     """Predicted seconds of each queued prefill, in the order in which they run."""
     _group: list[float]
@@ -114,6 +116,7 @@ class PrefillLoad(ReadOnly):
         self._use(prior.coefficients)
         set_own(self, "_pending", {})
         set_own(self, "head_at", 0.0)
+        set_own(self, "busy", 0.0)
         self.reset()
 
     def cost(self, tokens: float, context: float) -> float:
@@ -161,6 +164,10 @@ class PrefillLoad(ReadOnly):
         self._remove(key)
         self._begin_next(now)
         return spent
+
+    def computed(self, seconds: float) -> None:
+        """Count the seconds of a prefill that was done."""
+        set_own(self, "busy", self.busy + seconds)
 
     def cancel(self, key: Hashable, now: float) -> None:
         """Remove a prefill that was given up. If it was the one that runs, the next one begins now."""

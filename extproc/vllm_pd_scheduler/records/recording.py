@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Protocol
 
 import msgspec
 
 from ..request.context import RequestContext
+from .traffic import Recorded, Traffic
 
 BLOCK_TOKENS = 512
 """Tokens that one of Mooncake's ``hash_ids`` stands for."""
@@ -31,15 +33,6 @@ _MAX_ANSWERS = 200.0
 """About how many of the last answers the mean size is of."""
 
 
-class Recorded(msgspec.Struct, gc=False):
-    """What is kept of a request until its answer has ended."""
-
-    arrived: float
-    prompt_tokens: float
-    hash_ids: list[int]
-    stream: bool
-
-
 class Line(msgspec.Struct):
     """One request of the trace."""
 
@@ -49,11 +42,31 @@ class Line(msgspec.Struct):
     hash_ids: list[int]
 
 
+class Prompt(Protocol):
+    """What is known of a prompt's blocks."""
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Hashes of its leading blocks."""
+        ...
+
+    @property
+    def block_tokens(self) -> float:
+        """Tokens of each of them."""
+        ...
+
+    @property
+    def fingerprint(self) -> int:
+        """By which the same prompt is known again."""
+        ...
+
+
 class Recording:
-    """Makes lines of requests whose answers have ended, while somebody reads them.
+    """Keeps the newest requests, and makes lines of those whose answers have ended while somebody reads.
 
     ``clock`` returns the monotonic seconds that requests have, ``wall_clock`` Unix seconds. ``output_tokens``
-    returns how many tokens the fleet's answers have on average.
+    returns how many tokens the fleet's answers have on average, ``finished`` how many requests have ended on
+    its D.
     """
 
     def __init__(
@@ -61,7 +74,12 @@ class Recording:
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         output_tokens: Callable[[], float],
+        finished: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self.traffic = Traffic()
+        self.ended = 0
+        """Requests whose answers have ended well."""
+        self._finished = finished
         self._clock = clock
         self._wall_clock = wall_clock
         self._sizes = {stream: _AnswerSize(stream, output_tokens) for stream in (True, False)}
@@ -72,7 +90,7 @@ class Recording:
 
     @property
     def readers(self) -> int:
-        """How many read. Without any, nothing is recorded."""
+        """How many read. Without any, no lines are made."""
         return len(self._readers)
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
@@ -91,20 +109,32 @@ class Recording:
             return None
         return list(islice(self._lines, number - forgotten, number - forgotten + count))
 
-    def begin(self, context: RequestContext) -> Recorded | None:
-        """Return what to keep of a request; ``None`` if nobody reads."""
-        if not self._readers:
-            return None
-        tokens = max(1.0, context.prompt_tokens)
-        return Recorded(context.arrived, tokens, hash_ids(context, int(tokens)), context.stream)
+    def begin(self, context: RequestContext) -> Recorded:
+        """Return what is kept of a request that is sent to D."""
+        request = Recorded(
+            context.arrived,
+            max(1.0, context.prompt_tokens),
+            context.stream,
+            context.blocks,
+            context.block_tokens,
+            context.fingerprint,
+            self._finished(),
+            self.ended,
+            read=bool(self._readers),
+        )
+        self.traffic.add(request)
+        return request
 
-    def answered(self, request: Recorded, answer_bytes: int) -> None:
-        """Write the line of a request whose answer has ended."""
-        if not self._readers:
+    def answered(self, request: Recorded, answer_bytes: int, ttft: float | None = None) -> None:
+        """Note that a request's answer has ended, and write its line for those who read since it was sent."""
+        tokens = self._sizes[request.stream].tokens(answer_bytes)
+        request.output_tokens, request.ttft = tokens, ttft
+        self.ended += 1
+        if not (self._readers and request.read):
             return
         began = self._wall_clock() - self._clock() + request.arrived
-        tokens = self._sizes[request.stream].tokens(answer_bytes)
-        line = Line(round(began * 1000), int(request.prompt_tokens), tokens, request.hash_ids)
+        prompt = int(request.prompt_tokens)
+        line = Line(round(began * 1000), prompt, tokens, hash_ids(request, prompt))
         self._lines.append(msgspec.json.encode(line))
         self.newest += 1
         for new_line in tuple(self._readers):
@@ -136,15 +166,15 @@ class _AnswerSize:
         return max(1, round(answer_bytes * mean_tokens / mean_bytes))
 
 
-def hash_ids(context: RequestContext, tokens: int) -> list[int]:
+def hash_ids(prompt: Prompt, tokens: int) -> list[int]:
     """Return an id for each whole block of :data:`BLOCK_TOKENS` of a prompt.
 
     Our blocks have another size. An id is that of the first of ours that ends where Mooncake's block does, or
     later. Behind the last one of ours it is the prompt's own, so that nothing seems to be shared that is not.
     """
-    ours, size = context.blocks, context.block_tokens
+    ours, size = prompt.blocks, prompt.block_tokens
     ids = []
     for number in range(1, tokens // BLOCK_TOKENS + 1):
         at = math.ceil(number * BLOCK_TOKENS / size) - 1 if size else len(ours)
-        ids.append(ours[at] if at < len(ours) else hash((context.fingerprint, number)) & _ID_MASK)
+        ids.append(ours[at] if at < len(ours) else hash((prompt.fingerprint, number)) & _ID_MASK)
     return ids

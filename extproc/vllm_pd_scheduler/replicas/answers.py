@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from ..fleet.endpoint import Endpoint
-from ..fleet.registry import Registry
 from .directory import Directory
-from .message import MAX_HELD, MAX_PART, Ask
+from .message import MAX_HELD, MAX_ITEMS, MAX_PART, Ask
 from .placements import Placed, Told
 
 BLOCKS_PER_S = 200_000.0
@@ -19,12 +17,12 @@ _MAX_GAPS = 64
 class Answers:
     """Answers what was asked, at a bounded pace: a part of one endpoint's blocks a message."""
 
-    def __init__(self, registry: Registry, directory: Directory, told: Told) -> None:
-        self._registry, self._directory, self._told = registry, directory, told
+    def __init__(self, directory: Directory, told: Told) -> None:
+        self._directory, self._told = directory, told
         self._gaps: list[tuple[int, int]] = []
         self._endpoints: dict[int | str, None] = {}
         """Names of those whose blocks were asked for."""
-        self._parts: tuple[Endpoint, list[int], int] | None = None
+        self._parts: tuple[int | str, list[int], int] | None = None
         """One of them, its blocks, and how many of these are told."""
         self._rates = False
         self._room = _BURST
@@ -35,7 +33,7 @@ class Answers:
         if ask.last and len(self._gaps) < _MAX_GAPS:
             self._gaps.append((ask.first, ask.last))
         for place in ask.endpoints:
-            if len(self._endpoints) < len(self._registry.endpoints()):
+            if len(self._endpoints) < MAX_ITEMS:
                 self._endpoints[names[place]] = None
         self._rates = self._rates or ask.rates
 
@@ -49,6 +47,8 @@ class Answers:
     def placements(self, now: float) -> list[Placed]:
         """Return what was told in messages that somebody has missed, the newest first."""
         self._refill(now)
+        if self._room <= 0:
+            return []
         gaps, self._gaps = self._gaps, []
         found: list[Placed] = []
         for each in chain.from_iterable(self._told.by(*gap) for gap in gaps):
@@ -58,27 +58,28 @@ class Answers:
             found.append(each)
         return found
 
-    def held(self, now: float) -> tuple[Endpoint, list[int], int, bool] | None:
+    def held(self, now: float) -> tuple[int | str, list[int], int, bool] | None:
         """Return a part of the blocks of an endpoint that was asked for, those used last first.
 
-        With it come how many were returned before, and whether there are more.
+        The endpoint is named as it was; one that is not known here has none. With the blocks come how many
+        were returned before, and whether there are more.
         """
         self._refill(now)
         if self._room <= 0:
             return None
-        while self._parts is None and self._endpoints:
+        if self._parts is None and self._endpoints:
             name = next(iter(self._endpoints))
             del self._endpoints[name]
-            if (found := self._directory.find(name)) is not None:
-                self._parts = found, found.holder.newest(MAX_HELD), 0
+            found = self._directory.find(name)
+            self._parts = name, [] if found is None else found.holder.newest(MAX_HELD), 0
         if self._parts is None:
             return None
-        endpoint, blocks, at = self._parts
+        name, blocks, at = self._parts
         part, end = blocks[at : at + MAX_PART], at + MAX_PART
         more = end < len(blocks)
-        self._parts = (endpoint, blocks, end) if more else None
+        self._parts = (name, blocks, end) if more else None
         self._room -= len(part)
-        return endpoint, part, at, more
+        return name, part, at, more
 
     def rates(self) -> bool:
         """Whether somebody has asked what was learned of pairs."""

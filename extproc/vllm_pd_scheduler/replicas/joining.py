@@ -13,6 +13,8 @@ SETTLE_S = 0.1
 _PATIENCE_S = 2.0
 """Seconds without an answer after which it is asked again, the next one if there is one."""
 _MAX_TRIES = 3
+_MANY = 100
+"""Blocks that another may know more than twice as many as we do and these, before it is asked once more."""
 MAX_GAPS = 64
 
 
@@ -34,6 +36,8 @@ class Joining:
         self._due = -1e9
         self._tries = 0
         self._joined = False
+        self._wants_rates = False
+        """Whether what others have learned of pairs is to be asked for."""
         self._gaps: list[Ask] = []
 
     @property
@@ -43,15 +47,16 @@ class Joining:
 
     def heard(self, name: str, blocks: int, back: bool, now: float) -> None:
         """Note the first summary of another, which takes so many blocks for cached."""
-        if not blocks or (self._joined and not back):
-            if name in self._sources:
-                self._sources[name] = blocks
+        knows_more = blocks > 2 * len(self._registry.prefixes) + _MANY
+        if self._joined and not back and not knows_more:
             return
         if not self._sources:
             self._due = now + SETTLE_S
             self._tries = 0
         self._sources[name] = blocks
-        self._wanted |= dict.fromkeys(e for e in self._registry if e not in self._asked)
+        self._wants_rates = True
+        if blocks:
+            self._wanted |= dict.fromkeys(e for e in self._registry if e not in self._asked)
 
     def left(self, name: str) -> None:
         """Note that another is gone: who was asked is asked no more."""
@@ -69,7 +74,8 @@ class Joining:
 
     def due(self, now: float) -> float | None:
         """Return when to ask next for what is cached; ``None`` if nothing is wanted."""
-        return max(now, self._due) if self.missing and self._sources else None
+        wants = self._sources and (self.missing or self._wants_rates)
+        return max(now, self._due) if wants else None
 
     @property
     def has_gaps(self) -> bool:
@@ -83,7 +89,7 @@ class Joining:
 
     def asks(self, now: float) -> Iterator[tuple[str, Sequence[Endpoint], bool]]:
         """Yield whom to ask for the blocks of which endpoints, and whether for what it has learned too."""
-        if not self.missing or not self._sources or now < self._due:
+        if (due := self.due(now)) is None or now < due:
             return
         if self._asked:  # in vain
             self._tries += 1
@@ -92,15 +98,15 @@ class Joining:
             if self._tries > _MAX_TRIES:
                 self._end()
                 return
-        first = not self._source
         self._source = max(self._sources, key=lambda each: (self._sources[each], each))
         self._wanted = dict.fromkeys((*self._asked, *self._wanted))
         self._asked = dict.fromkeys([e for e in self._wanted if e in self._registry][:MAX_ASKED], 0)
         self._wanted = {e: None for e in self._wanted if e not in self._asked and e in self._registry}
         self._due = now + _PATIENCE_S
-        if self._asked:
-            yield self._source, list(self._asked), first
-        else:
+        if self._asked or self._wants_rates:
+            yield self._source, list(self._asked), self._wants_rates
+        self._wants_rates = False
+        if not self._asked:
             self._end()
 
     def answered(self, name: str, endpoint: Endpoint, held: Held, now: float) -> None:

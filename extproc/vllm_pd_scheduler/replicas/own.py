@@ -59,6 +59,11 @@ class Names:
             self.names.append(self._directory.name(endpoint))
         return place
 
+    def add(self, name: int | str) -> int:
+        """Add what stands for an endpoint, and return its place."""
+        self.names.append(name)
+        return len(self.names) - 1
+
 
 class _Changed(set[Endpoint]):
     """Endpoints whose load has changed. When a request of ours ends, nothing else says it."""
@@ -106,7 +111,7 @@ class OwnWork:
         self._draws_to_repeat: dict[tuple[int, bytes], int] = {}
         """Those told lately, and in how many summaries they are told once more."""
         self._told = Told()
-        self.answers = Answers(registry, directory, self._told)
+        self.answers = Answers(directory, self._told)
         self.done = 0
         """Prefills of ours that were done."""
         registry.pairs.on_verdict = self._pair_failed
@@ -238,7 +243,7 @@ class OwnWork:
         return Message(
             replica, number, False, waiting, names.names, shares, prefills, ended, placed[:MAX_ITEMS],
             None, drawn, pairs, handed, asks,
-            held and Held(names.place(held[0]), pack_blocks(held[1]), *held[2:]), rates,
+            held and Held(names.add(held[0]), pack_blocks(held[1]), *held[2:]), rates,
         )  # fmt: skip
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:

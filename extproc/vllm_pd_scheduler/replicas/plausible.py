@@ -31,7 +31,7 @@ UNTAUGHT = 64
 """Prefills of one replica that are learned from beyond twice as many of our own."""
 _BELIEVED_TIMES = 2.0
 """By which the seconds of its prefills, all told, may differ from those predicted here."""
-_RECENT = 0.03
+_RECENT = 0.01
 _FEW = 32
 MESSAGES_PER_S = 250.0
 """Of one replica. It sends 100 and some."""

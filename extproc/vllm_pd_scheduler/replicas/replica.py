@@ -16,6 +16,8 @@ __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
 BATCH_S = 0.01
 """Least seconds between two messages: what happens meanwhile is told in one."""
+SAID_FROM = 20
+"""Claims of a kind that are not believed before that is said: a few can be by chance."""
 SUMMARY_S = 1.0
 """Seconds between two summaries. They mend what was lost, and show that the replica lives."""
 
@@ -154,13 +156,14 @@ class Replica:
         return True
 
     def _say_disbelieved(self, name: str) -> None:
-        for kind in self.disbelieved.keys() - self._disbelieved_said:
-            self._disbelieved_said.add(kind)
-            _log.warning(
-                "replica %s, or one before it, claims what cannot be: %s (said once; see the count)",
-                name,
-                kind,
-            )
+        for kind, count in self.disbelieved.items():
+            if count >= SAID_FROM and kind not in self._disbelieved_said:
+                self._disbelieved_said.add(kind)
+                _log.warning(
+                    "replica %s, or one before it, claims what cannot be: %s (said once; see the count)",
+                    name,
+                    kind,
+                )
 
     def _ignore(self, reason: Ignored) -> bool:
         self.ignored[reason] += 1

@@ -11,7 +11,7 @@ from ..fleet.endpoint import Endpoint, Reservation
 from ..fleet.registry import Registry
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
-from ..records.recording import Recorded
+from ..records.traffic import Recorded
 from ..request import gateway_names
 from ..request import headers as names
 from ..request.errors import Reject

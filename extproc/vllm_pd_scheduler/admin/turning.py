@@ -1,0 +1,89 @@
+"""Turns an instance: it drains, and has the other role when nothing is left on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..fleet.registry import UnknownInstance
+from ..records.events import EventKind
+from ..router import PDRouter
+from .changes import AdminChanges, CannotTurn, Leaving, NotKept
+
+POLL_S = 0.1
+"""Seconds between two looks whether a drain is over: a choice, as for a call that waits for one."""
+
+
+class Turning:
+    """Turns one instance at a time, so that at no moment more than one is missing.
+
+    ``is_ready`` returns ``False`` once the scheduler is shutting down. To undrain an instance ends its turn.
+    """
+
+    def __init__(self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool]) -> None:
+        self._router = router
+        self._changes = changes
+        self._is_ready = is_ready
+        self._turns: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def begin(self, instance_id: str, by: str) -> None:
+        """Drain an instance, to turn it later.
+
+        Raises :exc:`CannotTurn`, and what a drain raises: the last of a role that can serve stays.
+        """
+        if self._turns is not None:
+            raise CannotTurn(
+                f"{self._turns} is being turned, and only one is at a time: undrain it to end that"
+            )
+        self._changes.turned(instance_id)
+        self._turns = instance_id
+        try:
+            await self._changes.drain(instance_id, by=by)
+        except BaseException:
+            self._turns = None
+            raise
+        self._task = asyncio.create_task(self._finish(instance_id, by))
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until the turn is over, or for so long."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=seconds)
+
+    async def close(self) -> None:
+        """Give up a turn that is not over; the instance stays drained."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _finish(self, instance_id: str, by: str) -> None:
+        try:
+            problem = await self._turned(instance_id, by)
+            if problem is not None:
+                text = f"{instance_id} was not turned: {problem}"
+                events = self._router.events
+                events.add(EventKind.STATE, text, by=by, subject=instance_id, level=logging.WARNING)
+        finally:
+            self._turns = None
+
+    async def _turned(self, instance_id: str, by: str) -> str | None:
+        """Turn an instance when it is drained; return why that was not done, if it was not."""
+        registry = self._router.registry
+        try:
+            while registry.get(instance_id).draining and not registry.drained(instance_id):
+                if not self._is_ready():
+                    return "the scheduler ends"
+                await asyncio.sleep(POLL_S)  # no event tells that a request has ended
+            if not registry.get(instance_id).draining:
+                return "it was undrained"
+            try:
+                await self._changes.turn(instance_id, by)
+            except CannotTurn as error:  # what has become so since: it is needed where it is
+                await self._changes.undrain(instance_id, by)
+                return str(error)
+        except UnknownInstance:
+            return "it was removed"
+        except (Leaving, NotKept, ValueError) as error:
+            return str(error)
+        return None
