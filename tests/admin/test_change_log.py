@@ -86,6 +86,18 @@ async def test_an_instance_that_is_put_elsewhere_is_put_there_by_all(meeting: Me
         assert _same(one, two)
 
 
+async def test_an_instance_that_is_turned_is_turned_at_all(meeting: Meeting) -> None:
+    both = [{**each, "both_roles": True} for each in FLEET["decode_instances"]]
+    one, two = (Scheduler(meeting, decode_instances=both) for _ in range(2))
+    async with running(one, two):
+        await two.changes.drain("d1")
+        await one.changes.turn("d1")
+        assert two.router.registry.get("d1").instance.role is InstanceRole.PREFILL
+        await two.changes.remove("d1", force=True)
+        assert "d1" not in _ids(one)
+        assert _same(one, two)
+
+
 async def test_an_event_says_who_has_changed_what_at_which_replica(meeting: Meeting) -> None:
     one, two = Scheduler(meeting, "a"), Scheduler(meeting, "b")
     async with running(one, two):

@@ -21,14 +21,12 @@ from ..discovery import Membership
 from ..fleet.endpoint import EJECTED, Endpoint
 from ..fleet.registry import Registry
 from ..models import PD_ROLES, InstanceRole, InstanceState
-from ..replicas import Ignored
 from ..router import PDRouter
 from ..scheduler import Scheduler
 from ..scheduler.role_load import RoleLoad
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
-from ..sync.channel import Dropped
-from ..sync.sync import Sync
 from ..telemetry.failures import Failures
+from .replicas_collector import ReplicasCollector
 
 
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
@@ -41,7 +39,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_RoleLoadCollector(RoleLoad(router.scheduler, router.dispatcher.queue), clock))
     registry.register(_DiscoveryCollector(router.membership, clock))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
-    registry.register(_ReplicasCollector(lambda: router.sync, clock))
+    registry.register(ReplicasCollector(lambda: router.sync, clock))
     registry.register(_FailureCollector(router.scheduler.failures, router.connectors.failures))
     return registry
 
@@ -357,65 +355,6 @@ class _ShadowCollector(_AtScrape):
             bounds = [*map(str, GAIN_BUCKETS_S), "+Inf"]
             gains.add_metric(values, list(zip(bounds, accumulate(tally.gains), strict=True)), None)
         yield from (picks, gains)
-
-
-class _ReplicasCollector(_AtScrape):
-    """What passes between this scheduler and the other replicas; no metrics if there are none."""
-
-    def __init__(self, sync: Callable[[], Sync | None], clock: Callable[[], float]) -> None:
-        self._sync = sync
-        self._clock = clock
-
-    def collect(self) -> Iterator[Metric]:
-        sync = self._sync()
-        if sync is None:
-            return
-        replica, traffic = sync.replica, sync.channel.traffic
-        yield GaugeMetricFamily(
-            "pd_scheduler_replicas_connected",
-            "1 if the server by which replicas meet is connected.",
-            float(not sync.channel.problem),
-        )
-        silent = replica.silent_for(self._clock())
-        yield GaugeMetricFamily("pd_scheduler_replicas", "Other replicas that are heard.", len(silent))
-        yield GaugeMetricFamily(
-            "pd_scheduler_replicas_silent_seconds",
-            "Time since something was heard of the other replica that has been silent for longest.",
-            max(silent.values(), default=0.0),
-        )
-        yield GaugeMetricFamily(
-            "pd_scheduler_replicas_differing",
-            "Other replicas that are configured in another way than this one.",
-            len(sync.greetings.differing()),
-        )
-        messages = CounterMetricFamily(
-            "pd_scheduler_replica_messages", "Messages sent and received.", labels=["direction"]
-        )
-        size = CounterMetricFamily(
-            "pd_scheduler_replica_message_bytes", "Bytes of these messages.", labels=["direction"]
-        )
-        for direction, count, total in (
-            ("sent", traffic.sent, traffic.sent_bytes),
-            ("received", traffic.received, traffic.received_bytes),
-        ):
-            messages.add_metric([direction], count)
-            size.add_metric([direction], total)
-        yield from (messages, size)
-        dropped = CounterMetricFamily(
-            "pd_scheduler_replica_messages_dropped",
-            "Messages that were not sent, by reason.",
-            labels=["reason"],
-        )
-        for reason in Dropped:
-            dropped.add_metric([reason.value], traffic.dropped[reason])
-        ignored = CounterMetricFamily(
-            "pd_scheduler_replica_messages_ignored",
-            "Messages that were received and not used, by reason.",
-            labels=["reason"],
-        )
-        for each in Ignored:
-            ignored.add_metric([each.value], replica.ignored[each])
-        yield from (dropped, ignored)
 
 
 class _FailureCollector(_AtScrape):
