@@ -38,6 +38,8 @@ MAX_TOKENS = 1_000_000_000
 """Tokens of those."""
 MAX_PROMPT = 10_000_000
 """Tokens of one prompt."""
+MAX_FOUND_BYTES = 1 << 15
+"""Of what was found at one instance: 64 ranks have some 14 KB."""
 MAX_OVERHEAD_S = 10.0
 """The fixed cost of a prefill or a step is surely less."""
 MAX_TOKEN_S = 0.1
@@ -96,6 +98,8 @@ class Disbelieved(StrEnum):
     """More than may be left out by the word of one."""
     TIMES = "times"
     """Prefills much faster or slower than all that is known, or more of them than there can be."""
+    FINDINGS = "findings"
+    """Of a probe of an instance: numbers outside their ranges, or ranks that it has not."""
     DRAWS = "draws"
     """More work for tenants than the fleet can have done."""
 
@@ -164,6 +168,13 @@ class Learned(Struct, array_like=True, frozen=True):
 
     prefill: Coefficients
     decode: Coefficients
+
+
+class Found(Struct, array_like=True, frozen=True):
+    """What a probe of an instance has found, as :mod:`vllm_pd_scheduler.health.finding` writes it."""
+
+    endpoint: Index
+    told: Annotated[bytes, Meta(max_length=MAX_FOUND_BYTES)]
 
 
 class Drawn(Struct, array_like=True, frozen=True):
@@ -260,6 +271,9 @@ class Message(Struct, array_like=True, frozen=True):
     rates: Rates | None = None
     blocks: Number = 0
     """Of a summary: how many it takes for cached on all endpoints."""
+    probing: Annotated[list[Index], Meta(max_length=MAX_ITEMS)] = []
+    """Instances that it asks just now how they are, for all replicas; each by an endpoint."""
+    found: Annotated[list[Found], Meta(max_length=MAX_ITEMS)] = []
 
 
 class FleetKey:
@@ -296,7 +310,8 @@ class FleetKey:
 
 def _places(message: Message) -> Iterator[int]:
     """Yield the places in its list of endpoints that a message names."""
-    for part in (message.shares, message.prefills, message.placed):
+    yield from message.probing
+    for part in (message.shares, message.prefills, message.placed, message.found):
         yield from (each.endpoint for each in part)
     for pair in message.pairs:
         yield from (pair.prefill, pair.decode)

@@ -11,6 +11,7 @@ from .directory import Directory
 from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
 from .own import Names, OwnWork
+from .probes import Probes
 
 __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
@@ -46,6 +47,8 @@ class Replica:
         self._directory = Directory(registry)
         self._own = OwnWork(registry, self._directory)
         self._others = Others(name, registry, self._directory, self._own)
+        self.probes = Probes(self._directory, registry, name, lambda: self._others.names)
+        """Says which instances this replica probes for all, and tells what it finds."""
         self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
         self._published_at = self._summary_at = -1e9
@@ -53,7 +56,7 @@ class Replica:
 
     def wake_by(self, wake: Callable[[], None]) -> None:
         """Have ``wake`` called whenever there may be something to publish."""
-        self._own.wake = wake
+        self._own.wake = self.probes.wake = wake
 
     @property
     def others(self) -> list[str]:
@@ -83,7 +86,7 @@ class Replica:
         """Return when to call :meth:`publish` if nothing happens before."""
         joining, soon = self._others.joining, self._published_at + BATCH_S
         times = [self._summary_at + SUMMARY_S]
-        if self._own.untold or joining.has_gaps:
+        if self._own.untold or self.probes.untold or joining.has_gaps:
             times.append(soon)
         for due in (joining.due(now), self._own.answers.due(now)):
             if due is not None:
@@ -101,6 +104,10 @@ class Replica:
         names = Names(self._directory)
         asks = self._asks(names, now)
         changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
+        if self.probes.untold:
+            if changes is None:
+                changes = Message(self.name, self._number + 1, False, waiting, names.names)
+            changes = self.probes.add_to(changes, names.place)
         if changes is not None:
             messages.append(self._encode(changes))
             self._published_at = now  # what others did is no news, and delays none
@@ -144,6 +151,8 @@ class Replica:
         self._own.deaf = True
         try:
             reason = self._others.receive(message, now)
+            if reason is None and not self.probes.receive(message):
+                self.disbelieved[Disbelieved.FINDINGS] += 1
         finally:
             self._own.deaf = False
         if reason is not None:

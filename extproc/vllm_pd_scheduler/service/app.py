@@ -171,7 +171,10 @@ class App:
 
         if config.kv_events is not None:
             self._start_kv_events(config.kv_events)
-        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
+        peers = router.sync.replica.probes if router.sync is not None else None
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung, peers)
+        if peers is not None:
+            peers.listener = monitor.shared
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
         router.catalog.read_again.read = monitor.read_models
