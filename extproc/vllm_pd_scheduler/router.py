@@ -66,7 +66,7 @@ class PDRouter:
         name: str = "",
     ) -> None:
         self.config = config
-        self.events = events or Events(time.time)
+        self.events = events or Events(time.time, bool(name))
         self.registry = Registry(_health_policy(config))
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
@@ -85,7 +85,7 @@ class PDRouter:
         """Serves waiting requests that can be served now: call it when load or health have changed."""
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
-        self.decisions = Decisions(clock, time.time)
+        self.decisions = Decisions(clock, time.time, bool(name))
         learning = self.registry.learning
         self.recording = Recording(
             clock, time.time, lambda: self.registry.load.output_tokens, lambda: learning.finished

@@ -206,6 +206,7 @@ class CommandsTest(unittest.TestCase):
             name: {option for each in command.params for option in each.opts if option.startswith("-")}
             - {"--help"}
             for name, command in group.commands.items()
+            if not command.hidden
         }
 
     def test_every_command_has_a_row_and_its_options_exist(self) -> None:

@@ -57,8 +57,9 @@ def test_all_are_asked_in_turn_and_each_is_a_cluster_of_its_own() -> None:
     for name in ("scheduler", "xds"):
         found = cluster(config, name)
         assert list(every("path", found)) == ["/run/pd/w0", "/run/pd/w1"]
-        assert list(every("priority", found)) == []
         assert found["health_checks"], "one that is dead is left out"
+    assert list(every("priority", cluster(config, "scheduler"))) == []
+    assert list(every("priority", cluster(config, "xds"))) == [1], "one tells all endpoints"
     for each in WORKERS:
         found = cluster(config, each.cluster)
         assert list(every("path", found)) == [each.address]

@@ -90,6 +90,10 @@ class AdminChanges:
         self._one_at_a_time = asyncio.Lock()
         self._log: ChangeLog | None = None
         self._saves: asyncio.Future[None] | None = None
+        self.saves = True
+        """Whether this process writes the file. Of several that have one file, one does."""
+        self.file_first = False
+        """Whether a change is on the disk before it is in a log that does not outlive the machine."""
 
     def share(self, channel: Channel, replica: str) -> ChangeLog:
         """Make each change at all replicas from now on, this one among them; return what hears of the log."""
@@ -315,9 +319,15 @@ class AdminChanges:
             self._added = steered.added
 
         if self._log is not None:
+            if self.file_first:
+                await self._write(after)
+                if change.given_up:
+                    await self._write(before)
+                    return
             try:
                 await self._log.keep(before, after, change.by, make_it)
             except channel.NotKept as error:
+                self._save()
                 raise NotShared(str(error)) from None
             self._save()
             return
@@ -356,7 +366,7 @@ class AdminChanges:
 
     def _save(self) -> None:
         """Have the file follow what the log has: a disk that fails refuses nothing then."""
-        if self._path is not None and (self._saves is None or self._saves.done()):
+        if self._path is not None and self.saves and (self._saves is None or self._saves.done()):
             self._saves = asyncio.ensure_future(self._save_all())
 
     async def _save_all(self) -> None:

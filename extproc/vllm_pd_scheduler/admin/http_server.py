@@ -44,6 +44,14 @@ class HttpServer:
 
         ``::`` is all addresses, those of IPv4 too.
         """
+        everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
+        await web.TCPSite(await self._set_up(), everywhere, port, ssl_context=tls).start()
+
+    async def start_on_socket(self, path: str) -> None:
+        """Listen on a Unix socket, in a directory of this user alone; raise :exc:`OSError` if that fails."""
+        await web.UnixSite(await self._set_up(), path).start()
+
+    async def _set_up(self) -> web.AppRunner:
         self._runner = web.AppRunner(
             self.application(),
             access_log=None,
@@ -52,8 +60,7 @@ class HttpServer:
             auto_decompress=False,  # a few KB could take the event loop for seconds
         )
         await self._runner.setup()
-        everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
-        await web.TCPSite(self._runner, everywhere, port, ssl_context=tls).start()
+        return self._runner
 
     async def stop(self) -> None:
         """Stop listening and close open connections."""

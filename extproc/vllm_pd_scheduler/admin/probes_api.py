@@ -12,6 +12,7 @@ from ..router import PDRouter
 from ..routing.catalog import Health
 from .collectors import collectors
 from .metrics_page import metrics_page
+from .others import Others
 from .route import Query, Refused, Route, Shown, json_answer
 
 
@@ -33,10 +34,14 @@ class ReadyQuery(Query):
 
 
 class ProbesApi:
-    """Answers probes and scrapes. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+    """Answers probes and scrapes. ``is_ready`` returns ``False`` once the scheduler is shutting down.
 
-    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+    With ``others`` the metrics are those of all workers.
+    """
+
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool], others: Others | None = None) -> None:
         self._router = router
+        self._others = others
         self._is_ready = is_ready
         self._collectors = collectors(router, time.monotonic)
 
@@ -83,4 +88,6 @@ class ProbesApi:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         body = await metrics_page((self._router.telemetry.prometheus, self._collectors))
+        if self._others is not None:
+            body = await self._others.metrics(body)
         return web.Response(body=body, content_type="text/plain", charset="utf-8")

@@ -17,6 +17,7 @@ from ..models import InstanceRole
 from ..records.events import EventKind
 from ..request.headers import ENVOY_CONFIG_VERSION
 from ..router import PDRouter
+from .others import Others
 from .route import Body, Route, Shown, asked_by, json_answer
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -125,11 +126,13 @@ class LogLevelAnswer(Shown):
 class ProcessApi:
     """Shows the process and what it runs with, and changes what it logs.
 
-    ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    ``is_ready`` returns ``False`` once the scheduler is shutting down. With ``others`` this is about
+    all workers.
     """
 
-    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool], others: Others | None = None) -> None:
         self._router = router
+        self._others = others
         self._is_ready = is_ready
         self._started_at = datetime.now(UTC)
         self._started = time.monotonic()
@@ -159,7 +162,24 @@ class ProcessApi:
         )
 
     async def _status(self, _: web.Request) -> web.Response:
-        return json_answer(self.status())
+        return json_answer(await self.status_of_all())
+
+    async def status_of_all(self) -> StatusAnswer:
+        """Return how all workers are now: what they hold is a sum."""
+        status = self.status()
+        if self._others is None:
+            return status
+        told = [StatusAnswer.model_validate_json(body) for body in await self._others.get("/status")]
+        every = [status, *told]
+        waiting = sum(each.queue.requests for each in every)
+        known = status.queue.requests + status.queue.requests_elsewhere  # those of other workers too
+        queue = QueueStatus(
+            requests=waiting,
+            bytes=sum(each.queue.bytes for each in every),
+            requests_elsewhere=max(0, known - waiting),
+        )
+        update = {"queue": queue, "held_bytes": sum(each.held_bytes for each in every)}
+        return status.model_copy(update=update)
 
     def status(self) -> StatusAnswer:
         """Return how the scheduler is now."""
@@ -223,4 +243,6 @@ class ProcessApi:
         logging.getLogger().setLevel(body.level)
         text = f"log level is {body.level}"
         self._router.events.add(EventKind.LOG_LEVEL, text, by=asked_by(request))
+        if self._others is not None:
+            await self._others.pass_on(request)
         return await self._log_level(request)

@@ -19,7 +19,7 @@ from .operating import add, drain, reload, remove, status, strategy, turn, undra
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .recording import record
 from .replay import replay
-from .serving import check, serve, up
+from .serving import check, serve, up, worker
 from .simulation import demo, sim
 from .top import top
 
@@ -86,6 +86,7 @@ for panel, commands in _PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.command(rich_help_panel="Run", cls=GoCommand)(epp)
+app.command(hidden=True)(worker)
 
 
 def main() -> None:

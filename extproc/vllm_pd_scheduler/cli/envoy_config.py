@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,15 @@ from .options import (
     HostOption,
     PortOption,
     PrefillPortOption,
+    WorkersOption,
     prefill_port_of,
     read_config,
+    worker_count,
 )
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+    from ..envoy.schedulers import SchedulerAddress
 
 
 def envoy_config(
@@ -40,6 +46,7 @@ def envoy_config(
             help="One of several schedulers: host:port or a socket's path. See docs/cli.md.",
         ),
     ] = None,
+    workers: WorkersOption = "1",
 ) -> None:
     """Print the configuration for an Envoy beside `serve`, as YAML.
 
@@ -49,7 +56,6 @@ def envoy_config(
 
     from ..config import SchedulerConfig
     from ..envoy.configuration import config_path, render_config
-    from ..envoy.schedulers import SchedulerAddress
 
     if config is not None:
         settings = read_config(config)
@@ -64,7 +70,7 @@ def envoy_config(
             settings.stream_idle_timeout,
             settings.max_retries,
             settings.public_paths,
-            [SchedulerAddress.parse(each) for each in scheduler or ()],
+            _schedulers(settings, grpc_port, scheduler or [], worker_count(workers)),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--scheduler") from None
@@ -73,6 +79,22 @@ def envoy_config(
         typer.echo(shipped, nl=False)
     else:
         typer.echo(_as_yaml(rendered), nl=False)
+
+
+def _schedulers(
+    settings: SchedulerConfig, grpc_port: int | None, given: list[str], workers: int
+) -> list[SchedulerAddress]:
+    """Return the schedulers that are given, or the workers; none if there is one, where the ports say."""
+    from ..envoy.schedulers import SchedulerAddress
+    from ..service.run_workers import addresses
+
+    if given and workers > 1:
+        raise ValueError("each worker is a scheduler of its own: give a --scheduler for each, or --workers")
+    if workers == 1:
+        return [SchedulerAddress.parse(each) for each in given]
+    if grpc_port is not None:
+        settings = settings.model_copy(update={"grpc_port": grpc_port, "grpc_socket": None})
+    return addresses(settings, workers)
 
 
 def _as_yaml(config: dict[str, Any]) -> str:

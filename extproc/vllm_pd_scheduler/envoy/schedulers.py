@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from ..models import is_ip
@@ -61,12 +63,14 @@ def put_schedulers(config: dict[str, Any], schedulers: Sequence[SchedulerAddress
     _require_distinct(schedulers)
     clusters = config["static_resources"]["clusters"]
     by_name = {each["name"]: each for each in clusters}
-    shared = by_name["scheduler"], by_name["xds"]
-    for cluster in shared:
-        _assign(cluster, schedulers)
+    near_first = sorted(schedulers, key=attrgetter("priority"))
+    groups = [list(group) for _, group in groupby(near_first, attrgetter("priority"))]
+    _assign(by_name["scheduler"], groups)
+    # One tells the endpoints of all clusters, so that they fit together: the first that is healthy.
+    _assign(by_name["xds"], [[each] for each in near_first])
     if len(schedulers) > 1:
-        # Reports and endpoints go on while all are draining: then all are asked.
         by_name["xds"]["health_checks"] = by_name["scheduler"]["health_checks"]
+        # Reports and endpoints go on while all are draining: then all are asked.
         by_name["xds"]["common_lb_config"] = {"healthy_panic_threshold": {"value": 1}}
     named = [each for each in schedulers if each.name]
     if not named:
@@ -75,7 +79,7 @@ def put_schedulers(config: dict[str, Any], schedulers: Sequence[SchedulerAddress
         # Without health checks: one that drains is still told what became of its requests.
         own = {key: value for key, value in by_name["scheduler"].items() if not key.startswith("health")}
         own |= {"name": each.cluster}
-        _assign(own, [each])
+        _assign(own, [[each]])
         clusters.append(own)
     for loggers in _logger_lists(config):
         loggers[:] = [one for logger in loggers for one in _for_each(logger, named)]
@@ -103,21 +107,20 @@ def _require_distinct(schedulers: Sequence[SchedulerAddress]) -> None:
         _endpoint(each)
 
 
-def _assign(cluster: dict[str, Any], schedulers: Sequence[SchedulerAddress]) -> None:
-    """Give a cluster these hosts. Of those of one priority each is asked in turn."""
-    priorities = sorted({each.priority for each in schedulers})  # Envoy wants them without gaps
-    near = [[each for each in schedulers if each.priority == priority] for priority in priorities]
+def _assign(cluster: dict[str, Any], near: Sequence[Sequence[SchedulerAddress]]) -> None:
+    """Give a cluster these hosts, the nearest first. Of those that are equally near each is asked in turn."""
     assignment: dict[str, Any] = {
         "cluster_name": cluster["name"],
         "endpoints": [{"lb_endpoints": [{"endpoint": _endpoint(each)} for each in group]} for group in near],
     }
     for priority, endpoints in enumerate(assignment["endpoints"][1:], 1):
-        endpoints["priority"] = priority
+        endpoints["priority"] = priority  # Envoy wants them without gaps
     if len(near) > 1:
         # As long as one of a priority is healthy, nothing goes to those farther away.
         assignment["policy"] = {"overprovisioning_factor": 100 * max(map(len, near))}
     cluster["load_assignment"] = assignment
-    cluster["type"] = "STRICT_DNS" if any(map(_has_dns_name, schedulers)) else "STATIC"
+    names = any(_has_dns_name(each) for group in near for each in group)
+    cluster["type"] = "STRICT_DNS" if names else "STATIC"
 
 
 def _endpoint(scheduler: SchedulerAddress) -> dict[str, Any]:
