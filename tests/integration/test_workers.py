@@ -269,6 +269,16 @@ async def all_use(client: Client, strategy: str) -> None:
     await until(both)
 
 
+async def test_what_one_has_had_cached_another_knows(client: Client) -> None:
+    assert (await client.admin("PUT", "/strategy", {"strategy": "prefix_cache"}))[0] == 200
+    await all_use(client, "prefix_cache")
+    for number in range(4):
+        prompt = f"Prompt {number} is long. " * 200
+        answers = [await client.complete(prompt=prompt) for _ in range(8)]
+        assert len({each.headers["x-pd-prefill"] for each in answers}) == 1
+        assert len(await deciders(client, 8)) == 2
+
+
 async def test_sighup_and_reload_reach_all(
     client: Client, up: Process, stack: Stack, settings: dict[str, Any]
 ) -> None:

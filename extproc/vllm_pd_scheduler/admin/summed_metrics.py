@@ -23,7 +23,7 @@ SUMMED_GAUGES = frozenset(
 """Gauges of a process's own work. All others are of the fleet, which all see: they are the first's."""
 
 OWN, ELSEWHERE = "pd_scheduler_in_flight", "pd_scheduler_in_flight_elsewhere"
-"""Requests on an instance: a worker's own, and those of others that it knows, also of other workers."""
+"""Requests on an instance: a worker's own, and all those of others that it knows."""
 
 FIRSTS = frozenset({"pd_scheduler_instance_state_changes_total"})
 """Counters of what each worker sees, and all see alike."""

@@ -135,7 +135,7 @@ class App:
             await self._join_replicas(config.replicas)
         elif self._worker is not None:
             self.changes.file_first = True
-            await self._join(LocalChannel(self._worker.hub), "workers")
+            await self._join(LocalChannel(self._worker.hub), "workers", self._worker.read_secret())
         if config.tracing is not None:
             self._start_tracing(config.tracing)
         if self._worker is None:
@@ -269,7 +269,7 @@ class App:
         secret = config.password.read() if config.password is not None else ""
         await self._join(Valkey(config, tls), meeting.fleet(config.key), secret)
 
-    async def _join(self, channel: Channel, fleet: str, secret: str = "") -> None:
+    async def _join(self, channel: Channel, fleet: str, secret: str) -> None:
         name = scheduler_name(self.config, self._worker)
         sync = join(self.router, self.changes, channel, fleet, name, secret)
         self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,8 +133,10 @@ def addresses(config: SchedulerConfig, count: int) -> list[SchedulerAddress]:
 
 
 def _workers(file: Path, count: int, arguments: Sequence[str], path: str) -> Workers:
+    first = Worker(0, count, path)
     try:
-        Path(Worker(0, count, path).started).write_bytes(file.read_bytes())
+        Path(first.started).write_bytes(file.read_bytes())
+        Path(first.secret).write_text(secrets.token_hex(16), encoding="ascii")
     except OSError as error:
         raise StartupError(f"{file}: {error.strerror}") from None
     command = worker_command([*arguments, "--workers", str(count), "--hub", path])

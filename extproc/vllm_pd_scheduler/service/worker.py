@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import SchedulerConfig
 from ..system.daemon_thread import in_daemon_thread
@@ -39,6 +40,15 @@ class Worker:
     def counts(self) -> str:
         """The path of the file with what workers have counted that have ended since."""
         return f"{self.hub}.counts"
+
+    @property
+    def secret(self) -> str:
+        """The path of a file with what no client knows."""
+        return f"{self.hub}.secret"
+
+    def read_secret(self) -> str:
+        """Return what no client knows, and all workers hash prompts with."""
+        return Path(self.secret).read_text(encoding="ascii")
 
     @property
     def started(self) -> str:
