@@ -47,10 +47,25 @@ def test_several_schedulers() -> None:
     ]
     assert yaml.safe_load(printed(*options)) == render_config(EnvoyPorts(), schedulers=expected)
     assert printed("--scheduler=127.0.0.1:9002") == printed()
-    for wrong in ("a=b=c", "10.0.0.1", "x=10.0.0.1:1,near", "10.0.0.1:1,-1"):
+    wrong_ones = (
+        "a=b=c",
+        "10.0.0.1",
+        "x=10.0.0.1:1,near",
+        "10.0.0.1:1,-1",
+        "A=10.0.0.1:1",
+        "a-1=/run/x",
+        "=/x",
+    )
+    for wrong in wrong_ones:
         ended = CliRunner().invoke(app, ["envoy-config", f"--scheduler={wrong}"])
         assert ended.exit_code == 2, ended.output
         assert "--scheduler" in ended.output
+
+
+def test_each_of_several_schedulers_has_its_own_port() -> None:
+    ended = CliRunner().invoke(app, ["envoy-config", "--scheduler=a=10.0.0.1:9002", "--grpc-port=9002"])
+    assert ended.exit_code == 2
+    assert "--grpc-port" in ended.output
 
 
 def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def _schedulers(
 
     if given and workers > 1:
         raise ValueError("each worker is a scheduler of its own: give a --scheduler for each, or --workers")
+    if given and grpc_port is not None:
+        raise ValueError("it has the port of each scheduler: leave out --grpc-port")
     if workers == 1:
         return [SchedulerAddress.parse(each) for each in given]
     if grpc_port is not None:
