@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,8 +50,9 @@ def envoy_config(
     else:
         settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
+    ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
     rendered = render_config(
-        EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
+        replace(ports, continuation=settings.continuation_port),
         settings.instance_tls,
         settings.stream_idle_timeout,
         settings.max_retries,

@@ -214,6 +214,14 @@ class SchedulerConfig(InstancesFile):
     `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
     without it the scheduler sends it to P itself, for less CPU. `up` and `envoy-config --config` give Envoy
     the listener if this is set, on its port."""
+    continuation_port: Annotated[Port | None, _AT_START] = None
+    """Port of this machine, such as 9004, at which the scheduler takes streams that
+    [go on at another D](reliability.md#streams-that-go-on) when theirs dies: those of clients that send
+    `x-pd-continue: true`. Without it that header says nothing. Envoy must be on the same machine, or in the
+    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler."""
+    continuation_ingress: Annotated[str, _AT_START] = "http://127.0.0.1:10000"
+    """Where the scheduler reaches Envoy's ingress listener to ask for those streams, as `http://HOST:PORT`.
+    `up` knows it."""
     grpc_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Annotated[Port, _AT_START] = 9002
@@ -311,7 +319,7 @@ class SchedulerConfig(InstancesFile):
             raise ValueError("must be an IP address, or a name of this machine")
         return host
 
-    @field_validator("prefill_listener")
+    @field_validator("prefill_listener", "continuation_ingress")
     @classmethod
     def _is_a_listener(cls, url: str | None) -> str | None:
         if url is None:

@@ -16,7 +16,8 @@ class EnvoyPorts:
     """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
 
     The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
-    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener.
+    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener, and without
+    ``continuation``, a port of the scheduler's, no way for streams that another D shall go on with.
     """
 
     ingress: int = 10000
@@ -25,6 +26,12 @@ class EnvoyPorts:
     grpc: int = 9002
     address: str | None = None
     grpc_socket: str | None = None
+    continuation: int | None = None
+
+    @property
+    def ingress_address(self) -> str:
+        """The IP address at which this machine reaches the ingress listener."""
+        return "127.0.0.1" if self.address in (None, "0.0.0.0", "::") else self.address
 
     def listeners(self) -> list[tuple[str, str, int]]:
         """Return the option, host and port of each of Envoy's listeners."""

@@ -18,6 +18,7 @@ from ..admin.http_server import HttpServer
 from ..admin.metaserver import Metaserver, url_for
 from ..admin.probes_server import ProbesServer
 from ..config import ConfigError, KvEventsConfig, SchedulerConfig, TracingConfig, is_loopback
+from ..continuation.server import Continuation
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -91,6 +92,7 @@ class App:
         self._file = file
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()
+        self._continuation: Continuation | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> App:
@@ -163,6 +165,7 @@ class App:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
         await self._start_admin(self_check)
         await self._start_metaserver()
+        await self._start_continuation()
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
         await self._sources.first_words()
@@ -289,6 +292,21 @@ class App:
         decode_first.listen(url_for(config))
         self._stack.push_async_callback(decode_first.close)
 
+    async def _start_continuation(self) -> None:
+        config = self.config
+        if config.continuation_port is None:
+            return
+        server = Continuation(config.continuation_ingress, self.router.telemetry.stream_broke_off)
+        try:
+            await server.start(config.continuation_port)
+        except OSError as error:
+            advice = listen_advice("continuation", config.continuation_port, error.errno)
+            where = join_address("127.0.0.1", config.continuation_port)
+            words = os.strerror(error.errno or 0)
+            raise StartupError(f"continuation_port: cannot listen on {where}: {words}{advice}") from None
+        self._stack.push_async_callback(server.stop)
+        self._continuation = server
+
     async def _listen(
         self,
         name: str,
@@ -360,6 +378,8 @@ class App:
             async with asyncio.timeout(timeout):
                 await self.ext_proc.idle()
                 await self.router.decode_first.idle()
+                if self._continuation is not None:
+                    await self._continuation.idle()
         except TimeoutError:
             running = self.ext_proc.open_streams or len(self.router.decode_first)
             log.warning("%d requests still run after drain_timeout (%g s)", running, timeout)
