@@ -50,6 +50,8 @@ class Said:
         """Whether the answer cannot go on: something has come that no other instance could go on with."""
         self.error = b""
         """The event by which the instance has said that it failed."""
+        self.lost_by: str | None = None
+        """The second D, once it has begun with the rest."""
         self.done = False
         self.finish: str | None = None
         self.usage: dict[str, Any] | None = None
@@ -98,7 +100,7 @@ class Said:
         except (msgspec.DecodeError, UnicodeDecodeError):
             self.lost = True
             return
-        if read.error is not None:
+        if read.error is not None and _is_the_instances(read.error):
             self.error = event + b"\n\n"
             return
         self.usage = read.usage or self.usage
@@ -142,7 +144,7 @@ class Said:
             self.done = self.done or event.startswith(_DONE)
             return event + b"\n\n"
         read = msgspec.json.decode(event[6:])
-        if not isinstance(read, dict) or read.get("error") is not None:
+        if not isinstance(read, dict) or "error" in read:
             self.error = event + b"\n\n"
             return b""
         choices = read.get("choices") or []
@@ -171,18 +173,18 @@ class Said:
         """Return what is missing of an answer whose last token has come."""
         end = b""
         if self.finish is None:
-            choice: dict[str, Any] = {
-                "index": 0,
-                "logprobs": None,
-                "finish_reason": "length",
-                "stop_reason": None,
-            }
-            choice |= {"delta": {}} if self.asked.path == CHAT else {"text": ""}
+            text: dict[str, Any] = {"delta": {}} if self.asked.path == CHAT else {"text": ""}
+            choice = {"index": 0, "logprobs": None, "finish_reason": "length", "stop_reason": None} | text
             end += _event({**self._first, "choices": [choice]})
         if self.asked.usage and self.usage is None:
             self._whole = len(self._ids)
             end += _event({**self._first, "choices": [], "usage": self.usage_with(0)})
         return end + DONE
+
+
+def _is_the_instances(error: Any) -> bool:
+    code = error.get("code") if isinstance(error, dict) else None
+    return not isinstance(code, int) or code >= 500
 
 
 def _head(event: bytes) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from aiohttp import web
 from yarl import URL
 
 from ..instance_http.session import open_session
+from ..request import headers as names
+from ..routing.going_on import GoingOn
 from .asked import COMPLETIONS, Asked
 from .said import DONE, Said
 
@@ -63,11 +65,13 @@ class Outcome(StrEnum):
 class Continuation:
     """Serves what Envoy sends to its cluster ``continuation``. ``ingress`` is Envoy's, as ``http://HOST:PORT``.
 
-    ``ended`` is called for each stream that broke off.
+    ``going_on`` has the scheduler choose another D for the rest of a stream that broke off, and ``ended`` is
+    called for each.
     """
 
-    def __init__(self, ingress: str, ended: Callable[[Outcome], None]) -> None:
+    def __init__(self, ingress: str, going_on: GoingOn, ended: Callable[[Outcome], None]) -> None:
         self._ingress = ingress
+        self._going_on = going_on
         self._ended = ended
         self._session: aiohttp.ClientSession
         self._runner: web.AppRunner | None = None
@@ -128,14 +132,16 @@ class Continuation:
         except ClientLeft:
             return response
         if not said.done:
-            outcome = Outcome.LEFT
+            outcome, number = Outcome.LEFT, request.headers.get(names.REQUEST_ID, "")
+            self._going_on.begin(number, response.headers.get(names.DECODE, ""))
             try:
                 outcome = await self._go_on(said, headers, response)
             except ClientLeft:
                 return response
             finally:
                 self._ended(outcome)
-            if outcome is not Outcome.CONTINUED:
+                self._going_on.end(number, said.lost_by if outcome is Outcome.FAILED else None)
+            if outcome is not Outcome.CONTINUED and not said.error:
                 return _cut(request)
         await response.write_eof()
         return response
@@ -168,6 +174,7 @@ class Continuation:
             try:
                 async with await self._ask("POST", asked.path, headers, asked.body) as answer:
                     if answer.status == 200:
+                        said.lost_by = answer.headers.get(names.DECODE)
                         await _first_part(said, response, answer)
             except aiohttp.ClientError:
                 pass
@@ -188,6 +195,7 @@ class Continuation:
         try:
             async with await self._ask("POST", COMPLETIONS, headers, asked.rest(ids, left)) as answer:
                 if answer.status == 200 and answer.content_type == EVENT_STREAM:
+                    said.lost_by = answer.headers.get(names.DECODE)
                     async for events in _events(answer):
                         await _write(response, b"".join(map(said.goes_on, events)))
                         if said.error:

@@ -296,7 +296,9 @@ class App:
         config = self.config
         if config.continuation_port is None:
             return
-        server = Continuation(config.continuation_ingress, self.router.telemetry.stream_broke_off)
+        router = self.router
+        ended = router.telemetry.stream_broke_off
+        server = Continuation(config.continuation_ingress, router.going_on, ended)
         try:
             await server.start(config.continuation_port)
         except OSError as error:
