@@ -47,7 +47,11 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
     expected = render_config(
-        EnvoyPorts(grpc=9102, prefill=None), InstanceTlsConfig(), 7.5, 3, settings["public_paths"]
+        EnvoyPorts(grpc=9102, prefill=None, continuation=None),
+        InstanceTlsConfig(),
+        7.5,
+        3,
+        settings["public_paths"],
     )
     assert yaml.safe_load(printed(f"--config={path}")) == expected
     listening = {**FLEET, "prefill_listener": "http://127.0.0.1:10555"}

@@ -51,8 +51,10 @@ def envoy_config(
         settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
     ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
+    if config is not None:
+        ports = replace(ports, continuation=settings.continuation_port)
     rendered = render_config(
-        replace(ports, continuation=settings.continuation_port),
+        ports,
         settings.instance_tls,
         settings.stream_idle_timeout,
         settings.max_retries,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -24,8 +23,6 @@ from ..request import headers as names
 from ..routing.going_on import GoingOn
 from .asked import COMPLETIONS, Asked
 from .said import DONE, Said
-
-log = logging.getLogger(__name__)
 
 HEALTH_PATH = "/continuation/health"
 EVENT_STREAM = "text/event-stream"
@@ -190,7 +187,6 @@ class Continuation:
             return Outcome.IMPOSSIBLE
         if left < 1:
             return Outcome.CONTINUED
-        log.debug("a stream broke off after %d tokens: another instance is asked for the rest", said.whole)
         said.error = b""
         try:
             async with await self._ask("POST", COMPLETIONS, headers, asked.rest(ids, left)) as answer:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 PREFILL_PORT = 10001
 """The port of ``envoy.yaml``'s prefill listener."""
 
+CONTINUATION_PORT = 9004
+"""The port of ``envoy.yaml``'s cluster ``continuation``."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnvoyPorts:
@@ -26,7 +29,7 @@ class EnvoyPorts:
     grpc: int = 9002
     address: str | None = None
     grpc_socket: str | None = None
-    continuation: int | None = None
+    continuation: int | None = CONTINUATION_PORT
 
     @property
     def ingress_address(self) -> str:
