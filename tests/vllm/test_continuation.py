@@ -27,11 +27,12 @@ CONTINUE = {"x-pd-continue": "true"}
 class Cutting:
     """A proxy that ends a connection after so many events of a stream, once for each number in ``after``.
 
-    The rest of a stream, which is asked for by token ids, is left alone.
+    A stream is cut once, by its ``x-request-id``: its rest is left alone.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, cut_already: set[bytes]) -> None:
         self._target = target
+        self._cut_already = cut_already
         self.after: list[int] = []
         self.cuts = 0
 
@@ -39,16 +40,18 @@ class Cutting:
         there, back = await asyncio.open_connection("127.0.0.1", self._target)
         asked = [b""]
         sending = asyncio.ensure_future(_copy(reader, back, asked))
-        events, after = 0, None
-        with contextlib.suppress(OSError):
+        events, after, name = 0, None, b""
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             while data := await there.read(1 << 16):
                 if b"text/event-stream" in data:
-                    spared = b'"prompt":[' in asked[-1] or not self.after  # the rest of a stream is not cut
+                    name = asked[-1].partition(b"x-request-id: ")[2].partition(b"\r\n")[0]
+                    spared = name in self._cut_already or not self.after
                     events, after = 0, None if spared else self.after.pop()
                     asked[:] = [b""]
                 events += data.count(b"\n\ndata: ") + data.count(b"\r\ndata: ")
                 if after is not None and events > after:
                     self.cuts += 1
+                    self._cut_already.add(name)
                     back.transport.abort()
                     writer.transport.abort()
                     break
@@ -67,8 +70,8 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, aske
 
 
 @asynccontextmanager
-async def cutting(port: int, target: int) -> AsyncIterator[Cutting]:
-    made = Cutting(target)
+async def cutting(port: int, target: int, cut_already: set[bytes]) -> AsyncIterator[Cutting]:
+    made = Cutting(target, cut_already)
     async with await asyncio.start_server(made.connected, "127.0.0.1", port):
         yield made
 
@@ -132,9 +135,10 @@ async def test_what_goes_on_is_what_an_unbroken_stream_says(
 ) -> None:
     one, two, _ = ports
     timeout = aiohttp.ClientTimeout(total=200)
+    cut_already: set[bytes] = set()
     async with (
-        cutting(one, pair.decode.port) as first,
-        cutting(two, int(AGGREGATED.rsplit(":", 1)[1])) as second,
+        cutting(one, pair.decode.port, cut_already) as first,
+        cutting(two, int(AGGREGATED.rsplit(":", 1)[1]), cut_already) as second,
         aiohttp.ClientSession(timeout=timeout) as session,
     ):
         await ready(stack)
