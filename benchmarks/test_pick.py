@@ -10,6 +10,8 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.replicas import FleetKey, Replica
+from vllm_pd_scheduler.replicas.message import Message, Prefill, Share
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 
@@ -63,6 +65,47 @@ def requests(blocks: tuple[int, ...]) -> Any:
         )  # fmt: skip
 
 
+class Others:
+    """Other replicas, each with a request and a prefill on every instance."""
+
+    def __init__(self, registry: Registry, count: int) -> None:
+        self.key = FleetKey("fleet")
+        self.replica = Replica(registry, "a", self.key)
+        self.registry, self.count, self.messages = registry, count, 0
+        ids = [endpoint.id for endpoint in registry]
+        prefills = [place for place, endpoint in enumerate(registry) if endpoint.instance.role is P]
+        for _ in range(count):
+            self._hear(
+                0.0,
+                summary=True,
+                endpoints=ids,
+                shares=[Share(endpoint=place, requests=1, tokens=1000) for place in range(len(ids))],
+                prefills=[
+                    Prefill(number=number, endpoint=place, prompt=1000)
+                    for number, place in enumerate(prefills, 1)
+                ],
+            )
+
+    def tell(self, now: float) -> None:
+        """Have one of them send a request, and hear of it; and tell what we have sent."""
+        ids = [draw.choice(self.registry.endpoints(role)).id for role in PD_ROLES]
+        shares = [Share(endpoint=place, requests=1 + self.messages % 2, tokens=2000) for place in range(2)]
+        self._hear(now, summary=False, endpoints=ids, shares=shares)
+        self.replica.publish(now)
+
+    def leave(self) -> None:
+        """Take away what is counted of them."""
+        self.replica.publish(1e9)
+        self.registry.journal = None
+        assert not any(endpoint.elsewhere for endpoint in self.registry)
+
+    def _hear(self, now: float, **told: Any) -> None:
+        self.messages += 1
+        name = f"other-{self.messages % self.count}"
+        message = Message(replica=name, number=self.messages, waiting=(0, 0), **told)
+        assert self.replica.receive(self.key.encode(message), now)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -70,6 +113,7 @@ def requests(blocks: tuple[int, ...]) -> Any:
         pytest.param({"max_waiting": 4, "max_in_flight_tokens": 12_000}, id="limited"),
         pytest.param({"exclude": 1}, id="retried"),
         pytest.param({"explained": 1}, id="explained"),
+        pytest.param({"replicas": 3}, id="replicas"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -79,7 +123,8 @@ def test_two_picks(
     """As the router picks: one P, but a D with three more that Envoy may try. Each request changes the load.
 
     ``limited``: it looks first whether there is room. ``retried``: an instance of each role was tried before.
-    ``explained``: it is noted how both were made, as for each request's decision.
+    ``explained``: it is noted how both were made, as for each request's decision. ``replicas``: so many
+    others have requests on all instances, and tell of one more before each pick.
     """
     registry, blocks = fleet
     for watchers in registry._watchers.values():
@@ -87,12 +132,15 @@ def test_two_picks(
     limits = {key: value for key, value in setting.items() if key.startswith("max")}
     scheduler = Scheduler(SchedulerConfig(strategy=name, **limits), registry, seed=1)
     exclude = {role: registry.endpoints(role)[: setting.get("exclude", 0)] for role in PD_ROLES}
+    others = Others(registry, setting["replicas"]) if "replicas" in setting else None
     asked, explained = requests(blocks), "explained" in setting
     picked: list[Endpoint] = []
     claims: list[Reservation] = []
 
     def setup() -> tuple[tuple[RequestContext], dict[str, Any]]:
         request = next(asked)
+        if others is not None:
+            others.tell(request.now)
         for claim in claims:
             claim.release()
         claims[:] = [registry.reserve(endpoint, request) for endpoint in picked]
@@ -112,5 +160,7 @@ def test_two_picks(
         return prefill, decode
 
     prefill, decode = benchmark.pedantic(two_picks, setup=setup, rounds=ROUNDS, warmup_rounds=20)
+    if others is not None:
+        others.leave()
     assert len(prefill) == 1
     assert 1 <= len(decode) <= 4, "with limits the others may be full"

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.health import HealthMonitor
 from vllm_pd_scheduler.health.vllm_metrics import parse_metrics
 from vllm_pd_scheduler.instance_http.session import open_session
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.system.open_files import raise_open_files_limit
 from vllm_pd_scheduler.telemetry import Telemetry
 
 INSTANCES = 200
@@ -57,7 +60,14 @@ def page(engines: int) -> bytes:
 @pytest.fixture(params=[1, 4], ids="{}-engines".format)
 def ports(request: pytest.FixtureRequest) -> Iterator[list[int]]:
     """Ports of instances in another process."""
-    command = [sys.executable, __file__, str(request.param)]
+    with instances(request.param, INSTANCES) as found:
+        yield found
+
+
+@contextmanager
+def instances(engines: int, count: int) -> Iterator[list[int]]:
+    """Serve so many in another process; give their ports."""
+    command = [sys.executable, __file__, str(engines), str(count)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield [int(port) for port in process.stdout.readline().split()]
@@ -97,12 +107,40 @@ def test_probe(benchmark: Any, ports: list[int]) -> None:
     print(benchmark.extra_info)
 
 
-@pytest.mark.parametrize("engines", [1, 4])
-def test_parse(benchmark: Any, engines: int) -> None:
-    """A page alone."""
-    text = page(engines)
+def labelled(kilobytes: int) -> bytes:
+    """A page of one engine so long, since it has many labels: of series that do not matter."""
+    text = page(1)
+    for number in range(100_000):
+        if len(text) >= kilobytes << 10:
+            break
+        labels = f'engine="0",model_name="meta-llama/Llama-3.3-70B-Instruct",lora_name="adapter-{number}"'
+        text += b"".join(
+            f'vllm:time_in_lora_seconds_bucket{{{labels},le="{bound}"}} {bound}.0\n'.encode()
+            for bound in range(20)
+        )
+    return text
+
+
+PAGES = {
+    "1-engine": page(1),
+    "3-engines": page(3),
+    "5-engines": page(5),
+    "150-KB-of-labels": labelled(150),
+    "300-KB-of-labels": labelled(300),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_parse(benchmark: Any, kind: str) -> None:
+    """A page alone, and how many times as long ``prometheus_client`` takes for all of it."""
+    text = PAGES[kind]
     scrape = benchmark(parse_metrics, text)
-    assert scrape.running == 0.5 * engines
+    assert scrape.running >= 0.5
+    begun = time.process_time()
+    assert len(list(text_string_to_metric_families(text.decode()))) > 50
+    times = (time.process_time() - begun) / benchmark.stats.stats.median
+    benchmark.extra_info |= {"kilobytes": len(text) >> 10, "times_prometheus_client": round(times)}
+    print(benchmark.extra_info)
 
 
 class _Instance(asyncio.Protocol):
@@ -127,17 +165,18 @@ def _answer(body: bytes, content_type: bytes) -> bytes:
     )
 
 
-async def _serve(engines: int) -> None:
+async def _serve(engines: int, count: int) -> None:
     _Instance.answers = {
         b"/health": _answer(b"", b"text/plain"),
         b"/metrics": _answer(page(engines), b"text/plain; version=0.0.4; charset=utf-8"),
         b"/v1/models": _answer(MODELS, b"application/json"),
     }
     loop = asyncio.get_running_loop()
-    servers = [await loop.create_server(_Instance, "127.0.0.1", 0) for _ in range(INSTANCES)]
+    servers = [await loop.create_server(_Instance, "127.0.0.1", 0) for _ in range(count)]
     print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(int(sys.argv[1])))
+    raise_open_files_limit()
+    uvloop.run(_serve(*map(int, sys.argv[1:])))

@@ -27,6 +27,11 @@ NAME = "vllm-pd-scheduler"
 VALUES_OF_BASES: dict[str, dict[str, Any]] = {
     "standalone": {},
     "epp": {"mode": "epp", "httpRoute": {"parentRefs": [{"name": "inference-gateway"}]}},
+    "replicas": {
+        "replicas": 3,
+        "valkey": {"enabled": True, "existingSecret": f"{NAME}-valkey"},
+        "podDisruptionBudget": {"enabled": True},
+    },
 }
 
 CHARTS_OWN = (

@@ -16,6 +16,7 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.aliases import AliasConfig
 from vllm_pd_scheduler.config.instances import ConnectorConfig, InstanceConfig, SecretSource
 from vllm_pd_scheduler.config.kv_events import KvEventsConfig
+from vllm_pd_scheduler.config.replicas import ReplicasConfig, ReplicasTlsConfig
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
@@ -156,6 +157,19 @@ GROUPS = (
         {"grpc_port": 9102, "admin_port": 9103, "state_file": "scheduler_state.json"},
     ),
     Group(
+        "Replicas",
+        "Several schedulers of one fleet that choose as one would: [Replicas](replicas.md).",
+        ("replicas",),
+        {
+            "replicas": {
+                "url": "valkeys://scheduler@valkey.internal:6379",
+                "password": {"file": "/run/secrets/valkey"},
+                "key": "chat-fleet",
+                "name": "a",
+            }
+        },
+    ),
+    Group(
         "Logs",
         "What the scheduler writes to stderr; [`--log-level`](cli.md#options) says how much.",
         ("log_format",),
@@ -201,6 +215,8 @@ OBJECTS: dict[type[BaseModel], str] = {
     TlsConfig: "server TLS",
     KvEventsConfig: "KV events",
     TracingConfig: "tracing",
+    ReplicasConfig: "replicas",
+    ReplicasTlsConfig: "replicas TLS",
     AliasConfig: "alias",
     DnsSource: "DNS source",
     DockerSource: "Docker source",

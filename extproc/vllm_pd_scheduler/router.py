@@ -39,6 +39,7 @@ from .scheduler.misfits import misfits
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from .sync.sync import Sync
     from .tracing.request_tracer import RequestTracer
 
 FORGET_S = 300.0
@@ -50,7 +51,7 @@ class PDRouter:
 
     ``route`` is what the ext_proc server calls. A script without Envoy uses ``register_instance``,
     ``run_health_checks`` and ``route_request``, which block until they are done and must not be called
-    from a running event loop.
+    from a running event loop. ``name`` is the scheduler's among several: ids of its requests begin with it.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class PDRouter:
         events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
         later: Later = in_this_loop,
+        name: str = "",
     ) -> None:
         self.config = config
-        self.events = events or Events(time.time)
+        self.events = events or Events(time.time, bool(name))
         self.registry = Registry(_health_policy(config))
         self.membership = Membership(self.registry, self.events)
         self.membership.update(CONFIG, config.instances())
@@ -78,9 +80,13 @@ class PDRouter:
         self.dispatcher = Dispatcher(self.scheduler, self.events)
         self.body_memory = BodyMemory(config.max_held_bytes, config.max_body_bytes)
         admission = AdmissionController(self.dispatcher, clock, self.telemetry)
+        self.sync: Sync | None = None
+        """Joins this scheduler to other replicas; without one, it is alone."""
+        self.wake = admission.wake
+        """Serves waiting requests that can be served now: call it when load or health have changed."""
         self.registry.on_scraped = admission.wake
         self.registry.subscribe(admission.wake)
-        self.decisions = Decisions(clock, time.time)
+        self.decisions = Decisions(clock, time.time, bool(name))
         learning = self.registry.learning
         self.recording = Recording(
             clock, time.time, lambda: self.registry.load.output_tokens, lambda: learning.finished
@@ -96,6 +102,7 @@ class PDRouter:
             clock,
             later,
             self.body_memory,
+            name,
         )
         self.rewrites.update(CONFIG, config.rewrites())
         self.prefill_leg = prefill_leg

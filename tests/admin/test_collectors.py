@@ -13,6 +13,7 @@ from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.replicas import FleetKey, Replica
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.router import PDRouter
 
@@ -75,6 +76,16 @@ class CollectorsTest(unittest.TestCase):
         held.release()
         self.registry.remove("d0")
         self.assertEqual(self.read("pd_scheduler_in_flight"), {("p0", "prefill"): 0.0})
+
+    def test_what_replicas_sum_is_our_own(self) -> None:
+        self.assertEqual(self.read("pd_scheduler_in_flight_elsewhere"), {})
+        Replica(self.registry, "a", FleetKey("fleet"))
+        self.registry.reserve(self.d0, RequestContext("/", prompt_tokens=90.0, output_tokens=10.0))
+        self.d0.sent_elsewhere(3, 3000)
+        labels = ("d0", "decode")
+        self.assertEqual(self.read("pd_scheduler_in_flight")[labels], 1.0)
+        self.assertEqual(self.read("pd_scheduler_in_flight_elsewhere")[labels], 3.0)
+        self.assertEqual(self.read("pd_scheduler_tokens_in_flight")[labels], 100.0)
 
     def test_the_load_model(self) -> None:
         p0, d0 = ("p0", "prefill"), ("d0", "decode")

@@ -127,6 +127,24 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
         status, found = await asyncio.wait_for(call, HUNG_S)
         self.assertEqual((status, found["drained"], found["pending_handoffs"]), (200, True, 0))
 
+    async def test_it_waits_for_what_other_replicas_have_there(self) -> None:
+        await self.serve()
+        endpoint = self.registry.get("d0")
+        mine = self.registry.reserve(endpoint)
+        endpoint.sent_elsewhere(2, 0)
+        call = await self.start_drain(endpoint)
+        _, found = await self.ask("GET", "/instances/d0")
+        self.assertEqual((found["in_flight"], found["in_flight_elsewhere"], found["drained"]), (3, 2, False))
+        endpoint.sent_elsewhere(-2, 0)
+        self.assertFalse(call.done())
+        endpoint.holds_elsewhere(1)
+        mine.release()
+        _, found = await self.ask("GET", "/instances/d0")
+        self.assertEqual((found["pending_handoffs"], found["drained"]), (1, False))
+        endpoint.holds_elsewhere(-1)
+        status, found = await asyncio.wait_for(call, HUNG_S)
+        self.assertEqual((status, found["drained"]), (200, True))
+
     async def test_by_the_id_of_a_rank_or_of_the_instance_all_ranks_drain(self) -> None:
         for name in ("d9", "d9:1"):
             with self.subTest(name):

@@ -38,7 +38,7 @@ async def test_status(admin: Admin) -> None:
         "ready": False,
         "strategy": {"prefill": "least_load", "decode": "least_load"},
         "shadow": None,
-        "queue": {"requests": 0, "bytes": 0},
+        "queue": {"requests": 0, "bytes": 0, "requests_elsewhere": 0},
         "held_bytes": 0,
         "roles": {
             "prefill": {"total": 1, "routable": 0},
@@ -46,6 +46,7 @@ async def test_status(admin: Admin) -> None:
             "encode": {"total": 0, "routable": 0},
         },
         "misfits": [],
+        "replicas": None,
     }
     assert {key: value for key, value in found.items() if key not in ("started_at", "uptime_s")} == expected
     admin.healthy("d0")

@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.moves import move
 from vllm_pd_scheduler.admin.saved_changes import (
+    AS_CONFIGURED,
     AdminState,
     SavedInstance,
     StateError,
     Steered,
-    apply,
     difference,
     read_state,
     write_state,
@@ -114,7 +115,7 @@ class SnapshotTest(unittest.TestCase):
                 router.scheduler.use_each(changes)
                 state = snapshot(router, [])
                 self.assertEqual(state, AdminState(version=1, **kept))
-                self.assertEqual(apply(state, again), ([], []))
+                self.assertEqual(move(AS_CONFIGURED, state, again, "test"), ([], []))
                 self.assertEqual(again.scheduler.names, router.scheduler.names)
 
     def test_a_shadow(self) -> None:
@@ -131,7 +132,7 @@ class SnapshotTest(unittest.TestCase):
                 router.scheduler.use_shadow(used)
                 state = snapshot(router, [])
                 self.assertEqual(state, AdminState(version=1, shadow_strategy=kept))
-                self.assertEqual(apply(state, again), ([], []))
+                self.assertEqual(move(AS_CONFIGURED, state, again, "test"), ([], []))
                 self.assertEqual(again.scheduler.shadow and again.scheduler.shadow.name, used)
 
     def test_a_change_that_is_undone_is_none(self) -> None:
@@ -160,7 +161,7 @@ class SnapshotTest(unittest.TestCase):
             state = snapshot(router, [other])
             self.assertEqual((state.removed, state.added), ([saved(**D1)], [other]))
             again = PDRouter(config())
-            self.assertEqual(apply(state, again), ([other], []))
+            self.assertEqual(move(AS_CONFIGURED, state, again, "test"), ([other], []))
         self.assertEqual(again.registry.get("d1").instance.api_key, "sk-secret")
         self.assertNotIn("sk-secret", state.model_dump_json())
 

@@ -11,6 +11,7 @@ from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.configuration import config_path, render_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
 
 FLEET = {
     "prefill_instances": [{"id": "p0", "host": "p0.example", "port": 1}],
@@ -35,6 +36,21 @@ def test_what_is_given_in_its_place() -> None:
     assert yaml.safe_load(text) == render_config(EnvoyPorts(1, 2, 3, 4, "::"))
     assert "&id001" not in text
     assert "\n                  function envoy_on_request(handle)\n" in text, "scripts can be read"
+
+
+def test_several_schedulers() -> None:
+    options = ("--scheduler=a=10.0.0.1:9002", "--scheduler=b=[::1]:9002,1", "--scheduler=c=/run/x=1.sock,1")
+    expected = [
+        SchedulerAddress("10.0.0.1:9002", "a"),
+        SchedulerAddress("[::1]:9002", "b", 1),
+        SchedulerAddress("/run/x=1.sock", "c", 1),
+    ]
+    assert yaml.safe_load(printed(*options)) == render_config(EnvoyPorts(), schedulers=expected)
+    assert printed("--scheduler=127.0.0.1:9002") == printed()
+    for wrong in ("a=b=c", "10.0.0.1", "x=10.0.0.1:1,near", "10.0.0.1:1,-1"):
+        ended = CliRunner().invoke(app, ["envoy-config", f"--scheduler={wrong}"])
+        assert ended.exit_code == 2, ended.output
+        assert "--scheduler" in ended.output
 
 
 def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def admin() -> Iterator[AdminThread]:
 def call(url: str, *arguments: str, **variables: str) -> Any:
     """Run a command in this process."""
     variables.setdefault("PD_SCHEDULER_URL", url)
-    return CliRunner().invoke(app, list(arguments), prog_name="vllm-pd-scheduler", env=variables)
+    return CliRunner().invoke(
+        app, list(arguments), prog_name="vllm-pd-scheduler", env={"COLUMNS": "200", **variables}
+    )
 
 
 def done(url: str, *arguments: str, **variables: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -18,6 +19,8 @@ from docs import generate_chart
 from tests.support.certificates import make_certificates
 from tests.support.helm import CHART, NAMESPACE, RELEASE, ToolMissing, objects, rendered, run, template, tool
 from tests.support.kubernetes_schema import check_schema, containers, of_kind, pods, the_only
+from tests.support.processes import spawned, unused_ports
+from tests.support.valkey import SERVER, ask, needs_server, until_listening
 from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
@@ -26,6 +29,7 @@ from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.drain import DRAIN_TIME_S
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
+from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
 
 Values = dict[str, Any]
 Objects = list[dict[str, Any]]
@@ -37,8 +41,19 @@ EPP: Values = {"mode": "epp"}
 ROUTED: Values = {**EPP, "httpRoute": {"parentRefs": [{"name": "gateway"}]}}
 TLS: Values = {"tls": {"instances": {"enabled": True, "existingSecret": "vllm-tls"}}}
 ADMIN: Values = {"admin": {"existingSecret": "admin"}}
+SHARED: Values = {"valkey": {"enabled": True, "existingSecret": "valkey"}}
 POLICY: Values = {"networkPolicy": {"enabled": True}}
 PEERS = [{"podSelector": {"matchLabels": {"app": "x"}}}]
+
+
+def merged(*several: Values) -> Values:
+    found: Values = {}
+    for values in several:
+        for key, value in values.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = merged(found[key], value) if both else value
+    return found
+
 
 TOGGLES: list[tuple[str, Any, Values]] = [
     ("mode", "epp", {}),
@@ -50,6 +65,15 @@ TOGGLES: list[tuple[str, Any, Values]] = [
     ("image.pullPolicy", "Always", {}),
     ("imagePullSecrets", [{"name": "registry"}], {}),
     ("replicas", 2, {}),
+    ("valkey.enabled", True, {"valkey": {"existingSecret": "valkey"}}),
+    ("valkey.enabled", True, {**EPP, "valkey": {"existingSecret": "valkey"}}),
+    ("valkey.existingSecret", "valkey", {"config": {"replicas": {"url": "valkey://valkey.example"}}}),
+    ("valkey.secretKey", "key", SHARED),
+    ("valkey.image.repository", "registry.example/valkey", SHARED),
+    ("valkey.image.tag", "7.2", SHARED),
+    ("valkey.storage", "1Gi", SHARED),
+    ("valkey.storageClassName", "ssd", merged(SHARED, {"valkey": {"storage": "1Gi"}})),
+    ("valkey.resources", {"limits": {"memory": "512Mi"}}, SHARED),
     ("fleet.matchLabels", {"app": "vllm", "team": "x"}, {}),
     ("fleet.ports", [8000, 8001], EPP),
     ("config.strategy", "predicted_latency", {}),
@@ -62,6 +86,7 @@ TOGGLES: list[tuple[str, Any, Values]] = [
     ("apiKey.secretKey", "key", {"apiKey": {"existingSecret": "vllm"}}),
     ("tls.admin", "admin-tls", ADMIN),
     ("tls.grpc", "grpc-tls", EPP),
+    ("tls.grpc", "grpc-tls", SHARED),
     ("tls.instances.enabled", True, {}),
     ("tls.instances.existingSecret", "vllm-tls", {"tls": {"instances": {"enabled": True}}}),
     ("tls.instances.clientCertificate", True, TLS),
@@ -167,15 +192,6 @@ def render(values: Values) -> Objects:
     return _rendered(json.dumps(values, sort_keys=True))
 
 
-def merged(*several: Values) -> Values:
-    found: Values = {}
-    for values in several:
-        for key, value in values.items():
-            both = isinstance(value, dict) and isinstance(found.get(key), dict)
-            found[key] = merged(found[key], value) if both else value
-    return found
-
-
 def at(path: str, value: Any) -> Values:
     """Values in which one, by its dotted path, is set."""
     for key in reversed(path.split(".")):
@@ -198,9 +214,10 @@ def mounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / secret / "ca.crt").write_bytes(Path(made.ca).read_bytes())
         (folder / secret / "tls.crt").write_bytes(Path(made.server["cert"]).read_bytes())
         (folder / secret / "tls.key").write_bytes(Path(made.server["key"]).read_bytes())
-    for secret, keys in (("admin", ("token", "key")), ("api-key", ("api-key", "key"))):
+    secrets = ("admin", "token"), ("api-key", "api-key"), ("valkey", "password")
+    for secret, name in secrets:
         (folder / secret).mkdir()
-        for key in keys:
+        for key in (name, "key"):
             (folder / secret / key).write_text("s3cret")
     return folder
 
@@ -294,6 +311,100 @@ def test_a_typo_is_refused(wrong: Values) -> None:
     done = template(wrong)
     assert done.returncode != 0
     assert "values don't meet the specifications of the schema" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"valkey": {"enabled": True}}, "needs valkey.existingSecret"),
+        (
+            {**SHARED, "config": {"replicas": {"url": "valkey://valkey.example"}}},
+            "config.replicas.url names another server",
+        ),
+    ],
+)
+def test_half_a_server_is_refused(values: Values, said: str) -> None:
+    done = template(values)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "existing"])
+def test_schedulers_that_share_know_each_other(own: bool, mounted: Path) -> None:
+    """Each Envoy asks its own scheduler, and those of the other pods while that is away."""
+    elsewhere: Values = {
+        "config": {"replicas": {"url": "valkeys://valkey.example", "key": "blue"}},
+        "valkey": {"existingSecret": "valkey"},
+    }
+    found = render({**(SHARED if own else elsewhere), **POLICY, "replicas": 3})
+    check_schema(found)
+    config = accepted(found, mounted)
+    assert config.replicas is not None
+    assert config.replicas.password is not None
+    assert config.replicas.password.read() == "s3cret"
+    ((host, port),) = config.replicas.meeting().addresses
+    services = {each["metadata"]["name"]: each["spec"] for each in of_kind(found, "Service")}
+    pod = the_only(found, "Deployment")["spec"]["template"]
+    if own:
+        server = the_only(found, "StatefulSet")["spec"]["template"]
+        assert services[host]["selector"] == server["metadata"]["labels"]
+        assert services[host]["ports"] == [{"name": "valkey", "port": port, "targetPort": "valkey"}]
+        assert not services[host]["selector"].items() <= pod["metadata"]["labels"].items()
+    else:
+        assert not of_kind(found, "StatefulSet")
+        assert (host, port, config.replicas.key) == ("valkey.example", 6379, "blue")
+    peers = services[f"{NAME}-schedulers"]
+    assert peers["clusterIP"] == "None"
+    assert peers["selector"].items() <= pod["metadata"]["labels"].items()
+    assert (config.grpc_host, config.grpc_port, config.grpc_socket) == ("0.0.0.0", 9002, None)
+    (script,) = [each["command"][-1] for each in containers(pod["spec"]) if each["name"] == "envoy-config"]
+    asked = [word for word in script.split() if word.endswith((":9002", ":9002,1"))]
+    assert asked == ["127.0.0.1:9002", f"{NAME}-schedulers:9002,1"]
+    assert not any(
+        mount["name"] == "socket" for each in containers(pod["spec"]) for mount in each["volumeMounts"]
+    )
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == peers["selector"]
+    (policy,) = [each for each in of_kind(found, "NetworkPolicy") if each["metadata"]["name"] == NAME]
+    (grpc,) = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "grpc"}]]
+    assert grpc["from"] == [{"podSelector": {"matchLabels": peers["selector"]}}]
+
+
+def test_envoy_and_schedulers_show_each_other_certificates() -> None:
+    found = render({**SHARED, "tls": {"grpc": "grpc-tls"}})
+    assert config_of(found)["grpc_tls"] == {
+        "cert": f"{MOUNTS}/grpc-tls/tls.crt",
+        "key": f"{MOUNTS}/grpc-tls/tls.key",
+        "client_ca": f"{MOUNTS}/grpc-tls/ca.crt",
+    }
+    for container in containers(the_only(found, "Deployment")["spec"]["template"]["spec"]):
+        assert "grpc-tls" in [mount["name"] for mount in container["volumeMounts"]], container["name"]
+
+
+def test_the_server_is_as_restricted_as_the_rest() -> None:
+    pod = the_only(render(SHARED), "StatefulSet")["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"] == DEFAULTS["podSecurityContext"]
+    (container,) = pod["containers"]
+    assert container["securityContext"] == DEFAULTS["securityContext"]
+
+
+@needs_server
+def test_the_server_starts_with_its_password(tmp_path: Path) -> None:
+    (container,) = the_only(render(SHARED), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    shell, option, script = container["command"]
+    (port,) = unused_ports(1)
+    password = 'a "pass" \\ word #1'
+    (tmp_path / "password").write_text(password)
+    script = script.replace("/etc/valkey", str(tmp_path)).replace("/data", str(tmp_path))
+    script = script.replace("valkey-server -", f"{SERVER} - --port {port} --bind 127.0.0.1")
+    with spawned([shell, option, script]) as server:
+        until_listening(port, server.process)
+        assert ask(port, "PING").startswith("-NOAUTH")
+        assert ask(port, "PING", password=password) == "+PONG\r\n"
+        assert "always" in ask(port, "CONFIG", "GET", "appendfsync", password=password)
+        server.signal(signal.SIGTERM)  # which the shell would not pass on
+        assert server.wait() == 0
 
 
 def test_a_way_to_the_admin_without_a_token_is_refused() -> None:
@@ -510,8 +621,13 @@ def test_envoy_is_one_that_can_drain_and_choose() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"})],
-    ids=["default", "all"],
+    [
+        {},
+        SHARED,
+        {**SHARED, "tls": {"grpc": "grpc-tls"}},
+        merged(TLS, {"envoy": {"statistics": {"enabled": True}}, "listenHost": "::"}),
+    ],
+    ids=["default", "shared", "shared by TLS", "all"],
 )
 def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tmp_path: Path) -> None:
     found = render(values)
@@ -537,8 +653,18 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
     ports = EnvoyPorts(
         prefill=None, address=values.get("listenHost", "0.0.0.0"), grpc_socket=config.grpc_socket
     )
+    peers = [
+        SchedulerAddress("127.0.0.1:9002"),
+        SchedulerAddress(f"{NAME}-schedulers:9002", priority=1),
+    ]
     assert printed == render_config(
-        ports, config.instance_tls, config.stream_idle_timeout, config.max_retries, config.public_paths
+        ports,
+        config.instance_tls,
+        config.stream_idle_timeout,
+        config.max_retries,
+        config.public_paths,
+        peers if config.replicas else (),
+        config.grpc_tls,
     )
 
 

@@ -38,11 +38,14 @@ def test_a_base_is_up_to_date(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_base_is_accepted(mode: str) -> None:
+def test_a_base_is_accepted(mode: str, tmp_path: Path) -> None:
     found = built(generate_chart.BASES / mode)
     check_schema(found)
     assert {each["metadata"]["namespace"] for each in found} == {NAMESPACE}
-    parse_config(json.loads(the_only(found, "ConfigMap")["data"]["config.json"]))
+    config = the_only(found, "ConfigMap")["data"]["config.json"]
+    (tmp_path / "valkey").mkdir()
+    (tmp_path / "valkey" / "password").write_text("s3cret")
+    parse_config(json.loads(config.replace("/etc/vllm-pd-scheduler", str(tmp_path))))
 
 
 def test_a_layer_has_its_own_namespace_image_and_configuration(tmp_path: Path) -> None:

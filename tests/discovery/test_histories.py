@@ -6,12 +6,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_pd_scheduler.admin.saved_changes import SavedInstance, Steered, apply, difference
+from vllm_pd_scheduler.admin.moves import move
+from vllm_pd_scheduler.admin.saved_changes import AS_CONFIGURED, SavedInstance, Steered, difference
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.discovery import ADMIN
 from vllm_pd_scheduler.discovery.merge import Place, place_of
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, Reservation
-from vllm_pd_scheduler.models import InstanceRole, PDInstance
+from vllm_pd_scheduler.models import By, InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 
 SOURCES = ("dns:a:1", "docker", "kubernetes:llm/pool/chat")
@@ -126,7 +127,7 @@ class Histories(RuleBasedStateMachine):
         self.silent = set(self.told)
         self.running = []
         self.begin()
-        _, problems = apply(state, self.router)
+        _, problems = move(AS_CONFIGURED, state, self.router, By.START)
         assert not problems
         self.drained -= gone
 

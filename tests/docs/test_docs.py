@@ -105,13 +105,14 @@ class SettingsTest(unittest.TestCase):
         """With the files and the variable that it names."""
         with TemporaryDirectory() as folder, patch.dict(os.environ, {"VLLM_API_KEY": "key"}):
             made = make_certificates(Path(folder))
-            (Path(folder) / "pd-admin").write_text("token")
+            for secret in ("pd-admin", "valkey"):
+                (Path(folder) / secret).write_text("token")
             (Path(folder) / "instances.yaml").write_text("{}")
             files = {
                 "/etc/pd/fleet-ca.pem": made.ca,
                 "/etc/pd/scheduler.pem": made.server["cert"],
                 "/etc/pd/scheduler.key": made.server["key"],
-                "/run/secrets/pd-admin": f"{folder}/pd-admin",
+                "/run/secrets": folder,
                 "/etc/pd/instances.yaml": f"{folder}/instances.yaml",
                 "10.0.0.": "vllm.internal.n",  # certificates are not checked for addresses
             }
@@ -205,6 +206,7 @@ class CommandsTest(unittest.TestCase):
             name: {option for each in command.params for option in each.opts if option.startswith("-")}
             - {"--help"}
             for name, command in group.commands.items()
+            if not command.hidden
         }
 
     def test_every_command_has_a_row_and_its_options_exist(self) -> None:

@@ -1,11 +1,15 @@
 """What is read of Envoy's log of failed attempts."""
 
+import asyncio
 import unittest
 from typing import Any
+from unittest import mock
 
 from envoy.data.accesslog.v3.accesslog_pb2 import AccessLogType, HTTPAccessLogEntry
 from envoy.service.accesslog.v3 import als_pb2
 
+from tests.support.waiting import until
+from vllm_pd_scheduler.envoy import access_log
 from vllm_pd_scheduler.envoy.access_log import AccessLog, read_attempt, read_message, read_result
 from vllm_pd_scheduler.envoy.limits import BadMessage
 from vllm_pd_scheduler.request import headers as names
@@ -16,6 +20,8 @@ from vllm_pd_scheduler.telemetry import Ending, log_lines
 
 class Stream:
     """Envoy's side of a stream: messages, and then its end."""
+
+    connection = None
 
     def __init__(self, *messages: bytes) -> None:
         self._messages = [*messages, None]
@@ -40,9 +46,75 @@ class AccessLogTest(unittest.IsolatedAsyncioTestCase):
             seen.append((attempt.request_id, log_lines.request_id.get()))
 
         stream: Any = Stream(message.SerializeToString())
-        await AccessLog(failed, self.fail)._stream(stream)
+        await AccessLog(failed, self.fail, lambda _: True)._stream(stream)
         self.assertEqual(seen, [("r1", "r1"), ("r2", "r2")])
         self.assertEqual(log_lines.request_id.get(), "")
+
+
+class OpenStream:
+    """Envoy's side of a stream that stays open, of a connection."""
+
+    def __init__(self, connection: str) -> None:
+        self.connection = connection
+        self.messages: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.read = self.messages.get
+
+    async def write(self, _: bytes) -> None:
+        pass
+
+
+class EndedStreamsTest(unittest.IsolatedAsyncioTestCase):
+    """Envoy opens a stream that has ended at the nearest scheduler, when it has something to tell."""
+
+    async def asyncSetUp(self) -> None:
+        self.seen: list[str | None] = []
+        log = AccessLog(lambda attempt: self.seen.append(attempt.request), self.fail, "ours".__eq__)
+        self.streams = [OpenStream(connection) for connection in "aab"]
+        self.tasks = [asyncio.ensure_future(log._stream(each)) for each in self.streams]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+
+    async def asyncTearDown(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def tell(self, request: str) -> None:
+        message = als_pb2.StreamAccessLogsMessage()
+        entry = message.http_logs.log_entry.add()
+        entry.common_properties.upstream_remote_address.socket_address.port_value = 8000
+        if request:
+            entry.request.request_headers[names.ID] = request
+        self.streams[0].messages.put_nowait(message.SerializeToString())
+        seen = len(self.seen)
+        await until(lambda: len(self.seen) > seen)
+
+    def ended(self) -> list[bool]:
+        return [task.done() for task in self.tasks]
+
+    @mock.patch.multiple(access_log, STREAM_S=0.0)
+    async def test_those_of_a_connection_that_tells_of_others_requests(self) -> None:
+        await self.tell("ours")
+        await self.tell("")
+        await asyncio.sleep(0)
+        self.assertEqual(self.ended(), [False, False, False])
+        await self.tell("another's")
+        await until(lambda: self.ended() == [True, True, False])
+        for task in self.tasks[:2]:
+            self.assertIsNone(task.exception())
+
+    async def test_one_that_was_opened_just_before_is_kept_for_a_while(self) -> None:
+        for number in range(3):
+            await self.tell(f"before a restart {number}")
+        self.assertEqual(self.ended(), [False, False, False])
+        self.assertEqual(len(self.seen), 3)
+
+    async def test_those_that_say_nothing(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        with mock.patch.multiple(access_log, IDLE_S=0.0):
+            log = AccessLog(self.fail, self.fail, "ours".__eq__)
+            await log._stream(OpenStream("c"))  # type: ignore[arg-type]
+        self.assertEqual(log._open, {})
 
 
 def read(message: als_pb2.StreamAccessLogsMessage) -> list[FailedAttempt]:

@@ -378,6 +378,11 @@ class ServingTest(Case):
         await self.ask(SERVING)
         self.assertTrue(await self.silent())
 
+    async def test_it_does_not_wait_long_for_streams_that_another_scheduler_has(self) -> None:
+        with mock.patch.object(eds, "APART_S", 0.01):
+            await self.ask(SERVING)
+            self.assertEqual(clusters(await self.read()), {SERVING: []})
+
 
 if __name__ == "__main__":
     unittest.main()

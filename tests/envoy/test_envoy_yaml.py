@@ -1,13 +1,12 @@
 """``envoy/envoy.yaml``: of the right types, accepted by Envoy, and of one mind with the Python side."""
 
-import asyncio
 import importlib
 import json
 import pkgutil
 import socket
 import tempfile
 import unittest
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from envoy.config.bootstrap.v3 import bootstrap_pb2
 from google.protobuf import json_format
 
 from tests.support.certificates import make_certificates
-from tests.support.waiting import HUNG_S
+from tests.support.envoy_config import accepted_by_envoy, cluster, every
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.configuration import WEBSOCKET_PATH, config_path, render_config
@@ -26,7 +25,6 @@ from vllm_pd_scheduler.envoy.eds import SERVING
 from vllm_pd_scheduler.envoy.ext_proc.messages import DETAILS_PREFIX
 from vllm_pd_scheduler.envoy.load_assignment import METADATA_NAMESPACE
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
-from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.models import PD_ROLES
 from vllm_pd_scheduler.request import headers
 from vllm_pd_scheduler.request.api import APIS
@@ -37,25 +35,8 @@ RAW = yaml.safe_load(config_path().read_text(encoding="utf-8"))
 TEXT = config_path().read_text(encoding="utf-8")
 
 
-def every(key: str, value: Any) -> Iterator[Any]:
-    """All values of a key, at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        for item in value.values():
-            yield from every(key, item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from every(key, item)
-
-
 def listener(config: dict[str, Any], name: str) -> dict[str, Any]:
     (found,) = [each for each in config["static_resources"]["listeners"] if each["name"] == name]
-    return found
-
-
-def cluster(config: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [each for each in config["static_resources"]["clusters"] if each["name"] == name]
     return found
 
 
@@ -92,20 +73,20 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
         self.ports = EnvoyPorts(*unused_ports(4), "127.0.0.1")
 
     async def test_envoy_takes_it_with_other_ports(self) -> None:
-        await self.accepted(render_config(self.ports))
+        await accepted_by_envoy(render_config(self.ports))
 
     async def test_envoy_takes_it_without_a_prefill_listener(self) -> None:
-        await self.accepted(render_config(replace(self.ports, prefill=None)))
+        await accepted_by_envoy(render_config(replace(self.ports, prefill=None)))
 
     async def test_envoy_takes_it_with_ipv6(self) -> None:
         config = render_config(replace(self.ports, address="::"))
         address = listener(config, "ingress")["address"]["socket_address"]
         self.assertEqual((address["address"], address["ipv4_compat"]), ("::", True))
-        await self.accepted(config)
+        await accepted_by_envoy(config)
 
     async def test_envoy_takes_it_with_other_public_paths(self) -> None:
-        await self.accepted(render_config(self.ports, public_paths=["/a.b/*/c", "/own"]))
-        await self.accepted(render_config(self.ports, public_paths=[]))
+        await accepted_by_envoy(render_config(self.ports, public_paths=["/a.b/*/c", "/own"]))
+        await accepted_by_envoy(render_config(self.ports, public_paths=[]))
 
     async def test_envoy_takes_it_with_tls_to_instances(self) -> None:
         made = make_certificates(self.directory)
@@ -117,26 +98,12 @@ class EnvoyTest(unittest.IsolatedAsyncioTestCase):
             ]
             self.assertIs(context["auto_sni_san_validation"], True)
             self.assertEqual(set(every("filename", context)), {made.ca, *made.client.values()})
-        await self.accepted(config)
+        await accepted_by_envoy(config)
 
     def test_as_it_is_no_instances_certificate_passes(self) -> None:
         for role in PD_ROLES:
             (accepted,) = every("verify_certificate_hash", cluster(RAW, role.value))
             self.assertEqual(accepted, ["0" * 64])
-
-    async def accepted(self, config: dict[str, Any]) -> None:
-        path = self.directory / "envoy.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        process = await asyncio.create_subprocess_exec(
-            find_envoy(),
-            *("--mode", "validate", "-c", str(path), "--log-level", "warning"),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        output, _ = await asyncio.wait_for(process.communicate(), HUNG_S)
-        self.assertEqual(process.returncode, 0, output.decode())
-        self.assertNotIn(b"[warning]", output)
-        self.assertNotIn(b"deprecated", output)
 
 
 class PortsTest(unittest.TestCase):

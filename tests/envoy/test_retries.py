@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_pd_scheduler.envoy.retries import RetryCheck
 from vllm_pd_scheduler.routing.attempts import Retry
-from vllm_pd_scheduler.rpc import CallError
+from vllm_pd_scheduler.rpc import CallError, StatusCode
 
 
 class Stream:
@@ -75,6 +75,14 @@ class RetryCheckTest(unittest.IsolatedAsyncioTestCase):
         self.answer = Retry.LOST
         with self.assertRaises(CallError):
             await self.check(Stream(b"{}", x_pd_host="10.0.0.2:1"))  # type: ignore[arg-type]
+        self.assertEqual(self.asked, [])
+
+    async def test_a_request_of_another_scheduler(self) -> None:
+        """An error that Envoy's filter does not know: one more attempt, as without a scheduler."""
+        self.answer = Retry.UNKNOWN
+        with self.assertRaises(CallError) as raised:
+            await self.check(Stream(b"{}", x_pd_host="10.0.0.2:1"))  # type: ignore[arg-type]
+        self.assertIs(raised.exception.code, StatusCode.NOT_FOUND)
         self.assertEqual(self.asked, [])
 
     async def test_an_answer_that_begins(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.health import monitor as health
-from vllm_pd_scheduler.models import InstanceState, MetricsSnapshot
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot
 
 from .instances import Fixture, unused_port
 
@@ -129,6 +129,15 @@ class TestLoops:
         fleet.add("d2", "127.0.0.1", unused_port())
         await fleet.monitor(interval=60).start()
         assert [fleet[name].state for name in ("d0", "d1", "d2")] == [HEALTHY, HEALTHY, UNHEALTHY]
+
+    async def test_what_the_start_finds_is_one_change(self, fleet: Fixture) -> None:
+        """Whoever listens looks at all instances: with 1,000 changes of 1,000 the start would take long."""
+        for name in ("d0", "d1", "d2"):
+            await fleet.serve(name)
+        changes = []
+        fleet.registry.subscribe(lambda: changes.append(len(fleet.registry.routable(InstanceRole.DECODE))))
+        await fleet.monitor(interval=60).start()
+        assert changes == [3]
 
     async def test_a_slow_instance_delays_no_other(self, fleet: Fixture) -> None:
         slow, fast = await fleet.serve("slow"), await fleet.serve("fast")

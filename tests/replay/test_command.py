@@ -54,9 +54,21 @@ def test_limit_and_limits(trace_file: Path, tmp_path: Path) -> None:
     assert written["strategies"][0]["find_rate"]["rate"] == pytest.approx(1 / 1.2, rel=0.02)
 
 
+def test_arrivals_are_spread(trace_file: Path, tmp_path: Path) -> None:
+    seconds = []
+    for spread in ("0s", "500ms"):
+        out = tmp_path / f"{spread}.json"
+        assert call(*fleet(trace_file, "fast"), "--spread", spread, "--json", out).exit_code == 0
+        seconds.append(json.loads(out.read_text(encoding="utf-8"))["trace"]["seconds"])
+    assert seconds[0] == 10
+    assert seconds[1] != 10
+    assert abs(seconds[1] - 10) < 0.5
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (["--spread", "a while"], "--spread: a while: write it as"),
         (["--strategies", "slow,fats"], "unknown strategy 'fats'; choose from slow, fast, hopeless, "),
         (["--strategies", "slow,"], "a name is missing beside a comma"),
         (["--strategies", ""], "name at least one"),
@@ -131,3 +143,31 @@ def test_a_disk_that_is_full(trace_file: Path) -> None:
     assert ended.exit_code == 1
     assert "/dev/full: cannot be written: No space left on device" in ended.stderr
     assert "makespan" in ended.stdout
+
+
+def test_a_load_is_generated_and_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "load.jsonl"
+
+    def generate(shape: str = "chat") -> Any:
+        arguments = ["generate", shape, str(path), "--requests=60", "--seed=2"]
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+    assert generate().exit_code == 0
+    first = path.read_bytes()
+    assert len(first.splitlines()) >= 60
+    ended = generate()
+    assert (ended.exit_code, "exists: choose another name" in ended.stderr) == (2, True)
+    path.unlink()
+    assert "unknown shape 'odd'; there are chat, agents" in generate("odd").stderr
+    generate()
+    assert path.read_bytes() == first
+    ended = call(*fleet(path, "fast"), "--realistic", "--leaves=2", "--seeds=3")
+    assert "Over 3 seeds" in ended.stdout
+    ended = call(*fleet(Path("made:code"), "fast"), "--limit=50")
+    assert "made:code: " in ended.stdout
+
+
+def test_leaves_need_links_that_are_shared(trace_file: Path) -> None:
+    ended = call(*fleet(trace_file), "--leaves=2")
+    assert ended.exit_code == 2
+    assert "only with --realistic" in ended.stderr

@@ -189,6 +189,13 @@ def test_who_waits_too_long_is_rejected_and_the_run_ends() -> None:
         assert len(found.results) == 80
 
 
+def test_of_a_burst_each_sees_those_that_stay_on_a_decode_instance() -> None:
+    """They come in the same instant, and are still on their way there."""
+    burst = Trace([TraceRequest(0.0, 3000, 50) for _ in range(200)], BLOCK)
+    alone = [each.prefill is None for each in run("predicted_latency+disaggregation=auto", burst).results]
+    assert 0 < sum(alone) < 60
+
+
 def test_nothing_to_do() -> None:
     found = run("least_load", Trace([], BLOCK))
     assert (found.results, found.samples) == ([], [])

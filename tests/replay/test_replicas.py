@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.replay.test_fleet import FLEET, TRACE
+from tests.replay.test_fleet import FLEET, TRACE, synthetic
 from vllm_pd_scheduler.replay.fleet import run_variant
 from vllm_pd_scheduler.replay.result import RunResult, Summary, summary
+from vllm_pd_scheduler.replay.trace import Trace
 from vllm_pd_scheduler.replay.variant import Sharing, parse_variant
 
 
@@ -43,6 +44,26 @@ def test_those_that_tell_each_other_choose_almost_as_one_would() -> None:
     assert alone.ttft
     assert shared.ttft.mean < alone.ttft.mean
     assert shared.ttft.mean - one.ttft.mean < (alone.ttft.mean - one.ttft.mean) / 2
+
+
+def in_bursts(trace: Trace, seconds: float) -> Trace:
+    """The same requests, all of each so many seconds in one instant."""
+    requests = [replace(each, arrival=each.arrival // seconds * seconds) for each in trace.requests]
+    return replace(trace, requests=requests)
+
+
+def test_requests_of_one_instant_are_not_all_sent_to_the_same_p() -> None:
+    """Schedulers that get one each can know nothing of each other when they choose."""
+    trace, fleet = in_bursts(synthetic(600, 8.0), 2.0), replace(FLEET, prefill=8, decode=8)
+
+    def mean(sharing: Sharing) -> float:
+        variant = parse_variant("predicted_latency")
+        variant = variant if sharing.replicas == 1 else variant.shared(sharing)
+        found = summary(run_variant(variant, trace, fleet, lambda finished: None), 5.0, 0.05)
+        assert found.ttft
+        return found.ttft.mean
+
+    assert mean(Sharing(4)) < 1.15 * mean(Sharing())
 
 
 def test_a_label_says_what_is_shared() -> None:

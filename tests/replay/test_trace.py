@@ -66,6 +66,20 @@ class TestMooncake:
     def test_lengths_of_zero_become_one(self, write: Write) -> None:
         assert read_trace(write(line(0, 0, 0, []))).requests == [TraceRequest(0.0, 1, 1)]
 
+    def test_lines_may_say_what_follows_what(self, write: Write) -> None:
+        more = {"block_size": 64, "session_id": 7, "request_id": "b", "after": ["a", 1], "delay": 1500}
+        trace = read_trace(write(line(0, 130, 1, [1, 2]) | {"block_size": 64}, line(9, 70, 1, [1]) | more))
+        first, second = trace.requests
+        assert trace.block_tokens == 64
+        assert (first.session, first.name, first.after, first.pause) == (None, "", (), 0.0)
+        assert (second.session, second.name, second.after, second.pause) == ("7", "b", ("a", "1"), 1.5)
+        assert second.blocks == first.blocks[:1]
+
+    def test_blocks_are_of_one_size(self, write: Write) -> None:
+        path = write(line(0, 64, 1, [1]) | {"block_size": 64}, line(0))
+        with pytest.raises(TraceError, match="line 2: block_size: 512, but 64 before"):
+            read_trace(path)
+
     def test_ids_may_be_left_out(self, write: Write) -> None:
         path = write('{"timestamp": 0, "input_length": 5000, "output_length": 7, "chat": "x"}')
         assert read_trace(path).requests == [TraceRequest(0.0, 5000, 7)]
@@ -182,6 +196,19 @@ class TestTrace:
         for rate in (0.0, -1.0, float("nan")):
             with pytest.raises(ValueError, match="above 0"):
                 self.TRACE.scaled(rate)
+
+    def test_spread(self) -> None:
+        burst = Trace([TraceRequest(3.0 * (i // 10), i + 1, 1) for i in range(100)])
+        spread = burst.spread(3.0, 1)
+        arrivals = [each.arrival for each in spread.requests]
+        assert arrivals == sorted(arrivals)
+        assert arrivals[0] == 0
+        assert len(set(arrivals)) == 100
+        came = {each.prompt_tokens: each.arrival for each in spread.requests}
+        assert all(-3.0 <= came[i + 1] - 3.0 * (i // 10) <= 3.0 for i in range(100))
+        assert spread == burst.spread(3.0, 1) != burst.spread(3.0, 2)
+        assert burst.spread(0.0, 1) == burst
+        assert Trace([]).spread(3.0, 1) == Trace([])
 
     def test_limited(self) -> None:
         assert self.TRACE.limited(2).requests == self.TRACE.requests[:2]

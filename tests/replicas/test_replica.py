@@ -3,97 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.replicas.one import KEY, D, One, sound
 from vllm_pd_scheduler.fleet.breaker import BreakerState
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
-from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot, PDInstance
-from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored, Replica
-from vllm_pd_scheduler.replicas.message import MAX_BYTES, MAX_REQUESTS, Message, Share
-from vllm_pd_scheduler.request.context import RequestContext
-
-KEY = FleetKey("fleet")
-P, D = InstanceRole.PREFILL, InstanceRole.DECODE
-
-
-def _registry() -> Registry:
-    registry = Registry()
-    for number in range(2):
-        for role in (P, D):
-            host = f"10.0.{int(role is D)}.{number + 1}"
-            registry.probed(registry.add(PDInstance(f"{role}-{number}", role, host, 8000)), None)
-    return registry
-
-
-def _request(now: float, tokens: int = 1000, blocks: tuple[int, ...] = (1, 2)) -> RequestContext:
-    return RequestContext(
-        "/v1/completions", prompt_tokens=tokens, output_tokens=10, blocks=blocks, arrived=now, now=now
-    )
-
-
-@dataclass(eq=False)
-class One:
-    """A scheduler, its clock ahead of the others' by ``skew``."""
-
-    name: str
-    skew: float = 0.0
-    registry: Registry = field(default_factory=_registry)
-    claims: list[Reservation] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.replica = Replica(self.registry, self.name, KEY)
-
-    def send(self, endpoint: str, now: float, tokens: int = 1000) -> Reservation:
-        """Reserve an endpoint for a request."""
-        now += self.skew
-        reservation = self.registry.reserve(self.registry.get(endpoint), _request(now, tokens))
-        self.claims.append(reservation)
-        return reservation
-
-    def end(self, index: int, now: float) -> None:
-        """End a request: on P as prefilled, or given up."""
-        if self.claims:
-            claim = self.claims.pop(index % len(self.claims))
-            if claim.endpoint.instance.role is P and index % 3:
-                self.registry.prefilled(claim, 900, 100, now + self.skew)
-            claim.release(now + self.skew)
-
-    def publish(self, now: float) -> list[bytes]:
-        """Return what it tells."""
-        return self.replica.publish(now + self.skew, (1, 2))
-
-    def hear(self, messages: list[bytes], now: float) -> None:
-        """Take in what others tell."""
-        for each in messages:
-            self.replica.receive(each, now + self.skew)
-
-    @property
-    def endpoints(self) -> list[Endpoint]:
-        """All endpoints."""
-        return list(self.registry)
-
-    def ours(self) -> list[tuple[int, int]]:
-        """What it has itself on each endpoint."""
-        return [(e.in_flight - e.elsewhere, round(e.tokens - e.tokens_elsewhere)) for e in self.endpoints]
-
-    def loads(self) -> list[tuple[int, int, int]]:
-        """All that it knows of each endpoint: requests, tokens, queued prefills."""
-        return [(e.in_flight, round(e.tokens), len(list(e.prefill.pending))) for e in self.endpoints]
-
-
-def _sound(one: One) -> None:
-    for endpoint in one.endpoints:
-        assert 0 <= endpoint.elsewhere <= endpoint.in_flight
-        assert endpoint.tokens >= 0
-        assert endpoint.tokens_elsewhere >= 0
-        assert endpoint.prefill.queued >= 0
-
+from vllm_pd_scheduler.models import MetricsSnapshot
+from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored
+from vllm_pd_scheduler.replicas.message import MAX_BYTES, Message, Share
+from vllm_pd_scheduler.replicas.plausible import UNSCRAPED
 
 ACTIONS = st.lists(
     st.tuples(
@@ -130,7 +51,7 @@ def test_any_order_loss_and_doubling_ends_in_the_right_sums(
         for _ in range(random.randrange(1 + len(mail))):
             to, data = mail.pop()
             to.hear([data], now)
-            _sound(to)
+            sound(to)
     now += 1.5
     for one in ones:
         told = one.publish(now)
@@ -139,7 +60,7 @@ def test_any_order_loss_and_doubling_ends_in_the_right_sums(
             if other is not one:
                 other.hear(told, now)
     for one in ones:
-        _sound(one)
+        sound(one)
     sums = [tuple(map(sum, zip(*each, strict=True))) for each in zip(*(o.ours() for o in ones), strict=True)]
     for one in ones:
         for (requests, tokens, _), expected in zip(one.loads(), sums, strict=True):
@@ -240,8 +161,8 @@ BAD = {
     "no message": (b"hello, this is no message at all", Ignored.GARBAGE),
     "cut": (KEY.encode(_message())[:-1], Ignored.GARBAGE),
     "more": (KEY.encode(_message()) + b"x", Ignored.GARBAGE),
-    "long": (b"PDR\1" + bytes(MAX_BYTES), Ignored.TOO_LONG),
-    "version": (b"PDR\2" + KEY.encode(_message())[4:], Ignored.VERSION),
+    "long": (b"PDR\2" + bytes(MAX_BYTES), Ignored.TOO_LONG),
+    "version": (b"PDR\1" + KEY.encode(_message())[4:], Ignored.VERSION),
     "fleet": (FleetKey("another").encode(_message()), Ignored.FLEET),
     "negative": (KEY.encode(_message(shares=[Share(0, -1, 0)])), Ignored.GARBAGE),
     "huge": (KEY.encode(_message(shares=[Share(0, 1 << 63, 0)])), Ignored.GARBAGE),
@@ -266,7 +187,7 @@ def test_what_is_no_message_for_us_is_ignored_counted_and_said_once(
 def test_bytes_never_raise(tail: bytes) -> None:
     one = One("a")
     one.hear([tail, KEY.encode(_message())[:12] + tail], 0.0)
-    _sound(one)
+    sound(one)
 
 
 def test_a_number_from_the_future_blocks_nothing() -> None:
@@ -280,10 +201,10 @@ def test_nonsense_is_bounded_and_gone_with_the_next_summary() -> None:
     one = One("a")
     one.send("decode-0", 0.0)
     one.hear([KEY.encode(_message(1, shares=[Share(0, 1 << 61, 1 << 61)]))], 0.0)
-    assert one.registry.get("decode-0").in_flight == MAX_REQUESTS + 1
+    assert one.registry.get("decode-0").in_flight == UNSCRAPED + 1
     one.hear([KEY.encode(_message(2, endpoints=[]))], 0.0)
     assert one.loads()[1][0] == 1
-    _sound(one)
+    sound(one)
 
 
 def test_nothing_is_told_twice() -> None:

@@ -11,9 +11,66 @@ from vllm_pd_scheduler.models import InstanceRole, InstanceState
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure, Retry
 from vllm_pd_scheduler.routing.forward import Forward
 from vllm_pd_scheduler.routing.never_sent import KEPT_S, MAX_ID, MAX_KEPT, NeverSent
+from vllm_pd_scheduler.routing.result import Result
 from vllm_pd_scheduler.routing.time_limits import LEASE_SHARE
+from vllm_pd_scheduler.telemetry import Ending, Stray
 
 _FREE = (Failure.CONNECT, Failure.RESET, Failure.STATUS)
+
+
+class IdTest(InFlightCase):
+    async def test_ids_begin_with_the_schedulers_name(self) -> None:
+        ids = []
+        for name in ("w0", "w0", ""):
+            self.router = self.start(name=name)
+            ids += [(await self.forward()).id for _ in range(2)]
+        self.assertRegex(ids[0], r"^w0\.[0-9a-f]{8}-0$")
+        self.assertEqual(ids[1], f"{ids[0][:-1]}1")
+        self.assertNotEqual(ids[2], ids[0], "after a restart")
+        self.assertRegex(ids[4], r"^[0-9a-f]{8}-0$")
+
+
+class StrayTest(InFlightCase):
+    """What Envoy tells and asks of requests that are not of this run."""
+
+    def strays(self) -> dict[str, float]:
+        values = self.router.telemetry.prometheus.get_sample_value
+        found = {what: values("pd_scheduler_strays_total", {"what": what}) for what in Stray}
+        return {str(what): count for what, count in found.items() if count}
+
+    async def test_each_is_counted_and_the_instance_too(self) -> None:
+        own = await self.forward()
+        in_flight, address = self.router.in_flight, str(own.decode[0].address)
+        for request in ("00000000-7", "w1.00000000-7"):
+            self.assertFalse(in_flight.is_for_us(request))
+            in_flight.attempt_failed(FailedAttempt(address, Failure.STATUS, request, status=500))
+            in_flight.told(Result(request, Ending.OK, 200, 1.0, 0.5, 0.1, address, 100))
+            self.assertIs(in_flight.may_try_again(request, 1), Retry.UNKNOWN)
+        self.assertEqual(self.strays(), {"attempt": 2, "result": 2, "question": 2})
+        failures = self.router.telemetry.prometheus.get_sample_value(
+            "pd_scheduler_decode_attempt_failures_total", {"decode": own.decode[0].id, "failure": "status"}
+        )
+        self.assertEqual(failures, 2)
+
+    async def test_no_stray_is_what_has_no_id_or_one_of_this_run(self) -> None:
+        ended = await self.forward()
+        ended.release()
+        in_flight, address = self.router.in_flight, str(ended.decode[0].address)
+        self.wait(10.0)
+        for request in (None, "", ended.id):
+            in_flight.attempt_failed(FailedAttempt(address, Failure.CONNECT, request))
+        in_flight.told(Result(ended.id, Ending.OK, 200, 1.0, 0.5, 0.1, address, 100))
+        self.assertTrue(in_flight.is_for_us(ended.id))
+        self.assertEqual(self.strays(), {})
+
+    async def test_ids_with_our_name_are_for_us_also_from_before_a_restart(self) -> None:
+        before = (await self.forward()).id
+        self.router = self.start(name="w0")
+        in_flight = self.router.in_flight
+        self.assertTrue(in_flight.is_for_us("w0.00000000-1"))
+        self.assertIs(in_flight.may_try_again("w0.00000000-1", 1), Retry.UNKNOWN)
+        for request in (before, "w00.00000000-1", "w1.00000000-1"):
+            self.assertFalse(in_flight.is_for_us(request))
 
 
 class FailedAttemptTest(InFlightCase):

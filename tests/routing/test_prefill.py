@@ -319,7 +319,7 @@ class LossTest(Case):
         self.assertIs(in_flight.may_try_again(forward.id, 2), Retry.LAST, "one is lost")
         in_flight.attempt_failed(FailedAttempt(str(first.address), Failure.RESET, forward.id, False))
         self.assertIs(in_flight.may_try_again(forward.id, 3), Retry.LOST)
-        self.assertIs(in_flight.may_try_again("unknown", 1), Retry.LOST)
+        self.assertIs(in_flight.may_try_again(f"{forward.id}9", 1), Retry.LOST, "it has ended")
 
 
 class SlowFleetTest(Case):

@@ -130,5 +130,5 @@ class RoleLoadTest(unittest.TestCase):
         claim = self.registry.reserve(self.p[0], prompt(1000.0))
         other = self.registry.elsewhere.enqueue(self.p[0], 1000.0, (0.0, 0), (), 0.0)
         self.registry.prefilled(claim, 1000, 0, 1.5)
-        self.registry.elsewhere.prefilled(other, 1000, 0, 2.5)
+        self.registry.elsewhere.done(other, 1000, 0, 2.5)
         self.assertAlmostEqual(self.p[0].prefill.busy, 1.5)

@@ -123,6 +123,10 @@ def another(key: str, directory: Path) -> Any:
         return [str(directory / "more.yaml")]
     if key == "models":
         return {"chat": {"targets": {"m": 1}}}
+    if key == "kv_events":
+        return {"port": 5557}
+    if key == "replicas":
+        return {"url": "valkey://10.0.0.5"}
     if key == "connector":
         return "shared-store"
     if key == "discovery":

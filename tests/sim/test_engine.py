@@ -312,7 +312,40 @@ class PrefixCacheTest(unittest.TestCase):
 
     def test_a_partial_block_has_no_hash(self) -> None:
         with self.assertRaisesRegex(ValueError, "full blocks"):
-            Engine(small()).add(EngineRequest("a", 7, 1, block_hashes=[1, 2]), 0.0)
+            Engine(small()).add(EngineRequest("a", 6, 1, block_hashes=[1, 2]), 0.0)
+
+    def test_the_next_turn_finds_the_answer_where_that_was_written(self) -> None:
+        first = EngineRequest("a", 14, 12, block_hashes=[1, 2, 3, 4, 5, 6])
+        following = [
+            EngineRequest(f"b{tokens}", tokens, 1, block_hashes=[1, 2, 3, 4, 5, 6]) for tokens in (25, 24)
+        ]
+        # The answer's last token was never computed. So the block of which it is the last is not there.
+        whole = EngineRequest("c", 30, 2, block_hashes=[1, 2, 3, 4, 5, 6, 7, 8])
+        self.assertEqual(self.serve(Engine(small(num_blocks=40)), first, *following), [0, 24, 20])
+        self.assertEqual(
+            self.serve(
+                Engine(small(num_blocks=40)), whole, EngineRequest("d", 33, 1, block_hashes=range(1, 9))
+            ),
+            [0, 28],
+        )
+
+    def test_who_only_reads_the_prompt_has_no_answer(self) -> None:
+        engine = Engine(small())
+        prefill = EngineRequest("p", 14, 1, HandOff.SEND, [1, 2, 3])
+        self.assertEqual(
+            self.serve(engine, prefill, EngineRequest("q", 25, 1, block_hashes=[1, 2, 3, 4, 5, 6])), [0, 12]
+        )
+
+    def test_a_prompt_that_is_read_in_chunks_makes_answers_slower(self) -> None:
+        """Wherever it is read, also on a decode instance."""
+        engine = Engine(small(num_blocks=40, max_num_batched_tokens=8))
+        engine.add(EngineRequest("answer", 4, 40), 0.0)
+        engine.step(0.0)
+        alone = engine.step(0.0).duration
+        engine.add(EngineRequest("prompt", 20, 1), 0.0)
+        steps = [engine.step(0.0) for _ in range(4)]
+        self.assertEqual([(s.decoding, s.prefill_tokens) for s in steps], [(1, 7), (1, 7), (1, 6), (1, 0)])
+        self.assertGreater(min(s.duration for s in steps[:3]), alone)
 
 
 ACTIONS = st.one_of(

@@ -87,7 +87,8 @@ class Pair:
     def request(
         self, name: str, prompt: int, output: int, common: int, hand_off: HandOff = HandOff.NONE
     ) -> EngineRequest:
-        hashes = [hash((i, name[1:] if i >= common else "")) for i in range(prompt // 4)]
+        shared = min(common, prompt // 4)  # what follows the prompt is its own answer
+        hashes = [hash((i, name[1:] if i >= shared else "")) for i in range((prompt + output) // 4)]
         request = self.requests[name] = EngineRequest(name, prompt, output, hand_off, hashes)
         return request
 
@@ -254,6 +255,27 @@ class VirtualInstanceTest(unittest.TestCase):
         pair.clock.run()
         first = min(pair.requests[name].last_token for name in ("pa", "pb"))
         self.assertAlmostEqual(waiting.started or 0.0, first + PROFILE.lease)
+
+    def test_who_watches_knows_what_is_cached(self) -> None:
+        """And not before the end of the step that has computed it."""
+        clock, seen = VirtualClock(), dict[int, float]()
+
+        def changed(changes: list[tuple[int, bool]], at: float) -> None:
+            for key, cached in changes:
+                self.assertEqual(key not in seen, cached)
+                seen.pop(key, None)
+                if cached:
+                    seen[key] = at
+
+        instance = VirtualInstance(Engine(PROFILE), clock, on_cache=changed)
+        for name in "abcdef":
+            hashes = [hash((name, number)) for number in range(12)]
+            instance.add(EngineRequest(name, 17, 31, block_hashes=hashes))
+        prefilled = PROFILE.step_time(16, 0, 0, 16 * 8)
+        clock.run_until(prefilled / 2)
+        self.assertEqual(set(seen.values()), {prefilled})
+        clock.run()
+        self.assertEqual(set(seen), set(instance.engine.pool._cached))
 
     def test_receiving_needs_an_offer(self) -> None:
         with self.assertRaisesRegex(ValueError, "offer"):

@@ -15,6 +15,7 @@ COMPOSE = ROOT / "deploy" / "compose.yaml"
 VLLM_COMPOSE = ROOT / "deploy" / "compose.vllm.yaml"
 OBSERVABILITY = ROOT / "deploy" / "compose.observability.yaml"
 """Goes on top of ``COMPOSE``."""
+REPLICAS = ROOT / "deploy" / "compose.replicas.yaml"
 
 Service = dict[str, Any]
 

@@ -17,6 +17,8 @@ class FleetSpec:
     decode: int
     setup: str
     seed: int
+    realistic: bool = False
+    leaves: int = 1
 
     def __post_init__(self) -> None:
         if self.setup != "llama-3.3-70b-4xh100":

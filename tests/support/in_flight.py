@@ -22,10 +22,10 @@ class InFlightCase(unittest.IsolatedAsyncioTestCase):
         self.leg = Leg()
         self.router = self.start()
 
-    def start(self, **config: Any) -> PDRouter:
+    def start(self, name: str = "", **config: Any) -> PDRouter:
         settings = SchedulerConfig(**{"strategy": "round_robin", **config})
         self.timers: list[tuple[float, Callable[[], None]]] = []
-        router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now, later=self.later)
+        router = PDRouter(settings, prefill_leg=self.leg, clock=lambda: self.now, later=self.later, name=name)
         for number in range(4):
             for role in PD_ROLES:
                 name = f"{role[0]}{number}"

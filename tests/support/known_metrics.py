@@ -4,10 +4,13 @@ import re
 import time
 from collections.abc import Collection, Mapping
 
+from tests.support.channels import Meeting
+from vllm_pd_scheduler.admin.changes import AdminChanges
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import PD_ROLES, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.service.sharing import join
 
 _CLASS = "envoy_response_code_class"
 _INGRESS = "envoy_http_conn_manager_prefix"
@@ -55,6 +58,7 @@ def filled_router() -> PDRouter:
         endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
         registry.scraped(endpoint, MetricsSnapshot(0.0, kv_capacity=1000.0), 0, 0.0)
         registry.resolved(endpoint, "10.0.0.1")
+    join(router, AdminChanges(router), Meeting().channel(), "fleet", "")
     router.membership.heard("config", 0.0)
     registry.load.learn_bytes("m", 400, 100)
     return router

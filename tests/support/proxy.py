@@ -37,6 +37,7 @@ class Proxy:
                 await asyncio.gather(self._forward(reader, back), self._forward(there, writer))
         finally:
             self._tasks.discard(task)
+            writer.close()  # also if nobody listens there
 
     async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -14,12 +14,18 @@ from ..fleet.registry import DuplicateInstance
 from ..models import PD_ROLES, By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
+from ..scheduler.shadow import Shadow
+from ..sync import channel
+from ..sync.channel import Channel, Overtaken
 from ..system.daemon_thread import in_daemon_thread
+from .change_log import ChangeLog
+from .moves import move
 from .saved_changes import (
+    AS_CONFIGURED,
+    AdminState,
     SavedInstance,
     StateError,
     Steered,
-    apply,
     difference,
     read_state,
     summary,
@@ -38,6 +44,10 @@ Prepare = Callable[[Steered], Make]
 
 class NotKept(Exception):
     """A change cannot be kept, so nothing was changed; the message says why."""
+
+
+class NotShared(Exception):
+    """The log of the replicas does not take a change; the message says why, and whether it may count yet."""
 
 
 class LastRoutable(Exception):
@@ -66,8 +76,10 @@ class CannotTurn(Exception):
 class AdminChanges:
     """Changes a router, one change after another.
 
-    With ``state_file`` in the configuration each is on the disk before it counts, or raises :exc:`NotKept`
-    and changes nothing. The file is written off the event loop: a disk that hangs holds up no request.
+    With ``state_file`` in the configuration each is on the disk before it counts, or raises
+    :exc:`NotKept` and changes nothing. The file is written off the event loop: a disk that hangs holds up no
+    request. With other replicas each is in their log before it counts, or raises :exc:`NotShared`. The file
+    follows then: what it holds counts where the log is empty.
     """
 
     def __init__(self, router: PDRouter) -> None:
@@ -76,6 +88,17 @@ class AdminChanges:
         self._unusable = ""
         self._added: dict[str, SavedInstance] = {}
         self._one_at_a_time = asyncio.Lock()
+        self._log: ChangeLog | None = None
+        self._saves: asyncio.Future[None] | None = None
+        self.saves = True
+        """Whether this process writes the file. Of several that have one file, one does."""
+        self.file_first = False
+        """Whether a change is on the disk before it is in a log that does not outlive the machine."""
+
+    def share(self, channel: Channel, replica: str) -> ChangeLog:
+        """Make each change at all replicas from now on, this one among them; return what hears of the log."""
+        self._log = ChangeLog(channel, replica, self)
+        return self._log
 
     def source(self, instance_id: str) -> str:
         """Return who names an instance; nobody does if it is empty, and it goes when its requests end."""
@@ -92,7 +115,7 @@ class AdminChanges:
             return
         if state is None:
             return
-        added, problems = apply(state, self._router)
+        added, problems = move(AS_CONFIGURED, state, self._router, By.START)
         self._added = {item.id: item for item in added}
         for problem in problems:
             log.warning("state_file %s: skipped: %s", self._path, problem)
@@ -124,7 +147,7 @@ class AdminChanges:
 
             return make
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     async def use_shadow(self, name: str | None, by: str = By.ADMIN) -> None:
         """Begin anew with a shadow strategy, or have none; raises as ``use``."""
@@ -135,13 +158,13 @@ class AdminChanges:
             put = scheduler.prepare_shadow(name)
 
             def make() -> None:
-                before = None if scheduler.shadow is None else scheduler.shadow.name
+                before = _name(scheduler.shadow)
                 put()
                 self._tell(EventKind.SHADOW, "shadow strategy", before, name, by)
 
             return make
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     def _tell(self, kind: EventKind, what: str, before: str | None, now: str | None, by: str) -> None:
         instead = "" if before in (now, None) else f", no longer {before}"
@@ -168,7 +191,7 @@ class AdminChanges:
             steered.removed = [each for each in steered.removed if not item.is_at(each)]
             return partial(self._router.register_instance, instance, by)
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     async def remove(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
         """Unregister an instance; the last one of its role that can serve only with ``force``.
@@ -183,7 +206,7 @@ class AdminChanges:
             steered.removed += self._router.membership.hides(instance_id)
             return partial(self._router.unregister_instance, instance_id, by)
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     async def drain(self, instance_id: str, *, force: bool = False, by: str = By.ADMIN) -> None:
         """Drain an instance; raises as ``remove``."""
@@ -193,7 +216,7 @@ class AdminChanges:
             steered.draining[instance_id] = True
             return partial(self._router.drain_instance, instance_id, by)
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     def turned(self, instance_id: str) -> SavedInstance:
         """Return an instance as it is described with the other role.
@@ -240,7 +263,7 @@ class AdminChanges:
 
             return make
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     async def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
         """End a drain; raises :exc:`~vllm_pd_scheduler.fleet.registry.UnknownInstance`."""
@@ -252,7 +275,7 @@ class AdminChanges:
             steered.draining[instance_id] = False
             return partial(self._router.undrain_instance, instance_id, by)
 
-        await self._make(prepare)
+        await self._make(prepare, by)
 
     def _can_go(self, instance_id: str, force: bool) -> None:
         """Raise if an instance is not there or, without ``force``, is the last that can serve in its role."""
@@ -261,13 +284,15 @@ class AdminChanges:
         if not force and registry.routable(endpoint.instance.role) == registry.ranks_of(endpoint):
             raise LastRoutable(endpoint)
 
-    async def _make(self, prepare: Prepare) -> None:
-        change = _Change(prepare)
+    async def _make(self, prepare: Prepare, by: str) -> None:
+        change = _Change(prepare, by)
         made = asyncio.ensure_future(self._keep_and_make(change))
         try:
             async with asyncio.timeout(KEEP_S):
                 await asyncio.shield(made)
         except TimeoutError:
+            if self._log is not None:
+                raise NotShared(f"it has taken only those of others for {KEEP_S:g} s") from None
             raise NotKept(f"the disk has not answered for {KEEP_S:g} s") from None
         finally:
             if not made.done():
@@ -276,40 +301,106 @@ class AdminChanges:
 
     async def _keep_and_make(self, change: _Change) -> None:
         async with self._one_at_a_time:
-            if change.given_up:
-                return
-            steered = Steered.of(self._router, self._added.values())
-            make = change.prepare(steered)
-            await self._write(steered)
-            if change.given_up:  # on the disk after all, too late: whoever asked was told that it is not
-                await self._write(Steered.of(self._router, self._added.values()))
-                return
-            try:
-                make()
-            except (ValueError, KeyError):
-                # A source of instances has changed something meanwhile that speaks against it.
-                await self._write(Steered.of(self._router, self._added.values()))
-                raise
+            while not change.given_up:
+                try:
+                    await self._keep_once(change)
+                    return
+                except Overtaken:
+                    pass  # by another replica, whose change was made: look again whether this one is right
+
+    async def _keep_once(self, change: _Change) -> None:
+        before = self.state()
+        steered = Steered.of(self._router, self._added.values())
+        make = change.prepare(steered)
+        after = difference(steered, self._router.config)
+
+        def make_it() -> None:
+            make()
             self._added = steered.added
 
-    async def _write(self, steered: Steered) -> None:
+        if self._log is not None:
+            if self.file_first:
+                await self._write(after)
+                if change.given_up:
+                    await self._write(before)
+                    return
+            try:
+                await self._log.keep(before, after, change.by, make_it)
+            except channel.NotKept as error:
+                self._save()
+                raise NotShared(str(error)) from None
+            self._save()
+            return
+        await self._write(after)
+        if change.given_up:  # on the disk after all, too late: whoever asked was told that it is not
+            await self._write(self.state())
+            return
+        try:
+            make_it()
+        except (ValueError, KeyError):
+            # A source of instances has changed something meanwhile that speaks against it.
+            await self._write(self.state())
+            raise
+
+    # -- what other replicas change
+
+    def state(self) -> AdminState:
+        """Return how the router differs from its configuration."""
+        return difference(Steered.of(self._router, self._added.values()), self._router.config)
+
+    def move(self, before: AdminState, after: AdminState, by: str) -> None:
+        """Make what differs between two states, as another replica has made it."""
+        scheduler = self._router.scheduler
+        strategy, shadow = scheduler.strategy_name, _name(scheduler.shadow)
+        added, problems = move(before, after, self._router, by)
+        for problem in problems:
+            log.warning("a change of another replica (%s) is not made here: %s", by, problem)
+        kept = {each.id for each in after.added}
+        self._added = {key: item for key, item in self._added.items() if key in kept}
+        self._added |= {item.id: item for item in added}
+        if scheduler.strategy_name != strategy:
+            self._tell(EventKind.STRATEGY, "strategy", strategy, scheduler.strategy_name, by)
+        if _name(scheduler.shadow) != shadow:
+            self._tell(EventKind.SHADOW, "shadow strategy", shadow, _name(scheduler.shadow), by)
+        self._save()
+
+    def _save(self) -> None:
+        """Have the file follow what the log has: a disk that fails refuses nothing then."""
+        if self._path is not None and self.saves and (self._saves is None or self._saves.done()):
+            self._saves = asyncio.ensure_future(self._save_all())
+
+    async def _save_all(self) -> None:
+        saved = None
+        while saved != (state := self.state()):
+            try:
+                await self._write(state)
+            except NotKept:
+                return  # an error was logged
+            saved = state
+
+    async def _write(self, state: AdminState) -> None:
         if self._path is None:
             return
         if self._unusable:
             raise NotKept(self._unusable)
         try:
-            await in_daemon_thread(partial(write_state, self._path, difference(steered, self._router.config)))
+            await in_daemon_thread(partial(write_state, self._path, state))
         except OSError as error:
-            log.error("state_file %s: %s: a change is refused", self._path, error.strerror)
+            log.error("state_file %s: %s: a change is not kept there", self._path, error.strerror)
             raise NotKept(str(error.strerror)) from None
 
 
 class _Change:
     """A change, and whether the one who asked for it waits no more."""
 
-    def __init__(self, prepare: Prepare) -> None:
+    def __init__(self, prepare: Prepare, by: str) -> None:
         self.prepare = prepare
+        self.by = by
         self.given_up = False
+
+
+def _name(shadow: Shadow | None) -> str | None:
+    return None if shadow is None else shadow.name
 
 
 def _forget(made: asyncio.Future[None]) -> None:

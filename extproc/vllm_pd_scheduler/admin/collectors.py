@@ -26,6 +26,7 @@ from ..scheduler import Scheduler
 from ..scheduler.role_load import RoleLoad
 from ..scheduler.shadow import GAIN_BUCKETS_S, Shadow
 from ..telemetry.failures import Failures
+from .replicas_collector import ReplicasCollector
 
 
 def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistry:
@@ -38,6 +39,7 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_RoleLoadCollector(RoleLoad(router.scheduler, router.dispatcher.queue), clock))
     registry.register(_DiscoveryCollector(router.membership, clock))
     registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
+    registry.register(ReplicasCollector(lambda: router.sync, clock))
     registry.register(_FailureCollector(router.scheduler.failures, router.connectors.failures))
     return registry
 
@@ -54,7 +56,7 @@ _Gauges = tuple[tuple[str, str, _Getter], ...]
 """Name, help text and value of each gauge."""
 
 _GAUGES: _Gauges = (
-    ("pd_scheduler_in_flight", "Requests of ours on an instance.", lambda e, _: e.in_flight),
+    ("pd_scheduler_in_flight", "Requests of ours on an instance.", lambda e, _: e.own_in_flight),
     (
         "pd_scheduler_waiting",
         "Requests queued on an instance: scraped, plus sent since.",
@@ -78,7 +80,7 @@ _GAUGES: _Gauges = (
     (
         "pd_scheduler_tokens_in_flight",
         "Tokens of our requests on an instance: to compute for prefill, prompt and answer for decode.",
-        lambda e, _: e.tokens,
+        lambda e, _: e.own_tokens,
     ),
     (
         "pd_scheduler_kv_capacity_tokens",
@@ -91,6 +93,14 @@ _GAUGES: _Gauges = (
         lambda e, _: len(e.holder),
     ),
 )
+_SHARED_GAUGES: _Gauges = (
+    (
+        "pd_scheduler_in_flight_elsewhere",
+        "Requests of other replicas on an instance, as they tell.",
+        lambda e, _: e.elsewhere,
+    ),
+)
+"""With values only if there may be other replicas."""
 _PREFILL_GAUGES: _Gauges = (
     (
         "pd_scheduler_prefill_rate",
@@ -104,7 +114,7 @@ _PREFILL_GAUGES: _Gauges = (
     ),
     (
         "pd_scheduler_prefill_left_seconds",
-        "Predicted time until the prefills that we have sent there are done.",
+        "Predicted time until the prefills that we and other replicas have sent there are done.",
         lambda e, now: e.prefill.remaining(now),
     ),
     (
@@ -165,6 +175,8 @@ class _RegistryCollector(_AtScrape):
     def collect(self) -> Iterator[Metric]:
         yield from self._states()
         yield from self._values(_GAUGES, tuple(self._registry))
+        alone = self._registry.journal is None
+        yield from self._values(_SHARED_GAUGES, () if alone else tuple(self._registry))
         yield from self._values(_PREFILL_GAUGES, self._registry.endpoints(InstanceRole.PREFILL))
         yield self._busy()
         yield from self._values(_DECODE_GAUGES, self._registry.endpoints(InstanceRole.DECODE))

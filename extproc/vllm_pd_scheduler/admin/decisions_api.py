@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import islice
@@ -14,6 +15,7 @@ from pydantic import Field
 from ..records.decision import Decision
 from ..records.decisions import MAX_DECISIONS, Decisions
 from ..telemetry import Served
+from .others import Others
 from .route import Query, Route, Shown, json_answer
 
 _CHUNK = 20
@@ -111,7 +113,7 @@ class DecisionAnswer(Shown):
     """Why a request went where it went, and what became of it."""
 
     number: int
-    """1 for the first since the scheduler was started."""
+    """1 for the first since the scheduler was started; of several schedulers microseconds since 1970."""
     time: datetime
     """When the request came."""
     request_id: str
@@ -153,18 +155,19 @@ class DecisionsAnswer(Shown):
 
 
 class DecisionsApi:
-    """Shows decisions."""
+    """Shows decisions; with ``others`` those of all workers."""
 
-    def __init__(self, decisions: Decisions) -> None:
+    def __init__(self, decisions: Decisions, others: Others | None = None) -> None:
         self._decisions = decisions
+        self._others = others
 
     def routes(self) -> Iterator[Route]:
         """Return the route."""
         summary = "Why the latest requests went where they went, and what became of them"
         yield Route("GET", "/decisions", summary, self._get, {200: DecisionsAnswer})
 
-    async def _get(self, _: web.Request, query: DecisionsQuery) -> web.Response:
-        decisions = self._decisions
+    async def _get(self, request: web.Request, query: DecisionsQuery) -> web.Response:
+        decisions, now = self._decisions, time.time()
         asked: Iterable[Decision] = reversed(decisions.after(query.since or 0))
         if query.request_id is not None:
             asked = (each for each in asked if each.is_of(query.request_id))
@@ -174,4 +177,10 @@ class DecisionsApi:
             if at % _CHUNK == 0:
                 await asyncio.sleep(0)  # requests go on meanwhile
             shown.append(DecisionAnswer.model_validate(decisions.as_json(decision)))
+        if self._others is not None:
+            for body in await self._others.get(request.path_qs):
+                shown += DecisionsAnswer.model_validate_json(body).decisions
+            # None from while the others were asked: who asks again for what is later would miss those before.
+            shown = [each for each in shown if each.number <= now * 1e6]
+            shown = sorted(shown, key=lambda each: each.number, reverse=True)[: query.limit]
         return json_answer(DecisionsAnswer(decisions=shown))

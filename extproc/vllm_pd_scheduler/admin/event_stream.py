@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
@@ -17,6 +17,9 @@ SLOW_S = 10.0
 
 It then reads again from the last number that it has seen, if it is not dead.
 """
+
+MAX_RELAYED = 200
+"""Events of other streams that wait for a reader: they are read no further meanwhile."""
 
 Subscribe = Callable[[Callable[[], None]], Callable[[], None]]
 """Has a listener called whenever there may be something new; returns what ends that."""
@@ -33,12 +36,16 @@ class Streams:
         self._ended = False
 
     async def serve(
-        self, request: web.Request, subscribe: Subscribe, read: Callable[[], bytes]
+        self,
+        request: web.Request,
+        subscribe: Subscribe,
+        read: Callable[[], bytes],
+        others: AsyncIterator[bytes] | None = None,
     ) -> web.StreamResponse:
         """Send what ``read`` returns until the reader leaves or the server stops.
 
         ``read`` returns what is new since its last call, and nothing if nothing is. It is called at the start
-        and when ``subscribe``'s listener was called.
+        and when ``subscribe``'s listener was called. What ``others`` yield is sent too.
         """
         response = web.StreamResponse(headers={"content-type": MEDIA_TYPE, "cache-control": "no-store"})
         await response.prepare(request)
@@ -46,12 +53,15 @@ class Streams:
         news.set()
         unsubscribe = subscribe(news.set)
         self._wakers.add(news.set)
+        relay = Relay(others, news.set) if others is not None else None
         try:
-            await self._run(response, news, read)
+            await self._run(response, news, read if relay is None else lambda: read() + relay.read())
         except (ConnectionError, TimeoutError):
             if request.transport is not None:
                 request.transport.abort()  # not closed: that would wait until the reader takes what is left
         finally:
+            if relay is not None:
+                await relay.end()
             unsubscribe()
             self._wakers.discard(news.set)
         return response
@@ -78,6 +88,35 @@ class Streams:
         self._ended = True
         for wake in self._wakers:
             wake()
+
+
+class Relay:
+    """Takes in what other streams yield, for one reader, whom ``wake`` wakes."""
+
+    def __init__(self, events: AsyncIterator[bytes], wake: Callable[[], None]) -> None:
+        self._chunks: list[bytes] = []
+        self._taken = asyncio.Event()
+        self._wake = wake
+        self._task = asyncio.ensure_future(self._run(events))
+
+    async def _run(self, events: AsyncIterator[bytes]) -> None:
+        async for event in events:
+            self._chunks.append(event)
+            self._wake()
+            if len(self._chunks) >= MAX_RELAYED:
+                self._taken.clear()
+                await self._taken.wait()
+
+    def read(self) -> bytes:
+        """Return what has come since the last call."""
+        chunks, self._chunks = self._chunks, []
+        self._taken.set()
+        return b"".join(chunks)
+
+    async def end(self) -> None:
+        """Take in nothing more."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 def encode(data: str, number: int | None = None, event: str | None = None) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
 
 from aiohttp import web
@@ -11,12 +11,17 @@ from pydantic import Field
 
 from ..records.events import MAX_EVENTS, EventKind, Events
 from .event_stream import MEDIA_TYPE, Streams, encode
+from .others import Others
 from .route import Query, Refused, Route, Shown, json_answer
 
 _CHUNK_EVENTS = 100
 """Events that a stream sends at once: some 20 KB."""
 _MAX_DIGITS = 18
 """Of a number that a reader says it has seen."""
+
+
+OF_A_WORKER = frozenset({EventKind.STARTED, EventKind.DRAINING, EventKind.QUEUE_FULL})
+"""What each worker tells of itself. The rest is of the fleet, and all tell the same."""
 
 
 class EventsQuery(Query):
@@ -32,7 +37,7 @@ class EventAnswer(Shown):
     """Something that has happened."""
 
     number: int
-    """1 for the first since the scheduler was started."""
+    """1 for the first since the scheduler was started; of several schedulers microseconds since 1970."""
     time: str
     """RFC 3339."""
     kind: EventKind
@@ -52,10 +57,14 @@ class EventsAnswer(Shown):
 
 
 class EventsApi:
-    """Shows events, and streams them to those who ask for that."""
+    """Shows events, and streams them to those who ask for that.
 
-    def __init__(self, events: Events, streams: Streams) -> None:
+    With ``others`` the events are those of the fleet, as this worker sees them, and of what each worker does.
+    """
+
+    def __init__(self, events: Events, streams: Streams, others: Others | None = None) -> None:
         self._events = events
+        self._others = others
         self._streams = streams
 
     def routes(self) -> Iterator[Route]:
@@ -74,7 +83,12 @@ class EventsApi:
             return await self._stream(request, query)
         found = self._events.after(query.since or 0)[-query.limit :]
         shown = [EventAnswer.model_validate(event.as_json()) for event in reversed(found)]
-        return json_answer(EventsAnswer(events=shown))
+        if self._others is not None:
+            for body in await self._others.get(f"/events?limit={MAX_EVENTS}&since={query.since or 0}"):
+                told = EventsAnswer.model_validate_json(body).events
+                shown += [event for event in told if event.kind in OF_A_WORKER]
+            shown.sort(key=lambda event: event.number, reverse=True)
+        return json_answer(EventsAnswer(events=shown[: query.limit]))
 
     async def _stream(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         """Send the events after the last that the reader has seen; for a new reader, those from now on."""
@@ -88,7 +102,18 @@ class EventsApi:
                 sent = found[-1].number
             return b"".join(encode(json.dumps(event.as_json()), event.number) for event in found)
 
-        return await self._streams.serve(request, self._events.subscribe, read)
+        return await self._streams.serve(request, self._events.subscribe, read, self._of_others(sent))
+
+    def _of_others(self, last: int) -> AsyncIterator[bytes] | None:
+        if self._others is None:
+            return None
+        events = self._others.follow("/events", {"accept": MEDIA_TYPE, "last-event-id": str(last)})
+        return (event async for event in events if json.loads(_data(event))["kind"] in OF_A_WORKER)
+
+
+def _data(event: bytes) -> bytes:
+    """Return the data of a server-sent event of ours."""
+    return next(line[6:] for line in event.splitlines() if line.startswith(b"data: "))
 
 
 def _last_seen(request: web.Request) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
-from .changes import CannotTurn, LastRoutable, Leaving, NotKept
+from .changes import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
 from .route import Refused, Route, error_answer
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,14 @@ class HttpServer:
 
         ``::`` is all addresses, those of IPv4 too.
         """
+        everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
+        await web.TCPSite(await self._set_up(), everywhere, port, ssl_context=tls).start()
+
+    async def start_on_socket(self, path: str) -> None:
+        """Listen on a Unix socket, in a directory of this user alone; raise :exc:`OSError` if that fails."""
+        await web.UnixSite(await self._set_up(), path).start()
+
+    async def _set_up(self) -> web.AppRunner:
         self._runner = web.AppRunner(
             self.application(),
             access_log=None,
@@ -52,8 +60,7 @@ class HttpServer:
             auto_decompress=False,  # a few KB could take the event loop for seconds
         )
         await self._runner.setup()
-        everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
-        await web.TCPSite(self._runner, everywhere, port, ssl_context=tls).start()
+        return self._runner
 
     async def stop(self) -> None:
         """Stop listening and close open connections."""
@@ -81,6 +88,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return error_answer(409, str(error))
     except NotKept as error:
         return error_answer(507, f"nothing was changed, since it could not be kept in state_file: {error}")
+    except NotShared as error:
+        return error_answer(503, f"the log of the replicas does not take the change: {error}")
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         more = "; GET / lists what there is" if error.status == 404 else ""

@@ -61,7 +61,7 @@ class Predicted(Shown):
     """What the load model predicts: of a P the first, of a D the second."""
 
     prefill_left_s: float | None = None
-    """Seconds until the prefills that we have sent there are done."""
+    """Seconds until the prefills that we and other replicas have sent there are done."""
     decode_step_s: float | None = None
     """Seconds of a decode step with what runs there now."""
 
@@ -91,9 +91,11 @@ class InstanceAnswer(Shown):
     reason: str | None
     """Why it is not healthy."""
     in_flight: int
-    """Requests of this scheduler there."""
+    """Requests there, of this scheduler and of its other replicas."""
+    in_flight_elsewhere: int
+    """Those of them that other replicas have sent."""
     pending_handoffs: int
-    """Hand-offs that a P holds for requests whose answer has not ended."""
+    """Hand-offs that a P holds for requests whose answer has not ended, of all replicas."""
     drained: bool
     """Whether it is draining and has nothing left to do."""
     waiting: float
@@ -103,7 +105,7 @@ class InstanceAnswer(Shown):
     running: float | None
     """Requests in its batch, as scraped."""
     tokens_in_flight: float
-    """Tokens of our requests: on P those to compute, on D prompt and expected answer."""
+    """Tokens of the requests in flight: on P those to compute, on D prompt and expected answer."""
     kv_capacity_tokens: float | None
     """Tokens that its KV cache holds."""
     kv_cache_usage: float | None
@@ -133,6 +135,7 @@ class Remaining(Shown):
     """What an instance that drains has left."""
 
     in_flight: int
+    """Of all replicas of the scheduler."""
     pending_handoffs: int
 
 
@@ -166,7 +169,8 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
         "source": source,
         "reason": endpoint.reason or None,
         "in_flight": endpoint.in_flight,
-        "pending_handoffs": endpoint.pending_handoffs,
+        "in_flight_elsewhere": endpoint.elsewhere,
+        "pending_handoffs": endpoint.handoffs,
         "drained": endpoint.drained,
         "waiting": endpoint.waiting,
         "requests": endpoint.requests,
@@ -271,7 +275,7 @@ class InstancesApi:
             return json_answer(self._shown(endpoint))
         remaining = Remaining(
             in_flight=sum(each.in_flight for each in ranks),
-            pending_handoffs=sum(each.pending_handoffs for each in ranks),
+            pending_handoffs=sum(each.handoffs for each in ranks),
         )
         return json_answer(DrainAnswer(**self._fields(endpoint, time.monotonic()), remaining=remaining))
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
-from ..records.series import INTERVAL_S, Point, Reading, Series
+from ..records.series import INTERVAL_S, Point, Reading, Series, summed
 from ..router import PDRouter
 from .event_stream import MEDIA_TYPE, Streams
 from .instances_api import describe
-from .live_feed import LiveFeed, Look, Row
+from .live_feed import MAX_DECISIONS, LiveFeed, Look, Row
+from .others import Others
 from .process_api import StatusAnswer
 from .route import Route, Shown, json_answer
 
@@ -35,20 +38,24 @@ class HistoryAnswer(Shown):
 class LiveApi:
     """Shows how the fleet goes and went. It takes a point each few seconds while its server runs.
 
-    ``status`` returns how the scheduler is, ``source`` where an instance comes from.
+    ``status`` returns how the scheduler is, ``source`` where an instance comes from. With ``others`` it
+    counts for all workers.
     """
 
     def __init__(
         self,
         router: PDRouter,
         streams: Streams,
-        status: Callable[[], StatusAnswer],
+        status: Callable[[], Awaitable[StatusAnswer]],
         source: Callable[[str], str],
+        others: Others | None = None,
     ) -> None:
         self._router = router
         self._streams = streams
         self._status = status
         self._source = source
+        self._others = others
+        self._readings: dict[str, Reading] = {}
         self._series = Series()
         self._feed = LiveFeed(self.look, router.events, router.decisions)
 
@@ -62,7 +69,7 @@ class LiveApi:
 
         async def run() -> None:
             while True:
-                self._series.add(reading(self._router), time.monotonic(), time.time())
+                self._series.add(await self._reading(), time.monotonic(), time.time())
                 await asyncio.sleep(INTERVAL_S)
 
         task = asyncio.create_task(run())
@@ -71,6 +78,16 @@ class LiveApi:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
+    async def _reading(self) -> Reading:
+        """Return what was counted until now, by all workers."""
+        before, self._readings = self._readings, {"": reading(self._router)}
+        if self._others is not None:
+            self._readings |= await self._others.readings()
+        now = self._readings
+        if before.keys() != now.keys() or any(now[name].requests < before[name].requests for name in now):
+            self._series.interrupt()  # one came or went: the difference is no traffic
+        return summed(self._readings[""], list(self._readings.values()))
+
     async def _history(self, _: web.Request) -> web.Response:
         return json_answer(HistoryAnswer(interval_s=INTERVAL_S, points=list(self._series.points)))
 
@@ -78,6 +95,15 @@ class LiveApi:
         if request.method == "HEAD":
             return web.Response(content_type=MEDIA_TYPE)
         return await self._streams.serve(request, self._feed.subscribe, self._feed.reader())
+
+    async def _decided_elsewhere(self) -> list[dict[str, Any]]:
+        """Return the newest decisions of the other workers, the oldest first."""
+        if self._others is None:
+            return []
+        answers = await self._others.get(f"/decisions?limit={MAX_DECISIONS}")
+        told = [msgspec.json.decode(body) for body in answers]
+        found = [decision for each in told for decision in each["decisions"]]
+        return sorted(found, key=lambda each: int(each["number"]))
 
     async def look(self) -> Look:
         """Look at the fleet, in turns with the requests."""
@@ -89,7 +115,9 @@ class LiveApi:
                 now = time.monotonic()
             rows[endpoint.id] = _row(endpoint, self._source(endpoint.instance.instance_id), now)
             ages.append(None if endpoint.scraped_at is None else round(now - endpoint.scraped_at, 1))
-        return Look(self._status().model_dump_json().encode(), rows, ages, self._series.newest)
+        elsewhere = await self._decided_elsewhere()
+        status = (await self._status()).model_dump_json().encode()
+        return Look(status, rows, ages, self._series.newest, elsewhere)
 
 
 def _row(endpoint: Endpoint, source: str, now: float) -> Row:
@@ -111,7 +139,7 @@ def reading(router: PDRouter) -> Reading:
         requests=totals.requests,
         errors=dict(totals.errors),
         queue=len(router.dispatcher.queue),
-        in_flight={role.value: sum(each.in_flight for each in found) for role, found in roles.items()},
+        in_flight={role.value: sum(each.own_in_flight for each in found) for role, found in roles.items()},
         tpot=[
             (each.latency, each.metrics.running if each.metrics else 0.0)
             for each in roles[InstanceRole.DECODE]

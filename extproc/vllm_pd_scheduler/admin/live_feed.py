@@ -48,6 +48,8 @@ class Look:
     """Seconds since the last scrape of each. They are never the same, so they are no part of the rows."""
     point: Point | None
     """The newest one."""
+    elsewhere: Sequence[dict[str, Any]] = ()
+    """The newest decisions of other workers, as the admin interface shows them."""
 
 
 class LiveFeed:
@@ -69,6 +71,8 @@ class LiveFeed:
         self._event = self._decision = 0
         """Numbers of the last that were sent."""
         self._running: list[Decision] = []
+        self._told_elsewhere: dict[int, bool] = {}
+        """Whether the requests of decisions of other workers were over when they were sent, by number."""
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener`` after each look; return what ends that. Without listeners nobody looks."""
@@ -112,7 +116,8 @@ class LiveFeed:
         before, self._look = self._look, look
         if before is not None:
             self._number += 1
-            self._ticks.append(b"".join((self._changed(before, look), *self._happened(), *self._decided())))
+            new = (self._changed(before, look), *self._happened(), *self._decided(look))
+            self._ticks.append(b"".join(new))
         for listener in tuple(self._listeners):
             listener()
 
@@ -145,14 +150,26 @@ class LiveFeed:
             self._event = events[-1].number
             yield _encode("events", [event.as_json() for event in events])
 
-    def _decided(self) -> Iterator[bytes]:
+    def _decided(self, look: Look) -> Iterator[bytes]:
         fresh = self._decisions.after(self._decision)[-MAX_DECISIONS:]
         self._decision = self._decisions.newest
         over = [each for each in self._running if _is_over(each)]
         running = [each for each in (*self._running, *fresh) if not _is_over(each)]
         self._running = running[-MAX_RUNNING:]
-        if over or fresh:
-            yield _encode("decisions", [_brief(self._decisions.as_json(each)) for each in (*over, *fresh)])
+        shown = [_brief(self._decisions.as_json(each)) for each in (*over, *fresh)]
+        if shown := [*shown, *self._decided_elsewhere(look)]:
+            yield _encode("decisions", shown)
+
+    def _decided_elsewhere(self, look: Look) -> list[dict[str, Any]]:
+        """Return the decisions of other workers that are new, or whose requests are over now."""
+        before, self._told_elsewhere = self._told_elsewhere, {}
+        found = []
+        for each in look.elsewhere:
+            over = each["outcome"] is not None
+            self._told_elsewhere[each["number"]] = over
+            if before.get(each["number"]) is not over:
+                found.append(_brief(each))
+        return found
 
 
 def _is_over(decision: Decision) -> bool:

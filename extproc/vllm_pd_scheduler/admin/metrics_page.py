@@ -17,13 +17,18 @@ _HEADER_LINES = 2
 
 async def metrics_page(registries: Iterable[CollectorRegistry]) -> bytes:
     """Return the metrics in Prometheus's text format, and let others run between two steps."""
-    parts: list[bytes] = []
-    for registry in registries:
-        for metric in registry.collect():
-            for part in _parts(metric):
-                parts.append(part)
-                await asyncio.sleep(0)
-    return b"".join(parts)
+    return await as_one_page(
+        part for registry in registries for metric in registry.collect() for part in _parts(metric)
+    )
+
+
+async def as_one_page(parts: Iterable[bytes]) -> bytes:
+    """Return parts as one, and let others run between two of them."""
+    made: list[bytes] = []
+    for part in parts:
+        made.append(part)
+        await asyncio.sleep(0)
+    return b"".join(made)
 
 
 def _parts(metric: Metric) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from ..router import PDRouter
 from ..routing.catalog import Health
 from .collectors import collectors
 from .metrics_page import metrics_page
+from .others import Others
 from .route import Query, Refused, Route, Shown, json_answer
 
 
@@ -21,6 +22,8 @@ class ProbeAnswer(Shown):
     status: str
     discovery: str | None = None
     """How many of the sources of instances cannot be asked: what they told before is used."""
+    replicas: str | None = None
+    """Whether the other replicas are heard, if this is one of several."""
 
 
 class ReadyQuery(Query):
@@ -31,10 +34,14 @@ class ReadyQuery(Query):
 
 
 class ProbesApi:
-    """Answers probes and scrapes. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+    """Answers probes and scrapes. ``is_ready`` returns ``False`` once the scheduler is shutting down.
 
-    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+    With ``others`` the metrics are those of all workers.
+    """
+
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool], others: Others | None = None) -> None:
         self._router = router
+        self._others = others
         self._is_ready = is_ready
         self._collectors = collectors(router, time.monotonic)
 
@@ -74,10 +81,13 @@ class ProbesApi:
         no_news = self._router.membership.no_news
         if not self._router.registry.routable(InstanceRole.DECODE):
             raise Refused(503, f"no decode instance can serve{f'; {no_news}' if no_news else ''}")
-        if no_news:
-            return json_answer(ProbeAnswer(status="ready", discovery=no_news))
-        return json_answer(ProbeAnswer(status="ready"))
+        more = {"discovery": no_news} if no_news else {}
+        if self._router.sync is not None:
+            more["replicas"] = self._router.sync.summary()
+        return json_answer(ProbeAnswer(status="ready", **more))
 
     async def _metrics(self, _: web.Request) -> web.Response:
         body = await metrics_page((self._router.telemetry.prometheus, self._collectors))
+        if self._others is not None:
+            body = await self._others.metrics(body)
         return web.Response(body=body, content_type="text/plain", charset="utf-8")

@@ -17,6 +17,7 @@ from ..models import InstanceRole
 from ..records.events import EventKind
 from ..request.headers import ENVOY_CONFIG_VERSION
 from ..router import PDRouter
+from .others import Others
 from .route import Body, Route, Shown, asked_by, json_answer
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -45,6 +46,8 @@ class QueueStatus(Shown):
 
     requests: int
     bytes: int
+    requests_elsewhere: int
+    """Those that wait in the queues of its other replicas, as these tell."""
 
 
 class RoleStatus(Shown):
@@ -63,6 +66,31 @@ class RolesStatus(Shown):
     encode: RoleStatus
 
 
+class OtherReplica(Shown):
+    """Another replica of the scheduler."""
+
+    replica: str
+    name: str
+    """As it is configured; empty if it is not, or not known yet."""
+    machine: str
+    version: str
+    silent_s: float
+    """Seconds since something was heard of it."""
+    differs: bool
+    """Whether it is configured in another way."""
+
+
+class ReplicasStatus(Shown):
+    """This scheduler among others."""
+
+    replica: str
+    """This one."""
+    connected: bool
+    problem: str
+    """Why it is not connected, and what to do."""
+    others: list[OtherReplica]
+
+
 class StatusAnswer(Shown):
     """How the scheduler is."""
 
@@ -79,6 +107,8 @@ class StatusAnswer(Shown):
     roles: RolesStatus
     misfits: list[str]
     """Why instances get nothing that are right by themselves: a line for each reason."""
+    replicas: ReplicasStatus | None
+    """The other replicas, if this is one of several."""
 
 
 class LogLevelBody(Body):
@@ -96,11 +126,13 @@ class LogLevelAnswer(Shown):
 class ProcessApi:
     """Shows the process and what it runs with, and changes what it logs.
 
-    ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    ``is_ready`` returns ``False`` once the scheduler is shutting down. With ``others`` this is about
+    all workers.
     """
 
-    def __init__(self, router: PDRouter, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, router: PDRouter, is_ready: Callable[[], bool], others: Others | None = None) -> None:
         self._router = router
+        self._others = others
         self._is_ready = is_ready
         self._started_at = datetime.now(UTC)
         self._started = time.monotonic()
@@ -130,7 +162,24 @@ class ProcessApi:
         )
 
     async def _status(self, _: web.Request) -> web.Response:
-        return json_answer(self.status())
+        return json_answer(await self.status_of_all())
+
+    async def status_of_all(self) -> StatusAnswer:
+        """Return how all workers are now: what they hold is a sum."""
+        status = self.status()
+        if self._others is None:
+            return status
+        told = [StatusAnswer.model_validate_json(body) for body in await self._others.get("/status")]
+        every = [status, *told]
+        waiting = sum(each.queue.requests for each in every)
+        known = status.queue.requests + status.queue.requests_elsewhere  # those of other workers too
+        queue = QueueStatus(
+            requests=waiting,
+            bytes=sum(each.queue.bytes for each in every),
+            requests_elsewhere=max(0, known - waiting),
+        )
+        update = {"queue": queue, "held_bytes": sum(each.held_bytes for each in every)}
+        return status.model_copy(update=update)
 
     def status(self) -> StatusAnswer:
         """Return how the scheduler is now."""
@@ -144,10 +193,37 @@ class ProcessApi:
             ready=self._is_ready() and serves,
             strategy=StrategiesInUse(**{role.value: name for role, name in scheduler.names.items()}),
             shadow=scheduler.shadow.name if scheduler.shadow else None,
-            queue=QueueStatus(requests=len(queue), bytes=queue.bytes),
+            queue=QueueStatus(
+                requests=len(queue),
+                bytes=queue.bytes,
+                requests_elsewhere=sum(self._router.registry.elsewhere.waiting),
+            ),
             held_bytes=self._router.body_memory.used,
             roles=RolesStatus(prefill=prefill, decode=decode, encode=encode),
             misfits=self._router.misfits(),
+            replicas=self._replicas(),
+        )
+
+    def _replicas(self) -> ReplicasStatus | None:
+        sync = self._router.sync
+        if sync is None:
+            return None
+        known, differing = sync.greetings.known, sync.greetings.differing()
+        others = []
+        for name, silent in sync.replica.silent_for(self._router.clock()).items():
+            said = known.get(name)
+            other = OtherReplica(
+                replica=name,
+                name=said.name if said else "",
+                machine=said.machine if said else "",
+                version=said.version if said else "",
+                silent_s=round(silent, 3),
+                differs=name in differing,
+            )
+            others.append(other)
+        problem = sync.channel.problem
+        return ReplicasStatus(
+            replica=sync.replica.name, connected=not problem, problem=problem, others=others
         )
 
     def _role(self, role: InstanceRole) -> RoleStatus:
@@ -167,4 +243,6 @@ class ProcessApi:
         logging.getLogger().setLevel(body.level)
         text = f"log level is {body.level}"
         self._router.events.add(EventKind.LOG_LEVEL, text, by=asked_by(request))
+        if self._others is not None:
+            await self._others.pass_on(request)
         return await self._log_level(request)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from aiohttp import web
 
 from ..config import ConfigError, Reloaded
+from .others import Others
 from .route import Refused, Route, Shown, asked_by, json_answer
 
 Reload = Callable[[str], Awaitable[Reloaded]]
@@ -23,10 +24,14 @@ class ReloadAnswer(Shown):
 
 
 class ReloadApi:
-    """Has the configuration read again. ``reload`` is ``None`` if it came from no file."""
+    """Has the configuration read again, by the ``others`` too.
 
-    def __init__(self, reload: Reload | None) -> None:
+    ``reload`` is ``None`` if it came from no file.
+    """
+
+    def __init__(self, reload: Reload | None, others: Others | None = None) -> None:
         self._reload = reload
+        self._others = others
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""
@@ -42,4 +47,6 @@ class ReloadApi:
             outcome = await self._reload(asked_by(request))
         except ConfigError as error:
             raise Refused(422, "; ".join(str(error).splitlines())) from None
+        if self._others is not None:
+            await self._others.pass_on(request)
         return json_answer(ReloadAnswer(changed=outcome.changed, needs_restart=outcome.needs_restart))

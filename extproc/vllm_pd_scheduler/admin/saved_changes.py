@@ -1,7 +1,6 @@
 """What the admin interface changed, as a value and in a file, so that a restart does not lose it.
 
-``difference`` and ``apply`` are each other's inverse and do no I/O but to read an API key from where it is
-kept; ``read_state`` and ``write_state`` are the file.
+``difference`` finds it out, and ``moves.py`` makes it; ``read_state`` and ``write_state`` are the file.
 """
 
 from __future__ import annotations
@@ -9,19 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config import InstanceConfig, SchedulerConfig, describe_error
-from ..fleet.registry import DuplicateInstance, UnknownInstance
-from ..models import InstanceRole, PDInstance, join_address
+from ..models import InstanceRole, PDInstance
 from ..router import PDRouter
-from ..strategies import UnknownStrategy
 
 
 class StateError(ValueError):
@@ -99,6 +95,10 @@ class Steered:
         )
 
 
+AS_CONFIGURED = AdminState(version=1)
+"""Nothing was changed."""
+
+
 def difference(steered: Steered, config: SchedulerConfig) -> AdminState:
     """Return how a router differs from its configuration."""
     configured = {item.id: item for item in _configured(config)}
@@ -122,30 +122,6 @@ def difference(steered: Steered, config: SchedulerConfig) -> AdminState:
     )
 
 
-def apply(state: AdminState, router: PDRouter) -> tuple[list[SavedInstance], list[str]]:
-    """Change a router that is as configured; return what was added, and a line for all that was skipped.
-
-    Skipped is what the configuration has overtaken since, or what cannot be done any more.
-    """
-    problems = _use(state, router) + _remove(state.removed, router)
-    added, failed = _add(state.added, router)
-    problems += failed
-    for name in state.drained:
-        try:
-            router.drain_instance(name)
-        except UnknownInstance as error:
-            if _may_come(router):
-                router.membership.remember([name], [])
-            else:
-                problems.append(f"drained: {error}")
-    return added, problems
-
-
-def _may_come(router: PDRouter) -> bool:
-    """Whether sources can name instances that are not there now."""
-    return bool(router.config.instance_files or router.config.discovery)
-
-
 def _strategies(steered: Steered, config: SchedulerConfig) -> dict[str, str]:
     """Return the keys of a state in which a router's strategies differ from the configuration's."""
     names = steered.strategies
@@ -156,65 +132,6 @@ def _strategies(steered: Steered, config: SchedulerConfig) -> dict[str, str]:
         found = {f"{role}_strategy": name for role, name in changed.items()}
     shadow = steered.shadow
     return found if shadow == config.shadow_strategy else {**found, "shadow_strategy": shadow or ""}
-
-
-def _use(state: AdminState, router: PDRouter) -> list[str]:
-    problems = []
-    use, use_shadow = router.scheduler.use, router.scheduler.use_shadow
-    wanted: list[tuple[str, str | None, Callable[[str], None]]] = [
-        ("strategy", state.strategy, use),
-        ("prefill_strategy", state.prefill_strategy, partial(use, role=InstanceRole.PREFILL)),
-        ("decode_strategy", state.decode_strategy, partial(use, role=InstanceRole.DECODE)),
-        ("shadow_strategy", state.shadow_strategy, lambda name: use_shadow(name or None)),
-    ]
-    for key, name, change in wanted:
-        if name is None:
-            continue
-        if not router.config.may_use(name):
-            problems.append(f"{key}: {name!r} can be used only if the configuration names it")
-            continue
-        try:
-            change(name)
-        except UnknownStrategy as error:
-            problems.append(f"{key}: {error}")
-    return problems
-
-
-def _remove(removed: list[SavedInstance], router: PDRouter) -> list[str]:
-    problems = []
-    for item in removed:
-        try:
-            instance = router.registry.get(item.id).instance
-        except UnknownInstance:
-            if _may_come(router):
-                gone = PDInstance(item.id, item.role, item.host, item.port)
-                router.membership.remember([], [gone])
-            continue  # else it is not in the configuration any more either
-        if item.is_at(instance):
-            router.unregister_instance(item.id)
-        else:
-            problems.append(f"removed: {item.id!r} is {_where(instance)} now: it stays")
-    return problems
-
-
-def _add(added: list[SavedInstance], router: PDRouter) -> tuple[list[SavedInstance], list[str]]:
-    done, problems = [], []
-    present = {instance.instance_id: instance for instance in router.get_instances()}
-    for item in added:
-        if item.id in present and item.is_at(present[item.id]):
-            continue  # the configuration has it by now
-        try:
-            router.register_instance(router.config.instance(item.role, item))
-            done.append(item)
-        except DuplicateInstance as error:
-            problems.append(f"added: {item.id!r} at {join_address(item.host, item.port)}: {error}")
-        except ValueError as error:
-            problems.append(f"added: {item.id!r}: {error}")
-    return done, problems
-
-
-def _where(instance: PDInstance) -> str:
-    return f"the {instance.role} instance {join_address(instance.host, instance.port)}"
 
 
 def _configured(config: SchedulerConfig) -> list[SavedInstance]:

@@ -21,6 +21,7 @@ from .instances_api import InstancesApi
 from .live_api import LiveApi
 from .models_api import ModelsApi
 from .origin import foreign_host, foreign_origin
+from .others import Others
 from .page import wants_page
 from .pairs_api import PairsApi
 from .probes_api import ProbesApi
@@ -40,9 +41,9 @@ class AdminServer(HttpServer):
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
     shutting down. ``reload`` reads the configuration again, if it comes from a file, and ``self_check``
-    checks pairs. ``token``, if given, is required as a bearer token for all routes but those that are open.
-    Without one, whoever reaches the port may do everything, so requests must name this machine as their host.
-    In any case a web page of another site may change nothing.
+    checks pairs. With ``others`` it answers for all workers. ``token``, if given, is required as a bearer
+    token for all routes but those that are open. Without one, whoever reaches the port may do everything, so
+    requests must name this machine as their host. In any case a web page of another site may change nothing.
     """
 
     def __init__(
@@ -54,28 +55,30 @@ class AdminServer(HttpServer):
         token: str | None = None,
         reload: Reload | None = None,
         self_check: SelfCheck | None = None,
+        others: Others | None = None,
     ) -> None:
         super().__init__()
         changes = changes or AdminChanges(router)
+        self._router = router
         self._streams = Streams()
-        process = ProcessApi(router, is_ready)
-        self._live = LiveApi(router, self._streams, process.status, changes.source)
+        process = ProcessApi(router, is_ready, others)
+        self._live = LiveApi(router, self._streams, process.status_of_all, changes.source, others)
         self._instances = instances = InstancesApi(router, changes, is_ready)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
-            ProbesApi(router, is_ready),
+            ProbesApi(router, is_ready, others),
             process,
-            ReloadApi(reload),
-            StrategyApi(router, changes),
-            DecisionsApi(router.decisions),
+            ReloadApi(reload, others),
+            StrategyApi(router, changes, others),
+            DecisionsApi(router.decisions, others),
             instances,
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
             AdviceApi(Adviser(router, router.clock)),
-            EventsApi(router.events, self._streams),
+            EventsApi(router.events, self._streams, others),
             self._live,
-            TraceApi(router.recording, self._streams),
+            TraceApi(router.recording, self._streams, others),
         ]
         self.routes: list[Route] = [route for group in groups for route in group.routes()]
         self._open = frozenset(route.path for route in self.routes if route.open)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from aiohttp import web
 
 from ..models import PD_ROLES, InstanceRole
 from ..router import PDRouter
+from ..scheduler.shadow import MAX_DIFFERENCES
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
 from .changes import AdminChanges
+from .others import Others
 from .route import Body, Refused, Route, Shown, asked_by, json_answer
 
 
@@ -78,11 +80,53 @@ class ShadowAnswer(Shown):
     """The newest first."""
 
 
-class StrategyApi:
-    """Shows and changes the strategies of a router."""
+def _together(answers: Sequence[ShadowAnswer]) -> ShadowAnswer:
+    """Return what several workers have found with one shadow strategy."""
+    tallies = {
+        role: [tally for each in answers if (tally := getattr(each, role)) is not None] for role in PD_ROLES
+    }
+    picks = [sum(t.agreed + t.differed + t.failed for t in _tallies(each)) for each in answers]
+    costs = [each.microseconds_per_pick for each in answers]
+    differences = [one for each in answers for one in each.differences]
+    return ShadowAnswer(
+        strategy=answers[0].strategy,
+        microseconds_per_pick=_mean(costs, picks),
+        **{role.value: _sum(found) for role, found in tallies.items()},
+        differences=tuple(sorted(differences, key=lambda each: each.seconds_ago)[:MAX_DIFFERENCES]),
+    )
 
-    def __init__(self, router: PDRouter, changes: AdminChanges) -> None:
+
+def _tallies(answer: ShadowAnswer) -> list[ShadowTally]:
+    return [each for each in (answer.prefill, answer.decode) if each is not None]
+
+
+def _sum(tallies: Sequence[ShadowTally]) -> ShadowTally:
+    compared = [each.agreed + each.differed for each in tallies]
+    return ShadowTally(
+        agreed=sum(each.agreed for each in tallies),
+        differed=sum(each.differed for each in tallies),
+        failed=sum(each.failed for each in tallies),
+        live_predicted_seconds=_mean([each.live_predicted_seconds for each in tallies], compared),
+        shadow_predicted_seconds=_mean([each.shadow_predicted_seconds for each in tallies], compared),
+    )
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    """Return the mean of values that count as often as their weights; ``None`` if there are none."""
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None
+
+
+class StrategyApi:
+    """Shows and changes the strategies of a router.
+
+    With ``others`` the results of the shadow strategy are those of all workers.
+    """
+
+    def __init__(self, router: PDRouter, changes: AdminChanges, others: Others | None = None) -> None:
         self._router = router
+        self._others = others
         self._changes = changes
 
     def routes(self) -> Iterator[Route]:
@@ -119,8 +163,11 @@ class StrategyApi:
 
     async def _show_shadow(self, _: web.Request) -> web.Response:
         shadow = self._router.scheduler.shadow
-        found = {"strategy": None} if shadow is None else shadow.report()
-        return json_answer(ShadowAnswer.model_validate(found))
+        found = ShadowAnswer.model_validate({"strategy": None} if shadow is None else shadow.report())
+        if shadow is not None and self._others is not None:
+            told = map(ShadowAnswer.model_validate_json, await self._others.get("/shadow"))
+            found = _together([found, *(each for each in told if each.strategy == found.strategy)])
+        return json_answer(found)
 
     async def _use_shadow(self, request: web.Request, body: ShadowBody) -> web.Response:
         self._check("strategy", body.strategy)

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from ..records.recording import Recording
 from .event_stream import MEDIA_TYPE, Streams, encode
+from .others import Others
 from .route import Route, Shown, json_answer
 
 _CHUNK_LINES = 200
@@ -22,10 +23,14 @@ class TraceAnswer(Shown):
 
 
 class TraceApi:
-    """Streams a line for each request whose answer has ended, to those who ask for a stream."""
+    """Streams a line for each request whose answer has ended, to those who ask for a stream.
 
-    def __init__(self, recording: Recording, streams: Streams) -> None:
+    With ``others`` it is one for each request of all workers.
+    """
+
+    def __init__(self, recording: Recording, streams: Streams, others: Others | None = None) -> None:
         self._recording = recording
+        self._others = others
         self._streams = streams
 
     def routes(self) -> Iterator[Route]:
@@ -46,4 +51,5 @@ class TraceApi:
             first, sent = sent + 1, sent + len(lines)
             return b"".join(encode(line.decode(), number) for number, line in enumerate(lines, first))
 
-        return await self._streams.serve(request, self._recording.subscribe, read)
+        others = self._others.follow("/trace", {"accept": MEDIA_TYPE}) if self._others is not None else None
+        return await self._streams.serve(request, self._recording.subscribe, read, others)

@@ -72,7 +72,7 @@ class AdmissionController:
         That an instance which drains has nothing left is told as well: whatever ends comes by here.
         """
         self._dispatcher.registry.tell_drained()
-        if len(self._dispatcher.queue):
+        if self._dispatcher.pending:
             self._dispatcher.dispatch(self._clock())
             self._set_timer()
 

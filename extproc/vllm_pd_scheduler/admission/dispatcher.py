@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator
 
+from ..fleet.claims import HEARD_S
 from ..fleet.endpoint import Endpoint, Reservation
 from ..models import By, InstanceRole
 from ..prediction.load_model import PrefillLoad
@@ -19,7 +21,7 @@ from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import log_lines
-from .queue import RequestQueue, Ticket
+from .queue import RequestQueue, Ticket, tenant_key
 
 NEARLY_FREE_S = 0.01
 """A prefill instance with at most so many seconds of work left counts as free.
@@ -57,6 +59,8 @@ _MAX_COSTED = 16
 fleet, where the least of 16 is close to the least of all."""
 _MAX_RETRY_AFTER_S = 60
 """Largest ``Retry-After``: predictions of a longer wait are not worth much, and the fleet may have grown."""
+_MAX_CLAIMS = 4
+"""Times that a request claims a P before it stays where it is: a choice, that bounds how long it waits."""
 _BURST_S = 60.0
 """Seconds without a refusal after which a queue that is full is an event again: a choice. An overload of an
 hour is one event, and its metrics tell the rest."""
@@ -80,20 +84,29 @@ class Dispatcher:
         self.queue = RequestQueue(config.queue_size, config.queue_bytes)
         self._scheduler = scheduler
         self.registry = scheduler.registry
+        self.registry.elsewhere.on_drawn = self.queue.drawn_elsewhere
         self._config = config
         self._events = events
         self._full_at = -math.inf
         """When a request was last refused since the queue is full."""
         self._closed = False
+        self._claimed: deque[Ticket] = deque()
+        """Those that have claimed a P, in the order in which they did."""
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """Settle a request at once if it need not wait, or must not; else add it to the queue."""
-        request = ticket.request
         # A request for decode alone need not wait behind requests that wait for prefill.
         if not self.queue.waiting(ticket.role):
             self._place(ticket, now)
-            if ticket.settled:
+            if ticket.settled or ticket.claim is not None:
                 return
+        self._enqueue(ticket, now)
+        if not ticket.settled:
+            self.dispatch(now)
+
+    def _enqueue(self, ticket: Ticket, now: float) -> None:
+        """Add a request to the queue, or refuse it."""
+        request = ticket.request
         ticket.cost = self._predicted_work(request)
         strategy = self._scheduler.strategy(InstanceRole.PREFILL)
         request.at(now)
@@ -111,7 +124,6 @@ class Dispatcher:
             return
         for other in displaced:
             other.settle(self._refusal(other, "queue_displaced", "Requests of a higher priority came"))
-        self.dispatch(now)
 
     def _tell_full(self, now: float) -> None:
         """Make an event of the first refusal for a full queue after ``_BURST_S`` without one."""
@@ -141,9 +153,20 @@ class Dispatcher:
         """Remove a request whose client has left; do nothing if it is not in the queue."""
         if ticket in self.queue:
             self.queue.remove(ticket)
+        elif ticket.claim is not None:
+            self._claimed.remove(ticket)
+            ticket.claim.release()
+            ticket.claim = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for :meth:`dispatch`."""
+        return bool(self._claimed or len(self.queue))
 
     def dispatch(self, now: float) -> None:
-        """Refuse the requests that have waited too long, and give endpoints to those that can have one."""
+        """Confirm claims, refuse what has waited too long, give endpoints to those that can have one."""
+        while self._claimed and self._due(self._claimed[0]) <= now:
+            self._confirm(self._claimed.popleft(), now)
         for ticket in list(self._overdue(now)):
             self.queue.remove(ticket)
             ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
@@ -160,16 +183,19 @@ class Dispatcher:
         That is when the oldest request times out or, with ``late_binding``, when an instance is predicted
         to have so little work left that a request may be bound to it.
         """
+        due = [self._due(self._claimed[0])] if self._claimed else []
         oldest = next(self.queue.by_arrival(), None)
         if oldest is None:
-            return None
-        times = [oldest.request.arrived + self._config.queue_timeout, self._scheduler.room_at(now)]
+            return max(now, *due) if due else None
+        times = [*due, oldest.request.arrived + self._config.queue_timeout, self._scheduler.room_at(now)]
         if self._config.late_binding:
+            lead = self.registry.claims.lead
             for load in (e.prefill for e in self._scheduler.some(InstanceRole.PREFILL)):
                 # What is queued behind the prefill that runs does not shrink before that one ends. Then there
                 # is an event anyway, so no time is set for a slack that only comes after it.
                 remaining, behind = load.remaining(now), load.queued - load.head_cost
-                slacks = (s for s in (_short_prompt_s(load), NEARLY_FREE_S) if remaining > s >= behind)
+                allowed = (s + lead for s in (_short_prompt_s(load), NEARLY_FREE_S))
+                slacks = (s for s in allowed if remaining > s >= behind)
                 times += (load.head_at + load.queued - slack for slack in slacks)
         return max(now + _MIN_WAKE_DELAY_S, min(times))
 
@@ -204,7 +230,7 @@ class Dispatcher:
                 deferred = True
                 continue
             awaited = self._place(ticket, now)
-            if ticket.settled:
+            if ticket.settled or ticket.claim is not None:
                 return True
             if awaited is not None:
                 awaited.prefill.enqueue(ticket, awaited.prefill_cost(request), now)
@@ -229,8 +255,9 @@ class Dispatcher:
         bound; infinite if an instance is free, or if there is no instance to wait for.
         """
         max_cost, routable = -1.0, self._scheduler.some(InstanceRole.PREFILL)
+        lead = self.registry.claims.lead
         for load in (e.prefill for e in routable):
-            remaining = load.remaining(now)
+            remaining = load.remaining(now) - lead
             if remaining <= NEARLY_FREE_S:
                 return math.inf
             short = _short_prompt_s(load)
@@ -248,20 +275,59 @@ class Dispatcher:
         if not self._scheduler.has_room_for(role, request, now):
             return None
         outcome: Reservation | None = None
+        waits, anew = ticket in self.queue, not ticket.claims
+        if not waits and self.registry.elsewhere.waiting[role is InstanceRole.DECODE]:
+            ticket.cost = self._predicted_work(request)  # it is served before those who wait elsewhere
         request.at(now)
         picked = self._scheduler.pick(role, request)
         if picked:
             late = self._config.late_binding and role is InstanceRole.PREFILL
-            if late and picked[0].prefill.remaining(now) > _allowed_backlog(picked[0], request):
+            backlog = picked[0].prefill.remaining(now) - self.registry.claims.lead if late else 0.0
+            if late and backlog > _allowed_backlog(picked[0], request):
                 return picked[0]
             ticket.choice = self._scheduler.explain(role, request)
             if role is InstanceRole.PREFILL:
-                self._scheduler.compare_shadow(role, request, picked[0])
-            outcome = self.registry.reserve(picked[0], request)
-        if ticket in self.queue:
-            self.queue.remove(ticket, served=True)
-        ticket.settle(outcome)
+                outcome = self._reserve_prefill(ticket, picked[0], now)
+            else:
+                outcome = self.registry.reserve(picked[0], request)
+        if waits:
+            self.queue.remove(ticket, served=anew)
+        if outcome is not None and anew and ticket.cost and self.registry.journal is not None:
+            self.registry.journal.drawn(request.priority, tenant_key(request.tenant), ticket.cost)
+        if ticket.claim is None:
+            ticket.settle(outcome)
         return None
+
+    def _reserve_prefill(self, ticket: Ticket, endpoint: Endpoint, now: float) -> Reservation:
+        """Reserve a P, or claim it if another replica of the scheduler may do so at this moment."""
+        claims = self.registry.claims
+        if not ticket.claims:
+            self._scheduler.compare_shadow(InstanceRole.PREFILL, ticket.request, endpoint)
+        contested = ticket.claims < _MAX_CLAIMS and claims.contested(endpoint, now)
+        reservation = self.registry.reserve(endpoint, ticket.request, tentative=contested)
+        claims.made(reservation)
+        if contested:
+            ticket.claim, ticket.claims = reservation, ticket.claims + 1
+            self._claimed.append(ticket)
+        return reservation
+
+    def _due(self, ticket: Ticket) -> float:
+        """Return when a claim can be confirmed."""
+        return math.inf if ticket.claim is None else ticket.claim.at + HEARD_S
+
+    def _confirm(self, ticket: Ticket, now: float) -> None:
+        """Settle a request that has claimed a P, or give it another one if a replica is there before it."""
+        claim, ticket.claim = ticket.claim, None
+        if claim is None:
+            return
+        if claim.endpoint.routable and claim.active and not self.registry.claims.overtaken(claim):
+            self.registry.confirm(claim, now)
+            ticket.settle(claim)
+            return
+        claim.release(now)
+        self._place(ticket, now)
+        if not ticket.settled and ticket.claim is None:
+            self._enqueue(ticket, now)
 
     def _predicted_work(self, request: RequestContext) -> float:
         """Return the least predicted seconds of prefill, on whichever instance that would be."""
@@ -275,7 +341,10 @@ class Dispatcher:
     def _refusal(self, ticket: Ticket, reason: str, message: str) -> Reject:
         # When the queue is done, if all instances share what waits now.
         serving = max(1, len(self.registry.routable(InstanceRole.PREFILL)))
-        retry_after = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self.queue.work / serving)))
+        # Those that wait at other replicas of the scheduler are served meanwhile too.
+        waiting, elsewhere = max(1, len(self.queue)), sum(self.registry.elsewhere.waiting)
+        seconds = self.queue.work * (waiting + elsewhere) / waiting / serving
+        retry_after = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(min(seconds, _MAX_RETRY_AFTER_S))))
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
 
 

@@ -12,6 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
 
 from ..fleet.endpoint import Reservation
 from ..models import InstanceRole
@@ -25,6 +27,16 @@ _MAX_IDLE_TENANTS = 1024
 Clients choose the tenant's name, so the number must be bounded. 1024 is a choice, as large as the default
 queue: a tenant that is forgotten starts level with the others when it comes back.
 """
+
+
+TenantKey = bytes
+"""Eight that stand for a tenant, here and for other replicas of the scheduler."""
+
+
+@lru_cache(2 * _MAX_IDLE_TENANTS)
+def tenant_key(name: str) -> TenantKey:
+    """Return the key of a tenant: a hash of its name."""
+    return blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 Outcome = Reservation | Reject | None
@@ -44,6 +56,10 @@ class Ticket:
     """Bytes that stay in memory while the request waits."""
     cost: float = 0.0
     """Predicted seconds of prefill."""
+    claim: Reservation | None = None
+    """Its endpoint, while it is not known whether another replica of the scheduler has chosen that too."""
+    claims: int = 0
+    """How many it has had."""
     settled: bool = False
     outcome: Outcome = None
     choice: Choice | None = None
@@ -63,8 +79,9 @@ class Ticket:
 class _Tenant:
     """The waiting requests of one tenant within one priority."""
 
+    name: str
     served: float = 0.0
-    """Work that the tenant was given while others waited, in predicted seconds."""
+    """Work that the tenant was given while others waited, in predicted seconds, on other replicas too."""
     waiting: list[tuple[float, int, Ticket]] = field(default_factory=list)
     """Sorted: the strategy's order, the arrival number (so that tickets are never compared), the ticket."""
 
@@ -73,9 +90,9 @@ class _Tenant:
 class _PriorityLevel:
     """The waiting requests of one priority."""
 
-    tenants: dict[str, _Tenant] = field(default_factory=dict)
-    """Tenants that have requests waiting."""
-    served_idle: dict[str, float] = field(default_factory=dict)
+    tenants: dict[TenantKey, _Tenant] = field(default_factory=dict)
+    """Tenants that have requests waiting, by :func:`tenant_key`."""
+    served_idle: dict[TenantKey, float] = field(default_factory=dict)
     """``served`` of tenants without waiting requests.
 
     Without it a tenant could reset its count by waiting a moment until its queue is empty.
@@ -87,17 +104,28 @@ class _PriorityLevel:
         The next is always the first of the tenant with the least served work, where those yielded before
         count as served.
         """
-        turns = [(tenant.served, name, 0) for name, tenant in self.tenants.items()]
+        turns = [(tenant.served, tenant.name, key, 0) for key, tenant in self.tenants.items()]
         heapq.heapify(turns)
         while turns:
-            served, name, index = turns[0]
-            waiting = self.tenants[name].waiting
+            served, name, key, index = turns[0]
+            waiting = self.tenants[key].waiting
             if index == len(waiting):
                 heapq.heappop(turns)
                 continue
             ticket = waiting[index][2]
-            heapq.heapreplace(turns, (served + ticket.cost, name, index + 1))
+            heapq.heapreplace(turns, (served + ticket.cost, name, key, index + 1))
             yield ticket
+
+    @property
+    def least(self) -> float:
+        """The work of the tenant that was given the least of those that wait."""
+        return min((tenant.served for tenant in self.tenants.values()), default=0.0)
+
+    def idles(self, key: TenantKey, served: float) -> None:
+        """Remember what a tenant was served of which nothing waits."""
+        self.served_idle[key] = served
+        if len(self.served_idle) > _MAX_IDLE_TENANTS:
+            del self.served_idle[next(iter(self.served_idle))]
 
 
 @dataclass(slots=True, eq=False)
@@ -107,7 +135,8 @@ class RequestQueue:
     - Priorities are strict: a lower one is served only when no higher one waits.
     - Within a priority, tenants share by predicted work (a virtual token counter: Sheng et al., "Fairness
       in Serving Large Language Models", OSDI 2024). A tenant that arrives starts level with the tenant that
-      was given the least, unless it was given more itself before.
+      was given the least, unless it was given more itself before. What other replicas of the scheduler give
+      it counts as if it were given here (:meth:`drawn_elsewhere`), so the shares are those of the fleet.
     - Within a tenant, the request with the least ``order`` goes first; the strategy says the order.
     - Deferred requests (see :meth:`defer`) come after all others, whatever their priority.
     """
@@ -175,13 +204,12 @@ class RequestQueue:
     def _insert(self, ticket: Ticket, order: float) -> None:
         self._arrivals += 1
         name, priority = ticket.request.tenant, ticket.request.priority
-        level = self._levels.setdefault(priority, _PriorityLevel())
-        tenant = level.tenants.get(name)
+        level, key = self._levels.setdefault(priority, _PriorityLevel()), tenant_key(name)
+        tenant = level.tenants.get(key)
         if tenant is None:
             # Not from zero: the newcomer would have all turns until it had caught up with the others.
-            least = min((t.served for t in level.tenants.values()), default=0.0)
-            tenant = _Tenant(max(least, level.served_idle.pop(name, 0.0)))
-            level.tenants[name] = tenant
+            tenant = _Tenant(name, max(level.least, level.served_idle.pop(key, 0.0)))
+            level.tenants[key] = tenant
         bisect.insort(tenant.waiting, (order, self._arrivals, ticket))
         self._positions[ticket] = (priority, order, self._arrivals)
         self.bytes += ticket.size
@@ -200,6 +228,16 @@ class RequestQueue:
         else:
             self._remove_from_level(ticket, priority, order, number, served)
 
+    def drawn_elsewhere(self, priority: int, key: TenantKey, work: float) -> None:
+        """Count work that a tenant was given by another replica, if somebody waits here in its priority."""
+        level = self._levels.get(priority)
+        if level is None:
+            return
+        if (tenant := level.tenants.get(key)) is not None:
+            tenant.served += work
+        else:
+            level.idles(key, max(level.least, level.served_idle.pop(key, 0.0)) + work)
+
     def defer(self, ticket: Ticket) -> bool:
         """Move a ticket behind all that are not deferred; return ``False`` if it is there already."""
         if ticket in self._deferred:
@@ -211,16 +249,14 @@ class RequestQueue:
     def _remove_from_level(
         self, ticket: Ticket, priority: int, order: float, number: int, served: bool
     ) -> None:
-        name, level = ticket.request.tenant, self._levels[priority]
-        tenant = level.tenants[name]
+        key, level = tenant_key(ticket.request.tenant), self._levels[priority]
+        tenant = level.tenants[key]
         del tenant.waiting[bisect.bisect_left(tenant.waiting, (order, number))]
         if served:
             tenant.served += ticket.cost
         if not tenant.waiting:
-            del level.tenants[name]
-            level.served_idle[name] = tenant.served
-            if len(level.served_idle) > _MAX_IDLE_TENANTS:
-                del level.served_idle[next(iter(level.served_idle))]
+            del level.tenants[key]
+            level.idles(key, tenant.served)
             if not level.tenants:
                 # Counts matter only among those that wait together: when nobody does, all start anew.
                 del self._levels[priority]

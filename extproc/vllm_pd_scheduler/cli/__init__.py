@@ -13,12 +13,13 @@ from .checking import self_check
 from .drain_envoy import drain_envoy
 from .envoy_config import envoy_config
 from .epp import GoCommand, epp
+from .generate import generate
 from .history import decisions, events, explain
 from .operating import add, drain, reload, remove, status, strategy, turn, undrain
 from .options import IntervalOption, LogFormatOption, LogLevel, LogLevelOption, ShadowOption
 from .recording import record
 from .replay import replay
-from .serving import check, serve, up
+from .serving import check, serve, up, worker
 from .simulation import demo, sim
 from .top import top
 
@@ -79,12 +80,13 @@ _PANELS = {
         advise,
         record,
     ),
-    "Try out": (demo, sim, replay),
+    "Try out": (demo, sim, replay, generate),
 }
 for panel, commands in _PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.command(rich_help_panel="Run", cls=GoCommand)(epp)
+app.command(hidden=True)(worker)
 
 
 def main() -> None:

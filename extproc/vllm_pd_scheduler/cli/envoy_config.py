@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +16,15 @@ from .options import (
     HostOption,
     PortOption,
     PrefillPortOption,
+    WorkersOption,
     prefill_port_of,
     read_config,
+    worker_count,
 )
+
+if TYPE_CHECKING:
+    from ..config import SchedulerConfig
+    from ..envoy.schedulers import SchedulerAddress
 
 
 def envoy_config(
@@ -34,6 +40,14 @@ def envoy_config(
     prefill_port: PrefillPortOption = None,
     grpc_port: GrpcPortOption = None,
     envoy_admin_port: EnvoyAdminPortOption = DEFAULT_PORTS.admin,
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]ADDRESS[,PRIORITY]",
+            help="One of several schedulers: host:port or a socket's path. See docs/cli.md.",
+        ),
+    ] = None,
+    workers: WorkersOption = "1",
 ) -> None:
     """Print the configuration for an Envoy beside `serve`, as YAML.
 
@@ -53,18 +67,39 @@ def envoy_config(
     ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
     if config is not None:
         ports = replace(ports, continuation=settings.continuation_port)
-    rendered = render_config(
-        ports,
-        settings.instance_tls,
-        settings.stream_idle_timeout,
-        settings.max_retries,
-        settings.public_paths,
-    )
+    try:
+        rendered = render_config(
+            ports,
+            settings.instance_tls,
+            settings.stream_idle_timeout,
+            settings.max_retries,
+            settings.public_paths,
+            _schedulers(settings, grpc_port, scheduler or [], worker_count(workers)),
+            settings.grpc_tls,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--scheduler") from None
     shipped = config_path().read_text(encoding="utf-8")
     if rendered == yaml.safe_load(shipped):
         typer.echo(shipped, nl=False)
     else:
         typer.echo(_as_yaml(rendered), nl=False)
+
+
+def _schedulers(
+    settings: SchedulerConfig, grpc_port: int | None, given: list[str], workers: int
+) -> list[SchedulerAddress]:
+    """Return the schedulers that are given, or the workers; none if there is one, where the ports say."""
+    from ..envoy.schedulers import SchedulerAddress
+    from ..service.run_workers import addresses
+
+    if given and workers > 1:
+        raise ValueError("each worker is a scheduler of its own: give a --scheduler for each, or --workers")
+    if workers == 1:
+        return [SchedulerAddress.parse(each) for each in given]
+    if grpc_port is not None:
+        settings = settings.model_copy(update={"grpc_port": grpc_port, "grpc_socket": None})
+    return addresses(settings, workers)
 
 
 def _as_yaml(config: dict[str, Any]) -> str:

@@ -113,7 +113,9 @@ def drain(
 
 def _left(found: Mapping[str, Any]) -> str:
     handoffs = f", {found['pending_handoffs']} hand-offs" if found["pending_handoffs"] else ""
-    return f"{found['in_flight']} requests{handoffs} are left there"
+    elsewhere = found.get("in_flight_elsewhere")
+    others = f" ({elsewhere} of other replicas)" if elsewhere else ""
+    return f"{found['in_flight']} requests{others}{handoffs} are left there"
 
 
 def turn(

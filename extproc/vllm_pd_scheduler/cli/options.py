@@ -43,6 +43,7 @@ class LogFormat(StrEnum):
 
 
 DEFAULT_PORTS = EnvoyPorts()
+MAX_WORKERS = 64
 
 
 def _ip_address(value: str | None) -> str | None:
@@ -91,6 +92,10 @@ PrefillPortOption = Annotated[
 GrpcPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="ext_proc and EDS.")]
 AdminPortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="The scheduler's admin HTTP.")]
 EnvoyAdminPortOption = Annotated[int, typer.Option(min=1, max=65535, help="Envoy's own admin.")]
+WorkersOption = Annotated[
+    str,
+    typer.Option("--workers", metavar="N|auto", help="Processes that share the work; auto: one for 4 cores."),
+]
 PrefillCountOption = Annotated[int, typer.Option(min=1, max=64, help="Prefill instances.")]
 DecodeCountOption = Annotated[int, typer.Option(min=1, max=64, help="Decode instances.")]
 
@@ -135,14 +140,19 @@ def with_log_format(config: SchedulerConfig, kind: LogFormat | None) -> Schedule
 
 
 @contextmanager
-def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[StandardStreams]:
-    """Log to stderr from ``level`` on. In the block, whoever prints or logs does not wait for a reader."""
+def logging_at(
+    level: LogLevel, kind: log_lines.LogFormat = "text", worker: str = ""
+) -> Iterator[StandardStreams]:
+    """Log to stderr from ``level`` on, as a worker if one is named.
+
+    In the block, whoever prints or logs does not wait for a reader.
+    """
     from ..system.output import StandardStreams
     from ..telemetry import log_lines
 
     with StandardStreams() as streams:
         lines = logging.StreamHandler(sys.stderr)
-        lines.setFormatter(log_lines.formatter(kind))
+        lines.setFormatter(log_lines.formatter(kind, worker))
         logging.basicConfig(level=level, handlers=[lines])
         logging.captureWarnings(True)
         logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG logs each header of a call
@@ -150,6 +160,17 @@ def logging_at(level: LogLevel, kind: log_lines.LogFormat = "text") -> Iterator[
             logging.WARNING
         )  # its INFO logs that a directory has changed
         yield streams
+
+
+def worker_count(given: str) -> int:
+    """Return how many workers are asked for; exit with 2 if that is no number of them."""
+    from ..service.workers import automatic_count
+
+    if given == "auto":
+        return automatic_count()
+    if not (given.isascii() and given.isdecimal() and 1 <= int(given[:6]) <= MAX_WORKERS):
+        raise typer.BadParameter(f"{given!r} is neither auto nor 1 to {MAX_WORKERS}", param_hint="--workers")
+    return int(given)
 
 
 def envoy_log_level(level: LogLevel) -> str:
@@ -165,7 +186,7 @@ def run(main: Coroutine[Any, Any, int]) -> None:
     import uvloop
 
     from ..envoy.process import EnvoyError
-    from ..service.app import StartupError
+    from ..service.startup_error import StartupError
     from ..strategies import UnknownStrategy
 
     try:

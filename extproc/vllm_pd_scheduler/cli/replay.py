@@ -18,7 +18,8 @@ from ..replay import DEFAULT_SETUP
 
 if TYPE_CHECKING:
     from ..replay.fleet import FleetSpec
-    from ..replay.job import Conditions, Outcome
+    from ..replay.job import Conditions, Job, Outcome
+    from ..replay.load import Load
     from ..replay.trace import Trace
     from ..replay.variant import Variant
 
@@ -34,7 +35,10 @@ def _finite(value: float) -> float:
 
 
 def replay(
-    trace: Annotated[Path, typer.Option(help="Mooncake JSONL or Azure LLM inference CSV.")],
+    trace: Annotated[
+        str,
+        typer.Option(help="A file or folder with a recorded load, or made:SHAPE; a wrong shape names all."),
+    ],
     strategies: Annotated[
         str, typer.Option(help="Separated by commas, each maybe with settings: a,b+setting=1.")
     ],
@@ -46,8 +50,26 @@ def replay(
     setup: Annotated[
         str, typer.Option(help="Model and machine that the engines simulate; a wrong one names all.")
     ] = DEFAULT_SETUP,
+    spread: Annotated[
+        str, typer.Option(help="Let requests come at random up to so much later, if times are coarse: 3s.")
+    ] = "0s",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Runs with seeds one after the other, for intervals.")
+    ] = 1,
+    sessions: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100_000, help="Conversations at a time, where a trace has no times for them."
+        ),
+    ] = 16,
+    realistic: Annotated[
+        bool, typer.Option("--realistic", help="Answers cached, shared links, turns that wait for answers.")
+    ] = False,
+    leaves: Annotated[
+        int, typer.Option(min=1, max=1000, help="Leaf switches of the fleet, with --realistic.")
+    ] = 1,
     ttft_slo: Annotated[
         float, typer.Option(min=1e-6, callback=_finite, help="Limit of the time to first token, s.")
     ] = 5.0,
@@ -74,18 +96,26 @@ def replay(
     ] = None,
 ) -> None:
     """Compare strategies on a recorded load, with simulated engines in virtual time."""
-    from ..replay.job import Conditions
+    from ..replay.fleet import run_variant
+    from ..replay.job import Conditions, Job
+    from ..replay.load import Load
 
+    if leaves > 1 and not realistic:
+        _refuse("--leaves", "only with --realistic do transfers share links")
     _check_outputs(trace, json_path, plot_path)
     variants = _replicated(_variants(strategies), replicas, _seconds("--sync-delay", sync_delay), sync_loss)
-    fleet = _fleet(prefill, decode, setup, seed)
-    loaded = _load(trace, limit)
-    conditions = Conditions(trace.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
-    outcomes = _run(loaded, conditions, find_rate, variants, jobs or os.cpu_count() or 1)
+    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)
+    load = Load(trace, limit, sessions)
+    loaded = _load(load, seed)
+    if (most := _seconds("--spread", spread)) > 0.0:
+        loaded = loaded.spread(most, seed)
+    conditions = Conditions(load.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
+    job = Job(loaded, conditions, find_rate, run_variant, seeds, load if load.shape else None)
+    outcomes = _run(job, variants, jobs or os.cpu_count() or 1)
     _publish(outcomes, conditions, json_path, plot_path)
 
 
-def _check_outputs(trace: Path, json_path: Path | None, plot_path: Path | None) -> None:
+def _check_outputs(trace: str, json_path: Path | None, plot_path: Path | None) -> None:
     """Exit with an error, before a long run, if its results could not be written after it."""
     from ..replay.plot import SUFFIXES, PlotError, require_matplotlib
 
@@ -94,7 +124,7 @@ def _check_outputs(trace: Path, json_path: Path | None, plot_path: Path | None) 
             continue
         if problem := _unwritable(path):
             _refuse(option, f"{path}: {problem}")
-        if path.resolve() == trace.resolve():
+        if path.resolve() == Path(trace).resolve():
             _refuse(option, f"{path}: that is the trace itself")
     if plot_path is None:
         return
@@ -158,38 +188,34 @@ def _seconds(option: str, text: str) -> float:
     return seconds
 
 
-def _fleet(prefill: int, decode: int, setup: str, seed: int) -> FleetSpec:
+def _fleet(prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int) -> FleetSpec:
     from ..replay.fleet import FleetSpec
 
     try:
-        return FleetSpec(prefill, decode, setup, seed)
+        return FleetSpec(prefill, decode, setup, seed, realistic, leaves)
     except ValueError as error:
         _refuse("--setup", str(error))
 
 
-def _load(path: Path, limit: int | None) -> Trace:
-    from ..replay.trace import TraceError, read_trace
+def _load(load: Load, seed: int) -> Trace:
+    from ..replay.trace import TraceError
 
     try:
-        return read_trace(path, limit)
+        return load.trace(seed)
     except TraceError as error:
         _fail(str(error), 2)
 
 
-def _run(
-    trace: Trace, conditions: Conditions, search: bool, variants: list[Variant], processes: int
-) -> list[Outcome]:
+def _run(job: Job, variants: list[Variant], processes: int) -> list[Outcome]:
     from rich.console import Console
 
-    from ..replay.fleet import run_variant
-    from ..replay.job import Job, ReplayError
+    from ..replay.job import ReplayError
     from ..replay.pool import run_all
     from ..replay.report import progress_bars
 
-    job = Job(trace, conditions, search, run_variant)
     labels = [variant.label for variant in variants]
     try:
-        with progress_bars(labels, conditions.requests, Console(stderr=True)) as progress:
+        with progress_bars(labels, job.conditions.requests, Console(stderr=True)) as progress:
             return run_all(job, variants, processes, progress)
     except ReplayError as error:
         _fail(str(error), 1)

@@ -168,6 +168,12 @@ def models(found: Iterable[Mapping[str, Any]]) -> Table:
     return made
 
 
+def _in_flight(each: Mapping[str, Any]) -> str:
+    """Return the requests on an instance, and how many of them other replicas have sent."""
+    elsewhere = each.get("in_flight_elsewhere")
+    return number(each["in_flight"]) + (f" ({elsewhere} elsewhere)" if elsewhere else "")
+
+
 def _instance(each: Mapping[str, Any]) -> tuple[Text | str, ...]:
     predicted = each.get("predicted") or {}
     age = each.get("metrics_age_s")
@@ -175,7 +181,7 @@ def _instance(each: Mapping[str, Any]) -> tuple[Text | str, ...]:
         plain(each["id"]),
         each["role"],
         state_of(each),
-        number(each["in_flight"]),
+        _in_flight(each),
         number(each["waiting"]),
         share(each["kv_cache_usage"]),
         seconds(each["latency"]),
@@ -198,14 +204,31 @@ def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield plain(f"strategy  {shown}" + (f"; shadow {shadow}" if shadow else ""))
     queue = found["queue"]
     held = size(found["held_bytes"])
-    yield plain(f"queue     {queue['requests']} requests, {size(queue['bytes'])}; bodies held: {held}")
+    elsewhere = queue.get("requests_elsewhere")
+    others = f"; {elsewhere} wait at other replicas" if elsewhere else ""
+    waits = f"{queue['requests']} requests, {size(queue['bytes'])}{others}"
+    yield plain(f"queue     {waits}; bodies held: {held}")
     for role, count in found["roles"].items():
         if role == "encode" and not count["total"]:
             continue
         style = "" if count["routable"] == count["total"] else "yellow" if count["routable"] else "red"
         yield plain(f"{role:<9} {count['routable']} of {count['total']} can serve", style)
+    if (replicas := found.get("replicas")) is not None:
+        yield from _replicas(replicas)
     for line in found.get("misfits", ()):
         yield plain(line, "yellow")
+
+
+def _replicas(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the lines of the other replicas."""
+    if not found["connected"]:
+        yield plain(f"replicas  not connected: {found['problem']}", "yellow")
+    others = [(each["name"] or each["replica"], each) for each in found["others"]]
+    names = ", ".join(f"{name} on {each['machine']}" if each["machine"] else name for name, each in others)
+    yield plain(f"replicas  {len(others)} others are heard" + (f": {names}" if others else ""))
+    for name, each in others:
+        if each["differs"]:
+            yield plain(f"replica {name} is configured in another way: the events say how", "yellow")
 
 
 def show(*parts: RenderableType) -> None:

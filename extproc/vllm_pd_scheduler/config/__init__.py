@@ -5,12 +5,14 @@ from .kv_events import KvEventsConfig
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
+from .replicas import ReplicasConfig
 from .schema import SchedulerConfig, is_loopback
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "KvEventsConfig", "Reloaded", "SchedulerConfig",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "KvEventsConfig", "Reloaded", "ReplicasConfig",
+    "SchedulerConfig",
     "SecretSource", "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error",
     "find_problems", "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from ..models import PD_ROLES, InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .listeners import clashes, listeners_of
+from .replicas import ReplicasConfig
 from .schema import MEANING, SchedulerConfig, check_connector, is_loopback
 from .sources import SOURCE_TYPES, source_problems
 from .tls import InstanceTlsConfig, TlsConfig
@@ -45,7 +46,8 @@ def find_problems(
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
     problems += _unreadable("metaserver_tls", config.metaserver_tls) + _unreachable_metaserver(config, items)
-    problems += _untraceable(config.tracing) + source_problems(config.discovery)
+    problems += _unusable("tracing", config.tracing) + _unusable("replicas", config.replicas)
+    problems += source_problems(config.discovery)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
             f"admin_token: needed because admin_host {config.admin_host} can be reached from other "
@@ -164,12 +166,12 @@ def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig |
     return []
 
 
-def _untraceable(tracing: TracingConfig | None) -> list[str]:
+def _unusable(key: str, section: TracingConfig | ReplicasConfig | None) -> list[str]:
     try:
-        if tracing is not None:
-            tracing.check()
+        if section is not None:
+            section.check()
     except ValueError as error:
-        return [f"tracing: {error}"]
+        return [f"{key}: {error}"]
     return []
 
 

@@ -34,6 +34,7 @@ from .instances import (
     is_host,
 )
 from .kv_events import KvEventsConfig
+from .replicas import FLEET_KEY, REPLICA_NAME, ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
@@ -59,6 +60,8 @@ MEANING = {
     _BASE_URL: "must be http://HOST:PORT or https://HOST:PORT, without a path",
     _SOCKET: "must be an absolute path of at most 107 characters",
     PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
+    FLEET_KEY: "must be 1 to 64 letters, digits, '.', '_', ':' and '-'",
+    REPLICA_NAME: "must be 1 to 16 lower-case letters and digits",
 }
 """What is wrong with a string that one of these patterns does not match."""
 
@@ -289,6 +292,9 @@ class SchedulerConfig(InstancesFile):
     kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
     """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
     cached. Off without it."""
+    replicas: Annotated[ReplicasConfig | None, _AT_START] = None
+    """Where this scheduler meets the other [replicas](replicas.md) of the fleet, to choose as one with them.
+    Without it, it is the only one."""
     tracing: Annotated[TracingConfig | None, _AT_START] = None
     """Whether requests are [traced](tracing.md), and where the traces go. Off without it."""
 

@@ -166,7 +166,11 @@ class Membership:
         self._drained.add(self._registry.drain(instance_id, by).instance.instance_id)
 
     def undrain(self, instance_id: str, by: str = By.ADMIN) -> None:
-        """End a drain, unless no source names the instance any more; raises :exc:`UnknownInstance`."""
+        """End a drain, unless no source names the instance any more; raises :exc:`UnknownInstance`.
+
+        One that has not come yet does not drain when it comes, then.
+        """
+        self._drained.discard(instance_id)
         instance_id = self._registry.get(instance_id).instance.instance_id
         self._drained.discard(instance_id)
         if instance_id not in self._leaving:

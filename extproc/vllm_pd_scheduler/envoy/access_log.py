@@ -4,10 +4,16 @@ Envoy has two logs for the scheduler. ``reports`` tells of attempts that failed,
 itself, and the scheduler must know which instance failed and whether the hand-off was used. Nothing comes
 there for an attempt that succeeded. ``results`` tells how each request has ended and how long it took, many
 in one message, up to a second later: nothing is decided by that.
+
+Envoy keeps the streams of its logs open where they are, and opens one at the nearest scheduler when it has
+something to tell. So those that say nothing are ended. If the nearest scheduler was away and is back, Envoy
+asks it, and its logs may still come to another one: who gets an entry about a request that it does not have
+ends the streams of that connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -39,47 +45,106 @@ MAX_ENTRIES = 1024
 MAX_RETRY_AFTER_S = 60.0
 """An instance that wants to be left alone for longer is asked again all the same."""
 
+STREAM_S = 1.0
+"""How long a stream is kept at least. Entries about requests from before this scheduler's restart look like
+those of another one, and come here again when their stream is opened anew."""
+
+IDLE_S = 5.0
+"""How long one is kept that says nothing."""
+
 
 class AccessLog:
     """Serves ``envoy.service.accesslog.v3.AccessLogService``.
 
-    ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended.
+    ``failed`` is called for each attempt that has failed, and ``ended`` for each request that has ended;
+    ``is_for_us`` says of a request's id whether no other scheduler can have it.
     """
 
-    def __init__(self, failed: Callable[[FailedAttempt], None], ended: Callable[[Result], None]) -> None:
+    def __init__(
+        self,
+        failed: Callable[[FailedAttempt], None],
+        ended: Callable[[Result], None],
+        is_for_us: Callable[[str], bool],
+    ) -> None:
         self._failed = failed
         self._ended = ended
+        self._is_for_us = is_for_us
+        self._open: dict[object, list[_Kept]] = {}
+        """The streams of each connection."""
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path."""
         return {f"/{SERVICE}/StreamAccessLogs": served_by(self._stream, MAX_MESSAGE_BYTES)}
 
     async def _stream(self, stream: ServerStream) -> None:
-        results = False
+        kept = _Kept(asyncio.get_running_loop().time())
+        beside = self._open.setdefault(stream.connection, [])
+        beside.append(kept)
         try:
-            while (data := await stream.read()) is not None:
-                message = read_message(data)
-                results = results or message.identifier.log_name == RESULTS  # the first message has it
-                if results:
-                    self._read_results(message)
-                else:
-                    self._read_attempts(message)
+            async with kept.end:
+                await self._read(stream, kept)
+        except TimeoutError:
+            log.debug("an access log stream is ended, for Envoy to open it at the nearest scheduler")
         except BadMessage as error:
             log.warning("an access log stream was ended: %s", error)
             raise
+        finally:
+            beside.remove(kept)
+            if not beside:
+                self._open.pop(stream.connection, None)
         await stream.write(als_pb2.StreamAccessLogsResponse().SerializeToString())
 
-    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+    async def _read(self, stream: ServerStream, kept: _Kept) -> None:
+        results = False
+        while (data := await stream.read()) is not None:
+            kept.heard()
+            message = read_message(data)
+            results = results or message.identifier.log_name == RESULTS  # the first message has it
+            about = self._read_results(message) if results else self._read_attempts(message)
+            if not all(map(self._is_for_us, about)):
+                for each in self._open[stream.connection]:
+                    each.end_soon()
+
+    def _read_attempts(self, message: als_pb2.StreamAccessLogsMessage) -> list[str]:
+        """Take the entries; return the ids of their requests."""
+        about = []
         for entry in message.http_logs.log_entry:
             if (attempt := read_attempt(entry)) is not None:
                 log_lines.request_id.set(attempt.request_id)
                 self._failed(attempt)
+                if attempt.request:
+                    about.append(attempt.request)
         log_lines.request_id.set("")
+        return about
 
-    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> None:
+    def _read_results(self, message: als_pb2.StreamAccessLogsMessage) -> list[str]:
+        """Take the entries; return the ids of their requests."""
+        about = []
         for entry in message.http_logs.log_entry:
             if (result := read_result(entry)) is not None:
                 self._ended(result)
+                about.append(result.request)
+        return about
+
+
+class _Kept:
+    """How long a stream is kept that was opened at a time of the event loop's clock."""
+
+    def __init__(self, opened: float) -> None:
+        self.end = asyncio.timeout_at(opened + IDLE_S)
+        self._opened = opened
+        self._ends = False
+
+    def heard(self) -> None:
+        """Note that something has come."""
+        if not self._ends:
+            self.end.reschedule(asyncio.get_running_loop().time() + IDLE_S)
+
+    def end_soon(self) -> None:
+        """End the stream as soon as may be."""
+        if not self._ends:
+            self._ends = True
+            self.end.reschedule(max(self._opened + STREAM_S, asyncio.get_running_loop().time()))
 
 
 def read_message(data: bytes) -> als_pb2.StreamAccessLogsMessage:

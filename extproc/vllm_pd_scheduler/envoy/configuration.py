@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from ..config.tls import InstanceTlsConfig
+from ..config.tls import InstanceTlsConfig, TlsConfig
 from ..request.api import APIS
 from ..request.path import PUBLIC_PATHS, SPLIT_PATHS, PublicPaths, path_regex
 from .ports import EnvoyPorts
+from .schedulers import SchedulerAddress, put_schedulers
 
 WEBSOCKET_PATH = "/v1/realtime"
 """The path of ``envoy.yaml``'s route for WebSockets."""
@@ -30,11 +31,14 @@ def render_config(
     stream_idle_timeout: float | None = None,
     max_retries: int | None = None,
     public_paths: Sequence[str] = PUBLIC_PATHS,
+    schedulers: Sequence[SchedulerAddress] = (),
+    scheduler_tls: TlsConfig | None = None,
 ) -> dict[str, Any]:
     """Return ``envoy.yaml`` as a dict with these settings in place of its own.
 
     ``tls`` is that to the instances, ``stream_idle_timeout`` the longest pause of a stream in seconds, and
-    ``max_retries`` how many further instances a request is sent to.
+    ``max_retries`` how many further instances a request is sent to. ``schedulers`` are in place of the one of
+    ``ports``, and ``scheduler_tls`` is their ``grpc_tls``; raise :exc:`ValueError` if they cannot be.
     """
     config: dict[str, Any] = yaml.safe_load(config_path().read_text(encoding="utf-8"))
     for policy in _retry_policies(config):
@@ -54,13 +58,12 @@ def render_config(
         if listener["name"] == "ingress" and ports.address is not None:
             address["address"] = ports.address
             address |= {"ipv4_compat": True} if ports.address == "::" else {}
-    for cluster in config["static_resources"]["clusters"]:
-        if cluster["name"] in ("scheduler", "xds"):
-            endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-            endpoint["address"] = _scheduler_address(ports)
-        elif tls is not None:
+    if tls is not None:
+        for cluster in config["static_resources"]["clusters"]:
             for match in cluster.get("transport_socket_matches", ()):
                 match["transport_socket"]["typed_config"] = _upstream_tls(tls)
+    near = [SchedulerAddress(ports.grpc_socket or f"127.0.0.1:{ports.grpc}")]
+    put_schedulers(config, schedulers or near, scheduler_tls)
     if sys.platform != "linux":  # the numbers of these options are Linux's
         for each in (*config["static_resources"]["listeners"], *config["static_resources"]["clusters"]):
             each.pop("socket_options", None)
@@ -129,12 +132,6 @@ def _ingress_routes(config: dict[str, Any]) -> list[dict[str, Any]]:
     manager = ingress["filter_chains"][0]["filters"][0]["typed_config"]
     routes: list[dict[str, Any]] = manager["route_config"]["virtual_hosts"][0]["routes"]
     return routes
-
-
-def _scheduler_address(ports: EnvoyPorts) -> dict[str, Any]:
-    if ports.grpc_socket is not None:
-        return {"pipe": {"path": ports.grpc_socket}}
-    return {"socket_address": {"address": "127.0.0.1", "port_value": ports.grpc}}
 
 
 def _upstream_tls(tls: InstanceTlsConfig) -> dict[str, Any]:

@@ -26,6 +26,10 @@ SERVING = "serving"
 
 _ROLES = frozenset(role.value for role in PD_ROLES)
 
+APART_S = 1.0
+"""How long a stream for :data:`SERVING` waits for the streams of its connection that ask who there is. Of an
+Envoy with several schedulers those may be with another one."""
+
 JOIN_S = 0.05
 """Seconds between two pushes, at least. After a quiet time a change is told at once."""
 
@@ -147,6 +151,12 @@ class EndpointDiscovery:
         subscription, news = Subscription(self._assignments, told), asyncio.Event()
         problem: BadMessage | None = None
         self._news.add(news)
+
+        def wait_no_more() -> None:
+            told.update(_ROLES)
+            news.set()
+
+        apart = asyncio.get_running_loop().call_later(APART_S, wait_no_more)
         try:
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(self._write(stream, subscription, news))
@@ -155,6 +165,7 @@ class EndpointDiscovery:
         except* BadMessage as errors:
             problem = errors.exceptions[0]  # type: ignore[assignment]  # one task reads
         finally:
+            apart.cancel()
             self._news.discard(news)
         if problem is not None:
             log.warning("an EDS stream was ended: %s", problem)

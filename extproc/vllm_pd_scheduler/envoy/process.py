@@ -75,7 +75,7 @@ class EnvoyProcess:
     ``async with EnvoyProcess(ports) as envoy`` starts it and waits until it is ready. ``exited`` is done when
     it has ended, for whatever reason. ``config`` is what ``render_config`` returns for these ports. With
     ``streams`` its output goes through them: Envoy never waits for a reader. ``json_log`` makes each line of
-    its log, but not of its access log, an object.
+    its log, but not of its access log, an object. ``schedulers`` on this machine get a core each.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class EnvoyProcess:
         json_log: bool = False,
         access_log: bool = True,
         streams: StandardStreams | None = None,
+        schedulers: int = 1,
     ) -> None:
         self.ports = ports
         self._config = config or render_config(ports)
@@ -94,6 +95,7 @@ class EnvoyProcess:
         self._json_log = json_log
         self._access_log = access_log
         self._streams = streams
+        self._schedulers = schedulers
         self._process: asyncio.subprocess.Process | None = None
         self._pouring: list[threading.Thread] = []
         self.exited: asyncio.Future[int]
@@ -113,7 +115,7 @@ class EnvoyProcess:
             arguments += ["--disable-hot-restart", "--drain-time-s", str(DRAIN_TIME_S)]
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), find_envoy()),
-                *(*arguments, "--concurrency", str(_workers())),
+                *(*arguments, "--concurrency", str(_workers(self._schedulers))),
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 pass_fds=[config.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
@@ -201,10 +203,10 @@ def _unnamed_file() -> IO[bytes]:
     return os.fdopen(os.memfd_create("envoy"), "w+b") if sys.platform == "linux" else tempfile.TemporaryFile()
 
 
-def _workers() -> int:
-    """Return the number of Envoy's worker threads: one core is left to the scheduler.
+def _workers(schedulers: int) -> int:
+    """Return the number of Envoy's worker threads: one core is left to each scheduler.
 
     A worker on that core too would cost both: 17 % more CPU per request on two cores.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores - 1)
+    return max(1, cores - schedulers)

@@ -31,6 +31,11 @@ _MOST_AROUND = 1 << 10
 _REFUSALS = {
     Retry.LOST: (StatusCode.PERMISSION_DENIED, "two instances have lost the request"),
     Retry.SLOW: (StatusCode.RESOURCE_EXHAUSTED, "the fleet is slow"),
+    # The filter takes this for no answer: it makes one further attempt, no more.
+    Retry.UNKNOWN: (
+        StatusCode.NOT_FOUND,
+        "another scheduler has the request, or one had it before a restart",
+    ),
 }
 
 

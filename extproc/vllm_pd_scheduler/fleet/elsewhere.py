@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..models import By
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 
+EARLY_S = 0.25
+"""By which a pause that began later here than there may be over early."""
+
+
 class Journal(Protocol):
     """What is told of all that this scheduler does, so that others can know it."""
 
@@ -21,8 +25,20 @@ class Journal(Protocol):
         """Note a request that was given an endpoint."""
         ...
 
+    def confirmed(self, reservation: Reservation) -> None:
+        """Note that a request stays with the P that it was given for the time being."""
+        ...
+
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """Note a prefill that was done, and what P has read."""
+        ...
+
+    def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """Note a hand-off that is on its way."""
+        ...
+
+    def drawn(self, priority: int, tenant: bytes, work: float) -> None:
+        """Note work that a tenant was given, here by its hash, while requests waited: predicted seconds."""
         ...
 
     def ejected(self, endpoint: Endpoint) -> None:
@@ -38,7 +54,23 @@ class Elsewhere:
     """The changes that others' requests make. Part of the registry; tells no :class:`Journal` of them."""
 
     def __init__(self, registry: Registry) -> None:
+        self.waiting: tuple[int, int] = (0, 0)
+        """Requests in the queues of other replicas, for P and for D."""
+        self.on_drawn: Callable[[int, bytes, float], None] | None = None
+        """Called with the work that another replica has given a tenant: priority, hash, predicted seconds."""
+        self.on_scraped: Callable[[Endpoint], None] | None = None
+        """Called after each scrape, which shows what is there."""
         self._registry = registry
+
+    def scraped(self, endpoint: Endpoint) -> None:
+        """See what an endpoint says of itself."""
+        if self.on_scraped is not None:
+            self.on_scraped(endpoint)
+
+    def drawn(self, priority: int, tenant: bytes, work: float) -> None:
+        """Count what a tenant was given elsewhere for its turn here."""
+        if self.on_drawn is not None:
+            self.on_drawn(priority, tenant, work)
 
     def enqueue(
         self,
@@ -47,6 +79,7 @@ class Elsewhere:
         cached: tuple[float, int],
         blocks: Sequence[int],
         now: float,
+        replica: str = "",
     ) -> Reservation:
         """Count a prefill that another replica has sent, at the place in P's queue where it is heard of.
 
@@ -64,23 +97,33 @@ class Elsewhere:
             cached[0],
             blocks,
             cached[1],
+            replica=replica,
             elsewhere=True,
         )
         load.enqueue(claim, claim.cost, now)
         endpoint.work_changes()
         return claim
 
-    def prefilled(
+    def done(
         self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
-    ) -> None:
-        """End such a prefill, which was done, and learn from it.
+    ) -> tuple[float, float] | None:
+        """End such a prefill, which was done; return the seconds that it took and those predicted for it.
 
-        Its seconds are measured here. Two that end in one step of the engine would else count twice: either
-        replica hears too late of the other's to know that it was done in its own time.
+        They are measured here. Two that end in one step of the engine would else count twice: either replica
+        hears too late of the other's to know that it was done in its own time. ``None`` if it has ended.
         """
-        seconds = claim.endpoint.prefill.complete(claim, now) if self._end(claim) else None
-        if seconds is not None:
-            self._registry.learning.prefilled(claim, prompt_tokens, cached_tokens, seconds)
+        load = claim.endpoint.prefill
+        seconds = load.complete(claim, now) if self._end(claim) else None
+        if seconds is None:
+            return None
+        new = max(1.0, prompt_tokens - (claim.cached if cached_tokens is None else cached_tokens))
+        return seconds, load.cost(new, prompt_tokens)
+
+    def learn(
+        self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, seconds: float
+    ) -> None:
+        """Learn from such a prefill as from one of ours."""
+        self._registry.learning.prefilled(claim, prompt_tokens, cached_tokens, seconds)
 
     def cancel(self, claim: Reservation, now: float) -> None:
         """End such a prefill, of which nothing is known but that it is queued no more."""
@@ -92,14 +135,49 @@ class Elsewhere:
         claim.endpoint.work_changes()
         return active
 
-    def eject(self, endpoint: Endpoint, now: float) -> None:
-        """Eject an instance at which others' requests fail, as if ours had failed: within the same bounds."""
-        self._registry.eject(endpoint, "requests of another replica of the scheduler fail there", now)
+    def eject(self, endpoint: Endpoint, now: float) -> bool:
+        """Eject an instance at which others' requests fail, as if ours had failed: within the same bounds.
 
-    def readmit(self, endpoint: Endpoint) -> None:
-        """Let an instance serve again at which another replica's trial request went well."""
+        Return whether it is out since now.
+        """
+        return self._registry.eject(endpoint, "requests of another replica of the scheduler fail there", now)
+
+    def readmit(self, endpoint: Endpoint, now: float) -> bool:
+        """Let an instance serve again at which another replica's trial request went well.
+
+        Return ``False`` if its pause is not over, so that there can have been no trial.
+        """
         breaker = endpoint.breaker
-        if breaker.state is not BreakerState.CLOSED:
-            breaker.readmit()
-            breaker.succeeded()
-            self._registry.tell(By.REQUEST)
+        if breaker.state is BreakerState.CLOSED:
+            return True
+        if breaker.state is BreakerState.OPEN and now < breaker.not_before - EARLY_S:
+            return False
+        breaker.readmit()
+        breaker.succeeded()
+        self._registry.tell(By.REQUEST)
+        return True
+
+    def leave_out(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool, now: float) -> None:
+        """Leave out a pair, or all of a P, that fails elsewhere, or a pair whose texts were ``wrong``."""
+        if not wrong:
+            self._registry.pairs.leave_out_elsewhere(prefill, decode, now)
+        elif decode is not None:
+            why = "another replica of the scheduler got wrong answers"
+            self._registry.wrong_pairs.leave_out_elsewhere(prefill, decode, why)
+
+    def take_back(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool) -> None:
+        """Use a pair again that works, as another replica has found."""
+        if not wrong:
+            self._registry.pairs.take_back_elsewhere(prefill, decode)
+        elif decode is not None:
+            self._registry.wrong_pairs.take_back_elsewhere(prefill, decode)
+
+    def is_out(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool) -> bool:
+        """Whether a pair is left out."""
+        if not wrong:
+            return self._registry.pairs.is_out(prefill, decode)
+        return decode is not None and decode in self._registry.wrong_pairs.barred(prefill)
+
+    def handed_over(self, prefill: Endpoint, decode: Endpoint, count: int) -> None:
+        """Count hand-offs of another replica: the failures that D counts are of these too."""
+        self._registry.failed_transfers.handed_over(prefill, decode, count)

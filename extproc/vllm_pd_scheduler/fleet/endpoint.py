@@ -91,8 +91,10 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Whether that has shown that its D read token ids in a hand-off."""
     pending_handoffs: int = 0
     """Hand-offs that a P holds for requests whose answer has not ended."""
+    handoffs_elsewhere: int = 0
+    """Those that it holds for requests of other replicas, as these last told."""
     tokens: float = 0.0
-    """Tokens of our requests there: for prefill those to compute, for decode prompt and expected answer."""
+    """Tokens of the requests in flight: for prefill those to compute, for decode prompt and answer."""
     tokens_elsewhere: float = 0.0
     """Those of ``tokens`` that belong to requests of other replicas."""
     tokens_at_scrape: float = 0.0
@@ -189,9 +191,24 @@ class Endpoint(Struct, frozen=True, eq=False):
         return alive and self.breaker.state is BreakerState.OPEN
 
     @property
+    def own_in_flight(self) -> int:
+        """Those of the requests in flight that we sent."""
+        return self.in_flight - self.elsewhere
+
+    @property
+    def own_tokens(self) -> float:
+        """The tokens of these."""
+        return max(0.0, self.tokens - self.tokens_elsewhere)
+
+    @property
+    def handoffs(self) -> int:
+        """Hand-offs that a P holds for requests whose answer has not ended, ours and other replicas'."""
+        return self.pending_handoffs + self.handoffs_elsewhere
+
+    @property
     def drained(self) -> bool:
-        """Whether it is draining and nothing that we sent, or that waits to be fetched, is left on it."""
-        return self.draining and not self.in_flight and not self.pending_handoffs
+        """Whether it is draining, and nothing is left on it that anybody sent or that waits to be fetched."""
+        return self.draining and not self.in_flight and not self.handoffs
 
     @property
     def on_trial(self) -> bool:
@@ -286,6 +303,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         """Keep new requests away, or no more; return whether that is a change."""
         if self.draining is draining:
             return False
+        self._load_changes()  # what it holds for us is told to other replicas
         _set(self, "draining", draining)
         _set(self, "drain_told", self.drained)
         return True
@@ -403,6 +421,18 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "tokens_elsewhere", max(0.0, self.tokens_elsewhere + tokens))
         _set(self, "tokens", max(0.0, self.tokens + tokens) if self.in_flight else 0.0)
 
+    def never_there(self, requests: int, tokens: int) -> None:
+        """Take back so many requests and tokens that other replicas claim, and that no scrape has shown."""
+        self.sent_elsewhere(-requests, -tokens)
+        _set(self, "in_flight_at_scrape", max(0, self.in_flight_at_scrape - requests))
+        _set(self, "tokens_at_scrape", max(0.0, self.tokens_at_scrape - tokens))
+
+    def holds_elsewhere(self, handoffs: int) -> None:
+        """Count so many hand-offs of other replicas more, or less."""
+        if handoffs > 0:
+            _set(self, "drain_told", False)
+        _set(self, "handoffs_elsewhere", max(0, self.handoffs_elsewhere + handoffs))
+
     def work_changes(self) -> None:
         """Note that its queue of prefills has others' work."""
         self._load_changes()
@@ -422,10 +452,14 @@ class Endpoint(Struct, frozen=True, eq=False):
         """Count a hand-off that it holds for a decode instance."""
         _set(self, "drain_told", False)
         _set(self, "pending_handoffs", self.pending_handoffs + 1)
+        if self.draining:
+            self._load_changes()
 
     def end_handoff(self) -> None:
         """Count a hand-off no more: its request's answer has ended."""
         _set(self, "pending_handoffs", self.pending_handoffs - 1)
+        if self.draining:
+            self._load_changes()
 
     def served(self) -> None:
         """Note a request that went well."""
@@ -457,7 +491,7 @@ class Endpoint(Struct, frozen=True, eq=False):
             "generation": self.generation + 1,
             "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
-            "elsewhere": 0, "tokens_elsewhere": 0.0,
+            "elsewhere": 0, "tokens_elsewhere": 0.0, "handoffs_elsewhere": 0,
             "busy_until": 0.0, "busy_answers": 0, "speaks": "",
             "takes_token_ids": False,
         }  # fmt: skip
@@ -497,6 +531,10 @@ class Reservation:
     alone: float = 0.0
     """Predicted seconds of prefill if it pulled nothing."""
     active: bool = True
+    tentative: bool = False
+    """Whether it may be given up for another P: then its prompt is not yet taken for cached there."""
+    replica: str = ""
+    """Which other replica's it is, if it is a place in a queue."""
     elsewhere: bool = False
     """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
 
@@ -504,7 +542,8 @@ class Reservation:
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self._end():
             load = self.endpoint.prefill
-            load.cancel(self, load.head_at if now is None else now)
+            # One that was not sent has kept P from nothing: what is behind it began when it was made.
+            load.cancel(self, load.head_at if now is None or self.tentative else now)
 
     def finish(self, now: float) -> float | None:
         """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""

@@ -94,11 +94,16 @@ class FailedTransfers:
         """Whether transfers have lately failed at a D, so that an answer shows nothing of its hand-off."""
         return decode in self._shares
 
-    def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
-        """Count a hand-off that was sent to a D. Without a scrape that counts failures nothing is kept."""
+    def handed_over(self, prefill: Endpoint, decode: Endpoint, count: int = 1) -> bool:
+        """Count hand-offs that were sent to a D; return whether that is of use.
+
+        Without a scrape that counts failures nothing is kept.
+        """
         counts = self._handed.get(decode)
-        if counts is not None:
-            counts[1][prefill] = counts[1].get(prefill, 0) + 1
+        if counts is None:
+            return False
+        counts[1][prefill] = counts[1].get(prefill, 0) + count
+        return True
 
     def scraped(self, decode: Endpoint, failed: float, now: float) -> None:
         """Take how many transfers have failed at a D since the scrape before."""

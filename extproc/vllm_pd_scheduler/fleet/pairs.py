@@ -72,6 +72,8 @@ class Pairs:
         self, policy: BreakerPolicy, ranks_of: Callable[[Endpoint], Sequence[Endpoint]] = lambda one: (one,)
     ) -> None:
         self.on_change: Callable[[PairChange], None] | None = None
+        self.on_verdict: Callable[[PairChange], None] | None = None
+        """Called with the changes that requests of ours have made, not those of another replica."""
         self._policy = policy
         self._ranks_of = ranks_of
         self._doubts: dict[Endpoint, dict[Endpoint, Doubt]] = {}
@@ -161,6 +163,35 @@ class Pairs:
                 self._open(prefill, decode, doubt, now)
         if broken and (whole.breaker.state is BreakerState.HALF_OPEN or self._is_at_fault(prefill, whole)):
             self._open(prefill, None, whole, now)
+
+    def leave_out_elsewhere(self, prefill: Endpoint, decode: Endpoint | None, now: float) -> None:
+        """Leave out a pair, or all of a P, with which requests of another replica have failed."""
+        prefill, decode = self._first(prefill), decode and self._first(decode)
+        whole = self._of_prefill.setdefault(prefill, Doubt(Breaker(self._policy)))
+        doubt = whole if decode is None else self._doubt(prefill, decode)
+        if doubt is not None and doubt.breaker.state is not BreakerState.OPEN:
+            self._open(prefill, decode, doubt, now, ours=False)
+
+    def take_back_elsewhere(self, prefill: Endpoint, decode: Endpoint | None) -> None:
+        """Use a pair again, or a P, with which a trial request of another replica has gone well."""
+        prefill, decode = self._first(prefill), decode and self._first(decode)
+        doubts = self._doubts.get(prefill, {})
+        doubt = self._of_prefill.get(prefill) if decode is None else doubts.get(decode)
+        if doubt is None or doubt.breaker.state is BreakerState.CLOSED:
+            return
+        doubt.breaker.readmit()
+        doubt.breaker.succeeded()
+        self._tell(PairChange(prefill, decode, False, 0.0), ours=False)
+        if decode is not None and doubt.breaker.spotless:
+            del doubts[decode]
+        self._clear(prefill)
+
+    def is_out(self, prefill: Endpoint, decode: Endpoint | None) -> bool:
+        """Whether a pair, or all of a P, is left out or on trial."""
+        prefill, decode = self._first(prefill), decode and self._first(decode)
+        of_pair = self._doubts.get(prefill, {})
+        doubt = self._of_prefill.get(prefill) if decode is None else of_pair.get(decode)
+        return doubt is not None and doubt.breaker.state is not BreakerState.CLOSED
 
     def explain(self, decode: Endpoint) -> bool:
         """Whether a P, and not D, is to blame for all requests that D has failed in a row."""
@@ -255,14 +286,16 @@ class Pairs:
             for each in whole.failed_at
         )
 
-    def _open(self, prefill: Endpoint, decode: Endpoint | None, doubt: Doubt, now: float) -> None:
+    def _open(
+        self, prefill: Endpoint, decode: Endpoint | None, doubt: Doubt, now: float, *, ours: bool = True
+    ) -> None:
         doubt.breaker.open(now)
         doubt.trial = None
         self._suspects[prefill] = None
         if decode is None:
             doubt.failed_at.clear()
             self._doubts.pop(prefill, None)
-        self._tell(PairChange(prefill, decode, True, doubt.breaker.not_before - now))
+        self._tell(PairChange(prefill, decode, True, doubt.breaker.not_before - now), ours=ours)
 
     def _doubt(self, prefill: Endpoint, decode: Endpoint) -> Doubt | None:
         """Return the doubt about a pair, a new one if there is room for it."""
@@ -302,6 +335,8 @@ class Pairs:
             for decode, doubt in doubts.items():
                 yield prefill, decode, doubt
 
-    def _tell(self, change: PairChange) -> None:
+    def _tell(self, change: PairChange, *, ours: bool = True) -> None:
         if self.on_change is not None:
             self.on_change(change)
+        if ours and self.on_verdict is not None:
+            self.on_verdict(change)

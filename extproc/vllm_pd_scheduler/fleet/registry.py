@@ -15,6 +15,7 @@ from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .claims import Claims
 from .elsewhere import Elsewhere, Journal
 from .endpoint import Endpoint, Reservation
 from .failed_transfers import FailedTransfers
@@ -63,6 +64,7 @@ class Registry:
     left_out: LeftOut = field(init=False)
     failed_transfers: FailedTransfers = field(init=False)
     elsewhere: Elsewhere = field(init=False)
+    claims: Claims = field(default_factory=Claims)
     """Where what other replicas of the scheduler do is counted."""
     journal: Journal | None = None
     """Is told what we do, if there are other replicas."""
@@ -246,6 +248,10 @@ class Registry:
             raise UnknownInstance(endpoint_id)
         return found
 
+    def find(self, endpoint_id: str) -> Endpoint | None:
+        """Return the endpoint that :meth:`get` does; ``None`` if there is none."""
+        return self._endpoints.get(endpoint_id) or (self._instances.get(endpoint_id) or (None,))[0]
+
     def ranks_of(self, endpoint: Endpoint) -> tuple[Endpoint, ...]:
         """Return all endpoints of an endpoint's process, of which it is one: its ranks, or itself."""
         if endpoint.rank is None:
@@ -298,13 +304,14 @@ class Registry:
         if [endpoint for endpoint in self._draining if endpoint.drain_ended()]:
             self._changed(By.REQUEST)
 
-    def watch(self, role: InstanceRole) -> set[Endpoint]:
-        """Return a new set to which each endpoint of a role is added when its load changes.
+    def watch(self, role: InstanceRole, changed: set[Endpoint] | None = None) -> set[Endpoint]:
+        """Return a set to which each endpoint of a role is added when its load changes.
 
-        That is when a request is reserved or released there, when it is scraped, and when it says that it is
-        full. The caller empties the set, and so need not look at all endpoints to see what has changed.
+        It is ``changed``, or a new one. A load changes when a request is reserved or released there, when it
+        is scraped, and when it says that it is full. The caller empties the set, and so need not look at all
+        endpoints to see what has changed.
         """
-        changed: set[Endpoint] = set()
+        changed = set() if changed is None else changed
         self._watchers[role].append(changed)
         return changed
 
@@ -347,6 +354,8 @@ class Registry:
         self.learning.scraped(endpoint, before, snapshot)
         if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
             self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
+        if self.journal is not None:
+            self.elsewhere.scraped(endpoint)
         if self.on_scraped is not None:
             self.on_scraped()
 
@@ -393,9 +402,14 @@ class Registry:
         if name in endpoint.adapters and endpoint.adapter_used(name):
             self.adapters_version += 1
 
-    def reserve(self, endpoint: Endpoint, request: RequestContext | None = None) -> Reservation:
-        """Count a request on an endpoint from now on (``request.now``), with the work that it brings."""
-        reservation = Reservation(endpoint, endpoint.generation)
+    def reserve(
+        self, endpoint: Endpoint, request: RequestContext | None = None, *, tentative: bool = False
+    ) -> Reservation:
+        """Count a request on an endpoint from now on (``request.now``), with the work that it brings.
+
+        A ``tentative`` one is to be confirmed, or released.
+        """
+        reservation = Reservation(endpoint, endpoint.generation, tentative=tentative)
         if request is not None:
             self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
         endpoint.take(reservation)
@@ -405,7 +419,7 @@ class Registry:
         if request is not None:
             if endpoint.adapters and request.model is not None:
                 self._adapter_used(endpoint, request.model)
-            if request.blocks:
+            if request.blocks and not tentative:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
                 endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
@@ -414,6 +428,15 @@ class Registry:
             if self.journal is not None:
                 self.journal.reserved(reservation, request)
         return reservation
+
+    def confirm(self, reservation: Reservation, now: float) -> None:
+        """Let a request stay where it is, and go there now: its prompt will be cached there."""
+        reservation.tentative = False
+        reservation.endpoint.prefill.sent(reservation, now)
+        if reservation.blocks:
+            reservation.endpoint.holder.store(reservation.blocks)
+        if self.journal is not None:
+            self.journal.confirmed(reservation)
 
     def pull(
         self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float
@@ -462,7 +485,9 @@ class Registry:
     def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that what a P holds is on its way to a D."""
         if prefill in self:
-            self.failed_transfers.handed_over(self.ranks_of(prefill)[0], decode)
+            first = self.ranks_of(prefill)[0]
+            if self.failed_transfers.handed_over(first, decode) and self.journal is not None:
+                self.journal.handed_over(first, decode)
 
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""

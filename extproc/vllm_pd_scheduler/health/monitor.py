@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +17,17 @@ import aiohttp
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import InstanceRole, canonical_ip, join_address
+from ..models import By, InstanceRole, canonical_ip, join_address
 from ..telemetry.metrics import Telemetry
+from .finding import Finding, digest_of
 from .names import NameNotResolved, NameResolver
 from .probe import Answers, Misconfigured, NoAnswer, NoSuchPath, OurShortage, Probe, Scrapes
-from .progress import STALLED_S, Progress
-from .served_models import odd_ones
+from .progress import STALLED_S
+from .served_models import OddOnes
+from .shared import Counts, Peers, Shared
 from .silence import HUNG_TIMEOUTS, Silence
 from .vllm_metrics import Scrape, snapshot
+from .watched import Watched
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,9 @@ class HealthMonitor:
     ``session``, ``clock`` (monotonic seconds) and ``names`` are the caller's. ``timeout`` is that of a probe,
     and again that of a DNS name's first look-up. ``stalled_after`` is for how many seconds requests may run
     on a D without a step of its engine. ``hung`` is called for a P or an E that is unhealthy and answers
-    nothing (see :class:`~.silence.Silence`): what was sent there will not be answered either.
+    nothing (see :class:`~.silence.Silence`): what was sent there will not be answered either. With ``peers``
+    it probes its part of the instances for all replicas of the scheduler, and hears of the others (see
+    :class:`~.shared.Shared`).
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class HealthMonitor:
         stalled_after: float = STALLED_S,
         names: NameResolver | None = None,
         hung: Callable[[Endpoint], None] = lambda _: None,
+        peers: Peers | None = None,
     ) -> None:
         self._registry = registry
         self._telemetry = telemetry
@@ -78,10 +85,11 @@ class HealthMonitor:
         self._stalled_after = stalled_after
         self._names = names or NameResolver()
         self._silence = Silence(self._probe, HUNG_TIMEOUTS * timeout, hung)
-        self._watched: dict[Endpoint, _Watched] = {}
+        self.shared = Shared(self, registry, clock, interval, peers)
+        """Takes what other replicas tell."""
+        self._watched: dict[Endpoint, Watched] = {}
         self._loops: dict[Endpoint, asyncio.Task[None]] = {}
-        self._odd: dict[Endpoint, str] = {}
-        """Who serves other models than its peers, as it was last said."""
+        self._odd_ones = OddOnes(registry)
         self._stopped = False
 
     @classmethod
@@ -92,6 +100,7 @@ class HealthMonitor:
         telemetry: Telemetry,
         session: aiohttp.ClientSession,
         hung: Callable[[Endpoint], None] = lambda _: None,
+        peers: Peers | None = None,
     ) -> HealthMonitor:
         """Return a monitor with the configured interval and timeout, on the process's monotonic clock."""
         return cls(
@@ -103,11 +112,13 @@ class HealthMonitor:
             clock=time.monotonic,
             stalled_after=min(STALLED_S, config.stream_idle_timeout / 2),  # before its streams are cut
             hung=hung,
+            peers=peers,
         )
 
     def reconfigured(self, config: SchedulerConfig) -> None:
         """Check as often, and wait as long, as is configured now; each loop does so after its next check."""
         self._interval, self._timeout = config.health_check_interval, config.health_check_timeout
+        self.shared.interval = config.health_check_interval
         self._probe.timeout = config.health_check_timeout
         self._silence.seconds = HUNG_TIMEOUTS * config.health_check_timeout
 
@@ -130,19 +141,25 @@ class HealthMonitor:
         await self._silence.stop()
 
     async def check_all(self) -> None:
-        """Probe every instance once. Raises nothing."""
-        await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
-        self._compare_models()
+        """Probe every instance once. Raises nothing.
+
+        What is found is one change: each change looks at all instances, so 1,000 of them would take seconds.
+        """
+        with self._registry.as_one_change(By.PROBE):
+            await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
+        self._odd_ones.compare()
 
     async def check(self, endpoint: Endpoint) -> None:
         """Probe one instance and ask for its load and its models."""
-        watched = self._watched.setdefault(endpoint, _Watched(self._clock()))
+        watched = self._watched.setdefault(endpoint, Watched(self._clock()))
         problem = await self._locate(endpoint, watched)
         if problem is not None:
             self._registry.probed(endpoint, problem, self._clock())
+            self.shared.finds(endpoint, None)
             return
         ranks = self._registry.ranks_of(endpoint)
-        ours = [(each.in_flight, each.tokens) for each in ranks]
+        counts = [(each.in_flight, each.tokens) for each in ranks]
+        self.shared.asks(endpoint)
         answers = await self._probe.ask(endpoint, models=self._wants_models(endpoint, watched))
         if endpoint not in self._registry:
             return
@@ -150,9 +167,44 @@ class HealthMonitor:
         self._take_health(endpoint, watched, answers)
         self._take_silence(endpoint, answers)
         if not isinstance(pages, NoAnswer) and self._registry.started(endpoint, pages[0].started_at):
-            ours = [(0, 0.0)] * len(ranks)
+            counts = [(0, 0.0)] * len(ranks)
         self._take_models(endpoint, watched, answers)
-        self._take_metrics(endpoint, watched, answers, ours)
+        self._take_metrics(endpoint, watched, answers, counts)
+        self._tell(endpoint, answers)
+
+    def _tell(self, endpoint: Endpoint, answers: Answers) -> None:
+        """Tell the other replicas what was found; not what is missing here."""
+        finding = None
+        if isinstance(answers.health, OurShortage):
+            return
+        if not endpoint.problem:
+            pages = [] if isinstance(answers.metrics, NoAnswer) else answers.metrics
+            finding = Finding(str(endpoint.address), digest_of(endpoint), pages)
+        self.shared.finds(endpoint, finding)
+
+    # -- what other replicas have found
+
+    def heard(self, endpoint: Endpoint, finding: Finding, counts: Counts) -> None:
+        """Take what another replica has found at an instance that is well and the one that we know."""
+        now, watched = self._clock(), self._watched.setdefault(endpoint, Watched(self._clock()))
+        self._registry.probed(endpoint, self._standstill(endpoint, watched, finding.pages, now), now)
+        if finding.models:
+            watched.models_at = now
+        if finding.pages:
+            self._take_pages(endpoint, watched, finding.pages, counts)
+        elif self._too_old(endpoint.scraped_at, now):
+            self._registry.forget_metrics(endpoint)
+
+    def look(self, endpoint: Endpoint) -> None:
+        """Probe an instance at once, unless its loop does so just now, and ask for its models too."""
+        watched, loop = self._watched.get(endpoint), self._loops.get(endpoint)
+        if watched is None or loop is None or watched.under_way or self._stopped:
+            return
+        loop.cancel()
+        watched.models_at = -math.inf
+        self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint, 0.0))
+
+    # -- on demand
 
     async def read_models(self) -> None:
         """Ask every instance that serves for its models, now; some at a time. Raises nothing."""
@@ -181,20 +233,24 @@ class HealthMonitor:
         for endpoint in [e for e in self._watched if e not in self._registry]:
             del self._watched[endpoint]
             self._silence.removed(endpoint)
+            self.shared.removed(endpoint)
         for endpoint in self._firsts():
             if endpoint not in self._loops and not self._stopped:
-                self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint))
+                # Those that the start has probed at once are spread over the interval.
+                pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
+                self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint, pause))
 
-    async def _run(self, endpoint: Endpoint) -> None:
-        # Those that the start has probed at once are spread over the interval.
-        pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
+    async def _run(self, endpoint: Endpoint, pause: float) -> None:
+        watched = self._watched.setdefault(endpoint, Watched(self._clock()))
         while True:
             await asyncio.sleep(pause)
-            models = endpoint.listed
-            await self._check_fenced(endpoint)
-            if endpoint.listed != models:
-                self._compare_models()
-            pause = self._pause(endpoint)
+            if self.shared.looks(endpoint):
+                models, watched.under_way = endpoint.listed, True
+                await self._check_fenced(endpoint)
+                watched.under_way = False
+                if endpoint.listed != models:
+                    self._odd_ones.compare()
+            pause = self.shared.pause(endpoint, self._pause(endpoint))
 
     async def _check_fenced(self, endpoint: Endpoint) -> None:
         try:
@@ -208,7 +264,7 @@ class HealthMonitor:
 
     # -- where an instance is
 
-    async def _locate(self, endpoint: Endpoint, watched: _Watched) -> str | None:
+    async def _locate(self, endpoint: Endpoint, watched: Watched) -> str | None:
         """Keep the address behind a DNS name up to date; return why there is none to be used.
 
         A look-up is no part of a probe's time. When it fails, or takes its time, the last address is used.
@@ -224,7 +280,7 @@ class HealthMonitor:
         self._tell_of_another(endpoint, watched)
         return None
 
-    def _tell_of_another(self, endpoint: Endpoint, watched: _Watched) -> None:
+    def _tell_of_another(self, endpoint: Endpoint, watched: Watched) -> None:
         """Say that two instances are one server. Both get requests, so that the operator should know."""
         first = self._registry.at(endpoint.instance.role, str(endpoint.address))
         if first is None or first in self._registry.ranks_of(endpoint):
@@ -233,7 +289,7 @@ class HealthMonitor:
             same = f"its address {endpoint.address} is that of {first.instance.instance_id}"
             watched.say(endpoint, "address", f"{same}: they are one server, and what fails counts for both")
 
-    async def _resolve(self, endpoint: Endpoint, watched: _Watched) -> None:
+    async def _resolve(self, endpoint: Endpoint, watched: Watched) -> None:
         instance = endpoint.instance
         try:
             found = await self._names.addresses(instance.host)
@@ -252,7 +308,7 @@ class HealthMonitor:
 
     # -- what it answers
 
-    def _take_health(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
+    def _take_health(self, endpoint: Endpoint, watched: Watched, answers: Answers) -> None:
         problem = answers.health
         if isinstance(problem, OurShortage):
             self._telemetry.local_error("probe")
@@ -265,8 +321,8 @@ class HealthMonitor:
         if isinstance(pages, Misconfigured):
             reason = reason or str(pages)
         elif not isinstance(pages, NoAnswer):
-            still = [watched.progress_of(rank).seen(page, now) for rank, page in enumerate(pages)]
-            reason = reason or self._stalled(endpoint, max(still))
+            stalled = self._standstill(endpoint, watched, pages, now)
+            reason = reason or stalled
         self._registry.probed(endpoint, reason, now)
 
     def _take_silence(self, endpoint: Endpoint, answers: Answers) -> None:
@@ -276,23 +332,27 @@ class HealthMonitor:
         elif endpoint.healthy is False and endpoint.instance.role is not InstanceRole.DECODE:
             self._silence.unanswered(endpoint)
 
-    def _stalled(self, endpoint: Endpoint, seconds: float) -> str | None:
+    def _standstill(
+        self, endpoint: Endpoint, watched: Watched, pages: Sequence[Scrape], now: float
+    ) -> str | None:
         """Return what is wrong with an instance that answers, if requests run there and nothing moves.
 
         Only of D: all of its requests wait then, for as long as a stream may be silent. Others have a
         time limit.
         """
+        still = [watched.progress_of(rank).seen(page, now) for rank, page in enumerate(pages)]
+        seconds = max(still, default=0.0)
         if endpoint.instance.role is not InstanceRole.DECODE or seconds < self._stalled_after:
             return None
         return f"its engine stands still: it runs requests and has made no step for {seconds:.0f} s"
 
-    def _wants_models(self, endpoint: Endpoint, watched: _Watched) -> bool:
+    def _wants_models(self, endpoint: Endpoint, watched: Watched) -> bool:
         """Whether it is time to ask for them, or the instance may be another one than before."""
         known = endpoint.listed is not None and endpoint.healthy is True and not endpoint.streak
         pause = min(MODELS_S, MODELS_INTERVALS * self._interval)
         return not known or self._clock() >= watched.models_at + pause
 
-    def _take_models(self, endpoint: Endpoint, watched: _Watched, answers: Answers) -> None:
+    def _take_models(self, endpoint: Endpoint, watched: Watched, answers: Answers) -> None:
         now, models = self._clock(), answers.models
         if models is None:
             return
@@ -306,73 +366,27 @@ class HealthMonitor:
         if answers.health is None and not isinstance(models, (NoSuchPath, OurShortage)):
             watched.say(endpoint, "models", f"which models it serves is not known: {models}")
 
-    def _take_metrics(
-        self, endpoint: Endpoint, watched: _Watched, answers: Answers, ours: list[tuple[int, float]]
-    ) -> None:
-        """Take the load of an instance's ranks. ``ours``: requests and tokens there when it was asked."""
-        now, pages, ranks = self._clock(), answers.metrics, self._registry.ranks_of(endpoint)
-        if isinstance(pages, NoAnswer):
-            for each in ranks:
-                self._telemetry.scrape_failed(each.id)
-            if self._too_old(endpoint.scraped_at, now):
-                self._registry.forget_metrics(endpoint)
-            if answers.health is None and not isinstance(pages, OurShortage):
-                watched.say(endpoint, "metrics", f"its load is not known: {pages}")
+    def _take_metrics(self, endpoint: Endpoint, watched: Watched, answers: Answers, counts: Counts) -> None:
+        pages = answers.metrics
+        if not isinstance(pages, NoAnswer):
+            watched.say(endpoint, "metrics", None)
+            self._take_pages(endpoint, watched, pages, counts)
             return
-        watched.say(endpoint, "metrics", None)
+        for each in self._registry.ranks_of(endpoint):
+            self._telemetry.scrape_failed(each.id)
+        if self._too_old(endpoint.scraped_at, self._clock()):
+            self._registry.forget_metrics(endpoint)
+        if answers.health is None and not isinstance(pages, OurShortage):
+            watched.say(endpoint, "metrics", f"its load is not known: {pages}")
+
+    def _take_pages(self, endpoint: Endpoint, watched: Watched, pages: Scrapes, counts: Counts) -> None:
+        """Take the load of an instance's ranks. ``counts``: what was there when it was asked."""
+        now, ranks = self._clock(), self._registry.ranks_of(endpoint)
         before: Sequence[Scrape | None] = watched.scrapes or [None] * len(pages)
         watched.scrapes = pages
-        for each, page, last, (in_flight, tokens) in zip(ranks, pages, before, ours, strict=True):
+        for each, page, last, (in_flight, tokens) in zip(ranks, pages, before, counts, strict=True):
             taken = snapshot(page, last, each.metrics, each.instance.role, now)
             self._registry.scraped(each, taken, in_flight, tokens)
 
     def _too_old(self, said_at: float | None, now: float) -> bool:
         return said_at is not None and now - said_at > max(KEPT_S, KEPT_INTERVALS * self._interval)
-
-    def _compare_models(self) -> None:
-        """Say who serves other models than its peers, once for each change."""
-        odd = dict(odd_ones(self._registry))
-        for endpoint, difference in odd.items():
-            if self._odd.get(endpoint) != difference:
-                role = endpoint.instance.role
-                log.warning(
-                    "%s does not serve the models of most %s instances: it %s",
-                    endpoint.instance.instance_id,
-                    role,
-                    difference,
-                )
-        for endpoint in self._odd.keys() - odd.keys():
-            if endpoint in self._registry and endpoint.listed is not None:
-                log.info("%s serves the models of its role again", endpoint.instance.instance_id)
-        self._odd = odd
-
-
-class _Watched:
-    """What the monitor remembers of an instance between two probes."""
-
-    def __init__(self, now: float) -> None:
-        self.look_up: asyncio.Task[None] | None = None
-        self.unresolved: str | None = None
-        """Why its name could not be resolved the last time."""
-        self.scrapes: Scrapes = []
-        """The last ones, of its ranks or of the whole."""
-        self._progress: list[Progress] = []
-        self.models_at = now
-        self.said: dict[str, str] = {}
-        """Complaints that stand, by what they are about: each is logged once."""
-
-    def progress_of(self, rank: int) -> Progress:
-        """Return what watches the engine of a rank."""
-        while len(self._progress) <= rank:
-            self._progress.append(Progress())
-        return self._progress[rank]
-
-    def say(self, endpoint: Endpoint, about: str, problem: str | None) -> None:
-        """Log that there is a problem, or that it is over."""
-        if problem is None:
-            if self.said.pop(about, None) is not None:
-                log.info("%s: %s: all is well again", endpoint.instance.instance_id, about)
-        else:
-            if about not in self.said:
-                log.warning("%s: %s", endpoint.instance.instance_id, problem)
-            self.said[about] = problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import msgspec
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceRole
+
+log = logging.getLogger(__name__)
 
 MAX_MODELS = 4096
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
@@ -59,6 +62,31 @@ def parse_models(body: bytes) -> ServedModels:
         frozenset(model.id for model, _ in cards if model.parent),
         {model.id: card for model, card in cards},
     )
+
+
+class OddOnes:
+    """Says who serves other models than its peers, once for each change."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._odd: dict[Endpoint, str] = {}
+        """As it was last said."""
+
+    def compare(self) -> None:
+        """Look at what all instances list now."""
+        odd = dict(odd_ones(self._registry))
+        for endpoint, difference in odd.items():
+            if self._odd.get(endpoint) != difference:
+                log.warning(
+                    "%s does not serve the models of most %s instances: it %s",
+                    endpoint.instance.instance_id,
+                    endpoint.instance.role,
+                    difference,
+                )
+        for endpoint in self._odd.keys() - odd.keys():
+            if endpoint in self._registry and endpoint.listed is not None:
+                log.info("%s serves the models of its role again", endpoint.instance.instance_id)
+        self._odd = odd
 
 
 def odd_ones(registry: Registry) -> Iterator[tuple[Endpoint, str]]:

@@ -16,10 +16,12 @@ MAX_REQUESTS = 1e6
 """Requests that run, or wait, on an instance at most: a page with more is refused."""
 MAX_CAPACITY = 1e10
 """Tokens in the KV cache at most."""
-_MAX_COUNT = 1e15
+MAX_COUNT = 1e15
+"""What has been counted since a server's start at most."""
 _MAX_SECONDS = 86_400.0
 """Of a mean time. Nothing that a scheduler waits for takes a day."""
-_MAX_UNIX_TIME = 1e11
+MAX_UNIX_TIME = 1e11
+"""Of a server's start."""
 _MAX_LINES = 100_000
 _LONG_PAGE = 1 << 19
 """Bytes up to which lines are not counted: however many they are, they are read in a few milliseconds."""
@@ -50,7 +52,10 @@ _STEP = (
 )
 _TRANSFER = ("vllm:nixl_xfer_time_seconds",)
 _BYTES = ("vllm:nixl_bytes_transferred",)
-_HISTOGRAMS = {name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) for name in names}
+HISTOGRAMS = tuple(
+    sorted({name for names in (*_LATENCY.values(), _STEP, _TRANSFER, _BYTES) for name in names})
+)
+"""Those that matter, in an order."""
 _GENERATED = "vllm:generation_tokens_total"
 _FINISHED = "vllm:request_success_total"
 _STEPS = "vllm:iteration_tokens_total_count"
@@ -78,7 +83,7 @@ _SGLANG = {
 """SGLang's series, and the names of vLLM's that they are read as; of the last one vLLM has labels."""
 _WANTED = {
     _START, _GENERATED, _FINISHED, _FAILED, _STEPS, _CACHE, *_GAUGES,
-    *(f"{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")),
+    *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
 }  # fmt: skip
 _NAMES = {name.encode(): name for name in _WANTED} | {
     name.encode(): read_as for name, read_as in _SGLANG.items()
@@ -207,10 +212,10 @@ def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...],
         )
     kv_usage = [min(max(0.0, each), 1.0) for each in gauges.get("kv_usage", [0.0])]
     counts = {name: sum(each) for name, each in values.items() if min(each) >= 0.0}
-    counts = {name: count for name, count in counts.items() if count <= _MAX_COUNT}
+    counts = {name: count for name, count in counts.items() if count <= MAX_COUNT}
     histograms = {
         name: (counts[f"{name}_sum"], counts[f"{name}_count"])
-        for name in _HISTOGRAMS
+        for name in HISTOGRAMS
         if f"{name}_sum" in counts and f"{name}_count" in counts
     }
     started = values.get(_START, [0.0])[0]
@@ -219,7 +224,7 @@ def _scrape(samples: Iterable[_Sample], engines: int, adapters: tuple[str, ...],
         min(sum(gauges.get("waiting", [])), MAX_REQUESTS),
         sum(kv_usage) / len(kv_usage),
         histograms,
-        started if 0.0 < started < _MAX_UNIX_TIME else None,
+        started if 0.0 < started < MAX_UNIX_TIME else None,
         min(capacity, MAX_CAPACITY) or None,
         counts.get(_GENERATED, 0.0),
         counts.get(_FINISHED, 0.0),

@@ -138,6 +138,11 @@ class PrefillLoad(ReadOnly):
         self._pending[key] = cost
         set_own(self, "queued", self.queued + cost)
 
+    def sent(self, key: Hashable, now: float) -> None:
+        """Note that a prefill which was queued is on its way only now: if it is the first, it begins now."""
+        if self._pending and next(iter(self._pending)) == key:
+            set_own(self, "head_at", now)
+
     @property
     def pending(self) -> Iterable[Hashable]:
         """The names of the queued prefills."""
@@ -308,7 +313,8 @@ class FleetLoad:
 
     def handoff(self, prefill: str, decode: str, tokens: float) -> float:
         """Return predicted seconds of a hand-off of so many tokens from P to D, by their ids."""
-        return self.transfers.predict(prefill, decode, tokens) if self.transfers.samples else self.transfer
+        known = self.transfers.has_learned
+        return self.transfers.predict(prefill, decode, tokens) if known else self.transfer
 
     def learn_transfer(self, seconds: float) -> None:
         """Learn from the mean seconds of the KV transfers between two scrapes."""

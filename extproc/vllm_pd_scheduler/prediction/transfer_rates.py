@@ -6,7 +6,7 @@ It does no I/O and reads no clock. Times are in seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -53,6 +53,15 @@ class PairRate(NamedTuple):
     slow: bool
 
 
+class KnownRates(NamedTuple):
+    """What one scheduler has learned, for another one: see :class:`TransferRates`."""
+
+    fleet: Sequence[float]
+    instances: Mapping[str, float]
+    """Logarithms of their factors."""
+    pairs: Mapping[tuple[str, str], float]
+
+
 @dataclass(slots=True)
 class _Factor:
     """By how much something differs: the logarithm of a factor, drawn to that of all (0) by few samples."""
@@ -96,6 +105,11 @@ class TransferRates:
         """Hand-offs that were learned from."""
         return self._fleet.samples
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether anything was learned, here or by another scheduler."""
+        return bool(self._instances)
+
     def predict(self, prefill: str, decode: str, tokens: float) -> float:
         """Return the predicted seconds for so many tokens that D does not have."""
         return max(0.0, self._fleet.predict((1.0, tokens))) * math.exp(self._factor(prefill, decode))
@@ -123,6 +137,23 @@ class TransferRates:
             del self._pairs[oldest]
             self.slow.discard(oldest)
         self._judge(prefill, decode, pair)
+
+    def known(self, most: int) -> KnownRates:
+        """Return what was learned, of so many pairs at most: those that differ most from the usual."""
+        pairs = sorted(self._pairs.items(), key=lambda each: -abs(each[1].value))[:most]
+        return KnownRates(
+            self._fleet.coefficients,
+            {name: _within(factor.value, _MAX_FACTOR) for name, factor in self._instances.items()},
+            {names: _within(pair.value, _MAX_FACTOR) for names, pair in pairs},
+        )
+
+    def adopt(self, known: KnownRates) -> None:
+        """Start with what another scheduler has learned, if nothing was learned here yet."""
+        if self.samples or self._instances:
+            return
+        self._fleet.adopt(known.fleet)
+        self._instances = {name: _Factor(value, 1) for name, value in known.instances.items()}
+        self._pairs = {names: _Pair(value, 1) for names, value in known.pairs.items()}
 
     def forget(self, instance: str) -> None:
         """Forget all of an instance that is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class EventKind(StrEnum):
     SHADOW = "shadow"
     QUEUE_FULL = "queue_full"
     LOG_LEVEL = "log_level"
+    REPLICAS = "replicas"
+    """Another replica came or is silent, or is configured in another way; the connection to them is lost, or
+    back."""
     SELF_CHECK = "self_check"
     """A pair of P and D gave a wrong text, or gives right ones again."""
 
@@ -46,7 +50,7 @@ class Event:
     """Something that has happened."""
 
     number: int
-    """1 for the first since the scheduler was started."""
+    """1 for the first since the scheduler was started, unless there are several."""
     time: float
     """Unix seconds."""
     kind: EventKind
@@ -72,10 +76,14 @@ class Event:
 
 
 class Events:
-    """The newest events of one scheduler, at most ``MAX_EVENTS``. ``clock`` returns Unix seconds."""
+    """The newest events of one scheduler, at most ``MAX_EVENTS``. ``clock`` returns Unix seconds.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    The numbers of one of ``several`` are as those of :class:`~.decisions.Decisions`.
+    """
+
+    def __init__(self, clock: Callable[[], float], several: bool = False) -> None:
         self._clock = clock
+        self._several = several
         self.newest = 0
         """The number of the last one; 0 before the first."""
         self._kept: deque[Event] = deque(maxlen=MAX_EVENTS)
@@ -86,20 +94,22 @@ class Events:
     ) -> None:
         """Log and remember an event, and tell the listeners. The log names an operator who caused it."""
         log.log(level, "%s (by %s)" if by.startswith(By.ADMIN) else "%s%.0s", text, by)
-        self.newest += 1
-        self._kept.append(Event(self.newest, self._clock(), kind, level, subject, text, by))
+        now = self._clock()
+        self.newest = max(self.newest + 1, round(now * 1e6) if self._several else 0)
+        self._kept.append(Event(self.newest, now, kind, level, subject, text, by))
         for listener in tuple(self._listeners):
             listener()
 
     def after(self, number: int) -> list[Event]:
         """Return the events after the one with a number, the oldest first.
 
-        A number that there has not been yet is one from before a restart: all are after that.
+        A number that there has not been yet is one from before a restart: all are after that. That of one of
+        several may be another's.
         """
-        if number > self.newest:
+        if number > self.newest and not self._several:
             number = 0
-        forgotten = self.newest - len(self._kept)
-        return list(islice(self._kept, max(0, number - forgotten), None))
+        at = bisect_right(self._kept, number, key=lambda each: each.number)
+        return list(islice(self._kept, at, None))
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener`` after each event; return what ends that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
@@ -81,6 +81,10 @@ class Series:
         """The last point; ``None`` before the second reading."""
         return self.points[-1] if self.points else None
 
+    def interrupt(self) -> None:
+        """Have the next reading make no point, as if it were the first."""
+        self._before = None
+
     def add(self, reading: Reading, monotonic: float, wall: float) -> None:
         """Make a point of the time since the reading before; the first one makes none.
 
@@ -90,6 +94,30 @@ class Series:
         if before is not None and monotonic > before[0]:
             seconds = monotonic - before[0]
             self.points.append(_point(before[1], reading, seconds, datetime.fromtimestamp(wall, UTC)))
+
+
+def summed(first: Reading, every: Sequence[Reading]) -> Reading:
+    """Return what several workers have counted; what each sees of the fleet is as the ``first`` sees it."""
+    errors: dict[str, float] = {}
+    ttft: dict[float, float] = {}
+    in_flight: dict[str, int] = {}
+    for each in every:
+        for role, number in each.in_flight.items():
+            in_flight[role] = in_flight.get(role, 0) + number
+        for reason, count in each.errors.items():
+            errors[reason] = errors.get(reason, 0.0) + count
+        for bound, count in each.ttft:
+            ttft[bound] = ttft.get(bound, 0.0) + count
+    return replace(
+        first,
+        requests=sum(each.requests for each in every),
+        errors=errors,
+        queue=sum(each.queue for each in every),
+        in_flight=in_flight,
+        ttft=list(ttft.items()),
+        prompt_tokens=sum(each.prompt_tokens for each in every),
+        cached_tokens=sum(each.cached_tokens for each in every),
+    )
 
 
 def _point(before: Reading, now: Reading, seconds: float, time: datetime) -> Point:

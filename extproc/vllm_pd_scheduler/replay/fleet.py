@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 
 from ..admission.queue import Ticket
 from ..fleet.endpoint import Endpoint, Reservation
-from ..models import InstanceRole, MetricsSnapshot, PDInstance
+from ..models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from ..request.context import RequestContext
 from ..request.errors import Reject
 from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
-from ..sim.setups import setup
 from ..sim.virtual import Offer, VirtualClock, VirtualInstance
-from . import DEFAULT_SETUP
+from .arrivals import Arrivals
+from .cache_events import CacheEvents
+from .peers import Peer, Site
 from .result import LoadSample, RequestResult, RunResult
 from .schedulers import Network, OneScheduler, make_schedulers
+from .spec import FleetSpec, pooled
+from .topology import Topology
 from .trace import Trace, TraceRequest
 from .variant import LOWER_BOUND, Variant
+
+__all__ = ["FleetSpec", "run_variant"]
 
 HOP_S = 0.001
 """Seconds from the scheduler to an instance and back: a choice, that of hosts of one site."""
@@ -37,31 +42,6 @@ _SAMPLES = 600
 """Moments of a run at which the load is recorded, for the figure: more than can be seen in it."""
 _PROGRESS_EVERY = 100
 """Requests after which progress is reported: seldom enough to cost nothing."""
-
-
-@dataclass(frozen=True)
-class FleetSpec:
-    """A fleet: how many instances of which set-up. ``seed`` makes all that is random repeatable.
-
-    The constructor raises :exc:`ValueError` for an unknown set-up.
-    """
-
-    prefill: int
-    decode: int
-    setup: str = DEFAULT_SETUP
-    seed: int = 0
-    engines: Mapping[InstanceRole, EngineProfile] | None = None
-    """In place of those of the set-up."""
-
-    def __post_init__(self) -> None:
-        self.profile(16, InstanceRole.PREFILL)
-
-    def profile(self, block_size: int, role: InstanceRole) -> EngineProfile:
-        """Return the profile of each engine of a role, with blocks of ``block_size`` tokens."""
-        if self.engines is None:
-            return setup(self.setup, block_size=block_size)
-        engine = self.engines[role]
-        return replace(engine, block_size=block_size, num_blocks=max(1, engine.capacity // block_size))
 
 
 def run_variant(
@@ -79,25 +59,10 @@ def run_variant(
     return _Run(variant, trace, fleet, progress, stop_when).run()
 
 
-def _pooled(profile: EngineProfile, count: int) -> EngineProfile:
-    """Return the profile of one engine as fast and as large as ``count``, for the lower bound.
-
-    Its steps have no fixed cost. A fleet with a queue shares that among the many tokens of long steps; one
-    fast engine that never has a queue would pay it for each prompt, and be slower than a bound may be.
-    """
-    return replace(
-        profile,
-        num_blocks=profile.num_blocks * count,
-        max_num_seqs=profile.max_num_seqs * count,
-        step_overhead=0.0,
-        prefill_min=0.0,
-        prefill_rate=profile.prefill_rate * count,
-        prefill_per_kv_token=profile.prefill_per_kv_token / count,
-        decode_base=profile.decode_base / count,
-        decode_per_seq=profile.decode_per_seq / count,
-        decode_per_kv_token=profile.decode_per_kv_token / count,
-        transfer_bandwidth=profile.transfer_bandwidth * count,
-    )
+def _policies(one: OneScheduler) -> list[Peer]:
+    """Return the objects of another router's policy, for P and for D; none of a strategy of ours."""
+    strategies = [one.scheduler.strategy(role).strategy for role in PD_ROLES]
+    return [each for each in strategies if isinstance(each, Peer)]
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +75,8 @@ class _Job:
     context: RequestContext
     at: OneScheduler
     """Which scheduler has it."""
+    sent: float
+    """When it came."""
     prefill: Endpoint | None = None
     decode: Endpoint | None = None
     cached: int = 0
@@ -117,6 +84,8 @@ class _Job:
     first_token: float | None = None
     reservation: Reservation | None = None
     """On P until the prefill has ended, then on D."""
+    early: Reservation | None = None
+    """On a D that was chosen before the prefill."""
 
 
 class _Run:
@@ -140,30 +109,55 @@ class _Run:
         self._spread = Random(fleet.seed + 1)
         """Whose turn it is, and what is lost: none of that changes what else is random."""
         self._network = Network(self._clock, variant.sharing, self._schedulers, self._spread, self._dispatch)
+        self._realistic = fleet.realistic
+        self._topology = Topology(self._clock, fleet.leaves) if fleet.realistic else None
+        self._arrivals = Arrivals(self._clock, trace, self._arrive, waits=fleet.realistic)
+        policy = variant.policy()
+        late = policy.event_delay_s if fleet.realistic and policy is not None else None
+        self._events = None if late is None else CacheEvents(late)
+        self._decode_first = policy is not None and policy.decode_first
         self._instances: dict[str, VirtualInstance] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
+        profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
         for role, count in ((InstanceRole.PREFILL, fleet.prefill), (InstanceRole.DECODE, fleet.decode)):
-            self._populate(role, count, fleet.profile(trace.block_tokens, role))
+            self._populate(role, count, profiles[role])
+        self._policies = {one: _policies(one) for one in self._schedulers}
+        """What other routers' policies choose by, P before D; none for our strategies."""
+        for one in self._schedulers:
+            for each in self._policies[one]:
+                each.deployed(Site(profiles[InstanceRole.PREFILL], self._events))
 
     def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
         """Register the instances of a role, all healthy."""
         if self._variant.strategy == LOWER_BOUND:
-            count, profile = 1, _pooled(profile, count)
+            count, profile = 1, pooled(profile, count)
         for number in range(count):
             host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
             described = PDInstance(f"{role}-{number}", role, host, 8000)
-            self._instances[described.instance_id] = VirtualInstance(Engine(profile), self._clock)
+            self._instances[described.instance_id] = self._instance(described.instance_id, number, profile)
             for one in self._schedulers:
                 endpoint = one.registry.add(described)
                 one.registry.probed(endpoint, None)
                 endpoint.holder.resize(profile.num_blocks)
 
+    def _instance(self, name: str, number: int, profile: EngineProfile) -> VirtualInstance:
+        topology, events = self._topology, self._events
+        instance = VirtualInstance(
+            Engine(profile),
+            self._clock,
+            transport=topology.carry if topology else None,
+            on_cache=partial(events.happened, name) if events else None,
+        )
+        if topology:
+            topology.add(instance, number, profile.transfer_bandwidth)
+        return instance
+
     def run(self) -> RunResult:
         """Run to the end, or until ``stop_when`` returns ``True``, and return the results."""
         started = time.perf_counter()
         if self._trace.requests:
-            self._clock.call_at(0.0, partial(self._arrive, 0))
+            self._arrivals.start()
             for place, one in enumerate(self._schedulers):
                 for number, endpoint in enumerate(one.registry):
                     # Not all at the same moment, as with the scheduler's own loops.
@@ -193,30 +187,43 @@ class _Run:
 
     def _arrive(self, number: int) -> None:
         traced = self._trace.requests[number]
-        if number + 1 < len(self._trace.requests):
-            self._clock.call_at(self._trace.requests[number + 1].arrival, partial(self._arrive, number + 1))
         few = len(self._schedulers)
         one = self._schedulers[self._spread.randrange(few) if few > 1 else 0]
-        job = _Job(number, traced, self._context(traced, one), one)
-        alone = one.disaggregation.local_endpoint(job.context)
+        job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
+        alone = self._alone(job)
         if alone is not None:
-            self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._serve_alone, job, alone))
+            # Counted at once, as in routing: of a burst each one sees those before it.
+            job.decode, job.reservation = alone, one.registry.reserve(alone, job.context)
+            request = self._request(job, HandOff.NONE)
+            self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
+        if self._decode_first:
+            job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
+            job.early = one.registry.reserve(job.decode, job.context)
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
         one.dispatcher.submit(ticket, self._clock.now)
         self._set_wake_up(one)
 
+    def _alone(self, job: _Job) -> Endpoint | None:
+        """Return the D that is to serve a request without a P, as the policy or the scheduler has it."""
+        one, policies = job.at, self._policies[job.at]
+        if not policies:
+            return one.disaggregation.local_endpoint(job.context)
+        job.context.look_up_in(one.registry.prefixes)
+        return policies[-1].alone(one.registry.endpoints(InstanceRole.DECODE), job.context)
+
     def _context(self, traced: TraceRequest, one: OneScheduler) -> RequestContext:
         config, now = self._config, self._clock.now
-        # A trace names no sessions. The second block stands for one, since many prompts share their first.
+        # Few traces name sessions. The second block stands for one, since many prompts share their first.
         private = traced.blocks[1:2] or traced.blocks[:1]
+        session = traced.session if self._realistic else str(private[0]) if private else None
         return RequestContext(
             "/v1/completions",
             prompt_tokens=traced.prompt_tokens * math.exp(self._random.gauss(0.0, ESTIMATE_ERROR)),
             output_tokens=one.registry.load.output_tokens,
             blocks=traced.blocks,
             block_tokens=self._trace.block_tokens,
-            session=str(private[0]) if private else None,
+            session=session,
             ttft_slo=config.ttft_slo,
             tpot_slo=config.tpot_slo,
             arrived=now,
@@ -229,16 +236,14 @@ class _Run:
             job.prefill, job.reservation = outcome.endpoint, outcome
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._prefill, job))
         else:
+            self._release_early(job)
             self._record(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
 
-    def _serve_alone(self, job: _Job, decode: Endpoint) -> None:
+    def _request(self, job: _Job, hand_off: HandOff) -> EngineRequest:
+        """Return what D gets of a request."""
         traced = job.traced
-        job.context.at(self._clock.now)
-        job.decode, job.reservation = decode, job.at.registry.reserve(decode, job.context)
-        request = EngineRequest(
-            str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.NONE, traced.blocks
-        )
-        self._decode(job, request, None)
+        blocks = traced.blocks + traced.answer if self._realistic else traced.blocks
+        return EngineRequest(str(job.number), traced.prompt_tokens, traced.output_tokens, hand_off, blocks)
 
     def _decode(self, job: _Job, request: EngineRequest, offer: Offer | None) -> None:
         assert job.decode is not None
@@ -265,6 +270,7 @@ class _Run:
             self._instances[endpoint.id].add(request, on_finished=partial(self._on_prefilled, job))
         except ValueError:
             self._release(job)
+            self._release_early(job)
             self._record(job, "too_long")
 
     def _on_prefilled(self, job: _Job, request: EngineRequest, _: float) -> None:
@@ -280,13 +286,12 @@ class _Run:
         registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
         context.at(now)
-        job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
-        job.reservation = registry.reserve(job.decode, context)
-        traced = job.traced
-        request = EngineRequest(
-            str(job.number), traced.prompt_tokens, traced.output_tokens, HandOff.RECEIVE, traced.blocks
-        )
-        self._decode(job, request, offer)
+        if job.early is not None:
+            job.reservation, job.early = job.early, None
+        else:
+            job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
+            job.reservation = registry.reserve(job.decode, context)
+        self._decode(job, self._request(job, HandOff.RECEIVE), offer)
 
     def _on_first_token(self, job: _Job, request: EngineRequest, at: float) -> None:
         job.first_token = at
@@ -302,23 +307,28 @@ class _Run:
         job.reservation.release(self._clock.now)
         self._dispatch(job.at)
 
+    def _release_early(self, job: _Job) -> None:
+        if job.early is not None:
+            job.early.release(self._clock.now)
+
     def _record(self, job: _Job, reason: str | None) -> None:
         traced, first, now = job.traced, job.first_token, self._clock.now
         tpot = None
         if reason is None and first is not None and traced.output_tokens > 1:
             tpot = (now - first) / (traced.output_tokens - 1)
         self._results[job.number] = RequestResult(
-            traced.arrival,
+            job.sent,
             traced.prompt_tokens,
             traced.output_tokens,
             job.cached,
-            None if first is None or reason is not None else first - traced.arrival,
+            None if first is None or reason is not None else first - job.sent,
             tpot,
             job.prefill.id if job.prefill else None,
             job.decode.id if job.decode else None,
             now if reason is None else None,
             reason,
         )
+        self._arrivals.ended(job.number)
         if self._stop_when is not None and self._stop_when(self._results[job.number]):
             self._clock.stop()
         if self._done:
@@ -334,7 +344,7 @@ class _Run:
 
     def _dispatch(self, one: OneScheduler) -> None:
         """Serve waiting requests after a change, as ``AdmissionController.wake``, and tell of the change."""
-        if len(one.dispatcher.queue):
+        if one.dispatcher.pending:
             one.dispatcher.dispatch(self._clock.now)
             self._set_wake_up(one)
         else:

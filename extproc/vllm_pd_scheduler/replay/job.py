@@ -67,6 +67,16 @@ class Outcome:
     run: RunResult
     summary: Summary
     search_result: RateResult | None = None
+    repeats: tuple[Summary, ...] = ()
+    """Those of all seeds, that of ``run`` first; empty if there is one seed."""
+
+
+class Source(Protocol):
+    """Where a load comes from that is another one with each seed, as :class:`~.load.Load`."""
+
+    def trace(self, seed: int) -> Trace:
+        """Return the load of a seed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +87,21 @@ class Job:
     conditions: Conditions
     search: bool
     runner: Runner
+    seeds: int = 1
+    """Runs with seeds one after the other, from that of the fleet on."""
+    source: Source | None = None
+    """Where the load of further seeds comes from; without it, it is the same."""
 
     def run(self, variant: Variant, progress: Progress) -> Outcome:
-        """Run a variant once or, for a search, as often as that needs, and return the outcome.
+        """Run a variant with each seed, search its rate if asked to, and return the outcome.
 
         Raise :exc:`ReplayError` if the runner raises ValueError.
         """
         given = self._run(variant, self.conditions.rate, progress)
+        if self.seeds > 1:
+            further = (self._with_seed(more) for more in range(1, self.seeds))
+            repeats = [each._run(variant, self.conditions.rate, progress).summary for each in further]
+            given = replace(given, repeats=(given.summary, *repeats))
         if not self.search:
             return given
 
@@ -94,6 +112,15 @@ class Job:
             return self._attainment(variant, rate, progress)
 
         return replace(given, search_result=find_rate(attainment, TARGET, self.conditions.rate))
+
+    def _with_seed(self, more: int) -> Job:
+        """Return the same job with a seed that is so much higher."""
+        fleet = self.conditions.fleet
+        seed = fleet.seed + more
+        trace = self.trace if self.source is None else self.source.trace(seed)
+        return replace(
+            self, trace=trace, conditions=replace(self.conditions, fleet=replace(fleet, seed=seed))
+        )
 
     def _attainment(self, variant: Variant, rate: float, progress: Progress) -> float:
         """Return the share of requests that meet the limits at a rate.

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .intervals import Interval, intervals, ratio
 from .job import TARGET, Conditions, Outcome
 from .pool import PoolProgress
 from .result import Spread
@@ -105,6 +106,8 @@ def show(outcomes: Sequence[Outcome], conditions: Conditions, console: Console) 
     console.print(_table(f"Time to first token ({slo})", _TTFT + (_RATE,) * searched, outcomes))
     console.print(_table("Time per output token", _TPOT, outcomes))
     console.print(_table("Fleet", _FLEET, outcomes))
+    if outcomes[0].repeats:
+        console.print(_repeats(outcomes))
     for note in _notes(outcomes):
         console.print(note, markup=False, highlight=False)
 
@@ -157,6 +160,41 @@ def _table(title: str, columns: Sequence[_Column], outcomes: Sequence[Outcome]) 
     return table
 
 
+_REPEATS = (
+    ("in SLO\n%", "attainment", ".1f", 100.0),
+    ("TTFT s\nmean", "ttft_mean", ".3f", 1.0),
+    ("TTFT s\np90", "ttft_p90", ".2f", 1.0),
+    ("TTFT s\np99", "ttft_p99", ".2f", 1.0),
+    ("TPOT ms\nmean", "tpot_mean", ".1f", 1000.0),
+    ("TPOT ms\np99", "tpot_p99", ".1f", 1000.0),
+)
+
+
+def _repeats(outcomes: Sequence[Outcome]) -> Table:
+    """Return a table of means over all seeds, with half the width of their 95 % confidence intervals."""
+    first = outcomes[0]
+    table = Table(
+        title=f"Over {len(first.repeats)} seeds: mean ± half of the 95 % confidence interval",
+        title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    table.add_column("\nstrategy", overflow="fold", min_width=12)
+    for title, *_ in _REPEATS:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("mean TTFT,\nof the first's", justify="right", no_wrap=True)
+    for outcome in outcomes:
+        found = intervals(outcome.repeats)
+        cells = [_shown(found[name], show, scale) for _, name, show, scale in _REPEATS]
+        of_first = "1" if outcome is first else _shown(ratio(outcome.repeats, first.repeats), ".2f")
+        table.add_row(Text(outcome.run.strategy), *cells, of_first)
+    return table
+
+
+def _shown(interval: Interval | None, show: str, scale: float = 1.0) -> str:
+    if interval is None:
+        return "-"
+    return f"{format(interval.mean * scale, show)} ± {format(interval.half * scale, show)}"
+
+
 def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
         label, search = outcome.run.strategy, outcome.search_result
@@ -180,6 +218,8 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def _entry(outcome: Outcome) -> dict[str, Any]:
     entry = asdict(outcome.summary)
+    found = intervals(outcome.repeats) if outcome.repeats else None
+    entry["intervals"] = found and {name: each and asdict(each) for name, each in found.items()}
     search = outcome.search_result
     entry["find_rate"] = search and {
         "rate": search.rate,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
+from random import Random
 from typing import Annotated
 
 import msgspec
@@ -38,6 +39,16 @@ class TraceRequest:
 
     An id stands for the prompt up to the block's end: requests with the same id have the same prefix.
     """
+    session: str | None = None
+    """The conversation or the agent that it belongs to."""
+    name: str = ""
+    """By which others name it in ``after``; empty if none does."""
+    after: tuple[str, ...] = ()
+    """Names of the requests whose answers must have ended before it is sent."""
+    pause: float = 0.0
+    """Seconds from the last of these answers until it is sent: a user thinks, or a tool runs."""
+    answer: tuple[int, ...] = ()
+    """Ids of the full blocks that follow the prompt's, as far as a later prompt tells of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,17 @@ class Trace:
             raise ValueError(f"a rate must be above 0, got {rate}")
         return replace(self, requests=[replace(each, arrival=each.arrival / rate) for each in self.requests])
 
+    def spread(self, seconds: float, seed: int) -> Trace:
+        """Return the same requests, each at random up to ``seconds`` later.
+
+        In a trace with coarse times, those that came within such a time seem to come at the same instant.
+        """
+        random = Random(seed)
+        moved = (replace(each, arrival=each.arrival + seconds * random.random()) for each in self.requests)
+        requests = sorted(moved, key=lambda each: each.arrival)
+        start = requests[0].arrival if requests else 0.0
+        return replace(self, requests=[replace(each, arrival=each.arrival - start) for each in requests])
+
     def limited(self, count: int) -> Trace:
         """Return the first ``count`` requests, or all if there are fewer."""
         return replace(self, requests=self.requests[:count])
@@ -73,17 +95,24 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
 
     Raise :exc:`TraceError` for a file that cannot be read, has no requests, or has a malformed line.
     """
+    jsonl = _Jsonl()
     try:
         with path.open("rb") as file:
-            requests = _by_arrival(_requests(path, file), limit)
+            requests = _by_arrival(_requests(path, file, jsonl), limit)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     if not requests:
         raise TraceError(f"{path}: there are no requests in it")
-    start, days = requests[0].arrival, (requests[-1].arrival - requests[0].arrival) / 86_400
+    check_span(path, requests)
+    start = requests[0].arrival
+    return Trace([replace(each, arrival=each.arrival - start) for each in requests], jsonl.block_tokens)
+
+
+def check_span(path: Path, requests: Sequence[TraceRequest]) -> None:
+    """Raise :exc:`TraceError` if requests, in their order, span more than can be replayed."""
+    days = (requests[-1].arrival - requests[0].arrival) / 86_400
     if days > _MAX_DAYS:
         raise TraceError(f"{path}: it spans {days:.4g} days, more than {_MAX_DAYS}: what unit has its time?")
-    return Trace([replace(each, arrival=each.arrival - start) for each in requests])
 
 
 _Parse = Callable[[bytes], TraceRequest]
@@ -96,7 +125,7 @@ def _by_arrival(requests: Iterable[TraceRequest], limit: int | None) -> list[Tra
     return heapq.nsmallest(limit, requests, key=lambda each: each.arrival)  # as stable as sorted()
 
 
-def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
+def _requests(path: Path, lines: Iterable[bytes], jsonl: _Jsonl) -> Iterator[TraceRequest]:
     parse: _Parse | None = None
     for number, line in enumerate(lines, 1):
         text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
@@ -104,8 +133,8 @@ def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
             continue
         try:
             if parse is None:
-                parse = _format_of(text)
-                if parse is not _mooncake:
+                parse = _format_of(text, jsonl)
+                if parse is not jsonl:
                     continue  # a CSV's first line is its header
             request = parse(text)
         except ValueError as error:
@@ -113,10 +142,10 @@ def _requests(path: Path, lines: Iterable[bytes]) -> Iterator[TraceRequest]:
         yield request
 
 
-def _format_of(first: bytes) -> _Parse:
+def _format_of(first: bytes, jsonl: _Jsonl) -> _Parse:
     """Return the parser for a file with this first line; raise ValueError if there is none."""
     if first.startswith(b"{"):
-        return _mooncake
+        return jsonl
     columns = [name.strip() for name in first.split(b",")]
     if b"TIMESTAMP" in columns:
         return _azure(columns)
@@ -132,47 +161,71 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 class _Line(msgspec.Struct):
     """A line of Mooncake's traces, https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
 
-    ``timestamp`` is in milliseconds.
+    ``timestamp`` is in milliseconds. The last five are ours: tokens that a block has if not ``BLOCK_TOKENS``,
+    the conversation, the request's own id, those of the requests whose answers it needs, and the
+    milliseconds between the last of these and it.
     """
 
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: _Count
     output_length: _Count
     hash_ids: list[int] = []
+    block_size: Annotated[int, msgspec.Meta(ge=1)] = BLOCK_TOKENS
+    session_id: str | int | None = None
+    request_id: str | int | None = None
+    after: list[str | int] = []
+    delay: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
 
 
 _decoder = msgspec.json.Decoder(_Line)
 
 
-def _mooncake(text: bytes) -> TraceRequest:
-    try:
-        line = _decoder.decode(text)
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    full, part = divmod(line.input_length, BLOCK_TOKENS)
-    # The last id may stand for a block that is not full. Any other count means blocks of another size.
-    if line.hash_ids and not full <= len(line.hash_ids) <= full + bool(part):
-        raise ValueError(
-            f"hash_ids: {len(line.hash_ids)} ids, but {line.input_length} tokens are "
-            f"{full + bool(part)} blocks of {BLOCK_TOKENS}"
+class _Jsonl:
+    """Reads lines of Mooncake's format."""
+
+    def __init__(self) -> None:
+        self.block_tokens = BLOCK_TOKENS
+        self._known = False
+
+    def __call__(self, text: bytes) -> TraceRequest:
+        """Return the request of a line; raise ValueError, which says what is wrong with it."""
+        try:
+            line = _decoder.decode(text)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not valid JSON: {error}") from None
+        if self._known and line.block_size != self.block_tokens:
+            raise ValueError(f"block_size: {line.block_size}, but {self.block_tokens} before")
+        size = self.block_tokens = line.block_size
+        self._known = True
+        full, part = divmod(line.input_length, size)
+        # The last id may stand for a block that is not full. Any other count means blocks of another size.
+        if line.hash_ids and not full <= len(line.hash_ids) <= full + bool(part):
+            raise ValueError(
+                f"hash_ids: {len(line.hash_ids)} ids, but {line.input_length} tokens are "
+                f"{full + bool(part)} blocks of {size}"
+            )
+        return TraceRequest(
+            line.timestamp / 1000,
+            max(1, line.input_length),
+            max(1, line.output_length),
+            prefixes(line.hash_ids[:full]),
+            None if line.session_id is None else str(line.session_id),
+            "" if line.request_id is None else str(line.request_id),
+            tuple(map(str, line.after)),
+            line.delay / 1000,
         )
-    return TraceRequest(
-        line.timestamp / 1000,
-        max(1, line.input_length),
-        max(1, line.output_length),
-        _prefixes(line.hash_ids[:full]),
-    )
 
 
-def _prefixes(hash_ids: list[int]) -> tuple[int, ...]:
+def prefixes(hash_ids: Sequence[int], scope: int = 0) -> tuple[int, ...]:
     """Return a number for each block that names the whole prompt up to its end, as vLLM's hashes do.
 
     Mooncake's ids do that themselves. The ids of other traces may name a block by its own content: one can
-    come twice in a prompt, and behind different beginnings.
+    come twice in a prompt, and behind different beginnings. Equal ids of two scopes give different numbers.
     """
-    return tuple(accumulate(hash_ids, lambda prefix, block: hash((prefix, block)) & _NUMBER, initial=0))[1:]
+    chained = accumulate(hash_ids, lambda prefix, block: hash((prefix, block)) & _NUMBER, initial=scope)
+    return tuple(chained)[1:]
 
 
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

@@ -8,15 +8,13 @@ from typing import Any
 
 from ..config import ConfigError, SchedulerConfig, parse_config
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
-from .peers import PEERS
+from .peers import PEERS, Peer
 
 LOWER_BOUND = "lower_bound"
 """A fleet that no router can be better than: each role as one instance with the speed and cache of all of its
 instances, the shortest prompt first, and steps that cost no more than their tokens."""
 
 _STRATEGY_KEYS = ("strategy", "prefill_strategy", "decode_strategy")
-_LLM_D_SCRAPE_INTERVAL_S = 0.05
-"""llm-d's default for reading the instances' metrics. The other peers do not read any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,16 @@ class Variant:
             return config.model_copy(update={"strategy": "predicted_latency"})
         if self.strategy not in PEERS:
             return config.model_copy(update={"strategy": self.strategy})
-        if self.strategy == "llm_d" and "health_check_interval" not in self.settings:
-            return config.model_copy(update={"health_check_interval": _LLM_D_SCRAPE_INTERVAL_S})
+        policy = self.policy()
+        often = policy.scrape_interval_s if policy is not None else None
+        if often is not None and "health_check_interval" not in self.settings:
+            return config.model_copy(update={"health_check_interval": often})
         return config
+
+    def policy(self) -> type[Peer] | None:
+        """Return the policy of another router, if it has more than a choice of instances to it."""
+        found = PEERS.get(self.strategy)
+        return found if found is not None and issubclass(found, Peer) else None
 
 
 def variant_names() -> list[str]:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..fleet.endpoint import Endpoint, Reservation
-from ..fleet.registry import Registry, UnknownInstance
+from ..fleet.registry import Registry
+from ..models import InstanceRole
+from ..prediction.transfer_rates import KnownRates
+from . import plausible
+from .directory import Directory
+from .joining import Joining
 from .message import (
     MAX_ITEMS,
-    MAX_REQUESTS,
-    MAX_TOKENS,
+    Disbelieved,
+    Drawn,
     Ended,
     Ignored,
     Message,
+    Placement,
     Prefill,
+    Rates,
     Share,
     unpack_blocks,
 )
+from .own import OwnWork
+from .placements import Heard
+from .plausible import Budget, Claim, Lessons
+from .verdicts import Judge, Verdicts
 
 SILENT_S = 3.0
 """Seconds after which a replica of which nothing was heard is taken for gone, and its requests with it."""
@@ -25,6 +39,8 @@ _MAX_AHEAD = 10_000
 """Messages that may have been lost at once: some 100 s of them. One that was silent may begin anywhere."""
 _MAX_GONE = 1024
 """Replicas that are gone, of which it is known what they said last."""
+_MAX_TENANTS = 2048
+_NO_BLOCKS: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -34,58 +50,90 @@ class _Share:
     generation: int
     requests: int = 0
     tokens: int = 0
+    handoffs: int = 0
+    queued: int = 0
+    """Of its prefills there, those that are believed."""
     trial: Reservation | None = None
-    verdict: tuple[int, int] = (0, 0)
+    claim: Claim = field(default_factory=Claim)
 
 
 @dataclass(slots=True)
 class _Other:
     """One other replica."""
 
+    name: str
     number: int
     heard_at: float
+    messages: Budget
+    draws: Budget
+    back: bool = False
+    """Whether it was known, and silent for some time."""
     waiting: tuple[int, int] = (0, 0)
     summarised: bool = False
     """Whether all that it had when it was first heard is known."""
     shares: dict[Endpoint, _Share] = field(default_factory=dict)
     prefills: dict[int, Reservation] = field(default_factory=dict)
+    heard: Heard = field(default_factory=Heard)
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    drawn: dict[tuple[int, bytes], float] = field(default_factory=dict)
+    lessons: Lessons = field(default_factory=Lessons)
 
 
 class Others:
     """Every number that it adds to the registry it takes away again, so nothing of a replica stays."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, name: str, registry: Registry, directory: Directory, own: OwnWork) -> None:
+        self.disbelieved: Counter[Disbelieved] = Counter()
+        """Claims that were not believed, by kind."""
+        self.joining = Joining(registry)
+        self._name, self._registry, self._directory, self._own = name, registry, directory, own
+        self._judge = Judge(registry, own, self.disbelieved)
         self._others: dict[str, _Other] = {}
         self._gone: dict[str, int] = {}
         """The number of the last message of replicas that were forgotten, the newest last."""
+        registry.elsewhere.on_scraped = self._scraped
 
     @property
     def names(self) -> list[str]:
         """Those of which something was heard lately."""
         return list(self._others)
 
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each, by name."""
+        return {name: now - other.heard_at for name, other in self._others.items()}
+
     @property
     def waiting(self) -> tuple[int, int]:
         """Requests in their queues, for P and for D."""
-        found = [other.waiting for other in self._others.values()]
-        return sum(each[0] for each in found), sum(each[1] for each in found)
+        return self._registry.elsewhere.waiting
 
     def receive(self, message: Message, now: float) -> Ignored | None:
         """Count what a message tells; return why not, if it is not used."""
         other = self._others.get(message.replica)
         if other is None:
-            if message.number <= self._gone.get(message.replica, 0):
+            gone = self._gone.get(message.replica, 0)
+            if message.number <= gone:
                 return Ignored.REPLAYED
             if len(self._others) >= MAX_REPLICAS:
                 return Ignored.TOO_MANY
             self._gone.pop(message.replica, None)
-            other = self._others[message.replica] = _Other(message.number, now)
+            budgets = plausible.messages(now), Budget(math.inf, now)
+            other = self._others[message.replica] = _Other(
+                message.replica, message.number, now, *budgets, back=gone > 0
+            )
+            self._registry.claims.among(self._name, self.names)
         elif message.number <= other.number:
             return Ignored.REPLAYED
         elif message.number > other.number + _MAX_AHEAD:
             return Ignored.FUTURE
-        other.number, other.heard_at, other.waiting = message.number, now, message.waiting
+        if not plausible.may_send(other.messages, now):
+            return Ignored.TOO_OFTEN
+        if message.number > other.number + 1:
+            self.joining.missed(message.replica, other.number + 1, message.number - 1)
+        other.number, other.heard_at = message.number, now
+        if other.waiting != message.waiting:
+            other.waiting = message.waiting
+            self._count_waiting()
         self._apply(other, message, now)
         return None
 
@@ -95,98 +143,241 @@ class Others:
         for name in silent:
             other = self._others.pop(name)
             for endpoint, share in other.shares.items():
-                self._count(endpoint, share, Share(0, 0, 0))
-            self._cancel(other, set(other.prefills), now)
+                self._told(endpoint, share, Share(0, 0, 0), now)
+            self._cancel(other, other.prefills.keys(), now)
+            self.joining.left(name)
             self._gone[name] = other.number
             if len(self._gone) > _MAX_GONE:
                 del self._gone[next(iter(self._gone))]
+        if silent:
+            self._count_waiting()
+            self._registry.claims.among(self._name, self.names)
         return silent
 
+    def _count_waiting(self) -> None:
+        found = [other.waiting for other in self._others.values()]
+        self._registry.elsewhere.waiting = sum(each[0] for each in found), sum(each[1] for each in found)
+
     def _apply(self, other: _Other, message: Message, now: float) -> None:
-        endpoints = [self._find(each) for each in message.endpoints]
+        find = self._directory.find
+        endpoints = [find(each) for each in message.endpoints]
         for prefill in message.prefills:
-            self._enqueue(other, endpoints[prefill.endpoint], prefill, now)
+            if (endpoint := endpoints[prefill.endpoint]) is not None:
+                self._enqueue(other, endpoint, prefill, now)
+        for placed in message.placed:
+            if (endpoint := endpoints[placed.endpoint]) is not None:
+                self._place(other, endpoint, placed)
         for ended in message.ended:
             self._end(other, ended, now)
-        for placed in message.placed:
-            if (holder_of := endpoints[placed.endpoint]) is not None:
-                holder_of.holder.store(unpack_blocks(placed.blocks))
         told = set()
         for share in message.shares:
             if (endpoint := endpoints[share.endpoint]) is not None:
                 told.add(endpoint)
-                self._told(other, endpoint, share, now)
+                self._share(other, endpoint, share, now)
+        for handed in message.handed:
+            p, d = endpoints[handed.prefill], endpoints[handed.decode]
+            if p is not None and d is not None:
+                self._registry.elsewhere.handed_over(p, d, handed.count)
+        for pair in message.pairs:
+            p, d = endpoints[pair.prefill], endpoints[pair.decode] if pair.decode >= 0 else None
+            if p is not None and (d is not None or pair.decode < 0):
+                self._judge.pair(other.verdicts, p, d, pair, not other.summarised, now)
+        if message.drawn:
+            self._draw(other, message.drawn, now)
+        for ask in message.asks:
+            if ask.replica == self._name:
+                self._own.answers.asked(ask, message.endpoints)
+        self._learn(message, endpoints, now)
         if message.summary:
             self._keep_only(other, told, {each.number for each in message.prefills}, now)
-            other.summarised = True
+            self._judge.forget_gone(other.verdicts)
+            if not other.summarised:
+                other.summarised = True
+                self.joining.heard(message.replica, message.blocks, other.back, now)
+
+    def _learn(self, message: Message, endpoints: list[Endpoint | None], now: float) -> None:
+        """Take what another has learned, which one that has learned nothing yet uses."""
+        if (held := message.held) is not None and (endpoint := endpoints[held.endpoint]) is not None:
+            self.joining.answered(message.replica, endpoint, held, now)
         if message.learned is not None:
             self._registry.learning.told(message.learned.prefill, message.learned.decode)
+        if message.rates is not None:
+            self._registry.load.transfers.adopt(_known(message.rates, endpoints))
 
-    def _find(self, endpoint_id: str) -> Endpoint | None:
-        """Return the endpoint with an id; ``None`` if this replica does not know it, yet or any more."""
-        try:
-            return self._registry.get(endpoint_id)
-        except UnknownInstance:
-            return None
+    # -- prefills and placements
 
-    # -- prefills
-
-    def _enqueue(self, other: _Other, endpoint: Endpoint | None, what: Prefill, now: float) -> None:
-        if endpoint is None or what.number in other.prefills or len(other.prefills) >= MAX_ITEMS:
+    def _enqueue(self, other: _Other, endpoint: Endpoint, what: Prefill, now: float) -> None:
+        if what.number in other.prefills or len(other.prefills) >= MAX_ITEMS:
             return
-        blocks = unpack_blocks(what.blocks)
-        cached = float(min(what.cached, what.prompt)), min(what.cached_blocks, len(blocks))
-        claim = self._registry.elsewhere.enqueue(endpoint, float(what.prompt), cached, blocks, now)
+        blocks: Sequence[int] = _NO_BLOCKS
+        if what.blocks:
+            blocks = unpack_blocks(what.blocks)
+            other.heard.add(what.number, blocks)
+            endpoint.holder.store(blocks)
+        most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
+        prompt = min(float(what.prompt), most)
+        cached = min(float(what.cached), prompt), min(what.cached_blocks, len(blocks))
+        claim = self._registry.elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
         other.prefills[what.number] = claim
+        share = self._share_of(other, endpoint)
+        if not share.claim.trusted or share.queued >= plausible.UNSCRAPED:
+            self.disbelieved[Disbelieved.PREFILLS] += 1
+            self._registry.elsewhere.cancel(claim, now)
+        else:
+            share.queued += 1
+
+    def _place(self, other: _Other, endpoint: Endpoint, placed: Placement) -> None:
+        blocks = other.heard.get(placed.prefill) if placed.prefill else unpack_blocks(placed.blocks)
         if blocks:
             endpoint.holder.store(blocks)
 
     def _end(self, other: _Other, ended: Ended, now: float) -> None:
         claim = other.prefills.pop(ended.number, None)
-        if claim is None:
+        if claim is None or not self._unqueue(other, claim):
             return
-        if not ended.prompt:
-            self._registry.elsewhere.cancel(claim, now)
+        elsewhere, prompt = self._registry.elsewhere, ended.prompt
+        if not prompt:
+            elsewhere.cancel(claim, now)
             return
-        cached = None if ended.cached < 0 else min(ended.cached, ended.prompt)
-        self._registry.elsewhere.prefilled(claim, ended.prompt, cached, now)
+        cached = None if ended.cached < 0 else min(ended.cached, prompt)
+        if (times := elsewhere.done(claim, prompt, cached, now)) is None:
+            return
+        settled = self._registry.load.prefill.samples >= plausible.SETTLED
+        if not other.lessons.believed(*times) and settled:
+            self.disbelieved[Disbelieved.TIMES] += 1
+        elif other.lessons.learned <= 2 * self._own.done + plausible.UNTAUGHT:
+            other.lessons.learned += 1
+            elsewhere.learn(claim, prompt, cached, times[0])
 
-    def _cancel(self, other: _Other, numbers: set[int], now: float) -> None:
+    def _unqueue(self, other: _Other, claim: Reservation) -> bool:
+        """Count a prefill that ends no more; return whether it counted."""
+        if claim.active and (share := other.shares.get(claim.endpoint)) is not None:
+            share.queued -= 1
+        return claim.active
+
+    def _cancel(self, other: _Other, numbers: Iterable[int], now: float) -> None:
         for number in sorted(numbers):
-            self._registry.elsewhere.cancel(other.prefills.pop(number), now)
+            claim = other.prefills.pop(number)
+            self._unqueue(other, claim)
+            self._registry.elsewhere.cancel(claim, now)
 
     # -- shares
 
-    def _told(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
+    def _share_of(self, other: _Other, endpoint: Endpoint) -> _Share:
         share = other.shares.get(endpoint)
-        verdict = told.ejections, told.recoveries
         if share is None:
             share = other.shares[endpoint] = _Share(endpoint.generation)
-        self._count(endpoint, share, told)
-        # What happened before it was first heard is not news.
-        before, share.verdict = share.verdict if other.summarised else verdict, verdict
-        if verdict[1] != before[1]:
-            self._registry.elsewhere.readmit(endpoint)
-        elif verdict[0] != before[0]:
-            self._registry.elsewhere.eject(endpoint, now)
+            if endpoint.metrics is not None:
+                share.claim.growth = plausible.GROWTH
+        return share
 
-    def _count(self, endpoint: Endpoint, share: _Share, told: Share) -> None:
-        """Replace what is counted by what is told."""
+    def _share(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
+        self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told, now)
+        if told.ejections or told.recoveries or told.out:
+            # What happened before it was first heard is not news.
+            self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
+
+    def _told(self, endpoint: Endpoint, share: _Share, told: Share, now: float) -> None:
+        """Replace what is counted by what is told, as far as that is believed."""
+        share.claim.told = told.requests, told.tokens
+        self._count(endpoint, share)
+        if told.handoffs != share.handoffs:
+            handoffs = min(told.handoffs, plausible.UNSCRAPED)
+            endpoint.holds_elsewhere(handoffs - share.handoffs)
+            share.handoffs = handoffs
+        if told.on_trial or share.trial is not None:
+            self._try(endpoint, share, told.on_trial, now)
+
+    def _try(self, endpoint: Endpoint, share: _Share, runs: bool, now: float) -> None:
+        """Take another's request for the trial while it runs, but not for ever."""
+        if share.trial is None:
+            share.trial = Reservation(endpoint, endpoint.generation, at=now, elsewhere=True)
+            endpoint.tried_elsewhere(share.trial)
+        elif not runs:
+            share.trial.active, share.trial = False, None
+        elif now - share.trial.at > plausible.TRIAL_S and share.trial.active:
+            share.trial.active = False
+            self.disbelieved[Disbelieved.TRIALS] += 1
+
+    def _count(self, endpoint: Endpoint, share: _Share) -> None:
+        """Count what is believed."""
         if share.generation != endpoint.generation:  # its restart has set all to zero
-            share.generation, share.requests, share.tokens = endpoint.generation, 0, 0
-        requests = min(told.requests, MAX_REQUESTS)
-        tokens = min(told.tokens, MAX_TOKENS) if requests else 0
-        if (requests, tokens) != (share.requests, share.tokens):
+            share.generation, share.requests, share.tokens, share.handoffs = endpoint.generation, 0, 0, 0
+        requests, tokens = share.claim.believed(endpoint)
+        if requests != share.requests or tokens != share.tokens:
             endpoint.sent_elsewhere(requests - share.requests, tokens - share.tokens)
             share.requests, share.tokens = requests, tokens
-        if told.on_trial and share.trial is None:
-            share.trial = Reservation(endpoint, endpoint.generation, elsewhere=True)
-            endpoint.tried_elsewhere(share.trial)
-        elif not told.on_trial and share.trial is not None:
-            share.trial.active, share.trial = False, None
 
     def _keep_only(self, other: _Other, told: set[Endpoint], numbers: set[int], now: float) -> None:
         """Take away what a summary does not have."""
-        for endpoint in [each for each in other.shares if each not in told]:
-            self._count(endpoint, other.shares.pop(endpoint), Share(0, 0, 0))
         self._cancel(other, other.prefills.keys() - numbers, now)
+        for endpoint in [each for each in other.shares if each not in told]:
+            share = other.shares[endpoint]
+            self._told(endpoint, share, Share(0, 0, 0), now)
+            if not share.queued and share.claim.trusted:
+                del other.shares[endpoint]
+
+    def _scraped(self, endpoint: Endpoint) -> None:
+        """Compare what the others claim of an endpoint with what it says itself."""
+        found = [(o, share) for o in self._others.values() if (share := o.shares.get(endpoint)) is not None]
+        if not found:
+            return
+        if not plausible.settle(endpoint, [(share.claim, share.queued) for _, share in found]):
+            self.disbelieved[Disbelieved.LOAD] += 1
+        for other, share in found:
+            if share.generation != endpoint.generation:
+                self._count(endpoint, share)
+            believed = share.claim.believed(endpoint)
+            if believed != (share.requests, share.tokens):
+                endpoint.never_there(share.requests - believed[0], share.tokens - believed[1])
+                share.requests, share.tokens = believed
+            if share.queued:
+                self._drop_unknown(other, endpoint, share)
+
+    def _drop_unknown(self, other: _Other, endpoint: Endpoint, share: _Share) -> None:
+        """Take prefills for ended that a P should know for long, and says that it does not have."""
+        metrics = endpoint.metrics
+        if metrics is None:
+            return
+        there = max(0, int(1.25 * (metrics.running + metrics.waiting)) - endpoint.own_in_flight)
+        trusted, since = share.claim.trusted, metrics.taken_at - plausible.OLD_S
+        if share.queued <= there:
+            return
+        claims = [each for each in other.prefills.values() if each.active and each.endpoint is endpoint]
+        known = [each for each in claims if not trusted or each.at < since]
+        for claim in known[: max(0, len(known) - there)]:
+            self.disbelieved[Disbelieved.PREFILLS] += 1
+            self._unqueue(other, claim)
+            self._registry.elsewhere.cancel(claim, metrics.taken_at)
+
+    # -- tenants
+
+    def _draw(self, other: _Other, drawn: Sequence[Drawn], now: float) -> None:
+        """Count what tenants were served there for their turns here: no more than the fleet can do."""
+        servers = max(1, len(self._registry.endpoints(InstanceRole.PREFILL)))
+        rate, at_once = plausible.DRAWS_PER_S * servers, plausible.DRAWS_AHEAD_S * servers
+        for each in drawn:
+            key = each.priority, each.tenant
+            before = other.drawn.pop(key, 0.0 if other.summarised else each.work)
+            other.drawn[key] = each.work
+            if len(other.drawn) > _MAX_TENANTS:
+                del other.drawn[next(iter(other.drawn))]
+            new = each.work - before if each.work >= before else each.work  # it has begun anew
+            if new <= 0.0:
+                continue
+            believed = other.draws.take(new, rate, at_once, now)
+            if believed < new:
+                self.disbelieved[Disbelieved.DRAWS] += 1
+            self._registry.elsewhere.drawn(each.priority, each.tenant, believed)
+
+
+def _known(rates: Rates, endpoints: Sequence[Endpoint | None]) -> KnownRates:
+    """Return what a message says of pairs, as far as these endpoints are known."""
+    names = [None if each is None else each.id for each in endpoints]
+    instances = {name: factor for at, factor in rates.instances if (name := names[at]) is not None}
+    pairs = {
+        (prefill, decode): factor
+        for p, d, factor in rates.pairs
+        if (prefill := names[p]) is not None and (decode := names[d]) is not None
+    }
+    return KnownRates(rates.fleet, instances, pairs)

@@ -1,67 +1,127 @@
-"""What this replica does, until it is told to the others."""
+"""What this replica does, until it is told to the others. It is the registry's journal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from ..fleet.breaker import BreakerState
 from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.pairs import PairChange
 from ..fleet.registry import Registry
 from ..models import InstanceRole
 from ..request.context import RequestContext
+from .answers import Answers
+from .directory import Directory
 from .message import (
+    MAX_BLOCKS,
     MAX_ITEMS,
+    MAX_OVERHEAD_S,
     MAX_PROMPT,
     MAX_REQUESTS,
+    MAX_TOKEN_S,
     MAX_TOKENS,
+    MAX_WORK_S,
+    Ask,
+    Drawn,
     Ended,
+    Handed,
+    Held,
     Learned,
     Message,
+    PairVerdict,
     Placement,
     Prefill,
+    Rates,
     Share,
     pack_blocks,
 )
+from .placements import Told
 
 _MAX_UNTOLD_BLOCKS = 50_000
 """Hashes in one message: of further prompts, where they are cached is not told."""
+_MAX_PAIRS = 1000
+_MAX_TENANTS = 1024
+_NOTHING = (0, 0, False, 0, 0, False, 0)
 
 
 class Names:
-    """The ids of a message's endpoints, and the place of each in their list."""
+    """The endpoints of a message, and the place of each in their list."""
 
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self._places: dict[str, int] = {}
+    def __init__(self, directory: Directory) -> None:
+        self.names: list[int | str] = []
+        self._directory = directory
+        self._places: dict[Endpoint, int] = {}
 
     def place(self, endpoint: Endpoint) -> int:
-        """Return the place of an endpoint's id."""
-        found = self._places.setdefault(endpoint.id, len(self.ids))
-        if found == len(self.ids):
-            self.ids.append(endpoint.id)
-        return found
+        """Return the place of an endpoint."""
+        place = self._places.setdefault(endpoint, len(self.names))
+        if place == len(self.names):
+            self.names.append(self._directory.name(endpoint))
+        return place
+
+    def add(self, name: int | str) -> int:
+        """Add what stands for an endpoint, and return its place."""
+        self.names.append(name)
+        return len(self.names) - 1
+
+
+class _Changed(set[Endpoint]):
+    """Endpoints whose load has changed. When a request of ours ends, nothing else says it."""
+
+    def __init__(self, own: OwnWork) -> None:
+        super().__init__()
+        self._own = own
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Have an endpoint in it, which is news, unless it is others' load."""
+        super().add(endpoint)
+        if not self._own.deaf:
+            self._own.noted()
 
 
 class OwnWork:
-    """Collects what is to be told. It is the registry's journal, and costs a request a few notes."""
+    """Collects what is to be told, at the cost of a few notes a request."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._changed = [registry.watch(role) for role in InstanceRole]
+    def __init__(self, registry: Registry, directory: Directory) -> None:
+        self.wake: Callable[[], None] = _nobody
+        """Called when there may be something to tell; often, so it should return at once."""
+        self.deaf = False
+        """Whether what others do is counted just now: a load that changes by that is nothing to tell."""
+        self._news = False
+        self._registry, self._directory = registry, directory
+        self._changed = [registry.watch(role, _Changed(self)) for role in InstanceRole]
         self._numbers = 0
         self._queued: dict[Endpoint, dict[Reservation, tuple[int, int]]] = {}
         """By P, our prefills in its queue, with their numbers and prompts' tokens."""
         self._new: list[tuple[int, Reservation, int]] = []
         self._ended: list[Ended] = []
-        self._placed: list[tuple[Endpoint, tuple[int, ...]]] = []
+        self._placed: list[tuple[Endpoint, Sequence[int]]] = []
+        self._handed: dict[tuple[Endpoint, Endpoint], int] = {}
         self._blocks = 0
-        self._told: dict[Endpoint, tuple[int, int, bool, int, int]] = {}
+        self._shares: dict[Endpoint, tuple[int, int, bool, int, int, bool, int]] = {}
+        """What was told of each endpoint."""
         self._verdicts: dict[Endpoint, tuple[int, int]] = {}
         """How often requests of ours had it ejected, and let it return."""
+        self._pairs: dict[tuple[Endpoint, Endpoint | None, bool], tuple[int, int]] = {}
+        """How often pairs of P and D were left out, and taken back; the last says whether texts are wrong."""
+        self._new_pairs: dict[tuple[Endpoint, Endpoint | None, bool], None] = {}
+        self._drawn: dict[tuple[int, bytes], float] = {}
+        """What each tenant was given, by priority and hash, those last that were given something last."""
+        self._new_draws: dict[tuple[int, bytes], None] = {}
+        self._draws_to_repeat: dict[tuple[int, bytes], int] = {}
+        """Those told lately, and in how many summaries they are told once more."""
+        self._told = Told()
+        self.answers = Answers(directory, self._told)
+        self.done = 0
+        """Prefills of ours that were done."""
+        registry.pairs.on_verdict = self._pair_failed
+        registry.wrong_pairs.on_verdict = self._pair_wrong
 
     # -- the registry's journal
 
     def reserved(self, reservation: Reservation, request: RequestContext) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
         endpoint = reservation.endpoint
         if endpoint.instance.role is InstanceRole.PREFILL:
             self._numbers += 1
@@ -69,16 +129,44 @@ class OwnWork:
             self._queued.setdefault(endpoint, {})[reservation] = self._numbers, prompt
             if len(self._new) < MAX_ITEMS:
                 self._new.append((self._numbers, reservation, prompt))
-        elif request.blocks and self._has_room(len(request.blocks)) and len(self._placed) < MAX_ITEMS:
-            self._placed.append((endpoint, tuple(request.blocks)))
+        elif request.blocks and len(self._placed) < MAX_ITEMS:
+            self._placed.append((endpoint, request.blocks))
+
+    def confirmed(self, reservation: Reservation) -> None:
+        """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        if reservation.blocks and len(self._placed) < MAX_ITEMS:
+            self._placed.append((reservation.endpoint, reservation.blocks))
 
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
+        self.done += 1
         known = self._queued.get(reservation.endpoint, {}).pop(reservation, None)
-        if known is not None:
-            prompt = min(max(1, prompt_tokens), MAX_PROMPT)
-            cached = -1 if cached_tokens is None else min(max(0, cached_tokens), MAX_PROMPT)
-            self._end(Ended(known[0], prompt, cached))
+        if known is None:
+            return
+        if reservation.source is not None:  # what it took says nothing of P
+            self._end(Ended(known[0]))
+            return
+        prompt = min(max(1, prompt_tokens), MAX_PROMPT)
+        cached = -1 if cached_tokens is None else min(max(0, cached_tokens), MAX_PROMPT)
+        self._end(Ended(known[0], prompt, cached))
+
+    def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
+        """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
+        if len(self._handed) < MAX_ITEMS:
+            self._handed[prefill, decode] = min(MAX_REQUESTS, self._handed.get((prefill, decode), 0) + 1)
+
+    def drawn(self, priority: int, tenant: bytes, work: float) -> None:
+        """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
+        self.noted()
+        key = priority, tenant
+        self._drawn[key] = min(MAX_WORK_S, self._drawn.pop(key, 0.0) + work)
+        self._new_draws[key] = None
+        if len(self._drawn) > _MAX_TENANTS:
+            oldest = next(iter(self._drawn))
+            for known in (self._drawn, self._new_draws, self._draws_to_repeat):
+                known.pop(oldest, None)
 
     def ejected(self, endpoint: Endpoint) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
@@ -90,9 +178,28 @@ class OwnWork:
         out, back = self._verdicts.get(endpoint, (0, 0))
         self._verdict(endpoint, (out, back + 1))
 
+    def recoveries(self, endpoint: Endpoint) -> int:
+        """Return how often a trial request of ours had an endpoint return."""
+        return self._verdicts.get(endpoint, (0, 0))[1]
+
     def _verdict(self, endpoint: Endpoint, verdict: tuple[int, int]) -> None:
         self._verdicts[endpoint] = verdict
         self._changed[0].add(endpoint)
+        self.noted()
+
+    def _pair_failed(self, change: PairChange) -> None:
+        self._pair(change.prefill, change.decode, False, change.out)
+
+    def _pair_wrong(self, prefill: Endpoint, decode: Endpoint, out: bool) -> None:
+        self._pair(prefill, decode, True, out)
+
+    def _pair(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool, is_out: bool) -> None:
+        pair = prefill, decode, wrong
+        if pair in self._pairs or len(self._pairs) < _MAX_PAIRS:
+            out, back = self._pairs.get(pair, (0, 0))
+            self._pairs[pair] = (out + is_out) % 65536, (back + (not is_out)) % 65536
+            self._new_pairs[pair] = None
+            self.noted()
 
     def _end(self, ended: Ended) -> None:
         if len(self._ended) < MAX_ITEMS:
@@ -102,54 +209,80 @@ class OwnWork:
         self._blocks += blocks
         return self._blocks <= _MAX_UNTOLD_BLOCKS
 
+    def noted(self) -> None:
+        """Take it that there may be something to tell."""
+        self._news = True
+        self.wake()
+
     # -- what is told
 
     @property
     def untold(self) -> bool:
         """Whether there may be something to tell."""
-        return bool(self._new or self._ended or self._placed or any(self._changed))
+        return self._news
 
-    def changes(self, replica: str, number: int, waiting: tuple[int, int]) -> Message | None:
-        """Return what has happened since the last message; ``None`` if nothing has."""
-        names, changed = Names(), set[Endpoint]().union(*self._changed)
+    def changes(
+        self, replica: str, number: int, waiting: tuple[int, int], now: float, asks: list[Ask], names: Names
+    ) -> Message | None:
+        """Return what has happened since the last message, and what is asked; ``None`` if nothing is.
+
+        ``names`` are those of the endpoints of ``asks``.
+        """
+        changed = set[Endpoint]().union(*self._changed)
         self._find_given_up(changed)
-        prefills = [self._prefill(names, each, True) for each in self._new]
-        placed = [Placement(names.place(e), pack_blocks(blocks)) for e, blocks in self._placed]
-        shares = list(self._shares(names, changed))
+        prefills = [self._prefill(names, number, each) for each in self._new]
+        placed = [each for each in (self._placement(names, number, *found) for found in self._placed) if each]
+        for endpoint, blocks in self.answers.placements(now):
+            placed.append(Placement(names.place(endpoint), pack_blocks(blocks)))
+            self._told.add(number, endpoint, blocks)
+        handed = [Handed(names.place(p), names.place(d), count) for (p, d), count in self._handed.items()]
+        shares = list(self._changed_shares(names, changed))
+        pairs = self._told_pairs(names, self._new_pairs)
+        drawn = [Drawn(*key, self._drawn[key]) for key in self._new_draws]
+        self._draws_to_repeat |= dict.fromkeys(self._new_draws, 2)
+        held, rates = self.answers.held(now), self._rates(names) if self.answers.rates() else None
         ended = self._ended
         self._clear()
-        if not (shares or prefills or ended or placed):
+        if not (shares or prefills or ended or placed or handed or pairs or drawn or asks or held or rates):
             return None
-        return Message(replica, number, False, waiting, names.ids, shares, prefills, ended, placed)
+        return Message(
+            replica, number, False, waiting, names.names, shares, prefills, ended, placed[:MAX_ITEMS],
+            None, drawn, pairs, handed, asks,
+            held and Held(names.add(held[0]), pack_blocks(held[1]), *held[2:]), rates,
+        )  # fmt: skip
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:
         """Return all that this replica has: what others have of it besides has ended."""
-        names = Names()
-        self._told = {e: told for e, told in self._told.items() if e in self._registry}
-        self._queued = {e: queued for e, queued in self._queued.items() if queued and e in self._registry}
-        self._verdicts = {e: verdict for e, verdict in self._verdicts.items() if e in self._registry}
+        names, registry = Names(self._directory), self._registry
+        self._shares = {e: told for e, told in self._shares.items() if e in registry and told != _NOTHING}
+        self._queued = {e: queued for e, queued in self._queued.items() if queued and e in registry}
+        self._verdicts = {e: verdict for e, verdict in self._verdicts.items() if e in registry}
+        self._pairs = {
+            pair: counts for pair, counts in self._pairs.items()
+            if pair[0] in registry and (pair[1] is None or pair[1] in registry)
+        }  # fmt: skip
         self._find_given_up(self._queued)
-        for endpoint in [e for e in self._told if self._told[e] == (0, 0, False, 0, 0)]:
-            del self._told[endpoint]
-        list(self._shares(names, self._registry))
-        shares = [Share(names.place(e), *told) for e, told in self._told.items() if any(told)]
+        list(self._changed_shares(names, registry))
+        shares = [Share(names.place(e), *told) for e, told in self._shares.items() if told != _NOTHING]
         queued = [
             (number, each, prompt)
             for queue in self._queued.values()
             for each, (number, prompt) in queue.items()
         ]
         # Only what changes tell has the blocks of new prompts: a summary follows right after one.
-        prefills = [self._prefill(names, each, False) for each in sorted(queued, key=lambda each: each[0])]
-        load = self._registry.load
-        prefill, decode = load.prefill, load.decode
-        learned = Learned(_three(prefill.coefficients), _three(decode.coefficients))
+        prefills = [self._prefill(names, 0, each) for each in sorted(queued, key=lambda each: each[0])]
+        drawn = [Drawn(*key, self._drawn[key]) for key in self._draws_to_repeat]
+        self._draws_to_repeat = {key: left - 1 for key, left in self._draws_to_repeat.items() if left > 1}
+        pairs = self._told_pairs(names, self._pairs)
         return Message(
-            replica, number, True, waiting, names.ids[:MAX_ITEMS], shares[:MAX_ITEMS], prefills[:MAX_ITEMS],
-            learned=learned if prefill.samples and decode.samples else None,
+            replica, number, True, waiting, names.names[:MAX_ITEMS], shares[:MAX_ITEMS], prefills[:MAX_ITEMS],
+            learned=self._learned(), drawn=drawn, pairs=pairs, blocks=len(registry.prefixes),
         )  # fmt: skip
 
     def _clear(self) -> None:
+        self._news = False
         self._new, self._ended, self._placed, self._blocks = [], [], [], 0
+        self._handed, self._new_pairs, self._new_draws = {}, {}, {}
         for changed in self._changed:
             changed.clear()
 
@@ -161,29 +294,87 @@ class OwnWork:
             for reservation in gone:
                 self._end(Ended(queued.pop(reservation)[0]))
 
-    def _prefill(self, names: Names, what: tuple[int, Reservation, int], with_blocks: bool) -> Prefill:
+    def _prefill(self, names: Names, message: int, what: tuple[int, Reservation, int]) -> Prefill:
+        """Return a prefill as it is told: with its blocks if a message is named."""
         number, reservation, prompt = what
-        blocks = reservation.blocks if with_blocks and self._has_room(len(reservation.blocks)) else ()
-        cached = min(prompt, round(reservation.cached))
+        blocks = reservation.blocks[:MAX_BLOCKS] if message and not reservation.tentative else ()
+        if blocks and self._has_room(len(blocks)):
+            self._told.add(message, reservation.endpoint, blocks, number)
+        else:
+            blocks = ()
+        cached = min(prompt, round(reservation.cached + reservation.pulled))
         place = names.place(reservation.endpoint)
         return Prefill(number, place, prompt, cached, reservation.cached_blocks, pack_blocks(blocks))
 
-    def _shares(self, names: Names, endpoints: Iterable[Endpoint]) -> Iterator[Share]:
+    def _placement(
+        self, names: Names, message: int, endpoint: Endpoint, blocks: Sequence[int]
+    ) -> Placement | None:
+        few = blocks[:MAX_BLOCKS]
+        if number := self._told.prefill_of(few):
+            self._told.add(message, endpoint, few)
+            return Placement(names.place(endpoint), b"", number)
+        if not self._has_room(len(few)):
+            return None
+        self._told.add(message, endpoint, few)
+        return Placement(names.place(endpoint), pack_blocks(few))
+
+    def _changed_shares(self, names: Names, endpoints: Iterable[Endpoint]) -> Iterator[Share]:
         """Yield what we have on each endpoint that is not as it was told."""
+        verdicts, told_before = self._verdicts, self._shares.get
         for endpoint in endpoints:
-            out, back = self._verdicts.get(endpoint, (0, 0))
+            state = endpoint.breaker.state
+            out, back = verdicts.get(endpoint, (0, 0)) if verdicts else (0, 0)
             share = (
-                min(MAX_REQUESTS, endpoint.in_flight - endpoint.elsewhere),
+                endpoint.in_flight - endpoint.elsewhere,
                 min(MAX_TOKENS, max(0, round(endpoint.tokens - endpoint.tokens_elsewhere))),
-                endpoint.on_our_trial,
+                state is BreakerState.HALF_OPEN and endpoint.on_our_trial,
                 out % 65536,
                 back % 65536,
+                state is BreakerState.OPEN,
+                endpoint.pending_handoffs,
             )
-            if self._told.get(endpoint, (0, 0, False, 0, 0)) != share:
-                self._told[endpoint] = share
+            if told_before(endpoint, _NOTHING) != share:
+                self._shares[endpoint] = share
                 yield Share(names.place(endpoint), *share)
+
+    def _told_pairs(
+        self, names: Names, pairs: Iterable[tuple[Endpoint, Endpoint | None, bool]]
+    ) -> list[PairVerdict]:
+        is_out = self._registry.elsewhere.is_out
+        return [
+            PairVerdict(
+                names.place(pair[0]),
+                -1 if pair[1] is None else names.place(pair[1]),
+                pair[2],
+                *self._pairs[pair],
+                is_out(*pair),
+            )
+            for pair in pairs
+        ]
+
+    def _learned(self) -> Learned | None:
+        prefill, decode = self._registry.load.prefill, self._registry.load.decode
+        if not (prefill.samples and decode.samples):
+            return None
+        return Learned(_three(prefill.coefficients), _three(decode.coefficients))
+
+    def _rates(self, names: Names) -> Rates:
+        known, find = self._registry.load.transfers.known(_MAX_PAIRS), self._registry.find
+        return Rates(
+            (min(MAX_OVERHEAD_S, known.fleet[0]), min(MAX_TOKEN_S, known.fleet[1])),
+            [(names.place(e), factor) for each, factor in known.instances.items() if (e := find(each))],
+            [
+                (names.place(p), names.place(d), factor)
+                for pair, factor in known.pairs.items()
+                if (p := find(pair[0])) and (d := find(pair[1]))
+            ],
+        )
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     a, b, c = values
-    return a, b, c
+    return min(a, MAX_OVERHEAD_S), min(b, MAX_TOKEN_S), min(c, MAX_TOKEN_S)
+
+
+def _nobody() -> None:
+    """Wake nobody: the caller asks by itself."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from ..fleet.registry import Registry
-from .message import MAX_BYTES, FleetKey, Ignored, Message, Unreadable
+from .directory import Directory
+from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
 from .others import SILENT_S, Others
-from .own import OwnWork
+from .own import Names, OwnWork
+from .probes import Probes
 
 __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
 BATCH_S = 0.01
 """Least seconds between two messages: what happens meanwhile is told in one."""
+SAID_FROM = 20
+"""Claims of a kind that are not believed before that is said: a few can be by chance."""
 SUMMARY_S = 1.0
 """Seconds between two summaries. They mend what was lost, and show that the replica lives."""
 
@@ -39,16 +44,38 @@ class Replica:
         self.unsent = 0
         """Messages that would have been too long."""
         self._fleet = fleet
-        self._own = OwnWork(registry)
-        self._others = Others(registry)
+        self._directory = Directory(registry)
+        self._own = OwnWork(registry, self._directory)
+        self._others = Others(name, registry, self._directory, self._own)
+        self.probes = Probes(self._directory, registry, name, lambda: self._others.names)
+        """Says which instances this replica probes for all, and tells what it finds."""
+        self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
         self._published_at = self._summary_at = -1e9
         registry.journal = self._own
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever there may be something to publish."""
+        self._own.wake = self.probes.wake = wake
 
     @property
     def others(self) -> list[str]:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
+
+    def silent_for(self, now: float) -> dict[str, float]:
+        """Return for how many seconds nothing was heard of each of them."""
+        return self._others.silent_for(now)
+
+    @property
+    def disbelieved(self) -> Counter[Disbelieved]:
+        """Claims in messages that were used, which were not believed or not in full, by kind."""
+        return self._others.disbelieved
+
+    @property
+    def missing(self) -> int:
+        """Endpoints of which this replica, which has just joined, does not know what is cached there."""
+        return self._others.joining.missing
 
     @property
     def waiting_elsewhere(self) -> tuple[int, int]:
@@ -57,9 +84,14 @@ class Replica:
 
     def next_publish(self, now: float) -> float:
         """Return when to call :meth:`publish` if nothing happens before."""
-        if self._own.untold:
-            return max(now, self._published_at + BATCH_S)
-        return max(now, self._summary_at + SUMMARY_S)
+        joining, soon = self._others.joining, self._published_at + BATCH_S
+        times = [self._summary_at + SUMMARY_S]
+        if self._own.untold or self.probes.untold or joining.has_gaps:
+            times.append(soon)
+        for due in (joining.due(now), self._own.answers.due(now)):
+            if due is not None:
+                times.append(max(soon, due))
+        return max(now, min(times))
 
     def publish(self, now: float, waiting: tuple[int, int] = (0, 0)) -> list[bytes]:
         """Return what to send to all others; nothing if nothing has happened and no summary is due.
@@ -67,10 +99,16 @@ class Replica:
         ``waiting`` are the requests in the queue, for P and for D. Replicas that were silent for long are
         forgotten.
         """
-        for name in self._others.forget_silent(now):
-            _log.warning("replica %s was silent for %.0f s; its requests count no more", name, SILENT_S)
+        self._others.forget_silent(now)
         messages = []
-        if (changes := self._own.changes(self.name, self._number + 1, waiting)) is not None:
+        names = Names(self._directory)
+        asks = self._asks(names, now)
+        changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
+        if self.probes.untold:
+            if changes is None:
+                changes = Message(self.name, self._number + 1, False, waiting, names.names)
+            changes = self.probes.add_to(changes, names.place)
+        if changes is not None:
             messages.append(self._encode(changes))
             self._published_at = now  # what others did is no news, and delays none
         if now >= self._summary_at + SUMMARY_S:
@@ -78,9 +116,24 @@ class Replica:
         return [each for each in messages if each]
 
     def snapshot(self, now: float, waiting: tuple[int, int] = (0, 0)) -> bytes:
-        """Return all that this replica has, for one that joins."""
+        """Return all that this replica has, for one that joins.
+
+        It has loads, ejections and pairs that stand, what is queued, what was learned. What is cached where
+        is too much for one message: who joins asks one of the others for it, some endpoints at a time.
+        """
         self._summary_at = now
         return self._encode(self._own.summary(self.name, self._number + 1, waiting))
+
+    def tell_all(self) -> None:
+        """Have :meth:`publish` tell all that this replica has the next time: somebody must learn it."""
+        self._summary_at = -1e9
+
+    def _asks(self, names: Names, now: float) -> list[Ask]:
+        joining = self._others.joining
+        asks = joining.gaps()
+        for name, endpoints, first in joining.asks(now):
+            asks.append(Ask(name, endpoints=[names.place(each) for each in endpoints], rates=first))
+        return asks
 
     def _encode(self, message: Message) -> bytes:
         self._number = message.number
@@ -99,12 +152,31 @@ class Replica:
         if message.replica == self.name:
             return False
         known = len(self._others.names)
-        if (reason := self._others.receive(message, now)) is not None:
+        self._own.deaf = True
+        try:
+            reason = self._others.receive(message, now)
+            if reason is None and not self.probes.receive(message):
+                self.disbelieved[Disbelieved.FINDINGS] += 1
+        finally:
+            self._own.deaf = False
+        if reason is not None:
             return self._ignore(reason)
         self.received += 1
+        if len(self.disbelieved) > len(self._disbelieved_said):
+            self._say_disbelieved(message.replica)
         if len(self._others.names) > known:
-            self._summary_at = -1e9  # it must learn what we have
+            self.tell_all()
         return True
+
+    def _say_disbelieved(self, name: str) -> None:
+        for kind, count in self.disbelieved.items():
+            if count >= SAID_FROM and kind not in self._disbelieved_said:
+                self._disbelieved_said.add(kind)
+                _log.warning(
+                    "replica %s, or one before it, claims what cannot be: %s (said once; see the count)",
+                    name,
+                    kind,
+                )
 
     def _ignore(self, reason: Ignored) -> bool:
         self.ignored[reason] += 1

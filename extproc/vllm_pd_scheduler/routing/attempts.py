@@ -95,6 +95,8 @@ class Retry(Enum):
     """No: two instances have lost it."""
     SLOW = auto()
     """No: it has timed out, as others have, and one more attempt would add to the load."""
+    UNKNOWN = auto()
+    """Another scheduler knows, or one before a restart did: as careful as without any."""
 
 
 def failure_of_status(status: int) -> Failure | None:

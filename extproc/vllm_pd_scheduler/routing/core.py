@@ -62,7 +62,7 @@ class RoutingCore:
     """Decides where requests go. The only I/O is that of the prefill leg (``prefill.leg``).
 
     ``in_flight`` keeps what was sent to decode until its answer has ended. ``tracer`` begins the trace of
-    each request, if tracing is on.
+    each request, if tracing is on. ``name`` is the scheduler's among several.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class RoutingCore:
         clock: Callable[[], float],
         later: Later,
         memory: BodyMemory,
+        name: str = "",
     ) -> None:
         self.tracer: RequestTracer | None = None
         self.config = config
@@ -97,7 +98,9 @@ class RoutingCore:
         self._renaming = Renaming(self.rewrites, scheduler, self.reader, telemetry)
         self._local = ShareLimit(config.max_local_prefill_share)
         self._response_ids = ResponseIds(self.registry)
-        self.in_flight = RequestsInFlight(self.registry, telemetry, recording, clock, admission.wake, later)
+        self.in_flight = RequestsInFlight(
+            self.registry, telemetry, recording, clock, admission.wake, later, name
+        )
         self.in_flight.denials = Denials(self.catalog.read_again.soon)
         self.going_on = GoingOn(self.in_flight, clock)
         self.prefill = PrefillStage(

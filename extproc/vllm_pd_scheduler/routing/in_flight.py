@@ -17,7 +17,7 @@ from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
 from ..records.decision import Decision
 from ..records.recording import Recording
-from ..telemetry import Ending, Telemetry
+from ..telemetry import Ending, Stray, Telemetry
 from .attempts import (
     COMPARED_REFUSALS,
     DOUBTS,
@@ -68,8 +68,9 @@ class RequestsInFlight:
     """Keeps what was sent to decode by the ids under which Envoy tells of its attempts.
 
     ``changed`` is called when one has ended. ``release_handoff`` frees a hand-off on its P; without it, it is
-    left to the lease. A request that has ended counts for its D a moment later, if nothing else was told of
-    it until then: as a success; see :meth:`attempt_failed` for what else it can be.
+    left to the lease. With a ``name`` the ids begin with it and a dot. A request that has ended counts for
+    its D a moment later, if nothing else was told of it until then: as a success; see :meth:`attempt_failed`
+    for what else it can be.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RequestsInFlight:
         clock: Callable[[], float],
         changed: Callable[[], None],
         later: Later = in_this_loop,
+        name: str = "",
     ) -> None:
         self.release_handoff: ReleaseHandoff | None = None
         self.lost = LostPrompts()
@@ -99,7 +101,9 @@ class RequestsInFlight:
         self._remembered: deque[tuple[float, Forward]] = deque()
         self._remembered_bytes = 0
         self._waking = False
-        self._run = secrets.token_hex(4)  # keeps our ids apart from those of a scheduler before a restart
+        # Keeps our ids apart from those of a scheduler before a restart. By a name Envoy knows ours.
+        self._name = f"{name}." if name else ""
+        self._run = f"{self._name}{secrets.token_hex(4)}-"
         self._numbers = itertools.count()
         registry.subscribe(self._look_for_the_dead)
 
@@ -113,7 +117,7 @@ class RequestsInFlight:
         decision: Decision,
     ) -> Forward:
         """Return a forward to the first of ``decode``, on which the reservation is; see :class:`Forward`."""
-        forward = Forward(f"{self._run}-{next(self._numbers)}", decode, reservation, body, decision=decision)
+        forward = Forward(f"{self._run}{next(self._numbers)}", decode, reservation, body, decision=decision)
         forward.first_byte_timeout = first_byte_timeout
         forward.remove_headers = remove_headers
         forward.on_release = self._released
@@ -130,6 +134,14 @@ class RequestsInFlight:
     def _expired(self, claim: PrefillClaim) -> None:
         claim.expired(self._clock())
         self._changed()
+
+    def is_ours(self, request: str) -> bool:
+        """Whether an id is of this run: not another scheduler's, nor that of one before a restart."""
+        return request.startswith(self._run)
+
+    def is_for_us(self, request: str) -> bool:
+        """Whether no other scheduler can have the request of an id; this one may have, before a restart."""
+        return request.startswith(self._name or self._run)
 
     def running(self, request: str) -> Forward | None:
         """Return what was sent to decode under an id of ours, and has not ended."""
@@ -181,7 +193,9 @@ class RequestsInFlight:
             self._telemetry.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
         if forward is None:
-            if attempt.failure is Failure.UNSENT:
+            if id_ and not self.is_ours(id_):
+                self._telemetry.strayed(Stray.ATTEMPT)
+            elif attempt.failure is Failure.UNSENT:
                 self._left.add(attempt.request_id, self._clock())
             return
         forward.failed_attempts += 1
@@ -219,6 +233,8 @@ class RequestsInFlight:
     def told(self, result: Result) -> None:
         """Note how a request has ended, and how long it took. Nothing is decided by that."""
         forward = self._running.get(result.request) or self._ended.get(result.request)
+        if forward is None and not self.is_ours(result.request):
+            self._telemetry.strayed(Stray.RESULT)
         if forward is None or forward.decision.ending is not None:
             return
         ending = result.ending
@@ -323,6 +339,9 @@ class RequestsInFlight:
         has timed out may be tried again if its D hangs; if D is as slow as the others, only a share of them.
         """
         forward = self._running.get(request)
+        if forward is None and not self.is_ours(request):
+            self._telemetry.strayed(Stray.QUESTION)
+            return Retry.UNKNOWN
         if forward is None or forward.losses >= MAX_LOSSES or self._refused(forward):
             return Retry.LOST
         if forward.failed_attempts < made:

@@ -74,7 +74,7 @@ class RoleLoad:
         endpoints = self._able(InstanceRole.DECODE)
         capacity = math.fsum(each.kv_capacity or 0.0 for each in endpoints)
         if capacity > 0:
-            held = math.fsum(own_tokens(each) for each in endpoints if each.kv_capacity)
+            held = math.fsum(each.own_tokens for each in endpoints if each.kv_capacity)
             yield "kv_cache", held / capacity
         limit = self._scheduler.config.tpot_slo
         if limit is not None and endpoints:
@@ -128,25 +128,15 @@ def own_prefills(endpoint: Endpoint, now: float) -> float:
     return left
 
 
-def own_requests(endpoint: Endpoint) -> int:
-    """Return how many requests of this scheduler an endpoint has."""
-    return endpoint.in_flight - endpoint.elsewhere
-
-
-def own_tokens(endpoint: Endpoint) -> float:
-    """Return the tokens of these requests."""
-    return max(0.0, endpoint.tokens - endpoint.tokens_elsewhere)
-
-
 def _own_waiting(endpoint: Endpoint) -> float:
     """Return how many of those that wait on a D, as last scraped, are ours: the share that we have of all."""
     if endpoint.metrics is None or endpoint.requests <= 0:
         return 0.0
-    return endpoint.metrics.waiting * own_requests(endpoint) / endpoint.requests
+    return endpoint.metrics.waiting * endpoint.own_in_flight / endpoint.requests
 
 
 def _own_step(endpoint: Endpoint, limit: float) -> float:
     """Return what our requests take of that which a step's limit leaves for requests."""
     load = endpoint.decode
-    ours = load.per_seq * own_requests(endpoint) + load.per_kv_token * own_tokens(endpoint)
+    ours = load.per_seq * endpoint.own_in_flight + load.per_kv_token * endpoint.own_tokens
     return ours / max(limit - load.base, LEAST_ROOM * limit)

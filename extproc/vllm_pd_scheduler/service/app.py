@@ -16,8 +16,17 @@ from ..admin import AdminServer
 from ..admin.changes import AdminChanges
 from ..admin.http_server import HttpServer
 from ..admin.metaserver import Metaserver, url_for
+from ..admin.others import Others
 from ..admin.probes_server import ProbesServer
-from ..config import ConfigError, KvEventsConfig, SchedulerConfig, TracingConfig, is_loopback
+from ..admin.worker_server import WorkerServer
+from ..config import (
+    ConfigError,
+    KvEventsConfig,
+    ReplicasConfig,
+    SchedulerConfig,
+    TracingConfig,
+    is_loopback,
+)
 from ..continuation.server import Continuation
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
@@ -42,15 +51,23 @@ from ..router import PDRouter
 from ..rpc import ListenError, Server
 from ..self_check import SelfCheck
 from ..self_check.pair_check import PairCheck
+from ..sync.channel import Channel
+from ..sync.local import LocalChannel
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
 from ..system.output import StandardStreams
 from .certificates import Certificates, TlsSettings
 from .listen_advice import listen_advice
 from .reload import ConfigFile, Reload
+from .sharing import JOIN_S, join
+from .startup_error import StartupError
 from .watchdog import LoopWatchdog
+from .worker import FirstWorker, Worker, scheduler_name
 
 log = logging.getLogger(__name__)
+
+LEAD_AGAIN_S = 1.0
+"""Pause before a worker tries again to listen where the first one has listened that has ended."""
 
 REFUSE_AFTER = 0.5
 """Share of ``drain_timeout`` after which requests in the queue are refused.
@@ -59,16 +76,13 @@ Served later than that, their answers would be cut at the end of the drain.
 """
 
 
-class StartupError(Exception):
-    """The scheduler cannot start; the message says why and what to do."""
-
-
 class App:
     """A scheduler that starts, serves, drains and stops.
 
     ``async with App(config) as app:`` starts it and serves. The end of the block stops it at once; call
     ``drain`` before that to let running requests end. Lines of output that ``streams`` drop are counted in
-    its metrics. The configuration can be read again if it comes from a ``file``.
+    its metrics. The configuration can be read again if it comes from a ``file``. ``worker`` is which of
+    several it is: the first of them has the admin interface of all.
     """
 
     def __init__(
@@ -76,12 +90,14 @@ class App:
         config: SchedulerConfig,
         streams: StandardStreams | None = None,
         file: ConfigFile | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self.config = config
-        self.router = PDRouter(config)
+        self.router = PDRouter(config, name=scheduler_name(config, worker))
         if streams is not None:
             streams.count_dropped(self.router.telemetry.log_lines_dropped)
         self.changes = AdminChanges(self.router)
+        self.changes.saves = worker is None
         self.ext_proc = ExtProcService(self.router)
         self.draining = False
         self._health = HealthService(
@@ -90,6 +106,7 @@ class App:
         beside = Beside(self.router.objectives, self.router.rewrites)
         self._sources = Sources(config, self.router.membership, time.monotonic, beside)
         self._file = file
+        self._worker = worker
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()
         self._continuation: Continuation | None = None
@@ -116,9 +133,15 @@ class App:
         except ConfigError as error:
             raise StartupError(str(error)) from None
         self.changes.restore()
+        if config.replicas is not None:
+            await self._join_replicas(config.replicas)
+        elif self._worker is not None:
+            self.changes.file_first = True
+            await self._join(LocalChannel(self._worker.hub), "workers", self._worker.read_secret())
         if config.tracing is not None:
             self._start_tracing(config.tracing)
-        await self._start_health()
+        if self._worker is None:
+            await self._start_health(self._stack)
         trusted = self._certificates("instance_tls", config.instance_tls)
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
@@ -150,7 +173,10 @@ class App:
 
         if config.kv_events is not None:
             self._start_kv_events(config.kv_events)
-        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung)
+        peers = router.sync.replica.probes if router.sync is not None else None
+        monitor = HealthMonitor.configured(config, router.registry, router.telemetry, session, hung, peers)
+        if peers is not None:
+            peers.listener = monitor.shared
         await monitor.start()
         self._stack.push_async_callback(monitor.stop)
         router.catalog.read_again.read = monitor.read_models
@@ -160,10 +186,13 @@ class App:
             leg.timeout, encode_leg.timeout = config.prefill_timeout, config.encode_timeout
             monitor.reconfigured(config)
             self_check.reconfigured()
+            if router.sync is not None:
+                router.sync.reconfigured(config)
 
         if self._file is not None:
             self._reload = Reload(self._file, router, self._sources, reconfigured)
-        await self._start_admin(self_check)
+        if self._worker is None:
+            await self._start_admin(self._stack, self_check)
         await self._start_metaserver()
         await self._start_continuation()
         await self._sources.follow()
@@ -171,6 +200,8 @@ class App:
         await self._sources.first_words()
         router.tell_misfits(By.START)
         await self._start_grpc()
+        if self._worker is not None:
+            await self._start_among(self._worker, self_check)
         gc.collect()
         gc.freeze()  # the collector does not look again at what the start has made: 4 % less CPU
         if self._reload is not None:
@@ -178,7 +209,8 @@ class App:
             self._stack.push_async_callback(_ended, watch)
         grpc = config.grpc_socket or join_address(config.grpc_host, config.grpc_port)
         admin = join_address(config.admin_host, config.admin_port)
-        text = f"serving ext_proc and EDS on {grpc}, admin on {admin}"
+        name = f"worker {self._worker.name}: " if self._worker is not None else ""
+        text = f"{name}serving ext_proc and EDS on {grpc}, admin on {admin}"
         router.events.add(EventKind.STARTED, text, by=By.START)
 
     def hang_up(self) -> None:
@@ -200,12 +232,12 @@ class App:
         self._stack.push_async_callback(_ended, asyncio.ensure_future(certificates.follow()))
         return certificates.context
 
-    async def _start_health(self) -> None:
+    async def _start_health(self, stack: AsyncExitStack, others: Others | None = None) -> None:
         """Listen where health is asked for and nothing else, before the sources have told anything."""
         config = self.config
         if config.metrics_port is not None:
-            probes = ProbesServer(self.router, lambda: not self.draining)
-            await self._listen("metrics", probes, config.metrics_host, config.metrics_port)
+            probes = ProbesServer(self.router, lambda: not self.draining, others)
+            await self._listen(stack, "metrics", probes, config.metrics_host, config.metrics_port)
         if config.grpc_health_port is None:
             return
         server = Server(self._health.methods())
@@ -214,7 +246,7 @@ class App:
         except ListenError as error:
             advice = listen_advice("grpc_health", config.grpc_health_port, error.errno, "grpc_host")
             raise StartupError(f"grpc_health_port: {error}{advice}") from None
-        self._stack.push_async_callback(server.stop)
+        stack.push_async_callback(server.stop)
 
     def _start_tracing(self, config: TracingConfig) -> None:
         try:
@@ -227,6 +259,24 @@ class App:
         self.router.tracer = export.tracer
         self._stack.push_async_callback(export.close)
         self._stack.callback(self.router.in_flight.close_traces)
+
+    async def _join_replicas(self, config: ReplicasConfig) -> None:
+        """Meet the other replicas, so that what operators have changed counts from the first request on."""
+        try:
+            config.check()
+            from ..sync.valkey import Valkey  # its package is an extra
+        except ValueError as error:
+            raise StartupError(f"replicas: {error}") from None
+        meeting = config.meeting()
+        tls = self._certificates("replicas.tls", config.tls_settings()) if meeting.tls else None
+        secret = config.password.read() if config.password is not None else ""
+        await self._join(Valkey(config, tls), meeting.fleet(config.key), secret)
+
+    async def _join(self, channel: Channel, fleet: str, secret: str) -> None:
+        name = scheduler_name(self.config, self._worker)
+        sync = join(self.router, self.changes, channel, fleet, name, secret)
+        self._stack.push_async_callback(_ended, asyncio.ensure_future(sync.run()))
+        await sync.joined(JOIN_S)
 
     def _start_kv_events(self, config: KvEventsConfig) -> None:
         try:
@@ -264,10 +314,13 @@ class App:
             router.clock,
             time.time,
         )
-        self._stack.push_async_callback(_ended, asyncio.ensure_future(check.run()))
         return check
 
-    async def _start_admin(self, self_check: SelfCheck) -> None:
+    async def _start_admin(
+        self, stack: AsyncExitStack, self_check: SelfCheck, others: Others | None = None
+    ) -> None:
+        """Listen where operators ask, and check pairs from now on."""
+        stack.push_async_callback(_ended, asyncio.ensure_future(self_check.run()))
         config = self.config
         token = config.admin_token.read() if config.admin_token else None
         tls = self._certificates("admin_tls", config.admin_tls)
@@ -279,8 +332,48 @@ class App:
             token=token,
             reload=reload,
             self_check=self_check,
+            others=others,
         )
-        await self._listen("admin", admin, config.admin_host, config.admin_port, tls)
+        await self._listen(stack, "admin", admin, config.admin_host, config.admin_port, tls)
+
+    async def _start_among(self, worker: Worker, self_check: SelfCheck) -> None:
+        """Answer the first of several workers; be that one if no other is, or when that one has ended."""
+        own = WorkerServer(
+            self.router,
+            self.changes,
+            is_ready=lambda: not self.draining,
+            reload=self._reload.reload if self._reload is not None else None,
+            self_check=self_check,
+        )
+        await own.start_on_socket(worker.admin)
+        self._stack.push_async_callback(own.stop)
+        first = FirstWorker(worker)
+        if first.now():
+            await self._lead(self._stack, worker, self_check)
+        else:
+            succession = asyncio.ensure_future(self._succeed(first, worker, self_check))
+            self._stack.push_async_callback(_ended, succession)
+
+    async def _succeed(self, first: FirstWorker, worker: Worker, self_check: SelfCheck) -> None:
+        await first.wait()
+        log.info("worker %s has the admin interface now", worker.name)
+        while True:
+            async with AsyncExitStack() as stack:
+                try:
+                    await self._lead(stack, worker, self_check)
+                    self._stack.push_async_callback(stack.pop_all().aclose)
+                    return
+                except StartupError as error:
+                    log.error("%s", error)
+            await asyncio.sleep(LEAD_AGAIN_S)
+
+    async def _lead(self, stack: AsyncExitStack, worker: Worker, self_check: SelfCheck) -> None:
+        """Listen where only one process can, answer for all workers there, and write their files."""
+        self.changes.saves = True
+        others = Others(worker.name, worker.others, worker.counts)
+        stack.push_async_callback(others.close)
+        await self._start_health(stack, others)
+        await self._start_admin(stack, self_check, others)
 
     async def _start_metaserver(self) -> None:
         config, decode_first = self.config, self.router.decode_first
@@ -288,7 +381,9 @@ class App:
             return
         tls = self._certificates("metaserver_tls", config.metaserver_tls)
         server = Metaserver(decode_first)
-        await self._listen("metaserver", server, config.metaserver_host, config.metaserver_port, tls)
+        await self._listen(
+            self._stack, "metaserver", server, config.metaserver_host, config.metaserver_port, tls
+        )
         decode_first.listen(url_for(config))
         self._stack.push_async_callback(decode_first.close)
 
@@ -311,6 +406,7 @@ class App:
 
     async def _listen(
         self,
+        stack: AsyncExitStack,
         name: str,
         server: HttpServer,
         host: str,
@@ -325,15 +421,16 @@ class App:
             advice = listen_advice(name, port, error.errno)
             where = join_address(host, port)
             raise StartupError(f"{name}_port: cannot listen on {where}: {why}{advice}") from None
-        self._stack.push_async_callback(server.stop)
+        stack.push_async_callback(server.stop)
 
     async def _start_grpc(self) -> None:
         config = self.config
-        access_log = AccessLog(self.router.in_flight.attempt_failed, self.router.in_flight.told)
+        in_flight = self.router.in_flight
+        access_log = AccessLog(in_flight.attempt_failed, in_flight.told, in_flight.is_for_us)
         retries = RetryCheck(
-            self.router.in_flight.may_try_again,
+            in_flight.may_try_again,
             self.router.again,
-            self.router.in_flight.in_vain,
+            in_flight.in_vain,
             config.max_body_bytes,
         )
         discovery = EndpointDiscovery(self.router.registry, self.router.membership.knows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -15,11 +14,14 @@ from ..envoy.configuration import render_config
 from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..models import join_address
+from ..sync.local import tell_ready
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
-from ..system.terminal import has_terminal
-from .app import App, StartupError
+from .app import App
 from .reload import ConfigFile
+from .signals import Signals
+from .startup_error import StartupError
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -27,59 +29,23 @@ Started = Callable[[], Awaitable[None]]
 """Called when requests can come."""
 
 
-class Signals:
-    """Waits for the signals that end the process.
-
-    The first SIGTERM or SIGINT (Ctrl-C) asks for a drain. One after that ends the drain. SIGHUP calls
-    ``hang_up``. From a terminal that is closed, which may send it more than once, and without ``hang_up``, it
-    asks for a drain.
-    """
-
-    def __init__(self, hang_up: Callable[[], None] | None) -> None:
-        self._hang_up = hang_up
-        self._had_terminal = has_terminal()
-        self._drain = asyncio.Event()
-        self._end = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._receive)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-            loop.add_signal_handler(signal.SIGHUP, self._receive_hangup)
-
-    def _receive(self) -> None:
-        if self._drain.is_set():
-            self._end.set()
-        else:
-            self._drain.set()
-
-    def _receive_hangup(self) -> None:
-        closed = self._had_terminal and not has_terminal()
-        if closed or self._hang_up is None:
-            self._drain.set()
-        else:
-            self._hang_up()
-
-    async def wait(self) -> None:
-        """Wait until a drain is asked for."""
-        await self._drain.wait()
-
-    async def run_drain(self, drain: Awaitable[object]) -> None:
-        """Run a drain until it is done or a signal ends it."""
-        draining: asyncio.Future[object] = asyncio.ensure_future(drain)
-        end: asyncio.Future[object] = asyncio.ensure_future(self._end.wait())
-        _, pending = await asyncio.wait({draining, end}, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-
-
-async def serve(config: SchedulerConfig, streams: StandardStreams, file: ConfigFile | None = None) -> int:
+async def serve(
+    config: SchedulerConfig,
+    streams: StandardStreams,
+    file: ConfigFile | None = None,
+    worker: Worker | None = None,
+) -> int:
     """Serve until a signal comes, drain, and return the exit status. ``file`` can be read again.
 
-    Raise :exc:`~vllm_pd_scheduler.service.app.StartupError`.
+    ``worker`` is which of several workers this is; their parent is told when it serves.
+
+    Raise :exc:`~vllm_pd_scheduler.service.startup_error.StartupError`.
     """
-    app = App(config, streams, file)
+    app = App(config, streams, file, worker)
     signals = Signals(app.hang_up if file else None)
     async with app:
+        if worker is not None:
+            await tell_ready(worker.hub, worker.name)
         await signals.wait()
         app.say_draining()
         await signals.run_drain(app.drain())
@@ -102,7 +68,7 @@ async def up(
     ``access_log`` is true. ``file`` can be read again. The two speak over a socket that only this user can
     open, unless the configuration names another socket, or a port.
 
-    Raise :exc:`~vllm_pd_scheduler.service.app.StartupError` or
+    Raise :exc:`~vllm_pd_scheduler.service.startup_error.StartupError` or
     :exc:`~vllm_pd_scheduler.envoy.process.EnvoyError`.
     """
     if config.grpc_tls:

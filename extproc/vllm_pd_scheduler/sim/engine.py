@@ -90,8 +90,9 @@ class Engine:
             raise ValueError("a request needs a prompt token and an output token")
         if request.prompt_tokens + request.output_tokens > self.profile.capacity:
             raise ValueError(f"longer than the KV cache of {self.profile.capacity} tokens")
-        if len(request.block_hashes) > request.prompt_tokens // self.profile.block_size:
-            raise ValueError("more block hashes than the prompt has full blocks")
+        tokens = request.prompt_tokens + request.output_tokens
+        if len(request.block_hashes) > tokens // self.profile.block_size:
+            raise ValueError("more block hashes than the prompt and the answer have full blocks")
         request.arrived = now
         self._requests[request.request_id] = request
         self._waiting.append(request)
@@ -266,9 +267,9 @@ class Engine:
         return True
 
     def _register(self, request: EngineRequest, start: int, stop: int) -> None:
-        """Cache the prompt's full blocks between two tokens: they are filled when the current step ends."""
-        if start < request.prompt_tokens and request.block_hashes:
-            size = self.profile.block_size
+        """Cache the full blocks between two tokens: they are filled when the current step ends."""
+        size = self.profile.block_size
+        if start < len(request.block_hashes) * size:
             self.pool.register(request.request_id, request.block_hashes, start // size, stop // size)
 
     def _preempt(self, request: EngineRequest, step: Step) -> None:
@@ -354,7 +355,7 @@ class Engine:
         leap.applied = steps
         end = leap.end(steps)
         for request in self._running:
-            self.pool.grow(request.request_id, self.profile.blocks_for(request.computed + more))
+            self._grow(request, more)  # there is room: the leap has as many steps as that lasts for
             request.computed += more
             request.generated += more
             request.last_token = end
@@ -363,6 +364,7 @@ class Engine:
         """Whether a step would start the first waiting request, beside a batch that only decodes.
 
         If not, no later step of such a batch will: decoding uses up blocks and cached prompts and frees none.
+        (It may cache blocks of answers. But the prompt that continues one comes after its end.)
         """
         queue = self._fetched or self._waiting
         if not (queue and budget) or len(self._running) >= self.profile.max_num_seqs:

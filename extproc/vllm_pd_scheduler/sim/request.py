@@ -46,9 +46,11 @@ class EngineRequest:
     """Tokens to generate, at least 1."""
     hand_off: HandOff = HandOff.NONE
     block_hashes: Sequence[int] = ()
-    """Chained hashes of the prompt's full blocks: equal hashes mean equal tokens up to there.
+    """Chained hashes of the full blocks of the prompt: equal hashes mean equal tokens up to there.
 
-    Without them the prompt uses no cached blocks and leaves none.
+    Those of the answer's blocks may follow, if they are known before: then the engine that writes the answer
+    caches it too, for a prompt that continues it. Without hashes the prompt uses no cached blocks and leaves
+    none.
     """
     state: State = State.WAITING
     computed: int = 0

@@ -17,6 +17,12 @@ from .request import EngineRequest, HandOff, State
 TokenCallback = Callable[[EngineRequest, float], None]
 """Called with a request and the time of its token."""
 
+Transport = Callable[["VirtualInstance", "VirtualInstance", float, Callable[[], None]], None]
+"""Carries so many bytes from one instance to another, and then calls the last argument."""
+
+CacheCallback = Callable[[list[tuple[int, bool]], float], None]
+"""Called with the hashes of blocks that a step has cached (True) or evicted (False), and the step's end."""
+
 
 class Handle:
     """A scheduled event."""
@@ -124,12 +130,26 @@ class VirtualInstance:
     """Drives one engine by a clock.
 
     With ``leaping`` it is faster, and gives the same times as step by step. A transfer takes the receiver's
-    ``profile.transfer_time``; transfers do not slow down each other.
+    ``profile.transfer_time``, and transfers do not slow down each other; with a ``transport`` it takes the
+    profile's latency and what the transport makes of its bytes. ``on_cache`` is told what the engine's prefix
+    cache gains and loses.
     """
 
-    def __init__(self, engine: Engine, clock: VirtualClock, *, leaping: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: VirtualClock,
+        *,
+        leaping: bool = True,
+        transport: Transport | None = None,
+        on_cache: CacheCallback | None = None,
+    ) -> None:
         self.engine = engine
         self.clock = clock
+        self._transport = transport
+        self._on_cache = on_cache
+        if on_cache is not None:
+            engine.pool.changes = []
         self.hand_offs: Counter[Fetch] = Counter()
         """Hand-offs received, by the outcome of the fetch. Where it was not good, this engine prefills."""
         self._leaping = leaping
@@ -224,8 +244,8 @@ class VirtualInstance:
         step = self.engine.step(now)
         self._preemptions += len(step.preempted)
         for request in step.transfers:
-            seconds = self.engine.profile.transfer_time(request.transfer_tokens)
-            self.clock.call_at(now + seconds, partial(self._on_transfer_end, request))
+            self._transfer(request)
+        self._tell_of_cache(now + step.duration)
         if not step.idle:
             self._next_event = self.clock.call_at(now + step.duration, partial(self._on_step_end, step))
         elif self.engine.queued and (expiry := self.engine.next_expiry()) is not None:
@@ -259,6 +279,7 @@ class VirtualInstance:
         leap = self._leap
         assert leap is not None
         self.engine.apply(leap, leap.steps)
+        self._tell_of_cache(self.clock.now)
         self._generation_tokens += leap.steps * leap.batch
         seconds = leap.end(leap.steps) - leap.start
         self._count(seconds, leap.steps * leap.batch, seconds * leap.batch)
@@ -273,6 +294,13 @@ class VirtualInstance:
         """Apply the steps of the leap that have started by now to the engine."""
         if self._leap:
             self.engine.apply(self._leap, self._leap.started(self.clock.now))
+            self._tell_of_cache(self.clock.now)
+
+    def _tell_of_cache(self, at: float) -> None:
+        changes = self.engine.pool.changes
+        if changes and self._on_cache is not None:
+            self.engine.pool.changes = []
+            self._on_cache(changes, at)
 
     def _interrupt(self) -> None:
         """Prepare for a change of the engine: end a leap after its current step.
@@ -290,6 +318,16 @@ class VirtualInstance:
 
     # -- transfers ------------------------------------------------------------------------------------
 
+    def _transfer(self, request: EngineRequest) -> None:
+        profile, ends = self.engine.profile, partial(self._on_transfer_end, request)
+        offer = self._jobs[request.request_id].offer
+        if self._transport is None or offer is None:
+            self.clock.call_at(self.clock.now + profile.transfer_time(request.transfer_tokens), ends)
+            return
+        size = request.transfer_tokens * profile.kv_bytes_per_token
+        carry = partial(self._transport, offer.source, self, float(size), ends)
+        self.clock.call_at(self.clock.now + profile.transfer_latency, carry)
+
     def _on_transfer_end(self, request: EngineRequest) -> None:
         if request.state is not State.DEFERRED:
             return  # aborted during the transfer
@@ -301,5 +339,6 @@ class VirtualInstance:
         self.hand_offs[found] += 1
         if found is Fetch.GOOD:
             self.engine.transfer_done(request.request_id)
+            self._tell_of_cache(self.clock.now)
         else:
             self.engine.transfer_failed(request.request_id, recompute=True)

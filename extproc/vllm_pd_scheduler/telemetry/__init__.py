@@ -1,5 +1,5 @@
 """Prometheus metrics of what happens to requests."""
 
-from .metrics import Ending, QueueOutcome, Served, Telemetry
+from .metrics import Ending, QueueOutcome, Served, Stray, Telemetry
 
-__all__ = ["Ending", "QueueOutcome", "Served", "Telemetry"]
+__all__ = ["Ending", "QueueOutcome", "Served", "Stray", "Telemetry"]

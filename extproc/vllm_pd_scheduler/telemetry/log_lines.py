@@ -23,8 +23,8 @@ _MAX_ID = 128
 class TextLines(logging.Formatter):
     """A line for people, with the request's id at its end."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, worker: str = "") -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {worker and f'{worker} '}%(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line, without the traceback that may follow it."""
@@ -36,8 +36,13 @@ class TextLines(logging.Formatter):
 class JsonLines(logging.Formatter):
     """An object on one line: ``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``.
 
-    ``request_id`` is there if the line is about a request, ``exception`` if it tells of one.
+    ``worker`` is there if there are several, ``request_id`` if the line is about a request, and ``exception``
+    if it tells of one.
     """
+
+    def __init__(self, worker: str = "") -> None:
+        super().__init__()
+        self._worker = {"worker": worker} if worker else {}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the object."""
@@ -47,6 +52,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **self._worker,
         }
         if about := _about():
             line["request_id"] = about
@@ -59,6 +65,6 @@ def _about() -> str:
     return request_id.get()[:_MAX_ID]
 
 
-def formatter(kind: LogFormat) -> logging.Formatter:
-    """Return what makes lines of a format."""
-    return JsonLines() if kind == "json" else TextLines()
+def formatter(kind: LogFormat, worker: str = "") -> logging.Formatter:
+    """Return what makes lines of a format; among several workers each line names its own."""
+    return JsonLines(worker) if kind == "json" else TextLines(worker)

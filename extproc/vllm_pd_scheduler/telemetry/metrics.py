@@ -66,6 +66,18 @@ class Ending(StrEnum):
 _ERRORS = frozenset({Ending.CLIENT_ERROR, Ending.ERROR, Ending.CUT})
 
 
+class Stray(StrEnum):
+    """What Envoy has told of, or asked for, a request of another run: the label ``what`` of
+    ``pd_scheduler_strays_total``."""
+
+    ATTEMPT = "attempt"
+    """That an attempt has failed."""
+    RESULT = "result"
+    """How it has ended."""
+    QUESTION = "question"
+    """Whether it may be tried again."""
+
+
 class QueueOutcome(StrEnum):
     """How a request left the queue: the label ``outcome`` of ``pd_scheduler_queue_wait_seconds``."""
 
@@ -253,6 +265,13 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.prometheus,
         )
+        strays = Counter(
+            "pd_scheduler_strays",
+            "What Envoy has told or asked of requests that another scheduler has, or had before a restart.",
+            ["what"],
+            registry=self.prometheus,
+        )
+        self._strays = {what: strays.labels(what) for what in Stray}
         responses = Counter(
             "pd_scheduler_responses",
             "Requests sent to decode that have ended, by how.",
@@ -350,6 +369,10 @@ class Telemetry:
         if ttft is not None:
             self._time_to_first_token[served].observe(ttft)
             self.totals.ttft.observe(ttft)
+
+    def strayed(self, what: Stray) -> None:
+        """Count what came here of a request that is not of this run."""
+        self._strays[what].inc()
 
     def handed_off(self, prefill: str, decode: str, seconds: float) -> None:
         """Record how long it took from D's having a hand-off to its first byte."""

@@ -26,6 +26,16 @@
 {{- end }}
 {{- end }}
 
+{{/* Not empty if the schedulers of all pods share what they do. */}}
+{{- define "vllm-pd-scheduler.shared" -}}
+{{- if or .Values.valkey.enabled .Values.config.replicas }}yes{{ end }}
+{{- end }}
+
+{{/* The name of the headless Service by which an Envoy finds the schedulers of the other pods. */}}
+{{- define "vllm-pd-scheduler.peers" -}}
+{{ include "vllm-pd-scheduler.fullname" . }}-schedulers
+{{- end }}
+
 {{- define "vllm-pd-scheduler.config" -}}
 {{- $config := deepCopy .Values.config }}
 {{- if and .Values.tls.admin (not .Values.admin.existingSecret) }}
@@ -45,8 +55,31 @@
 {{- else }}
 {{- $_ = set $config "grpc_tls" (dict "self_signed" true) }}
 {{- end }}
+{{- else if include "vllm-pd-scheduler.shared" . }}
+{{- $_ = set $config "grpc_host" .Values.listenHost }}
+{{- if .Values.tls.grpc }}
+{{- $_ = set $config "grpc_tls" (dict "cert" (printf "%s/grpc-tls/tls.crt" $mounts) "key" (printf "%s/grpc-tls/tls.key" $mounts) "client_ca" (printf "%s/grpc-tls/ca.crt" $mounts)) }}
+{{- end }}
 {{- else }}
 {{- $_ = set $config "grpc_socket" "/run/vllm-pd-scheduler/grpc" }}
+{{- end }}
+{{- if include "vllm-pd-scheduler.shared" . }}
+{{- $shared := $config.replicas | default dict }}
+{{- with .Values.valkey }}
+{{- if and .enabled $shared.url }}
+{{- fail "valkey.enabled: config.replicas.url names another server: set one of the two" }}
+{{- end }}
+{{- if and .enabled (not .existingSecret) }}
+{{- fail "valkey.enabled: needs valkey.existingSecret, a Secret with a password" }}
+{{- end }}
+{{- if .enabled }}
+{{- $_ = set $shared "url" (printf "valkey://%s-valkey:6379" (include "vllm-pd-scheduler.fullname" $)) }}
+{{- end }}
+{{- if .existingSecret }}
+{{- $_ = set $shared "password" (dict "file" (printf "%s/valkey/%s" $mounts .secretKey)) }}
+{{- end }}
+{{- end }}
+{{- $_ = set $config "replicas" $shared }}
 {{- end }}
 {{- if .Values.admin.existingSecret }}
 {{- $_ = set $config "admin_host" .Values.listenHost }}
@@ -83,7 +116,8 @@
 {{- with .Values.admin.existingSecret }}{{ $_ := set $secrets "admin" . }}{{ end }}
 {{- with .Values.tls.admin }}{{ $_ := set $secrets "admin-tls" . }}{{ end }}
 {{- with .Values.apiKey.existingSecret }}{{ $_ := set $secrets "api-key" . }}{{ end }}
-{{- if eq .Values.mode "epp" }}{{ with .Values.tls.grpc }}{{ $_ := set $secrets "grpc-tls" . }}{{ end }}{{ end }}
+{{- if include "vllm-pd-scheduler.shared" . }}{{ with .Values.valkey.existingSecret }}{{ $_ := set $secrets "valkey" . }}{{ end }}{{ end }}
+{{- if or (eq .Values.mode "epp") (include "vllm-pd-scheduler.shared" .) }}{{ with .Values.tls.grpc }}{{ $_ := set $secrets "grpc-tls" . }}{{ end }}{{ end }}
 {{- if .Values.tls.instances.enabled }}{{ with .Values.tls.instances.existingSecret }}{{ $_ := set $secrets "instance-tls" . }}{{ end }}{{ end }}
 {{- toJson $secrets }}
 {{- end }}

@@ -20,6 +20,11 @@ app.kubernetes.io/name: {{ include "vllm-pd-scheduler.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
+{{- define "vllm-pd-scheduler.valkeySelector" -}}
+app.kubernetes.io/name: {{ printf "%s-valkey" (include "vllm-pd-scheduler.name" .) | trunc 63 | trimSuffix "-" | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end }}
+
 {{- define "vllm-pd-scheduler.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{ include "vllm-pd-scheduler.selector" . }}

@@ -1,6 +1,7 @@
 {{/* The scheduler's container. */}}
 {{- define "vllm-pd-scheduler.scheduler" -}}
 {{- $standalone := eq .Values.mode "standalone" }}
+{{- $socket := and $standalone (not (include "vllm-pd-scheduler.shared" .)) }}
 {{- $mounts := include "vllm-pd-scheduler.mounts" . -}}
 - name: scheduler
   {{- if $standalone }}
@@ -21,7 +22,7 @@
     {{- toYaml . | nindent 4 }}
   {{- end }}
   ports:
-    {{- if not $standalone }}
+    {{- if not $socket }}
     - {name: grpc, containerPort: 9002}
     {{- end }}
     - {name: metrics, containerPort: 9090}
@@ -52,7 +53,7 @@
     {{- toYaml .Values.securityContext | nindent 4 }}
   volumeMounts:
     - {name: config, mountPath: {{ $mounts }}/config, readOnly: true}
-    {{- if $standalone }}
+    {{- if $socket }}
     - {name: socket, mountPath: /run/vllm-pd-scheduler}
     {{- end }}
     {{- if ne "{}" (include "vllm-pd-scheduler.reads" .) }}

@@ -30,7 +30,7 @@ function reasonOf(instance) {
 
 const COLUMNS = [
   { name: "State", cell: stateCell },
-  { name: "In flight", number: true, cell: (instance) => number(instance.in_flight) },
+  { name: "In flight", number: true, cell: inFlightCell },
   { name: "Running", number: true, cell: (instance) => number(instance.running) },
   { name: "Queued", number: true, cell: (instance) => number(instance.waiting) },
   { name: "KV cache", number: true, cell: cacheCell },
@@ -42,6 +42,12 @@ function stateCell(instance) {
   const badge = h("span", { class: "badge", "data-tone": tone(instance) }, stateOf(instance));
   const reason = reasonOf(instance);
   return [badge, reason ? h("small", {}, reason) : ""];
+}
+
+/** The requests on an instance, and how many of them other replicas of the scheduler have sent. */
+function inFlightCell(instance) {
+  const elsewhere = instance.in_flight_elsewhere;
+  return elsewhere ? [number(instance.in_flight), h("small", {}, `${number(elsewhere)} elsewhere`)] : number(instance.in_flight);
 }
 
 function cacheCell(instance) {

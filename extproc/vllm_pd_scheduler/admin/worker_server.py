@@ -1,0 +1,23 @@
+"""The admin interface of one worker, which the first of them asks."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from .live_api import reading
+from .others import READING_PATH
+from .server import AdminServer
+
+
+class WorkerServer(AdminServer):
+    """Serves a worker's own admin interface, at a socket that only this user can open; so without a token."""
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application."""
+        app = super().application()
+        app.router.add_get(READING_PATH, self._reading)
+        return app
+
+    async def _reading(self, _: web.Request) -> web.Response:
+        return web.Response(body=msgspec.msgpack.encode(reading(self._router)))

@@ -1,0 +1,1 @@
+"""What carries the replicas' messages: the loop that sends and receives them, and its back ends."""

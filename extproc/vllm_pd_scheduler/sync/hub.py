@@ -1,0 +1,103 @@
+"""Where the workers of a machine meet: the parent's Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..rpc.listener import bind_socket, remove_socket
+from .channel import START, Position
+from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, encode
+
+log = logging.getLogger(__name__)
+
+
+class Hub:
+    """Passes on what each worker says to all others, and keeps the log of operators' changes.
+
+    Of the log it keeps the newest change, which leads to the whole state. A worker that does not read what it
+    is sent is cut off; it connects again, and the messages after that mend what it has missed. ``ready`` is
+    called with the name of a worker that serves.
+    """
+
+    def __init__(self, ready: Callable[[str], None]) -> None:
+        self._ready = ready
+        self._connections: set[_Worker] = set()
+        self._position: Position = START
+        self._newest = b""
+        self._count = 0
+        self._server: asyncio.Server | None = None
+        self._socket: tuple[str, int] | None = None
+
+    async def start(self, path: str) -> None:
+        """Listen at a path; raise :exc:`~vllm_pd_scheduler.rpc.ListenError`. Only this user can connect."""
+        bound, inode = bind_socket(path)
+        self._socket = path, inode
+        self._server = await asyncio.get_running_loop().create_unix_server(lambda: _Worker(self), sock=bound)
+
+    async def stop(self) -> None:
+        """Stop listening, and close all connections."""
+        if self._server is not None:
+            self._server.close()
+        for each in tuple(self._connections):
+            each.close("the parent ends")
+        if self._socket is not None:
+            remove_socket(*self._socket)
+
+    def connected(self, worker: _Worker) -> None:
+        """Take in a connection, and tell it the log."""
+        self._connections.add(worker)
+        worker.write(encode(Newest(self._position, self._newest)))
+
+    def lost(self, worker: _Worker) -> None:
+        """Forget a connection."""
+        self._connections.discard(worker)
+
+    def received(self, worker: _Worker, frame: Frame) -> None:
+        """Do what a worker asks for."""
+        match frame:
+            case Told():
+                self._tell(encode(frame), worker)
+            case Append(call, expected, data):
+                worker.write(encode(Appended(call, self._append(expected, data))))
+            case Ready(name):
+                self._ready(name)
+            case _:
+                worker.close(f"a worker sends no {type(frame).__name__}")
+
+    def _append(self, expected: Position, data: bytes) -> Position | None:
+        if expected != self._position:
+            return None
+        self._count += 1
+        self._position, self._newest = str(self._count), data
+        self._tell(encode(Newest(self._position, data)), None)  # the one that asked too, before its answer
+        return self._position
+
+    def _tell(self, data: bytes, sender: _Worker | None) -> None:
+        for each in tuple(self._connections):
+            if each is not sender and not each.write(data):
+                each.close("it does not read what it is sent")
+
+
+class _Worker(Connection):
+    """The hub's end of a connection."""
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self._hub = hub
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._hub.connected(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._hub.lost(self)
+
+    def received(self, frame: Frame) -> None:
+        self._hub.received(self, frame)
+
+    def close(self, why: str) -> None:
+        log.warning("a worker's connection is closed: %s", why)
+        super().close(why)

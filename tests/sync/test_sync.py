@@ -1,0 +1,175 @@
+"""The loop of a replica: when it sends, what it makes of what comes, and what it says of the others."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.support.channels import Meeting
+from tests.support.replicas import Scheduler, running
+from tests.support.waiting import until
+from vllm_pd_scheduler.replicas import Ignored
+from vllm_pd_scheduler.sync.greeting import MAGIC
+
+
+@pytest.fixture
+def meeting() -> Meeting:
+    return Meeting()
+
+
+async def test_a_request_is_told_by_the_journal_and_its_end_too(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        reservation = one.reserve()
+        await until(lambda: two.in_flight() == 1)
+        assert two.news > 0
+        one.now += 0.02
+        reservation.release(one.now)
+        await until(lambda: two.in_flight() == 0)
+
+
+async def test_nothing_is_sent_while_nothing_happens(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        await until(lambda: one.sync.others and two.sync.others)
+        await asyncio.sleep(0.05)  # what they have said to each other on meeting
+        before = len(one.channel.sent)
+        await asyncio.sleep(0.1)
+        assert len(one.channel.sent) == before
+
+
+async def test_what_others_do_is_not_told_again(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        await until(lambda: one.sync.others and two.sync.others)
+        await asyncio.sleep(0.05)
+        before = len(two.channel.sent)
+        one.reserve()
+        await until(lambda: two.in_flight() == 1)
+        await asyncio.sleep(0.05)
+        assert len(two.channel.sent) == before
+
+
+async def test_one_that_comes_hears_what_there_is(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one):
+        one.reserve()
+        async with running(two):
+            await until(lambda: two.in_flight() == 1)
+
+
+async def test_while_the_server_is_away_all_goes_on_and_is_told_when_it_is_back(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        one.channel.lose("it is gone")
+        one.reserve()
+        one.now += 2.5
+        await asyncio.sleep(0.05)
+        assert two.in_flight() == 0
+        assert one.sync.summary() == "no connection to the other replicas for 2 s; this one goes on by itself"
+        one.channel.connect()
+        await until(lambda: two.in_flight() == 1)
+        assert one.sync.summary() == "connected; 1 other replica is heard"
+        assert one.channel.traffic.dropped["not connected"] > 0
+        lost, back = one.said()[-2:]
+        assert lost.startswith("no connection to the other replicas: it is gone; this one goes on")
+        assert back == "connected to the other replicas, after 2.5 s"
+
+
+async def test_one_that_was_away_for_a_moment_asks_what_it_has_missed(meeting: Meeting) -> None:
+    """Without a request or a summary of the other one, for which time would have to go on."""
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        await until(lambda: one.sync.others and two.sync.others)
+        one.channel.lose("it is gone")
+        two.reserve()
+        await asyncio.sleep(0.05)
+        assert one.in_flight() == 0
+        one.channel.connect()
+        await until(lambda: one.in_flight() == 1)
+
+
+async def test_a_loss_is_said_once_however_often_it_comes(meeting: Meeting) -> None:
+    one = Scheduler(meeting)
+    async with running(one):
+        for _ in range(20):
+            one.channel.lose("it is gone")
+            one.channel.connect()
+        assert sum("it is gone" in each for each in one.said()) == 1
+        assert sum("connected to" in each for each in one.said()) == 2
+
+
+async def test_a_replica_that_is_silent_is_forgotten_and_that_is_said(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting, "b")
+    async with running(one, two):
+        two.reserve()
+        await until(lambda: one.in_flight() == 1)
+        two.channel.lose()
+        one.now += 3.0
+        one.reserve("d1")  # wakes it; else the summary does, within a second
+        await until(lambda: one.in_flight() == 0)
+        assert "replica b on " in one.said()[-1]
+        assert one.said()[-1].endswith("is silent: its requests count no more")
+
+
+async def test_garbage_is_counted_and_ends_nothing(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        greetings = MAGIC, MAGIC + b"\xc1", MAGIC + b"\x91\x01"
+        for data in (b"", b"x", *greetings, b"PDR" + bytes(40), bytes(2_000_000)):
+            two.channel.send(data)
+        assert sum(one.sync.replica.ignored.values()) == 7
+        assert one.sync.replica.ignored[Ignored.GARBAGE] >= 4
+        two.reserve()
+        await until(lambda: one.in_flight() == 1)
+
+
+async def test_another_configuration_is_said_once_by_its_keys_and_counts(
+    meeting: Meeting,
+) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting, strategy="round_robin", admin_port=1, max_waiting=4)
+    async with running(one, two):
+        two.reserve()
+        await until(lambda: one.in_flight() == 1)
+        two.sync._greet()
+        found = [each for each in one.said() if "configured" in each]
+        assert len(found) == 1
+        assert "in another way: max_waiting, strategy;" in found[0]
+        assert one.sync.greetings.differing() == [two.sync.replica.name]
+
+
+async def test_all_hash_prompts_alike_and_another_password_is_said(meeting: Meeting) -> None:
+    one, two, other = Scheduler(meeting), Scheduler(meeting), Scheduler(meeting, secret="another")
+    keys = [each.router._core.reader.hash_key for each in (one, two, other)]
+    assert keys[0] == keys[1] != keys[2]
+    async with running(one, two, other):
+        found = [each for each in one.said() if "configured" in each]
+        assert len(found) == 1
+        assert "in another way: replicas.password;" in found[0]
+        one.sync.reconfigured(one.router.config)
+        assert other.sync.greetings.differing() == [one.sync.replica.name, two.sync.replica.name]
+
+
+async def test_a_name_that_two_have_is_said(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting, "a"), Scheduler(meeting, "a")
+    async with running(one, two):
+        assert any("has the same replicas.name" in each for each in one.said())
+
+
+async def test_a_strategy_that_raises_in_a_wake_breaks_nothing(
+    meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    one.sync._news = broken
+    async with running(one, two):
+        two.reserve()
+        await until(lambda: one.in_flight() == 1)
+        two.now += 1
+        two.reserve()
+        await until(lambda: one.in_flight() == 2)
+    assert sum("cannot be used" in each.message for each in caplog.records) == 1
