@@ -74,7 +74,7 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
     path.write_text(json.dumps(listening), encoding="utf-8")
     for options, used in ((), 10555), (("--prefill-port=7",), 7):
         assert yaml.safe_load(printed(f"--config={path}", *options)) == render_config(
-            EnvoyPorts(prefill=used)
+            EnvoyPorts(prefill=used, continuation=None)
         )
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(
