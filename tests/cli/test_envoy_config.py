@@ -78,10 +78,10 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
         )
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(
-        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None)
+        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None, continuation=None)
     )
     assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(
-        EnvoyPorts(prefill=None)
+        EnvoyPorts(prefill=None, continuation=None)
     )
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     ended = CliRunner().invoke(app, ["envoy-config", f"--config={tmp_path / 'bad.json'}"])
