@@ -112,7 +112,7 @@ class DisaggregationTest(unittest.TestCase):
                 self.registry.reserve(d1, RequestContext("/"))
                 known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 250.0}
                 self.assertIsNone(self.local(10_050, **known))
-                self.registry.answered(d1, BLOCKS[:10], 250.0, 2500, 7500)
+                self.registry.answered(d1, BLOCKS[:10], 250.0, 2500, 7501)
                 self.assertEqual(self.local(10_050, **known), "d1")
 
     def test_to_ask_takes_no_turn(self) -> None:
