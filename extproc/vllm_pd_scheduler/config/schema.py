@@ -45,6 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Revision = Annotated[str, Field(max_length=128)]
 Probes = Annotated[int, Field(ge=1, le=1000)]
+Disaggregating = Literal["always", "never", "auto", "tpot"] | Annotated[int, Field(ge=1, le=10**9)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
 _LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5}))?")
@@ -117,9 +118,10 @@ class SchedulerConfig(InstancesFile):
     tpot_slo: Seconds | None = None
     """Seconds for each further token that the strategy `slo` tries to keep, for requests without the header
     `x-pd-tpot-slo-ms`."""
-    disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1, le=10**9)] = "always"
+    disaggregation: Disaggregating = "always"
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
-    many prompt tokens, `auto` those that cost less so. See [Conditional
+    many prompt tokens, `auto` those that cost less so, `tpot` those that D would not read
+    sooner or would slow its answers down too much for. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
     prefill_leg: Literal["scheduler", "sidecar"] = "scheduler"
     """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
@@ -364,7 +366,7 @@ class SchedulerConfig(InstancesFile):
             return read(value)
         except ValidationError:  # one for each kind of value that it may have
             raise ValueError(
-                "must be 'always', 'never', 'auto' or a whole number of tokens above 0"
+                "must be 'always', 'never', 'auto', 'tpot' or a whole number of tokens above 0"
             ) from None
 
     @classmethod

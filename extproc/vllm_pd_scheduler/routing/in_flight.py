@@ -246,7 +246,10 @@ class RequestsInFlight:
             self._free(forward)  # Envoy knew none of those who could use it
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if 200 <= result.status < 300 and forward.recorded is not None:
-            self._recording.answered(forward.recorded, result.answer_bytes, ttft)
+            tokens = self._recording.answered(forward.recorded, result.answer_bytes, ttft)
+            if endpoint is not None and ending is Ending.OK:
+                kept = forward.recorded
+                self._registry.answered(endpoint, kept.blocks, kept.block_tokens, kept.prompt_tokens, tokens)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
