@@ -78,21 +78,25 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
     expected = render_config(
-        EnvoyPorts(grpc=9102, prefill=None), InstanceTlsConfig(), 7.5, 3, settings["public_paths"]
+        EnvoyPorts(grpc=9102, prefill=None, continuation=None),
+        InstanceTlsConfig(),
+        7.5,
+        3,
+        settings["public_paths"],
     )
     assert yaml.safe_load(printed(f"--config={path}")) == expected
     listening = {**FLEET, "prefill_listener": "http://127.0.0.1:10555"}
     path.write_text(json.dumps(listening), encoding="utf-8")
     for options, used in ((), 10555), (("--prefill-port=7",), 7):
         assert yaml.safe_load(printed(f"--config={path}", *options)) == render_config(
-            EnvoyPorts(prefill=used)
+            EnvoyPorts(prefill=used, continuation=None)
         )
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(
-        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None)
+        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None, continuation=None)
     )
     assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(
-        EnvoyPorts(prefill=None)
+        EnvoyPorts(prefill=None, continuation=None)
     )
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     ended = CliRunner().invoke(app, ["envoy-config", f"--config={tmp_path / 'bad.json'}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,9 +64,12 @@ def envoy_config(
     else:
         settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
+    ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
+    if config is not None:
+        ports = replace(ports, continuation=settings.continuation_port)
     try:
         rendered = render_config(
-            EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
+            ports,
             settings.instance_tls,
             settings.stream_idle_timeout,
             settings.max_retries,
