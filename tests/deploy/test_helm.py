@@ -651,7 +651,10 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load((tmp_path / "envoy.yaml").read_text())
     ports = EnvoyPorts(
-        prefill=None, address=values.get("listenHost", "0.0.0.0"), grpc_socket=config.grpc_socket
+        prefill=None,
+        address=values.get("listenHost", "0.0.0.0"),
+        grpc_socket=config.grpc_socket,
+        continuation=config.continuation_port,
     )
     peers = [
         SchedulerAddress("127.0.0.1:9002"),
