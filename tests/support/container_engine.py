@@ -27,7 +27,7 @@ from tests.support.compose_file import ROOT
 _SUITE, _PYTHON = "bookworm", "3.11"
 """A Debian release and the version of its Python."""
 
-_EXTRAS = ("docker", "envoy", "self-signed", "tracing")
+_EXTRAS = ("docker", "envoy", "kv-events", "replicas", "self-signed", "tracing")
 """What the image has besides, as the Dockerfile says."""
 
 _NOT_NEEDED = (
