@@ -135,8 +135,22 @@ async def test_one_that_does_not_read_is_cut_off(machine: Machine) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("sent", [b"\xff" * 8, struct.pack("!I", MAX_FRAME_BYTES + 1), b"\0\0\0\1\5"])
-async def test_garbage_ends_its_connection_alone(machine: Machine, sent: bytes) -> None:
+_DEEP = b"\x93\1\xc4\0" + b"\x91" * 500_000
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\xff" * 8,
+        struct.pack("!I", MAX_FRAME_BYTES + 1),
+        b"\0\0\0\1\5",
+        struct.pack("!I", len(_DEEP)) + _DEEP,
+    ],
+    ids=["length", "too long", "no frame", "deep"],
+)
+async def test_garbage_ends_its_connection_alone(
+    machine: Machine, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     one = await machine.worker()
     reader, writer = await asyncio.open_unix_connection(machine.path)
     writer.write(sent)
@@ -146,6 +160,8 @@ async def test_garbage_ends_its_connection_alone(machine: Machine, sent: bytes) 
     writer.close()
     assert one.channel.send(b"x")
     assert not one.channel.problem
+    assert "a worker's connection is closed: " in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_without_a_hub_nothing_waits(tmp_path: Path) -> None:
