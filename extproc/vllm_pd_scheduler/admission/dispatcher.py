@@ -171,7 +171,9 @@ class Dispatcher:
                 self._confirm(self._claimed.popleft(), now)
             for ticket in list(self._overdue(now)):
                 self.queue.remove(ticket)
-                ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
+                ticket.settle(
+                    self._refusal(ticket, "queue_timeout", "It waited too long for a free instance")
+                )
             while self._dispatch_one(now):
                 pass
         finally:

@@ -16,7 +16,18 @@ from typing import Any
 from ..config import ReplicasConfig
 from ..health.names import NameNotResolved, NameResolver
 from ..models import is_ip, join_address
-from .channel import MAX_CHANGE_BYTES, START, Change, Dropped, Listener, NotKept, Overtaken, Position, Traffic
+from .channel import (
+    MAX_CHANGE_BYTES,
+    START,
+    UNSURE,
+    Change,
+    Dropped,
+    Listener,
+    NotKept,
+    Overtaken,
+    Position,
+    Traffic,
+)
 from .connection import Connection, Lost, Refused, connect
 
 OLDEST = (6, 2)
@@ -330,7 +341,7 @@ class Valkey:
 
 
 _ONLY_READ = "it is a copy that can only be read: name the primary in replicas.url, or use Sentinels"
-_UNSURE = "; nobody knows whether the change is kept: if it is, it is made when the server is back"
+_UNSURE = UNSURE % "the server is back"
 
 
 async def _moving(answer: Any) -> None:
