@@ -43,8 +43,10 @@ class SchedulerAddress:
     def parse(cls, text: str) -> SchedulerAddress:
         """Return the scheduler of ``[NAME=]ADDRESS[,PRIORITY]``."""
         name, equals, address = text.partition("=")
-        if not (equals and NAME.fullmatch(name)):
+        if not equals or name.startswith("/"):  # a path can have the sign in it
             name, address = "", text
+        elif not NAME.fullmatch(name):
+            raise ValueError(f"{text!r}: a name is 1 to 16 of a to z and 0 to 9, not {name!r}")
         address, _, priority = address.partition(",")
         if priority and not priority.isdecimal():
             raise ValueError(f"{text!r}: the priority after the comma is a number, 0 or more")
