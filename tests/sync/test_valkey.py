@@ -445,6 +445,46 @@ async def test_a_server_that_answers_garbage_later_is_left(server: Server) -> No
         assert one.heard.messages == []
 
 
+_USABLE = {
+    b"HELLO": _hello("7.2.4"),
+    b"SUBSCRIBE": b">3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n",
+    b"PUBLISH": b":1\r\n",
+}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [b":1\r\n", b"$1\r\nx\r\n", b"*1\r\n:1\r\n", b"*1\r\n*2\r\n:1\r\n:2\r\n", b"*1\r\n*1\r\n:1\r\n",
+     b"*1\r\n*2\r\n:1\r\n*2\r\n*0\r\n:1\r\n", b"_\r\n"],
+)  # fmt: skip
+async def test_a_log_that_is_none_is_said(entries: bytes) -> None:
+    answers = {**_USABLE, b"local trim": b":5\r\n", b"XREVRANGE\r\n$": entries}
+    async with fake(answers) as url, Replica(url).running() as one:
+        await until(lambda: one.heard.problems)
+        assert "the log there is none of ours" in one.channel.problem
+
+
+@pytest.mark.parametrize(
+    "found",
+    [b":1\r\n", b"$1\r\nx\r\n", b"*1\r\n$1\r\nx\r\n", b"*2\r\n_\r\n_\r\n", b"*2\r\n$1\r\nx\r\n*0\r\n",
+     b"*2\r\n$9\r\n127.0.0.1\r\n$5\r\n99999\r\n", b"*2\r\n$9\r\n127.0.0.1\r\n$2\r\n-1\r\n",
+     b"*2\r\n$0\r\n\r\n$2\r\n99\r\n"],
+)  # fmt: skip
+async def test_a_sentinel_that_tells_nonsense_is_left(found: bytes) -> None:
+    async with fake({b"SENTINEL": found}) as url, Replica(url, sentinel="ours").running() as one:
+        await until(lambda: one.heard.problems)
+        assert "Sentinel 127.0.0.1:" in one.channel.problem
+        assert "it tells no address" in one.channel.problem
+
+
+@pytest.mark.parametrize("where", ["10.0.0.1:99999", "10.0.0.1:0", "not a name:1", "x" * 300 + ":1"])
+async def test_a_node_that_sends_nowhere_is_left(where: str) -> None:
+    answers = {**_USABLE, b"SUBSCRIBE": f"-MOVED 1 {where}\r\n".encode()}
+    async with fake(answers) as url, Replica(url).running() as one:
+        await until(lambda: one.heard.problems)
+        assert one.channel.problem
+
+
 async def test_a_name_that_is_not_found_is_said() -> None:
     async with Replica("valkey://nowhere.invalid").running() as one:
         await until(lambda: one.heard.problems)

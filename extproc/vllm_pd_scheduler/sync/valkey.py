@@ -14,8 +14,9 @@ from collections import deque
 from typing import Any
 
 from ..config import ReplicasConfig
+from ..config.instances import is_host
 from ..health.names import NameNotResolved, NameResolver
-from ..models import is_ip, join_address
+from ..models import canonical_host, is_ip, join_address
 from .channel import (
     MAX_CHANGE_BYTES,
     START,
@@ -194,9 +195,8 @@ class Valkey:
             entries = await connection.ask("XRANGE", self._changes, *after)
         if not entries:  # we come new, or the server has lost what we know
             entries = await connection.ask("XREVRANGE", self._changes, "+", "-", "COUNT", "1")
-        for position, fields in entries:
-            values = dict(zip(fields[::2], fields[1::2], strict=False))
-            self._tell(_text(position), bytes(values.get(b"change", b"")))
+        for position, data in _changes(entries):
+            self._tell(position, data)
 
     # -- the connection
 
@@ -270,7 +270,7 @@ class Valkey:
             found = await connection.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
             if not found:
                 raise _Unusable(f"it knows no server {name!r}: see replicas.sentinel")
-            return _text(found[0]), int(found[1])
+            return _address(found)
         except (Refused, Lost, ValueError) as error:
             raise _Unusable(_advice(error, "sentinel_password")) from None
         finally:
@@ -349,7 +349,7 @@ async def _moving(answer: Any) -> None:
         await answer
     except Refused as error:
         if found := re.fullmatch(r"MOVED [0-9]+ (.+):([0-9]+)", str(error)):
-            raise _Moved((found[1], int(found[2]))) from None
+            raise _Moved(_address([found[1], found[2]])) from None
         raise
 
 
@@ -383,6 +383,30 @@ def _advice(error: Exception, password: str = "password") -> str:
     if error.code in ("NOPROTO",) or "unknown command" in text:
         return f"it is too old: Redis 6.2 or Valkey 7.2 is needed ({text})"
     return f"it says: {text}"
+
+
+def _address(words: Any) -> tuple[str, int]:
+    """Return the host and port that somebody tells; raise :exc:`ValueError` if they are none."""
+    try:
+        host, port = _text(words[0]), int(words[1])
+    except (TypeError, ValueError, IndexError):
+        host, port = "", 0
+    if not is_host(canonical_host(host)) or not 0 < port < 65536:
+        raise ValueError("it tells no address")
+    return host, port
+
+
+def _changes(entries: Any) -> list[tuple[str, bytes]]:
+    """Return the entries of a log; raise :exc:`.Refused` if they are none."""
+    try:
+        found = []
+        for position, fields in entries:
+            values = dict(zip(fields[::2], fields[1::2], strict=False))
+            data = values.get(b"change", b"")
+            found.append((_text(position), data if isinstance(data, bytes) else b""))
+    except (TypeError, ValueError):
+        raise Refused("the log there is none of ours") from None
+    return found
 
 
 def _text(word: Any) -> str:
