@@ -236,6 +236,15 @@ async def test_a_word_of_a_change_that_is_lost_delays_it_only(server: Server) ->
         await until(lambda: one.heard.changes[-1].data == b"by hand")
 
 
+async def test_the_first_changes_of_a_log_come_one_by_one(server: Server) -> None:
+    """Two that come into an empty log before it is looked at are two changes."""
+    async with replicas(1, server.url) as (one,):
+        script = "for n = 1, 2 do redis.call('XADD', KEYS[1], '*', 'change', n) end"
+        server.ask("EVAL", script, "1", "{vllm-pd}:changes")
+        await until(lambda: one.heard.changes[-1].data == b"2")
+        assert [each.data for each in one.heard.changes] == [b"", b"1", b"2"]
+
+
 async def test_changes_that_were_missed_come_in_order(server: Server) -> None:
     async with replicas(2, server.url) as (one, two):
         position = await one.channel.append(b"0", START)

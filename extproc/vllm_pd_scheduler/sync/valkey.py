@@ -190,8 +190,9 @@ class Valkey:
         if newest == self._known:
             return
         entries = []
-        if self._known != START:
-            after = f"({self._known}", "+", "COUNT", str(KEPT)
+        if self._known != START or not first:
+            begin = "-" if self._known == START else f"({self._known}"
+            after = begin, "+", "COUNT", str(KEPT)
             entries = await connection.ask("XRANGE", self._changes, *after)
         if not entries:  # we come new, or the server has lost what we know
             entries = await connection.ask("XREVRANGE", self._changes, "+", "-", "COUNT", "1")
