@@ -150,6 +150,8 @@ GROUPS = (
             "metaserver_url",
             "metaserver_callers",
             "prefill_listener",
+            "continuation_port",
+            "continuation_ingress",
             "state_file",
         ),
         {"grpc_port": 9102, "admin_port": 9103, "state_file": "scheduler_state.json"},

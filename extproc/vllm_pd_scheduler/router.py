@@ -31,6 +31,7 @@ from .routing.catalog import Catalog
 from .routing.core import RoutingCore
 from .routing.decode_first import DecodeFirst
 from .routing.forward import Forward
+from .routing.going_on import GoingOn
 from .routing.in_flight import Later, RequestsInFlight, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
@@ -206,6 +207,11 @@ class PDRouter:
     def decode_first(self) -> DecodeFirst:
         """Takes the calls by which D ask for prefills."""
         return self._core.decode_first
+
+    @property
+    def going_on(self) -> GoingOn:
+        """Has another D chosen for the rest of an answer that broke off."""
+        return self._core.going_on
 
     @property
     def objectives(self) -> Objectives:

@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from tests.support.admin import Admin
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.changes import AdminChanges, NotShared
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
@@ -146,6 +147,23 @@ async def test_one_that_is_removed_meanwhile(fleet: Fleet) -> None:
     await until(lambda: "p0 was not turned: it was removed" in fleet.said())
     held.release()
     assert (await turn(fleet, "p1"))[0] == 200
+
+
+async def test_one_that_cannot_be_told_to_the_other_replicas(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuses(*_: Any) -> None:
+        raise NotShared("10.0.0.5:6379: connection refused")
+
+    monkeypatch.setattr(AdminChanges, "turn", refuses)
+    status, _ = await turn(fleet, "p0")
+    assert status == 202
+    (said,) = (each for each in fleet.said() if each.startswith("p0 was not turned"))
+    assert "10.0.0.5:6379: connection refused" in said
+    assert "stays drained" in said
+    assert fleet.router.registry.get("p0").draining
+    monkeypatch.undo()
+    assert (await turn(fleet, "p0"))[1]["role"] == "decode", "and once more"
 
 
 async def test_one_that_an_operator_has_added_is_turned_too(fleet: Fleet) -> None:

@@ -47,7 +47,16 @@ def test_several_schedulers() -> None:
     ]
     assert yaml.safe_load(printed(*options)) == render_config(EnvoyPorts(), schedulers=expected)
     assert printed("--scheduler=127.0.0.1:9002") == printed()
-    for wrong in ("a=b=c", "10.0.0.1", "x=10.0.0.1:1,near", "10.0.0.1:1,-1", "A=10.0.0.1:1", "=10.0.0.1:1"):
+    wrong_ones = (
+        "a=b=c",
+        "10.0.0.1",
+        "x=10.0.0.1:1,near",
+        "10.0.0.1:1,-1",
+        "A=10.0.0.1:1",
+        "a-1=/run/x",
+        "=/x",
+    )
+    for wrong in wrong_ones:
         ended = CliRunner().invoke(app, ["envoy-config", f"--scheduler={wrong}"])
         assert ended.exit_code == 2, ended.output
         assert "--scheduler" in ended.output
@@ -68,6 +77,12 @@ def test_workers_whose_ports_cannot_be(tmp_path: Path) -> None:
         assert "for --workers" in text
 
 
+def test_each_of_several_schedulers_has_its_own_port() -> None:
+    ended = CliRunner().invoke(app, ["envoy-config", "--scheduler=a=10.0.0.1:9002", "--grpc-port=9002"])
+    assert ended.exit_code == 2
+    assert "--grpc-port" in ended.output
+
+
 def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     settings: dict[str, Any] = {
@@ -78,21 +93,25 @@ def test_what_the_schedulers_configuration_says(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
     expected = render_config(
-        EnvoyPorts(grpc=9102, prefill=None), InstanceTlsConfig(), 7.5, 3, settings["public_paths"]
+        EnvoyPorts(grpc=9102, prefill=None, continuation=None),
+        InstanceTlsConfig(),
+        7.5,
+        3,
+        settings["public_paths"],
     )
     assert yaml.safe_load(printed(f"--config={path}")) == expected
     listening = {**FLEET, "prefill_listener": "http://127.0.0.1:10555"}
     path.write_text(json.dumps(listening), encoding="utf-8")
     for options, used in ((), 10555), (("--prefill-port=7",), 7):
         assert yaml.safe_load(printed(f"--config={path}", *options)) == render_config(
-            EnvoyPorts(prefill=used)
+            EnvoyPorts(prefill=used, continuation=None)
         )
     path.write_text(json.dumps({**FLEET, "grpc_socket": "/run/pd.sock"}), encoding="utf-8")
     assert yaml.safe_load(printed(f"--config={path}")) == render_config(
-        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None)
+        EnvoyPorts(grpc_socket="/run/pd.sock", prefill=None, continuation=None)
     )
     assert yaml.safe_load(printed(f"--config={path}", "--grpc-port=9002")) == render_config(
-        EnvoyPorts(prefill=None)
+        EnvoyPorts(prefill=None, continuation=None)
     )
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     ended = CliRunner().invoke(app, ["envoy-config", f"--config={tmp_path / 'bad.json'}"])

@@ -65,7 +65,7 @@ def test_what_is_no_url(url: str) -> None:
 
 def test_a_password_in_the_url_is_refused_and_not_shown() -> None:
     (problem,) = _problems({"url": "valkey://me:secret@a"})
-    assert problem.endswith("; give the password as password")
+    assert problem.endswith('; put the password into replicas.password, as {"env": NAME} or {"file": PATH}')
     assert "secret" not in problem
 
 

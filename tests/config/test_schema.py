@@ -200,15 +200,15 @@ class MistakesTest(ConfigCase):
             (fleet(unhealthy_threshold=0), r"^unhealthy_threshold: must be greater than or equal to 1$"),
             (
                 fleet(disaggregation=0),
-                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number of tok",
+                r"^disaggregation: must be 'always', 'never', 'auto', 'tpot' or a whole number of tok",
             ),
             (
                 fleet(disaggregation="some"),
-                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number",
+                r"^disaggregation: must be 'always', 'never', 'auto', 'tpot' or a whole number",
             ),
             (
                 fleet(disaggregation=True),
-                r"^disaggregation: must be 'always', 'never', 'auto' or a whole number",
+                r"^disaggregation: must be 'always', 'never', 'auto', 'tpot' or a whole number",
             ),
             (fleet(late_binding=1), r"^late_binding: must be a valid boolean$"),
             (fleet(max_kv_usage=90), r"^max_kv_usage: must be less than or equal to 1$"),

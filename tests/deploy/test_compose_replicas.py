@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_the_server_starts_with_its_password(tmp_path: Path) -> None:
         until_listening(port, server.process)
         assert ask(port, "PING").startswith("-NOAUTH")
         assert ask(port, "PING", password='a "pass" word') == "+PONG\r\n"
+        server.signal(signal.SIGTERM)  # which the shell would not pass on
+        assert server.wait() == 0
 
 
 def test_compose_accepts_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -402,6 +403,8 @@ def test_the_server_starts_with_its_password(tmp_path: Path) -> None:
         assert ask(port, "PING").startswith("-NOAUTH")
         assert ask(port, "PING", password=password) == "+PONG\r\n"
         assert "always" in ask(port, "CONFIG", "GET", "appendfsync", password=password)
+        server.signal(signal.SIGTERM)  # which the shell would not pass on
+        assert server.wait() == 0
 
 
 def test_a_way_to_the_admin_without_a_token_is_refused() -> None:

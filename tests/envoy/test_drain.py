@@ -49,7 +49,7 @@ async def envoy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EnvoyAdmin]:
 
 
 async def test_load_balancers_are_told_first(envoy: EnvoyAdmin) -> None:
-    await begin_drain(envoy.url)
+    assert await begin_drain(envoy.url)
     assert envoy.asked == ["POST /healthcheck/fail", "POST /drain_listeners?graceful"]
 
 
@@ -80,8 +80,15 @@ async def test_it_waits_for_those_that_load_balancers_still_send(
 
 async def test_an_envoy_that_has_ended_has_no_requests() -> None:
     (port,) = unused_ports(1)
-    await begin_drain(f"http://127.0.0.1:{port}")
+    assert not await begin_drain(f"http://127.0.0.1:{port}")
     assert await finish_drain(f"http://127.0.0.1:{port}", 60) == 0
+
+
+async def test_the_command_says_that_there_is_none() -> None:
+    (port,) = unused_ports(1)
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["drain-envoy", f"--envoy-admin-port={port}"])
+    assert done.exit_code == 0, "it has ended, which a pod's preStop may find"
+    assert f"no Envoy answers at http://127.0.0.1:{port}" in done.stderr
 
 
 async def test_the_command_fails_if_some_still_run(envoy: EnvoyAdmin) -> None:

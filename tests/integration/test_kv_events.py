@@ -53,7 +53,7 @@ class Observed:
 
 @pytest_asyncio.fixture
 async def observed(tmp_path: Path) -> AsyncIterator[Observed]:
-    ports, stack = unused_ports(3), Stack(tmp_path)
+    ports, stack = unused_ports(4), Stack(tmp_path)
     publishes = [f"--kv-events-port={ports[0]}", f"--kv-events-replay-port={ports[1]}"]
     decode = [f"--kv-events-port={ports[2]}"]
     with Fleet(1, 1, arguments=SMALL, prefill_arguments=publishes, decode_arguments=decode) as fleet:
@@ -64,7 +64,7 @@ async def observed(tmp_path: Path) -> AsyncIterator[Observed]:
             "grpc_port": stack.ports.grpc,
             "admin_port": stack.admin_port,
         }
-        config["decode_instances"][0] |= {"kv_events_port": ports[2], "kv_events_replay_port": ports[2]}
+        config["decode_instances"][0] |= {"kv_events_port": ports[2], "kv_events_replay_port": ports[3]}
         async with (
             App(parse_config(config)) as app,
             EnvoyProcess(stack.ports, access_log=False),

@@ -32,6 +32,8 @@ def test_what_was_lost_is_asked_for() -> None:
     assert order.live(5, batch(5)) == (False, [])
     assert order.asks_from == 3
     assert order.replayed(3, batch(3)) == [batch(3)]
+    assert order.replayed(-1, b"") == []
+    assert order.asks_from == 4, "it may have come while the publisher answered"
     assert order.replayed(-1, b"") == [batch(5)]  # it has no more of them
     assert order.lost == 1
 
@@ -76,3 +78,30 @@ def test_each_comes_once_and_in_order(dropped: set[int], oldest: int, replays: b
     if replays and seen:
         assert set(range(max(oldest, 0), max(seen) + 1)) <= set(seen)
         assert order.lost == 0 or oldest
+
+
+def test_what_is_lost_while_a_replay_ends_is_asked_for_too() -> None:
+    order = InOrder(can_replay=True)
+    order.began()
+    assert order.asks_from == 0
+    order.asks_from = None
+    assert order.replayed(0, b"0") == [b"0"]
+    assert order.live(2, b"2") == (False, [])
+    assert order.replayed(-1, b"") == []
+    assert order.asks_from == 1
+    order.asks_from = None
+    assert order.replayed(1, b"1") == [b"1", b"2"]
+    assert order.replayed(2, b"2") == []
+    assert order.replayed(-1, b"") == []
+    assert (order.lost, order.asks_from) == (0, None)
+
+
+def test_what_a_replay_does_not_have_is_not_asked_for_again() -> None:
+    order = InOrder(can_replay=True)
+    order.began()
+    order.replayed(0, b"0")
+    order.live(2, b"2")
+    order.replayed(-1, b"")
+    assert order.asks_from == 1
+    assert order.replayed(-1, b"") == [b"2"]
+    assert (order.lost, order.asks_from) == (1, None)

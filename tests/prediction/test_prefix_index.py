@@ -146,6 +146,7 @@ class Model:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.blocks: list[int] = []
+        self.answers: dict[int, int] = {}
 
     def store(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks[: self.capacity]):
@@ -156,6 +157,7 @@ class Model:
 
     def evict(self) -> None:
         del self.blocks[: max(0, len(self.blocks) - self.capacity)]
+        self.answers = {block: more for block, more in self.answers.items() if block in self.blocks}
 
     def depth(self, blocks: Sequence[int]) -> int:
         held = set(self.blocks)
@@ -204,6 +206,16 @@ class PrefixMachine(RuleBasedStateMachine):
     def clear(self, holder: Holder) -> None:
         holder.clear()
         self.models[holder].blocks.clear()
+        self.models[holder].evict()
+
+    @rule(holder=holders, blocks=prompts, more=st.integers(-1, 3))
+    def answered(self, holder: Holder, blocks: tuple[int, ...], more: int) -> None:
+        holder.answered(blocks, more)
+        model = self.models[holder]
+        if blocks and blocks[-1] in model.blocks:
+            model.answers.pop(blocks[-1], None)
+            if more > 0:
+                model.answers[blocks[-1]] = more
 
     @rule(holder=consumes(holders))
     def close(self, holder: Holder) -> None:
@@ -216,6 +228,9 @@ class PrefixMachine(RuleBasedStateMachine):
         expected = {holder: depth for holder, depth in depths.items() if depth}
         match = self.index.match(blocks)
         assert match == expected
+        for holder, depth in depths.items():
+            more = self.models[holder].answers.get(blocks[depth - 1], 0) if depth else 0
+            assert holder.with_answer(blocks, depth) == min(len(blocks), depth + more)
         assert len(match) == len(expected)
         assert list(match.values()) == sorted(expected.values())
         some = list(self.models)[::2]

@@ -171,3 +171,10 @@ def test_leaves_need_links_that_are_shared(trace_file: Path) -> None:
     ended = call(*fleet(trace_file), "--leaves=2")
     assert ended.exit_code == 2
     assert "only with --realistic" in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--sync-delay=50ms", "--sync-loss=0.1"])
+def test_what_schedulers_tell_needs_several(trace_file: Path, option: str) -> None:
+    ended = call(*fleet(trace_file), option)
+    assert ended.exit_code == 2
+    assert "only with --replicas" in ended.stderr

@@ -167,3 +167,13 @@ def test_how_often_each_looks() -> None:
         "llm_d_weighted",
         "aibrix",
     }
+
+
+def test_by_tpot_a_turn_is_read_where_the_answer_before_it_was_written() -> None:
+    blocks = tuple(range(1, 40))
+    turns = [
+        TraceRequest(0.0, 1024, 520, blocks[:2], "s", "a"),
+        TraceRequest(30.0, 1600, 10, blocks[:3], "s", "b", ("a",), 1.0),
+    ]
+    first, second = run("predicted_latency+disaggregation=tpot", linked(Trace(turns, 512))).results
+    assert (second.prefill, second.decode, second.cached_tokens) == (None, first.decode, 3 * 512)

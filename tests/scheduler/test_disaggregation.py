@@ -6,7 +6,7 @@ from typing import Any
 from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.scheduler.disaggregation import Disaggregation
+from vllm_pd_scheduler.scheduler.disaggregation import SLACK_SHARE, Disaggregation
 
 BLOCKS = tuple(range(1, 41))
 
@@ -42,6 +42,11 @@ class DisaggregationTest(unittest.TestCase):
         for endpoint in self.registry.endpoints(D):
             self.registry.scraped(endpoint, MetricsSnapshot(0.0, running=float(requests)), 0)
 
+    def queue_at_prefill(self) -> None:
+        for endpoint in self.registry.endpoints(P):
+            for _ in range(9):
+                self.registry.reserve(endpoint, prompt(20_000))
+
     def test_by_cost_a_busy_decode_gets_no_prompt(self) -> None:
         self.start("auto")
         self.busy(50)
@@ -55,9 +60,7 @@ class DisaggregationTest(unittest.TestCase):
         self.start("auto")
         self.busy(3)
         self.assertIsNone(self.local(5000))
-        for endpoint in self.registry.endpoints(P):
-            for _ in range(9):
-                self.registry.reserve(endpoint, prompt(20_000))
+        self.queue_at_prefill()
         self.assertIsNotNone(self.local(5000))
 
     def test_by_cost_the_one_that_has_it_cached(self) -> None:
@@ -69,6 +72,48 @@ class DisaggregationTest(unittest.TestCase):
         d1.holder.store(BLOCKS)
         self.registry.reserve(d1, RequestContext("/"))
         self.assertEqual(self.local(10_050, **known), "d1")
+
+    def test_by_tpot_only_what_the_answers_there_can_bear(self) -> None:
+        self.start("tpot")
+        self.busy(10)
+        self.queue_at_prefill()
+        taken = sum(self.local(2000) is not None for _ in range(50))
+        self.assertGreater(taken, 0)
+        self.assertLess(taken, 50)
+
+    def test_by_tpot_never_more_than_the_slack(self) -> None:
+        """However many come at once: what was given to a D stays within the share of an answer's slack."""
+        for tokens in (200, 1000, 3000):
+            with self.subTest(tokens=tokens):
+                self.start("tpot", decode=1, tpot_slo=0.05)
+                self.busy(10)
+                self.queue_at_prefill()
+                request = prompt(tokens, tpot_slo=0.05)
+                taken = 0
+                while taken < 1000 and self.decides.local_endpoint(request) is not None:
+                    taken += 1
+                cost = self.registry.load.prefill.predict((1.0, tokens, tokens * tokens / 2))
+                step = self.registry.get("d0").decode.step(10, 0)
+                self.assertLessEqual(taken * cost, SLACK_SHARE * (0.05 - step) * 100 + 1e-9)
+                self.assertGreater(taken, 0)
+
+    def test_by_tpot_a_limit_that_is_missed_already_makes_it_split(self) -> None:
+        self.start("tpot")
+        self.busy(10)
+        self.assertIsNone(self.local(100, tpot_slo=0.001))
+
+    def test_a_turn_that_goes_on_with_an_answer_is_local_where_that_was_written(self) -> None:
+        for setting in ("auto", "tpot"):
+            with self.subTest(setting):
+                self.start(setting)
+                self.busy(10)
+                d1 = self.registry.get("d1")
+                d1.holder.store(BLOCKS[:10])
+                self.registry.reserve(d1, RequestContext("/"))
+                known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 250.0}
+                self.assertIsNone(self.local(10_050, **known))
+                self.registry.answered(d1, BLOCKS[:10], 250.0, 2500, 7501)
+                self.assertEqual(self.local(10_050, **known), "d1")
 
     def test_to_ask_takes_no_turn(self) -> None:
         """Else every second instance would never be used: each request asks, and then picks."""

@@ -67,7 +67,7 @@ class FleetTest(unittest.TestCase):
     def test_a_taken_port_is_named(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            with self.assertRaisesRegex(FleetError, f"{port}: Address already in use"):
+            with self.assertRaisesRegex(FleetError, f"{port}: Address already in use; .*another base port"):
                 Fleet(1, 0, base_port=port).start()
 
     def test_an_instance_that_cannot_start_says_why(self) -> None:

@@ -494,6 +494,25 @@ async def test_a_node_that_sends_nowhere_is_left(where: str) -> None:
         assert one.channel.problem
 
 
+async def test_a_server_without_tls_is_said() -> None:
+    context = ssl.create_default_context()
+    async with fake({}) as url, Replica(url.replace("valkey:", "valkeys:"), context=context).running() as one:
+        await one.says("no connection with TLS within")
+
+
+async def test_a_server_that_is_no_sentinel_is_said(server: Server) -> None:
+    async with Replica(server.url, sentinel="ours").running() as one:
+        await one.says("it is no Sentinel: leave replicas.sentinel out")
+
+
+async def test_a_user_without_a_password_is_told_too(server: Server) -> None:
+    url = server.url.replace("//", "//nobody@")
+    async with Replica(url).running() as one:
+        await one.says("it does not take the user and password: see replicas.password and the user in")
+        server.ask("ACL", "SETUSER", "nobody", "on", "nopass", "allchannels", "allkeys", "+@all")
+        await until(lambda: not one.channel.problem)
+
+
 async def test_a_name_that_is_not_found_is_said() -> None:
     async with Replica("valkey://nowhere.invalid").running() as one:
         await until(lambda: one.heard.problems)

@@ -66,6 +66,17 @@ def short_lease(pair: Pair) -> Iterator[Pair]:
         _run("down", **settings)
 
 
+def _publishing(port: int) -> str:
+    """Return the options that have vLLM publish at a port, where it listens because of the asterisk."""
+    config = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{port}",
+        "replay_endpoint": f"tcp://*:{port + 1}",
+    }
+    return f"--kv-events-config {json.dumps(config, separators=(',', ':'))}"
+
+
 @pytest.fixture(scope="module")
 def publishing(pair: Pair) -> Iterator[Pair]:
     """Another pair that publishes KV events, at 5677 and 5687, of caches that are soon full."""
@@ -73,8 +84,9 @@ def publishing(pair: Pair) -> Iterator[Pair]:
         "ROOT": ROOT / "publishing",
         "VENV": ROOT / "venv",
         "MODEL": ROOT / "tiny-llama",
-        **{"P_PORT": 28221, "P_SIDE": 5620, "P_EV": 5677, "D_PORT": 28222, "D_SIDE": 5720, "D_EV": 5687},
-        **{"KV_EVENTS": 1, "KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2},
+        **{"P_PORT": 28221, "P_SIDE": 5620, "D_PORT": 28222, "D_SIDE": 5720},
+        **{"P_EXTRA": _publishing(5677), "D_EXTRA": _publishing(5687)},
+        **{"KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2},
     }
     try:
         _done(_run("up", **settings))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.vllm
 CHATS = "/v1/chat/completions"
 
 
-def chat(name: str, count: int = 60) -> dict[str, Any]:
+def chat(name: str, count: int = 42) -> dict[str, Any]:
     text = " ".join(f"{name} asks what the cache holds of part {number}." for number in range(count))
     return {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 2}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ..fleet.registry import UnknownInstance
 from ..records.events import EventKind
 from ..router import PDRouter
-from .changes import AdminChanges, CannotTurn, Leaving, NotKept
+from .changes import AdminChanges, CannotTurn, Leaving, NotKept, NotShared
 
 POLL_S = 0.1
 """Seconds between two looks whether a drain is over: a choice, as for a call that waits for one."""
@@ -84,6 +84,10 @@ class Turning:
                 return str(error)
         except UnknownInstance:
             return "it was removed"
+        except NotShared as error:
+            return (
+                f"the log of the replicas does not take it: {error}; it stays drained until it is undrained"
+            )
         except (Leaving, NotKept, ValueError) as error:
             return str(error)
         return None

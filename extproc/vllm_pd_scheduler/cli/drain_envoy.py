@@ -19,14 +19,20 @@ def drain_envoy(
     """Take the Envoy of this machine out of load balancers, and wait until its requests have ended.
 
     Run it before that Envoy is stopped, and while the scheduler still runs. Ends with 1 if some requests
-    have not ended in time.
+    have not ended in time. An Envoy that is not there any more has none.
     """
     from ..envoy.drain import begin_drain, finish_drain
 
     admin = f"http://127.0.0.1:{envoy_admin_port}"
 
     async def drained() -> int:
-        await begin_drain(admin)
+        if not await begin_drain(admin):
+            typer.echo(
+                f"no Envoy answers at {admin}, so nothing was drained: if one runs, give the port of its "
+                "admin interface by --envoy-admin-port",
+                err=True,
+            )
+            return 0
         return await finish_drain(admin, timeout)
 
     if active := asyncio.run(drained()):

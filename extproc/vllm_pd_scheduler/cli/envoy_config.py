@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,9 +64,12 @@ def envoy_config(
     else:
         settings, prefill = SchedulerConfig(), prefill_port or PREFILL_PORT
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
+    ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
+    if config is not None:
+        ports = replace(ports, continuation=settings.continuation_port)
     try:
         rendered = render_config(
-            EnvoyPorts(port, prefill, envoy_admin_port, *grpc),
+            ports,
             settings.instance_tls,
             settings.stream_idle_timeout,
             settings.max_retries,
@@ -93,6 +97,8 @@ def _schedulers(
 
     if given and workers > 1:
         raise ValueError("each worker is a scheduler of its own: give a --scheduler for each, or --workers")
+    if given and grpc_port is not None:
+        raise ValueError("it has the port of each scheduler: leave out --grpc-port")
     if workers == 1:
         return [SchedulerAddress.parse(each) for each in given]
     if grpc_port is not None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _FILE_WIDTH = 140
 """Columns of output that goes to a file or a pipe: the widest table does not wrap."""
+_SYNC_DELAY = "10ms"
+"""How late schedulers hear of each other unless it is said."""
 
 
 def _finite(value: float) -> float:
@@ -87,7 +89,7 @@ def replay(
     ] = 1,
     sync_delay: Annotated[
         str, typer.Option(help="How late schedulers hear of each other: 10ms, 0.5s.")
-    ] = "10ms",
+    ] = _SYNC_DELAY,
     sync_loss: Annotated[
         float, typer.Option(min=0.0, max=1.0, callback=_finite, help="Share of their messages that are lost.")
     ] = 0.0,
@@ -102,6 +104,9 @@ def replay(
 
     if leaves > 1 and not realistic:
         _refuse("--leaves", "only with --realistic do transfers share links")
+    for option, is_given in (("--sync-delay", sync_delay != _SYNC_DELAY), ("--sync-loss", sync_loss > 0.0)):
+        if is_given and replicas == 1:
+            _refuse(option, "only with --replicas are there others to tell")
     _check_outputs(trace, json_path, plot_path)
     variants = _replicated(_variants(strategies), replicas, _seconds("--sync-delay", sync_delay), sync_loss)
     fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)

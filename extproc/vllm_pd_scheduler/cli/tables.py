@@ -221,11 +221,12 @@ def overview(found: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _replicas(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield the lines of the other replicas."""
-    if not found["connected"]:
-        yield plain(f"replicas  not connected: {found['problem']}", "yellow")
     others = [(each["name"] or each["replica"], each) for each in found["others"]]
     names = ", ".join(f"{name} on {each['machine']}" if each["machine"] else name for name, each in others)
-    yield plain(f"replicas  {len(others)} others are heard" + (f": {names}" if others else ""))
+    heard = "1 other is heard" if len(others) == 1 else f"{len(others) or 'no'} others are heard"
+    yield plain(f"replicas  {heard}" + (f": {names}" if others else ""))
+    if not found["connected"]:
+        yield plain(f"          not connected: {found['problem']}", "yellow")
     for name, each in others:
         if each["differs"]:
             yield plain(f"replica {name} is configured in another way: the events say how", "yellow")

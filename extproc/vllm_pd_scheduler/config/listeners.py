@@ -25,6 +25,8 @@ def listeners_of(config: SchedulerConfig) -> list[Listener]:
         listeners.append(("metrics_port", config.metrics_host, config.metrics_port))
     if config.metaserver_port is not None:
         listeners.append(("metaserver_port", config.metaserver_host, config.metaserver_port))
+    if config.continuation_port is not None:
+        listeners.append(("continuation_port", "127.0.0.1", config.continuation_port))
     prefill = urlsplit(config.prefill_listener or "")
     if prefill.hostname is not None and is_loopback(prefill.hostname):
         listeners.append(("prefill_listener", prefill.hostname, prefill.port or 80))

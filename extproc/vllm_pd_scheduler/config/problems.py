@@ -13,6 +13,7 @@ from ..connectors import UnknownConnector
 from ..models import PD_ROLES, InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
+from .kv_events import KvEventsConfig
 from .listeners import clashes, listeners_of
 from .replicas import ReplicasConfig
 from .schema import MEANING, SchedulerConfig, check_connector, is_loopback
@@ -46,7 +47,9 @@ def find_problems(
     problems += _unreadable("grpc_tls", config.grpc_tls) + _unreadable("admin_tls", config.admin_tls)
     problems += _unreadable("instance_tls", config.instance_tls)
     problems += _unreadable("metaserver_tls", config.metaserver_tls) + _unreachable_metaserver(config, items)
-    problems += _unusable("tracing", config.tracing) + _unusable("replicas", config.replicas)
+    for key in ("tracing", "replicas", "kv_events"):
+        problems += _unusable(key, getattr(config, key))
+    problems += _kv_events_that_clash(config, items)
     problems += source_problems(config.discovery)
     if config.admin_token is None and not is_loopback(config.admin_host):
         problems.append(
@@ -127,6 +130,23 @@ def _unreachable_metaserver(config: SchedulerConfig, items: Iterable[Listed]) ->
     return []
 
 
+def _kv_events_that_clash(config: SchedulerConfig, items: Iterable[Listed]) -> list[str]:
+    """Return a line for each instance whose engines could not publish and repeat KV events at its ports."""
+    problems: list[str] = []
+    if (of_all := config.kv_events) is None:
+        return problems
+    for _, key, item in items:
+        port = item.kv_events_port or of_all.port
+        replay, ranks = item.kv_events_replay_port or of_all.replay_port, item.data_parallel_size
+        if replay is not None and abs(port - replay) < ranks:
+            each = "" if ranks == 1 else f" and the {ranks - 1} after it, one for each rank"
+            problems.append(
+                f"{key}: its KV events have port {port}{each}, and so has their replay {replay}: give ports "
+                f"that are {ranks} apart at least"
+            )
+    return problems
+
+
 def duplicates(items: Iterable[Listed]) -> list[str]:
     """Return a line for each id and each address that is given twice."""
     problems: list[str] = []
@@ -166,7 +186,7 @@ def _unreadable(key: str, source: SecretSource | TlsConfig | InstanceTlsConfig |
     return []
 
 
-def _unusable(key: str, section: TracingConfig | ReplicasConfig | None) -> list[str]:
+def _unusable(key: str, section: TracingConfig | ReplicasConfig | KvEventsConfig | None) -> list[str]:
     try:
         if section is not None:
             section.check()

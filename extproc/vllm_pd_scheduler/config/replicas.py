@@ -21,6 +21,7 @@ _MEANT = (
     "must be valkey://[USER@]HOST[:PORT][,HOST[:PORT]…][/DATABASE], or valkeys:// for TLS (redis:// and "
     "rediss:// are the same)"
 )
+_NO_PASSWORD = '; put the password into replicas.password, as {"env": NAME} or {"file": PATH}'
 
 FLEET_KEY = r"^[A-Za-z0-9._:-]{1,64}$"
 REPLICA_NAME = r"^[a-z0-9]{1,16}$"
@@ -133,7 +134,7 @@ def read_url(url: str, port: int) -> Meeting:
     """Return what a URL says; raise :exc:`ValueError`. ``port`` is that of hosts that name none."""
     found = _URL.fullmatch(url)
     if found is None:
-        more = "; give the password as password" if re.match(r"[a-z]+://[^@/]*:[^@/]*@", url) else ""
+        more = _NO_PASSWORD if re.match(r"[a-z]+://[^@/]*:[^@/]*@", url) else ""
         raise ValueError(_MEANT + more)
     scheme, user, hosts, database = found.groups()
     addresses = []

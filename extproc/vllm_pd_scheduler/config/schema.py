@@ -45,6 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Revision = Annotated[str, Field(max_length=128)]
 Probes = Annotated[int, Field(ge=1, le=1000)]
+Disaggregating = Literal["always", "never", "auto", "tpot"] | Annotated[int, Field(ge=1, le=10**9)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
 _LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5}))?")
@@ -117,9 +118,10 @@ class SchedulerConfig(InstancesFile):
     tpot_slo: Seconds | None = None
     """Seconds for each further token that the strategy `slo` tries to keep, for requests without the header
     `x-pd-tpot-slo-ms`."""
-    disaggregation: Literal["always", "never", "auto"] | Annotated[int, Field(ge=1, le=10**9)] = "always"
+    disaggregation: Disaggregating = "always"
     """Which requests are split: `always` all that can be, `never` none, a number those with at least so
-    many prompt tokens, `auto` those that cost less so. See [Conditional
+    many prompt tokens, `auto` those that cost less so, `tpot` those that D would not read
+    sooner or would slow its answers down too much for. See [Conditional
     disaggregation](scheduling.md#conditional-disaggregation)."""
     prefill_leg: Literal["scheduler", "sidecar"] = "scheduler"
     """Who sends the prefill to P: the `scheduler`, or a `sidecar` at D as
@@ -217,6 +219,14 @@ class SchedulerConfig(InstancesFile):
     `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
     without it the scheduler sends it to P itself, for less CPU. `up` and `envoy-config --config` give Envoy
     the listener if this is set, on its port."""
+    continuation_port: Annotated[Port | None, _AT_START] = None
+    """Port of this machine, such as 9004, at which the scheduler takes streams that
+    [go on at another D](reliability.md#streams-that-go-on) when theirs dies: those of clients that send
+    `x-pd-continue: true`. Without it that header says nothing. Envoy must be on the same machine, or in the
+    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler."""
+    continuation_ingress: Annotated[str, _AT_START] = "http://127.0.0.1:10000"
+    """Where the scheduler reaches Envoy's ingress listener to ask for those streams, as `http://HOST:PORT`.
+    `up` knows it."""
     grpc_host: Annotated[str, _AT_START] = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Annotated[Port, _AT_START] = 9002
@@ -317,7 +327,7 @@ class SchedulerConfig(InstancesFile):
             raise ValueError("must be an IP address, or a name of this machine")
         return host
 
-    @field_validator("prefill_listener")
+    @field_validator("prefill_listener", "continuation_ingress")
     @classmethod
     def _is_a_listener(cls, url: str | None) -> str | None:
         if url is None:
@@ -356,7 +366,7 @@ class SchedulerConfig(InstancesFile):
             return read(value)
         except ValidationError:  # one for each kind of value that it may have
             raise ValueError(
-                "must be 'always', 'never', 'auto' or a whole number of tokens above 0"
+                "must be 'always', 'never', 'auto', 'tpot' or a whole number of tokens above 0"
             ) from None
 
     @classmethod

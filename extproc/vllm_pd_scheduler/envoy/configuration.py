@@ -47,6 +47,7 @@ def render_config(
     if stream_idle_timeout is not None:
         _limit_pauses(_ingress_routes(config), stream_idle_timeout)
     _make_public(_ingress_routes(config), public_paths)
+    _continue(config, ports)
     config["admin"]["address"]["socket_address"]["port_value"] = ports.admin
     listeners = config["static_resources"]["listeners"]
     if ports.prefill is None:
@@ -68,6 +69,21 @@ def render_config(
             each.pop("socket_options", None)
             each.pop("upstream_bind_config", None)
     return config
+
+
+def _continue(config: dict[str, Any], ports: EnvoyPorts) -> None:
+    """Have streams go on at another D by way of the scheduler's port, if it has one for that."""
+    clusters = config["static_resources"]["clusters"]
+    (found,) = (each for each in clusters if each["name"] == "continuation")
+    if ports.continuation is None:
+        clusters.remove(found)
+        routes = _ingress_routes(config)
+        routes[:] = [route for route in routes if route.get("name") != "continuation"]
+        return
+    addresses = (("127.0.0.1", ports.continuation), (ports.ingress_address, ports.ingress))
+    for priority, (host, port) in zip(found["load_assignment"]["endpoints"], addresses, strict=True):
+        endpoint = priority["lb_endpoints"][0]["endpoint"]
+        endpoint["address"]["socket_address"] = {"address": host, "port_value": port}
 
 
 def num_retries() -> int:

@@ -15,15 +15,18 @@ _ACTIVE = "/stats?filter=^http.ingress.downstream_rq_active$"
 _POLL_S = 0.25
 
 
-async def begin_drain(admin: str) -> None:
+async def begin_drain(admin: str) -> bool:
     """Make Envoy answer ``GET /health`` with 503, close idle connections, and stop listening later.
 
-    ``admin`` is the URL of its admin interface, without a path. Nothing is raised if nobody answers there.
+    ``admin`` is the URL of its admin interface, without a path. Return whether anybody has answered there.
     """
+    found = False
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
         for path in ("/healthcheck/fail", "/drain_listeners?graceful"):
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 await session.post(admin + path)
+                found = True
+    return found
 
 
 async def finish_drain(admin: str, within: float) -> int:

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 PREFILL_PORT = 10001
 """The port of ``envoy.yaml``'s prefill listener."""
 
+CONTINUATION_PORT = 9004
+"""The port of ``envoy.yaml``'s cluster ``continuation``."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnvoyPorts:
     """The ports of Envoy, and that of the scheduler's gRPC; the defaults are those of ``envoy/envoy.yaml``.
 
     The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
-    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener.
+    of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener, and without
+    ``continuation``, a port of the scheduler's, no way for streams that another D shall go on with.
     """
 
     ingress: int = 10000
@@ -25,6 +29,12 @@ class EnvoyPorts:
     grpc: int = 9002
     address: str | None = None
     grpc_socket: str | None = None
+    continuation: int | None = CONTINUATION_PORT
+
+    @property
+    def ingress_address(self) -> str:
+        """The IP address at which this machine reaches the ingress listener."""
+        return "127.0.0.1" if self.address in (None, "0.0.0.0", "::") else self.address
 
     def listeners(self) -> list[tuple[str, str, int]]:
         """Return the option, host and port of each of Envoy's listeners."""

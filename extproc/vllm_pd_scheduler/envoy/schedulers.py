@@ -41,12 +41,12 @@ class SchedulerAddress:
 
     @classmethod
     def parse(cls, text: str) -> SchedulerAddress:
-        """Return the scheduler of ``[NAME=]ADDRESS[,PRIORITY]``."""
+        """Return the scheduler of ``[NAME=]ADDRESS[,PRIORITY]``; raise :exc:`ValueError`."""
         name, equals, address = text.partition("=")
-        if not equals or name.startswith("/"):  # a path can have the sign in it
+        if not equals or text.startswith("/"):
             name, address = "", text
         elif not NAME.fullmatch(name):
-            raise ValueError(f"{text!r}: a name is 1 to 16 of a to z and 0 to 9, not {name!r}")
+            raise ValueError(f"{text!r}: {_no_name(name)}")
         address, _, priority = address.partition(",")
         if priority and not priority.isdecimal():
             raise ValueError(f"{text!r}: the priority after the comma is a number, 0 or more")
@@ -115,6 +115,10 @@ def _transport_socket(tls: TlsConfig) -> dict[str, Any]:
     }
 
 
+def _no_name(name: str) -> str:
+    return f"{name!r} is no name of a scheduler: 1 to 16 of a to z and 0 to 9"
+
+
 def _require_distinct(schedulers: Sequence[SchedulerAddress]) -> None:
     if not schedulers:
         raise ValueError("an Envoy needs a scheduler")
@@ -130,7 +134,7 @@ def _require_distinct(schedulers: Sequence[SchedulerAddress]) -> None:
         raise ValueError(f"the scheduler at {unnamed[0]} has no name and others have: name all or none")
     for each in schedulers:
         if each.name and not NAME.fullmatch(each.name):
-            raise ValueError(f"{each.name!r} is no name of a scheduler: 1 to 16 of a to z and 0 to 9")
+            raise ValueError(_no_name(each.name))
         if each.priority < 0:
             raise ValueError(f"{each.address}: a priority is 0 or more")
         _endpoint(each)

@@ -471,6 +471,19 @@ class Registry:
             if self.journal is not None:
                 self.journal.prefilled(reservation, prompt_tokens, cached_tokens)
 
+    def answered(
+        self, endpoint: Endpoint, blocks: Sequence[int], block_tokens: float, prompt: float, answer: float
+    ) -> None:
+        """Note that D has in its cache the answer of so many tokens to a prompt with these blocks.
+
+        ``block_tokens`` may be estimated: a prompt has room for all of its blocks, and for no further one.
+        The last token of an answer is not cached, since nothing was computed from it.
+        """
+        if blocks:
+            known = len(blocks)
+            size = max(1.0, prompt / (known + 1), min(block_tokens, prompt / known))
+            endpoint.holder.answered(blocks, int((prompt + answer - 1) / size) - known)
+
     def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
         """Record a request that an instance served: a D maybe with what a P has handed over."""
         endpoint.served()

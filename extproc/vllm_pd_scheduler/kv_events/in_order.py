@@ -26,6 +26,8 @@ class InOrder:
     """Whether nothing was heard yet: what was published before is none of ours."""
     _held: dict[int, bytes] = field(default_factory=dict)
     _replaying: bool = False
+    _asked: int = 0
+    """From which number on the newest replay was asked for."""
 
     def began(self) -> None:
         """Ask for what was published before."""
@@ -55,6 +57,9 @@ class InOrder:
         if not self._replaying:
             return []
         if number < 0:
+            if self._held and self._next is not None and self._next > self._asked:
+                self._ask()  # what is missing was lost after the publisher had looked
+                return []
             return self.given_up()
         if self._next is not None and number < self._next:
             return []
@@ -73,6 +78,7 @@ class InOrder:
     def _ask(self) -> None:
         if self.can_replay:
             self.asks_from, self._replaying = self._next, True
+            self._asked = self._next or 0
 
     def _take(self, number: int, batch: bytes) -> list[bytes]:
         self.lost += 0 if self._fresh or self._next is None else number - self._next

@@ -207,7 +207,7 @@ class PrefixMatch(Mapping["Holder", int]):
 class Holder:
     """The blocks that one instance has cached, at most ``capacity``. Made by :meth:`PrefixIndex.add`."""
 
-    __slots__ = ("_bit", "_blocks", "_capacity", "_closed", "_index", "_slot")
+    __slots__ = ("_answers", "_bit", "_blocks", "_capacity", "_closed", "_index", "_slot")
 
     def __init__(self, index: PrefixIndex, slot: int, capacity: int) -> None:
         self._capacity = _checked(capacity)
@@ -218,6 +218,8 @@ class Holder:
         # In the order of last use, oldest first: a dict is an ordered set here. Each value is its key, so
         # that store() can move on the int object that the index has too, and not keep a second one.
         self._blocks: dict[int, int] = {}
+        self._answers: dict[int, int] = {}
+        """By the last block of a prompt: how many blocks more the rest of it and its answer fill."""
 
     @property
     def capacity(self) -> int:
@@ -239,6 +241,30 @@ class Holder:
         self._index._mark(new, self._bit)
         mine.update(zip(new, new, strict=True))
         mine.update(zip(used, used, strict=True))
+
+    def answered(self, blocks: Sequence[int], more: int) -> None:
+        """Record that the rest of a prompt and the answer to it fill ``more`` blocks after the prompt's last.
+
+        Nobody has seen these blocks, so they have no hashes. They go when the prompt's last one does, which
+        is a little late: an engine evicts an answer before the prompt.
+        """
+        last = blocks[-1] if blocks else None
+        if last is None or last not in self._blocks:
+            return
+        if more > 0:
+            self._answers[last] = more
+        else:
+            self._answers.pop(last, None)
+
+    def with_answer(self, blocks: Sequence[int], depth: int) -> int:
+        """Return how many leading blocks are cached there if a prompt goes on with the answer.
+
+        ``depth`` is how many of its ``blocks`` are recorded. Where these end as a prompt that was answered
+        here, the blocks that follow are taken for that answer.
+        """
+        if not self._answers or not 0 < depth < len(blocks):
+            return depth
+        return min(len(blocks), depth + self._answers.get(blocks[depth - 1], 0))
 
     def newest(self, count: int) -> list[int]:
         """Return so many blocks, those used last first: so of each prompt its beginning before its end."""
@@ -266,6 +292,7 @@ class Holder:
     def drop(self, block: int) -> None:
         """Record that a block is cached there no more. It need not have been."""
         if self._blocks.pop(block, None) is not None:
+            self._answers.pop(block, None)
             self._index._unmark((block,), self._bit)
 
     def resize(self, capacity: int) -> None:
@@ -278,6 +305,7 @@ class Holder:
         """Forget all blocks, since the instance was restarted. Takes 4 to 8 ms for 10,000 blocks."""
         self._index._unmark(self._blocks, self._bit)
         self._blocks = {}
+        self._answers.clear()
 
     def close(self) -> None:
         """Forget all blocks and store no more, since the instance is gone. Further calls do nothing."""
@@ -299,6 +327,8 @@ class Holder:
             self._index._unmark(oldest, self._bit)
             for block in oldest:
                 del self._blocks[block]
+                if block in self._answers:
+                    del self._answers[block]
 
 
 def _checked(capacity: int) -> int:

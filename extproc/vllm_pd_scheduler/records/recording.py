@@ -125,13 +125,16 @@ class Recording:
         self.traffic.add(request)
         return request
 
-    def answered(self, request: Recorded, answer_bytes: int, ttft: float | None = None) -> None:
-        """Note that a request's answer has ended, and write its line for those who read since it was sent."""
+    def answered(self, request: Recorded, answer_bytes: int, ttft: float | None = None) -> int:
+        """Note that a request's answer has ended, and write its line for those who read since it was sent.
+
+        Return the tokens that the answer is taken to have.
+        """
         tokens = self._sizes[request.stream].tokens(answer_bytes)
         request.output_tokens, request.ttft = tokens, ttft
         self.ended += 1
         if not (self._readers and request.read):
-            return
+            return tokens
         began = self._wall_clock() - self._clock() + request.arrived
         prompt = int(request.prompt_tokens)
         line = Line(round(began * 1000), prompt, tokens, hash_ids(request, prompt))
@@ -139,6 +142,7 @@ class Recording:
         self.newest += 1
         for new_line in tuple(self._readers):
             new_line()
+        return tokens
 
 
 class _AnswerSize:

@@ -217,12 +217,13 @@ class _Run:
         # Few traces name sessions. The second block stands for one, since many prompts share their first.
         private = traced.blocks[1:2] or traced.blocks[:1]
         session = traced.session if self._realistic else str(private[0]) if private else None
+        error = math.exp(self._random.gauss(0.0, ESTIMATE_ERROR))
         return RequestContext(
             "/v1/completions",
-            prompt_tokens=traced.prompt_tokens * math.exp(self._random.gauss(0.0, ESTIMATE_ERROR)),
+            prompt_tokens=traced.prompt_tokens * error,
             output_tokens=one.registry.load.output_tokens,
             blocks=traced.blocks,
-            block_tokens=self._trace.block_tokens,
+            block_tokens=self._trace.block_tokens * error,  # which the same bytes tell
             session=session,
             ttft_slo=config.ttft_slo,
             tpot_slo=config.tpot_slo,
@@ -299,6 +300,10 @@ class _Run:
             job.cached = request.cached
 
     def _on_finished(self, job: _Job, _: EngineRequest, at: float) -> None:
+        traced, context, decode = job.traced, job.context, job.decode
+        if self._realistic and decode is not None:
+            told = traced.prompt_tokens, traced.output_tokens
+            job.at.registry.answered(decode, context.blocks, context.block_tokens, *told)
         self._release(job)
         self._record(job, None)
 

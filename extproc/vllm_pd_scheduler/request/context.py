@@ -131,5 +131,9 @@ class RequestContext(Struct, frozen=True, eq=False):
         return self.match.get(holder, 0) if found is None else found
 
     def uncached(self, holder: Holder, trust: float = 1.0) -> float:
-        """Tokens of the prompt to compute where ``holder`` is; ``trust``: share of the cached that count."""
-        return max(1.0, self.prompt_tokens - trust * self.cached_blocks(holder) * self.block_tokens)
+        """Tokens of the prompt to compute where ``holder`` is; ``trust``: share of the cached that count.
+
+        Where the turn before was answered, its answer is taken for a part of the prompt, and for cached.
+        """
+        cached = holder.with_answer(self.blocks, self.cached_blocks(holder))
+        return max(1.0, self.prompt_tokens - trust * cached * self.block_tokens)

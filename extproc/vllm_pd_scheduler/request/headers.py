@@ -114,7 +114,10 @@ DROPPED_REASON: Final = "x-llm-d-request-dropped-reason"
 EXPLAIN: Final = "x-pd-explain"
 """A client's: ``1`` asks for ``DECISION`` on the answer."""
 
-ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN)
+CONTINUE: Final = "x-pd-continue"
+"""A client's: ``true`` asks that another D goes on with the stream if its D dies. Envoy alone reads it."""
+
+ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN, CONTINUE)
 """Headers by which a client asks for something. The instance does not get them."""
 
 STEERING_PREFIXES: Final = ("x-pd-", DESTINATION, "x-override-", *STEERS_INSTANCES)

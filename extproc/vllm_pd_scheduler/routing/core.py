@@ -40,6 +40,7 @@ from .decode_first import DecodeFirst
 from .denials import Denials
 from .encode import EncodeStage
 from .forward import Forward
+from .going_on import GoingOn
 from .in_flight import Later, RequestsInFlight
 from .prefill import PrefillStage
 from .renaming import Renaming
@@ -101,6 +102,7 @@ class RoutingCore:
             self.registry, telemetry, recording, clock, admission.wake, later, name
         )
         self.in_flight.denials = Denials(self.catalog.read_again.soon)
+        self.going_on = GoingOn(self.in_flight, clock)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -113,6 +115,7 @@ class RoutingCore:
             recording,
             self.catalog,
             self.in_flight,
+            self.going_on,
             self._local,
             clock,
         )

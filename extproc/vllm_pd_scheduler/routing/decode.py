@@ -25,6 +25,7 @@ from ..telemetry import Served, Telemetry
 from ..tracing import current
 from .catalog import Catalog
 from .forward import Forward
+from .going_on import GoingOn
 from .in_flight import RequestsInFlight
 from .share_limit import ShareLimit
 from .time_limits import LEASE_SHARE, first_byte_timeout
@@ -52,6 +53,7 @@ class DecodeStage:
         recording: Recording,
         catalog: Catalog,
         in_flight: RequestsInFlight,
+        going_on: GoingOn,
         local: ShareLimit,
         clock: Callable[[], float],
     ) -> None:
@@ -64,6 +66,7 @@ class DecodeStage:
         self._recording = recording
         self._catalog = catalog
         self._in_flight = in_flight
+        self._going_on = going_on
         self._local = local
         self._clock = clock
 
@@ -108,6 +111,8 @@ class DecodeStage:
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
             return self.no_decode(context, decision)
+        if self._going_on and not bound:
+            picked = self._going_on.elsewhere(context.request_id, picked)
         decode = self._in_turn(context, picked[:count], count)
         if served is not Served.PASSED and self._connectors.some_need_prefill:
             decode = self._able(decode, context, served, beside, count)

@@ -147,6 +147,11 @@ class RequestsInFlight:
         """Return what was sent to decode under an id of ours, and has not ended."""
         return self._running.get(request)
 
+    def prompt_of(self, request_id: str) -> int:
+        """Return the fingerprint of a prompt of late by the client's id of its request, or 0."""
+        known = (*self._running.values(), *self._ended.values())
+        return next((each.prompt for each in known if each.request_id == request_id), 0)
+
     def in_vain(self, request: str) -> bool:
         """Whether P has failed a request whose D is answering: it has been told to end that."""
         forward = self._running.get(request)
@@ -241,7 +246,10 @@ class RequestsInFlight:
             self._free(forward)  # Envoy knew none of those who could use it
         forward.decision.ended(ending, result.status, ttft, result.duration, answered_by)
         if 200 <= result.status < 300 and forward.recorded is not None:
-            self._recording.answered(forward.recorded, result.answer_bytes, ttft)
+            tokens = self._recording.answered(forward.recorded, result.answer_bytes, ttft)
+            if endpoint is not None and ending is Ending.OK:
+                kept = forward.recorded
+                self._registry.answered(endpoint, kept.blocks, kept.block_tokens, kept.prompt_tokens, tokens)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)

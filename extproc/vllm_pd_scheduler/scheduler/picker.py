@@ -105,7 +105,7 @@ class Scheduler:
     def reads_prefixes(self) -> bool:
         """Whether prompts must be hashed, because something in use reads ``request.cached``."""
         return (
-            self.config.disaggregation == "auto"
+            self.config.disaggregation in ("auto", "tpot")
             or any(s.reads_prefixes for s in self._strategies.values())
             or (self.shadow is not None and self.shadow.reads_prefixes)
         )

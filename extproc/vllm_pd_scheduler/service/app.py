@@ -27,6 +27,7 @@ from ..config import (
     TracingConfig,
     is_loopback,
 )
+from ..continuation.server import Continuation
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -108,6 +109,7 @@ class App:
         self._worker = worker
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()
+        self._continuation: Continuation | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> App:
@@ -192,6 +194,7 @@ class App:
         if self._worker is None:
             await self._start_admin(self._stack, self_check)
         await self._start_metaserver()
+        await self._start_continuation()
         await self._sources.follow()
         self._stack.push_async_callback(self._sources.stop)
         await self._sources.first_words()
@@ -387,6 +390,23 @@ class App:
         decode_first.listen(url_for(config))
         self._stack.push_async_callback(decode_first.close)
 
+    async def _start_continuation(self) -> None:
+        config = self.config
+        if config.continuation_port is None:
+            return
+        router = self.router
+        ended = router.telemetry.stream_broke_off
+        server = Continuation(config.continuation_ingress, router.going_on, ended)
+        try:
+            await server.start(config.continuation_port)
+        except OSError as error:
+            advice = listen_advice("continuation", config.continuation_port, error.errno)
+            where = join_address("127.0.0.1", config.continuation_port)
+            words = os.strerror(error.errno or 0)
+            raise StartupError(f"continuation_port: cannot listen on {where}: {words}{advice}") from None
+        self._stack.push_async_callback(server.stop)
+        self._continuation = server
+
     async def _listen(
         self,
         stack: AsyncExitStack,
@@ -460,6 +480,8 @@ class App:
             async with asyncio.timeout(timeout):
                 await self.ext_proc.idle()
                 await self.router.decode_first.idle()
+                if self._continuation is not None:
+                    await self._continuation.idle()
         except TimeoutError:
             running = self.ext_proc.open_streams or len(self.router.decode_first)
             log.warning("%d requests still run after drain_timeout (%g s)", running, timeout)

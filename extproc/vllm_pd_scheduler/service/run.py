@@ -13,6 +13,7 @@ from ..config.listeners import clashes, listeners_of
 from ..envoy.configuration import render_config
 from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
+from ..models import join_address
 from ..sync.local import tell_ready
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
@@ -83,7 +84,9 @@ async def up(
                     "one can, or give --grpc-port"
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
-        ports = replace(ports, grpc_socket=config.grpc_socket)
+        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=config.continuation_port)
+        ingress = f"http://{join_address(ports.ingress_address, ports.ingress)}"
+        config = config.model_copy(update={"continuation_ingress": ingress})
         _require_distinct(config, ports)
         return await _up(config, ports, log_level, started, streams, access_log, file)
 

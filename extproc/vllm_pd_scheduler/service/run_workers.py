@@ -9,6 +9,7 @@ import secrets
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import SchedulerConfig
@@ -72,6 +73,7 @@ async def up_with_workers(
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the workers is reached in clear: use serve, not up")
+    ports = replace(ports, continuation=None)
     require_free(ports)
     with _private_path() as path:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:

@@ -60,7 +60,8 @@ class Worker:
 
         Those are the addresses where Envoy, and D that ask for prefills, find the one that has the request.
         """
-        update: dict[str, int | str] = {"grpc_port": config.grpc_port + self.index}
+        update: dict[str, int | str | None] = {"grpc_port": config.grpc_port + self.index}
+        update["continuation_port"] = None  # no worker knows which D has failed another one's stream
         if config.grpc_socket is not None and self.index:
             update["grpc_socket"] = f"{config.grpc_socket}.{self.index}"
         if config.metaserver_port is not None:

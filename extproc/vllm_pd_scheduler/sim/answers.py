@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from .text import said_id
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -80,14 +82,20 @@ class Shape:
         if not self.chat:
             return b""
         delta = {"role": "assistant", "content": ""}
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+        ids = {} if self.token_ids is None else {"prompt_token_ids": self.token_ids}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._event([choice], **ids)
 
-    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
-        """Return the event of a token."""
+    def token(self, index: int, text: str, finish_reason: str | None, first: bool = False) -> bytes:
+        """Return the event of a token, with its id if ids are asked for; the ``first`` has the prompt's."""
         content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
         if finish_reason or not self.chat:
             choice["stop_reason"] = None
+        if self.token_ids is not None:
+            if not self.chat:
+                choice["prompt_token_ids"] = self.token_ids if first else None
+            choice["token_ids"] = [said_id(text)] if text else []
         return self._event([choice])
 
     def closing(self, usage: Usage, wanted: bool) -> bytes:

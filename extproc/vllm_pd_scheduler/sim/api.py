@@ -189,10 +189,10 @@ class Api:
         self._adapters.begin(model, requests)
         self._active_requests += 1
         try:
-            if body.stream:
-                return await self._stream(request, body, shape, jobs, worker)
             if body.return_token_ids:
                 shape = replace(shape, token_ids=jobs[0].prompt.token_ids())
+            if body.stream:
+                return await self._stream(request, body, shape, jobs, worker)
             return await self._whole(request, shape, jobs, worker, self._encodings.answer(hashes))
         finally:
             self._active_requests -= 1
@@ -321,7 +321,7 @@ class Api:
                         if not response.prepared:
                             await response.prepare(request)
                         await response.write(b"".join(shape.opening(job.choice) for job in jobs))
-                    await response.write(shape.token(token.choice, token.text, token.finish_reason))
+                    await response.write(shape.token(token.choice, token.text, token.finish_reason, not sent))
                     sent += 1
                     if sent == 2 and request.get(HALF):
                         await drop_connection(request, flush=True)

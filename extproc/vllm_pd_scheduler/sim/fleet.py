@@ -1,5 +1,6 @@
 """A fleet of simulated instances, each in its own process."""
 
+import errno
 import http.client
 import os
 import signal
@@ -240,7 +241,8 @@ class Fleet:
         try:
             reserved = _reserve(self._host, port)
         except OSError as error:
-            raise FleetError(f"{name} cannot have {self._host}:{port}: {error.strerror}") from error
+            more = "; end what has it, or choose another base port" if error.errno == errno.EADDRINUSE else ""
+            raise FleetError(f"{name} cannot have {self._host}:{port}: {error.strerror}{more}") from error
         port = reserved.getsockname()[1]
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the instance owns it
         process = self._spawn(role, port, log)

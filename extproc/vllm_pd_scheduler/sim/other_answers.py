@@ -59,7 +59,7 @@ class ResponsesShape(Shape):
         """Return the first event."""
         return _named("response.created", response=self._response("in_progress", [], None, None))
 
-    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+    def token(self, index: int, text: str, finish_reason: str | None, first: bool = False) -> bytes:
         """Return the event of a token."""
         return _named("response.output_text.delta", output_index=0, content_index=0, delta=text)
 
@@ -98,7 +98,7 @@ class MessagesShape(Shape):
         start = _named("message_start", message=self._message(None))
         return start + _named("content_block_start", index=0, content_block=block)
 
-    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+    def token(self, index: int, text: str, finish_reason: str | None, first: bool = False) -> bytes:
         """Return the event of a token, and at the last one why it is that."""
         delta = _named("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
         if finish_reason is None:
@@ -140,7 +140,7 @@ class NativeShape(Shape):
         """Return nothing: the first token is the first event."""
         return b""
 
-    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+    def token(self, index: int, text: str, finish_reason: str | None, first: bool = False) -> bytes:
         """Return the event of a token, as with ``--incremental-streaming-output``."""
         return event(self.choice(index, text, finish_reason) if finish_reason else {"text": text})
 
@@ -174,7 +174,7 @@ class GenerateShape(Shape):
         """Return nothing: the first token is the first event."""
         return b""
 
-    def token(self, index: int, text: str, finish_reason: str | None) -> bytes:
+    def token(self, index: int, text: str, finish_reason: str | None, first: bool = False) -> bytes:
         """Return the event of a token."""
         choice = {"index": index, "token_ids": [0], "finish_reason": finish_reason}
         return event({"request_id": self.answer_id, "choices": [choice]})

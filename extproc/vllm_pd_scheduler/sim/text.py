@@ -7,7 +7,7 @@ this prompt, as with a real model at temperature 0.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -39,6 +39,8 @@ _SENTENCE: Final = (
     ("the", "this", "each", "its"),
     tuple(noun + "." for noun in _NOUNS),
 )
+_SAID: Final = 1 << (8 * TOKEN_BYTES + 1)
+"""Set in the id of a token of an answer: beside it, the hash of its word."""
 # Text from a wrong KV cache shares no word with right text, so that one token is enough to tell them apart.
 _NOISE: Final = _words("zxq vrrl bnk qwp fnord glib'h xyzz mrph tkk ooq plf jhg zzt wub kree")
 
@@ -55,6 +57,11 @@ class Prompt:
     """Hash key: the model's name."""
     pieces: bytes | Sequence[bytes] = field(default=b"", repr=False, compare=False)
     """Bytes of the tokens: for a text its bytes, four for each token; for token ids an item for each."""
+
+    said: int = 0
+    """Tokens at the end that the model itself has answered: what follows is the rest of that answer."""
+    asked: str = ""
+    """``digest`` of what is before those."""
 
     def block_hashes(self, block_size: int, salt: str = "") -> list[int]:
         """Return chained hashes of the full blocks: equal ones mean equal model, salt and tokens so far."""
@@ -97,7 +104,21 @@ def read_prompt(model: str, prompt: str | Sequence[int]) -> Prompt:
         data = b"".join(pieces)
         tokens = len(prompt)
     key = model.encode("utf-8", "surrogatepass")[-64:]
-    return Prompt(max(1, tokens), blake2b(data, digest_size=16, key=key).hexdigest(), key, pieces)
+    whole = Prompt(max(1, tokens), blake2b(data, digest_size=16, key=key).hexdigest(), key, pieces)
+    said = 0
+    while not isinstance(prompt, str) and said < tokens and _SAID <= prompt[-1 - said] < 2 * _SAID:
+        said += 1
+    if not said or said == tokens:
+        return whole
+    asked = blake2b(whole._bytes(0, tokens - said), digest_size=16, key=key).hexdigest()
+    goes_on = replace(whole, said=said, asked=asked)
+    is_its_own = Answer(goes_on).ids(-said, 0) == list(prompt[tokens - said :])
+    return goes_on if is_its_own else whole
+
+
+def said_id(word: str) -> int:
+    """Return the token id of a word of an answer."""
+    return _SAID | int.from_bytes(blake2b(word.encode(), digest_size=TOKEN_BYTES).digest())
 
 
 def _token_bytes(token: int) -> bytes:
@@ -132,14 +153,20 @@ class Answer:
     """
 
     def __init__(self, prompt: Prompt, choice: int = 0, *, wrong_kv: bool = False) -> None:
-        self._seed = int(prompt.digest[:16], 16) + choice
+        self._seed = int((prompt.asked or prompt.digest)[:16], 16) + choice
+        self._said = prompt.said
         self._wrong_kv = wrong_kv
 
     def word(self, index: int) -> str:
         """Return token ``index`` as text, with a space before it."""
+        index += self._said
         words = _NOISE if self._wrong_kv else _SENTENCE[index % len(_SENTENCE)]
         word = words[_mix(self._seed + index * 0x9E37_79B9_7F4A_7C15) % len(words)]
         return f" {word}" if index else word
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Return the token ids of some tokens: negative numbers are those at the end of the prompt."""
+        return [said_id(self.word(index)) for index in range(start, stop)]
 
     def text(self, length: int) -> str:
         """Return the text of the first ``length`` tokens."""
@@ -148,7 +175,7 @@ class Answer:
     @property
     def natural_length(self) -> int:
         """Tokens after which the model stops by itself: 20 to 60, a whole number of sentences."""
-        return len(_SENTENCE) * (2 + _mix(self._seed) % 5)
+        return max(1, len(_SENTENCE) * (2 + _mix(self._seed) % 5) - self._said)
 
 
 def _mix(value: int) -> int:

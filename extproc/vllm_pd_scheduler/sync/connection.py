@@ -218,7 +218,9 @@ async def connect(
                 lambda: Connection(pushed, lost), *address, ssl=context, server_hostname=name
             )
     except TimeoutError:
-        raise Lost(f"no connection within {timeout_s:g} s") from None
+        if context is None:
+            raise Lost(f"no connection within {timeout_s:g} s") from None
+        raise Lost(f"no connection with TLS within {timeout_s:g} s: is it spoken at that port?") from None
     except OSError as error:
         raise Lost(_reason(error)) from None
     return made

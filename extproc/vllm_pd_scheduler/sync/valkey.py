@@ -273,7 +273,9 @@ class Valkey:
                 raise _Unusable(f"it knows no server {name!r}: see replicas.sentinel")
             return _address(found)
         except (Refused, Lost, ValueError) as error:
-            raise _Unusable(_advice(error, "sentinel_password")) from None
+            if isinstance(error, Refused) and "unknown command" in str(error):
+                raise _Unusable(_NO_SENTINEL) from None
+            raise _Unusable(_advice(error, "replicas.sentinel_password")) from None
         finally:
             connection.close()
 
@@ -313,8 +315,9 @@ class Valkey:
     async def _greet(self, connection: Connection) -> None:
         """Log in, see that the server will do, and use it from now on."""
         who: tuple[str, ...] = ()
-        if (source := self._config.password) is not None:
-            who = ("AUTH", self._place.user or "default", source.read())
+        source, user = self._config.password, self._place.user
+        if source is not None or user:  # a user may be one without a password
+            who = ("AUTH", user or "default", source.read() if source is not None else "")
         hello = await connection.ask("HELLO", "3", *who)
         sharded = _check(hello)
         if self._place.database:
@@ -341,6 +344,7 @@ class Valkey:
             self._lost(f"{join_address(*self._at)}: {problem}")
 
 
+_NO_SENTINEL = "it is no Sentinel: leave replicas.sentinel out, or give the port of a Sentinel (26379)"
 _ONLY_READ = "it is a copy that can only be read: name the primary in replicas.url, or use Sentinels"
 _UNSURE = UNSURE % "the server is back"
 
@@ -371,14 +375,14 @@ def _check(hello: Any) -> bool:
     return mode == "cluster"
 
 
-def _advice(error: Exception, password: str = "password") -> str:
+def _advice(error: Exception, see: str = "replicas.password and the user in replicas.url") -> str:
     """Return what is wrong, and what to do, for people."""
     text = str(error)
     if not isinstance(error, Refused):
         return text
     if error.code in ("NOAUTH", "WRONGPASS"):
         wrong = "it wants a password" if error.code == "NOAUTH" else "it does not take the user and password"
-        return f"{wrong}: see replicas.{password} and the user in replicas.url"
+        return f"{wrong}: see {see}"
     if error.code == "NOPERM":
         return f"the user may not do what is needed (docs/replicas.md has the ACL rule): {text}"
     if error.code in ("NOPROTO",) or "unknown command" in text:

@@ -213,6 +213,12 @@ class Telemetry:
             ["kind"],
             registry=self.prometheus,
         )
+        self._streams_broken_off = Counter(
+            "pd_scheduler_streams_continued",
+            "Streams with x-pd-continue that broke off at their D, by what became of them.",
+            ["outcome"],
+            registry=self.prometheus,
+        )
         self._log_lines_dropped = Counter(
             "pd_scheduler_log_lines_dropped",
             "Lines of output that were dropped, since nobody read what the process prints.",
@@ -459,6 +465,10 @@ class Telemetry:
     def local_error(self, kind: str) -> None:
         """Count a request that could not be sent for a reason of our own."""
         self._local_errors.labels(kind).inc()
+
+    def stream_broke_off(self, outcome: str) -> None:
+        """Count a stream that broke off at its D."""
+        self._streams_broken_off.labels(outcome).inc()
 
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""

@@ -1,0 +1,1 @@
+"""Streams that go on at another decode instance when theirs dies."""
