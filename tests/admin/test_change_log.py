@@ -17,12 +17,13 @@ from tests.admin.test_saved_changes import CHANGES, D0, D1, P0, shape
 from tests.support.channels import Meeting
 from tests.support.replicas import FLEET, Scheduler, running
 from tests.support.waiting import until
+from vllm_pd_scheduler.admin import change_log
 from vllm_pd_scheduler.admin.changes import LastRoutable, NotShared
 from vllm_pd_scheduler.admin.saved_changes import SavedInstance
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, By, InstanceRole
 from vllm_pd_scheduler.records.events import EventKind
-from vllm_pd_scheduler.sync.channel import Change
+from vllm_pd_scheduler.sync.channel import Change, NotKept
 
 D9 = SavedInstance(id="d9", role=InstanceRole.DECODE, host="10.0.0.9", port=8000)
 BOTH = {InstanceRole.PREFILL: "round_robin", InstanceRole.DECODE: "round_robin"}
@@ -180,8 +181,59 @@ async def test_what_an_emptied_server_has_lost_is_put_back(meeting: Meeting) -> 
             assert _draining(late) == {"d0"}
 
 
+async def test_a_file_of_long_ago_does_not_come_before_what_others_know(
+    meeting: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(change_log, "FROM_FILE_S", 0.1)
+    path = tmp_path / "state.json"
+    old, one = Scheduler(meeting, state_file=str(path)), Scheduler(meeting)
+    async with running(old):
+        await old.changes.use(BOTH)
+        await until(path.exists)
+    async with running(one):
+        await one.changes.drain("d0")
+        meeting.empty()
+        one.channel.lose()
+        again = Scheduler(meeting, state_file=str(path))
+        again.changes.restore()
+        assert not _draining(again)
+        async with running(again):
+            await asyncio.sleep(0.01)
+            one.channel.connect()
+            await until(lambda: meeting.log)
+            await asyncio.sleep(0.15)
+            assert _draining(one) == _draining(again) == {"d0"}
+
+
+async def test_what_an_emptied_server_does_not_take_back_is_put_there_later(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server whose disk is full, say: a replica that starts later must not begin as configured."""
+    monkeypatch.setattr(change_log, "AGAIN_S", 0.02)
+    one, late = Scheduler(meeting), Scheduler(meeting)
+    async with running(one):
+        await one.changes.drain("d0")
+        append, tried = one.channel.append, 0
+
+        async def refused(data: bytes, expected: str) -> str:
+            nonlocal tried
+            tried += 1
+            raise NotKept("the server says: MISCONF")
+
+        monkeypatch.setattr(one.channel, "append", refused)
+        meeting.empty()
+        one.channel.lose()
+        one.channel.connect()
+        await until(lambda: tried > 2)
+        assert caplog.text.count("cannot be put back into the log") == 1
+        monkeypatch.setattr(one.channel, "append", append)
+        await until(lambda: meeting.log)
+        async with running(late):
+            assert _draining(late) == {"d0"}
+
+
 async def test_the_file_follows_the_log_and_counts_where_that_is_empty(
-    meeting: Meeting, tmp_path: Path
+    meeting: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.json"
     one, two = Scheduler(meeting), Scheduler(meeting, state_file=str(path))
@@ -190,6 +242,7 @@ async def test_the_file_follows_the_log_and_counts_where_that_is_empty(
         await until(lambda: path.exists() and json.loads(path.read_text())["drained"] == ["d0"])
     meeting.empty()
     meeting.channels.clear()
+    monkeypatch.setattr(change_log, "FROM_FILE_S", 0.0)
     again, other = Scheduler(meeting, state_file=str(path)), Scheduler(meeting)
     again.changes.restore()
     async with running(again, other):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from unittest import mock
 
 import pytest
 
@@ -124,6 +125,38 @@ def test_one_that_is_overtaken_waits_if_all_are_full_meanwhile() -> None:
     for turn in range(1, 6):
         burst.dispatcher.dispatch(HEARD + turn * (HEARD_S + 0.001))
     assert ticket.settled
+
+
+def test_one_that_must_wait_after_all_is_charged_to_its_tenant_once() -> None:
+    burst = Burst(max_waiting=2)
+    burst.registry.journal = journal = mock.Mock()
+    ticket = burst.submit()
+    assert ticket.claim is not None
+    journal.drawn.assert_not_called()  # nobody waits: there are no turns
+    for endpoint in burst.registry.endpoints(P):
+        burst.others_claim(endpoint)
+        endpoint.sent_elsewhere(6, 0)
+    burst.dispatcher.dispatch(HEARD)
+    assert ticket in burst.dispatcher.queue
+    for endpoint in burst.registry.endpoints(P):
+        endpoint.sent_elsewhere(-7, 0)
+    for turn in range(1, 6):
+        burst.dispatcher.dispatch(HEARD + turn * (HEARD_S + 0.001))
+    assert ticket.settled
+    ((_, _, work),) = [each.args for each in journal.drawn.call_args_list]
+    assert work == ticket.cost > 0
+
+
+def test_a_p_that_starts_again_meanwhile_has_the_request_counted(burst: Burst) -> None:
+    ticket = burst.submit()
+    burst.liked.started(1.0)
+    burst.liked.started(2.0)
+    assert burst.liked.in_flight == 0
+    for turn in range(1, 6):
+        burst.dispatcher.dispatch(1.0 + turn * (HEARD_S + 0.001))
+    assert isinstance(ticket.outcome, Reservation)
+    assert ticket.outcome.generation == ticket.outcome.endpoint.generation
+    assert ticket.outcome.endpoint.in_flight >= 1
 
 
 def test_many_claims_of_one_burst_are_confirmed_together(burst: Burst) -> None:

@@ -62,6 +62,21 @@ def test_several_schedulers() -> None:
         assert "--scheduler" in ended.output
 
 
+def test_workers_whose_ports_cannot_be(tmp_path: Path) -> None:
+    """What ``serve --workers`` refuses is not printed for an Envoy either."""
+    path = tmp_path / "config.json"
+    for settings, said in (
+        ({"grpc_port": 65535}, "grpc_port of worker w1 would be 65536"),
+        ({"grpc_port": 9102, "metrics_port": 9103}, "is where metrics_port"),
+    ):
+        path.write_text(json.dumps({**FLEET, **settings}), encoding="utf-8")
+        ended = CliRunner().invoke(app, ["envoy-config", f"--config={path}", "--workers=2"])
+        assert ended.exit_code == 2, ended.output
+        text = " ".join(ended.output.replace("│", " ").split())
+        assert said in text
+        assert "for --workers" in text
+
+
 def test_each_of_several_schedulers_has_its_own_port() -> None:
     ended = CliRunner().invoke(app, ["envoy-config", "--scheduler=a=10.0.0.1:9002", "--grpc-port=9002"])
     assert ended.exit_code == 2

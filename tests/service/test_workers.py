@@ -39,6 +39,18 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 open(f"{sys.argv[1]}.locked", "a")
 time.sleep(600)
 """
+STARTS_SLOWLY = """
+import asyncio, os, signal, sys, time
+from vllm_pd_scheduler.sync.local import tell_ready
+hub, index = sys.argv[1], sys.argv[4]
+open(f"{hub}.begun", "a").write(f"w{index}\\n")
+while not os.path.exists(f"{hub}.go"):
+    time.sleep(0.01)
+signal.signal(signal.SIGHUP, lambda *_: open(f"{hub}.told", "a").write(f"w{index}\\n"))
+asyncio.run(tell_ready(hub, f"w{index}"))
+while True:
+    time.sleep(600)
+"""
 FAILS = "import sys; sys.exit(5)"
 
 
@@ -110,6 +122,32 @@ async def test_a_signal_while_they_start_ends_all(path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await entering
     assert not running(pid)
+
+
+def lines(path: Path, name: str) -> list[str]:
+    file = path.with_name(f"hub.{name}")
+    return sorted(file.read_text().split()) if file.exists() else []
+
+
+async def test_a_hangup_while_they_start_ends_none_and_reaches_all(path: Path) -> None:
+    """A process that has just begun would end of the signal: all of the start, for a reload."""
+    starting = Workers(2, command(STARTS_SLOWLY, path), str(path))
+    entering = asyncio.ensure_future(starting.__aenter__())
+    try:
+        await until(lambda: lines(path, "begun") == ["w0"])
+        starting.signal(signal.SIGHUP)
+        path.with_name("hub.go").touch()
+        await entering
+        await until(lambda: lines(path, "told") == ["w0"])
+        path.with_name("hub.go").unlink()
+        starting._processes[1].kill()
+        await until(lambda: lines(path, "begun") == ["w0", "w1", "w1"])
+        starting.signal(signal.SIGHUP)
+        path.with_name("hub.go").touch()
+        await until(lambda: lines(path, "told") == ["w0", "w0", "w1"])
+        assert lines(path, "begun") == ["w0", "w1", "w1"]
+    finally:
+        await starting.stop()
 
 
 def test_each_has_addresses_of_its_own() -> None:

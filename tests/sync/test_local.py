@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
+from vllm_pd_scheduler.sync import local
 from vllm_pd_scheduler.sync.channel import START, Change, Dropped, NotKept, Overtaken
 from vllm_pd_scheduler.sync.frames import MAX_FRAME_BYTES, MAX_WAITING_BYTES, FrameReader, Told, encode
 from vllm_pd_scheduler.sync.hub import Hub
@@ -135,8 +136,22 @@ async def test_one_that_does_not_read_is_cut_off(machine: Machine) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("sent", [b"\xff" * 8, struct.pack("!I", MAX_FRAME_BYTES + 1), b"\0\0\0\1\5"])
-async def test_garbage_ends_its_connection_alone(machine: Machine, sent: bytes) -> None:
+_DEEP = b"\x93\1\xc4\0" + b"\x91" * 500_000
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\xff" * 8,
+        struct.pack("!I", MAX_FRAME_BYTES + 1),
+        b"\0\0\0\1\5",
+        struct.pack("!I", len(_DEEP)) + _DEEP,
+    ],
+    ids=["length", "too long", "no frame", "deep"],
+)
+async def test_garbage_ends_its_connection_alone(
+    machine: Machine, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     one = await machine.worker()
     reader, writer = await asyncio.open_unix_connection(machine.path)
     writer.write(sent)
@@ -146,6 +161,8 @@ async def test_garbage_ends_its_connection_alone(machine: Machine, sent: bytes) 
     writer.close()
     assert one.channel.send(b"x")
     assert not one.channel.problem
+    assert "a worker's connection is closed: " in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_without_a_hub_nothing_waits(tmp_path: Path) -> None:
@@ -158,6 +175,30 @@ async def test_without_a_hub_nothing_waits(tmp_path: Path) -> None:
     with pytest.raises(NotKept, match="at most"):
         await one.channel.append(bytes(2 << 20), START)
     await one.end()
+
+
+async def test_a_change_that_was_sent_may_be_made_yet_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parent that stands still makes it when it goes on."""
+    monkeypatch.setattr(local, "APPEND_S", 0.05)
+    writers: list[asyncio.StreamWriter] = []
+    path = str(tmp_path / "hub")
+    server = await asyncio.start_unix_server(lambda _, writer: writers.append(writer), path)
+    one = Worker(path)
+    await until(lambda: writers and not one.channel.problem)
+    with pytest.raises(NotKept, match=r"has not answered.*nobody knows whether"):
+        await one.channel.append(b"a", START)
+    monkeypatch.setattr(local, "APPEND_S", 5.0)
+    asked = asyncio.ensure_future(one.channel.append(b"a", START))
+    await asyncio.sleep(0.01)
+    writers[0].transport.abort()
+    with pytest.raises(NotKept, match=r"was lost.*nobody knows whether"):
+        await asked
+    await one.end()
+    server.close()
+    for each in writers:
+        each.close()
 
 
 async def test_the_hub_hears_who_serves(machine: Machine) -> None:

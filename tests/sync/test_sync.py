@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from tests.support.channels import Meeting
 from tests.support.replicas import Scheduler, running
 from tests.support.waiting import until
 from vllm_pd_scheduler.replicas import Ignored
-from vllm_pd_scheduler.sync.greeting import MAGIC
+from vllm_pd_scheduler.sync.greeting import MAGIC, Greeting
+from vllm_pd_scheduler.sync.sync import ASK
+from vllm_pd_scheduler.telemetry.pace import MAX_KEYS
 
 
 @pytest.fixture
@@ -149,6 +152,47 @@ async def test_all_hash_prompts_alike_and_another_password_is_said(meeting: Meet
         assert "in another way: replicas.password;" in found[0]
         one.sync.reconfigured(one.router.config)
         assert other.sync.greetings.differing() == [one.sync.replica.name, two.sync.replica.name]
+
+
+async def test_a_flood_of_questions_is_answered_a_few_times(meeting: Meeting) -> None:
+    """Else all would send so much that the others take none of it any more."""
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        await until(lambda: one.sync.others and two.sync.others)
+        await asyncio.sleep(0.05)
+        before = len(one.channel.sent)
+        for _ in range(300):
+            two.channel.send(ASK + b"x")
+            one.sync._publish()
+        assert 1 <= len(one.channel.sent) - before <= 70
+        assert one.sync.replica.ignored[Ignored.TOO_OFTEN] >= 200
+        two.reserve()
+        await until(lambda: one.in_flight() == 1)
+
+
+async def test_a_flood_of_greetings_is_no_flood_of_events(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        for number in range(3000):
+            name = "b" if number < 1000 else f"b{number}"
+            found = Greeting(f"r{number}", name, "machine", "another", {})
+            two.channel.send(MAGIC + msgspec.msgpack.encode(found))
+        said = [each for each in one.said() if "runs version another" in each]
+        assert sum("replica b on" in each for each in said) == 1
+        assert len(said) <= MAX_KEYS
+        one.channel.lose("it is gone")
+        assert "it is gone" in one.said()[-1]
+
+
+async def test_a_greeting_cannot_write_lines_of_the_log(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        before = one.sync.replica.ignored[Ignored.GARBAGE]
+        for text in ("a\nERROR all is lost", "a\n", "\x1b[31m", "\x9b", "\u2028"):
+            for values in ((text, "a", "m"), ("r", text, "m"), ("r", "a", text)):
+                two.channel.send(MAGIC + msgspec.msgpack.encode(Greeting(*values, "1", {})))
+        assert one.sync.replica.ignored[Ignored.GARBAGE] == before + 15
+        assert all(each.isprintable() for each in one.said())
 
 
 async def test_a_name_that_two_have_is_said(meeting: Meeting) -> None:

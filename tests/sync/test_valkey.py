@@ -236,6 +236,15 @@ async def test_a_word_of_a_change_that_is_lost_delays_it_only(server: Server) ->
         await until(lambda: one.heard.changes[-1].data == b"by hand")
 
 
+async def test_the_first_changes_of_a_log_come_one_by_one(server: Server) -> None:
+    """Two that come into an empty log before it is looked at are two changes."""
+    async with replicas(1, server.url) as (one,):
+        script = "for n = 1, 2 do redis.call('XADD', KEYS[1], '*', 'change', n) end"
+        server.ask("EVAL", script, "1", "{vllm-pd}:changes")
+        await until(lambda: one.heard.changes[-1].data == b"2")
+        assert [each.data for each in one.heard.changes] == [b"", b"1", b"2"]
+
+
 async def test_changes_that_were_missed_come_in_order(server: Server) -> None:
     async with replicas(2, server.url) as (one, two):
         position = await one.channel.append(b"0", START)
@@ -443,6 +452,46 @@ async def test_a_server_that_answers_garbage_later_is_left(server: Server) -> No
     async with fake(answers) as url, Replica(url).running() as one:
         await until(lambda: "" in one.heard.problems and one.heard.problems[-1])
         assert one.heard.messages == []
+
+
+_USABLE = {
+    b"HELLO": _hello("7.2.4"),
+    b"SUBSCRIBE": b">3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n",
+    b"PUBLISH": b":1\r\n",
+}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [b":1\r\n", b"$1\r\nx\r\n", b"*1\r\n:1\r\n", b"*1\r\n*2\r\n:1\r\n:2\r\n", b"*1\r\n*1\r\n:1\r\n",
+     b"*1\r\n*2\r\n:1\r\n*2\r\n*0\r\n:1\r\n", b"_\r\n"],
+)  # fmt: skip
+async def test_a_log_that_is_none_is_said(entries: bytes) -> None:
+    answers = {**_USABLE, b"local trim": b":5\r\n", b"XREVRANGE\r\n$": entries}
+    async with fake(answers) as url, Replica(url).running() as one:
+        await until(lambda: one.heard.problems)
+        assert "the log there is none of ours" in one.channel.problem
+
+
+@pytest.mark.parametrize(
+    "found",
+    [b":1\r\n", b"$1\r\nx\r\n", b"*1\r\n$1\r\nx\r\n", b"*2\r\n_\r\n_\r\n", b"*2\r\n$1\r\nx\r\n*0\r\n",
+     b"*2\r\n$9\r\n127.0.0.1\r\n$5\r\n99999\r\n", b"*2\r\n$9\r\n127.0.0.1\r\n$2\r\n-1\r\n",
+     b"*2\r\n$0\r\n\r\n$2\r\n99\r\n"],
+)  # fmt: skip
+async def test_a_sentinel_that_tells_nonsense_is_left(found: bytes) -> None:
+    async with fake({b"SENTINEL": found}) as url, Replica(url, sentinel="ours").running() as one:
+        await until(lambda: one.heard.problems)
+        assert "Sentinel 127.0.0.1:" in one.channel.problem
+        assert "it tells no address" in one.channel.problem
+
+
+@pytest.mark.parametrize("where", ["10.0.0.1:99999", "10.0.0.1:0", "not a name:1", "x" * 300 + ":1"])
+async def test_a_node_that_sends_nowhere_is_left(where: str) -> None:
+    answers = {**_USABLE, b"SUBSCRIBE": f"-MOVED 1 {where}\r\n".encode()}
+    async with fake(answers) as url, Replica(url).running() as one:
+        await until(lambda: one.heard.problems)
+        assert one.channel.problem
 
 
 async def test_a_server_without_tls_is_said() -> None:

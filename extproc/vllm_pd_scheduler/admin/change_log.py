@@ -23,6 +23,12 @@ from .saved_changes import AS_CONFIGURED, AdminState
 
 log = logging.getLogger(__name__)
 
+FROM_FILE_S = 2.0
+"""Seconds that one who knows a state from its own file alone leaves to those who have heard the log: that
+file may be days old."""
+AGAIN_S = 1.0
+"""Seconds until it is tried again to put back what an empty log does not take."""
+
 
 class Entry(BaseModel):
     """A change, as it is in the log."""
@@ -115,19 +121,28 @@ class ChangeLog:
 
     def _put_back(self) -> None:
         """Put into a log that is empty what it has lost, or what was kept at this replica before."""
-        state = self._steering.state() if self._state is None else self._state
-        if state == AS_CONFIGURED or (self._puts_back is not None and not self._puts_back.done()):
-            return
-        self._state = state
+        if self._puts_back is None or self._puts_back.done():
+            self._puts_back = asyncio.ensure_future(self._put_back_state())
 
-        async def put() -> None:
-            entry = Entry(id=secrets.token_hex(8), replica=self._replica, by=By.START, state=state)
+    async def _put_back_state(self) -> None:
+        if self._state is None:
+            if self._steering.state() == AS_CONFIGURED:
+                return
+            await asyncio.sleep(FROM_FILE_S)
+        said = ""
+        while self._position == START:
+            state = self._steering.state() if self._state is None else self._state
+            if state == AS_CONFIGURED:
+                return
             try:
-                await self._put(entry)
+                await self._put(
+                    Entry(id=secrets.token_hex(8), replica=self._replica, by=By.START, state=state)
+                )
                 log.warning("the log of the replicas was empty: what operators have changed is put back")
             except Overtaken:
                 pass  # another replica has done it
             except NotKept as error:
-                log.warning("what operators have changed cannot be put back into the log: %s", error)
-
-        self._puts_back = asyncio.ensure_future(put())
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("what operators have changed cannot be put back into the log: %s", error)
+            await asyncio.sleep(AGAIN_S)

@@ -43,6 +43,7 @@ class Others:
             for worker, path in paths.items()
         }
         self._metrics = SummedMetrics(_read_counts(counts))
+        self._written_one_at_a_time = asyncio.Lock()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -86,10 +87,10 @@ class Others:
         answers = await self.ask("GET", "/metrics")
         pages = {worker: body for worker, (status, body) in answers.items() if status == 200}
         page = await as_one_page(self._metrics.page(self.name, {self.name: own, **pages}))
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(
-                _write_counts, self._counts, msgspec.msgpack.encode(self._metrics.counted)
-            )
+        async with self._written_one_at_a_time:  # two may ask at once, and the newest is to stay
+            data = msgspec.msgpack.encode(self._metrics.counted)
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(_write_counts, self._counts, data)
         return page
 
     async def readings(self) -> dict[str, Reading]:

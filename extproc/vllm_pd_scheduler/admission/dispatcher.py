@@ -165,13 +165,15 @@ class Dispatcher:
 
     def dispatch(self, now: float) -> None:
         """Confirm claims, refuse what has waited too long, give endpoints to those that can have one."""
-        while self._claimed and self._due(self._claimed[0]) <= now:
-            self._confirm(self._claimed.popleft(), now)
-        for ticket in list(self._overdue(now)):
-            self.queue.remove(ticket)
-            ticket.settle(self._refusal(ticket, "queue_timeout", "It waited too long for a free instance"))
         before = log_lines.request_id.set("")
         try:
+            while self._claimed and self._due(self._claimed[0]) <= now:
+                self._confirm(self._claimed.popleft(), now)
+            for ticket in list(self._overdue(now)):
+                self.queue.remove(ticket)
+                ticket.settle(
+                    self._refusal(ticket, "queue_timeout", "It waited too long for a free instance")
+                )
             while self._dispatch_one(now):
                 pass
         finally:
@@ -275,7 +277,7 @@ class Dispatcher:
         if not self._scheduler.has_room_for(role, request, now):
             return None
         outcome: Reservation | None = None
-        waits, anew = ticket in self.queue, not ticket.claims
+        waits, uncharged = ticket in self.queue, not ticket.charged
         if not waits and self.registry.elsewhere.waiting[role is InstanceRole.DECODE]:
             ticket.cost = self._predicted_work(request)  # it is served before those who wait elsewhere
         request.at(now)
@@ -291,9 +293,11 @@ class Dispatcher:
             else:
                 outcome = self.registry.reserve(picked[0], request)
         if waits:
-            self.queue.remove(ticket, served=anew)
-        if outcome is not None and anew and ticket.cost and self.registry.journal is not None:
+            self.queue.remove(ticket, served=uncharged)
+        if outcome is not None and uncharged and ticket.cost and self.registry.journal is not None:
             self.registry.journal.drawn(request.priority, tenant_key(request.tenant), ticket.cost)
+        # One that was served at once, while nobody waited, is charged if it must wait after all.
+        ticket.charged = ticket.charged or bool(ticket.cost)
         if ticket.claim is None:
             ticket.settle(outcome)
         return None
@@ -320,7 +324,8 @@ class Dispatcher:
         claim, ticket.claim = ticket.claim, None
         if claim is None:
             return
-        if claim.endpoint.routable and claim.active and not self.registry.claims.overtaken(claim):
+        log_lines.request_id.set(ticket.request.request_id)
+        if claim.stands and claim.endpoint.routable and not self.registry.claims.overtaken(claim):
             self.registry.confirm(claim, now)
             ticket.settle(claim)
             return

@@ -60,6 +60,8 @@ class Ticket:
     """Its endpoint, while it is not known whether another replica of the scheduler has chosen that too."""
     claims: int = 0
     """How many it has had."""
+    charged: bool = False
+    """Whether its cost counts as work that its tenant was given."""
     settled: bool = False
     outcome: Outcome = None
     choice: Choice | None = None

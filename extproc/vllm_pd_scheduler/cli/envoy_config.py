@@ -90,8 +90,10 @@ def _schedulers(
     settings: SchedulerConfig, grpc_port: int | None, given: list[str], workers: int
 ) -> list[SchedulerAddress]:
     """Return the schedulers that are given, or the workers; none if there is one, where the ports say."""
+    from ..config.listeners import listeners_of
     from ..envoy.schedulers import SchedulerAddress
-    from ..service.run_workers import addresses
+    from ..service.run_workers import addresses, require_ports
+    from ..service.startup_error import StartupError
 
     if given and workers > 1:
         raise ValueError("each worker is a scheduler of its own: give a --scheduler for each, or --workers")
@@ -101,6 +103,10 @@ def _schedulers(
         return [SchedulerAddress.parse(each) for each in given]
     if grpc_port is not None:
         settings = settings.model_copy(update={"grpc_port": grpc_port, "grpc_socket": None})
+    try:
+        require_ports(settings, workers, listeners_of(settings))
+    except StartupError as error:
+        raise typer.BadParameter(str(error), param_hint="--workers") from None
     return addresses(settings, workers)
 
 

@@ -538,6 +538,11 @@ class Reservation:
     elsewhere: bool = False
     """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
 
+    @property
+    def stands(self) -> bool:
+        """Whether it has not ended, nor the process that it is a claim on."""
+        return self.active and self.generation == self.endpoint.generation
+
     def release(self, now: float | None = None) -> None:
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self._end():

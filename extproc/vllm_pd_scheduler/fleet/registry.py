@@ -443,7 +443,7 @@ class Registry:
     ) -> None:
         """Have P pull prompt tokens from a source, in ``takes`` predicted seconds, and not compute them."""
         endpoint = reservation.endpoint
-        if not reservation.active or reservation.generation != endpoint.generation:
+        if not reservation.stands:
             return
         before = reservation.tokens
         self.learning.weigh_pull(reservation, request, source, tokens, takes)

@@ -56,8 +56,10 @@ Index = Annotated[int, Meta(ge=0, lt=MAX_ITEMS)]
 Number = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Prompt = Annotated[int, Meta(ge=0, le=MAX_PROMPT)]
 Blocks = Annotated[bytes, Meta(max_length=8 * MAX_BLOCKS)]
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-EndpointName = Name | Annotated[int, Meta(ge=0, lt=1 << 32)]
+SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+"""What can be in a line of the log and leaves it one line: no control characters."""
+Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=SHOWN)]
+EndpointName = Annotated[str, Meta(min_length=1, max_length=256)] | Annotated[int, Meta(ge=0, lt=1 << 32)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """How often something has happened, modulo 65,536."""
 Overhead = Annotated[float, Meta(ge=0.0, le=MAX_OVERHEAD_S)]

@@ -15,6 +15,7 @@ from .rendezvous import first
 
 _MAX_TOLD_BYTES = 1 << 18
 """Of all that is told at once; what is more is not told, and found again."""
+_MAX_KNOWN = 10_000
 _TRUSTED = 2
 """How many replicas may tell of an instance: the one that probes it, and the one that did, or would."""
 
@@ -85,6 +86,8 @@ class Probes:
         name = endpoint.instance.instance_id
         found = self._first.get(name)
         if found is None:
+            if len(self._first) >= _MAX_KNOWN:  # of most of them the instance is gone
+                self._first.clear()
             found = self._first[name] = first(name, {self._name, *living}, _TRUSTED)
         return found
 

@@ -357,6 +357,7 @@ class App:
     async def _succeed(self, first: FirstWorker, worker: Worker, self_check: SelfCheck) -> None:
         await first.wait()
         log.info("worker %s has the admin interface now", worker.name)
+        said = ""
         while True:
             async with AsyncExitStack() as stack:
                 try:
@@ -364,7 +365,9 @@ class App:
                     self._stack.push_async_callback(stack.pop_all().aclose)
                     return
                 except StartupError as error:
-                    log.error("%s", error)
+                    if str(error) != said:
+                        said = str(error)
+                        log.error("%s; it is tried again each second", said)
             await asyncio.sleep(LEAD_AGAIN_S)
 
     async def _lead(self, stack: AsyncExitStack, worker: Worker, self_check: SelfCheck) -> None:

@@ -41,7 +41,7 @@ async def serve_with_workers(
     ``file`` is where the configuration comes from. ``arguments`` are those of the command ``worker`` that say
     what to run. Raise :exc:`~vllm_pd_scheduler.service.startup_error.StartupError`.
     """
-    _require_ports(config, count, listeners_of(config))
+    require_ports(config, count, listeners_of(config))
     with _private_path() as path:
         workers = _workers(file, count, arguments, path)
         signals = Signals(lambda: workers.signal(signal.SIGHUP))
@@ -80,7 +80,7 @@ async def up_with_workers(
             config = config.model_copy(update={"grpc_socket": f"{path}.grpc"})
             arguments = [*arguments, "--grpc-socket", f"{path}.grpc"]
         own = [each for each in listeners_of(config) if each[0] != "prefill_listener"]
-        _require_ports(config, count, [*own, *ports.listeners()])
+        require_ports(config, count, [*own, *ports.listeners()])
         rendered = render_config(
             ports,
             config.instance_tls,
@@ -166,8 +166,12 @@ def _private_path() -> Iterator[str]:
         place.__exit__(None, None, None)
 
 
-def _require_ports(config: SchedulerConfig, count: int, listeners: list[Listener]) -> None:
-    """Raise :exc:`StartupError` if a worker's ports are none, or another's."""
+def require_ports(config: SchedulerConfig, count: int, listeners: list[Listener]) -> None:
+    """Raise :exc:`StartupError` if a worker's ports are none, or another's.
+
+    ``listeners`` are those of the first, and of who else listens beside them.
+    """
+    listeners = list(listeners)
     last = scheduler_name(config, Worker(count - 1, count, ""))
     if not NAME.fullmatch(last):
         raise StartupError(f"replicas.name: {last!r} has more than 16 letters: choose a shorter one")

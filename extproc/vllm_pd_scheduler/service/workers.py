@@ -45,8 +45,11 @@ class Workers:
         self._command = command
         self._path = path
         self._serves = {f"w{index}": asyncio.Event() for index in range(count)}
-        self._hub = Hub(lambda name: self._serves[name].set() if name in self._serves else None)
+        self._hub = Hub(self._ready)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._starting: dict[str, bool] = {}
+        """Those that do not serve yet, and whether all were told to read the configuration again since. A
+        process that has just begun does not know the signal for that, and would end of it."""
         self._keeping: list[asyncio.Task[None]] = []
         self._ending = False
 
@@ -92,6 +95,7 @@ class Workers:
         name, clock = f"w{index}", asyncio.get_running_loop().time
         while not self._ending:
             began = clock()
+            self._starting[name] = False
             try:
                 process = self._processes[index] = await asyncio.create_subprocess_exec(
                     *self._command,
@@ -120,13 +124,24 @@ class Workers:
             )
             await asyncio.sleep(pause)
 
+    def _ready(self, name: str) -> None:
+        """Note that a worker serves, and send it the SIGHUP that came meanwhile."""
+        if name not in self._serves:
+            return
+        self._serves[name].set()
+        process = self._processes.get(int(name.removeprefix("w")))
+        if self._starting.pop(name, False) and process is not None:
+            _send(process, signal.SIGHUP)
+
     def signal(self, number: int) -> None:
-        """Send a signal to all workers."""
+        """Send a signal to all workers; SIGHUP to one that starts when it serves."""
         if number in (signal.SIGTERM, signal.SIGINT):
             self._ending = True
-        for process in tuple(self._processes.values()):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+        for index, process in tuple(self._processes.items()):
+            if number == signal.SIGHUP and f"w{index}" in self._starting:
+                self._starting[f"w{index}"] = True
+            else:
+                _send(process, number)
 
     async def ended(self) -> None:
         """Wait until all workers have ended, after a signal for that."""
@@ -147,6 +162,11 @@ class Workers:
             each.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
         await self._hub.stop()
+
+
+def _send(process: asyncio.subprocess.Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
 
 
 def _how(status: int) -> str:

@@ -25,6 +25,10 @@ class Change:
     data: bytes
 
 
+UNSURE = "; nobody knows whether the change is kept: if it is, it is made when %s"
+"""Ends the message of :exc:`NotKept` where the change was sent, and no answer has come."""
+
+
 class Overtaken(Exception):
     """The log has a newer change than the caller knew: it is told, and the caller may try again after it."""
 

@@ -85,7 +85,10 @@ class FrameReader:
                 return
             body = bytes(self._buffer[_LENGTH.size : end])
             del self._buffer[:end]
-            frame: Any = _decoder.decode(body)
+            try:
+                frame: Any = _decoder.decode(body)
+            except RecursionError:
+                raise ValueError("a frame that is nested too deep") from None
             yield frame
 
 

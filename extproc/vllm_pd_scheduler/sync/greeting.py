@@ -12,20 +12,21 @@ from msgspec import Meta, Struct
 
 from ..config import SchedulerConfig
 from ..config.replicas import OF_EACH
+from ..replicas.message import SHOWN, Name
 
 MAGIC = b"PDH"
 """A greeting begins with it, and no message of a replica."""
 _MAX_BYTES = 64 << 10
 _MAX_KNOWN = 256
 
-_Text = Annotated[str, Meta(max_length=256)]
+_Text = Annotated[str, Meta(max_length=256, pattern=SHOWN)]
 _Settings = Annotated[dict[_Text, int], Meta(max_length=1000)]
 
 
 class Greeting(Struct, array_like=True, frozen=True):
     """What a replica says of itself."""
 
-    replica: Annotated[str, Meta(min_length=1, max_length=256)]
+    replica: Name
     """As in its messages: new at each start."""
     name: _Text
     """As it is configured; empty if it is not."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 
-from .channel import MAX_CHANGE_BYTES, START, Change, Dropped, Listener, NotKept, Overtaken, Position, Traffic
+from .channel import (
+    MAX_CHANGE_BYTES,
+    START,
+    UNSURE,
+    Change,
+    Dropped,
+    Listener,
+    NotKept,
+    Overtaken,
+    Position,
+    Traffic,
+)
 from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, encode
 
 RETRY_S = 0.05
@@ -13,6 +24,8 @@ RETRY_S = 0.05
 
 APPEND_S = 5.0
 """How long a change may take to be in the log."""
+
+_UNSURE = UNSURE % "the parent goes on"
 
 
 class LocalChannel:
@@ -75,7 +88,7 @@ class LocalChannel:
             async with asyncio.timeout(APPEND_S):
                 position = await answered
         except TimeoutError:
-            raise NotKept(f"the parent of the workers has not answered for {APPEND_S:g} s") from None
+            raise NotKept(f"the parent of the workers has not answered for {APPEND_S:g} s{_UNSURE}") from None
         finally:
             self._asked.pop(call, None)
         if position is None:
@@ -92,7 +105,7 @@ class LocalChannel:
             self._connection = None
         for each in self._asked.values():
             if not each.done():
-                each.set_exception(NotKept("the connection to the parent of the workers was lost"))
+                each.set_exception(NotKept(f"the connection to the parent of the workers was lost{_UNSURE}"))
 
     def _say(self, problem: str) -> None:
         if problem != self._problem and self._listener is not None:

@@ -13,6 +13,7 @@ from ..config import SchedulerConfig
 from ..models import By
 from ..records.events import EventKind, Events
 from ..replicas import Ignored, Replica
+from ..replicas.plausible import Budget
 from ..telemetry.pace import Pace
 from .channel import Change, Channel
 from .greeting import MAGIC, Greeting, Greetings, settings_of
@@ -21,6 +22,8 @@ GREET_S = 10.0
 """Seconds between two greetings, beside those for a replica that has just come."""
 ASK = MAGIC + b"?"
 """Begins the question for all that the others have."""
+_ASKS_PER_S, _ASKS_AT_ONCE = 10.0, 64.0
+"""Questions for all that are answered, from all replicas together: each that connects has one."""
 _LEAST_S = 0.001
 """Timers of event loops are no finer; one that comes early would come again at once."""
 
@@ -56,6 +59,9 @@ class Sync:
         self._changed = changed
         self._clock = clock
         self._pace = Pace(clock)
+        self._greeted_pace = Pace(clock)
+        """Of what greetings bring: a flood of them must not hide what else is said."""
+        self._asks = Budget(_ASKS_AT_ONCE, clock())
         self._others: frozenset[str] = frozenset()
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
@@ -155,8 +161,7 @@ class Sync:
         now = self._clock()
         try:
             if data.startswith(ASK):
-                self.replica.tell_all()
-                self._arm()
+                self._asked(now)
             elif data.startswith(MAGIC):
                 self._greeted(data)
             elif self.replica.receive(data, now):
@@ -200,13 +205,22 @@ class Sync:
         # And they are asked: to those who were there, this one was not away for long enough to be new.
         self.channel.send(ASK + self.replica.name.encode())
 
+    def _asked(self, now: float) -> None:
+        """Tell all that there is, unless so many have asked that the others would take it for nonsense."""
+        if self._asks.take(1.0, _ASKS_PER_S, _ASKS_AT_ONCE, now) < 1.0:
+            self.replica.ignored[Ignored.TOO_OFTEN] += 1
+            return
+        self.replica.tell_all()
+        self._arm()
+
     def _greeted(self, data: bytes) -> None:
         lines = self.greetings.receive(data)
         if lines is None:
             self.replica.ignored[Ignored.GARBAGE] += 1
             return
         for line in lines:
-            self._event(line, logging.WARNING)
+            if self._greeted_pace.due(line):
+                self._event(line, logging.WARNING)
 
     def _look_at_others(self) -> None:
         others = frozenset(self.replica.others)

@@ -14,9 +14,21 @@ from collections import deque
 from typing import Any
 
 from ..config import ReplicasConfig
+from ..config.instances import is_host
 from ..health.names import NameNotResolved, NameResolver
-from ..models import is_ip, join_address
-from .channel import MAX_CHANGE_BYTES, START, Change, Dropped, Listener, NotKept, Overtaken, Position, Traffic
+from ..models import canonical_host, is_ip, join_address
+from .channel import (
+    MAX_CHANGE_BYTES,
+    START,
+    UNSURE,
+    Change,
+    Dropped,
+    Listener,
+    NotKept,
+    Overtaken,
+    Position,
+    Traffic,
+)
 from .connection import Connection, Lost, Refused, connect
 
 OLDEST = (6, 2)
@@ -178,14 +190,14 @@ class Valkey:
         if newest == self._known:
             return
         entries = []
-        if self._known != START:
-            after = f"({self._known}", "+", "COUNT", str(KEPT)
+        if self._known != START or not first:
+            begin = "-" if self._known == START else f"({self._known}"
+            after = begin, "+", "COUNT", str(KEPT)
             entries = await connection.ask("XRANGE", self._changes, *after)
         if not entries:  # we come new, or the server has lost what we know
             entries = await connection.ask("XREVRANGE", self._changes, "+", "-", "COUNT", "1")
-        for position, fields in entries:
-            values = dict(zip(fields[::2], fields[1::2], strict=False))
-            self._tell(_text(position), bytes(values.get(b"change", b"")))
+        for position, data in _changes(entries):
+            self._tell(position, data)
 
     # -- the connection
 
@@ -259,7 +271,7 @@ class Valkey:
             found = await connection.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
             if not found:
                 raise _Unusable(f"it knows no server {name!r}: see replicas.sentinel")
-            return _text(found[0]), int(found[1])
+            return _address(found)
         except (Refused, Lost, ValueError) as error:
             if isinstance(error, Refused) and "unknown command" in str(error):
                 raise _Unusable(_NO_SENTINEL) from None
@@ -334,7 +346,7 @@ class Valkey:
 
 _NO_SENTINEL = "it is no Sentinel: leave replicas.sentinel out, or give the port of a Sentinel (26379)"
 _ONLY_READ = "it is a copy that can only be read: name the primary in replicas.url, or use Sentinels"
-_UNSURE = "; nobody knows whether the change is kept: if it is, it is made when the server is back"
+_UNSURE = UNSURE % "the server is back"
 
 
 async def _moving(answer: Any) -> None:
@@ -342,7 +354,7 @@ async def _moving(answer: Any) -> None:
         await answer
     except Refused as error:
         if found := re.fullmatch(r"MOVED [0-9]+ (.+):([0-9]+)", str(error)):
-            raise _Moved((found[1], int(found[2]))) from None
+            raise _Moved(_address([found[1], found[2]])) from None
         raise
 
 
@@ -376,6 +388,30 @@ def _advice(error: Exception, see: str = "replicas.password and the user in repl
     if error.code in ("NOPROTO",) or "unknown command" in text:
         return f"it is too old: Redis 6.2 or Valkey 7.2 is needed ({text})"
     return f"it says: {text}"
+
+
+def _address(words: Any) -> tuple[str, int]:
+    """Return the host and port that somebody tells; raise :exc:`ValueError` if they are none."""
+    try:
+        host, port = _text(words[0]), int(words[1])
+    except (TypeError, ValueError, IndexError):
+        host, port = "", 0
+    if not is_host(canonical_host(host)) or not 0 < port < 65536:
+        raise ValueError("it tells no address")
+    return host, port
+
+
+def _changes(entries: Any) -> list[tuple[str, bytes]]:
+    """Return the entries of a log; raise :exc:`.Refused` if they are none."""
+    try:
+        found = []
+        for position, fields in entries:
+            values = dict(zip(fields[::2], fields[1::2], strict=False))
+            data = values.get(b"change", b"")
+            found.append((_text(position), data if isinstance(data, bytes) else b""))
+    except (TypeError, ValueError):
+        raise Refused("the log there is none of ours") from None
+    return found
 
 
 def _text(word: Any) -> str:
