@@ -114,6 +114,13 @@ class PortsTest(unittest.TestCase):
         self.assertEqual(config.grpc_port, ports.grpc)
         self.assertIsNone(config.prefill_listener)
 
+    def test_envoy_looks_only_where_the_scheduler_listens(self) -> None:
+        """A health check opens a socket each half second where nobody does; one it cannot have ends Envoy."""
+        for continues in (False, True):
+            clusters = render_config(EnvoyPorts(continues=continues))["static_resources"]["clusters"]
+            (found,) = (each for each in clusters if each["name"] == "continuation")
+            self.assertEqual("health_checks" in found, continues)
+
     def test_without_a_port_there_is_no_prefill_listener(self) -> None:
         ports = EnvoyPorts(prefill=None)
         names = [each["name"] for each in render_config(ports)["static_resources"]["listeners"]]

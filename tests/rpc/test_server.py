@@ -39,7 +39,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.path = str(self.directory / "grpc")
         self.attempts: list[FailedAttempt] = []
         self.results: list[Result] = []
-        services = (HealthService(), AccessLog(self.attempts.append, self.results.append))
+        services = (HealthService(), AccessLog(self.attempts.append, self.results.append, lambda _: True))
         self.server = Server({path: each for service in services for path, each in service.methods().items()})
 
     async def asyncTearDown(self) -> None:

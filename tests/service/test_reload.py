@@ -66,6 +66,8 @@ OTHERS: dict[str, Any] = {
     "metaserver_port": 9996,
     "metaserver_url": "http://10.0.0.5:9005",
     "metaserver_callers": "any",
+    "continuation_port": 9995,
+    "continuation_ingress": "http://127.0.0.1:10009",
 }
 """Another value of each key whose default is no number; of the others it is one more."""
 

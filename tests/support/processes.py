@@ -13,7 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class Stack:
     def envoy(self) -> list[str]:
         """Return the command for Envoy alone, on the configuration that ships."""
         path = self.directory / "envoy.yaml"
-        path.write_text(yaml.safe_dump(render_config(self.ports)))
+        path.write_text(yaml.safe_dump(render_config(replace(self.ports, continuation=None))))
         return [find_envoy(), "-c", str(path), "--log-level", "warning", "--disable-hot-restart"]
 
 

@@ -59,6 +59,7 @@ async def running(*schedulers: Scheduler) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
+        for each, task in zip(schedulers, tasks, strict=True):
+            each.channel.problem = "it has ended"
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

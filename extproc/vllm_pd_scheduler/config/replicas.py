@@ -33,6 +33,7 @@ OF_EACH = frozenset(
         "metaserver_host", "metaserver_port", "metaserver_url", "metaserver_tls",
         "metrics_host", "metrics_port", "prefill_listener", "drain_timeout",
         "log_format", "state_file", "tracing", "explain_header", "replicas",
+        "continuation_port", "continuation_ingress",
     }
 )  # fmt: skip
 """Keys of the configuration that may differ from replica to replica. All others should be the same."""

@@ -15,6 +15,16 @@ from ..request.path import PUBLIC_PATHS, SPLIT_PATHS, PublicPaths, path_regex
 from .ports import EnvoyPorts
 from .schedulers import SchedulerAddress, put_schedulers
 
+_CONTINUATION_CHECK = {
+    "timeout": "2s",
+    "interval": "0.5s",
+    "no_traffic_interval": "0.5s",
+    "unhealthy_threshold": 1,
+    "healthy_threshold": 1,
+    "http_health_check": {"path": "/continuation/health"},
+}
+"""How a scheduler that hangs is found by those whose streams shall go on."""
+
 WEBSOCKET_PATH = "/v1/realtime"
 """The path of ``envoy.yaml``'s route for WebSockets."""
 
@@ -80,6 +90,8 @@ def _continue(config: dict[str, Any], ports: EnvoyPorts) -> None:
         routes = _ingress_routes(config)
         routes[:] = [route for route in routes if route.get("name") != "continuation"]
         return
+    if ports.continues:
+        found["health_checks"] = [_CONTINUATION_CHECK]
     addresses = (("127.0.0.1", ports.continuation), (ports.ingress_address, ports.ingress))
     for priority, (host, port) in zip(found["load_assignment"]["endpoints"], addresses, strict=True):
         endpoint = priority["lb_endpoints"][0]["endpoint"]

@@ -84,7 +84,8 @@ async def up(
                     "one can, or give --grpc-port"
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
-        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=config.continuation_port)
+        port = config.continuation_port
+        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=port, continues=True)
         ingress = f"http://{join_address(ports.ingress_address, ports.ingress)}"
         config = config.model_copy(update={"continuation_ingress": ingress})
         _require_distinct(config, ports)
