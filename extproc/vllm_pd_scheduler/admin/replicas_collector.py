@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -46,38 +46,41 @@ class ReplicasCollector(Collector):
             "Other replicas that are configured in another way than this one.",
             len(sync.greetings.differing()),
         )
-        messages = CounterMetricFamily(
-            "pd_scheduler_replica_messages", "Messages sent and received.", labels=["direction"]
+        yield _counted(
+            "pd_scheduler_replica_messages",
+            "Messages sent and received.",
+            "direction",
+            {"sent": traffic.sent, "received": traffic.received},
         )
-        size = CounterMetricFamily(
-            "pd_scheduler_replica_message_bytes", "Bytes of these messages.", labels=["direction"]
+        yield _counted(
+            "pd_scheduler_replica_message_bytes",
+            "Bytes of these messages.",
+            "direction",
+            {"sent": traffic.sent_bytes, "received": traffic.received_bytes},
         )
-        for direction, count, total in (
-            ("sent", traffic.sent, traffic.sent_bytes),
-            ("received", traffic.received, traffic.received_bytes),
-        ):
-            messages.add_metric([direction], count)
-            size.add_metric([direction], total)
-        yield from (messages, size)
-        dropped = CounterMetricFamily(
+        yield _counted(
             "pd_scheduler_replica_messages_dropped",
             "Messages that were not sent, by reason.",
-            labels=["reason"],
+            "reason",
+            {each.value: traffic.dropped[each] for each in Dropped},
         )
-        for reason in Dropped:
-            dropped.add_metric([reason.value], traffic.dropped[reason])
-        ignored = CounterMetricFamily(
+        yield _counted(
             "pd_scheduler_replica_messages_ignored",
             "Messages that were received and not used, by reason.",
-            labels=["reason"],
+            "reason",
+            {each.value: replica.ignored[each] for each in Ignored},
         )
-        for each in Ignored:
-            ignored.add_metric([each.value], replica.ignored[each])
-        disbelieved = CounterMetricFamily(
+        yield _counted(
             "pd_scheduler_replica_claims_disbelieved",
             "Claims in messages that were used, which were not believed or not in full, by kind.",
-            labels=["kind"],
+            "kind",
+            {each.value: replica.disbelieved[each] for each in Disbelieved},
         )
-        for kind in Disbelieved:
-            disbelieved.add_metric([kind.value], replica.disbelieved[kind])
-        yield from (dropped, ignored, disbelieved)
+
+
+def _counted(name: str, text: str, label: str, counts: Mapping[str, float]) -> Metric:
+    """Return a counter with a count for each value of its label."""
+    found = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        found.add_metric([value], count)
+    return found

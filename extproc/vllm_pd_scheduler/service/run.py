@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -19,7 +18,7 @@ from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App
 from .reload import ConfigFile
-from .signals import Signals
+from .signals import Signals, until_asked
 from .startup_error import StartupError
 from .worker import Worker
 
@@ -116,13 +115,7 @@ async def _up(
     )
     async with app, process as envoy:
         await started()
-        signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
-        envoy_ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
-        await asyncio.wait({signal_came, envoy_ended}, return_when=asyncio.FIRST_COMPLETED)
-        envoy_ended.cancel()
-        if envoy.exited.done():
-            signal_came.cancel()
-            log.error("Envoy ended with status %d: ending too", envoy.exited.result())
+        if not await until_asked(signals, envoy):
             return 1
         app.say_draining()
         await envoy.drain()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import secrets
@@ -22,7 +21,7 @@ from ..rpc import ListenError
 from ..rpc.listener import MAX_PATH_BYTES
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
-from .signals import Signals
+from .signals import Signals, until_asked
 from .startup_error import StartupError
 from .worker import Worker, scheduler_name
 from .workers import WorkerEnded, Workers, worker_command
@@ -110,13 +109,7 @@ async def _serve_envoy(
     workers: Workers, envoy: EnvoyProcess, signals: Signals, started: Callable[[], Awaitable[None]]
 ) -> int:
     await started()
-    signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
-    envoy_ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
-    await asyncio.wait({signal_came, envoy_ended}, return_when=asyncio.FIRST_COMPLETED)
-    envoy_ended.cancel()
-    if envoy.exited.done():
-        signal_came.cancel()
-        log.error("Envoy ended with status %d: ending too", envoy.exited.result())
+    if not await until_asked(signals, envoy):
         return 1
     workers.signal(signal.SIGTERM)
     await envoy.drain()

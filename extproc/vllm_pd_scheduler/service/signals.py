@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Awaitable, Callable
 
+from ..envoy.process import EnvoyProcess
 from ..system.terminal import has_terminal
+
+log = logging.getLogger(__name__)
 
 
 class Signals:
@@ -52,3 +56,16 @@ class Signals:
         _, pending = await asyncio.wait({draining, end}, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
+
+
+async def until_asked(signals: Signals, envoy: EnvoyProcess) -> bool:
+    """Wait until a signal asks for a drain; return ``False`` if Envoy has ended before."""
+    signal_came: asyncio.Future[object] = asyncio.ensure_future(signals.wait())
+    envoy_ended: asyncio.Future[object] = asyncio.ensure_future(asyncio.shield(envoy.exited))
+    await asyncio.wait({signal_came, envoy_ended}, return_when=asyncio.FIRST_COMPLETED)
+    envoy_ended.cancel()
+    if not envoy.exited.done():
+        return True
+    signal_came.cancel()
+    log.error("Envoy ended with status %d: ending too", envoy.exited.result())
+    return False

@@ -13,6 +13,8 @@ Position = str
 START: Position = ""
 """The place before the first change."""
 
+APPEND_S = 5.0
+"""Seconds that a change may take to be in the log."""
 MAX_CHANGE_BYTES = 1 << 20
 """Of what may be appended to the log."""
 

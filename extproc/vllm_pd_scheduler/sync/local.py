@@ -6,6 +6,7 @@ import asyncio
 import itertools
 
 from .channel import (
+    APPEND_S,
     MAX_CHANGE_BYTES,
     START,
     UNSURE,
@@ -21,9 +22,6 @@ from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, en
 
 RETRY_S = 0.05
 """Pause before the hub is tried again. It ends with the parent, and so do its workers."""
-
-APPEND_S = 5.0
-"""How long a change may take to be in the log."""
 
 _UNSURE = UNSURE % "the parent goes on"
 

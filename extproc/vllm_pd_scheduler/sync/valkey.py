@@ -18,6 +18,7 @@ from ..config.instances import is_host
 from ..health.names import NameNotResolved, NameResolver
 from ..models import canonical_host, is_ip, join_address
 from .channel import (
+    APPEND_S,
     MAX_CHANGE_BYTES,
     START,
     UNSURE,
@@ -39,8 +40,6 @@ RETRY_S = (0.1, 0.3)
 """Seconds of pause before that, drawn at random so that replicas do not come all at once."""
 LOOK_S = 1.0
 """Seconds between two looks at the log's end, for those of whose change no word has come."""
-APPEND_S = 5.0
-"""Seconds that a change may take to be in the log."""
 KEPT = 32
 """Changes that the log has at most. The newest has the whole state; those before it are for people."""
 _HOPS = 5
