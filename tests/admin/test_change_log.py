@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,9 @@ from tests.admin.test_saved_changes import CHANGES, D0, D1, P0, shape
 from tests.support.channels import Meeting
 from tests.support.replicas import FLEET, Scheduler, running
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin import change_log
+from vllm_pd_scheduler.admin import change_log, changes
 from vllm_pd_scheduler.admin.changes import LastRoutable, NotShared
-from vllm_pd_scheduler.admin.saved_changes import SavedInstance
+from vllm_pd_scheduler.admin.saved_changes import AdminState, SavedInstance, write_state
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, By, InstanceRole
 from vllm_pd_scheduler.records.events import EventKind
@@ -247,6 +251,34 @@ async def test_the_file_follows_the_log_and_counts_where_that_is_empty(
     again.changes.restore()
     async with running(again, other):
         await until(lambda: _draining(other) == {"d0"})
+
+
+async def test_the_file_is_written_once_at_a_time_and_never_goes_back(
+    meeting: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Scheduler(meeting, state_file=str(tmp_path / "state.json"))
+    one.changes.file_first = True
+    written: list[list[str]] = []
+    busy = threading.Lock()
+
+    def slow(path: Path, state: AdminState) -> None:
+        assert busy.acquire(blocking=False), "two write the file at once"
+        time.sleep(0.02)  # so that whoever does not wait comes in between
+        write_state(path, state)
+        written.append(sorted(state.drained))
+        busy.release()
+
+    monkeypatch.setattr(changes, "write_state", slow)
+    async with running(one):
+        await one.changes.drain("d0")
+        await one.changes.drain("p0")
+        await one.changes.use(BOTH)
+        await until(
+            lambda: json.loads((tmp_path / "state.json").read_text()).get("strategy") == "round_robin"
+        )
+    assert written[0] == ["d0"]
+    assert all(before <= after for before, after in itertools.pairwise(written))
+    assert os.listdir(tmp_path) == ["state.json"]
 
 
 async def test_a_change_of_another_version_is_not_overwritten(

@@ -90,6 +90,7 @@ class AdminChanges:
         self._one_at_a_time = asyncio.Lock()
         self._log: ChangeLog | None = None
         self._saves: asyncio.Future[None] | None = None
+        self._writing = asyncio.Lock()
         self.saves = True
         """Whether this process writes the file. Of several that have one file, one does."""
         self.file_first = False
@@ -291,7 +292,7 @@ class AdminChanges:
             async with asyncio.timeout(KEEP_S):
                 await asyncio.shield(made)
         except TimeoutError:
-            if self._log is not None:
+            if self._log is not None and not self.file_first:
                 raise NotShared(f"it has taken only those of others for {KEEP_S:g} s") from None
             raise NotKept(f"the disk has not answered for {KEEP_S:g} s") from None
         finally:
@@ -319,17 +320,17 @@ class AdminChanges:
             self._added = steered.added
 
         if self._log is not None:
-            if self.file_first:
+            if not self.file_first:
+                await self._log_and_make(self._log, before, after, change, make_it)
+                return
+            async with (
+                self._writing
+            ):  # until it is made: what follows the log must not write the state before
                 await self._write(after)
                 if change.given_up:
                     await self._write(before)
-                    return
-            try:
-                await self._log.keep(before, after, change.by, make_it)
-            except channel.NotKept as error:
-                self._save()
-                raise NotShared(str(error)) from None
-            self._save()
+                else:
+                    await self._log_and_make(self._log, before, after, change, make_it)
             return
         await self._write(after)
         if change.given_up:  # on the disk after all, too late: whoever asked was told that it is not
@@ -341,6 +342,16 @@ class AdminChanges:
             # A source of instances has changed something meanwhile that speaks against it.
             await self._write(self.state())
             raise
+
+    async def _log_and_make(
+        self, log: ChangeLog, before: AdminState, after: AdminState, change: _Change, make: Callable[[], None]
+    ) -> None:
+        try:
+            await log.keep(before, after, change.by, make)
+        except channel.NotKept as error:
+            raise NotShared(str(error)) from None
+        finally:
+            self._save()
 
     # -- what other replicas change
 
@@ -371,12 +382,13 @@ class AdminChanges:
 
     async def _save_all(self) -> None:
         saved = None
-        while saved != (state := self.state()):
-            try:
-                await self._write(state)
-            except NotKept:
-                return  # an error was logged
-            saved = state
+        while saved != self.state():
+            async with self._writing:
+                saved = self.state()
+                try:
+                    await self._write(saved)
+                except NotKept:
+                    return  # an error was logged
 
     async def _write(self, state: AdminState) -> None:
         if self._path is None:
