@@ -55,13 +55,13 @@ async def test_each_change_is_made_by_all_and_undone_by_another(meeting: Meeting
     one, two = Scheduler(meeting), Scheduler(meeting)
     async with running(one, two):
         await one.changes.use(BOTH)
-        assert two.router.scheduler.strategy_name == "round_robin"
+        assert two.router.scheduler.strategies.name == "round_robin"
         await two.changes.use({InstanceRole.DECODE: "least_load"})
-        assert one.router.scheduler.names[InstanceRole.DECODE] == "least_load"
+        assert one.router.scheduler.strategies.names[InstanceRole.DECODE] == "least_load"
         await one.changes.use_shadow("power_of_two")
-        assert two.router.scheduler.shadow is not None
+        assert two.router.scheduler.strategies.shadow is not None
         await two.changes.use_shadow(None)
-        assert one.router.scheduler.shadow is None
+        assert one.router.scheduler.strategies.shadow is None
         await one.changes.drain("d0")
         assert _draining(two) == {"d0"}
         await two.changes.undrain("d0")

@@ -101,8 +101,8 @@ class TestCheck:
     async def test_what_is_sent_while_the_page_is_read_counts_as_not_yet_seen(self, fleet: Fixture) -> None:
         server = await fleet.serve()
         endpoint = fleet["d0"]
-        fleet.registry.reserve(endpoint)
-        server.on_scrape = lambda: [fleet.registry.reserve(endpoint) for _ in range(4)] and None
+        fleet.registry.work.reserve(endpoint)
+        server.on_scrape = lambda: [fleet.registry.work.reserve(endpoint) for _ in range(4)] and None
         await fleet.monitor().check(endpoint)
         assert (endpoint.in_flight, endpoint.in_flight_at_scrape) == (5, 1)
         assert endpoint.waiting == 2 + 4
@@ -117,8 +117,8 @@ class TestCheck:
         again = fleet.add("d0", "127.0.0.1", server.port)
         server.go.set()
         await check
-        assert endpoint.healthy is None
-        assert again.healthy is None, "the one that came in its place has not been probed"
+        assert endpoint.probes.healthy is None
+        assert again.probes.healthy is None, "the one that came in its place has not been probed"
         assert endpoint.metrics is None
 
 
@@ -135,7 +135,9 @@ class TestLoops:
         for name in ("d0", "d1", "d2"):
             await fleet.serve(name)
         changes = []
-        fleet.registry.subscribe(lambda: changes.append(len(fleet.registry.routable(InstanceRole.DECODE))))
+        fleet.registry.changes.subscribe(
+            lambda: changes.append(len(fleet.registry.routable(InstanceRole.DECODE)))
+        )
         await fleet.monitor(interval=60).start()
         assert changes == [3]
 

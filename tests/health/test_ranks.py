@@ -18,7 +18,7 @@ async def served(fleet: Fixture, page: str = TWO_ENGINES, ranks: int = 2) -> Ser
 
 async def test_one_probe_and_one_scrape_for_all(fleet: Fixture) -> None:
     server = await served(fleet)
-    held = fleet.registry.reserve(fleet["d0:1"])
+    held = fleet.registry.work.reserve(fleet["d0:1"])
     await fleet.monitor().check_all()
     assert (server.probes, server.scrapes, len(server.authorization)) == (1, 1, 1)
     zero, one = fleet["d0:0"], fleet["d0:1"]
@@ -28,7 +28,7 @@ async def test_one_probe_and_one_scrape_for_all(fleet: Fixture) -> None:
     assert (zero.metrics.running, one.metrics.running) == (1.0, 4.0)
     assert (zero.kv_usage, one.kv_usage) == (0.25, 0.75)
     assert (zero.in_flight_at_scrape, one.in_flight_at_scrape) == (0, 1)
-    assert zero.models == one.models == {"tiny"}
+    assert zero.models.names == one.models.names == {"tiny"}
     held.release()
 
 

@@ -224,7 +224,7 @@ class FailedAttemptTest(InFlightCase):
         self.assertFalse(registry.started(endpoint, 1000.0))
         self.assertTrue(registry.started(endpoint, 2000.0))
         self.assertEqual(endpoint.in_flight, 0)
-        later = registry.reserve(endpoint)
+        later = registry.work.reserve(endpoint)
         forward.release()
         self.assertEqual(endpoint.in_flight, 1, "what ended was the old one's")
         later.release()

@@ -24,13 +24,13 @@ class LastResortCase(InFlightCase):
 
     def eject(self, name: str) -> None:
         for _ in range(3):
-            self.router.registry.failed(self.get(name), "test", self.now)
+            self.router.registry.ends.failed(self.get(name), "test", self.now)
         self.assertTrue(self.get(name).ejected)
 
     def on_trial(self, name: str) -> None:
         self.eject(name)
         self.router.registry.probed(self.get(name), None, self.now + 1.0)
-        self.router.registry.reserve(self.get(name))
+        self.router.registry.work.reserve(self.get(name))
         self.assertTrue(self.get(name).on_trial)
 
     async def decode(self) -> list[str]:
@@ -142,7 +142,7 @@ class RescueTest(LastResortCase):
         first.release()
         self.wait(0.25)
         self.assertIs(self.get("d0").breaker.state, BreakerState.CLOSED)
-        self.router.registry.failed(self.get("d1"), "the third time", self.now)
+        self.router.registry.ends.failed(self.get("d1"), "the third time", self.now)
         self.assertTrue(self.get("d1").ejected)
 
 

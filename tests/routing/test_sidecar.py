@@ -365,7 +365,7 @@ class EjectionTest(SidecarCase):
         """It may be of either: were each D paused for each, one P would close them all."""
         forward = await self.route()
         self.fails(forward, Failure.OVERLOADED, 503)
-        self.assertEqual([e.id for e in self.router.registry if e.busy_until], [])
+        self.assertEqual([e.id for e in self.router.registry if e.pause.until], [])
         forward.release()
 
     async def test_a_further_attempt_is_d_alone(self) -> None:

@@ -334,7 +334,7 @@ class QueueTest(TracedCase):
 
     async def test_a_wait_is_a_span_before_the_pick(self) -> None:
         holding = [
-            self.router.registry.reserve(endpoint) for endpoint in self.router.registry.endpoints() * 2
+            self.router.registry.work.reserve(endpoint) for endpoint in self.router.registry.endpoints() * 2
         ]
         task = asyncio.create_task(self.route())
         await until(lambda: len(self.router.dispatcher.queue) == 1)

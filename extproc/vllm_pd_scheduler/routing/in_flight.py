@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..handoff.interfaces import ReleaseHandoff
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
@@ -105,7 +106,7 @@ class RequestsInFlight:
         self._name = f"{name}." if name else ""
         self._run = f"{self._name}{secrets.token_hex(4)}-"
         self._numbers = itertools.count()
-        registry.subscribe(self._look_for_the_dead)
+        registry.changes.subscribe(self._look_for_the_dead)
 
     def start(
         self,
@@ -201,7 +202,7 @@ class RequestsInFlight:
         forward.failed_attempts += 1
         forward.decision.decode_failed(endpoint.id if endpoint else attempt.address, attempt.failure)
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
-            endpoint is not None and self._registry.stands_out(endpoint)
+            endpoint is not None and self._registry.ends.stands_out(endpoint)
         )
         instance = endpoint.instance.instance_id if endpoint is not None else attempt.address
         # Whose fault it is, is not known while D waits for P.
@@ -249,7 +250,9 @@ class RequestsInFlight:
             tokens = self._recording.answered(forward.recorded, result.answer_bytes, ttft)
             if endpoint is not None and ending is Ending.OK:
                 kept = forward.recorded
-                self._registry.answered(endpoint, kept.blocks, kept.block_tokens, kept.prompt_tokens, tokens)
+                self._registry.work.answered(
+                    endpoint, kept.blocks, kept.block_tokens, kept.prompt_tokens, tokens
+                )
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
         self._telemetry.ended(forward.served, ending, ttft, result.duration)
@@ -291,9 +294,9 @@ class RequestsInFlight:
             claim.doubtful(endpoint, f"prefill or {reason}", now)
         elif attempt.status == 500 and forward is not None and forward.beside and not forward.beside.sent:
             if not forward.beside.failed:  # else it was made to, since P has failed
-                registry.doubtful(endpoint, reason, now)
+                registry.ends.doubtful(endpoint, reason, now)
         elif failure is Failure.OVERLOADED:
-            registry.overloaded(endpoint, now, attempt.retry_after)
+            registry.ends.overloaded(endpoint, now, attempt.retry_after)
         elif failure is Failure.REFUSED:
             reason = f"decode: status {attempt.status}"
             own_key = attempt.status in KEY_REFUSED and endpoint.instance.api_key is not None
@@ -301,18 +304,18 @@ class RequestsInFlight:
             if attempt.status == 404 and forward is not None and not self._counts(endpoint, forward):
                 return
             if own_key or (split and attempt.status in OF_THE_INSTANCE):
-                registry.failed(endpoint, reason, now)
+                registry.ends.failed(endpoint, reason, now)
             elif forward is not None and forward.comparable and attempt.status in COMPARED_REFUSALS:
-                registry.doubtful(endpoint, reason, now)
+                registry.ends.doubtful(endpoint, reason, now)
         elif failure in DOUBTS:
-            registry.doubtful(endpoint, reason, now)
-            if failure is Failure.TIMEOUT and not registry.stands_out(endpoint):
+            registry.ends.doubtful(endpoint, reason, now)
+            if failure is Failure.TIMEOUT and not registry.ends.stands_out(endpoint):
                 self.patience.timed_out()
         elif attempt.status == 500 and forward is not None:
-            registry.errored(endpoint, forward.errors, reason, now, hands_over if forward.errors else by)
+            registry.ends.errored(endpoint, forward.errors, reason, now, hands_over if forward.errors else by)
             forward.errors += (endpoint,)
         elif failure is not Failure.UNSENT:
-            registry.failed(endpoint, reason, now, by)
+            registry.ends.failed(endpoint, reason, now, by)
 
     def _counts(self, endpoint: Endpoint, forward: Forward) -> bool:
         """Whether a 404 counts against an endpoint."""
@@ -325,14 +328,14 @@ class RequestsInFlight:
             forward.moved(self._registry, attempt.address)
             return
         if attempt.failure is Failure.REFUSED and forward.refused_by is not None:
-            self._registry.succeeded(forward.refused_by)  # P was right
+            self._registry.ends.succeeded(forward.refused_by)  # P was right
             forward.refused_by = None
         forward.answering = None
 
     def _look_for_the_dead(self) -> None:
         for instance in self.lost.suspected:
             endpoint = next((e for e in self._registry if e.instance.instance_id == instance), None)
-            if endpoint is None or endpoint.healthy is False:
+            if endpoint is None or endpoint.probes.healthy is False:
                 self.lost.died(instance, self._clock())
 
     def may_try_again(self, request: str, made: int) -> Retry | None:
@@ -470,7 +473,9 @@ class RequestsInFlight:
             self._take_back(forward)
         if forward.answering is None:
             return
-        self._registry.succeeded(forward.answering, None if forward.failed_attempts else forward.hands_over)
+        self._registry.ends.succeeded(
+            forward.answering, None if forward.failed_attempts else forward.hands_over
+        )
         if forward.sidecar is not None and not forward.failed_attempts:
             forward.sidecar.served()
         self.patience.answered()
@@ -482,6 +487,6 @@ class RequestsInFlight:
             if forward.refused_status == 404 and not self._counts(forward.refused_by, forward):
                 return
             if forward.refused_status in OF_THE_INSTANCE:
-                self._registry.failed(forward.refused_by, reason, self._clock())
+                self._registry.ends.failed(forward.refused_by, reason, self._clock())
             else:
-                self._registry.doubtful(forward.refused_by, reason, self._clock())
+                self._registry.ends.doubtful(forward.refused_by, reason, self._clock())

@@ -67,7 +67,7 @@ async def _check_all(core: RoutingCore) -> dict[str, bool]:
         await _check(core, session)
     # A streak means that the probe just made contradicts the state that the thresholds still keep.
     every = (ranks[0] for ranks in core.registry.instances())
-    return {e.instance.instance_id: e.routable and not e.streak for e in every}
+    return {e.instance.instance_id: e.routable and not e.probes.streak for e in every}
 
 
 def _trusted(core: RoutingCore) -> ssl.SSLContext | None:

@@ -222,7 +222,7 @@ class PairCheck:
             arrived=now,
             now=now,
         )
-        reservation = self._registry.reserve(endpoint, context)
+        reservation = self._registry.work.reserve(endpoint, context)
         try:
             yield
         finally:
