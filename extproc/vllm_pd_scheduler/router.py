@@ -32,7 +32,8 @@ from .routing.core import RoutingCore
 from .routing.decode_first import DecodeFirst
 from .routing.forward import Forward
 from .routing.going_on import GoingOn
-from .routing.in_flight import Later, RequestsInFlight, in_this_loop
+from .routing.in_flight import RequestsInFlight
+from .routing.later import Later, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .scheduler.misfits import misfits

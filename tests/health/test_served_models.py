@@ -157,14 +157,14 @@ class TestProbes:
         fleet.registry.probed(fleet["d0"], "down")
         server.models = ["other"]
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models == {"other"}
+        assert fleet["d0"].models.names == {"other"}
 
     async def test_an_instance_that_has_no_list(
         self, fleet: Fixture, caplog: pytest.LogCaptureFixture
     ) -> None:
         (await fleet.serve()).models = None
         await fleet.monitor().check(fleet["d0"])
-        assert fleet["d0"].models is None
+        assert fleet["d0"].models.names is None
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     @pytest.mark.parametrize("status", [b"401 Unauthorized", b"500 Oops", b"302 Found"])
@@ -185,10 +185,10 @@ class TestProbes:
         server.models = None
         fleet.now += 29.0
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models == {"tiny"}
+        assert fleet["d0"].models.names == {"tiny"}
         fleet.now += 2.0
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models is None
+        assert fleet["d0"].models.names is None
 
     async def test_of_a_restarted_one_they_are_not_known(self, fleet: Fixture) -> None:
         server = await fleet.serve()
@@ -196,9 +196,9 @@ class TestProbes:
         for start, models in ((1, ["a"]), (2, ["b"]), (3, None)):
             server.page, server.models = f"{page}process_start_time_seconds {start}\n", models
             await monitor.check(fleet["d0"])
-            assert fleet["d0"].models is None or start == 1
+            assert fleet["d0"].models.names is None or start == 1
             await monitor.check(fleet["d0"])
-            assert fleet["d0"].models == (None if models is None else frozenset(models))
+            assert fleet["d0"].models.names == (None if models is None else frozenset(models))
 
     async def test_who_differs_is_said_once_for_each_change(
         self, fleet: Fixture, caplog: pytest.LogCaptureFixture

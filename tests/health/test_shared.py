@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import HealthMonitor
@@ -163,7 +164,7 @@ async def test_each_instance_is_probed_once_an_interval_and_all_know_of_it(sched
             metrics = one[f"d{number}"].metrics
             assert metrics is not None
             assert (metrics.running, metrics.waiting) == (number, 7)
-            assert one[f"d{number}"].models == {"tiny"}
+            assert one[f"d{number}"].models.names == {"tiny"}
 
 
 async def test_alone_it_probes_all(schedulers: Schedulers) -> None:
@@ -258,7 +259,7 @@ class TestBadNews:
         await schedulers.rounds(2)
         for one in schedulers.all:
             assert one["d0"].probes.healthy is False
-            assert one["d0"].reason == "/health answers 503"
+            assert reason(one["d0"]) == "/health answers 503"
         server.status = 200
         await schedulers.rounds()
         for one in schedulers.all:
@@ -346,7 +347,7 @@ class TestBadNews:
         await schedulers.acquaint()
         await schedulers.rounds(9)
         for one in schedulers.all:
-            assert "its engine stands still" in one["d0"].reason
+            assert "its engine stands still" in reason(one["d0"])
 
     async def test_all_find_that_it_hangs(self, schedulers: Schedulers) -> None:
         schedulers.join("a", "b")
@@ -383,7 +384,7 @@ class TestNews:
         server.models = ["tiny", "adapter"]
         await schedulers.rounds(4)
         for one in schedulers.all:
-            assert one["d0"].models == {"tiny", "adapter"}
+            assert one["d0"].models.names == {"tiny", "adapter"}
         asked = len(server.authorization)
         await schedulers.rounds(3)
         assert len(server.authorization) == asked + 1

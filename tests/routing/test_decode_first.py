@@ -17,7 +17,7 @@ class DecodeFirstTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         leg = self.leg
 
         async def echo(*args: Any) -> PrefillAnswer:

@@ -10,7 +10,7 @@ class DenialsTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.read = 0
-        self.router.in_flight.denials = self.denials = Denials(self._read)
+        self.router.in_flight.blame.denials = self.denials = Denials(self._read)
         self.endpoint: Endpoint = self.router.registry.get("d0")
         self.router.registry.models.listed(self.endpoint, frozenset({"m", "base"}), frozenset({"m"}))
 
@@ -69,5 +69,5 @@ class DenialsTest(Case):
                 )
             forward.release()
             self.ahead += 0.3
-            self.router.in_flight.settle()
+            self.router.in_flight.ended.settle()
         self.assertTrue(self.endpoint.ejected)

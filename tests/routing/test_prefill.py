@@ -347,7 +347,7 @@ class SlowFleetTest(Case):
                 in_flight.attempt_failed(FailedAttempt(str(d0.address), Failure.TIMEOUT, forward.id))
                 self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
             forward.release()
-            in_flight.settle(0.0)
+            in_flight.ended.settle(0.0)
         self.assertTrue(d0.ejected)
         self.assertEqual(forward.first_byte_timeout, 2.0)
 

@@ -281,11 +281,11 @@ class DecodeStage:
                 why = "no_decode"
         if why is not None:
             decision.not_split = why
-            self._in_flight.free(prefilled)
+            self._in_flight.handoffs.free(prefilled)
             limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor)
             return self.send(context, changed, Served.LOCAL, limit, decision)
         if isinstance(forward, Reject):
-            self._in_flight.free(prefilled)
+            self._in_flight.handoffs.free(prefilled)
         else:
             fitting = self._scheduler.fitting(prefilled.prefill, forward.decode)
             forward.only = fitting if only is None else [only]

@@ -31,7 +31,7 @@ from ..tracing import current
 from .decode import DecodeStage, NoPartner
 from .expected_call import ExpectedCall
 from .forward import Forward
-from .in_flight import Later
+from .later import Later
 from .prefill import PrefillStage
 from .tried import AskedLater, WithoutHandoff
 

@@ -270,6 +270,15 @@ class Forward:
         """Let go of what may be large, since Envoy has it."""
         self.body = self.splice = None
 
+    def close_trace(self, now: float) -> None:
+        """End its spans, if it is traced."""
+        if self.trace is None:
+            return
+        if (answering := self.answering) is None:
+            self.trace.close(now)
+        else:
+            self.trace.close(now, answering.id, answering.url)
+
     def release(self) -> None:
         """Give back the reservation. Doing it twice is the same as once."""
         self.reservation.release()

@@ -142,7 +142,7 @@ class PairCheck:
             raise
         finally:
             if unused:
-                self._in_flight.free(pending)
+                self._in_flight.handoffs.free(pending)
 
     @contextmanager
     def _handed_over(self, pending: PendingHandoff, decode: Endpoint, body: JsonBody) -> Iterator[None]:

@@ -146,7 +146,7 @@ class App:
         session = await self._stack.enter_async_context(open_session(trusted))
         pool = await self._stack.enter_async_context(ConnectionPool(trusted))
         releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)
-        router.in_flight.release_handoff = releaser
+        router.in_flight.handoffs.release = releaser
         self._stack.push_async_callback(releaser.close)
         leg_pool = pool
         if config.prefill_listener is not None:
