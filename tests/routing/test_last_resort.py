@@ -11,6 +11,7 @@ from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, answer
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.ends import Ends
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.routing.attempts import Failure
@@ -123,7 +124,7 @@ class RescueTest(LastResortCase):
                 forward = await self.forward()
                 for number, failure in enumerate(failures):
                     self.told(forward, failure, number)
-                with mock.patch.object(Registry, "succeeded") as succeeded:
+                with mock.patch.object(Ends, "succeeded") as succeeded:
                     forward.release()
                     self.wait(0.25)
                 self.assertEqual([call.args[0].id for call in succeeded.call_args_list], counted)
