@@ -5,6 +5,7 @@ import unittest
 from collections.abc import Callable
 
 from vllm_pd_scheduler.fleet.breaker import BreakerPolicy
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import StateLog
@@ -68,7 +69,7 @@ class StateLogTest(unittest.TestCase):
 
     def test_one_that_hung_and_runs_again(self) -> None:
         probed, d2 = self.registry.probed, self.d2
-        for call, arguments, lines, reason in (
+        for call, arguments, lines, why in (
             (probed, (d2, "no answer", 0.0), [], "no answer"),
             (probed, (d2, "no answer", 0.1), ["WARNING d2 is unhealthy: no answer"], "no answer"),
             (self.registry.ends.failed, (d2, "prefill: hung", 0.2), [], "no answer"),
@@ -82,7 +83,7 @@ class StateLogTest(unittest.TestCase):
             (self.registry.ends.succeeded, (d2,), ["INFO d2 is healthy"], ""),
         ):
             self.assertEqual(self.told(call, *arguments), lines)
-            self.assertEqual(d2.reason, reason)
+            self.assertEqual(reason(d2), why)
 
     def test_the_last_one_that_fails_is_tried_again_at_once(self) -> None:
         for name in ("d1", "d3"):
