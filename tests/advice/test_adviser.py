@@ -109,7 +109,7 @@ async def test_a_role_without_instances() -> None:
 
 async def test_several_models_are_not_told_apart() -> None:
     router = served(LONG_PROMPTS.requests(SOME))
-    give(router.registry.get("decode-0"), models=frozenset({"other"}))
+    give(router.registry.get("decode-0").models, names=frozenset({"other"}))
     assert "same models" in (await advised(router)).text
 
 
