@@ -321,7 +321,7 @@ class RoutingCore:
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
-            self.telemetry.handoff_late(prefilled.prefill.id)
+            self.telemetry.handoffs.late(prefilled.prefill.id)
             decision.not_split = "late"
             return self.decode.send(context, changed, Served.LOCAL, limit, decision)
         try:

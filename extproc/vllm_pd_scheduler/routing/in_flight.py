@@ -190,11 +190,11 @@ class RequestsInFlight:
         forward = self._running.get(id_) or self._ended.get(id_)
         endpoint = self._at(attempt.address, forward)
         if endpoint is not None:
-            self._telemetry.attempt_failed(endpoint.id, attempt.failure)
+            self._telemetry.decodes.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
         if forward is None:
             if id_ and not self.is_ours(id_):
-                self._telemetry.strayed(Stray.ATTEMPT)
+                self._telemetry.decodes.strayed(Stray.ATTEMPT)
             elif attempt.failure is Failure.UNSENT:
                 self._left.add(attempt.request_id, self._clock())
             return
@@ -234,7 +234,7 @@ class RequestsInFlight:
         """Note how a request has ended, and how long it took. Nothing is decided by that."""
         forward = self._running.get(result.request) or self._ended.get(result.request)
         if forward is None and not self.is_ours(result.request):
-            self._telemetry.strayed(Stray.RESULT)
+            self._telemetry.decodes.strayed(Stray.RESULT)
         if forward is None or forward.decision.ending is not None:
             return
         ending = result.ending
@@ -252,7 +252,7 @@ class RequestsInFlight:
                 self._registry.answered(endpoint, kept.blocks, kept.block_tokens, kept.prompt_tokens, tokens)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
-        self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        self._telemetry.answers.ended(forward.served, ending, ttft, result.duration)
         revision = (endpoint or forward.decode[0]).instance.revision
         self._telemetry.by_revision.ended(revision, ending, ttft)
         prefill = None if forward.failed_attempts or forward.call is not None else forward.prefill
@@ -265,7 +265,7 @@ class RequestsInFlight:
         if ttft is not None and result.sent is not None:
             took = ttft - result.sent
             if forward.sidecar is None:
-                self._telemetry.handed_off(prefill.id, endpoint.id, took)
+                self._telemetry.handoffs.used(prefill.id, endpoint.id, took)
                 if not self._queued_at(forward):
                     seconds = took - forward.step
                     self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
@@ -343,7 +343,7 @@ class RequestsInFlight:
         """
         forward = self._running.get(request)
         if forward is None and not self.is_ours(request):
-            self._telemetry.strayed(Stray.QUESTION)
+            self._telemetry.decodes.strayed(Stray.QUESTION)
             return Retry.UNKNOWN
         if forward is None or forward.losses >= MAX_LOSSES or self._refused(forward):
             return Retry.LOST
@@ -462,7 +462,7 @@ class RequestsInFlight:
 
     def _stranded(self, pending: PendingHandoff) -> None:
         if pending.prefill in self._registry:  # what is gone has no series
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._telemetry.handoffs.stranded(pending.prefill.id)
 
     def _settle(self, forward: Forward) -> None:
         if self._never_sent(forward):

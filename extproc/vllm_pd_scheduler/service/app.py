@@ -65,7 +65,7 @@ class App:
         self.config = config
         self.router = PDRouter(config, name=scheduler_name(config, worker))
         if streams is not None:
-            streams.count_dropped(self.router.telemetry.log_lines_dropped)
+            streams.count_dropped(self.router.telemetry.process.log_lines_dropped)
         self.changes = AdminChanges(self.router)
         self.changes.saves = worker is None
         self.ext_proc = ExtProcService(self.router)
@@ -231,7 +231,7 @@ class App:
         config, router = self.config, self.router
         if config.continuation_port is None:
             return
-        ended = router.telemetry.stream_broke_off
+        ended = router.telemetry.decodes.stream_broke_off
         server = Continuation(config.continuation_ingress, router.going_on, ended)
         try:
             await server.start(config.continuation_port)

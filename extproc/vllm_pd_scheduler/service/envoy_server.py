@@ -34,7 +34,7 @@ async def listen_for_envoy(
     await _listen(server, router, parts)
     parts.push_async_callback(server.stop)
     telemetry = router.telemetry
-    watchdog = LoopWatchdog(telemetry.event_loop_stalled, telemetry.event_loop_late)
+    watchdog = LoopWatchdog(telemetry.process.event_loop_stalled, telemetry.process.event_loop_late)
     watchdog.start()
     parts.callback(watchdog.stop)
 
