@@ -22,7 +22,7 @@ from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
 from ..request.api import APIS
-from ..request.body import JsonBody, strip_handoff
+from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
 from ..request.objectives import Objectives
@@ -30,6 +30,7 @@ from ..request.passed_body import asks_for_stream, named_model
 from ..request.path import HEALTH_PATH, PING_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..request.rewrites import Rewrites
+from ..request.stripping import strip_handoff
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
