@@ -21,9 +21,10 @@ from tests.admin.test_saved_changes import CHANGES, D0, D1, P0, shape
 from tests.support.channels import Meeting
 from tests.support.replicas import FLEET, Scheduler, running
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin import change_log, changes
-from vllm_pd_scheduler.admin.changes import LastRoutable, NotShared
-from vllm_pd_scheduler.admin.saved_changes import AdminState, SavedInstance, write_state
+from vllm_pd_scheduler.admin import change_log, state_file
+from vllm_pd_scheduler.admin.refusals import LastRoutable, NotShared
+from vllm_pd_scheduler.admin.saved_changes import AdminState, SavedInstance
+from vllm_pd_scheduler.admin.state_file import write_state
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, By, InstanceRole
 from vllm_pd_scheduler.records.events import EventKind
@@ -268,7 +269,7 @@ async def test_the_file_is_written_once_at_a_time_and_never_goes_back(
         written.append(sorted(state.drained))
         busy.release()
 
-    monkeypatch.setattr(changes, "write_state", slow)
+    monkeypatch.setattr(state_file, "write_state", slow)
     async with running(one):
         await one.changes.drain("d0")
         await one.changes.drain("p0")
