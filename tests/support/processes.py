@@ -85,12 +85,8 @@ class Process:
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
-        """The processes that it started. Its threads come and go while they are read."""
-        found: list[int] = []
-        for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                found += map(int, path.read_text().split())
-        return found
+        """The processes that it started."""
+        return children(self.process.pid)
 
 
 @contextmanager
@@ -109,6 +105,15 @@ def spawned(command: list[str], **environment: str) -> Iterator[Process]:
                 except subprocess.TimeoutExpired:
                     popen.kill()
                     popen.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process started. Its threads come and go while they are read."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, path.read_text().split())
+    return found
 
 
 def running(pid: int) -> bool:
