@@ -17,15 +17,12 @@ from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
-STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
-"""Runs as long as its decode instance is frozen."""
 TORN = '{"version": 1, "drained": ["decode'
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """A fleet that takes its time: 20 ms a token."""
-    with Fleet(2, 2, arguments=["--decode-base=0.02"]) as running:
+    with Fleet(2, 2) as running:
         yield running
 
 
@@ -150,31 +147,33 @@ async def test_a_drain_is_waited_for_and_undone(
     client = Client(session, stack, fleet)
     with spawned(stack.up(settings)) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            names = [response.headers[f"x-pd-{role}"] for role in ("prefill", "decode")]
-            with client.frozen(names[1]):
-                others = [instance.id for instance in fleet.instances if instance.id not in names]
-                for name in others:  # idle: nothing to wait for, whatever runs elsewhere
-                    status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
-                    assert (status, found["drained"]) == (200, True)
-                    await client.admin("POST", f"/instances/{name}/undrain")
-                assert (await client.instance(names[0]))["pending_handoffs"] == 1
-                drains = [
-                    asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
-                    for name in names
-                ]
+        async with client.held_stream() as stream:
+            names = [stream.headers[f"x-pd-{role}"] for role in ("prefill", "decode")]
+            others = [instance.id for instance in fleet.instances if instance.id not in names]
+            for name in others:  # idle: nothing to wait for, whatever runs elsewhere
+                status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
+                assert (status, found["drained"]) == (200, True)
+                await client.admin("POST", f"/instances/{name}/undrain")
+            assert (await client.instance(names[0]))["pending_handoffs"] == 1
+            drains = [
+                asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+                for name in names
+            ]
 
-                async def draining() -> bool:
-                    states = await client.states()
-                    return {states[name] for name in names} == {"draining"}
+            async def draining() -> bool:
+                states = await client.states()
+                return {states[name] for name in names} == {"draining"}
 
-                await until(draining)
-                assert not any(call.done() for call in drains), "the stream runs still"
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(draining)
+            assert not any(call.done() for call in drains), "the stream runs still"
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         for status, found in await asyncio.gather(*drains):
             assert (status, found["drained"]) == (200, True)
-        assert await _health(client, names[1]) == "DRAINING"
+
+        async def told() -> bool:
+            return await _health(client, names[1]) == "DRAINING"
+
+        await until(told)
         for name in names:
             status, found = await client.admin("POST", f"/instances/{name}/undrain")
             assert (status, found["state"], found["drained"]) == (200, "healthy", False)
@@ -200,17 +199,15 @@ async def test_a_drain_tells_what_remained_after_its_timeout(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 0.2})) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            with client.frozen(response.headers["x-pd-decode"]):
-                for role, remaining in (
-                    ("decode", {"in_flight": 1, "pending_handoffs": 0}),
-                    ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
-                ):
-                    name = response.headers[f"x-pd-{role}"]
-                    status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
-                    assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n"), "it is not cut"
+        async with client.held_stream() as stream:
+            for role, remaining in (
+                ("decode", {"in_flight": 1, "pending_handoffs": 0}),
+                ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
+            ):
+                name = stream.headers[f"x-pd-{role}"]
+                status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
+                assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n"), "it is not cut"
 
 
 async def test_a_scheduler_that_ends_tells_those_who_wait(
@@ -219,20 +216,18 @@ async def test_a_scheduler_that_ends_tells_those_who_wait(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 60})) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            name = response.headers["x-pd-decode"]
-            with client.frozen(name):
-                call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+        async with client.held_stream() as stream:
+            name = stream.headers["x-pd-decode"]
+            call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
 
-                async def draining() -> bool:
-                    return (await client.states())[name] == "draining"
+            async def draining() -> bool:
+                return (await client.states())[name] == "draining"
 
-                await until(draining)
-                process.signal(signal.SIGTERM)
-                status, found = await call
-                assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(draining)
+            process.signal(signal.SIGTERM)
+            status, found = await call
+            assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
 
 
