@@ -129,7 +129,6 @@ async def test_all_share_the_requests_and_one_page_counts_them(client: Client) -
     answers = [await client.complete() for _ in range(40)]
     assert all("x-pd-prefill" in each.headers for each in answers)
 
-
     async def shared() -> bool:
         return await deciders(client, 40) == {"w0": 20, "w1": 20}
 

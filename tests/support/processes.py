@@ -388,7 +388,9 @@ class HeldStream:
         """Have the engines that run stand still, or go on."""
         for each in self.decode:
             if each.alive:
-                async with self.client.session.post(each.url + "/_sim/fault", json={"stuck": stuck}) as answer:
+                async with self.client.session.post(
+                    each.url + "/_sim/fault", json={"stuck": stuck}
+                ) as answer:
                     assert answer.status == 200
 
     async def rest(self) -> bytes:

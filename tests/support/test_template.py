@@ -1,5 +1,6 @@
 """What tests start ends with the tests, also if these are killed."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ with Fleet(1, 1) as fleet, spawned(stack.up(fleet.config())) as up, spawned(["sl
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system ends a process with its parent")
-async def test_processes_end_with_tests_that_are_killed(tmp_path: Path) -> None:
+def test_processes_end_with_tests_that_are_killed(tmp_path: Path) -> None:
     program = [sys.executable, "-c", TESTS, str(tmp_path)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as tests:
         assert tests.stdout
@@ -43,10 +44,10 @@ async def test_processes_end_with_tests_that_are_killed(tmp_path: Path) -> None:
             envoy[:] = children(pids[0])
             return bool(envoy)
 
-        await until(started)
+        asyncio.run(until(started))
         os.kill(pids[0], signal.SIGSTOP)  # even one that can do nothing itself
         tests.kill()
-    await until(lambda: not any(map(running, [*pids, *envoy])))
+    asyncio.run(until(lambda: not any(map(running, [*pids, *envoy]))))
 
 
 def test_another_program_is_as_if_it_was_started_by_subprocess(tmp_path: Path) -> None:
