@@ -98,7 +98,7 @@ async def schedulers(
         await ready(both[0].client, envoy)
         for each in both:
             await until(each.ready)
-        await until(lambda: _healthy(both[0].client, 2))
+        await until(lambda: both[0].client.healthy_schedulers(2))
         await both[0].client.until_split()
         yield both[0], both[1]
         await both[0].client.undo_faults()
@@ -127,13 +127,6 @@ async def until_told(scheduler: Scheduler, instead: Scheduler) -> None:
         return await instead.metric(strays) == astray and await scheduler.metric(results) - told >= 64
 
     await until(settled)
-
-
-async def _healthy(client: Client, schedulers: int) -> bool:
-    """Whether Envoy finds so many schedulers healthy."""
-    url = f"{client.stack.envoy_admin}/stats?filter=cluster.scheduler.membership_healthy"
-    async with client.session.get(url) as response:
-        return (await response.text()).split()[-1] == str(schedulers)
 
 
 async def _pinned(client: Client, blocks: int) -> bool:
@@ -232,7 +225,7 @@ async def test_a_request_of_a_scheduler_that_died_has_one_more_attempt(
         nearest.process.signal(signal.SIGKILL)
         nearest.process.wait()
 
-        await until(lambda: _healthy(client, 1))
+        await until(lambda: client.healthy_schedulers(1))
         client.fleet.kill("decode-0")
     assert [(await each).status for each in waiting] == [200, 200]
     client.fleet.restart("decode-0")

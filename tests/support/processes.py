@@ -361,6 +361,12 @@ class Client:
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
 
+    async def healthy_schedulers(self, count: int) -> bool:
+        """Return whether Envoy finds so many schedulers healthy."""
+        url = f"{self.stack.envoy_admin}/stats?filter=cluster.scheduler.membership_healthy"
+        async with self.session.get(url) as response:
+            return (await response.text()).split()[-1] == str(count)
+
     async def until_known(self) -> None:
         """Wait until Envoy itself knows every instance of the fleet, and that it can serve."""
 
