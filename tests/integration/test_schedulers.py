@@ -18,7 +18,7 @@ import yaml
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
@@ -65,7 +65,7 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest_asyncio.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=30)
+    timeout = aiohttp.ClientTimeout(total=HUNG_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as opened:
         yield opened
 
