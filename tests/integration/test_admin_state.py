@@ -95,7 +95,7 @@ async def test_changes_survive_a_kill(
         assert states.keys() == {"prefill-0", "decode-0", "decode-1", "third"}
         assert states["decode-0"] == "draining"
         assert states["third"] == "healthy"
-        assert "removed prefill-1" in scheduler.output
+        await scheduler.says("removed prefill-1")
         # And back again, which leaves nothing to keep.
         first = {"id": "prefill-1", "role": "prefill", "host": "127.0.0.1"}
         first["port"] = fleet["prefill-1"].port
@@ -122,7 +122,8 @@ async def test_a_file_that_is_none_of_ours_is_put_aside(
     with spawned(stack.serve(settings)) as scheduler:
         await serving(client, scheduler)
         assert set((await client.states()).values()) == {"healthy"}
-        (warning,) = (line for line in scheduler.output.splitlines() if "WARNING" in line)
+        await scheduler.says("WARNING")
+        (warning,) = (line for line in scheduler.lines() if "WARNING" in line)
         assert f"state_file {state_file}: Invalid JSON" in warning
         assert "Traceback" not in scheduler.output
         assert read(Path(f"{state_file}.corrupt")) == TORN

@@ -144,6 +144,7 @@ async def test_while_the_api_server_is_away_nothing_is_lost(
             )
             await seen.more()
         seen.assert_clean()
+        await process.says("the API server cannot be asked")
         assert process.output.count("the API server cannot be asked") == 1
         await until(lambda: "all is well again" in process.output)
         assert await client.admin("GET", "/readyz") == (200, {"status": "ready"})

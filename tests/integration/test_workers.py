@@ -177,7 +177,7 @@ async def test_one_that_is_killed_is_a_non_event(client: Client, up: Process, de
         await seen.more(60)
     seen.assert_clean()
     after = await counts(client)
-    assert f"worker {dead} (process {pid}) was ended by SIGKILL" in up.output
+    await up.says(f"worker {dead} (process {pid}) was ended by SIGKILL")
     for name, value in before.items():
         assert meanwhile[name] >= value, f"{name} has fallen"
         assert after[name] >= meanwhile[name], f"{name} has fallen"
@@ -325,7 +325,7 @@ async def test_one_that_is_started_again_is_where_envoy_knows_it(
         os.kill(pid, signal.SIGKILL)
         await until(lambda number=number: up.output.count("worker w1: serving") > number)
         await split_by_all(client)
-    assert "ERROR w1 vllm_pd_scheduler.cli.serving: the configuration is as at the start" in up.output
+    await up.says("ERROR w1 vllm_pd_scheduler.cli.serving: the configuration is as at the start")
 
 
 async def test_events_and_the_trace_are_of_all(client: Client) -> None:

@@ -78,6 +78,14 @@ class Process:
         size = os.fstat(self.log.fileno()).st_size
         return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
 
+    async def says(self, text: str, times: int = 1) -> None:
+        """Wait until a text was printed so often: a thread prints what is logged, a moment later."""
+        await until(lambda: self.output.count(text) >= times)
+
+    def lines(self) -> list[str]:
+        """Return what was printed, but the line that is being printed now."""
+        return self.output.rpartition("\n")[0].splitlines()
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
