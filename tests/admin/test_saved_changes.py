@@ -22,12 +22,10 @@ from vllm_pd_scheduler.admin.saved_changes import (
     AS_CONFIGURED,
     AdminState,
     SavedInstance,
-    StateError,
     Steered,
     difference,
-    read_state,
-    write_state,
 )
+from vllm_pd_scheduler.admin.state_file import StateError, read_state, write_state
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
@@ -37,7 +35,7 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 P0 = {"id": "p0", "host": "10.0.0.1", "port": 8100}
 D0 = {"id": "d0", "host": "10.0.0.2", "port": 8200}
 D1 = {"id": "d1", "host": "10.0.0.3", "port": 8200}
-LOGGER = "vllm_pd_scheduler.admin.changes"
+LOGGER = "vllm_pd_scheduler.admin"
 
 
 def config(**changes: Any) -> SchedulerConfig:

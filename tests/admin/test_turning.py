@@ -10,7 +10,8 @@ import pytest_asyncio
 
 from tests.support.admin import Admin
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin.changes import AdminChanges, NotShared
+from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.refusals import NotShared
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter

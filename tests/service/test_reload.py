@@ -308,7 +308,7 @@ async def test_a_connector_that_cannot_be_made_changes_nothing(
         key = "prefill_instances" if of == "P" else "decode_instances"
         settings = {"queue_size": 7, key: [{**fleet()[key][0], "connector": UNFINISHED}]}
     if not at_once:  # as if it could be made the first time alone
-        monkeypatch.setattr("vllm_pd_scheduler.config.schema.make_connector", lambda _: None)
+        monkeypatch.setattr("vllm_pd_scheduler.config.fleet_instance.make_connector", lambda _: None)
     router = running.router
     before = router.config.model_copy(), [each.instance for each in router.registry]
     with pytest.raises(ConfigError, match=r"cannot be made: it lacks can_split, handoff, prefill_body$"):

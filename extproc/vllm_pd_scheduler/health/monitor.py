@@ -311,7 +311,7 @@ class HealthMonitor:
     def _take_health(self, endpoint: Endpoint, watched: Watched, answers: Answers) -> None:
         problem = answers.health
         if isinstance(problem, OurShortage):
-            self._telemetry.local_error("probe")
+            self._telemetry.process.local_error("probe")
             watched.say(
                 endpoint, "shortage", f"{problem}; this says nothing of the instance, which stays as it is"
             )
@@ -374,7 +374,7 @@ class HealthMonitor:
             self._take_pages(endpoint, watched, pages, counts)
             return
         for each in self._registry.ranks_of(endpoint):
-            self._telemetry.scrape_failed(each.id)
+            self._telemetry.instances.scrape_failed(each.id)
         if self._too_old(endpoint.scraped_at, self._clock()):
             self._registry.forget_metrics(endpoint)
         if answers.health is None and not isinstance(pages, OurShortage):

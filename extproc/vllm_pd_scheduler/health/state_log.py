@@ -66,7 +66,7 @@ class StateLog:
             self._add(endpoint, "is drained: nothing that was sent there is left")
 
     def _tell_state(self, endpoint: Endpoint, last: str, now: str) -> None:
-        self._telemetry.state_changed(endpoint.instance.instance_id, endpoint.instance.role, now)
+        self._telemetry.instances.state_changed(endpoint.instance.instance_id, endpoint.instance.role, now)
         trial = now == TRIAL
         # An ejection that a trial follows at once, since no other can serve, is told by this one line.
         bad = now in _BAD or (trial and last != EJECTED)

@@ -81,4 +81,4 @@ class KvEvents:
         for what, counted in (("read", news.batches), ("lost", news.lost), ("bad", news.bad)):
             for name, count in counted.items():
                 if name in self._names:
-                    self._telemetry.kv_event_batches(name, what, count)
+                    self._telemetry.instances.kv_event_batches(name, what, count)

@@ -22,7 +22,7 @@ from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
 from ..request.api import APIS
-from ..request.body import JsonBody, strip_handoff
+from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
 from ..request.objectives import Objectives
@@ -30,6 +30,7 @@ from ..request.passed_body import asks_for_stream, named_model
 from ..request.path import HEALTH_PATH, PING_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..request.rewrites import Rewrites
+from ..request.stripping import strip_handoff
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
@@ -322,7 +323,7 @@ class RoutingCore:
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
-            self.telemetry.handoff_late(prefilled.prefill.id)
+            self.telemetry.handoffs.late(prefilled.prefill.id)
             decision.not_split = "late"
             return self.decode.send(context, changed, Served.LOCAL, limit, decision)
         try:

@@ -218,13 +218,13 @@ class DecodeFirst:
         """Return what a call is that needs no prefill, whatever it says; ``None`` for :meth:`called`."""
         outcome = self._needless(id_, host)
         if outcome is not None:
-            self._telemetry.metaserver_called(outcome)
+            self._telemetry.decodes.metaserver_called(outcome)
         return outcome
 
     def called(self, id_: str, host: str, said: bytes) -> Called:
         """Take a call from ``host``, an IP address, and begin the prefill that it asks for."""
         outcome = self._needless(id_, host) or self._taken(self._expected[id_], host, said)
-        self._telemetry.metaserver_called(outcome)
+        self._telemetry.decodes.metaserver_called(outcome)
         return outcome
 
     def _needless(self, id_: str, host: str) -> Called | None:

@@ -111,7 +111,7 @@ class EncodeStage:
         ended = [task.result() for task in tasks if task.done() and not task.cancelled()]
         found = [each for each in ended if each is not None]
         decision.media_encoded(len(items), len(found), self._clock() - began)
-        self._telemetry.media_items(len(found), len(items) - len(found))
+        self._telemetry.encodes.items(len(found), len(items) - len(found))
         text = merged(found)
         return msgspec.structs.replace(body, more={ENCODED_KEY: text}) if text else body
 
@@ -173,7 +173,7 @@ class EncodeStage:
                 self._failed(endpoint, "no_handoff", words)
                 return None, True
             self._registry.ends.succeeded(endpoint)
-            self._telemetry.encoded(endpoint.id, self._clock() - began)
+            self._telemetry.encodes.took(endpoint.id, self._clock() - began)
             return found, False
         except PrefillNotSent as error:
             noted.outcome = failure = "not_sent"
@@ -201,13 +201,13 @@ class EncodeStage:
         failure, reason = failure_of_status(answer.status), f"status_{answer.status}"
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is Failure.OVERLOADED:
-            self._telemetry.encode_failed(endpoint.id, reason)
+            self._telemetry.encodes.failed(endpoint.id, reason)
             self._registry.ends.overloaded(endpoint, self._clock(), answer.retry_after)
         elif failure is Failure.REFUSED and not own_key:
-            self._telemetry.encode_failed(endpoint.id, reason)
+            self._telemetry.encodes.failed(endpoint.id, reason)
             return False  # what P says of the item is the client's answer
         elif answer.status == 500:
-            self._telemetry.encode_failed(endpoint.id, reason)
+            self._telemetry.encodes.failed(endpoint.id, reason)
             self._registry.ends.errored(endpoint, errors, f"encode: {reason}", self._clock())
             errors.append(endpoint)
         else:
@@ -215,5 +215,5 @@ class EncodeStage:
         return True
 
     def _failed(self, endpoint: Endpoint, reason: str, words: str = "") -> None:
-        self._telemetry.encode_failed(endpoint.id, reason)
+        self._telemetry.encodes.failed(endpoint.id, reason)
         self._registry.ends.failed(endpoint, f"encode: {words or reason}", self._clock())

@@ -138,12 +138,12 @@ class RequestsInFlight:
         forward = self._running.get(id_) or self.ended.get(id_)
         endpoint = self._at(attempt.address, forward)
         if endpoint is not None:
-            self._telemetry.attempt_failed(endpoint.id, attempt.failure)
+            self._telemetry.decodes.attempt_failed(endpoint.id, attempt.failure)
             self.blame.failed(endpoint, attempt, forward)
         if forward is not None:
             self._failed(forward, endpoint, attempt)
         elif id_ and not self.is_ours(id_):
-            self._telemetry.strayed(Stray.ATTEMPT)
+            self._telemetry.decodes.strayed(Stray.ATTEMPT)
         elif attempt.failure is Failure.UNSENT:
             self.ended.unsent.add(attempt.request_id, self._clock())
 
@@ -176,7 +176,7 @@ class RequestsInFlight:
         """Note how a request has ended, and how long it took. Nothing is decided by that."""
         forward = self._running.get(result.request) or self.ended.get(result.request)
         if forward is None and not self.is_ours(result.request):
-            self._telemetry.strayed(Stray.RESULT)
+            self._telemetry.decodes.strayed(Stray.RESULT)
         if forward is None or forward.decision.ending is not None:
             return
         ending = result.ending
@@ -195,7 +195,7 @@ class RequestsInFlight:
                 self._registry.work.answered(endpoint, kept.blocks, kept.block_tokens, prompt, tokens)
         if forward.trace is not None:
             forward.trace.result(ending, result.status, ttft)
-        self._telemetry.ended(forward.served, ending, ttft, result.duration)
+        self._telemetry.answers.ended(forward.served, ending, ttft, result.duration)
         revision = (endpoint or forward.decode[0]).instance.revision
         self._telemetry.by_revision.ended(revision, ending, ttft)
         if ttft is not None and result.sent is not None and endpoint is not None:
@@ -211,7 +211,7 @@ class RequestsInFlight:
         if forward.sidecar is not None:
             forward.sidecar.took(took, self._queued_at(forward))
             return
-        self._telemetry.handed_off(prefill.id, endpoint.id, took)
+        self._telemetry.handoffs.used(prefill.id, endpoint.id, took)
         if not self._queued_at(forward):
             seconds = took - forward.step
             self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
@@ -248,7 +248,7 @@ class RequestsInFlight:
         """
         forward = self._running.get(request)
         if forward is None and not self.is_ours(request):
-            self._telemetry.strayed(Stray.QUESTION)
+            self._telemetry.decodes.strayed(Stray.QUESTION)
             return Retry.UNKNOWN
         if forward is None or forward.losses >= MAX_LOSSES or self._refused(forward):
             return Retry.LOST

@@ -302,7 +302,7 @@ class PrefillStage:
             if tried.order is Order.TOGETHER:
                 beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
             else:
-                with self._telemetry.time_prefill(endpoint.id):
+                with self._telemetry.prefills.time(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt)
                 return self.ends.answered(reservation, context, attempt, answer, tried, noted)
         except (ConnectorFailed, PrefillFailed) as error:
@@ -313,7 +313,7 @@ class PrefillStage:
 
         async def send(accepted: Callable[[], None]) -> Outcome | None:
             try:
-                with self._telemetry.time_prefill(endpoint.id):
+                with self._telemetry.prefills.time(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
                 return self.ends.answered(reservation, context, attempt, answer, tried, noted)
             except (ConnectorFailed, PrefillFailed) as error:

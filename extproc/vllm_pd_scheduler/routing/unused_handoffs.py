@@ -48,4 +48,4 @@ class UnusedHandoffs:
 
     def _stranded(self, pending: PendingHandoff) -> None:
         if pending.prefill in self._registry:  # what is gone has no series
-            self._telemetry.handoff_stranded(pending.prefill.id)
+            self._telemetry.handoffs.stranded(pending.prefill.id)

@@ -173,7 +173,7 @@ class SelfCheck:
             while tries < TRIES:
                 tries += 1
                 made = await self._tried(model, prefill, decode)
-                self._telemetry.self_checked(made.verdict)
+                self._telemetry.instances.self_checked(made.verdict)
                 mismatches += made.verdict is Verdict.MISMATCH
                 if made.verdict is not goes_on:
                     break
