@@ -4,8 +4,9 @@ A prompt is a chain of blocks. A block's number is a hash of the prompt from its
 block, so it stands for a whole prefix. An instance that holds a block also holds all blocks before it in the
 chain, since prompts are used from their first block on and evicted from their last. So along a chain holders
 only drop out, and :meth:`PrefixIndex.match` finds the places where they do by binary search: it reads few
-blocks of a long prompt. What it returns keeps sets of holders and looks at one holder only when it is asked
-for that one, so that its cost does not grow with the fleet.
+blocks of a long prompt, and each block once where they drop out everywhere. What it returns keeps sets of
+holders and looks at one holder only when it is asked for that one, so that its cost does not grow with the
+fleet. It can be used again as long as it holds (:meth:`PrefixMatch.holds`).
 
 The index keeps the set of holders of each block, as the bits of an int, and the blocks of each holder by last
 use. That takes 150 to 220 bytes for each block of each holder, since dicts grow in steps: 1.7 GiB for 1,000
