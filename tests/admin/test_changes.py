@@ -73,7 +73,7 @@ def write(path: Path, text: str) -> None:
 
 def now(router: PDRouter) -> Any:
     """All of a router that a change could change."""
-    return Steered.of(router, []), list(router.registry), router.scheduler.shadow
+    return Steered.of(router, []), list(router.registry), router.scheduler.strategies.shadow
 
 
 @contextmanager

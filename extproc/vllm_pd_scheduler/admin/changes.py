@@ -81,12 +81,12 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             steered.strategies |= names
-            put = scheduler.prepare(names)
+            put = scheduler.strategies.prepare(names)
 
             def make() -> None:
-                before = scheduler.strategy_name
+                before = scheduler.strategies.name
                 put()
-                self._tell(EventKind.STRATEGY, "strategy", before, scheduler.strategy_name, by)
+                self._tell(EventKind.STRATEGY, "strategy", before, scheduler.strategies.name, by)
 
             return make
 
@@ -98,10 +98,10 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             steered.shadow = name
-            put = scheduler.prepare_shadow(name)
+            put = scheduler.strategies.prepare_shadow(name)
 
             def make() -> None:
-                before = _name(scheduler.shadow)
+                before = _name(scheduler.strategies.shadow)
                 put()
                 self._tell(EventKind.SHADOW, "shadow strategy", before, name, by)
 
@@ -303,17 +303,17 @@ class AdminChanges:
     def move(self, before: AdminState, after: AdminState, by: str) -> None:
         """Make what differs between two states, as another replica has made it."""
         scheduler = self._router.scheduler
-        strategy, shadow = scheduler.strategy_name, _name(scheduler.shadow)
+        strategy, shadow = scheduler.strategies.name, _name(scheduler.strategies.shadow)
         added, problems = move(before, after, self._router, by)
         for problem in problems:
             log.warning("a change of another replica (%s) is not made here: %s", by, problem)
         kept = {each.id for each in after.added}
         self._added = {key: item for key, item in self._added.items() if key in kept}
         self._added |= {item.id: item for item in added}
-        if scheduler.strategy_name != strategy:
-            self._tell(EventKind.STRATEGY, "strategy", strategy, scheduler.strategy_name, by)
-        if _name(scheduler.shadow) != shadow:
-            self._tell(EventKind.SHADOW, "shadow strategy", shadow, _name(scheduler.shadow), by)
+        if scheduler.strategies.name != strategy:
+            self._tell(EventKind.STRATEGY, "strategy", strategy, scheduler.strategies.name, by)
+        if _name(scheduler.strategies.shadow) != shadow:
+            self._tell(EventKind.SHADOW, "shadow strategy", shadow, _name(scheduler.strategies.shadow), by)
         self._save()
 
     def _save(self) -> None:

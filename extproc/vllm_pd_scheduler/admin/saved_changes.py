@@ -69,9 +69,9 @@ class Steered:
     @classmethod
     def of(cls, router: PDRouter, added: Iterable[SavedInstance]) -> Steered:
         """Return what a router is steered to now."""
-        shadow = router.scheduler.shadow
+        shadow = router.scheduler.strategies.shadow
         return cls(
-            dict(router.scheduler.names),
+            dict(router.scheduler.strategies.names),
             shadow.name if shadow else None,
             {
                 each.instance_id: router.membership.drained(each.instance_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from ..fleet.endpoint import Reservation
+from ..fleet.reservation import Reservation
 from ..request.errors import Reject
 from ..telemetry import QueueOutcome, Telemetry
 from ..tracing import current

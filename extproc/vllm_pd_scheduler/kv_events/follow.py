@@ -34,7 +34,7 @@ class KvEvents:
     def start(self) -> None:
         """Follow the instances, also those that come."""
         self._listener.start()
-        self._registry.subscribe(self._follow)
+        self._registry.changes.subscribe(self._follow)
         self._follow()
 
     async def stop(self) -> None:

@@ -10,7 +10,8 @@ from functools import partial
 from random import Random
 
 from ..admission.queue import Ticket
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..models import PD_ROLES, InstanceRole
 from ..request.context import RequestContext
 from ..request.errors import Reject
@@ -60,7 +61,7 @@ def run_variant(
 
 def _policies(one: OneScheduler) -> list[Peer]:
     """Return the objects of another router's policy, for P and for D; none of a strategy of ours."""
-    strategies = [one.scheduler.strategy(role).strategy for role in PD_ROLES]
+    strategies = [one.scheduler.strategies.of(role).strategy for role in PD_ROLES]
     return [each for each in strategies if isinstance(each, Peer)]
 
 
@@ -152,7 +153,7 @@ class _Run:
             self._instances.busy(InstanceRole.DECODE, end),
             self._samples,
             time.perf_counter() - started,
-            sum(one.scheduler.failures.counts.total() for one in self._schedulers),
+            sum(one.scheduler.strategies.failures.counts.total() for one in self._schedulers),
         )
 
     # -- the life of a request, as in routing/core.py
@@ -165,13 +166,13 @@ class _Run:
         alone = self._alone(job)
         if alone is not None:
             # Counted at once, as in routing: of a burst each one sees those before it.
-            job.decode, job.reservation = alone, one.registry.reserve(alone, job.context)
+            job.decode, job.reservation = alone, one.registry.work.reserve(alone, job.context)
             request = self._request(job, HandOff.NONE)
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
         if self._decode_first:
             job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
-            job.early = one.registry.reserve(job.decode, job.context)
+            job.early = one.registry.work.reserve(job.decode, job.context)
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
         one.dispatcher.submit(ticket, self._clock.now)
         self._set_wake_up(one)
@@ -256,14 +257,14 @@ class _Run:
         now, context, reservation = self._clock.now, job.context, job.reservation
         assert reservation is not None
         registry, scheduler = job.at.registry, job.at.scheduler
-        registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
+        registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
         context.at(now)
         if job.early is not None:
             job.reservation, job.early = job.early, None
         else:
             job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
-            job.reservation = registry.reserve(job.decode, context)
+            job.reservation = registry.work.reserve(job.decode, context)
         self._decode(job, self._request(job, HandOff.RECEIVE), offer)
 
     def _on_first_token(self, job: _Job, request: EngineRequest, at: float) -> None:
@@ -275,7 +276,7 @@ class _Run:
         traced, context, decode = job.traced, job.context, job.decode
         if self._realistic and decode is not None:
             told = traced.prompt_tokens, traced.output_tokens
-            job.at.registry.answered(decode, context.blocks, context.block_tokens, *told)
+            job.at.registry.work.answered(decode, context.blocks, context.block_tokens, *told)
         self._release(job)
         self._record(job, None)
 

@@ -42,7 +42,8 @@ from .denials import Denials
 from .encode import EncodeStage
 from .forward import Forward
 from .going_on import GoingOn
-from .in_flight import Later, RequestsInFlight
+from .in_flight import RequestsInFlight
+from .later import Later
 from .prefill import PrefillStage
 from .renaming import Renaming
 from .response_ids import ResponseIds
@@ -102,7 +103,7 @@ class RoutingCore:
         self.in_flight = RequestsInFlight(
             self.registry, telemetry, recording, clock, admission.wake, later, name
         )
-        self.in_flight.denials = Denials(self.catalog.read_again.soon)
+        self.in_flight.blame.denials = Denials(self.catalog.read_again.soon)
         self.going_on = GoingOn(self.in_flight, clock)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
@@ -328,7 +329,7 @@ class RoutingCore:
         try:
             return self.decode.with_handoff(context, body, prefilled, left, decision)
         except Exception:
-            self.in_flight.free(prefilled)
+            self.in_flight.handoffs.free(prefilled)
             raise
 
     async def again(self, request: str, address: str, body: bytes) -> tuple[Beside, Splice] | None:

@@ -31,7 +31,7 @@ from ..tracing import current
 from .decode import DecodeStage, NoPartner
 from .expected_call import ExpectedCall
 from .forward import Forward
-from .in_flight import Later
+from .later import Later
 from .prefill import PrefillStage
 from .tried import AskedLater, WithoutHandoff
 
@@ -246,7 +246,7 @@ class DecodeFirst:
             return Called.UNREADABLE
         if known is None:
             if not kept.call.refused:  # D tries again, as if the call had not come
-                self._registry.failed(
+                self._registry.ends.failed(
                     decode, "decode: its call for the prefill makes no sense", self._clock()
                 )
             self._give_up(kept, reject(502, f"{decode.id} has asked for nonsense.", "metaserver_call"))

@@ -142,7 +142,7 @@ class PairCheck:
             raise
         finally:
             if unused:
-                self._in_flight.free(pending)
+                self._in_flight.handoffs.free(pending)
 
     @contextmanager
     def _handed_over(self, pending: PendingHandoff, decode: Endpoint, body: JsonBody) -> Iterator[None]:
@@ -222,7 +222,7 @@ class PairCheck:
             arrived=now,
             now=now,
         )
-        reservation = self._registry.reserve(endpoint, context)
+        reservation = self._registry.work.reserve(endpoint, context)
         try:
             yield
         finally:

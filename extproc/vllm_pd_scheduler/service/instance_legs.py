@@ -47,7 +47,7 @@ class InstanceLegs:
         session = await parts.enter_async_context(open_session(trusted))
         pool = await parts.enter_async_context(ConnectionPool(trusted))
         releaser = HandoffReleaser(pool, router.registry, router.telemetry, router.scheduler.fitting)
-        router.in_flight.release_handoff = releaser
+        router.in_flight.handoffs.release = releaser
         parts.push_async_callback(releaser.close)
         prefill_pool = pool
         if config.prefill_listener is not None:
