@@ -231,7 +231,8 @@ class PrefixMatch(Mapping["Holder", int]):
     def among(self, holders: Iterable[Holder]) -> dict[Holder, int]:
         """Return the same for some holders only."""
         if len(self._levels) > _FEW_LEVELS:
-            return {holder: depth for holder in holders if (depth := self._depth(holder))}
+            first, by_level = self._first, [*(depth for depth, _ in self._levels), 0]
+            return {holder: depth for holder in holders if (depth := by_level[first(holder._bit)])}
         depths: dict[Holder, int] = {}
         for depth, mask in reversed(self._levels):
             holders = [holder for holder in holders if mask >> holder._slot & 1]  # unlike _bit it is short
