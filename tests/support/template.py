@@ -121,6 +121,7 @@ def _serve() -> None:
 def _become(request: dict[str, Any], output: int, between: int) -> None:
     """Be the process that is asked for, and end as it ends."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     nothing = os.open(os.devnull, os.O_RDONLY)
     for fd, wanted in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(fd, wanted)
