@@ -278,12 +278,13 @@ def read_until(terminal: int, wanted: bytes) -> None:
 
 class TestFailures:
     def test_nobody_listens(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for command in (["status"], ["top"], ["drain", "d"], ["events", "--follow"], ["decisions"]):
-            reason = refused(url, *command, status=3)
-            assert reason.startswith(f"vllm-pd-scheduler: the scheduler at {url} cannot be reached: ")
-            assert reason.endswith("Give its address by --url or PD_SCHEDULER_URL")
+            for command in (["status"], ["top"], ["drain", "d"], ["events", "--follow"], ["decisions"]):
+                reason = refused(url, *command, status=3)
+                assert reason.startswith(f"vllm-pd-scheduler: the scheduler at {url} cannot be reached: ")
+                assert reason.endswith("Give its address by --url or PD_SCHEDULER_URL")
 
     def test_a_host_that_there_is_not(self) -> None:
         assert "cannot be reached" in refused("http://no.such.host.invalid:1", "status", status=3)
