@@ -223,18 +223,25 @@ async def test_a_client_that_leaves_during_prefill_cancels_it(client: Client, fl
 async def test_what_a_prefill_leaves_whose_client_has_left_is_freed(client: Client, fleet: Fleet) -> None:
     """An abort may come just after P has finished and pinned its blocks: its answer is waited for."""
     for instance in fleet.prefill:
-        await client.fault(instance.id, delay=1.0)
-    before = await client.seen_by_all(releases=True)
-    request = asyncio.ensure_future(client.complete())
-    await client.until_in_flight(1)
-    request.cancel()
+        await client.fault(instance.id, delay=0.3)
 
-    async def released() -> bool:
-        seen = [e for one in fleet.decode for e in await client.seen_since(one.id, before[one.id], True)]
-        assert all(each["outcomes"] in ([], ["released"]) for each in seen), "no D was asked to answer"
-        return ["released"] in [each["outcomes"] for each in seen]
+    async def left_in_time() -> bool:
+        """If the machine is so busy that P has answered before, D has had the hand-off."""
+        before = await client.seen_by_all(releases=True)
+        request = asyncio.ensure_future(client.complete())
+        await client.until_in_flight(1)
+        request.cancel()
+        found: list[str] = []
 
-    await until(released)
+        async def used() -> bool:
+            seen = [e for one in fleet.decode for e in await client.seen_since(one.id, before[one.id], True)]
+            found[:] = [outcome for each in seen for outcome in each["outcomes"]]
+            return bool(found)
+
+        await until(used)
+        return found == ["released"]
+
+    await until(left_in_time)
 
 
 async def test_a_hand_off_that_decode_had_not_begun_with_is_freed(client: Client, fleet: Fleet) -> None:
