@@ -95,7 +95,7 @@ class TestStatus:
 
     def test_of_a_large_fleet_those_that_need_a_look(self, admin: AdminThread) -> None:
         def grow() -> None:
-            for number in range(1000):
+            for number in range(100):
                 instance = PDInstance(f"more-{number}", InstanceRole.DECODE, "10.1.0.1", 1 + number)
                 admin.router.registry.probed(admin.router.registry.add(instance), None)
             admin.router.drain_instance("more-7")
@@ -104,8 +104,8 @@ class TestStatus:
         shown = done(admin.url, "status")
         assert "more-7 " in shown
         assert "more-8" not in shown
-        assert "1002 healthy instances are not shown" in shown
-        assert "more-999" in done(admin.url, "status", "--all")
+        assert "102 healthy instances are not shown" in shown
+        assert "more-99" in done(admin.url, "status", "--all")
 
     def test_json_is_the_schedulers(self, admin: AdminThread) -> None:
         found = json.loads(done(admin.url, "status", "--json"))
