@@ -88,10 +88,17 @@ class Replica:
         times = [self._summary_at + SUMMARY_S]
         if self._own.untold or self.probes.untold or joining.has_gaps:
             times.append(soon)
-        for due in (joining.due(now), self._own.answers.due(now)):
-            if due is not None:
-                times.append(max(soon, due))
+        if joining.wants or self._own.answers.wanted:
+            for due in (joining.due(now), self._own.answers.due(now)):
+                if due is not None:
+                    times.append(max(soon, due))
         return max(now, min(times))
+
+    @property
+    def must_tell(self) -> bool:
+        """Whether what others have told makes this one ask or answer something, or tell all that it has."""
+        joining = self._others.joining
+        return joining.wants or self._own.answers.wanted or self._summary_at < 0.0
 
     def publish(self, now: float, waiting: tuple[int, int] = (0, 0)) -> list[bytes]:
         """Return what to send to all others; nothing if nothing has happened and no summary is due.
@@ -102,7 +109,7 @@ class Replica:
         self._others.forget_silent(now)
         messages = []
         names = Names(self._directory)
-        asks = self._asks(names, now)
+        asks = self._asks(names, now) if self._others.joining.wants else []
         changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
         if self.probes.untold:
             if changes is None:
