@@ -164,12 +164,16 @@ class Others:
 
     def _apply(self, other: _Other, message: Message, now: float) -> None:
         endpoints = self._directory.find_all(message.endpoints)
+        over = {each.number for each in message.ended}
         for prefill in message.prefills:
             if (endpoint := endpoints[prefill.endpoint]) is not None:
-                self._enqueue(other, endpoint, prefill, now)
+                blocks = self._cached(other, endpoint, prefill) if prefill.blocks else _NO_BLOCKS
+                if prefill.number not in over:  # else it came and went between two messages
+                    self._enqueue(other, endpoint, prefill, blocks, now)
         for placed in message.placed:
             if (endpoint := endpoints[placed.endpoint]) is not None:
-                blocks = other.heard.get(placed.prefill) if placed.prefill else unpack_blocks(placed.blocks)
+                number = placed.prefill
+                blocks = other.heard.get(number) if number else unpack_blocks(placed.blocks)
                 if blocks:
                     endpoint.holder.store(blocks)
         for ended in message.ended:
@@ -219,15 +223,19 @@ class Others:
 
     # -- prefills and placements
 
-    def _enqueue(self, other: _Other, endpoint: Endpoint, what: Prefill, now: float) -> None:
+    def _cached(self, other: _Other, endpoint: Endpoint, what: Prefill) -> Sequence[int]:
+        """Take the prompt of a prefill for cached; return its blocks."""
+        blocks = unpack_blocks(what.blocks)
+        other.heard.add(what.number, blocks)
+        endpoint.holder.store(blocks)
+        return blocks
+
+    def _enqueue(
+        self, other: _Other, endpoint: Endpoint, what: Prefill, blocks: Sequence[int], now: float
+    ) -> None:
         number, elsewhere = what.number, self._registry.elsewhere
         if number in other.prefills or len(other.prefills) >= MAX_ITEMS:
             return
-        blocks: Sequence[int] = _NO_BLOCKS
-        if what.blocks:
-            blocks = unpack_blocks(what.blocks)
-            other.heard.add(number, blocks)
-            endpoint.holder.store(blocks)
         most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
         prompt = what.prompt if what.prompt < most else most
         cached = (min(what.cached, prompt), min(what.cached_blocks, len(blocks))) if what.cached else _NOT_CACHED
@@ -254,7 +262,7 @@ class Others:
         lessons = other.lessons
         if not lessons.believed(*times) and self._registry.load.prefill.samples >= plausible.SETTLED:
             self.disbelieved[Disbelieved.TIMES] += 1
-        elif lessons.learned <= 2 * self._own.done + plausible.UNTAUGHT:
+        elif lessons.learned * len(self._others) <= 2 * self._own.done + plausible.UNTAUGHT:
             lessons.learned += 1
             elsewhere.learn(claim, prompt, cached, times[0])
 
