@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ import uvloop
 from tests.support.processes import unused_ports
 from tests.support.valkey import running
 
-from vllm_pd_scheduler.config import ReplicasConfig
 from vllm_pd_scheduler.config.load import load_config
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
@@ -215,7 +213,9 @@ def main() -> None:
                     cost = uvloop.run(measure(port, pid, options.rate, options.seconds))
                 found[clone, count].append(cost)
                 print(f"{run}{clone} {count}: {cost:.3f}", file=sys.stderr, flush=True)
-    print(f"{machine()}; {options.rate:g} requests/s a replica, {options.strategy}; medians of {options.runs}\n")
+    print(
+        f"{machine()}; {options.rate:g} requests/s a replica, {options.strategy}; medians of {options.runs}\n"
+    )
     print("| other replicas | CPU, ms a request | times alone |\n|---|---|---|")
     for (clone, count), costs in found.items():
         alone = found[clone, counts[0]]

@@ -1,4 +1,4 @@
-"""Two replicas under load in each way in which a request can come to its P: claims of both must come right."""
+"""Two replicas under load, in each way in which a request can come to its P."""
 
 from __future__ import annotations
 

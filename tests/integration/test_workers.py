@@ -137,9 +137,7 @@ async def test_all_share_the_requests_and_one_page_counts_them(client: Client) -
     await until(counted)  # what Envoy tells comes a second later
 
 
-async def test_an_advice_is_made_of_the_traffic_of_all(
-    session: aiohttp.ClientSession, stack: Stack
-) -> None:
+async def test_an_advice_is_made_of_the_traffic_of_all(session: aiohttp.ClientSession, stack: Stack) -> None:
     with (
         Fleet(1, 1, arguments=["--decode-base=0.02"]) as fleet,
         spawned([*stack.up({"health_check_interval": 0.2, **fleet.config()}), "--workers=2"]) as process,
@@ -253,7 +251,9 @@ async def test_one_that_hangs_holds_up_no_operator(client: Client, up: Process) 
     await split_by_all(client)
 
 
-async def test_the_first_that_hangs_is_ended_and_another_answers_operators(client: Client, up: Process) -> None:
+async def test_the_first_that_hangs_is_ended_and_another_answers_operators(
+    client: Client, up: Process
+) -> None:
     await client.complete()
     pid = pids(up)["w0"]
     os.kill(pid, signal.SIGSTOP)

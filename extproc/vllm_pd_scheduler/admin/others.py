@@ -108,7 +108,8 @@ class Others:
     async def traffic(self, since: float) -> list[Seen]:
         """Return what each other has seen since a time of the machine's monotonic clock."""
         return [
-            msgspec.msgpack.decode(body, type=Seen) for body in await self.get(f"{TRAFFIC_PATH}?since={since!r}")
+            msgspec.msgpack.decode(body, type=Seen)
+            for body in await self.get(f"{TRAFFIC_PATH}?since={since!r}")
         ]
 
     async def follow(self, path: str, headers: Mapping[str, str]) -> AsyncIterator[bytes]:

@@ -84,8 +84,8 @@ class Elsewhere:
         """Count a prefill that another replica has sent, at the place in P's queue where it is heard of.
 
         ``cached`` are the prompt's tokens and blocks that were taken for cached there. Its seconds are
-        predicted here, by what this scheduler has learned. Call the endpoint's ``work_changes`` after all that
-        a message tells of it: its watchers are told once, and so they are after :meth:`done` and :meth:`cancel`.
+        predicted here, by what this scheduler has learned. Call ``work_changes`` of the endpoint after it,
+        and after :meth:`done` and :meth:`cancel`: once for all that a message tells of it.
         """
         load = endpoint.prefill
         tokens = max(1.0, prompt_tokens - load.trust * cached[0])

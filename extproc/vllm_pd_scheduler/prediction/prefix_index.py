@@ -235,17 +235,17 @@ class Holder:
         closed holder, since a request can end after its instance has left.
         """
         mine, chain = self._blocks, blocks[self._capacity - 1 :: -1] if self._capacity else ()
-        if mine.keys().isdisjoint(chain):
-            new, used = chain, ()
-        else:
+        new: Sequence[int] = chain
+        used: Sequence[int] = ()
+        if not mine.keys().isdisjoint(chain):
             new = [block for block in chain if block not in mine]
             used = [mine.pop(block) for block in chain if block in mine]
         self._evict(len(mine) + len(chain) - self._capacity)
         if new:
             self._index._mark(new, self._bit)
-            mine.update(zip(new, new))
+            mine.update(zip(new, new, strict=True))
         if used:
-            mine.update(zip(used, used))
+            mine.update(zip(used, used, strict=True))
 
     def answered(self, blocks: Sequence[int], more: int) -> None:
         """Record that the rest of a prompt and the answer to it fill ``more`` blocks after the prompt's last.

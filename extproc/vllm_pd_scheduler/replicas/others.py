@@ -238,7 +238,9 @@ class Others:
             return
         most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
         prompt = what.prompt if what.prompt < most else most
-        cached = (min(what.cached, prompt), min(what.cached_blocks, len(blocks))) if what.cached else _NOT_CACHED
+        cached = (
+            (min(what.cached, prompt), min(what.cached_blocks, len(blocks))) if what.cached else _NOT_CACHED
+        )
         claim = other.prefills[number] = elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
         share = other.shares.get(endpoint) or self._share_of(other, endpoint)
         if share.claim.growth <= 0 or share.queued >= plausible.UNSCRAPED:

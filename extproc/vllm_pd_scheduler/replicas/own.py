@@ -45,7 +45,7 @@ _NOTHING = (0, 0, False, 0, 0, False, 0)
 
 
 class _Places(dict[Endpoint, int]):
-    """The place of each endpoint in the list of a message, to which it is added when it is first asked for."""
+    """The place of each endpoint in the list of a message, to which it is added when first asked for."""
 
     def __init__(self, names: list[int | str], directory: Directory) -> None:
         super().__init__()

@@ -84,6 +84,8 @@ class RequestsInFlight:
         name: str = "",
     ) -> None:
         self.release_handoff: ReleaseHandoff | None = None
+        self.pass_on: Callable[[FailedAttempt | Result], None] = _keep
+        """Takes what is told of a request that another scheduler has."""
         self.lost = LostPrompts()
         self.patience = Patience()
         self.denials = Denials(lambda: None)
@@ -192,12 +194,25 @@ class RequestsInFlight:
         if endpoint is not None:
             self._telemetry.attempt_failed(endpoint.id, attempt.failure)
             self._count(endpoint, attempt, forward)
-        if forward is None:
-            if id_ and not self.is_ours(id_):
-                self._telemetry.strayed(Stray.ATTEMPT)
-            elif attempt.failure is Failure.UNSENT:
-                self._left.add(attempt.request_id, self._clock())
-            return
+        if forward is not None:
+            self._has_failed(forward, attempt, endpoint)
+        elif id_ and not self.is_ours(id_):
+            self._telemetry.strayed(Stray.ATTEMPT)
+            self.pass_on(attempt)
+        elif attempt.failure is Failure.UNSENT:
+            self._left.add(attempt.request_id, self._clock())
+
+    def attempt_told_of(self, attempt: FailedAttempt) -> None:
+        """Note a failed attempt at a request of ours that was told to another scheduler.
+
+        That has counted it for the instance.
+        """
+        id_ = attempt.request or ""
+        if (forward := self._running.get(id_) or self._ended.get(id_)) is not None:
+            self._has_failed(forward, attempt, self._at(attempt.address, forward))
+
+    def _has_failed(self, forward: Forward, attempt: FailedAttempt, endpoint: Endpoint | None) -> None:
+        """Note what a failed attempt means for its request."""
         forward.failed_attempts += 1
         forward.decision.decode_failed(endpoint.id if endpoint else attempt.address, attempt.failure)
         forward.held_up = attempt.failure is Failure.TIMEOUT and not (
@@ -232,11 +247,20 @@ class RequestsInFlight:
 
     def told(self, result: Result) -> None:
         """Note how a request has ended, and how long it took. Nothing is decided by that."""
-        forward = self._running.get(result.request) or self._ended.get(result.request)
-        if forward is None and not self.is_ours(result.request):
+        if not self.told_of(result) and not self.is_ours(result.request):
             self._telemetry.strayed(Stray.RESULT)
-        if forward is None or forward.decision.ending is not None:
-            return
+            self.pass_on(result)
+
+    def told_of(self, result: Result) -> bool:
+        """Note how a request of ours has ended, whoever was told; return whether it is known."""
+        forward = self._running.get(result.request) or self._ended.get(result.request)
+        if forward is None:
+            return False
+        if forward.decision.ending is None:
+            self._note_result(forward, result)
+        return True
+
+    def _note_result(self, forward: Forward, result: Result) -> None:
         ending = result.ending
         # Of an error, and of an answer that comes whole, the first byte is no first token.
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
@@ -485,3 +509,7 @@ class RequestsInFlight:
                 self._registry.failed(forward.refused_by, reason, self._clock())
             else:
                 self._registry.doubtful(forward.refused_by, reason, self._clock())
+
+
+def _keep(_: FailedAttempt | Result) -> None:
+    """Pass nothing on: there is no other scheduler."""

@@ -11,6 +11,7 @@ from ..admin.changes import AdminChanges
 from ..models import PD_ROLES
 from ..replicas import FleetKey, Replica
 from ..router import PDRouter
+from ..routing.strays import Strays
 from ..sync.channel import Channel
 from ..sync.greeting import Greeting, hashed, settings_of
 from ..sync.sync import Sync
@@ -41,7 +42,10 @@ def join(
         return prefill, decode
 
     log = changes.share(channel, replica.name)
-    router.sync = Sync(
+    strays = Strays(
+        lambda data: sync.pass_on(data), router.in_flight.attempt_told_of, router.in_flight.told_of
+    )
+    router.sync = sync = Sync(
         replica,
         channel,
         greeting,
@@ -49,6 +53,8 @@ def join(
         waiting=waiting,
         news=router.wake,
         changed=log.changed,
+        stray=strays.receive,
         clock=router.clock,
     )
-    return router.sync
+    router.in_flight.pass_on = strays.pass_on
+    return sync

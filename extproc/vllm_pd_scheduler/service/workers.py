@@ -21,7 +21,7 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 """Before one is started again that ends soon after its start, each time."""
 HUNG_S = 6.0
-"""A worker that gives no sign of life for so long hangs, and is ended: twice as long as Envoy waits for it."""
+"""A worker that gives no sign of life for so long is ended: Envoy waits half as long for it."""
 LOOK_S = 1.0
 """Seconds between two looks at that."""
 STOP_S = 5.0
