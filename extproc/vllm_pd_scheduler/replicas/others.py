@@ -86,6 +86,8 @@ class Others:
         self.disbelieved: Counter[Disbelieved] = Counter()
         """Claims that were not believed, by kind."""
         self.joining = Joining(registry)
+        self.changes = 0
+        """How often a replica came or went."""
         self._name, self._registry, self._directory, self._own = name, registry, directory, own
         self._judge = Judge(registry, own, self.disbelieved)
         self._others: dict[str, _Other] = {}
@@ -123,7 +125,7 @@ class Others:
             other = self._others[message.replica] = _Other(
                 message.replica, message.number, now, *budgets, back=gone > 0
             )
-            self._registry.claims.among(self._name, self.names)
+            self._membership_changed()
         elif message.number <= other.number:
             return Ignored.REPLAYED
         elif message.number > other.number + _MAX_AHEAD:
@@ -155,8 +157,12 @@ class Others:
             if len(self._gone) > _MAX_GONE:
                 del self._gone[next(iter(self._gone))]
         self._count_waiting()
-        self._registry.claims.among(self._name, self.names)
+        self._membership_changed()
         return silent
+
+    def _membership_changed(self) -> None:
+        self.changes += 1
+        self._registry.claims.among(self._name, self.names)
 
     def _count_waiting(self) -> None:
         found = [other.waiting for other in self._others.values()]
@@ -253,7 +259,7 @@ class Others:
     def _end(self, other: _Other, ended: Ended, now: float) -> None:
         claim = other.prefills.pop(ended.number, None)
         if claim is None or not self._unqueue(other, claim):
-            return
+            return  # it was begun in the same message, or was not believed
         elsewhere, prompt = self._registry.elsewhere, ended.prompt
         if not prompt:
             elsewhere.cancel(claim, now)

@@ -63,6 +63,11 @@ class Replica:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
 
+    @property
+    def others_changes(self) -> int:
+        """How often one of them came or went."""
+        return self._others.changes
+
     def silent_for(self, now: float) -> dict[str, float]:
         """Return for how many seconds nothing was heard of each of them."""
         return self._others.silent_for(now)
@@ -158,7 +163,7 @@ class Replica:
             return self._ignore(error.reason)
         if message.replica == self.name:
             return False
-        known = len(self._others.names)
+        known = self._others.changes
         self._own.deaf = True
         try:
             reason = self._others.receive(message, now)
@@ -171,7 +176,7 @@ class Replica:
         self.received += 1
         if len(self.disbelieved) > len(self._disbelieved_said):
             self._say_disbelieved(message.replica)
-        if len(self._others.names) > known:
+        if self._others.changes != known:  # one has come
             self.tell_all()
         return True
 

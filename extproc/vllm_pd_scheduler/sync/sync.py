@@ -67,6 +67,7 @@ class Sync:
         """Of what greetings bring: a flood of them must not hide what else is said."""
         self._asks = Budget(_ASKS_AT_ONCE, clock())
         self._others: frozenset[str] = frozenset()
+        self._others_changes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         """When it fires."""
@@ -175,7 +176,7 @@ class Sync:
             elif data.startswith(STRAY):
                 self._strayed(data)
             elif self.replica.receive(data, now):
-                if len(self.replica.others) != len(self._others):
+                if self.replica.others_changes != self._others_changes:
                     self._look_at_others()
                     self._greet()
                 must = not self._armed and self.replica.must_tell
@@ -238,9 +239,9 @@ class Sync:
                 self._event(line, logging.WARNING)
 
     def _look_at_others(self) -> None:
-        others = frozenset(self.replica.others)
-        if others == self._others:
+        if self.replica.others_changes == self._others_changes:
             return
+        self._others_changes, others = self.replica.others_changes, frozenset(self.replica.others)
         came, gone, self._others = others - self._others, self._others - others, others
         for name in sorted(gone):
             self._event(f"{self._shown(name)} is silent: its requests count no more", logging.WARNING)
