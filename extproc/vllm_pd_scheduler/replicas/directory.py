@@ -45,16 +45,16 @@ class Directory:
 
     def find_all(self, names: Sequence[int | str]) -> list[Endpoint | None]:
         """Return the endpoint of each name, as :meth:`find` does."""
-        if self._version == self._registry.models_version:  # so all that are known are still there
+        if self._version == self._registry.models.version:  # so all that are known are still there
             found = list(map(self._by_number.get, names))  # type: ignore[arg-type]
             if None not in found:
                 return found
         return [self.find(each) for each in names]
 
     def _read_again(self) -> None:
-        if self._version == self._registry.models_version:
+        if self._version == self._registry.models.version:
             return
-        self._version, self._by_number = self._registry.models_version, {}
+        self._version, self._by_number = self._registry.models.version, {}
         for endpoint in self._registry:
             number = number_of(endpoint.id)
             self._by_number[number] = None if number in self._by_number else endpoint
