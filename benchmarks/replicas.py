@@ -96,16 +96,16 @@ class Other:
             self._running.popleft()[1].release(now)
         while self._queued and self._queued[0][0] <= now:
             _, context, claim = self._queued.popleft()
-            self._registry.prefilled(claim, 500, 0, now)
+            self._registry.work.prefilled(claim, 500, 0, now)
             decode = next(self._decode)
-            self._running.append((now + DECODE_S, self._registry.reserve(decode, context)))
+            self._running.append((now + DECODE_S, self._registry.work.reserve(decode, context)))
         number = next(self._numbers)
         blocks = tuple((number * 1000 + n) * 0x9E3779B97F4A7C15 % (1 << 60) for n in range(BLOCKS))
         context = RequestContext(
             "/v1/completions", prompt_tokens=500.0, output_tokens=8.0, blocks=blocks, block_tokens=256.0,
             arrived=now, now=now,
         )  # fmt: skip
-        self._queued.append((now + PREFILL_S, context, self._registry.reserve(next(self._prefill), context)))
+        self._queued.append((now + PREFILL_S, context, self._registry.work.reserve(next(self._prefill), context)))
 
 
 async def play(config: str, count: int, rate: float) -> None:
@@ -138,8 +138,7 @@ def scheduler(
     if others:
         config["replicas"] = {"url": url, "key": f"pd-{port}", "name": "measured"}
     path = _written(folder / f"{port}.json", config)
-    command = ["env", f"PYTHONPATH={clone / 'extproc'}:{_ROOT}", sys.executable]
-    up = [*command, "-m", "vllm_pd_scheduler", "up", "--log-level=WARNING", f"--config={path}"]
+    up = [*_python(clone), "-m", "vllm_pd_scheduler", "up", "--log-level=WARNING", f"--config={path}"]
     up += [f"--port={port}", f"--prefill-port={prefill_port}", f"--admin-port={admin_port}"]
     up += [f"--envoy-admin-port={envoy_admin_port}"]
     log = folder / f"{port}.log"
@@ -148,11 +147,16 @@ def scheduler(
         body = b'{"model": "fake-model", "prompt": "Hello", "max_tokens": 1}'
         _until(partial(_answers, port, "/v1/completions", body), process, log)
         if others:
-            play_them = [*command, "-m", "benchmarks.replicas", f"--play={path}"]
+            play_them = [*_python(_ROOT), "-m", "benchmarks.replicas", f"--play={path}"]
             play_them += [f"--others={others}", f"--rate={rate}"]
             stack.enter_context(_process(play_them, folder / f"{port}-others.log"))
             _until(partial(_hears, admin_port, others), process, folder / f"{port}-others.log")
         yield port, process.pid
+
+
+def _python(clone: Path) -> list[str]:
+    """Return what runs Python with the package of a clone."""
+    return ["env", f"PYTHONPATH={clone / 'extproc'}:{_ROOT}", sys.executable]
 
 
 def _hears(admin: int, count: int) -> bool:
