@@ -105,7 +105,9 @@ class Other:
             "/v1/completions", prompt_tokens=500.0, output_tokens=8.0, blocks=blocks, block_tokens=256.0,
             arrived=now, now=now,
         )  # fmt: skip
-        self._queued.append((now + PREFILL_S, context, self._registry.work.reserve(next(self._prefill), context)))
+        self._queued.append(
+            (now + PREFILL_S, context, self._registry.work.reserve(next(self._prefill), context))
+        )
 
 
 async def play(config: str, count: int, rate: float) -> None:
