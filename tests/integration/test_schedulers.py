@@ -232,7 +232,6 @@ async def test_what_is_told_to_another_one_reaches_the_one_that_has_the_request(
     seen.assert_clean()
     await until(lambda: _asked(nearest))
     freed = await nearest.metric("pd_scheduler_handoffs_unused_total{")
-    strays = await other.metric("pd_scheduler_strays_total{")
     await client.fault("decode-0", status=500)
     answers = [await client.complete(prompt=LONG) for _ in range(4)]
     await client.fault("decode-0")
@@ -244,7 +243,6 @@ async def test_what_is_told_to_another_one_reaches_the_one_that_has_the_request(
         return await nearest.metric("pd_scheduler_handoffs_unused_total{") == freed + rescued
 
     await until(counted)
-    assert await other.metric("pd_scheduler_strays_total{") > strays
     await client.until_freed()
 
 
