@@ -27,7 +27,7 @@ from ..config import (
     TracingConfig,
     is_loopback,
 )
-from ..continuation.server import Continuation
+from ..continuation.server import Continuation, Outcome
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.access_log import AccessLog
@@ -48,6 +48,7 @@ from ..instance_http.session import open_session
 from ..models import By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
+from ..routing.going_on import Broken
 from ..rpc import ListenError, Server
 from ..self_check import SelfCheck
 from ..self_check.pair_check import PairCheck
@@ -395,7 +396,11 @@ class App:
         if config.continuation_port is None:
             return
         router = self.router
-        ended = router.telemetry.stream_broke_off
+
+        def ended(outcome: Outcome, broken: Broken, decode: str | None) -> None:
+            went_on = decode if outcome is Outcome.CONTINUED else None
+            router.telemetry.stream_broke_off(outcome, broken.decode, went_on, broken.tokens)
+
         server = Continuation(config.continuation_ingress, router.going_on, ended)
         try:
             await server.start(config.continuation_port)

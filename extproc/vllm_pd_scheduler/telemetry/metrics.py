@@ -27,9 +27,10 @@ _FINE_SECONDS = tuple(0.001 * 1.1**step for step in range(140))
 """Bounds between which percentiles are right within a few percent, up to ten minutes."""
 _PICK_SECONDS = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025)
 """Buckets of a pick: from one among a few instances up to a strategy that holds up all requests."""
+_ANSWER_TOKENS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000)
 
 MAX_PAIRS = 1000
-"""Pairs of P and D that have a series of their own; the hand-offs of further ones count as of ``OTHER``."""
+"""Pairs of P and D, or of two D, that have a series of their own; further ones count as of ``OTHER``."""
 OTHER = "other"
 
 
@@ -219,6 +220,13 @@ class Telemetry:
             ["outcome"],
             registry=self.prometheus,
         )
+        self._went_on = LeanHistogram(
+            "pd_scheduler_continued_after_tokens",
+            "Tokens of a stream with x-pd-continue that its client had when another D went on with it.",
+            ["failed", "decode"],
+            buckets=_ANSWER_TOKENS,
+            registry=self.prometheus,
+        )
         self._log_lines_dropped = Counter(
             "pd_scheduler_log_lines_dropped",
             "Lines of output that were dropped, since nobody read what the process prints.",
@@ -336,6 +344,8 @@ class Telemetry:
         """Forget the series of all other instances, which were removed: else they would add up for ever."""
         for label in ("prefill", "decode"):
             self._handoff_seconds.keep(label, frozenset((*instances, OTHER)))
+        for label in ("failed", "decode"):
+            self._went_on.keep(label, frozenset((*instances, OTHER)))
         for metric, label in self._by_instance:
             seen = {sample.labels[label] for family in metric.collect() for sample in family.samples}
             for gone in seen.difference(instances):
@@ -466,9 +476,14 @@ class Telemetry:
         """Count a request that could not be sent for a reason of our own."""
         self._local_errors.labels(kind).inc()
 
-    def stream_broke_off(self, outcome: str) -> None:
-        """Count a stream that broke off at its D."""
+    def stream_broke_off(self, outcome: str, failed: str, decode: str | None, tokens: int) -> None:
+        """Count a stream that broke off at its D after so many tokens; ``decode`` has written the rest."""
         self._streams_broken_off.labels(outcome).inc()
+        if decode is not None:
+            pairs = self._went_on
+            if len(pairs) >= MAX_PAIRS and not pairs.has(failed, decode):
+                failed = decode = OTHER
+            pairs.series(failed, decode).observe(tokens)
 
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""
