@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -91,6 +92,8 @@ class AdminChanges:
         self._log: ChangeLog | None = None
         self._saves: asyncio.Future[None] | None = None
         self._writing = asyncio.Lock()
+        self.steered_at = -math.inf
+        """When anybody but the scheduler itself has last changed something, by the router's clock."""
         self.saves = True
         """Whether this process writes the file. Of several that have one file, one does."""
         self.file_first = False
@@ -285,7 +288,12 @@ class AdminChanges:
         if not force and registry.routable(endpoint.instance.role) == registry.ranks_of(endpoint):
             raise LastRoutable(endpoint)
 
+    def _note(self, by: str) -> None:
+        if not by.startswith(By.ADVICE):
+            self.steered_at = self._router.clock()
+
     async def _make(self, prepare: Prepare, by: str) -> None:
+        self._note(by)
         change = _Change(prepare, by)
         made = asyncio.ensure_future(self._keep_and_make(change))
         try:
@@ -361,6 +369,7 @@ class AdminChanges:
 
     def move(self, before: AdminState, after: AdminState, by: str) -> None:
         """Make what differs between two states, as another replica has made it."""
+        self._note(by)
         scheduler = self._router.scheduler
         strategy, shadow = scheduler.strategy_name, _name(scheduler.shadow)
         added, problems = move(before, after, self._router, by)

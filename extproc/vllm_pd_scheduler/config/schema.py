@@ -38,6 +38,7 @@ from .replicas import FLEET_KEY, REPLICA_NAME, ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
+from .turning import TurningConfig
 
 _WEEK_S = 604_800
 Seconds = Annotated[float, Field(ge=0.001, le=_WEEK_S)]
@@ -291,6 +292,9 @@ class SchedulerConfig(InstancesFile):
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
+    turning: TurningConfig | None = None
+    """Whether the scheduler itself gives instances with `both_roles` [the other role](ratio.md#by-itself), as
+    `advise` says, and within which limits. Off without it."""
     kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
     """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
     cached. Off without it."""

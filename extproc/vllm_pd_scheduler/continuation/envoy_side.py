@@ -24,6 +24,7 @@ HOP_BY_HOP = frozenset(
 
 _NO_BODY = frozenset({204, 304})
 
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request with its whole body."""

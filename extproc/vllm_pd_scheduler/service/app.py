@@ -41,6 +41,7 @@ from ..handoff.interfaces import AskPrefill, PrefillLeg
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
+from ..handoff.role_switch import RoleSwitch
 from ..handoff.traced_leg import TracedLeg
 from ..health import HealthMonitor
 from ..instance_http.pool import ConnectionPool
@@ -111,6 +112,7 @@ class App:
         self._reload: Reload | None = None
         self._reloads: set[asyncio.Future[None]] = set()
         self._continuation: Continuation | None = None
+        self._switch: RoleSwitch | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> App:
@@ -157,6 +159,7 @@ class App:
         )
         self._stack.push_async_callback(leg.close)
         router.abort_leg = abort = HttpAbort(pool)
+        self._switch = RoleSwitch(pool, router.connectors)
         self._stack.push_async_callback(abort.close)
         router.encode_leg = (encode_leg := HttpPrefill(pool, None, config.encode_timeout)).send
         router.ask_prefill = questions = Questions(session, router.registry)
@@ -334,6 +337,7 @@ class App:
             reload=reload,
             self_check=self_check,
             others=others,
+            switch=self._switch,
         )
         await self._listen(stack, "admin", admin, config.admin_host, config.admin_port, tls)
 

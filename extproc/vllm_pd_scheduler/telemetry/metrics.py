@@ -227,6 +227,12 @@ class Telemetry:
             buckets=_ANSWER_TOKENS,
             registry=self.prometheus,
         )
+        self._turns = Counter(
+            "pd_scheduler_turns",
+            "Instances that were to have another role, by who has asked, and by whether they have it.",
+            ["role", "by", "outcome"],
+            registry=self.prometheus,
+        )
         self._log_lines_dropped = Counter(
             "pd_scheduler_log_lines_dropped",
             "Lines of output that were dropped, since nobody read what the process prints.",
@@ -484,6 +490,10 @@ class Telemetry:
             if len(pairs) >= MAX_PAIRS and not pairs.has(failed, decode):
                 failed = decode = OTHER
             pairs.series(failed, decode).observe(tokens)
+
+    def turned(self, role: str, by: str, *, done: bool) -> None:
+        """Count an instance that was to have another ``role``, as an operator or the advice has asked."""
+        self._turns.labels(role, by, "turned" if done else "failed").inc()
 
     def log_lines_dropped(self, lines: int) -> None:
         """Count lines of output that were dropped."""
