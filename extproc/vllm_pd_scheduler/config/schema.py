@@ -224,7 +224,8 @@ class SchedulerConfig(InstancesFile):
     """Port of this machine, such as 9004, at which the scheduler takes streams that
     [go on at another D](reliability.md#streams-that-go-on) when theirs dies: those of clients that send
     `x-pd-continue: true`. Without it that header says nothing. Envoy must be on the same machine, or in the
-    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler."""
+    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler. Of several
+    [workers](workers.md) each has the next port."""
     continuation_ingress: Annotated[str, _AT_START] = "http://127.0.0.1:10000"
     """Where the scheduler reaches Envoy's ingress listener to ask for those streams, as `http://HOST:PORT`.
     `up` knows it."""
