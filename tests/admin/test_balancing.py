@@ -71,7 +71,7 @@ def configured(**limits: Any) -> TurningConfig:
 
 async def test_the_one_with_the_least_to_do_is_turned(fleet: Balanced) -> None:
     for name in ("p0", "fixed"):
-        fleet.router.registry.reserve(fleet.router.registry.get(name))
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
     await fleet.look()
     assert fleet.turned() == ["p1"]
     assert fleet.told == [("p1", D)], "it was told before it counted as D"
@@ -122,7 +122,7 @@ async def test_nothing_is_turned_while_an_instance_drains(fleet: Balanced) -> No
 
 async def test_an_operator_ends_a_turn(fleet: Balanced) -> None:
     for name in ("p0", "p1", "p2"):
-        fleet.router.registry.reserve(fleet.router.registry.get(name))
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
 
     async def undrain(seconds: float | None) -> None:
         (name,) = (each.id for each in fleet.router.registry if each.draining)
@@ -170,7 +170,7 @@ async def test_an_engine_of_which_nobody_knows_its_role_gets_nothing(fleet: Bala
 
 async def test_a_drain_that_the_scheduler_cannot_see_end_is_ended(fleet: Balanced) -> None:
     for name in ("p0", "p1", "p2"):
-        fleet.router.registry.reserve(fleet.router.registry.get(name))
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
     fleet.ready = False
     await fleet.look()
     assert not [each.id for each in fleet.router.registry if each.draining]

@@ -16,7 +16,8 @@ from ..fleet.registry import UnknownInstance
 from ..models import PD_ROLES, By, InstanceRole
 from ..records.events import EventKind
 from ..router import PDRouter
-from .changes import AdminChanges, CannotTurn, LastRoutable, Leaving, NotKept, NotShared
+from .changes import AdminChanges
+from .refusals import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
 from .turning import Turning
 
 _OFF_S = 1.0

@@ -11,7 +11,8 @@ from ..handoff.role_switch import NotSwitched, RoleSwitch
 from ..models import By
 from ..records.events import EventKind
 from ..router import PDRouter
-from .changes import AdminChanges, CannotTurn, Leaving, NotKept, NotShared
+from .changes import AdminChanges
+from .refusals import CannotTurn, Leaving, NotKept, NotShared
 
 POLL_S = 0.1
 """Seconds between two looks whether a drain is over: a choice, as for a call that waits for one."""
@@ -70,7 +71,7 @@ class Turning:
         try:
             role = self._changes.turned(instance_id).role
             problem = await self._turned(instance_id, by)
-            self._router.telemetry.turned(role, by.partition(" ")[0], done=problem is None)
+            self._router.telemetry.instances.turned(role, by.partition(" ")[0], done=problem is None)
             if problem is not None:
                 text = f"{instance_id} was not turned: {problem}"
                 events = self._router.events
