@@ -14,6 +14,8 @@ from .server import AdminServer
 class WorkerServer(AdminServer):
     """Serves a worker's own admin interface, at a socket that only this user can open; so without a token."""
 
+    balances = False
+
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         app = super().application()

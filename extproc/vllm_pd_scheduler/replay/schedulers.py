@@ -21,6 +21,9 @@ from .variant import Sharing, Variant
 
 _FLEET = FleetKey("replay")
 
+FOREIGN = "least_load"
+"""The strategy of the other router, where a part of the load is another's."""
+
 
 @dataclass(slots=True, eq=False)
 class OneScheduler:
@@ -48,6 +51,12 @@ class OneScheduler:
 def make_schedulers(variant: Variant, config: SchedulerConfig, seed: int) -> list[OneScheduler]:
     """Return the schedulers of a variant, which know no instance yet."""
     return [_make(variant, config, seed, number) for number in range(variant.sharing.replicas)]
+
+
+def make_foreign(seed: int) -> OneScheduler:
+    """Return a scheduler that neither tells the others anything nor hears of them: another router's."""
+    variant = Variant(FOREIGN, FOREIGN)
+    return _make(variant, variant.config(), seed, 0)
 
 
 def _make(variant: Variant, config: SchedulerConfig, seed: int, number: int) -> OneScheduler:

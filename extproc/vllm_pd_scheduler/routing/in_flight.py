@@ -106,11 +106,6 @@ class RequestsInFlight:
         """Return what was sent to decode under an id of ours, and has not ended."""
         return self._running.get(request)
 
-    def prompt_of(self, request_id: str) -> int:
-        """Return the fingerprint of a prompt of late by the client's id of its request, or 0."""
-        known = (*self._running.values(), *self.ended)
-        return next((each.prompt for each in known if each.request_id == request_id), 0)
-
     def in_vain(self, request: str) -> bool:
         """Whether P has failed a request whose D is answering: it has been told to end that."""
         forward = self._running.get(request)

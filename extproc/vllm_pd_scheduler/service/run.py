@@ -97,7 +97,7 @@ async def up(
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
         port = config.continuation_port
-        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=port, continues=True)
+        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=port, continues=1)
         ingress = f"http://{join_address(ports.ingress_address, ports.ingress)}"
         config = config.model_copy(update={"continuation_ingress": ingress})
         _require_distinct(config, ports)

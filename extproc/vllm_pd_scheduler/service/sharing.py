@@ -33,11 +33,14 @@ def join(
     """Return what joins a router to the others of a fleet, once its ``run`` is started.
 
     ``name`` is the scheduler's own among them, if it has one; each start has another one beside that. All
-    hash prompts alike: with what the fleet and its ``secret`` make, so that clients cannot guess it.
+    hash prompts alike: with what the fleet and its ``secret`` make, so that clients cannot guess it. With a
+    secret, each knows the requests by which another one has the rest of an answer written.
     """
     run = secrets.token_hex(4)
     hash_key = blake2b(f"{fleet}\0{secret}".encode(), digest_size=8).digest()
     router.share_hashes(int.from_bytes(hash_key))
+    if secret:  # else clients could know it
+        router.going_on.key = blake2b(f"continues\0{fleet}\0{secret}".encode(), digest_size=16).hexdigest()
     replica = Replica(router.registry, f"{name}.{run}" if name else run, FleetKey(fleet))
     settings = {**settings_of(router.config), "replicas.password": hashed(hash_key.hex())}
     greeting = Greeting(replica.name, name, socket.gethostname(), __version__, settings)
