@@ -111,8 +111,11 @@ class NixlConnector(Connector):
         return never_served(handoff.params, model)
 
 
-def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
-    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself."""
+def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, TransferParams]:
+    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself.
+
+    ``protocol`` is what the hand-off gets as its own.
+    """
     try:
         decoded = _decode_answer(answer)
         params = _decode_params(decoded.kv_transfer_params)
@@ -131,7 +134,8 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
     ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
-    return Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes), params
+    found = Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes, protocol=protocol)
+    return found, params
 
 
 def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:
