@@ -8,8 +8,8 @@ from typing import Any
 
 from h2.connection import H2Connection
 from h2.events import DataReceived, StreamEnded
-
 from tests.support.waiting import until
+
 from vllm_pd_scheduler.rpc import Call, Method
 from vllm_pd_scheduler.rpc.protocol import GrpcProtocol
 

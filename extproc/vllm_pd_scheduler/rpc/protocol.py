@@ -142,7 +142,7 @@ class GrpcProtocol(asyncio.Protocol):
         self._owner.complain(f"a call of {call.head.fields[b':path'].decode()} was ended: {error}")
 
     def end_later(self, stream_id: int, block: bytes) -> None:
-        """End a stream with what is sent next, or a moment later: that saves a write."""
+        """End a stream with what is sent next, or a moment later: a write for it alone is half a message's CPU."""
         self._ends.append((stream_id, block))
 
     def flush(self) -> None:
@@ -169,7 +169,7 @@ class GrpcProtocol(asyncio.Protocol):
             self.flush()
 
     def _ended_streams(self) -> list[bytes | memoryview]:
-        """End the streams that have waited for this; return what is to be sent for it."""
+        """End the streams that have waited for something to be sent with; return what is to be sent for it."""
         ends, self._ends = self._ends, []
         for stream_id, block in ends:
             self.connection.end_stream(stream_id, block)
