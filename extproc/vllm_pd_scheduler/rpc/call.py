@@ -93,10 +93,6 @@ class Host(Protocol):
         """A call is over."""
         ...
 
-    def end_later(self, stream_id: int, block: bytes) -> None:
-        """End a stream with what is sent next."""
-        ...
-
 
 class Call:
     """A call that a client has opened. No message is read before :meth:`next` asks for it."""
@@ -193,14 +189,6 @@ class Call:
         self._host.connection.end_stream(self.stream_id, trailers(code, message, alone=not self._begun))
         self._close()
         self._host.flush()
-
-    def finish_later(self) -> None:
-        """End the call well, with what the connection sends next: the client waits for nothing more of it."""
-        if not self._begun:
-            self.finish()
-        elif not self.is_over:
-            self._close()
-            self._host.end_later(self.stream_id, trailers(StatusCode.OK, "", alone=False))
 
     # -- for the connection
 

@@ -31,9 +31,6 @@ CLOSE_S = 1.0
 WRITE_BUFFER_BYTES = 1 << 20
 """What the transport keeps for a client that reads slowly, before content waits."""
 
-END_S = 0.001
-"""How long the end of a call that nobody waits for may wait for something to be sent with."""
-
 JOIN_BYTES = 64 << 10
 """What is sent together and is smaller is copied together."""
 
@@ -67,9 +64,6 @@ class GrpcProtocol(asyncio.Protocol):
         self._transport: Any = None
         self._flushing = False
         """Whether what there is to send will be sent in this turn of the loop."""
-        self._ends: list[tuple[int, bytes]] = []
-        """Streams that end with what is sent next, and how."""
-        self._ending: asyncio.TimerHandle | None = None
         self._began = self._heard = 0.0
         self._asked: float | None = None
         """When the client was asked whether it is there, if it has not said anything since."""
@@ -111,8 +105,6 @@ class GrpcProtocol(asyncio.Protocol):
         """Nothing can be sent or will come any more."""
         if self._alarm is not None:
             self._alarm.cancel()
-        if self._ending is not None:
-            self._ending.cancel()
         self.connection.ended = True
         self._cancel_calls()
         self._owner.ended(self)
@@ -141,10 +133,6 @@ class GrpcProtocol(asyncio.Protocol):
         """Learn that a client sends what a call cannot have."""
         self._owner.complain(f"a call of {call.head.fields[b':path'].decode()} was ended: {error}")
 
-    def end_later(self, stream_id: int, block: bytes) -> None:
-        """End a stream with what is sent next, or a moment later: a write for it alone is half a message's CPU."""
-        self._ends.append((stream_id, block))
-
     def flush(self) -> None:
         """Send what there is in this turn of the loop, and what comes to it meanwhile, in one write."""
         if not self._flushing:
@@ -154,11 +142,6 @@ class GrpcProtocol(asyncio.Protocol):
     def _flush(self) -> None:
         self._flushing = False
         buffers = self.connection.take_output()
-        if self._ends:
-            if buffers:
-                buffers += self._ended_streams()
-            elif self._ending is None:
-                self._ending = self.loop.call_later(END_S, self._end_streams)
         if buffers and not self._transport.is_closing():
             if sum(map(len, buffers)) <= JOIN_BYTES:
                 self._transport.write(b"".join(buffers))
@@ -167,19 +150,6 @@ class GrpcProtocol(asyncio.Protocol):
         if self.connection.can_pump:
             self._tell(self.connection.pump())
             self.flush()
-
-    def _ended_streams(self) -> list[bytes | memoryview]:
-        """End the streams that have waited for something to be sent with; return what is to be sent for it."""
-        ends, self._ends = self._ends, []
-        for stream_id, block in ends:
-            self.connection.end_stream(stream_id, block)
-        return self.connection.take_output()
-
-    def _end_streams(self) -> None:
-        """Send the ends of calls, since nothing else was sent."""
-        self._ending = None
-        if self._ends and not self._transport.is_closing():
-            self._transport.write(b"".join(self._ended_streams()))
 
     # -- for the server
 
@@ -197,7 +167,6 @@ class GrpcProtocol(asyncio.Protocol):
         """End the connection, and all calls, when what was written is sent."""
         self._cancel_calls()
         self._flush()
-        self._end_streams()
         self._transport.close()
         self.loop.call_later(CLOSE_S, self._transport.abort)
 

@@ -107,9 +107,6 @@ class FakeCall:
     def finish(self, code: StatusCode = StatusCode.OK, _: str = "") -> None:
         self.status = code
 
-    def finish_later(self) -> None:
-        self.finish()
-
     @property
     def kinds(self) -> list[str | None]:
         return [each.WhichOneof("response") for each in self.written]

@@ -64,9 +64,6 @@ class FakeCall:
     def finish(self, code: StatusCode = StatusCode.OK, _: str = "") -> None:
         self.status = code
 
-    def finish_later(self) -> None:
-        self.finish()
-
 
 class Case(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:

@@ -153,7 +153,7 @@ class Exchange:
         """Envoy has no more to tell: the response has ended, or its client has left."""
         if self._stream.forward is not None:
             self._stream.forward.ended_by_envoy = True
-        self._call.finish_later()
+        self._call.finish()
         self._end()
 
     def written(self) -> None:
