@@ -12,7 +12,7 @@ import msgspec
 
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
-from ..request.json_text import depth
+from ..request.json_text import is_deeper
 from .base import Connector, Handoff, Legs, Splice
 from .one_token import UNREADABLE, Tokens, can_split, counted_with, has_stopped, never_served, one_token
 
@@ -125,7 +125,7 @@ def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, Tra
         return None, _NOTHING
     blocks = params.remote_block_ids
     grouped = any(isinstance(group, list) and group for group in blocks)
-    if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+    if not (params.do_remote_prefill and blocks) or is_deeper(text, _MAX_PARAMS_DEPTH):
         return None, _NOTHING
     if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
         return None, _NOTHING
