@@ -75,7 +75,7 @@ class AdminServer(HttpServer):
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
-            AdviceApi(Adviser(router, router.clock)),
+            AdviceApi(Adviser(router, router.clock, others=others.traffic if others is not None else None)),
             EventsApi(router.events, self._streams, others),
             self._live,
             TraceApi(router.recording, self._streams, others),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+from ..advice.seen import seen_by
 from .live_api import reading
-from .others import READING_PATH
+from .others import READING_PATH, TRAFFIC_PATH
 from .server import AdminServer
 
 
@@ -17,7 +18,11 @@ class WorkerServer(AdminServer):
         """Return the aiohttp application."""
         app = super().application()
         app.router.add_get(READING_PATH, self._reading)
+        app.router.add_get(TRAFFIC_PATH, self._traffic)
         return app
 
     async def _reading(self, _: web.Request) -> web.Response:
         return web.Response(body=msgspec.msgpack.encode(reading(self._router)))
+
+    async def _traffic(self, request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.msgpack.encode(seen_by(self._router, float(request.query["since"]))))

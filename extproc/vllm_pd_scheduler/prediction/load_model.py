@@ -163,12 +163,13 @@ class PrefillLoad(ReadOnly):
         They count from the end of the prefill before it, or from ``enqueue`` if the queue was empty. Return
         ``None`` if it is not in the queue.
         """
-        if key not in self._pending:
+        pending, began = self._pending, self.head_at
+        cost = pending.pop(key, None)
+        if cost is None:
             return None
-        spent = max(0.0, now - self.head_at)
-        self._remove(key)
+        set_own(self, "queued", self.queued - cost if pending else 0.0)
         self._begin_next(now)
-        return spent
+        return now - began if now > began else 0.0
 
     def computed(self, seconds: float) -> None:
         """Count the seconds of a prefill that was done."""

@@ -12,6 +12,7 @@ from ..config import ReplicasConfig
 from ..models import PD_ROLES
 from ..replicas import FleetKey, Replica
 from ..router import PDRouter
+from ..routing.strays import Strays
 from ..sync.channel import Channel
 from ..sync.greeting import Greeting, hashed, settings_of
 from ..sync.local import LocalChannel
@@ -47,7 +48,10 @@ def join(
         return prefill, decode
 
     log = changes.share(channel, replica.name)
-    router.sync = Sync(
+    strays = Strays(
+        lambda data: sync.pass_on(data), router.in_flight.attempt_told_of, router.in_flight.told_of
+    )
+    router.sync = sync = Sync(
         replica,
         channel,
         greeting,
@@ -55,9 +59,11 @@ def join(
         waiting=waiting,
         news=router.wake,
         changed=log.changed,
+        stray=strays.receive,
         clock=router.clock,
     )
-    return router.sync
+    router.in_flight.pass_on = strays.pass_on
+    return sync
 
 
 async def join_replicas(
