@@ -14,7 +14,7 @@ import msgspec
 from ..request.api import CHAT
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
-from ..request.json_text import depth
+from ..request.json_text import is_deeper
 from .base import Connector, Handoff, Legs, Splice
 from .one_token import UNREADABLE, Tokens, can_split, counted_with, has_stopped, never_served, one_token
 
@@ -130,8 +130,11 @@ def _ids(answer: _Answer) -> msgspec.Raw:
     return answer.prompt_token_ids
 
 
-def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
-    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself."""
+def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, TransferParams]:
+    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself.
+
+    ``protocol`` is what the hand-off gets as its own.
+    """
     try:
         decoded = _decode_answer(answer)
         params = _decode_params(decoded.kv_transfer_params)
@@ -141,7 +144,7 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
         return None, _NOTHING
     blocks = params.remote_block_ids
     grouped = any(isinstance(group, list) and group for group in blocks)
-    if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+    if not (params.do_remote_prefill and blocks) or is_deeper(text, _MAX_PARAMS_DEPTH):
         return None, _NOTHING
     if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
         return None, _NOTHING
@@ -150,7 +153,8 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
     ids = _listed(_ids(decoded), tokens) if takes else b""
-    return Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes), params
+    found = Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes, protocol=protocol)
+    return found, params
 
 
 def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:
