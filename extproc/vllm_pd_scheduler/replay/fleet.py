@@ -163,7 +163,7 @@ class _Run:
                     # Not all at the same moment, as with the scheduler's own loops.
                     turn = (number + place / len(self._schedulers)) / len(self._instances)
                     self._clock.call_at(turn * self._scrape_interval, partial(self._scrape, one, endpoint))
-                self._network.publish_soon(one)
+            self._network.introduce()
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))

@@ -77,6 +77,16 @@ class Network:
         self._delay, self._loss = sharing.delay or 0.0, sharing.loss
         self._stopped = False
 
+    def introduce(self) -> None:
+        """Have all know each other, as schedulers do that are ready before the first request comes."""
+        now = self._clock.now
+        for one in self._schedulers:
+            for data in [] if one.replica is None else one.replica.publish(now):
+                for other in self._schedulers:
+                    if other is not one:
+                        self._deliver(other, data)
+            self.publish_soon(one)
+
     def stop(self) -> None:
         """Send nothing more."""
         self._stopped = True
