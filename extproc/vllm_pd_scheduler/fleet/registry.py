@@ -422,9 +422,7 @@ class Registry:
             if request.blocks and not tentative:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
-                endpoint.prefill.enqueue(
-                    reservation, reservation.cost, request.now, is_sent=not tentative
-                )
+                endpoint.prefill.enqueue(reservation, reservation.cost, request.now, is_sent=not tentative)
                 if self.pairs.in_doubt:
                     self.pairs.tried(endpoint, None, reservation)
             if self.journal is not None:
