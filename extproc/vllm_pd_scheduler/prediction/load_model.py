@@ -49,8 +49,8 @@ It bounds the cost of learning: thousands of very short prefills can end in a se
 """
 
 _TAKEN_FOR_DONE = 2.0
-"""Factor by which the time of several prefills may differ from what was predicted of them, so that all are taken
-for done when the last one is: a choice. Where it differs more, they may run yet, and one has overtaken them."""
+"""Factor by which the time of several prefills may differ from what was predicted of them, so that all are
+taken for done when the last one is: a choice. Where it differs more, one may have overtaken the others."""
 _RECENT = 0.1
 """Weight of the newest sample in running means: a choice, some ten samples count."""
 
@@ -121,7 +121,7 @@ class PrefillLoad(ReadOnly):
     _unsent: set[Hashable]
     """Those of them that are not on their way yet."""
     _done: dict[Hashable, float]
-    """The seconds of those that are taken for done, since one behind them is, and of which nobody has told."""
+    """The seconds of those that are taken for done, since one behind them is, and were not told yet."""
     _group: list[float]
     """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
 

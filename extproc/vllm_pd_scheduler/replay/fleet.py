@@ -424,7 +424,7 @@ class _Run:
     # -- schedulers that die and join
 
     def _die(self, one: OneScheduler) -> None:
-        """Have a scheduler die: its requests go on without it, and so do those that come until that is noticed."""
+        """Have a scheduler die. Its requests, and those that come until that is noticed, go on without it."""
         one.die()
         self._clock.call_at(self._clock.now + NOTICED_S, one.leave)
         for job in list(self._under_way.values()):
@@ -432,7 +432,7 @@ class _Run:
                 self._serve_unscheduled(job)
 
     def _serve_unscheduled(self, job: _Job) -> None:
-        """Let D prefill, as Envoy does without a scheduler: the one with the fewest requests. Nobody counts it."""
+        """Let the D with the fewest requests prefill, as Envoy does without a scheduler. Nobody counts it."""
         request_id, registry, before = str(job.number), job.at.registry, job.prefill
         if before is not None and not self._instances[before.id].abort(request_id):
             self._instances[before.id].release(request_id)
