@@ -24,8 +24,6 @@ from vllm_pd_scheduler.replay.result import RequestResult, Spread
 from vllm_pd_scheduler.replay.schedulers import OneScheduler
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 from vllm_pd_scheduler.replay.variant import parse_variant
-from vllm_pd_scheduler.sim.engine import Engine
-from vllm_pd_scheduler.sim.virtual import VirtualInstance
 
 STRATEGY = "predicted_latency"
 HANDED_OVER_S = 2.0
@@ -157,11 +155,8 @@ class Turning(_Run):
         self._turned += 1
         described = PDInstance(f"{role}-turned-{self._turned}", role, f"10.1.0.{self._turned}", 8000)
         profile = self._fleet.profile(self._trace.block_tokens, role)
-        self._instances[described.instance_id] = VirtualInstance(Engine(profile), self._clock)
-        endpoint = registry.add(described)
-        registry.probed(endpoint, None)
-        endpoint.holder.resize(profile.num_blocks)
-        self._scrape(self._one, endpoint)
+        self._instances.register(described, self._turned, profile)
+        self._scrape(self._one, registry.get(described.instance_id))
         self._dispatch(self._one)
 
     def _scrape(self, one: OneScheduler, endpoint: Endpoint) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.replicas import FleetKey, Replica
 from vllm_pd_scheduler.replicas.message import Message, Prefill, Share
@@ -48,7 +49,7 @@ def fleet(request: pytest.FixtureRequest) -> tuple[Registry, tuple[int, ...]]:
                 endpoint.holder.store(chain(400, start))
             for _ in range(draw.randrange(4)):
                 prompt = RequestContext("/", prompt_tokens=draw.randrange(1, 9000), output_tokens=200.0)
-                registry.reserve(endpoint, prompt)
+                registry.work.reserve(endpoint, prompt)
             metrics = MetricsSnapshot(0.0, 3.0, draw.random(), 0.1, 0.3, KEPT * 256.0)
             registry.scraped(endpoint, metrics, endpoint.in_flight, endpoint.tokens)
     blocks = chain(BLOCKS, start)
@@ -143,7 +144,7 @@ def test_two_picks(
             others.tell(request.now)
         for claim in claims:
             claim.release()
-        claims[:] = [registry.reserve(endpoint, request) for endpoint in picked]
+        claims[:] = [registry.work.reserve(endpoint, request) for endpoint in picked]
         return (request,), {}
 
     def two_picks(request: RequestContext) -> tuple[list[Endpoint], list[Endpoint]]:

@@ -48,9 +48,9 @@ class Load:
             claim.release(self.now)
         self.decodes = []
         for context, claim in self.prefills:
-            self.registry.prefilled(claim, 2000, 0, self.now)
+            self.registry.work.prefilled(claim, 2000, 0, self.now)
             decode = self.decode[next(self.numbers) % len(self.decode)]
-            self.decodes.append(self.registry.reserve(decode, context))
+            self.decodes.append(self.registry.work.reserve(decode, context))
         self.prefills = []
         for _ in range(BATCH):
             number = next(self.numbers)
@@ -66,7 +66,7 @@ class Load:
                 now=self.now,
             )
             prefill = self.prefill[number % len(self.prefill)]
-            self.prefills.append((context, self.registry.reserve(prefill, context)))
+            self.prefills.append((context, self.registry.work.reserve(prefill, context)))
 
 
 @pytest.mark.parametrize("blocks", [0, 8])

@@ -98,7 +98,7 @@ def test_probe(benchmark: Any, ports: list[int]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         monitor = runner.run(made())
         runner.run(probes(monitor))
-        assert all(endpoint.routable and endpoint.metrics and endpoint.models for endpoint in registry)
+        assert all(endpoint.routable and endpoint.metrics and endpoint.models.names for endpoint in registry)
         benchmark.pedantic(lambda: runner.run(probes(monitor)), rounds=7)
         runner.run(monitor._probe._session.close())
     probe = benchmark.stats.stats.median / (3 * len(ports))

@@ -19,8 +19,8 @@ from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.handoff.traced_leg import TracedLeg
 from vllm_pd_scheduler.models import PD_ROLES, PDInstance
 from vllm_pd_scheduler.router import PDRouter
+from vllm_pd_scheduler.routing.ended import REMEMBERED_S
 from vllm_pd_scheduler.routing.forward import Forward
-from vllm_pd_scheduler.routing.in_flight import REMEMBERED_S
 from vllm_pd_scheduler.tracing.export import SpanExport
 
 PARAMS = {
@@ -84,7 +84,7 @@ def test_request(benchmark: Any, ratio: float | None, parent: str | None) -> Non
             forward.headers()
             forward.release()
         ahead += 2 * REMEMBERED_S
-        router.in_flight.settle()
+        router.in_flight.ended.settle()
 
     with asyncio.Runner() as runner:
         benchmark(lambda: runner.run(requests()))

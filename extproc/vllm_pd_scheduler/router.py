@@ -11,7 +11,7 @@ from .admission.body_memory import BodyAllocation, BodyMemory
 from .admission.controller import AdmissionController
 from .admission.dispatcher import Dispatcher
 from .config import SchedulerConfig, connector_choice
-from .config.schema import check_connector
+from .config.fleet_instance import check_connector
 from .connectors import Connector, Connectors
 from .discovery import CONFIG, Membership
 from .fleet.breaker import BreakerPolicy
@@ -32,7 +32,8 @@ from .routing.core import RoutingCore
 from .routing.decode_first import DecodeFirst
 from .routing.forward import Forward
 from .routing.going_on import GoingOn
-from .routing.in_flight import Later, RequestsInFlight, in_this_loop
+from .routing.in_flight import RequestsInFlight
+from .routing.later import Later, in_this_loop
 from .routing.without_envoy import RouteResult, check_all, serve_one
 from .scheduler import Scheduler
 from .scheduler.misfits import misfits
@@ -85,7 +86,7 @@ class PDRouter:
         self.wake = admission.wake
         """Serves waiting requests that can be served now: call it when load or health have changed."""
         self.registry.on_scraped = admission.wake
-        self.registry.subscribe(admission.wake)
+        self.registry.changes.subscribe(admission.wake)
         self.decisions = Decisions(clock, time.time, bool(name))
         learning = self.registry.learning
         self.recording = Recording(
@@ -111,8 +112,8 @@ class PDRouter:
         self._later = later
         self._ids = self._present()
         self._use_connectors()
-        self.registry.subscribe(self._use_connectors)
-        self.registry.subscribe(self._forget_the_removed)
+        self.registry.changes.subscribe(self._use_connectors)
+        self.registry.changes.subscribe(self._forget_the_removed)
 
     def _present(self) -> frozenset[str]:
         every = (name for e in self.registry for name in (e.id, e.instance.instance_id))
@@ -269,15 +270,15 @@ class PDRouter:
         scheduler, before = self.scheduler, self.config.model_copy()
         names = {
             role: config.strategy_of(role)
-            for role, name in scheduler.names.items()
+            for role, name in scheduler.strategies.names.items()
             if name == before.strategy_of(role) != config.strategy_of(role)
         }
-        shadow = scheduler.shadow.name if scheduler.shadow else None
+        shadow = scheduler.strategies.shadow.name if scheduler.strategies.shadow else None
         self.config.take(config, keys)
         try:
             instances = list(self.config.instances())
-            put = scheduler.prepare(names)
-            put_shadow = scheduler.prepare_shadow(config.shadow_strategy)
+            put = scheduler.strategies.prepare(names)
+            put_shadow = scheduler.strategies.prepare_shadow(config.shadow_strategy)
             self.connectors.prepare(instances)
         except Exception:
             self.config.take(before, keys)

@@ -21,9 +21,10 @@ from tests.admin.test_saved_changes import CHANGES, D0, D1, P0, shape
 from tests.support.channels import Meeting
 from tests.support.replicas import FLEET, Scheduler, running
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin import change_log, changes
-from vllm_pd_scheduler.admin.changes import LastRoutable, NotShared
-from vllm_pd_scheduler.admin.saved_changes import AdminState, SavedInstance, write_state
+from vllm_pd_scheduler.admin import change_log, state_file
+from vllm_pd_scheduler.admin.refusals import LastRoutable, NotShared
+from vllm_pd_scheduler.admin.saved_changes import AdminState, SavedInstance
+from vllm_pd_scheduler.admin.state_file import write_state
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, By, InstanceRole
 from vllm_pd_scheduler.records.events import EventKind
@@ -55,13 +56,13 @@ async def test_each_change_is_made_by_all_and_undone_by_another(meeting: Meeting
     one, two = Scheduler(meeting), Scheduler(meeting)
     async with running(one, two):
         await one.changes.use(BOTH)
-        assert two.router.scheduler.strategy_name == "round_robin"
+        assert two.router.scheduler.strategies.name == "round_robin"
         await two.changes.use({InstanceRole.DECODE: "least_load"})
-        assert one.router.scheduler.names[InstanceRole.DECODE] == "least_load"
+        assert one.router.scheduler.strategies.names[InstanceRole.DECODE] == "least_load"
         await one.changes.use_shadow("power_of_two")
-        assert two.router.scheduler.shadow is not None
+        assert two.router.scheduler.strategies.shadow is not None
         await two.changes.use_shadow(None)
-        assert one.router.scheduler.shadow is None
+        assert one.router.scheduler.strategies.shadow is None
         await one.changes.drain("d0")
         assert _draining(two) == {"d0"}
         await two.changes.undrain("d0")
@@ -188,7 +189,7 @@ async def test_what_an_emptied_server_has_lost_is_put_back(meeting: Meeting) -> 
 async def test_a_file_of_long_ago_does_not_come_before_what_others_know(
     meeting: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(change_log, "FROM_FILE_S", 0.1)
+    monkeypatch.setattr(change_log, "FROM_FILE_S", 1.0)
     path = tmp_path / "state.json"
     old, one = Scheduler(meeting, state_file=str(path)), Scheduler(meeting)
     async with running(old):
@@ -205,7 +206,7 @@ async def test_a_file_of_long_ago_does_not_come_before_what_others_know(
             await asyncio.sleep(0.01)
             one.channel.connect()
             await until(lambda: meeting.log)
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(1.1)
             assert _draining(one) == _draining(again) == {"d0"}
 
 
@@ -268,7 +269,7 @@ async def test_the_file_is_written_once_at_a_time_and_never_goes_back(
         written.append(sorted(state.drained))
         busy.release()
 
-    monkeypatch.setattr(changes, "write_state", slow)
+    monkeypatch.setattr(state_file, "write_state", slow)
     async with running(one):
         await one.changes.drain("d0")
         await one.changes.drain("p0")

@@ -20,8 +20,10 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from tests.support.waiting import until
 from vllm_pd_scheduler.admin import AdminServer, changes
-from vllm_pd_scheduler.admin.changes import AdminChanges, NotKept
-from vllm_pd_scheduler.admin.saved_changes import SavedInstance, Steered, difference, read_state
+from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.refusals import NotKept
+from vllm_pd_scheduler.admin.saved_changes import SavedInstance, Steered, difference
+from vllm_pd_scheduler.admin.state_file import read_state
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import InstanceRole
@@ -71,7 +73,7 @@ def write(path: Path, text: str) -> None:
 
 def now(router: PDRouter) -> Any:
     """All of a router that a change could change."""
-    return Steered.of(router, []), list(router.registry), router.scheduler.shadow
+    return Steered.of(router, []), list(router.registry), router.scheduler.strategies.shadow
 
 
 @contextmanager
@@ -233,7 +235,8 @@ async def test_over_http(router: PDRouter, kept: AdminChanges) -> None:
 
 SIXTY = """
 import asyncio, json, os, resource, sys
-from vllm_pd_scheduler.admin.changes import AdminChanges, NotKept
+from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.refusals import NotKept
 from vllm_pd_scheduler.admin.saved_changes import SavedInstance
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.models import InstanceRole

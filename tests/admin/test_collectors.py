@@ -43,7 +43,7 @@ class CollectorsTest(unittest.TestCase):
         self.assertEqual(
             self.read("pd_scheduler_build_info"), {(platform.python_version(), __version__): 1.0}
         )
-        self.router.scheduler.prepare({InstanceRole.DECODE: "weighted"})()
+        self.router.scheduler.strategies.prepare({InstanceRole.DECODE: "weighted"})()
         self.assertEqual(
             self.read("pd_scheduler_strategy_info"),
             {("prefill", "least_load"): 1.0, ("decode", "weighted"): 1.0},
@@ -64,7 +64,7 @@ class CollectorsTest(unittest.TestCase):
         self.assertEqual(self.read("pd_scheduler_waiting"), {}, "not known before the first scrape")
         self.registry.probed(self.d0, None)
         self.registry.scraped(self.d0, MetricsSnapshot(90.0, 3.0, 2.0, 0.5), 0)
-        held = self.registry.reserve(self.d0)
+        held = self.registry.work.reserve(self.d0)
         labels = ("d0", "decode")
         self.assertEqual(self.read("pd_scheduler_instance_state")[*labels, "healthy"], 1.0)
         self.assertEqual(self.read("pd_scheduler_instance_state")[*labels, "starting"], 0.0)
@@ -80,7 +80,7 @@ class CollectorsTest(unittest.TestCase):
     def test_what_replicas_sum_is_our_own(self) -> None:
         self.assertEqual(self.read("pd_scheduler_in_flight_elsewhere"), {})
         Replica(self.registry, "a", FleetKey("fleet"))
-        self.registry.reserve(self.d0, RequestContext("/", prompt_tokens=90.0, output_tokens=10.0))
+        self.registry.work.reserve(self.d0, RequestContext("/", prompt_tokens=90.0, output_tokens=10.0))
         self.d0.sent_elsewhere(3, 3000)
         labels = ("d0", "decode")
         self.assertEqual(self.read("pd_scheduler_in_flight")[labels], 1.0)
@@ -96,8 +96,8 @@ class CollectorsTest(unittest.TestCase):
         give(self.p0.prefill, per_token=1 / 8000, overhead=0.5, trust=0.75, per_pair=0.0)
         give(self.d0.decode, base=0.25, per_seq=0.5, per_kv_token=0.0)
         request = RequestContext("/", now=99.0, prompt_tokens=4000.0, output_tokens=100.0, blocks=(1, 2, 3))
-        self.registry.reserve(self.p0, request)
-        self.registry.reserve(self.d0, request)
+        self.registry.work.reserve(self.p0, request)
+        self.registry.work.reserve(self.d0, request)
         self.assertEqual(self.read("pd_scheduler_prefill_rate"), {p0: 8000.0})
         self.assertEqual(self.read("pd_scheduler_prefill_overhead_seconds"), {p0: 0.5})
         self.assertEqual(

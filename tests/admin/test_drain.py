@@ -49,7 +49,7 @@ class UndrainTest(unittest.TestCase):
 
     def test_listeners_hear_of_changes_only(self) -> None:
         changes: list[bool] = []
-        self.registry.subscribe(lambda: changes.append(self.endpoint.draining))
+        self.registry.changes.subscribe(lambda: changes.append(self.endpoint.draining))
         undrain, drain = self.registry.undrain, self.registry.drain
         for call in (undrain, drain, undrain, undrain):
             call("d0")
@@ -62,7 +62,7 @@ class UndrainTest(unittest.TestCase):
     def test_drained_is_when_nothing_is_left(self) -> None:
         endpoint = self.registry.get("p0")
         self.assertFalse(endpoint.drained, "idle, but not draining")
-        reservation = self.registry.reserve(endpoint)
+        reservation = self.registry.work.reserve(endpoint)
         self.registry.drain("p0")
         self.assertFalse(endpoint.drained)
         reservation.release()
@@ -88,14 +88,14 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def start_drain(self, endpoint: Endpoint) -> asyncio.Future[tuple[int, Any]]:
         """Start a call that waits, and return when the instance is draining."""
         draining = asyncio.Event()
-        self.registry.subscribe(draining.set)
+        self.registry.changes.subscribe(draining.set)
         call = asyncio.ensure_future(self.ask("POST", f"/instances/{endpoint.id}/drain?wait=true&force=true"))
         await asyncio.wait_for(draining.wait(), HUNG_S)
         return call
 
     async def test_without_wait_it_answers_at_once(self) -> None:
         await self.serve()
-        self.registry.reserve(self.registry.get("d0"))
+        self.registry.work.reserve(self.registry.get("d0"))
         for query in ("", "?wait=false"):
             status, found = await self.ask("POST", f"/instances/d0/drain{query}")
             self.assertEqual((status, found["state"], found["drained"]), (202, "draining", False))
@@ -103,8 +103,8 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_it_waits_for_its_own_requests_only(self) -> None:
         await self.serve()
         endpoint = self.registry.get("d0")
-        mine = self.registry.reserve(endpoint)
-        self.registry.reserve(self.registry.get("d1"))
+        mine = self.registry.work.reserve(endpoint)
+        self.registry.work.reserve(self.registry.get("d1"))
         call = await self.start_drain(endpoint)
         self.assertFalse((await self.ask("GET", "/instances/d0"))[1]["drained"])
         self.assertFalse(call.done())
@@ -130,7 +130,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_it_waits_for_what_other_replicas_have_there(self) -> None:
         await self.serve()
         endpoint = self.registry.get("d0")
-        mine = self.registry.reserve(endpoint)
+        mine = self.registry.work.reserve(endpoint)
         endpoint.sent_elsewhere(2, 0)
         call = await self.start_drain(endpoint)
         _, found = await self.ask("GET", "/instances/d0")
@@ -151,7 +151,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
                 await self.serve(0.05)
                 self.router.register_instance(PDInstance("d9", D, "10.0.0.9", 1, data_parallel_size=2))
                 self.registry.probed(self.registry.get("d9"), None)
-                held = self.registry.reserve(self.registry.get("d9:0"))
+                held = self.registry.work.reserve(self.registry.get("d9:0"))
                 status, found = await self.ask("POST", f"/instances/{name}/drain?wait=true")
                 self.assertEqual((status, found["instance"], found["remaining"]["in_flight"]), (200, "d9", 1))
                 _, found = await self.ask("GET", "/instances?role=decode")
@@ -180,7 +180,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
             with self.subTest(drain_timeout=drain_timeout):
                 await self.serve(drain_timeout)
                 endpoint = self.registry.get("p0")
-                self.registry.reserve(endpoint)
+                self.registry.work.reserve(endpoint)
                 give(endpoint, pending_handoffs=2)
                 status, found = await self.ask("POST", "/instances/p0/drain?wait=true&force=true")
                 self.assertEqual((status, found["drained"]), (200, False))
@@ -189,7 +189,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_undrain_ends_the_wait(self) -> None:
         await self.serve()
         endpoint = self.registry.get("d0")
-        self.registry.reserve(endpoint)
+        self.registry.work.reserve(endpoint)
         call = await self.start_drain(endpoint)
         status, found = await self.ask("POST", "/instances/d0/undrain")
         self.assertEqual((status, found["state"], found["drained"]), (200, "healthy", False))
@@ -200,7 +200,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_a_scheduler_that_ends_waits_no_more(self) -> None:
         await self.serve()
         endpoint = self.registry.get("d0")
-        self.registry.reserve(endpoint)
+        self.registry.work.reserve(endpoint)
         call = await self.start_drain(endpoint)
         self.ready = False
         status, found = await asyncio.wait_for(call, HUNG_S)
@@ -209,7 +209,7 @@ class DrainCallTest(unittest.IsolatedAsyncioTestCase):
     async def test_an_instance_that_is_removed_meanwhile_is_waited_for(self) -> None:
         await self.serve()
         endpoint = self.registry.get("d0")
-        reservation = self.registry.reserve(endpoint)
+        reservation = self.registry.work.reserve(endpoint)
         call = await self.start_drain(endpoint)
         self.router.unregister_instance("d0")
         self.assertFalse(call.done())

@@ -123,7 +123,7 @@ class TestOrigin:
             assert (status, list(answer)) == (403, ["error"]), path
         assert {e.id for e in admin.router.registry} == {"p0", "d0"}
         assert not admin.router.registry.get("d0").draining
-        assert admin.router.scheduler.strategy_name == "least_load"
+        assert admin.router.scheduler.strategies.name == "least_load"
 
     @pytest.mark.parametrize(
         "headers",

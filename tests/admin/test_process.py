@@ -69,7 +69,7 @@ async def test_what_an_instance_tells(admin: Admin) -> None:
     endpoint = registry.get("d0")
     snapshot = MetricsSnapshot(0.0, running=3.0, kv_usage=0.5, kv_capacity=1000.0)
     registry.scraped(endpoint, snapshot, 0)
-    registry.failed(endpoint, "decode: reset", 0.0)
+    registry.ends.failed(endpoint, "decode: reset", 0.0)
     _, found = await admin.ask("GET", "/instances/d0")
     assert (found["shown_state"], found["source"], found["failures"]) == ("healthy", "admin", 1)
     assert (found["running"], found["kv_capacity_tokens"]) == (3.0, 1000.0)
@@ -84,7 +84,7 @@ async def test_one_that_was_ejected(admin: Admin) -> None:
     registry.add(PDInstance("d1", InstanceRole.DECODE, "10.0.0.9", 80))
     admin.healthy("d0", "d1")
     for _ in range(3):
-        registry.failed(registry.get("d0"), "decode: reset", 0.0)
+        registry.ends.failed(registry.get("d0"), "decode: reset", 0.0)
     _, found = await admin.ask("GET", "/instances/d0")
     assert (found["state"], found["shown_state"], found["failures"]) == ("unhealthy", "ejected", 3)
     registry.probed(registry.get("d0"), None, now=100.0)

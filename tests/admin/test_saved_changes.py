@@ -22,12 +22,10 @@ from vllm_pd_scheduler.admin.saved_changes import (
     AS_CONFIGURED,
     AdminState,
     SavedInstance,
-    StateError,
     Steered,
     difference,
-    read_state,
-    write_state,
 )
+from vllm_pd_scheduler.admin.state_file import StateError, read_state, write_state
 from vllm_pd_scheduler.config import ConfigError, SchedulerConfig, parse_config
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, UnknownInstance
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
@@ -37,7 +35,7 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 P0 = {"id": "p0", "host": "10.0.0.1", "port": 8100}
 D0 = {"id": "d0", "host": "10.0.0.2", "port": 8200}
 D1 = {"id": "d1", "host": "10.0.0.3", "port": 8200}
-LOGGER = "vllm_pd_scheduler.admin.changes"
+LOGGER = "vllm_pd_scheduler.admin"
 
 
 def config(**changes: Any) -> SchedulerConfig:
@@ -83,7 +81,7 @@ def snapshot(router: PDRouter, added: list[SavedInstance]) -> AdminState:
 
 def rewrite(router: PDRouter, kept: AdminChanges) -> None:
     """Have the file written without a change."""
-    asyncio.run(kept.use(router.scheduler.names))
+    asyncio.run(kept.use(router.scheduler.strategies.names))
 
 
 class SnapshotTest(unittest.TestCase):
@@ -92,7 +90,7 @@ class SnapshotTest(unittest.TestCase):
 
     def test_each_change(self) -> None:
         router = PDRouter(config())
-        router.scheduler.use("weighted")
+        router.scheduler.strategies.use("weighted")
         router.drain_instance("d0")
         router.unregister_instance("d1")
         router.register_instance(router.config.instance(NEW.role, NEW))
@@ -112,11 +110,11 @@ class SnapshotTest(unittest.TestCase):
         ):
             with self.subTest(changes):
                 router, again = PDRouter(config(**configured)), PDRouter(config(**configured))
-                router.scheduler.use_each(changes)
+                router.scheduler.strategies.use_each(changes)
                 state = snapshot(router, [])
                 self.assertEqual(state, AdminState(version=1, **kept))
                 self.assertEqual(move(AS_CONFIGURED, state, again, "test"), ([], []))
-                self.assertEqual(again.scheduler.names, router.scheduler.names)
+                self.assertEqual(again.scheduler.strategies.names, router.scheduler.strategies.names)
 
     def test_a_shadow(self) -> None:
         for configured, used, kept in (
@@ -129,16 +127,17 @@ class SnapshotTest(unittest.TestCase):
             with self.subTest(configured=configured, used=used):
                 settings = config(shadow_strategy=configured)
                 router, again = PDRouter(settings), PDRouter(settings)
-                router.scheduler.use_shadow(used)
+                router.scheduler.strategies.use_shadow(used)
                 state = snapshot(router, [])
                 self.assertEqual(state, AdminState(version=1, shadow_strategy=kept))
                 self.assertEqual(move(AS_CONFIGURED, state, again, "test"), ([], []))
-                self.assertEqual(again.scheduler.shadow and again.scheduler.shadow.name, used)
+                shadow = again.scheduler.strategies.shadow
+                self.assertEqual(shadow and shadow.name, used)
 
     def test_a_change_that_is_undone_is_none(self) -> None:
         router = PDRouter(config())
         for strategy in ("weighted", "least_load"):
-            router.scheduler.use(strategy)
+            router.scheduler.strategies.use(strategy)
         router.drain_instance("d0")
         router.undrain_instance("d0")
         router.unregister_instance("d1")
@@ -210,8 +209,8 @@ def change(kept: AdminChanges, kind: str, value: Any) -> None:
 def shape(router: PDRouter) -> Any:
     """All of a router that a restart must bring back."""
     fleet = {e.id: (e.instance, e.draining) for e in router.registry}
-    shadow = router.scheduler.shadow
-    return router.scheduler.names, shadow and shadow.name, fleet
+    shadow = router.scheduler.strategies.shadow
+    return router.scheduler.strategies.names, shadow and shadow.name, fleet
 
 
 class RoundTripTest(unittest.TestCase):
@@ -320,7 +319,7 @@ class OvertakenTest(Case):
         self.keep(prefill_strategy="gone", decode_strategy="weighted", shadow_strategy="lost")
         with self.assertLogs(LOGGER, "WARNING") as logged:
             router, _ = self.start()
-        self.assertEqual(router.scheduler.names, {P: "least_load", D: "weighted"})
+        self.assertEqual(router.scheduler.strategies.names, {P: "least_load", D: "weighted"})
         self.assertIn("prefill_strategy: unknown strategy 'gone'", logged.output[0])
         self.assertIn("shadow_strategy: unknown strategy 'lost'", logged.output[1])
 
@@ -328,7 +327,7 @@ class OvertakenTest(Case):
         text = '{"version": 1, "strategy": "weighted", "removed": [], "added": [], "drained": ["d0"]}'
         self.path.write_text(text)
         router, kept = self.start()
-        self.assertEqual(router.scheduler.names, {P: "weighted", D: "weighted"})
+        self.assertEqual(router.scheduler.strategies.names, {P: "weighted", D: "weighted"})
         rewrite(router, kept)
         self.assertEqual(json.loads(self.path.read_text()), json.loads(text))
 
@@ -342,11 +341,11 @@ class OvertakenTest(Case):
     def test_a_dotted_path_that_the_configuration_names(self) -> None:
         name = "vllm_pd_scheduler.strategies.weighted:Weighted"
         router, kept = self.start(strategy=name)
-        router.scheduler.use("round_robin")
+        router.scheduler.strategies.use("round_robin")
         rewrite(router, kept)
-        self.assertEqual(self.start(strategy=name)[0].scheduler.strategy_name, "round_robin")
+        self.assertEqual(self.start(strategy=name)[0].scheduler.strategies.name, "round_robin")
         self.keep(strategy=name)
-        self.assertEqual(self.start(strategy=name)[0].scheduler.strategy_name, name)
+        self.assertEqual(self.start(strategy=name)[0].scheduler.strategies.name, name)
 
     def test_a_strategy_that_cannot_be_made(self) -> None:
         self.keep(strategy="weighted")

@@ -31,7 +31,7 @@ class TestInstances:
         admin.healthy("d0")
         endpoint = admin.router.registry.get("d0")
         admin.router.registry.scraped(endpoint, MetricsSnapshot(0.0, 3.0, 2.0, 0.5, 0.02), 0)
-        admin.router.registry.reserve(endpoint)
+        admin.router.registry.work.reserve(endpoint)
         status, body = await admin.ask("GET", "/instances/d0")
         assert status == 200
         expected = {
@@ -54,7 +54,7 @@ class TestInstances:
 
     async def test_which_models_it_serves_and_how_old_its_address_is(self, admin: Admin) -> None:
         registry = admin.router.registry
-        registry.serves(registry.get("d0"), frozenset({"base", "adapter"}))
+        registry.models.listed(registry.get("d0"), frozenset({"base", "adapter"}))
         registry.resolved(registry.get("d0"), "10.0.0.1", time.monotonic() - 100.0)
         _, body = await admin.ask("GET", "/instances/d0")
         assert body["models"] == ["adapter", "base"]
@@ -66,7 +66,7 @@ class TestInstances:
         registry.add(PDInstance("d1", InstanceRole.DECODE, "10.0.0.9", 80))
         admin.healthy("d1")
         for _ in range(3):
-            registry.failed(registry.get("d0"), "decode: reset", 0.0)
+            registry.ends.failed(registry.get("d0"), "decode: reset", 0.0)
         _, body = await admin.ask("GET", "/instances/d0")
         assert (body["state"], body["reason"]) == ("unhealthy", "ejected: decode: reset")
         _, page = await admin.ask("GET", "/metrics")
@@ -178,7 +178,7 @@ class TestStrategy:
         assert body["available"][:3] == ["round_robin", "least_load", "weighted"]
         status, body = await admin.ask("PUT", "/strategy", {"strategy": "weighted"})
         assert (status, body["strategy"]) == (200, "weighted")
-        assert admin.router.scheduler.strategy_name == "weighted"
+        assert admin.router.scheduler.strategies.name == "weighted"
 
     @pytest.mark.parametrize(
         "body",
@@ -200,7 +200,7 @@ class TestStrategy:
         status, answer = await admin.ask("PUT", "/strategy", body)
         assert status == 400
         assert answer["error"]
-        assert admin.router.scheduler.strategy_name == "least_load"
+        assert admin.router.scheduler.strategies.name == "least_load"
 
     async def test_errors_name_the_key_and_what_there_is(self, admin: Admin) -> None:
         _, answer = await admin.ask("PUT", "/strategy", {"decode_strategy": "fastest"})
@@ -223,7 +223,7 @@ class TestStrategy:
             assert (status, found["prefill_strategy"], found["decode_strategy"]) == (200, prefill, decode)
             assert found["strategy"] == (prefill if prefill == decode else f"{prefill}/{decode}")
             assert await admin.ask("GET", "/strategy") == (200, found)
-            assert admin.router.scheduler.names == {P: prefill, D: decode}
+            assert admin.router.scheduler.strategies.names == {P: prefill, D: decode}
 
     async def test_the_next_request_has_its_prefixes_read(self, admin: Admin) -> None:
         assert not admin.router.scheduler.reads_prefixes
@@ -251,7 +251,7 @@ class TestShadow:
         expected = {"strategy": "slo", "microseconds_per_pick": None, "differences": []}
         assert (status, found) == (200, {**expected, "prefill": nothing, "decode": nothing})
         assert admin.router.scheduler.reads_prefixes
-        assert admin.router.scheduler.strategy_name == "least_load"
+        assert admin.router.scheduler.strategies.name == "least_load"
         assert await admin.ask("DELETE", "/shadow") == (204, "")
         assert await admin.ask("DELETE", "/shadow") == (204, "")
         assert await admin.ask("GET", "/shadow") == (200, {"strategy": None})
@@ -269,7 +269,7 @@ class TestShadow:
         admin.healthy("d0", "d1")
         await admin.ask("PUT", "/shadow", {"strategy": "predicted_latency"})
         scheduler, registry = admin.router.scheduler, admin.router.registry
-        registry.reserve(registry.get("d0"))
+        registry.work.reserve(registry.get("d0"))
         request = RequestContext("/v1/completions", prompt_tokens=100.0)
         scheduler.compare_shadow(InstanceRole.DECODE, request, registry.get("d0"))
         scheduler.compare_shadow(InstanceRole.DECODE, request, registry.get("d1"))

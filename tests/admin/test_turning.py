@@ -10,7 +10,8 @@ import pytest_asyncio
 
 from tests.support.admin import Admin
 from tests.support.waiting import until
-from vllm_pd_scheduler.admin.changes import AdminChanges, NotShared
+from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.refusals import NotShared
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
@@ -71,7 +72,7 @@ async def test_an_idle_instance_is_turned_at_once_and_back(fleet: Fleet) -> None
 
 
 async def test_what_runs_there_ends_first(fleet: Fleet) -> None:
-    held = fleet.router.registry.reserve(fleet.router.registry.get("p0"))
+    held = fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
     status, found = await turn(fleet, "p0", wait=False)
     assert (status, found["role"], found["state"]) == (202, "prefill", "draining")
     held.release()
@@ -88,7 +89,7 @@ async def test_a_hand_off_that_was_not_fetched_is_left_there(fleet: Fleet) -> No
 
 
 async def test_one_at_a_time(fleet: Fleet) -> None:
-    held = fleet.router.registry.reserve(fleet.router.registry.get("p0"))
+    held = fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
     await turn(fleet, "p0", wait=False)
     status, found = await turn(fleet, "p1")
     assert status == 409
@@ -100,7 +101,7 @@ async def test_one_at_a_time(fleet: Fleet) -> None:
 
 
 async def test_undrain_ends_it(fleet: Fleet) -> None:
-    held = fleet.router.registry.reserve(fleet.router.registry.get("p0"))
+    held = fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
     await turn(fleet, "p0", wait=False)
     assert (await fleet.ask("POST", "/instances/p0/undrain"))[0] == 200
     await until(lambda: "p0 was not turned: it was undrained" in fleet.said())
@@ -120,7 +121,7 @@ async def test_the_last_of_a_role_stays(fleet: Fleet) -> None:
 
 
 async def test_one_that_has_become_the_last_serves_again(fleet: Fleet) -> None:
-    held = fleet.router.registry.reserve(fleet.router.registry.get("d0"))
+    held = fleet.router.registry.work.reserve(fleet.router.registry.get("d0"))
     await turn(fleet, "d0", wait=False)
     fleet.router.drain_instance("d1")
     held.release()
@@ -141,7 +142,7 @@ async def test_what_cannot_be_turned(fleet: Fleet) -> None:
 
 
 async def test_one_that_is_removed_meanwhile(fleet: Fleet) -> None:
-    held = fleet.router.registry.reserve(fleet.router.registry.get("p0"))
+    held = fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
     await turn(fleet, "p0", wait=False)
     assert (await fleet.ask("DELETE", "/instances/p0"))[0] == 204
     await until(lambda: "p0 was not turned: it was removed" in fleet.said())
@@ -193,7 +194,7 @@ async def test_a_restart_keeps_the_role(tmp_path: Path) -> None:
 async def test_the_end_of_the_scheduler_ends_it() -> None:
     fleet = Fleet()
     await fleet.serve()
-    fleet.router.registry.reserve(fleet.router.registry.get("p0"))
+    fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
     await turn(fleet, "p0", wait=False)
     await fleet.client.close()
     assert fleet.role("p0") is P

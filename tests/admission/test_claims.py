@@ -12,7 +12,8 @@ from vllm_pd_scheduler.admission.controller import AdmissionController
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.fleet.claims import HEARD_S
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.scheduler import Scheduler
 
 HEARD = 1.0 + HEARD_S
@@ -29,10 +30,12 @@ class Burst:
         self.liked = next(e for e in self.registry.endpoints(P) if self.is_contested(e))
         for endpoint in self.registry.endpoints(P):
             give(endpoint.prefill, per_token=1e-3)
-            self.registry.reserve(endpoint, prompt(1000.0 if endpoint is self.liked else 3000.0, now=now))
+            self.registry.work.reserve(
+                endpoint, prompt(1000.0 if endpoint is self.liked else 3000.0, now=now)
+            )
 
     def is_contested(self, endpoint: Endpoint) -> bool:
-        claim = self.registry.reserve(endpoint, prompt(9000.0))
+        claim = self.registry.work.reserve(endpoint, prompt(9000.0))
         try:
             return self.registry.claims.contested(endpoint, 0.0)
         finally:

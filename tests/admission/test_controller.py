@@ -10,7 +10,7 @@ from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.admission.controller import AdmissionController
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.request.errors import Reject
 
 
@@ -81,7 +81,7 @@ class AdmissionControllerTest(unittest.IsolatedAsyncioTestCase):
         self.start(late_binding=True, strategy="predicted_latency")
         give(self.p0.prefill, overhead=0.0)  # nothing is gained by sharing a step
         request = prompt(5000.0, now=self.clock())
-        self.registry.reserve(self.p0, request)
+        self.registry.work.reserve(self.p0, request)
         self.assertGreater(self.p0.prefill.remaining(self.clock()), NEARLY_FREE_S)
         task = self.enter()
         await self.settle()

@@ -12,7 +12,7 @@ from tests.support.fleet import D, P, prompt, scheduler_of
 from tests.support.given import give
 from vllm_pd_scheduler.admission.dispatcher import NEARLY_FREE_S, SHORT_PROMPT_OVERHEADS, Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 from vllm_pd_scheduler.records.events import Events
 from vllm_pd_scheduler.request.errors import Reject
@@ -76,7 +76,7 @@ class AtOnceTest(Case):
 class RaisingTest(Case):
     def test_requests_wait_and_are_served_though_every_call_of_the_strategy_raises(self) -> None:
         self.start(late_binding=True)
-        strategy = self.scheduler.strategy(P).strategy
+        strategy = self.scheduler.strategies.of(P).strategy
         for name in ("rank", "order", "hopeless"):
             patcher = mock.patch.object(strategy, name, side_effect=ZeroDivisionError)
             patcher.start()
@@ -178,7 +178,7 @@ class LateBindingTest(Case):
         p0 = self.registry.get("p0")
         blocks = tuple(range(1, 31))
         p0.holder.store(blocks)
-        self.registry.reserve(p0, prompt(12_000))  # for 1.2 s
+        self.registry.work.reserve(p0, prompt(12_000))  # for 1.2 s
         left = p0.prefill.remaining(0.0)
         tickets = [self.submit(tokens=8000, blocks=blocks, block_tokens=256.0) for _ in range(16)]
         served = [ticket for ticket in tickets if ticket.settled]
@@ -187,7 +187,7 @@ class LateBindingTest(Case):
 
     def test_an_instance_that_hangs_causes_no_busy_loop(self) -> None:
         for _ in range(3):  # more than one is there, as after a change of the setting
-            self.registry.reserve(self.registry.get("p0"), prompt(1000.0))
+            self.registry.work.reserve(self.registry.get("p0"), prompt(1000.0))
         waiting = self.submit(now=10.0)
         self.assertWaits(waiting)
         now, pumps = 10.0, 0
@@ -224,7 +224,7 @@ class AdmissionTest(Case):
 
     def test_prefill_waits_for_decode_too(self) -> None:
         self.start(max_in_flight_tokens=1)
-        busy = self.registry.reserve(self.registry.get("d0"), prompt())
+        busy = self.registry.work.reserve(self.registry.get("d0"), prompt())
         ticket = self.submit()
         self.assertWaits(ticket)
         busy.release()
@@ -241,7 +241,7 @@ class AdmissionTest(Case):
 
     def test_many_that_wait_for_prefill_do_not_keep_a_request_from_a_free_decode(self) -> None:
         self.start(late_binding=True, max_in_flight_tokens=20_000)
-        busy = self.registry.reserve(self.registry.get("d0"), prompt(30_000))
+        busy = self.registry.work.reserve(self.registry.get("d0"), prompt(30_000))
         for _ in range(40):
             self.submit(tokens=5000)
         alone = [self.submit(tokens=9000, role=D) for _ in range(20)]
@@ -307,11 +307,11 @@ class AdmissionTest(Case):
         self.start(2, 1, max_in_flight_tokens=100)
         p0, p1 = self.registry.endpoints(P)
         for _ in range(5):
-            self.registry.failed(p0, "test", 0.0)
+            self.registry.ends.failed(p0, "test", 0.0)
         self.registry.probed(p0, None, 100.0)
-        trial = self.registry.reserve(p0)
+        trial = self.registry.work.reserve(p0)
         self.assertTrue(p0.on_trial)
-        self.registry.reserve(p1, prompt())
+        self.registry.work.reserve(p1, prompt())
         self.assertWaits(self.submit())
         trial.release()
 
@@ -408,7 +408,7 @@ class AnyOrderTest(unittest.TestCase):
             elif what in ("finish", "give_up") and (active := claims()):
                 one = active[number % len(active)]
                 if what == "finish" and one.endpoint.instance.role is P:
-                    registry.prefilled(one, 1000, None, now)
+                    registry.work.prefilled(one, 1000, None, now)
                 one.release(now)
                 dispatcher.dispatch(now)
             elif what == "withdraw" and tickets:

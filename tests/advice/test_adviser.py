@@ -109,7 +109,7 @@ async def test_a_role_without_instances() -> None:
 
 async def test_several_models_are_not_told_apart() -> None:
     router = served(LONG_PROMPTS.requests(SOME))
-    give(router.registry.get("decode-0"), models=frozenset({"other"}))
+    give(router.registry.get("decode-0").models, names=frozenset({"other"}))
     assert "same models" in (await advised(router)).text
 
 
@@ -148,12 +148,12 @@ async def test_one_at_a_time_and_the_same_answer_for_a_while(monkeypatch: pytest
 
 async def test_a_process_that_fails_or_hangs_is_no_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     router = served(LONG_PROMPTS.requests(SOME), strategy="least_load")
-    router.scheduler.names[InstanceRole.DECODE] = "no_such_strategy"
+    router.scheduler.strategies.names[InstanceRole.DECODE] = "no_such_strategy"
     found = await advised(router)
     assert found.kind is Kind.UNKNOWN
     assert "no_such_strategy" in found.text
     assert "Traceback" not in found.text
-    router.scheduler.names[InstanceRole.DECODE] = "least_load"
+    router.scheduler.strategies.names[InstanceRole.DECODE] = "least_load"
     monkeypatch.setattr(adviser, "WALL_S", 0.01)
     found = await advised(router)
     assert (found.kind, found.text.partition(":")[0]) == (Kind.UNKNOWN, "the replay takes too long")

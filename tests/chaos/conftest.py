@@ -31,10 +31,11 @@ def stack(tmp_path: Path) -> Stack:
 
 
 @pytest.fixture
-def settings() -> dict[str, object]:
-    """Settings of the scheduler; a test module may override them."""
+def settings(request: pytest.FixtureRequest) -> dict[str, object]:
+    """Settings of the scheduler; a test module may override them, and a test name others."""
     limits = {"decode_first_byte_timeout": 1.0, "prefill_timeout": 1.0, "health_check_timeout": 1.0}
-    return {"strategy": "round_robin", "metaserver_port": unused_ports(1)[0], **limits}
+    more = getattr(request, "param", {})
+    return {"strategy": "round_robin", "metaserver_port": unused_ports(1)[0], **limits, **more}
 
 
 @pytest.fixture

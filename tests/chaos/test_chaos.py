@@ -143,6 +143,7 @@ async def test_a_stream_that_is_cut_is_an_error_and_counted(client: Client, stac
 
 
 @each_that_keeps_handoffs
+@pytest.mark.parametrize("settings", [{"health_check_interval": 3600.0}], indirect=True, ids=["unprobed"])
 @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}, "killed"])
 async def test_a_hand_off_that_nobody_fetches_is_freed(client: Client, fault: object) -> None:
     """D fails before it fetched: P's blocks are given back, not left to the lease (30 s)."""

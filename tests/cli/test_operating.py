@@ -127,17 +127,17 @@ class TestSteering:
             "prefill    least_load\ndecode     slo\n"
         )
         assert json.loads(done(admin.url, "strategy", "weighted", "--json"))["strategy"] == "weighted"
-        assert admin.do(lambda: admin.router.scheduler.strategy_name) == "weighted"
+        assert admin.do(lambda: admin.router.scheduler.strategies.name) == "weighted"
 
     def test_one_that_does_not_exist(self, admin: AdminThread) -> None:
         reason = refused(admin.url, "strategy", "fastest")
         assert reason.startswith("vllm-pd-scheduler: strategy: unknown strategy 'fastest'")
         assert "least_load" in reason
-        assert admin.do(lambda: admin.router.scheduler.strategy_name) == "least_load"
+        assert admin.do(lambda: admin.router.scheduler.strategies.name) == "least_load"
 
     def test_drain_and_undrain(self, admin: AdminThread) -> None:
         registry = admin.router.registry
-        running = admin.do(lambda: registry.reserve(registry.get("decode-0")))
+        running = admin.do(lambda: registry.work.reserve(registry.get("decode-0")))
         assert done(admin.url, "drain", "decode-0") == "decode-0 is draining: 1 requests are left there\n"
         assert state(admin, "decode-0") is InstanceState.DRAINING
         timer = threading.Timer(0.05, lambda: admin.do(running.release))
@@ -148,7 +148,7 @@ class TestSteering:
 
     def test_a_drain_that_does_not_end(self) -> None:
         with AdminThread(drain_timeout=0.1) as admin:
-            admin.do(lambda: admin.router.registry.reserve(admin.router.registry.get("decode-0")))
+            admin.do(lambda: admin.router.registry.work.reserve(admin.router.registry.get("decode-0")))
             ended = call(admin.url, "drain", "decode-0", "--wait")
             assert (ended.exit_code, ended.stdout) == (1, "decode-0 is draining: 1 requests are left there\n")
             ended = call(admin.url, "drain", "decode-0", "--wait", "--json")
@@ -259,7 +259,7 @@ class TestTop:
         with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment) as showing:
             os.close(its)
             read_until(ours, b"least_load")
-            admin.do(lambda: admin.router.scheduler.use("weighted"))
+            admin.do(lambda: admin.router.scheduler.strategies.use("weighted"))
             read_until(ours, b"weighted")
             admin.stop()
             read_until(ours, b"cannot be reached")
@@ -420,7 +420,7 @@ def test_turn(admin: AdminThread) -> None:
     assert done(admin.url, "turn", "new", "--wait").strip() == "new is a prefill instance now"
     assert "change its role there" in refused(admin.url, "turn", "prefill-0")
     admin.do(lambda: registry.probed(registry.get("new"), None))
-    held = admin.do(lambda: registry.reserve(registry.get("new")))
+    held = admin.do(lambda: registry.work.reserve(registry.get("new")))
     assert done(admin.url, "turn", "new").strip() == (
         "new is draining, to be turned then: 1 requests are left there"
     )

@@ -232,14 +232,17 @@ class GrpcTest(Case):
 
 class WarningTest(Case):
     async def test_a_port_open_to_others_without_tls(self) -> None:
-        with self.assertLogs("vllm_pd_scheduler.service.app", logging.WARNING) as logs:
+        with self.assertLogs("vllm_pd_scheduler.service.envoy_server", logging.WARNING) as logs:
             await self.running(grpc_host="0.0.0.0")
         self.assertEqual(len(logs.records), 1)
         self.assertIn("grpc_host 0.0.0.0 can be reached from other machines", logs.output[0])
 
     async def test_none_on_loopback_nor_with_tls(self) -> None:
         for more in ({}, {"grpc_host": "0.0.0.0", "grpc_tls": self.made.server}):
-            with self.subTest(more), self.assertNoLogs("vllm_pd_scheduler.service.app", logging.WARNING):
+            with (
+                self.subTest(more),
+                self.assertNoLogs("vllm_pd_scheduler.service.envoy_server", logging.WARNING),
+            ):
                 async with asyncio.timeout(HUNG_S), App(parse_config(self.config(**more))):
                     pass
 

@@ -7,7 +7,8 @@ import pytest
 
 from vllm_pd_scheduler.connectors.one_token import has_stopped, one_token, was_cut
 from vllm_pd_scheduler.request.api import GENERATE, MESSAGES, RESPONSES, Api
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, JsonBody
+from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.request.json_text import AT_ONCE_BYTES
 
 TEXT: dict[str, Any] = {"model": "m", "prompt": "x"}
 LONG: dict[str, Any] = {"model": "m", "prompt": "x" * (2 * AT_ONCE_BYTES)}

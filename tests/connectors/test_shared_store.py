@@ -39,7 +39,7 @@ class SharedStoreTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         self.leg.answers = dict.fromkeys(("p0", "p1", "p2"), answer(body=b'{"usage":{"prompt_tokens":5}}'))
 
     async def test_d_gets_the_clients_own_body(self) -> None:

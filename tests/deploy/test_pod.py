@@ -22,9 +22,6 @@ from vllm_pd_scheduler.envoy.process import find_envoy
 
 __all__ = ["fleet", "session", "stack"]
 
-STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
-"""Runs as long as its decode instance is frozen."""
-
 
 @pytest.fixture
 def pod(stack: Stack, fleet: Fleet, tmp_path: Path) -> dict[str, list[str]]:
@@ -85,15 +82,14 @@ async def test_it_serves_and_its_end_cuts_no_answer(
         split = {"x-pd-prefill", "x-pd-decode"}
         with spawned(pod["helm test"]) as test:
             assert await asyncio.to_thread(test.wait) == 0, test.output
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            with ExitStack() as held:
-                held.enter_context(client.frozen(response.headers["x-pd-decode"]))
-                hook = hooks.enter_context(spawned(pod["preStop"]))
-                await until(turned_away)
-                assert (await client.complete()).headers.keys() >= split  # while others hear of it
-                assert hook.process.poll() is None
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        async with client.held_stream() as stream:
+            (other,) = (each for each in fleet.decode if each.id != stream.headers["x-pd-decode"])
+            await client.fault(other.id)
+            hook = hooks.enter_context(spawned(pod["preStop"]))
+            await until(turned_away)
+            assert (await client.complete()).headers.keys() >= split  # while others hear of it
+            assert hook.process.poll() is None
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
             assert await asyncio.to_thread(hook.wait) == 0
         await _ends(envoy)
         await _ends(scheduler)

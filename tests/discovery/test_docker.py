@@ -205,7 +205,7 @@ class TestChanges:
         api.past = [api.event("kill", "gone", signal="15"), api.event("kill", "b", signal="15")]
         fleet = await follow()
         changes: list[set[str]] = []
-        fleet.router.registry.subscribe(lambda: changes.append(fleet.ids))
+        fleet.router.registry.changes.subscribe(lambda: changes.append(fleet.ids))
         for _ in range(2):
             await fleet.sources.first_words()
             await fleet.until("a")

@@ -11,7 +11,8 @@ from vllm_pd_scheduler.admin.saved_changes import AS_CONFIGURED, SavedInstance, 
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.discovery import ADMIN
 from vllm_pd_scheduler.discovery.merge import Place, place_of
-from vllm_pd_scheduler.fleet.registry import DuplicateInstance, Reservation
+from vllm_pd_scheduler.fleet.registry import DuplicateInstance
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import By, InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
 
@@ -110,7 +111,7 @@ class Histories(RuleBasedStateMachine):
     def a_request_begins(self, one: PDInstance) -> None:
         if self.there(one):
             registry = self.router.registry
-            self.running.append(registry.reserve(registry.get(one.instance_id)))
+            self.running.append(registry.work.reserve(registry.get(one.instance_id)))
 
     @rule(index=st.integers(0, 9))
     def a_request_ends(self, index: int) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.discovery.test_merge import HISTORY, instance
 from vllm_pd_scheduler.discovery import ADMIN, Membership
 from vllm_pd_scheduler.discovery.merge import place_of
-from vllm_pd_scheduler.fleet.registry import DuplicateInstance, Registry, Reservation, UnknownInstance
+from vllm_pd_scheduler.fleet.registry import DuplicateInstance, Registry, UnknownInstance
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.records.events import Events
 
@@ -39,7 +40,7 @@ def states(registry: Registry) -> dict[str, bool]:
 
 
 def busy(registry: Registry, name: str) -> Reservation:
-    return registry.reserve(registry.get(name))
+    return registry.work.reserve(registry.get(name))
 
 
 def end(registry: Registry, reservation: Reservation) -> None:
@@ -168,7 +169,7 @@ def test_one_that_leaves_makes_room_for_another_one_with_its_id_or_place(
 def test_another_key_is_no_other_endpoint(fleet: Membership, registry: Registry) -> None:
     fleet.update(FILE, [X])
     before, changes = registry.get("x"), []
-    registry.subscribe(lambda: changes.append(registry.changed_by))
+    registry.changes.subscribe(lambda: changes.append(registry.changes.by))
     keyed = instance("x", "10.0.0.1", api_key="new", tls_name="x.example")
     fleet.update(FILE, [keyed], "discovery file:a")
     assert registry.get("x") is before
@@ -178,7 +179,7 @@ def test_another_key_is_no_other_endpoint(fleet: Membership, registry: Registry)
 
 def test_many_changes_are_told_once(fleet: Membership, registry: Registry) -> None:
     told: list[int] = []
-    registry.subscribe(lambda: told.append(len(registry.endpoints())))
+    registry.changes.subscribe(lambda: told.append(len(registry.endpoints())))
     fleet.update(FILE, [instance(f"i{n}", f"10.0.1.{n}") for n in range(100)])
     fleet.update(FILE, [instance(f"i{n}", f"10.0.1.{n}") for n in range(50, 150)])
     assert told[0] == 100
@@ -287,7 +288,7 @@ def test_what_is_named_is_there_and_what_runs_is_not_lost(
         fleet.update(source, instances)
         here = list(registry)
         if here and data.draw(st.booleans()):
-            running.append(registry.reserve(data.draw(st.sampled_from(here))))
+            running.append(registry.work.reserve(data.draw(st.sampled_from(here))))
         serving = {place_of(endpoint.instance) for endpoint in here if not endpoint.draining}
         named = {place_of(each) for found in told.values() for each in found}
         assert serving <= named

@@ -105,7 +105,7 @@ def test_a_role_that_others_have_instances_of_is_known(source: Told) -> None:
 
 async def test_listeners_hear_that_there_is_nothing(source: Told, router: PDRouter, sources: Sources) -> None:
     heard: list[bool] = []
-    router.registry.subscribe(lambda: heard.append(router.membership.knows(InstanceRole.DECODE)))
+    router.registry.changes.subscribe(lambda: heard.append(router.membership.knows(InstanceRole.DECODE)))
     (await followed(source))()
     assert heard[-1:] == [True]
 
@@ -160,7 +160,9 @@ async def test_what_another_source_names_from_now_on_does_not_drain(
     old.d("d1", "d2", "d3")
     router.unregister_instance("d2")
     changes: list[set[str]] = []
-    router.registry.subscribe(lambda: changes.append({e.id for e in router.registry if not e.draining}))
+    router.registry.changes.subscribe(
+        lambda: changes.append({e.id for e in router.registry if not e.draining})
+    )
     monkeypatch.setattr(module, "_made", lambda *_: new)
     following = asyncio.ensure_future(sources.follow())
     await until(lambda: new.report is not None)

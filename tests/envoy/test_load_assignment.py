@@ -60,7 +60,7 @@ class WhatTest(Case):
         self.registry.probed(self.registry.get("d0:0"), None)
         self.assertEqual(self.told(), [("d0", "10.0.0.1", 8200, health.HEALTHY)])
         version = self.assignment.version
-        self.registry.reserve(self.registry.get("d0:1"))
+        self.registry.work.reserve(self.registry.get("d0:1"))
         self.assertEqual((self.told()[0][0], self.assignment.version), ("d0", version))
         self.registry.drain("d0:2")
         self.assertEqual(self.told(), [("d0", "10.0.0.1", 8200, health.DRAINING)])

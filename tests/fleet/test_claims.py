@@ -6,8 +6,9 @@ import pytest
 
 from tests.support.fleet import P, prompt, registry_of
 from vllm_pd_scheduler.fleet.claims import HEARD_S
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.fleet.reservation import Reservation
 
 NAMES = "a", "b", "c", "d"
 
@@ -21,7 +22,7 @@ def among(name: str, prefill: int = 8) -> Registry:
 def busy(registry: Registry) -> list[Endpoint]:
     """All P, each with some work."""
     for endpoint in registry.endpoints(P):
-        registry.reserve(endpoint, prompt(100_000.0))
+        registry.work.reserve(endpoint, prompt(100_000.0))
     return list(registry.endpoints(P))
 
 
@@ -30,7 +31,7 @@ def claimed_by(replica: str, endpoint: Endpoint, registry: Registry, now: float)
 
 
 def claim(registry: Registry, endpoint: Endpoint, now: float = 1.0) -> Reservation:
-    made = registry.reserve(endpoint, prompt(now=now), tentative=True)
+    made = registry.work.reserve(endpoint, prompt(now=now), tentative=True)
     registry.claims.made(made)
     return made
 
@@ -106,9 +107,9 @@ def test_a_claim_places_no_prefix_before_it_is_confirmed() -> None:
     registry = among("a")
     endpoint = registry.endpoints(P)[0]
     request = prompt(blocks=(1, 2), now=1.0)
-    ours = registry.reserve(endpoint, request, tentative=True)
+    ours = registry.work.reserve(endpoint, request, tentative=True)
     assert len(registry.prefixes) == 0
-    registry.confirm(ours, 1.0)
+    registry.work.confirm(ours, 1.0)
     assert len(registry.prefixes) == 2
 
 
@@ -116,8 +117,8 @@ def test_what_a_prefill_takes_counts_from_when_it_is_sent() -> None:
     registry = among("a")
     ours = claim(registry, registry.endpoints(P)[0])
     behind = claim(registry, ours.endpoint)
-    registry.confirm(ours, 1.0 + HEARD_S)
-    registry.confirm(behind, 1.5)
+    registry.work.confirm(ours, 1.0 + HEARD_S)
+    registry.work.confirm(behind, 1.5)
     assert ours.finish(2.0) == pytest.approx(1.0 - HEARD_S)
 
 

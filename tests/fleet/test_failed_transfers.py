@@ -30,10 +30,10 @@ def run(
             prefill = random.choice(prefills)
             barred = registry.pairs.barred(prefill, now)
             decode = random.choice([d for d in registry.routable(D) if d not in barred])
-            reservation = registry.reserve(decode)
+            reservation = registry.work.reserve(decode)
             registry.pairs.tried(prefill, decode, reservation)
             registry.failed_transfers.handed_over(prefill, decode)
-            registry.succeeded(decode, prefill)  # as far as its status tells
+            registry.ends.succeeded(decode, prefill)  # as far as its status tells
             reservation.release()
             failed[decode] += random.random() < broken.get((prefill.id, decode.id), 0.0)
         for decode, count in failed.items():
@@ -94,6 +94,6 @@ def test_the_p_that_are_told_apart_are_bounded() -> None:
         registry.add(instance(f"x{number}", P, f"10.1.{number // 250}.{1 + number % 250}"))
     decode = registry.get("d0")
     for second, prefill in enumerate(registry.endpoints(P)):
-        registry.handed_over(prefill, decode)
+        registry.work.handed_over(prefill, decode)
         registry.scraped(decode, MetricsSnapshot(float(second), failed_transfers=1.0), 0)
     assert len(registry.failed_transfers._shares[decode].mean) <= _MAX_PREFILLS + 2

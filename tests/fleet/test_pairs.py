@@ -34,9 +34,9 @@ def play(registry: Registry, history: str) -> None:
         endpoint = registry.get(f"d{decode}")
         by = None if prefill == "." else registry.get(f"p{prefill}")
         if end == "+":
-            registry.succeeded(endpoint, by)
+            registry.ends.succeeded(endpoint, by)
         else:
-            registry.failed(endpoint, "status", NOW, by)
+            registry.ends.failed(endpoint, "status", NOW, by)
 
 
 def blamed(registry: Registry) -> str:
@@ -79,19 +79,19 @@ def test_a_pair_that_is_out_gets_one_trial_after_a_pause() -> None:
     assert list(pairs.barred(p0, NOW)) == [d0]
     assert not pairs.barred(registry.get("p1"), NOW)
     assert list(pairs.barred(p0, NOW + 1.1)) == []
-    reservation = registry.reserve(d0)
+    reservation = registry.work.reserve(d0)
     pairs.tried(p0, d0, reservation)
     assert list(pairs.barred(p0, NOW + 1.1)) == [d0], "one at a time"
     reservation.release()
     assert list(pairs.barred(p0, NOW + 1.1)) == [], "its client has left: it shows nothing"
-    registry.failed(d0, "status", NOW + 1.2, p0)
+    registry.ends.failed(d0, "status", NOW + 1.2, p0)
     assert list(pairs.barred(p0, NOW + 3.1)) == [d0], "twice as long"
     assert list(pairs.barred(p0, NOW + 3.3)) == []
-    registry.succeeded(d0, p0)
+    registry.ends.succeeded(d0, p0)
     assert blamed(registry) == ""
     assert [(each.out, each.pause) for each in told] == [(True, 1.0), (True, 2.0), (False, 0.0)]
     for _ in range(20):
-        registry.succeeded(d0, p0)
+        registry.ends.succeeded(d0, p0)
     assert not pairs.in_doubt
     assert not pairs._of_prefill, "nothing is left of it"
 
@@ -123,9 +123,9 @@ def test_what_was_the_requests_fault_is_taken_back() -> None:
     d0, d1, p0 = (registry.get(name) for name in ("d0", "d1", "p0"))
     play(registry, ".0+ 10+ 00- 10+ 00- 00+")
     for _ in range(9):
-        registry.errored(d0, (), "status", NOW, p0)
-        registry.errored(d1, (d0,), "status", NOW, p0)
-        registry.succeeded(d1)
+        registry.ends.errored(d0, (), "status", NOW, p0)
+        registry.ends.errored(d1, (d0,), "status", NOW, p0)
+        registry.ends.succeeded(d1)
     assert all(decode is not d0 for _, decode, _ in registry.pairs.out())
 
 
@@ -178,18 +178,18 @@ def test_in_the_end_who_is_broken_is_out_and_nobody_else(seed: int, broken: str,
         if not left:
             continue
         decode = random.choice(left)
-        reservation = registry.reserve(decode)
+        reservation = registry.work.reserve(decode)
         if prefill is not None:
             registry.pairs.tried(prefill, decode, reservation)
         reservation.release()
         if not fails(prefill, decode):
-            registry.succeeded(decode, prefill)
+            registry.ends.succeeded(decode, prefill)
             continue
         wrong += number >= 300
-        registry.failed(decode, "status", now, prefill)
+        registry.ends.failed(decode, "status", now, prefill)
         other = random.choice([d for d in decodes if d is not decode])
         if not fails(None, other):
-            registry.succeeded(other, None)
+            registry.ends.succeeded(other, None)
     assert wrong <= 15, "only trials, ever fewer"
     healthy = [d for d in decodes if not (broken == "decode" and d is d0)]
     assert all(d.breaker.state is not BreakerState.OPEN for d in healthy)
@@ -204,13 +204,13 @@ def test_instances_that_are_gone_leave_nothing_behind() -> None:
     play(registry, "00- 10- 11- 01-")
     registry.remove("p0")
     for _ in range(9):
-        registry.failed(registry.get("d1"), "status", NOW, p0)
-        registry.failed(registry.get("d1"), "status", NOW, registry.get("p1"))
-        registry.succeeded(registry.get("d1"))
+        registry.ends.failed(registry.get("d1"), "status", NOW, p0)
+        registry.ends.failed(registry.get("d1"), "status", NOW, registry.get("p1"))
+        registry.ends.succeeded(registry.get("d1"))
     registry.remove("d0")
     for _ in range(9):
-        registry.failed(d0, "status", NOW, registry.get("p1"))
-        registry.handed_over(p0, registry.get("d1"))
+        registry.ends.failed(d0, "status", NOW, registry.get("p1"))
+        registry.work.handed_over(p0, registry.get("d1"))
     pairs = registry.pairs
     known = {*pairs._of_prefill, *pairs._failed_with, *pairs._doubts}
     known |= {each for failed in pairs._failed_with.values() for each in failed if each}
@@ -224,7 +224,7 @@ def test_a_d_is_not_ejected_for_what_a_p_that_is_gone_has_handed_over() -> None:
     play(registry, "10+ 00- 00-")
     registry.remove("p0")
     for _ in range(3):
-        registry.failed(d0, "status", NOW, p0)
+        registry.ends.failed(d0, "status", NOW, p0)
     assert d0.routable
 
 
@@ -241,8 +241,8 @@ def test_a_pair_is_one_of_processes() -> None:
         registry.probed(registry.get(name), None)
     ranks = {name: registry.ranks_of(registry.get(name)) for name in ("p0", "p1", "d0", "d1")}
     for rank in range(4):
-        registry.failed(ranks["d0"][rank], "status", NOW, ranks["p0"][3 - rank])
-        registry.succeeded(ranks["d0"][-rank], ranks["p1"][rank])
+        registry.ends.failed(ranks["d0"][rank], "status", NOW, ranks["p0"][3 - rank])
+        registry.ends.succeeded(ranks["d0"][-rank], ranks["p1"][rank])
     pairs = registry.pairs
     assert [(p.instance.instance_id, d and d.instance.instance_id) for p, d, _ in pairs.out()] == [
         ("p0", "d0")
@@ -253,12 +253,12 @@ def test_a_pair_is_one_of_processes() -> None:
         assert pairs.useless(prefill, ranks["d0"], NOW)
         assert not pairs.useless(prefill, (*ranks["d0"], ranks["d1"][2]), NOW)
     assert set(ranks["p0"]) <= set(pairs.suspects)
-    reservation = registry.reserve(ranks["d0"][2])
+    reservation = registry.work.reserve(ranks["d0"][2])
     pairs.tried(ranks["p0"][1], ranks["d0"][2], reservation)
     assert not pairs.barred(ranks["p1"][0], NOW)
     for prefill in ranks["p0"]:
         assert set(pairs.barred(prefill, NOW + 1.1)) in (set(ranks["d0"]), set())
-    registry.succeeded(ranks["d0"][2], ranks["p0"][1])
+    registry.ends.succeeded(ranks["d0"][2], ranks["p0"][1])
     registry.remove("d0")
     registry.remove("p0")
     assert not pairs.in_doubt

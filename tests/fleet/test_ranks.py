@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.registry import D, P, instance, loaded, prompt
 from vllm_pd_scheduler.fleet.breaker import BreakerPolicy
+from vllm_pd_scheduler.fleet.condition import reason, told_state
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 
@@ -76,7 +77,7 @@ class RanksTest(unittest.TestCase):
 
     def test_a_drain_is_of_all_and_ends_with_the_last(self) -> None:
         self.well()
-        held = self.registry.reserve(self.d0[2], prompt())
+        held = self.registry.work.reserve(self.d0[2], prompt())
         for name in ("d0", "d0:1"):
             self.registry.drain(name)
             self.assertEqual({each.state for each in self.d0}, {InstanceState.DRAINING})
@@ -91,7 +92,7 @@ class RanksTest(unittest.TestCase):
     def test_load_is_a_rank_s_own(self) -> None:
         self.well()
         self.registry.scraped(self.d0[1], loaded(3, 2), 0)
-        self.registry.reserve(self.d0[2], prompt(registry=self.registry))
+        self.registry.work.reserve(self.d0[2], prompt(registry=self.registry))
         self.assertEqual([each.requests for each in self.d0], [0, 5, 1])
         self.assertEqual([len(each.holder) > 0 for each in self.d0], [False, False, True])
         self.registry.forget_metrics(self.d0[0])
@@ -100,38 +101,38 @@ class RanksTest(unittest.TestCase):
     def test_ejection_is_of_the_process(self) -> None:
         self.well()
         for rank in (0, 1, 2):
-            self.registry.failed(self.d0[rank], "decode: reset", 0.0)
+            self.registry.ends.failed(self.d0[rank], "decode: reset", 0.0)
         self.assertTrue(all(each.ejected for each in self.d0))
-        self.assertEqual({each.reason for each in self.d0}, {"ejected: decode: reset"})
+        self.assertEqual({reason(each) for each in self.d0}, {"ejected: decode: reset"})
         self.assertEqual(self.registry.routable(D), (*self.d1, self.registry.get("d2")))
         for _ in range(3):  # one process of three is out; half of them would be two
-            self.registry.failed(self.d1[0], "decode: reset", 0.0)
+            self.registry.ends.failed(self.d1[0], "decode: reset", 0.0)
         self.assertFalse(any(each.ejected for each in self.d1))
 
     def test_one_trial_request_for_all_ranks(self) -> None:
         self.well()
         for _ in range(3):
-            self.registry.failed(self.d0[0], "decode: reset", 0.0)
+            self.registry.ends.failed(self.d0[0], "decode: reset", 0.0)
         self.registry.probed(self.d0[0], None, 100.0)
         self.assertTrue(all(each.routable and not each.on_trial for each in self.d0))
-        trial = self.registry.reserve(self.d0[1], prompt())
+        trial = self.registry.work.reserve(self.d0[1], prompt())
         self.assertTrue(all(each.on_trial for each in self.d0))
         trial.release()
         self.assertFalse(any(each.on_trial for each in self.d0))
-        self.registry.succeeded(self.d0[1])
+        self.registry.ends.succeeded(self.d0[1])
         self.assertFalse(self.registry.trials)
 
     def test_a_process_that_hangs_has_no_peer_in_its_own_ranks(self) -> None:
         self.well()
         for number in range(8):
-            self.registry.doubtful(self.d0[number % 3], "decode: timeout", 0.0)
+            self.registry.ends.doubtful(self.d0[number % 3], "decode: timeout", 0.0)
         self.assertTrue(all(each.ejected for each in self.d0))
 
     def test_a_restart_is_of_all(self) -> None:
         self.well()
         self.registry.started(self.d0[0], 1.0)
-        held = [self.registry.reserve(each, prompt(registry=self.registry)) for each in self.d0]
-        self.registry.doubtful(self.d0[0], "decode: timeout", 0.0)
+        held = [self.registry.work.reserve(each, prompt(registry=self.registry)) for each in self.d0]
+        self.registry.ends.doubtful(self.d0[0], "decode: timeout", 0.0)
         self.assertTrue(self.registry.started(self.d0[0], 2.0))
         self.assertEqual([each.generation for each in self.d0], [1, 1, 1])
         self.assertEqual([(each.in_flight, len(each.holder)) for each in self.d0], [(0, 0)] * 3)
@@ -141,8 +142,8 @@ class RanksTest(unittest.TestCase):
         self.assertEqual([each.in_flight for each in self.d0], [0] * 3)
 
     def test_models_and_description_are_the_process_s(self) -> None:
-        self.registry.serves(self.d0[0], frozenset({"m"}))
-        self.assertEqual({each.models for each in self.d0}, {frozenset({"m"})})
+        self.registry.models.listed(self.d0[0], frozenset({"m"}))
+        self.assertEqual({each.models.names for each in self.d0}, {frozenset({"m"})})
         described = replace(self.d0[0].instance, revision="7")
         self.registry.describe("d0", described)
         self.assertEqual({each.instance.revision for each in self.d0}, {"7"})
@@ -189,17 +190,17 @@ class InvariantTest(unittest.TestCase):
                 case "probe" | "down":
                     registry.probed(one, None if what == "probe" else "down", float(number))
                 case "fail":
-                    registry.failed(one, "reset", float(number))
+                    registry.ends.failed(one, "reset", float(number))
                 case "serve":
-                    registry.succeeded(one)
+                    registry.ends.succeeded(one)
                 case "doubt":
-                    registry.doubtful(one, "timeout", float(number))
+                    registry.ends.doubtful(one, "timeout", float(number))
                 case "drain":
                     registry.drain(one.id)
                 case "undrain":
                     registry.undrain(one.instance.instance_id)
                 case "reserve":
-                    held.append(registry.reserve(one, prompt(now=float(number))))
+                    held.append(registry.work.reserve(one, prompt(now=float(number))))
                 case "release" if held:
                     held.pop(at % len(held)).release()
                 case "start":
@@ -208,7 +209,7 @@ class InvariantTest(unittest.TestCase):
                     registry.resolved(registry.get("b"), f"10.0.1.{at + 1}")
             for ranks in registry.instances():
                 said = {
-                    (e.state, e.told_state, e.address, e.on_trial, e.reason, id(e.breaker), id(e.doubts))
+                    (e.state, told_state(e), e.address, e.on_trial, reason(e), id(e.breaker), id(e.doubts))
                     for e in ranks
                 }
                 self.assertEqual(len(said), 1, said)

@@ -9,12 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from tests.support.given import give
 from tests.support.registry import BLOCKS, D, P, instance, loaded, prompt
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.load_assignment import LoadAssignment
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, HealthPolicy, Registry, UnknownInstance
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, InstanceState
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
@@ -24,7 +24,7 @@ class MembershipTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = Registry()
         self.changes = 0
-        self.registry.subscribe(self.count)
+        self.registry.changes.subscribe(self.count)
 
     def count(self) -> None:
         self.changes += 1
@@ -104,7 +104,7 @@ class MembershipTest(unittest.TestCase):
             self.registry.resolved(endpoint, f"10.0.0.{last}")
             self.registry.probed(endpoint, None)
         for _ in range(3):
-            self.registry.failed(d0, "decode: reset", 0.0)
+            self.registry.ends.failed(d0, "decode: reset", 0.0)
         self.assertEqual([e.ejected for e in (d0, d1, d2, p0)], [True, True, False, False])
         self.registry.resolved(d1, "10.0.0.7")
         self.assertEqual((d0.ejected, d1.ejected), (True, False))
@@ -120,7 +120,7 @@ class MembershipTest(unittest.TestCase):
     def test_removal_and_return(self) -> None:
         old = self.registry.add(instance())
         self.registry.probed(old, None)
-        held = self.registry.reserve(old)
+        held = self.registry.work.reserve(old)
         self.assertIs(self.registry.remove("d0"), old)
         self.assertNotIn(old, self.registry)
         self.assertFalse(old.routable)
@@ -137,7 +137,7 @@ class MembershipTest(unittest.TestCase):
     def test_draining(self) -> None:
         endpoint = self.registry.add(instance())
         self.registry.probed(endpoint, None)
-        held = self.registry.reserve(endpoint)
+        held = self.registry.work.reserve(endpoint)
         before = self.changes
         self.registry.drain("d0")
         self.registry.drain("d0")
@@ -169,103 +169,6 @@ class MembershipTest(unittest.TestCase):
     def test_contains_takes_anything(self) -> None:
         self.assertNotIn("d0", self.registry)
         self.assertNotIn(Endpoint(instance()), self.registry)
-
-
-class ProbesTest(unittest.TestCase):
-    def states(self, policy: HealthPolicy, probes: str) -> str:
-        """State after each probe: '+' a success, '-' a failure; 'H' healthy, 'u' not."""
-        registry = Registry(policy)
-        endpoint = registry.add(instance())
-        seen = ""
-        for probe in probes:
-            registry.probed(endpoint, None if probe == "+" else "down")
-            seen += "H" if endpoint.routable else "u"
-            self.assertEqual(endpoint.routable, registry.routable(D) == (endpoint,))
-        return seen
-
-    def test_thresholds(self) -> None:
-        cases = [
-            # unhealthy, healthy, probes, states
-            (2, 1, "+-+--+-", "HHHHuHH"),
-            (1, 1, "+-+-", "HuHu"),
-            (3, 1, "+--+---", "HHHHHHu"),
-            (1, 3, "+-++-+++", "Huuuuuu" + "H"),
-            (2, 2, "-+-++--", "uuuuHHu"),
-            (5, 5, "-", "u"),  # the first probe decides alone
-            (5, 5, "+", "H"),
-        ]
-        for unhealthy, healthy, probes, states in cases:
-            with self.subTest(probes, unhealthy=unhealthy, healthy=healthy):
-                self.assertEqual(self.states(HealthPolicy(unhealthy, healthy), probes), states)
-
-    def test_listeners_hear_of_changes_only(self) -> None:
-        registry = Registry()
-        endpoint = registry.add(instance())
-        heard: list[InstanceState] = []
-        registry.subscribe(lambda: heard.append(endpoint.state))
-        for problem in (None, None, "x", None, "x", "x", "x", None):
-            registry.probed(endpoint, problem)
-        self.assertEqual(heard, [InstanceState.HEALTHY, InstanceState.UNHEALTHY, InstanceState.HEALTHY])
-
-    def test_the_reason_is_the_last_probe(self) -> None:
-        registry = Registry()
-        endpoint = registry.add(instance())
-        self.assertEqual(endpoint.reason, "not probed yet")
-        registry.probed(endpoint, "/health answers 503")
-        self.assertEqual(endpoint.reason, "/health answers 503")
-        registry.probed(endpoint, None)
-        self.assertEqual(endpoint.reason, "")
-
-
-class LoadTest(unittest.TestCase):
-    def setUp(self) -> None:
-        self.registry = Registry()
-        self.endpoint = self.registry.add(instance())
-
-    def test_a_release_counts_once(self) -> None:
-        one, two = self.registry.reserve(self.endpoint), self.registry.reserve(self.endpoint)
-        self.assertEqual(self.endpoint.in_flight, 2)
-        for _ in range(3):
-            one.release()
-        self.assertEqual(self.endpoint.in_flight, 1)
-        two.release()
-        self.assertEqual(self.endpoint.in_flight, 0)
-
-    def test_what_fails_is_not_counted(self) -> None:
-        prefill = self.registry.add(instance("p0", P, port=8300))
-        request = prompt(registry=self.registry)
-        give(request, now=None)
-        with self.assertRaises(TypeError):
-            self.registry.reserve(prefill, request)
-        self.assertEqual((prefill.in_flight, prefill.tokens, len(prefill.holder)), (0, 0.0, 0))
-
-    def test_without_a_scrape_only_ours_count(self) -> None:
-        self.registry.reserve(self.endpoint)
-        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (1.0, 1.0))
-        self.assertEqual((self.endpoint.kv_usage, self.endpoint.latency), (0.0, None))
-
-    def test_what_was_sent_since_the_scrape_counts_at_once(self) -> None:
-        held = [self.registry.reserve(self.endpoint) for _ in range(4)]
-        self.registry.scraped(self.endpoint, loaded(running=3, waiting=1), 4)
-        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (1.0, 4.0))
-        held += [self.registry.reserve(self.endpoint) for _ in range(2)]
-        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (3.0, 6.0))
-        for reservation in held:
-            reservation.release()
-        self.assertEqual((self.endpoint.waiting, self.endpoint.requests), (0.0, 0.0))
-
-    def test_requests_of_another_scheduler_count_too(self) -> None:
-        self.registry.reserve(self.endpoint)
-        self.registry.scraped(self.endpoint, loaded(running=5, waiting=2), 1)
-        self.assertEqual(self.endpoint.requests, 7.0)
-        self.registry.reserve(self.endpoint)
-        self.assertEqual(self.endpoint.requests, 8.0)
-
-    def test_a_scrape_that_saw_less_than_we_know_of(self) -> None:
-        for _ in range(3):
-            self.registry.reserve(self.endpoint)
-        self.registry.scraped(self.endpoint, loaded(running=1), 3)
-        self.assertEqual(self.endpoint.requests, 3.0)
 
 
 IDS = [f"i{n}" for n in range(4)]
@@ -347,7 +250,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return None
         self.known[picked[0]] += 1
         request = prompt(100.0 * count, self.now, self.registry)
-        self.open.append(self.registry.reserve(picked[0], request if count < 3 else None))
+        self.open.append(self.registry.work.reserve(picked[0], request if count < 3 else None))
         return self.open[-1]
 
     @rule(reservation=consumes(reservations), times=st.integers(1, 2))
@@ -367,7 +270,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if reservation is not None:
             self.ended(reservation)
             if reservation.endpoint.instance.role is P:
-                self.registry.prefilled(reservation, 100, 50, self.now)
+                self.registry.work.prefilled(reservation, 100, 50, self.now)
             reservation.release(self.now)
 
     @rule(number=st.integers(0, 30))

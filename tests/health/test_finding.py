@@ -104,8 +104,8 @@ def test_the_digest_is_that_of_models_and_adapters() -> None:
     seen = [digest_of(endpoint)]
     assert seen == [b""]
     for models, adapters in ((["m"], []), (["m", "a"], []), (["m", "a"], ["a"]), (["\ud800"], [])):
-        registry.serves(endpoint, frozenset(models), frozenset(adapters))
+        registry.models.listed(endpoint, frozenset(models), frozenset(adapters))
         seen.append(digest_of(endpoint))
     assert len(set(seen)) == 5
-    registry.serves(endpoint, frozenset(["a", "m"]), frozenset(["a"]))
+    registry.models.listed(endpoint, frozenset(["a", "m"]), frozenset(["a"]))
     assert digest_of(endpoint) == seen[3]

@@ -88,7 +88,7 @@ vllm:request_success_total {self.tokens / 100}
         held = []
         for _ in range(picks):
             (picked,) = self.scheduler.pick(D, prompt(now=self.now))
-            held.append(self.registry.reserve(picked, prompt(now=self.now)))
+            held.append(self.registry.work.reserve(picked, prompt(now=self.now)))
         tally = Counter(reservation.endpoint for reservation in held)
         for reservation in held:
             reservation.release(self.now)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.support.waiting import HUNG_S, until
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.health import monitor as health
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot
@@ -20,7 +21,7 @@ class TestCheck:
         await fleet.serve()
         await fleet.monitor().check(fleet["d0"])
         assert fleet["d0"].state is HEALTHY
-        assert fleet["d0"].reason == ""
+        assert reason(fleet["d0"]) == ""
         assert fleet["d0"].metrics == MetricsSnapshot(10.0, running=3.0, waiting=2.0, kv_usage=0.5)
         assert fleet.failed_scrapes("d0") == 0
 
@@ -40,13 +41,13 @@ class TestCheck:
         server.status = status
         await fleet.monitor().check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason == f"/health answers {status}"
+        assert reason(fleet["d0"]) == f"/health answers {status}"
 
     async def test_nobody_listens(self, fleet: Fixture) -> None:
         fleet.add("d0", "127.0.0.1", unused_port())
         await fleet.monitor().check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason.startswith("/health cannot be reached: ")
+        assert reason(fleet["d0"]).startswith("/health cannot be reached: ")
         assert fleet["d0"].metrics is None
         assert fleet.failed_scrapes("d0") == 1
 
@@ -56,7 +57,7 @@ class TestCheck:
         async with asyncio.timeout(HUNG_S):
             await fleet.monitor(timeout=1.0).check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason == "/health did not answer within 1 s"
+        assert reason(fleet["d0"]) == "/health did not answer within 1 s"
         assert fleet["d0"].metrics is not None, "the page was there"
 
     async def test_something_that_speaks_no_http(self, fleet: Fixture) -> None:
@@ -70,7 +71,7 @@ class TestCheck:
         await fleet.monitor().check(fleet["d0"])
         server.close()
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason.startswith("/health cannot be reached: ")
+        assert reason(fleet["d0"]).startswith("/health cannot be reached: ")
 
     async def test_a_scrape_that_fails_keeps_what_was_known(self, fleet: Fixture) -> None:
         server = await fleet.serve()
@@ -101,8 +102,8 @@ class TestCheck:
     async def test_what_is_sent_while_the_page_is_read_counts_as_not_yet_seen(self, fleet: Fixture) -> None:
         server = await fleet.serve()
         endpoint = fleet["d0"]
-        fleet.registry.reserve(endpoint)
-        server.on_scrape = lambda: [fleet.registry.reserve(endpoint) for _ in range(4)] and None
+        fleet.registry.work.reserve(endpoint)
+        server.on_scrape = lambda: [fleet.registry.work.reserve(endpoint) for _ in range(4)] and None
         await fleet.monitor().check(endpoint)
         assert (endpoint.in_flight, endpoint.in_flight_at_scrape) == (5, 1)
         assert endpoint.waiting == 2 + 4
@@ -117,8 +118,8 @@ class TestCheck:
         again = fleet.add("d0", "127.0.0.1", server.port)
         server.go.set()
         await check
-        assert endpoint.healthy is None
-        assert again.healthy is None, "the one that came in its place has not been probed"
+        assert endpoint.probes.healthy is None
+        assert again.probes.healthy is None, "the one that came in its place has not been probed"
         assert endpoint.metrics is None
 
 
@@ -135,7 +136,9 @@ class TestLoops:
         for name in ("d0", "d1", "d2"):
             await fleet.serve(name)
         changes = []
-        fleet.registry.subscribe(lambda: changes.append(len(fleet.registry.routable(InstanceRole.DECODE))))
+        fleet.registry.changes.subscribe(
+            lambda: changes.append(len(fleet.registry.routable(InstanceRole.DECODE)))
+        )
         await fleet.monitor(interval=60).start()
         assert changes == [3]
 

@@ -11,6 +11,7 @@ import pytest
 from tests.support.waiting import until
 from vllm_pd_scheduler.admin.collectors import collectors
 from vllm_pd_scheduler.config import SchedulerConfig
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.health import names
 from vllm_pd_scheduler.health.names import NameNotResolved, NameResolver
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
@@ -114,7 +115,7 @@ class TestOutage:
         for _ in range(2):
             await monitor.check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason == "/health answers 503"
+        assert reason(fleet["d0"]) == "/health answers 503"
 
     async def test_a_resolver_that_hangs_fails_no_probe_and_holds_one_thread_a_name(
         self, fleet: Fixture, dns: Dns
@@ -165,7 +166,7 @@ class TestFirstLookUp:
         await fleet.monitor(names=NameResolver(dns)).check(endpoint)
         assert endpoint.state is UNHEALTHY
         assert endpoint.address is None
-        assert endpoint.reason == "the name vllm-0 cannot be resolved: Name or service not known"
+        assert reason(endpoint) == "the name vllm-0 cannot be resolved: Name or service not known"
 
     async def test_one_that_takes_its_time(self, fleet: Fixture, dns: Dns) -> None:
         """The look-up has a time of its own: what is left of it is not the probe's."""
@@ -173,7 +174,7 @@ class TestFirstLookUp:
         monitor = fleet.monitor(timeout=0.2, names=NameResolver(dns))
         dns.hang()
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].reason == "the name vllm-0 cannot be resolved: no answer within 0.2 s"
+        assert reason(fleet["d0"]) == "the name vllm-0 cannot be resolved: no answer within 0.2 s"
         dns.go()
         await until(lambda: fleet["d0"].address is not None)
         await monitor.check(fleet["d0"])
@@ -185,7 +186,7 @@ class TestFirstLookUp:
         endpoint = fleet.add("d0", host, 80)
         await fleet.monitor().check(endpoint)
         assert endpoint.state is UNHEALTHY
-        assert endpoint.reason.startswith(f"the name {host} cannot be resolved: ")
+        assert reason(endpoint).startswith(f"the name {host} cannot be resolved: ")
 
 
 class TestAddresses:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.waiting import until
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.instance_http.session import open_session
 from vllm_pd_scheduler.instance_http.shortage import is_our_shortage
 from vllm_pd_scheduler.models import InstanceRole, InstanceState
@@ -167,19 +168,19 @@ class TestHealth:
         await fleet.serve_raw("d0", {"/health": answer, "/metrics": raw_answer(PAGE)})
         await fleet.monitor().start()
         assert fleet["d0"].state is (HEALTHY if b"content-encoding" in answer else UNHEALTHY)
-        assert len(fleet["d0"].reason) <= 300
+        assert len(reason(fleet["d0"])) <= 300
 
     async def test_a_body_without_end(self, fleet: Fixture) -> None:
         await fleet.serve_raw("d0", {"/health": b"HTTP/1.1 200 OK\r\n\r\n"}, b"x" * 65536)
         await fleet.monitor().check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
-        assert fleet["d0"].reason == "/health gives no answer that can be used: it has more than 65536 bytes"
+        assert reason(fleet["d0"]) == "/health gives no answer that can be used: it has more than 65536 bytes"
 
     async def test_nobody_listens(self, fleet: Fixture) -> None:
         await fleet.serve_raw("d0", {})
         fleet.raw_servers[0].close()
         await fleet.monitor().check(fleet["d0"])
-        assert fleet["d0"].reason == "/health cannot be reached: Connection refused"
+        assert reason(fleet["d0"]) == "/health cannot be reached: Connection refused"
 
 
 class TestModels:
@@ -188,14 +189,14 @@ class TestModels:
         answers = {"/health": raw_answer(), "/metrics": raw_answer(PAGE), "/v1/models": answer}
         await fleet.serve_raw("d0", answers)
         await fleet.monitor().start()
-        assert (fleet["d0"].state, fleet["d0"].models) == (HEALTHY, None)
+        assert (fleet["d0"].state, fleet["d0"].models.names) == (HEALTHY, None)
         assert fleet["d0"].metrics is not None
 
     async def test_a_list_without_end(self, fleet: Fixture) -> None:
         answers = {"/v1/models": b'HTTP/1.1 200 OK\r\n\r\n{"data": ['}
         await fleet.serve_raw("d0", answers | {"/health": raw_answer()}, b'{"id": "a"},' * 5000)
         await fleet.monitor(timeout=2.0).check(fleet["d0"])
-        assert fleet["d0"].models is None
+        assert fleet["d0"].models.names is None
 
 
 class TestOurOwnFaults:

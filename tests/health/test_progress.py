@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.health.progress import STALLED_S, Progress
 from vllm_pd_scheduler.health.vllm_metrics import parse_metrics
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
@@ -65,7 +66,7 @@ async def test_a_decode_instance_that_stands_still_gets_no_request(
         await monitor.check(endpoint)
     if role is InstanceRole.DECODE:
         assert endpoint.state is InstanceState.UNHEALTHY
-        assert endpoint.reason.startswith("its engine stands still: ")
+        assert reason(endpoint).startswith("its engine stands still: ")
     else:
         assert endpoint.state is InstanceState.HEALTHY, "P has a time limit, and may read a prompt for longer"
     server.page = page(tokens=8)

@@ -1,6 +1,7 @@
 """The probes of an instance with data-parallel ranks: one for all of them, and the load of each."""
 
 from tests.support.waiting import until
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.models import InstanceState
 
 from .instances import Fixture, Server
@@ -18,7 +19,7 @@ async def served(fleet: Fixture, page: str = TWO_ENGINES, ranks: int = 2) -> Ser
 
 async def test_one_probe_and_one_scrape_for_all(fleet: Fixture) -> None:
     server = await served(fleet)
-    held = fleet.registry.reserve(fleet["d0:1"])
+    held = fleet.registry.work.reserve(fleet["d0:1"])
     await fleet.monitor().check_all()
     assert (server.probes, server.scrapes, len(server.authorization)) == (1, 1, 1)
     zero, one = fleet["d0:0"], fleet["d0:1"]
@@ -28,7 +29,7 @@ async def test_one_probe_and_one_scrape_for_all(fleet: Fixture) -> None:
     assert (zero.metrics.running, one.metrics.running) == (1.0, 4.0)
     assert (zero.kv_usage, one.kv_usage) == (0.25, 0.75)
     assert (zero.in_flight_at_scrape, one.in_flight_at_scrape) == (0, 1)
-    assert zero.models == one.models == {"tiny"}
+    assert zero.models.names == one.models.names == {"tiny"}
     held.release()
 
 
@@ -62,7 +63,7 @@ async def test_another_number_of_engines_is_no_healthy_instance(fleet: Fixture) 
     monitor = fleet.monitor()
     await monitor.check_all()
     assert {fleet[f"d0:{rank}"].state for rank in range(3)} == {UNHEALTHY}
-    assert "engine 0, 1, and the data_parallel_size of the instance is 3" in fleet["d0"].reason
+    assert "engine 0, 1, and the data_parallel_size of the instance is 3" in reason(fleet["d0"])
     server.page = TWO_ENGINES + TWO_ENGINES.replace('engine="0"', 'engine="2"').replace("1.0\n", "0.0\n")
     await monitor.check_all()
     assert {fleet[f"d0:{rank}"].state for rank in range(3)} == {HEALTHY}
@@ -90,7 +91,7 @@ async def test_one_engine_that_stands_still_takes_its_process_out(fleet: Fixture
         await monitor.check_all()
         fleet.now += 20.0
     assert fleet["d0:0"].state is fleet["d0:1"].state is UNHEALTHY
-    assert "its engine stands still" in fleet["d0"].reason
+    assert "its engine stands still" in reason(fleet["d0"])
 
 
 async def test_a_restart_is_seen_once(fleet: Fixture) -> None:

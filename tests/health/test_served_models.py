@@ -89,7 +89,7 @@ class OddOnesTest(unittest.TestCase):
         registry = Registry()
         for number, models in enumerate(fleet):
             endpoint = registry.add(PDInstance(f"i{number}", role, f"10.0.0.{number}", 80))
-            registry.serves(endpoint, None if models is None else frozenset(models.split()))
+            registry.models.listed(endpoint, None if models is None else frozenset(models.split()))
         return {endpoint.id: text for endpoint, text in odd_ones(registry)}
 
     def test_each(self) -> None:
@@ -112,7 +112,7 @@ class OddOnesTest(unittest.TestCase):
         registry = Registry()
         for role, models in ((P, {"a"}), (D, {"a", "adapter"})):
             endpoint = registry.add(PDInstance(role.value, role, "10.0.0.1", 80))
-            registry.serves(endpoint, frozenset(models))
+            registry.models.listed(endpoint, frozenset(models))
         self.assertEqual(list(odd_ones(registry)), [])
 
     def test_long_lists_are_cut(self) -> None:
@@ -127,11 +127,11 @@ class TestProbes:
         server = await fleet.serve(None)
         endpoint = fleet.add("d0", "127.0.0.1", server.port, api_key="sk-1")
         monitor = fleet.monitor()
-        assert endpoint.models is None
+        assert endpoint.models.names is None
         for models in (["a"], ["a", "adapter"], ["b"]):
             server.models = models
             await monitor.check(endpoint)
-            assert endpoint.models == frozenset(models)
+            assert endpoint.models.names == frozenset(models)
             fleet.now += MODELS_S
         assert server.authorization == ["Bearer sk-1"] * 3
 
@@ -141,7 +141,7 @@ class TestProbes:
         server.page = server.page.replace("running 3", "running 0")  # else its engine would stand still
         for interval, every in ((1.0, 3), (5.0, 3), (10.0, 2), (60.0, 1)):
             monitor = fleet.monitor(interval)
-            fleet.registry.serves(fleet["d0"], None)
+            fleet.registry.models.listed(fleet["d0"], None)
             asked = []
             for number in range(9):
                 before = len(server.authorization)
@@ -157,14 +157,14 @@ class TestProbes:
         fleet.registry.probed(fleet["d0"], "down")
         server.models = ["other"]
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models == {"other"}
+        assert fleet["d0"].models.names == {"other"}
 
     async def test_an_instance_that_has_no_list(
         self, fleet: Fixture, caplog: pytest.LogCaptureFixture
     ) -> None:
         (await fleet.serve()).models = None
         await fleet.monitor().check(fleet["d0"])
-        assert fleet["d0"].models is None
+        assert fleet["d0"].models.names is None
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     @pytest.mark.parametrize("status", [b"401 Unauthorized", b"500 Oops", b"302 Found"])
@@ -185,10 +185,10 @@ class TestProbes:
         server.models = None
         fleet.now += 29.0
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models == {"tiny"}
+        assert fleet["d0"].models.names == {"tiny"}
         fleet.now += 2.0
         await monitor.check(fleet["d0"])
-        assert fleet["d0"].models is None
+        assert fleet["d0"].models.names is None
 
     async def test_of_a_restarted_one_they_are_not_known(self, fleet: Fixture) -> None:
         server = await fleet.serve()
@@ -196,9 +196,9 @@ class TestProbes:
         for start, models in ((1, ["a"]), (2, ["b"]), (3, None)):
             server.page, server.models = f"{page}process_start_time_seconds {start}\n", models
             await monitor.check(fleet["d0"])
-            assert fleet["d0"].models is None or start == 1
+            assert fleet["d0"].models.names is None or start == 1
             await monitor.check(fleet["d0"])
-            assert fleet["d0"].models == (None if models is None else frozenset(models))
+            assert fleet["d0"].models.names == (None if models is None else frozenset(models))
 
     async def test_who_differs_is_said_once_for_each_change(
         self, fleet: Fixture, caplog: pytest.LogCaptureFixture

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.waiting import until
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import HealthMonitor
@@ -163,7 +164,7 @@ async def test_each_instance_is_probed_once_an_interval_and_all_know_of_it(sched
             metrics = one[f"d{number}"].metrics
             assert metrics is not None
             assert (metrics.running, metrics.waiting) == (number, 7)
-            assert one[f"d{number}"].models == {"tiny"}
+            assert one[f"d{number}"].models.names == {"tiny"}
 
 
 async def test_alone_it_probes_all(schedulers: Schedulers) -> None:
@@ -214,13 +215,13 @@ class TestInFlight:
         server = await schedulers.serve("d0", page="vllm:num_requests_waiting 2\n")
         await schedulers.acquaint()
         owner, other = schedulers.owner("d0"), schedulers.other("d0")
-        other.registry.reserve(other["d0"])
-        owner.registry.reserve(owner["d0"])
+        other.registry.work.reserve(other["d0"])
+        owner.registry.work.reserve(owner["d0"])
 
         def sent_meanwhile() -> None:
             schedulers.exchange()  # that it is asked, and what was sent before
             for _ in range(3):
-                other.registry.reserve(other["d0"])
+                other.registry.work.reserve(other["d0"])
             schedulers.now += 0.02
             schedulers.exchange()
 
@@ -238,7 +239,7 @@ class TestInFlight:
         await schedulers.serve("d0")
         await schedulers.acquaint()
         owner, other = schedulers.owner("d0"), schedulers.other("d0")
-        other.registry.reserve(other["d0"])
+        other.registry.work.reserve(other["d0"])
         owner.replica.probes.asks = lambda endpoint: None  # type: ignore[method-assign]
         await schedulers.rounds()
         assert (other["d0"].in_flight, other["d0"].in_flight_at_scrape) == (1, 1)
@@ -257,12 +258,12 @@ class TestBadNews:
         assert all(one.looks("d0") for one in schedulers.all)
         await schedulers.rounds(2)
         for one in schedulers.all:
-            assert one["d0"].healthy is False
-            assert one["d0"].reason == "/health answers 503"
+            assert one["d0"].probes.healthy is False
+            assert reason(one["d0"]) == "/health answers 503"
         server.status = 200
         await schedulers.rounds()
         for one in schedulers.all:
-            assert one["d0"].healthy is True
+            assert one["d0"].probes.healthy is True
         await schedulers.rounds()
         assert [one.looks("d0") for one in schedulers.all].count(True) == 1
 
@@ -275,10 +276,10 @@ class TestBadNews:
         owner = schedulers.owner("d0")
         owner.registry.resolved(owner["d0"], "127.9.9.9")
         await schedulers.rounds(4)
-        assert owner["d0"].healthy is False
+        assert owner["d0"].probes.healthy is False
         for one in schedulers.all:
             if one is not owner:
-                assert one["d0"].healthy is True
+                assert one["d0"].probes.healthy is True
                 assert one.looks("d0")
         assert server.probes >= 6
 
@@ -290,14 +291,14 @@ class TestBadNews:
         other = schedulers.other("d0")
         other.registry.resolved(other["d0"], "127.9.9.9")
         await schedulers.rounds(3)
-        assert other["d0"].healthy is True, "it has not looked"
+        assert other["d0"].probes.healthy is True, "it has not looked"
         await schedulers.rounds(int(OWN_LOOK_S / INTERVAL_S))
-        assert other["d0"].healthy is False
+        assert other["d0"].probes.healthy is False
         await schedulers.rounds(3)
-        assert other["d0"].healthy is False
+        assert other["d0"].probes.healthy is False
         other.registry.resolved(other["d0"], "127.0.0.1")
         await schedulers.rounds(2)
-        assert other["d0"].healthy is True
+        assert other["d0"].probes.healthy is True
         assert not other.looks("d0")
 
     async def test_one_at_which_own_requests_fail_is_looked_at(self, schedulers: Schedulers) -> None:
@@ -307,7 +308,7 @@ class TestBadNews:
         await schedulers.acquaint()
         owner, other = schedulers.owner("d0"), schedulers.other("d0")
         assert not other.looks("d0")
-        other.registry.failed(other["d0"], "reset", schedulers.now)
+        other.registry.ends.failed(other["d0"], "reset", schedulers.now)
         assert other.looks("d0"), "one failure is enough"
         server.status = 503
         await other.look()
@@ -315,10 +316,10 @@ class TestBadNews:
         schedulers.now += INTERVAL_S
         await owner.look()
         schedulers.exchange()
-        assert other["d0"].problem == "/health answers 503", "the other's word does not count"
+        assert other["d0"].probes.problem == "/health answers 503", "the other's word does not count"
         await other.look()
-        assert not other["d0"].problem
-        other.registry.succeeded(other["d0"])
+        assert not other["d0"].probes.problem
+        other.registry.ends.succeeded(other["d0"])
         assert not other.looks("d0")
 
     async def test_a_trial_follows_a_look_of_its_own_not_a_word_of_others(
@@ -330,7 +331,7 @@ class TestBadNews:
         await schedulers.acquaint()
         owner, other = schedulers.owner("d0"), schedulers.other("d0")
         for _ in range(3):
-            other.registry.failed(other["d0"], "reset", schedulers.now)
+            other.registry.ends.failed(other["d0"], "reset", schedulers.now)
         other.deaf = True  # the ejection is its own alone
         schedulers.now += INTERVAL_S
         await owner.look()
@@ -346,7 +347,7 @@ class TestBadNews:
         await schedulers.acquaint()
         await schedulers.rounds(9)
         for one in schedulers.all:
-            assert "its engine stands still" in one["d0"].reason
+            assert "its engine stands still" in reason(one["d0"])
 
     async def test_all_find_that_it_hangs(self, schedulers: Schedulers) -> None:
         schedulers.join("a", "b")
@@ -368,7 +369,7 @@ class TestNews:
         await schedulers.acquaint()
         owner, other = schedulers.owner("d0"), schedulers.other("d0")
         for one in schedulers.all:
-            one.registry.reserve(one["d0"])
+            one.registry.work.reserve(one["d0"])
         server.page = server.page.replace("1.7e9", "1.8e9")
         await schedulers.rounds(2)
         assert (owner["d0"].generation, other["d0"].generation) == (1, 1)
@@ -383,7 +384,7 @@ class TestNews:
         server.models = ["tiny", "adapter"]
         await schedulers.rounds(4)
         for one in schedulers.all:
-            assert one["d0"].models == {"tiny", "adapter"}
+            assert one["d0"].models.names == {"tiny", "adapter"}
         asked = len(server.authorization)
         await schedulers.rounds(3)
         assert len(server.authorization) == asked + 1
@@ -529,12 +530,12 @@ class TestLiars:
             await self.lie(schedulers, msgspec.msgpack.encode(["", b"", [page]]))
             assert other.looks("d0")
             await other.look()
-        assert other["d0"].healthy is False
+        assert other["d0"].probes.healthy is False
 
     async def test_that_it_was_restarted(self, schedulers: Schedulers) -> None:
         await self.prepared(schedulers)
         other = schedulers.other("d0")
-        other.registry.reserve(other["d0"])
+        other.registry.work.reserve(other["d0"])
         page = [0, 0, 0, [], 1.8e9, None, 0, 0, 0, None, [], 0]
         await self.lie(schedulers, msgspec.msgpack.encode(["", b"", [page]]))
         assert other["d0"].generation == 0

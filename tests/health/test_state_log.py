@@ -5,6 +5,7 @@ import unittest
 from collections.abc import Callable
 
 from vllm_pd_scheduler.fleet.breaker import BreakerPolicy
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import HealthPolicy, Registry
 from vllm_pd_scheduler.health import StateLog
@@ -48,30 +49,30 @@ class StateLogTest(unittest.TestCase):
             self.assertEqual(self.told(self.registry.probed, new, problem), lines)
 
     def test_an_ejection_its_trial_and_its_end(self) -> None:
-        failed, probed, d2 = self.registry.failed, self.registry.probed, self.d2
+        failed, probed, d2 = self.registry.ends.failed, self.registry.probed, self.d2
         for call, arguments, lines in (
             (failed, (d2, "decode: reset", 0.0), ["WARNING d2 is ejected: decode: reset"]),
             (probed, (d2, None, 0.5), []),  # its pause is not over
             (probed, (d2, None, 1.0), ["INFO d2 is on trial: ejected: decode: reset"]),
             (failed, (d2, "decode: timeout", 2.0), ["WARNING d2 is ejected: decode: timeout"]),
             (probed, (d2, None, 9.0), ["INFO d2 is on trial: ejected: decode: timeout"]),
-            (self.registry.succeeded, (d2,), ["INFO d2 is healthy"]),
+            (self.registry.ends.succeeded, (d2,), ["INFO d2 is healthy"]),
         ):
             self.assertEqual(self.told(call, *arguments), lines)
         self.assertEqual(self.counted("d2"), {"ejected": 2, "trial": 2, "healthy": 2})
 
     def test_one_that_is_ejected_and_then_dies(self) -> None:
-        self.told(self.registry.failed, self.d2, "decode: connect", 0.0)
+        self.told(self.registry.ends.failed, self.d2, "decode: connect", 0.0)
         self.assertEqual(self.told(self.registry.probed, self.d2, "gone", 0.5), [])
         lines = self.told(self.registry.probed, self.d2, "gone", 0.6)
         self.assertEqual(lines, ["WARNING d2 is unhealthy: gone"])
 
     def test_one_that_hung_and_runs_again(self) -> None:
         probed, d2 = self.registry.probed, self.d2
-        for call, arguments, lines, reason in (
+        for call, arguments, lines, why in (
             (probed, (d2, "no answer", 0.0), [], "no answer"),
             (probed, (d2, "no answer", 0.1), ["WARNING d2 is unhealthy: no answer"], "no answer"),
-            (self.registry.failed, (d2, "prefill: hung", 0.2), [], "no answer"),
+            (self.registry.ends.failed, (d2, "prefill: hung", 0.2), [], "no answer"),
             (probed, (d2, "no answer", 0.3), [], "no answer"),
             (
                 probed,
@@ -79,16 +80,16 @@ class StateLogTest(unittest.TestCase):
                 ["WARNING d2 is on trial: ejected: prefill: hung"],
                 "ejected: prefill: hung",
             ),
-            (self.registry.succeeded, (d2,), ["INFO d2 is healthy"], ""),
+            (self.registry.ends.succeeded, (d2,), ["INFO d2 is healthy"], ""),
         ):
             self.assertEqual(self.told(call, *arguments), lines)
-            self.assertEqual(d2.reason, reason)
+            self.assertEqual(reason(d2), why)
 
     def test_the_last_one_that_fails_is_tried_again_at_once(self) -> None:
         for name in ("d1", "d3"):
             self.registry.drain(name)
         self.registry.policy = HealthPolicy(max_ejected_share=1.0)
-        lines = self.told(self.registry.failed, self.d2, "decode: status", 0.0)
+        lines = self.told(self.registry.ends.failed, self.d2, "decode: status", 0.0)
         self.assertEqual(lines, ["WARNING d2 is on trial: ejected: decode: status"])
 
     def test_a_drain_and_its_end(self) -> None:
@@ -96,7 +97,7 @@ class StateLogTest(unittest.TestCase):
         self.assertEqual(self.told(self.registry.drain, "d1"), [draining, drained])
         self.assertEqual(self.told(self.registry.drain, "d1"), [])
         self.assertEqual(self.told(self.registry.undrain, "d1"), ["INFO d1 is healthy"])
-        running = self.registry.reserve(self.d1)
+        running = self.registry.work.reserve(self.d1)
         self.assertEqual(self.told(self.registry.drain, "d1"), [draining])
         self.assertEqual(self.told(self.registry.probed, self.d1, None), [])
         running.release()
@@ -110,7 +111,7 @@ class StateLogTest(unittest.TestCase):
     def test_a_restart(self) -> None:
         self.assertEqual(self.told(self.registry.started, self.d1, 1.0), [])
         self.assertEqual(self.told(self.registry.started, self.d1, 2.0), ["WARNING d1 was restarted"])
-        self.registry.failed(self.d1, "decode: reset", 0.0)
+        self.registry.ends.failed(self.d1, "decode: reset", 0.0)
         self.assertEqual(
             self.told(self.registry.started, self.d1, 3.0), ["WARNING d1 was restarted", "INFO d1 is healthy"]
         )
@@ -136,9 +137,9 @@ class StateLogTest(unittest.TestCase):
         lines = self.told(self.registry.drain, "d3", admin)
         self.assertEqual(lines[0], "INFO d3 is draining (by admin 192.0.2.1)")
         self.registry.undrain("d3", admin)
-        self.registry.failed(self.d2, "decode: reset", 0.0)
+        self.registry.ends.failed(self.d2, "decode: reset", 0.0)
         self.registry.probed(self.d2, None, 1.0)
-        self.registry.succeeded(self.d2)
+        self.registry.ends.succeeded(self.d2)
         self.registry.started(self.d2, 1.0)
         self.registry.started(self.d2, 2.0)
         self.registry.remove("d2", admin)

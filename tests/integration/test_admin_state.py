@@ -17,15 +17,12 @@ from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
-STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
-"""Runs as long as its decode instance is frozen."""
 TORN = '{"version": 1, "drained": ["decode'
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """A fleet that takes its time: 20 ms a token."""
-    with Fleet(2, 2, arguments=["--decode-base=0.02"]) as running:
+    with Fleet(2, 2) as running:
         yield running
 
 
@@ -98,7 +95,7 @@ async def test_changes_survive_a_kill(
         assert states.keys() == {"prefill-0", "decode-0", "decode-1", "third"}
         assert states["decode-0"] == "draining"
         assert states["third"] == "healthy"
-        assert "removed prefill-1" in scheduler.output
+        await scheduler.says("removed prefill-1")
         # And back again, which leaves nothing to keep.
         first = {"id": "prefill-1", "role": "prefill", "host": "127.0.0.1"}
         first["port"] = fleet["prefill-1"].port
@@ -125,7 +122,8 @@ async def test_a_file_that_is_none_of_ours_is_put_aside(
     with spawned(stack.serve(settings)) as scheduler:
         await serving(client, scheduler)
         assert set((await client.states()).values()) == {"healthy"}
-        (warning,) = (line for line in scheduler.output.splitlines() if "WARNING" in line)
+        await scheduler.says("WARNING")
+        (warning,) = (line for line in scheduler.lines() if "WARNING" in line)
         assert f"state_file {state_file}: Invalid JSON" in warning
         assert "Traceback" not in scheduler.output
         assert read(Path(f"{state_file}.corrupt")) == TORN
@@ -150,31 +148,33 @@ async def test_a_drain_is_waited_for_and_undone(
     client = Client(session, stack, fleet)
     with spawned(stack.up(settings)) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            names = [response.headers[f"x-pd-{role}"] for role in ("prefill", "decode")]
-            with client.frozen(names[1]):
-                others = [instance.id for instance in fleet.instances if instance.id not in names]
-                for name in others:  # idle: nothing to wait for, whatever runs elsewhere
-                    status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
-                    assert (status, found["drained"]) == (200, True)
-                    await client.admin("POST", f"/instances/{name}/undrain")
-                assert (await client.instance(names[0]))["pending_handoffs"] == 1
-                drains = [
-                    asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
-                    for name in names
-                ]
+        async with client.held_stream() as stream:
+            names = [stream.headers[f"x-pd-{role}"] for role in ("prefill", "decode")]
+            others = [instance.id for instance in fleet.instances if instance.id not in names]
+            for name in others:  # idle: nothing to wait for, whatever runs elsewhere
+                status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
+                assert (status, found["drained"]) == (200, True)
+                await client.admin("POST", f"/instances/{name}/undrain")
+            assert (await client.instance(names[0]))["pending_handoffs"] == 1
+            drains = [
+                asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+                for name in names
+            ]
 
-                async def draining() -> bool:
-                    states = await client.states()
-                    return {states[name] for name in names} == {"draining"}
+            async def draining() -> bool:
+                states = await client.states()
+                return {states[name] for name in names} == {"draining"}
 
-                await until(draining)
-                assert not any(call.done() for call in drains), "the stream runs still"
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(draining)
+            assert not any(call.done() for call in drains), "the stream runs still"
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         for status, found in await asyncio.gather(*drains):
             assert (status, found["drained"]) == (200, True)
-        assert await _health(client, names[1]) == "DRAINING"
+
+        async def told() -> bool:
+            return await _health(client, names[1]) == "DRAINING"
+
+        await until(told)
         for name in names:
             status, found = await client.admin("POST", f"/instances/{name}/undrain")
             assert (status, found["state"], found["drained"]) == (200, "healthy", False)
@@ -200,17 +200,15 @@ async def test_a_drain_tells_what_remained_after_its_timeout(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 0.2})) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            with client.frozen(response.headers["x-pd-decode"]):
-                for role, remaining in (
-                    ("decode", {"in_flight": 1, "pending_handoffs": 0}),
-                    ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
-                ):
-                    name = response.headers[f"x-pd-{role}"]
-                    status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
-                    assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n"), "it is not cut"
+        async with client.held_stream() as stream:
+            for role, remaining in (
+                ("decode", {"in_flight": 1, "pending_handoffs": 0}),
+                ("prefill", {"in_flight": 0, "pending_handoffs": 1}),
+            ):
+                name = stream.headers[f"x-pd-{role}"]
+                status, found = await client.admin("POST", f"/instances/{name}/drain?wait=true")
+                assert (status, found["drained"], found["remaining"]) == (200, False, remaining)
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n"), "it is not cut"
 
 
 async def test_a_scheduler_that_ends_tells_those_who_wait(
@@ -219,20 +217,18 @@ async def test_a_scheduler_that_ends_tells_those_who_wait(
     client = Client(session, stack, fleet)
     with spawned(stack.up({**settings, "drain_timeout": 60})) as process:
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            name = response.headers["x-pd-decode"]
-            with client.frozen(name):
-                call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
+        async with client.held_stream() as stream:
+            name = stream.headers["x-pd-decode"]
+            call = asyncio.ensure_future(client.admin("POST", f"/instances/{name}/drain?wait=true"))
 
-                async def draining() -> bool:
-                    return (await client.states())[name] == "draining"
+            async def draining() -> bool:
+                return (await client.states())[name] == "draining"
 
-                await until(draining)
-                process.signal(signal.SIGTERM)
-                status, found = await call
-                assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(draining)
+            process.signal(signal.SIGTERM)
+            status, found = await call
+            assert (status, found["drained"], found["remaining"]["in_flight"]) == (200, False, 1)
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
 
 

@@ -14,6 +14,7 @@ import pytest_asyncio
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
+from tests.support.waiting import HUNG_S
 
 MIB = 1 << 20
 COMPLETION = b'{"prompt":"p","max_tokens":2}'
@@ -139,10 +140,10 @@ async def test_http_1_0_without_a_host(client: Client) -> None:
 async def test_a_websocket_passes_to_decode_and_is_in_flight_until_it_is_closed(client: Client) -> None:
     url = f"{client.stack.url}/v1/realtime?model=m"
     async with client.session.ws_connect(url, headers={"x-request-id": "spoken"}) as socket:
-        assert (await socket.receive_json(timeout=10))["type"] == "session.created"
+        assert (await socket.receive_json(timeout=HUNG_S))["type"] == "session.created"
         for text in ("", "a", "b" * 100_000):
             await socket.send_str(text)
-            assert await socket.receive_str(timeout=10) == text
+            assert await socket.receive_str(timeout=HUNG_S) == text
         assert await client.in_flight() == 1
         busy = [
             each["id"]
@@ -190,13 +191,13 @@ async def test_websockets_without_the_scheduler(
             await ready(client, envoy)
             await client.until_known()
             async with session.ws_connect(stack.url + "/v1/realtime") as socket:
-                await socket.receive_json(timeout=10)
+                await socket.receive_json(timeout=HUNG_S)
                 scheduler.process.kill()
                 await asyncio.to_thread(scheduler.wait)
                 await socket.send_str("still there")
-                assert await socket.receive_str(timeout=10) == "still there"
+                assert await socket.receive_str(timeout=HUNG_S) == "still there"
         async with session.ws_connect(stack.url + "/v1/realtime") as socket:
-            assert (await socket.receive_json(timeout=10))["type"] == "session.created"
+            assert (await socket.receive_json(timeout=HUNG_S))["type"] == "session.created"
 
 
 # -- IPv6

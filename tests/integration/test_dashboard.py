@@ -143,9 +143,7 @@ async def test_an_instance_is_added_and_removed(browser: Browser, client: Client
     def add(port: str) -> None:
         browser.click("#add")
         for name, value in (("id", "decode-9"), ("host", "127.0.0.1"), ("port", port)):
-            field = browser.find(f"#dialog [name={name}]")
-            field.clear()
-            field.send_keys(value)
+            browser.type(f"#dialog [name={name}]", value)
         Select(browser.find("#dialog [name=role]")).select_by_visible_text("decode")
         browser.click("#dialog [type=submit]")
 
@@ -236,15 +234,16 @@ async def test_a_small_screen_scrolls_one_way(browser: Browser, client: Client, 
 
 def test_the_token_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
     def give(token: str) -> None:
-        browser.click("#dialog [name=token]")
-        browser.find("#dialog [name=token]").send_keys(token)
+        browser.type("#dialog [name=token]", token)
         browser.click("#dialog [type=submit]")
 
     with AdminThread(token="s3cret") as admin:
         browser.open(admin.url + "/")
         browser.until_text("#dialog", "Admin token")
         assert "prefill-0" not in browser.text("main")
+        browser.run("document.querySelector('#dialog form').id = 'old'")
         browser.find("#dialog").send_keys(Keys.ESCAPE)
+        browser.until(lambda: browser.run("return document.querySelector('#dialog form:not(#old)')"))
         browser.until_text("#dialog", "Admin token")
         give("wrong")
         browser.until_text("#dialog", "The token is wrong")

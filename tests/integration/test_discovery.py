@@ -136,24 +136,22 @@ async def test_a_stream_on_an_instance_that_is_dropped_ends_first(
     session: aiohttp.ClientSession, stack: Stack, fleet: Fleet, settings: dict[str, Any], instances: Path
 ) -> None:
     async with running(session, stack, fleet, settings) as (client, _):
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            name = response.headers["x-pd-decode"]
-            with client.frozen(name):
-                write(instances, without(fleet, name))
-                await until_states(client, **{name.replace("-", "_"): "draining"})
-                assert (await client.instance(name))["source"] == ""
-                status, found = await client.admin("POST", f"/instances/{name}/undrain")
-                assert (status, "no source names" in found["error"]) == (409, True)
-                write(instances, fleet.config())
+        async with client.held_stream() as stream:
+            name = stream.headers["x-pd-decode"]
+            write(instances, without(fleet, name))
+            await until_states(client, **{name.replace("-", "_"): "draining"})
+            assert (await client.instance(name))["source"] == ""
+            status, found = await client.admin("POST", f"/instances/{name}/undrain")
+            assert (status, "no source names" in found["error"]) == (409, True)
+            write(instances, fleet.config())
 
-                async def back() -> bool:
-                    return (await client.instance(name))["source"] != ""
+            async def back() -> bool:
+                return (await client.instance(name))["source"] != ""
 
-                await until(back)
-                write(instances, without(fleet, name))
-                await until_states(client, **{name.replace("-", "_"): "draining"})
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(back)
+            write(instances, without(fleet, name))
+            await until_states(client, **{name.replace("-", "_"): "draining"})
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         await until_states(client, **{name.replace("-", "_"): "gone"})
 
 
@@ -194,7 +192,7 @@ async def test_the_configuration_is_read_again(
         texts = await events(client, "config")
         assert any(text.endswith("; needs a restart: grpc_port") for text in texts), texts
         assert any("strategy, queue_size changed" in text for text in texts), texts
-        assert "the configuration was read again: decode_instances, strategy" in process.output
+        await process.says("the configuration was read again: decode_instances, strategy")
         # And a broken one.
         in_place(path, {**new, "queue_sise": 1, "strategy": "nonsense"})
         status, found = await client.admin("POST", "/reload")

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.integration.test_discovery import STREAM, events, load, running, until_states
+from tests.integration.test_discovery import events, load, running, until_states
 from tests.support.dns_server import DnsServer, dns_server
 from tests.support.overload import PATIENT
 from tests.support.processes import Client, Stack, unused_ports
@@ -112,15 +112,12 @@ async def test_a_stream_on_a_server_that_is_named_no_more_ends_first(
     port: int,
 ) -> None:
     async with running(session, stack, prefill, settings) as (client, _):
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            name = response.headers["x-pd-decode"]
+        async with client.held_stream([each["decode-0"] for each in decode.values()]) as stream:
+            name = stream.headers["x-pd-decode"]
             host = name.split("-")[1]
-            client.fleet = decode[host]
-            with client.frozen("decode-0"):
-                dns.set(NAME, "A", *(each for each in HOSTS if each != host))
-                await until_states(client, **{name: "draining"})
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            dns.set(NAME, "A", *(each for each in HOSTS if each != host))
+            await until_states(client, **{name: "draining"})
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         await until_states(client, **{name: "gone"})
         dns.forget(NAME)  # scaled to zero
         await until_states(client, **{f"decode-{host}-{port}": "gone" for host in HOSTS})

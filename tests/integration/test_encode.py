@@ -45,17 +45,27 @@ def connector(fleet: Fleet) -> str:
 
 
 @pytest.fixture(scope="module")
-def up(fleet: Fleet, stack: Stack, connector: str) -> Iterator[Process]:
-    settings = {
+def settings(fleet: Fleet, connector: str) -> dict[str, Any]:
+    return {
         "strategy": "round_robin",
         "encode_connector": connector,
         "encode_timeout": 3600.0,
-        "health_check_timeout": 1.0,
         **NO_EJECTION,
         **fleet.config(),
     }
+
+
+@pytest.fixture(scope="module")
+def up(stack: Stack, settings: dict[str, Any]) -> Iterator[Process]:
     with spawned(stack.up(settings)) as process:
         yield process
+
+
+async def use(client: Client, settings: dict[str, Any]) -> None:
+    """Have the scheduler read other settings."""
+    client.stack.write_config(settings)
+    status, answer = await client.admin("POST", "/reload")
+    assert (status, answer["needs_restart"]) == (200, [])
 
 
 @pytest_asyncio.fixture
@@ -268,7 +278,8 @@ async def test_a_client_that_leaves_ends_what_e_does(client: Client, fleet: Flee
 
 
 @of_one_kind
-async def test_what_waits_at_an_e_that_hangs_is_given_up(client: Client) -> None:
+async def test_what_waits_at_an_e_that_hangs_is_given_up(client: Client, settings: dict[str, Any]) -> None:
+    await use(client, {**settings, "health_check_timeout": 1.0})
     before = await client.seen_by_all()
     for each in ("encode-0", "encode-1"):
         await client.fault(each, delay=3600)
@@ -285,6 +296,7 @@ async def test_what_waits_at_an_e_that_hangs_is_given_up(client: Client) -> None
     for body, answer in zip(bodies, answers, strict=True):
         assert answer.text == json.loads(await alone(client, body))["choices"][0]["message"]["content"]
     assert {encoded(each).split(" ", 1)[1] for each in answers} == {"0 of 1"}
+    await use(client, settings)
 
     async def serve() -> bool:
         return set((await client.states()).values()) == {"healthy"}

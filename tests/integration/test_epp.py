@@ -95,7 +95,7 @@ async def client(
 
 async def test_it_serves_encrypted_and_says_what_it_does_not_follow(client: Client, picker: Process) -> None:
     assert (await client.complete()).status == 200
-    lines = [json.loads(line) for line in picker.output.splitlines()]
+    lines = [json.loads(line) for line in picker.lines()]
     notes = [line["message"] for line in lines if line["logger"].endswith("cli.epp")]
     assert [note.partition(" is ignored")[0] for note in notes] == [
         "--config-file=/config/default-plugins.yaml",

@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PAGE = "https://app.example"
@@ -128,7 +128,7 @@ async def forsaken(
         f"{role}_instances": [{"id": role, "host": "127.0.0.1", "port": port}]
         for port, role in enumerate(("prefill", "decode"), 1)
     }
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HUNG_S)) as session:
         client = Client(session, stack, fleet)
         with spawned(stack.envoy()), spawned(stack.serve(gone)) as scheduler:
             yield client, scheduler

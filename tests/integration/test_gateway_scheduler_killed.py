@@ -22,6 +22,7 @@ from vllm_pd_scheduler.sim.profile import EngineProfile
 PROMPT = "Whose is the cache? " * 40
 SLOW = replace(EngineProfile.instant(), decode_base=0.02)
 STREAM = {"prompt": PROMPT, "stream": True, "max_tokens": 100, "ignore_eos": True}
+ENDLESS = {**STREAM, "max_tokens": 3000}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ async def test_during_prefill_it_fails(client: Client, running: Running) -> None
 @pytest.mark.parametrize("stream", [False, True])
 async def test_while_decode_has_it_the_request_fails(client: Client, running: Running, stream: bool) -> None:
     for instance in client.fleet.decode:
-        await client.fault(instance.id, delay=2.0)
+        await client.fault(instance.id, delay=3600.0)
     before = await client.seen_by_all()
     request = asyncio.ensure_future(complete(client, stream=stream))
 
@@ -124,11 +125,13 @@ async def test_while_decode_has_it_the_request_fails(client: Client, running: Ru
     kill(running)
     outcome = await asyncio.gather(request, return_exceptions=True)
     assert not (isinstance(outcome[0], Answer) and outcome[0].status == 200), outcome
+    for instance in client.fleet.decode:
+        await client.fault(instance.id)
     await split_again(client, running)
 
 
-async def streaming(client: Client) -> tuple[aiohttp.ClientResponse, bytes]:
-    response = await client.session.post(client.stack.url + "/v1/completions", json=STREAM)
+async def streaming(client: Client, body: dict[str, Any] = STREAM) -> tuple[aiohttp.ClientResponse, bytes]:
+    response = await client.session.post(client.stack.url + "/v1/completions", json=body)
     assert response.status == 200
     return response, await response.content.readline()
 
@@ -136,7 +139,7 @@ async def streaming(client: Client) -> tuple[aiohttp.ClientResponse, bytes]:
 @pytest.mark.parametrize("gateway", [Gateway(), Gateway(response_body="NONE")], indirect=True)
 async def test_in_mid_stream_the_stream_is_cut(client: Client, running: Running) -> None:
     """Also if no token passes through: Envoy waits for the answer's trailers, which it would send."""
-    response, _ = await streaming(client)
+    response, _ = await streaming(client, ENDLESS)
     kill(running)
     with pytest.raises(aiohttp.ClientError):
         await response.content.read()
@@ -166,7 +169,7 @@ async def test_one_that_is_told_to_end_lets_streams_end(client: Client, running:
 async def test_under_load_nothing_hangs(client: Client, running: Running) -> None:
     """Each client gets an answer or an error, and after the restart answers again."""
     requests = [asyncio.ensure_future(complete(client, stream=n % 2 > 0, max_tokens=20)) for n in range(40)]
-    await asyncio.sleep(0.1)
+    await until(lambda: any(each.done() for each in requests))  # others are everywhere on their ways
     kill(running)
     await asyncio.gather(*requests, return_exceptions=True)
     await split_again(client, running)

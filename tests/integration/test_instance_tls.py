@@ -16,7 +16,7 @@ import yaml
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import NO_EJECTION, Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.router import PDRouter
@@ -39,7 +39,7 @@ class Secured:
     async def client(self, stack: Stack) -> AsyncIterator[Client]:
         """A client that can look at the instances too."""
         connector = aiohttp.TCPConnector(ssl=self.made.client_context(self.made.client))
-        timeout = aiohttp.ClientTimeout(total=30)
+        timeout = aiohttp.ClientTimeout(total=HUNG_S)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             yield Client(session, stack, self.fleet)
 

@@ -20,7 +20,6 @@ from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 
 SETTINGS = {"decode_first_byte_timeout": 60.0, "health_check_timeout": 60.0}
-STREAM = {"prompt": "p", "max_tokens": 40, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture
@@ -108,14 +107,11 @@ async def test_a_stream_on_a_pod_that_is_deleted_ends_first(
     settings = source(server, tmp_path, selector="app=vllm", ports=[pods.port])
     async with running(session, stack, settings) as (client, _):
         await until_states(client, **HEALTHY)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            name = response.headers["x-pd-decode"]
-            pods[name].process.send_signal(19)  # SIGSTOP: the stream stands still
+        async with client.held_stream([pods[f"decode-{number}"] for number in range(2)]) as stream:
+            name = stream.headers["x-pd-decode"]
             pods.delete(name)
             await until_states(client, **{**HEALTHY, name.replace("-", "_"): "draining"})
-            pods[name].process.send_signal(18)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
 
         async def gone() -> bool:
             return name not in await client.states()
@@ -148,6 +144,7 @@ async def test_while_the_api_server_is_away_nothing_is_lost(
             )
             await seen.more()
         seen.assert_clean()
+        await process.says("the API server cannot be asked")
         assert process.output.count("the API server cannot be asked") == 1
         await until(lambda: "all is well again" in process.output)
         assert await client.admin("GET", "/readyz") == (200, {"status": "ready"})

@@ -24,7 +24,10 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest.fixture(scope="module")
 def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
-    with spawned(stack.up({"strategy": "round_robin", **NO_EJECTION, **fleet.config()})) as process:
+    unprobed = {"health_check_interval": 3600.0}  # but at the start: requests alone find what has died
+    with spawned(
+        stack.up({"strategy": "round_robin", **unprobed, **NO_EJECTION, **fleet.config()})
+    ) as process:
         yield process
 
 

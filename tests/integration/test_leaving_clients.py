@@ -32,7 +32,7 @@ class Stage:
         self.app = app
         self.client = client
         self.freed: list[PendingHandoff] = []
-        app.router.in_flight.release_handoff = self.freed.append
+        app.router.in_flight.handoffs.release = self.freed.append
 
     async def ended(self) -> None:
         async def no_stream() -> bool:

@@ -26,7 +26,7 @@ def fleet() -> Iterator[Fleet]:
 
 def objects(process: Process) -> list[dict[str, Any]]:
     """Each line of the log so far but those of Envoy's access log, which has its own form."""
-    lines = [json.loads(line) for line in process.output.splitlines()]
+    lines = [json.loads(line) for line in process.lines()]
     return [line for line in lines if "logger" in line]
 
 

@@ -258,10 +258,8 @@ async def test_a_hand_off_that_decode_had_not_begun_with_is_freed(client: Client
 
 
 async def test_in_flight_counts_streams_until_they_end(client: Client) -> None:
-    body = {"prompt": "p", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    async with client.session.post(client.stack.url + "/v1/completions", json=body) as response:
-        await response.content.readline()
-        assert await client.in_flight() == 1
-        assert (await client.instance(response.headers["x-pd-decode"]))["in_flight"] == 1
+    async with client.held_stream() as stream:
+        await client.until_in_flight(1)
+        assert (await client.instance(stream.headers["x-pd-decode"]))["in_flight"] == 1
     # the block's end closes the connection in mid-stream
     await client.until_in_flight(0)

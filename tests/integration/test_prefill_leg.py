@@ -13,14 +13,13 @@ import aiohttp
 import pytest
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
-from vllm_pd_scheduler.sim.fleet import Fleet
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 KEY = "s3cret-key"
 SETTINGS = {
     "strategy": "round_robin",
-    "prefill_timeout": 1.0,
     "api_key": {"env": "FLEET_KEY"},
     **NO_EJECTION,
 }
@@ -105,12 +104,18 @@ async def test_a_p_that_resets_each_request_is_asked_once(client: Client) -> Non
     assert await failures(client) == {"reset": len(asked)}
 
 
-async def test_a_p_that_hangs_has_its_time(client: Client) -> None:
-    await client.complete()
-    with client.frozen("prefill-0"):
-        answers = await asyncio.gather(*(client.complete() for _ in range(4)))
-    assert {(answer.status, answer.headers["x-pd-prefill"]) for answer in answers} == {(200, "prefill-1")}
-    assert set(await failures(client)) == {"timeout"}
+async def test_a_p_that_hangs_has_its_time(
+    session: aiohttp.ClientSession, tmp_path: Path, fleet: Fleet, way: str
+) -> None:
+    stack = Stack(tmp_path)
+    with started(stack, fleet, way, prefill_timeout=3.0) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        await client.complete()
+        with client.frozen("prefill-0"):
+            answers = await asyncio.gather(*(client.complete() for _ in range(4)))
+        assert {(answer.status, answer.headers["x-pd-prefill"]) for answer in answers} == {(200, "prefill-1")}
+        assert set(await failures(client)) == {"timeout"}
 
 
 NONSENSE = {

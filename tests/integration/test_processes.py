@@ -30,10 +30,10 @@ from tests.support.processes import (
 )
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
+from vllm_pd_scheduler.sim.fleet import DECODE_PORT_OFFSET
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 STREAM = {"prompt": "p", "max_tokens": 75, "ignore_eos": True, "stream": True}
-"""Runs as long as its decode instance is frozen."""
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,14 @@ async def test_sigterm_drains_and_ends_both(
         client = Client(session, stack, fleet)
         await ready(client, process)
         (envoy,) = process.children()
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            with client.frozen("decode-0"):
-                process.signal(signal.SIGTERM)
+        async with client.held_stream() as stream:
+            process.signal(signal.SIGTERM)
 
-                async def not_ready() -> bool:
-                    return (await client.admin("GET", "/readyz"))[0] == 503
+            async def not_ready() -> bool:
+                return (await client.admin("GET", "/readyz"))[0] == 503
 
-                await until(not_ready)
-            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            await until(not_ready)
+            assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
         assert not running(envoy)
         assert "Traceback" not in process.output
@@ -79,13 +77,11 @@ async def test_a_drain_ends_after_its_timeout(
     with spawned(stack.up({**PATIENT, **fleet.config(), "drain_timeout": 0.2})) as process:
         client = Client(session, stack, fleet)
         await ready(client, process)
-        async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-            await response.content.readline()
-            with client.frozen("decode-0"):
-                process.signal(signal.SIGTERM)
-                assert await asyncio.to_thread(process.wait) == 0
+        async with client.held_stream() as stream:
+            process.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait) == 0
             with pytest.raises(aiohttp.ClientPayloadError):  # cut, not ended as if complete
-                await response.read()
+                await stream.rest()
         assert "1 requests still run after drain_timeout" in process.output
 
 
@@ -206,17 +202,15 @@ async def test_a_hangup_does_not_cut_a_drain(
             client = Client(session, stack, fleet)
             await ready(client, process)
             await client.until_split()
-            async with session.post(stack.url + "/v1/completions", json=STREAM) as response:
-                await response.content.readline()
-                with client.frozen("decode-0"):
-                    process.signal(signal.SIGTERM)
+            async with client.held_stream() as stream:
+                process.signal(signal.SIGTERM)
 
-                    async def not_ready() -> bool:
-                        return (await client.admin("GET", "/readyz"))[0] == 503
+                async def not_ready() -> bool:
+                    return (await client.admin("GET", "/readyz"))[0] == 503
 
-                    await until(not_ready)
-                    process.signal(signal.SIGHUP)
-                assert (await response.read()).endswith(b"data: [DONE]\n\n")
+                await until(not_ready)
+                process.signal(signal.SIGHUP)
+                assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
             assert await asyncio.to_thread(process.wait) == 0
         assert "Traceback" not in envoy.output
 
@@ -367,7 +361,10 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
-    options = ["--prefill=1", "--decode=1", f"--base-port={unused_ports(1)[0]}"]
+    base = unused_ports(1)[0]
+    while base + DECODE_PORT_OFFSET not in unused_ports(DECODE_PORT_OFFSET):
+        base = unused_ports(1)[0]
+    options = ["--prefill=1", "--decode=1", f"--base-port={base}"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()

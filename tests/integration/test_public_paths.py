@@ -13,7 +13,7 @@ import pytest_asyncio
 from tests.support.http1 import connection, post, request
 from tests.support.processes import Answer, Client, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 
 COMPLETION = b'{"prompt":"p","max_tokens":2}'
 CHAT = b'{"messages":[{"role":"user","content":"p"}],"max_tokens":2}'
@@ -200,7 +200,7 @@ async def _answered(client: Client, path: str, status: int) -> bool:
 async def alone(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Client]:
     """A client of an Envoy whose scheduler has gone."""
     stack = Stack(Path(tmp_path_factory.mktemp("alone")))
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HUNG_S)) as session:
         client = Client(session, stack, fleet)
         with spawned(stack.envoy()) as envoy:
             with spawned(stack.serve(fleet.config())) as scheduler:

@@ -18,7 +18,7 @@ import yaml
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.process import find_envoy
 from vllm_pd_scheduler.envoy.schedulers import SchedulerAddress
@@ -65,7 +65,7 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest_asyncio.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=30)
+    timeout = aiohttp.ClientTimeout(total=HUNG_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as opened:
         yield opened
 
@@ -98,7 +98,7 @@ async def schedulers(
         await ready(both[0].client, envoy)
         for each in both:
             await until(each.ready)
-        await until(lambda: _healthy(both[0].client, 2))
+        await until(lambda: both[0].client.healthy_schedulers(2))
         await both[0].client.until_split()
         yield both[0], both[1]
         await both[0].client.undo_faults()
@@ -127,13 +127,6 @@ async def until_told(scheduler: Scheduler, instead: Scheduler) -> None:
         return await instead.metric(strays) == astray and await scheduler.metric(results) - told >= 64
 
     await until(settled)
-
-
-async def _healthy(client: Client, schedulers: int) -> bool:
-    """Whether Envoy finds so many schedulers healthy."""
-    url = f"{client.stack.envoy_admin}/stats?filter=cluster.scheduler.membership_healthy"
-    async with client.session.get(url) as response:
-        return (await response.text()).split()[-1] == str(schedulers)
 
 
 async def _pinned(client: Client, blocks: int) -> bool:
@@ -165,9 +158,12 @@ async def assert_told(scheduler: Scheduler) -> None:
     async def counted() -> bool:
         return await _failures(scheduler) == before + rescued
 
+    async def all_freed() -> bool:
+        return await scheduler.metric("pd_scheduler_handoffs_unused_total{") == freed + rescued
+
     await until(counted)
     await client.until_freed()
-    assert await scheduler.metric("pd_scheduler_handoffs_unused_total{") == freed + rescued
+    await until(all_freed)  # P has freed it before the scheduler hears that it has
     await client.fault("decode-0")
 
 
@@ -222,14 +218,17 @@ async def test_a_request_of_a_scheduler_that_died_has_one_more_attempt(
     with client.frozen("decode-0", "decode-1"):
         waiting = [asyncio.ensure_future(client.complete()) for _ in range(2)]
 
-        async def sent() -> bool:
-            return sum([await each.client.in_flight() for each in schedulers]) == 2
+        async def at_decode() -> bool:
+            """Not at P any more: what has no D yet when its scheduler dies is sent to one once."""
+            at = "/stats?format=json&filter=^cluster.decode.upstream_rq_active$"
+            (active,) = (await client.json(client.stack.envoy_admin + at))["stats"]
+            return bool(active["value"] == 2)
 
-        await until(sent)
+        await until(at_decode)
         nearest.process.signal(signal.SIGKILL)
         nearest.process.wait()
 
-        await until(lambda: _healthy(client, 1))
+        await until(lambda: client.healthy_schedulers(1))
         client.fleet.kill("decode-0")
     assert [(await each).status for each in waiting] == [200, 200]
     client.fleet.restart("decode-0")

@@ -88,7 +88,7 @@ async def test_a_wrong_pair_is_found_and_only_that(
         return await left_out(client) == {WRONG}
 
     await until(found)
-    assert "WRONG TEXTS: decode-1 answers wrongly with what prefill-0 hands over" in up.output
+    await up.says("WRONG TEXTS: decode-1 answers wrongly with what prefill-0 hands over")
     expected = (await client.complete(n=2)).json["choices"][0]["text"]
     pairs = set()
     for _ in range(5):

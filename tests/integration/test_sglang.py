@@ -54,7 +54,7 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
     config = {
         "strategy": "round_robin",
         "public_paths": ["/generate", "/v1/responses"],
-        "prefill_timeout": 2.0,
+        "prefill_timeout": 4.0,
     }
     with spawned(stack.up({**config, **NO_EJECTION, **fleet.config()})) as process:
         yield process

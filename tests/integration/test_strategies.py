@@ -68,7 +68,8 @@ async def test_a_shadow_that_fails_costs_no_request(client: Client, up: Process)
     assert report["strategy"] == "broken_shadow:Broken"
     for role in ("prefill", "decode"):
         assert (report[role]["failed"], report[role]["agreed"], report[role]["differed"]) == (ROUNDS, 0, 0)
-    (warning,) = (line for line in up.output.splitlines() if "WARNING" in line)
+    await up.says("WARNING")
+    (warning,) = (line for line in up.lines() if "WARNING" in line)
     assert (
         "shadow strategy broken_shadow:Broken failed to pick a prefill instance: RuntimeError: odd" in warning
     )
@@ -88,7 +89,8 @@ async def test_a_live_strategy_that_fails_costs_no_request_and_is_seen(client: C
     for role in ("prefill", "decode"):
         labels = f'{{role="{role}",strategy="broken_shadow:Broken"}}'
         assert f"pd_scheduler_strategy_failures_total{labels} {ROUNDS}.0" in page
-    errors = [line for line in up.output.splitlines() if failures in line][before:]
+    await up.says(failures, before + 2)
+    errors = [line for line in up.lines() if failures in line][before:]
     assert len(errors) == 2, "once a minute for each role"
     assert "strategy broken_shadow:Broken failed for prefill: RuntimeError: odd, at " in errors[0]
     assert "broken_shadow.py:8 in rank" in errors[0]

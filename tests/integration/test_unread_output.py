@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack
 from tests.support.sim_fleet import Fleet
+from tests.support.template import start
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -31,10 +31,8 @@ def fleet() -> Iterator[Fleet]:
 def unread(command: list[str]) -> Iterator[tuple[Process, int]]:
     """Run a command whose output goes to one pipe, and return what reads it."""
     read, write = os.pipe()
-    popen = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=write, stderr=write, start_new_session=True
-    )
-    os.close(write)
+    with open(write, "wb") as output:
+        popen = start(command, output, dict(os.environ))
     try:
         with open(read, "rb", buffering=0) as pipe:
             yield Process(popen, pipe), read

@@ -87,7 +87,7 @@ async def test_an_envoy_that_cannot_be_reached_any_more(
             response = await streaming(client, envoy)
             between.freeze()
             await client.until_in_flight(0)
-            assert app.ext_proc.open_streams == 0
+            await until(lambda: app.ext_proc.open_streams == 0)
 
             def no_call() -> bool:
                 return not any("_Coroutine._run" in repr(task.get_coro()) for task in asyncio.all_tasks())
@@ -116,7 +116,7 @@ async def test_an_envoy_that_is_stopped_on_a_socket(
                 await client.until_in_flight(0)
             finally:
                 os.kill(envoy.process.pid, signal.SIGCONT)
-            assert app.ext_proc.open_streams == 0
+            await until(lambda: app.ext_proc.open_streams == 0)
             await response.content.readline()
             response.close()
 

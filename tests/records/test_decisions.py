@@ -115,7 +115,7 @@ class KindsTest(Case):
     async def test_a_queue_that_is_full(self) -> None:
         self.router = self.start(max_waiting=1, queue_size=1, queue_timeout=5)
         for endpoint in self.router.registry.endpoints(P):
-            self.router.registry.reserve(endpoint)
+            self.router.registry.work.reserve(endpoint)
         waits = asyncio.ensure_future(self.sent())
         await asyncio.sleep(0)
         self.assertIsInstance(await self.sent(), Reject)
@@ -199,8 +199,8 @@ class LeftOutTest(Case):
             registry.probed(down, "down")
         registry.drain(draining.id)
         for endpoint in (full, registry.endpoints(P)[2]):
-            registry.serves(endpoint, frozenset({"m"}))
-        registry.serves(other, frozenset({"another"}))
+            registry.models.listed(endpoint, frozenset({"m"}))
+        registry.models.listed(other, frozenset({"another"}))
         await self.sent()
         found = self.shown()["prefill"]
         self.assertEqual(found["picked"], full.id)
@@ -213,7 +213,7 @@ class LeftOutTest(Case):
         self.router = self.start(max_in_flight_tokens=1)
         registry = self.router.registry
         first = registry.endpoints(P)[0]
-        registry.overloaded(first, self.now)
+        registry.ends.overloaded(first, self.now)
         await self.sent()
         self.assertEqual(self.shown()["prefill"]["left_out"], {"full": [first.id]})
 
@@ -333,7 +333,7 @@ def test_whatever_a_strategy_compares_is_shown_as_json(scores: list[Any], terms:
             return terms
 
     scheduler = scheduler_of(3, 3)
-    scheduler.install(Odd, D, "odd")
+    scheduler.strategies.install(Odd, D, "odd")
     request = prompt()
     picked = scheduler.pick(D, request, count=count)
     choice = scheduler.explain(D, request)
@@ -372,5 +372,5 @@ def test_each_strategy_explains(name: str) -> None:
         choice = scheduler.explain(role, request)
         assert choice is not None
         assert choice.picked is picked[0]
-        assert not +scheduler.failures.counts
+        assert not +scheduler.strategies.failures.counts
         assert bool(choice.terms) is (name != "round_robin")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.replicas import FleetKey, Replica
 from vllm_pd_scheduler.request.context import RequestContext
@@ -49,7 +50,7 @@ class One:
         """Reserve an endpoint for a request."""
         now += self.skew
         request = make_request(now, tokens, blocks)
-        reservation = self.registry.reserve(self.registry.get(endpoint), request)
+        reservation = self.registry.work.reserve(self.registry.get(endpoint), request)
         self.claims.append(reservation)
         return reservation
 
@@ -58,7 +59,7 @@ class One:
         if self.claims:
             claim = self.claims.pop(index % len(self.claims))
             if claim.endpoint.instance.role is P and index % 3:
-                self.registry.prefilled(claim, 900, 100, now + self.skew)
+                self.registry.work.prefilled(claim, 900, 100, now + self.skew)
             claim.release(now + self.skew)
 
     def publish(self, now: float) -> list[bytes]:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.replicas.one import One, P, make_registry, make_request
 from vllm_pd_scheduler.fleet.claims import HEARD_S
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.replicas import SILENT_S
 
 
@@ -18,7 +18,7 @@ def pair(number: int = 0) -> tuple[One, One, str]:
 
 def claim(one: One, endpoint: str, now: float) -> Reservation:
     request = make_request(now + one.skew)
-    return one.registry.reserve(one.registry.get(endpoint), request, tentative=True)
+    return one.registry.work.reserve(one.registry.get(endpoint), request, tentative=True)
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -39,7 +39,7 @@ def test_a_claim_is_load_elsewhere_at_once_and_a_cached_prompt_when_it_stands() 
     there = b.registry.get(endpoint)
     assert there.prefill.queued > 0
     assert len(b.registry.prefixes) == 0
-    a.registry.confirm(made, 1.0 + HEARD_S)
+    a.registry.work.confirm(made, 1.0 + HEARD_S)
     b.hear(a.publish(1.0 + HEARD_S), 1.0 + HEARD_S)
     assert len(b.registry.prefixes) == 2
     assert len(list(there.prefill.pending)) == 1

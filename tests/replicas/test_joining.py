@@ -66,7 +66,7 @@ def _prompts(count: int, seed: int = 0, most: int = 40) -> list[tuple[int, ...]]
 def _learn(one: One, prompts: list[tuple[int, ...]], now: float) -> None:
     for number, blocks in enumerate(prompts):
         claim = one.send(f"prefill-{number % 2}", now, blocks=blocks)
-        one.registry.prefilled(claim, 1000, 0, now + 0.1)
+        one.registry.work.prefilled(claim, 1000, 0, now + 0.1)
         one.send(f"decode-{number % 2}", now, blocks=blocks).release(now + 0.2)
         one.claims.clear()
 
@@ -151,7 +151,7 @@ def test_those_who_were_apart_tell_each_other_what_was_cached_meanwhile() -> Non
 def test_it_is_told_what_stands_and_what_was_learned() -> None:
     a, b = One("a"), One("b")
     for _ in range(3):
-        a.registry.failed(a.registry.get("decode-0"), "it fails", 0.0)
+        a.registry.ends.failed(a.registry.get("decode-0"), "it fails", 0.0)
     prefill, decode = a.registry.get("prefill-0"), a.registry.get("decode-1")
     a.registry.wrong_pairs.leave_out(prefill, decode, "wrong")
     for number in range(20):
@@ -222,7 +222,7 @@ def test_a_pull_is_counted_as_no_work_and_teaches_nothing() -> None:
     claim.source, claim.pulled = a.registry.get("prefill-1"), 9_000.0
     b.hear(a.publish(0.1), 0.1)
     assert [each.cached for each in b.registry.get("prefill-0").prefill.pending] == [9000]  # type: ignore[attr-defined]
-    a.registry.prefilled(claim, 10_000, 9_000, 0.3)
+    a.registry.work.prefilled(claim, 10_000, 9_000, 0.3)
     b.hear(a.publish(0.3), 0.3)
     assert b.registry.get("prefill-0").prefill.queued == 0.0
     assert b.registry.load.prefill.samples == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.replicas.one import One, P, make_request
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 
 TRUE = (0.01, 2e-5, 0.0)
 """What prefills really take: seconds for each, each token and each pair."""
@@ -16,7 +16,7 @@ def seconds(tokens: int) -> float:
 
 
 def send(one: One, now: float, tokens: int) -> Reservation:
-    return one.registry.reserve(one.registry.get("prefill-0"), make_request(now, tokens, ()))
+    return one.registry.work.reserve(one.registry.get("prefill-0"), make_request(now, tokens, ()))
 
 
 def learned(one: One, tokens: int) -> float:
@@ -46,9 +46,9 @@ def test_a_short_one_that_ends_with_another_replicas_long_one(two: tuple[One, On
         short = send(ours, now + 2 * LATE, SHORT)
         theirs.hear(ours.publish(now + 2 * LATE), now + 3 * LATE)
         end = now + seconds(LONG) + seconds(SHORT)
-        ours.registry.prefilled(short, SHORT, 0, end)
+        ours.registry.work.prefilled(short, SHORT, 0, end)
         assert not ours.registry.get("prefill-0").prefill.queued, "it is done with both"
-        theirs.registry.prefilled(long, LONG, 0, end)
+        theirs.registry.work.prefilled(long, LONG, 0, end)
         told = theirs.publish(end), ours.publish(end)
         ours.hear(told[0], end + LATE)
         theirs.hear(told[1], end + LATE)

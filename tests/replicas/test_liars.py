@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.replicas.one import KEY, D, One, P, make_registry, make_request, sound
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.replicas import SILENT_S, Disbelieved, Ignored
 from vllm_pd_scheduler.replicas.message import (
@@ -160,7 +160,7 @@ def _share_of_favoured(lie: Callable[[int, list[str]], dict[str, Any]] | None) -
         while running and running[0][0] <= now:
             running.pop(0)[1].release(now)
         request = make_request(now)
-        reservation = a.registry.reserve(scheduler.pick(D, request)[0], request)
+        reservation = a.registry.work.reserve(scheduler.pick(D, request)[0], request)
         running.append((now + 4.0, reservation))
         if now > 10.0:
             gets[reservation.endpoint.id] += 1
@@ -222,7 +222,7 @@ def test_times_that_cannot_be_teach_nothing_beyond_bounds() -> None:
 
     def serve(now: float) -> None:
         claim = one.send("prefill-0", now, 10_000)
-        one.registry.prefilled(claim, 10_000, 0, now + 1.0)
+        one.registry.work.prefilled(claim, 10_000, 0, now + 1.0)
         one.claims.clear()
 
     for _ in range(50):

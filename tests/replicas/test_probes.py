@@ -130,7 +130,7 @@ def test_nonsense_is_counted_and_takes_nothing_with_it() -> None:
     exchange(a, b, now=1.0)
     exchange(a, b, now=1.1)
     a.tell_of_all(b"nonsense")
-    a.registry.reserve(a.registry.get("d0"))
+    a.registry.work.reserve(a.registry.get("d0"))
     exchange(a, b, now=1.2)
     assert b.replica.disbelieved == {Disbelieved.FINDINGS: 1}
     assert b.registry.get("d0").elsewhere == 1, "the rest of the message was used"

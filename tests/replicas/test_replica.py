@@ -79,7 +79,7 @@ def test_what_another_has_counts_as_ours() -> None:
     assert b.registry.prefixes.match((1, 2)) == {theirs.holder: 2}
     b.registry.scraped(theirs, MetricsSnapshot(0.02, 1, 0, 0.0), theirs.in_flight, theirs.tokens)
     assert theirs.requests == 1  # as scraped it is the same request
-    a.registry.prefilled(claim, 1000, 0, 0.5)
+    a.registry.work.prefilled(claim, 1000, 0, 0.5)
     b.hear(a.publish(0.5), 0.51)
     assert (theirs.in_flight, theirs.tokens, theirs.prefill.queued) == (0, 0.0, 0.0)
     assert b.registry.load.prefill.coefficients == a.registry.load.prefill.coefficients
@@ -119,7 +119,7 @@ def test_ejection_and_the_one_trial_are_of_all() -> None:
     b.hear(a.publish(0.0), 0.0)
     mine, theirs = a.registry.get("decode-0"), b.registry.get("decode-0")
     for _ in range(3):
-        a.registry.failed(mine, "it fails", 1.0)
+        a.registry.ends.failed(mine, "it fails", 1.0)
     b.hear(a.publish(1.0), 1.0)
     assert theirs.ejected
     a.hear(b.publish(1.1), 1.1)  # what b took over is no news to a
@@ -131,7 +131,7 @@ def test_ejection_and_the_one_trial_are_of_all() -> None:
     assert theirs.on_trial
     assert not theirs.on_our_trial
     assert mine.on_our_trial
-    a.registry.succeeded(mine)
+    a.registry.ends.succeeded(mine)
     trial.release(2.7)
     b.hear(a.publish(2.7), 2.7)
     assert theirs.breaker.state is BreakerState.CLOSED
@@ -144,7 +144,7 @@ def test_no_more_are_ejected_than_may_be() -> None:
     b.hear(a.publish(0.0), 0.0)
     for name in ("decode-0", "decode-1"):
         for _ in range(3):
-            a.registry.failed(a.registry.get(name), "it fails", 1.0)
+            a.registry.ends.failed(a.registry.get(name), "it fails", 1.0)
     b.hear(a.publish(1.0), 1.0)
     assert len(b.registry.ejected(D)) == 1
 

@@ -30,7 +30,7 @@ def _tell(one: One, others: Iterable[One], now: float) -> None:
 
 def _eject(one: One, name: str, now: float) -> None:
     while one.registry.get(name).breaker.state is not BreakerState.OPEN:
-        one.registry.failed(one.registry.get(name), "it fails", now)
+        one.registry.ends.failed(one.registry.get(name), "it fails", now)
 
 
 def _half_open(now: float, *ones: One) -> list[Endpoint]:
@@ -60,7 +60,7 @@ def test_two_trials_that_begin_at_once_may_both_run_and_either_decides() -> None
     first.release(2.7)  # a client that left: it says nothing
     _tell(a, (b, c), 2.7)
     assert mine.breaker.state is BreakerState.HALF_OPEN
-    b.registry.succeeded(theirs)
+    b.registry.ends.succeeded(theirs)
     second.release(2.8)
     _tell(b, (a, c), 2.8)
     assert {e.breaker.state for e in (mine, theirs, third)} == {BreakerState.CLOSED}
@@ -74,7 +74,7 @@ def test_a_trial_that_fails_has_all_wait_again() -> None:
     mine, theirs = _half_open(2.5, a, b)
     a.send("decode-0", 2.6)
     _tell(a, [b], 2.6)
-    a.registry.failed(mine, "it fails", 2.7)
+    a.registry.ends.failed(mine, "it fails", 2.7)
     _tell(a, [b], 2.7)
     assert theirs.breaker.state is BreakerState.OPEN
     assert theirs.breaker.not_before == pytest.approx(mine.breaker.not_before)
@@ -114,14 +114,14 @@ def test_an_instance_that_serves_us_is_not_ejected_again_by_one_that_cannot_reac
     _tell(a, [b], 1.0)
     mine, theirs = _half_open(2.5, a, b)
     b.send("decode-0", 2.6)
-    b.registry.succeeded(theirs)
+    b.registry.ends.succeeded(theirs)
     assert theirs.breaker.state is BreakerState.CLOSED
     _eject(a, "decode-0", 2.7)
     _tell(a, [b], 2.7)
     assert theirs.breaker.state is BreakerState.CLOSED
     assert b.replica.disbelieved == {Disbelieved.EJECTIONS: 1}
     a.registry.probed(mine, None, 9.0)
-    a.registry.succeeded(mine)
+    a.registry.ends.succeeded(mine)
     _tell(a, [b], 9.0)
     _eject(a, "decode-0", 9.1)
     _tell(a, [b], 9.1)
@@ -173,8 +173,8 @@ def test_a_drain_waits_for_what_others_have_there() -> None:
 def _fail_pair(one: One, now: float) -> tuple[Endpoint, Endpoint]:
     prefill, decode = one.registry.get("prefill-0"), one.registry.get("decode-0")
     for _ in range(3):
-        one.registry.failed(decode, "no hand-off", now, handed_over_by=prefill)
-        one.registry.succeeded(decode)
+        one.registry.ends.failed(decode, "no hand-off", now, handed_over_by=prefill)
+        one.registry.ends.succeeded(decode)
         one.registry.pairs.failed(prefill, decode, now, served=True)
     return prefill, decode
 
@@ -222,7 +222,7 @@ def test_transfers_that_fail_at_a_d_are_put_down_to_the_pair_that_another_uses()
         failed = 1 + turn % 5
         for one, prefill, count in ((a, "prefill-0", 1 + turn % 3), (b, "prefill-1", failed)):
             for _ in range(count):
-                one.registry.handed_over(one.registry.get(prefill), one.registry.get("decode-0"))
+                one.registry.work.handed_over(one.registry.get(prefill), one.registry.get("decode-0"))
             _tell(one, [a if one is b else b], now)
         for one in (a, b):
             decode = one.registry.get("decode-0")

@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_pd_scheduler.connectors import Handoff, Splice
 from vllm_pd_scheduler.request import body as body_module
+from vllm_pd_scheduler.request import chat, pieces, stripping
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.handoff_key import ENCODED_KEY, HANDOFF_KEY
 from vllm_pd_scheduler.request.json_text import finish
@@ -19,14 +22,26 @@ PARAMS = {"do_remote_prefill": True, "remote_host": "10.0.0.1", "remote_block_id
 HANDOFF = Handoff(json.dumps(PARAMS).encode())
 
 
+@contextmanager
+def in_steps() -> Iterator[None]:
+    """Have bodies of any size, and prompts but the shortest, read as those that are too long for one step."""
+    with (
+        patch.object(body_module, "AT_ONCE_BYTES", 0),
+        patch.object(stripping, "AT_ONCE_BYTES", 0),
+        patch.object(chat, "AT_ONCE_BYTES", 20),
+        patch.object(pieces, "AT_ONCE_BYTES", 20),
+    ):
+        yield
+
+
 def walked(raw: bytes) -> JsonBody:
     """Parse a body of any size as those are that are too long to be decoded at once."""
-    with patch.object(body_module, "AT_ONCE_BYTES", 0):
+    with in_steps():
         return JsonBody.parse(raw)
 
 
 def strip_handoff(raw: bytes) -> bytes:
-    return finish(body_module.strip_handoff(raw))
+    return finish(stripping.strip_handoff(raw))
 
 
 WAYS = (JsonBody.parse, walked)

@@ -2,12 +2,10 @@
 
 import json
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
-from vllm_pd_scheduler.request import body as body_module
-from vllm_pd_scheduler.request import prompt as prompt_module
+from tests.request.documents import in_steps
 from vllm_pd_scheduler.request.api import APIS, CHAT, GENERATE, MESSAGES, NATIVE, RESPONSES, Api
 from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.fingerprint import fingerprint
@@ -28,7 +26,7 @@ def read(api: Api, **fields: Any) -> Prompt:
 
 def read_in_steps(api: Api, **fields: Any) -> Prompt:
     raw = json.dumps({"model": "m", **fields}, separators=(",", ":"), sort_keys=True).encode()
-    with patch.object(body_module, "AT_ONCE_BYTES", 0), patch.object(prompt_module, "AT_ONCE_BYTES", 20):
+    with in_steps():
         return finish(read_prompt(JsonBody.parse(raw, api)))
 
 

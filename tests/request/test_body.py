@@ -21,10 +21,10 @@ from tests.request.documents import (
 )
 from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import NixlConnector
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, UNREAD, JsonBody
+from vllm_pd_scheduler.request.body import UNREAD, JsonBody
 from vllm_pd_scheduler.request.errors import BodyError
 from vllm_pd_scheduler.request.handoff_key import HANDOFF_KEY
-from vllm_pd_scheduler.request.json_text import MAX_MEMBERS, finish
+from vllm_pd_scheduler.request.json_text import AT_ONCE_BYTES, MAX_MEMBERS, finish
 from vllm_pd_scheduler.request.passed_body import asks_for_stream
 
 

@@ -12,11 +12,12 @@ from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector
 from vllm_pd_scheduler.prediction.load_model import FleetLoad
 from vllm_pd_scheduler.request import json_text
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, JsonBody, strip_handoff
+from vllm_pd_scheduler.request.body import JsonBody
 from vllm_pd_scheduler.request.errors import BodyError
-from vllm_pd_scheduler.request.json_text import STEP_BYTES, Steps, T, finish
+from vllm_pd_scheduler.request.json_text import AT_ONCE_BYTES, STEP_BYTES, Steps, T, finish
 from vllm_pd_scheduler.request.prompt import MAX_BYTES
 from vllm_pd_scheduler.request.reader import RequestReader
+from vllm_pd_scheduler.request.stripping import strip_handoff
 
 SIZE = 1 << 19
 SMALL = (1000, AT_ONCE_BYTES)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_pd_scheduler.request.api import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Api
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, JsonBody
-from vllm_pd_scheduler.request.json_text import finish
+from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.request.json_text import AT_ONCE_BYTES, finish
 from vllm_pd_scheduler.request.media import MAX_ITEMS, media_items
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}

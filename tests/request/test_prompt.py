@@ -8,18 +8,13 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.request import body as body_module
+from tests.request.documents import in_steps
 from vllm_pd_scheduler.request import prompt as prompt_module
-from vllm_pd_scheduler.request.body import AT_ONCE_BYTES, JsonBody
+from vllm_pd_scheduler.request.body import JsonBody
+from vllm_pd_scheduler.request.chat import MAX_ITEMS, MAX_MEDIA, MEDIA_BYTES
 from vllm_pd_scheduler.request.errors import BodyError
-from vllm_pd_scheduler.request.json_text import MAX_MEMBERS, finish
-from vllm_pd_scheduler.request.prompt import (
-    BLOCK_BYTES,
-    MAX_ITEMS,
-    MAX_MEDIA,
-    MEDIA_BYTES,
-    Prompt,
-)
+from vllm_pd_scheduler.request.json_text import AT_ONCE_BYTES, MAX_MEMBERS, finish
+from vllm_pd_scheduler.request.prompt import BLOCK_BYTES, Prompt
 
 LONG = "".join(f"Sentence {number} of a long text. " for number in range(200))
 NOTHING = Prompt(0, None, ())
@@ -36,7 +31,7 @@ def read(**fields: Any) -> Prompt:
 def read_in_steps(**fields: Any) -> Prompt:
     """Read a prompt of any size as those that are too long to be decoded at once."""
     raw = json.dumps({"model": "m", **fields}, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
-    with patch.object(body_module, "AT_ONCE_BYTES", 0), patch.object(prompt_module, "AT_ONCE_BYTES", 20):
+    with in_steps():
         return read_prompt(JsonBody.parse(raw.encode()))
 
 

@@ -216,7 +216,7 @@ class AskedTest(AskedCase):
         self.router.in_flight.attempt_failed(failed)
         self.assertIs(decode.breaker, before)
         forward.release()
-        self.router.in_flight.settle(0.0)
+        self.router.in_flight.ended.settle(0.0)
         self.assertIdle()
         self.assertEqual((len(self.first), self.memory.used), (0, 0))
 

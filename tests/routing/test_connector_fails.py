@@ -34,7 +34,7 @@ class ConnectorFailsTest(Case):
         super().setUp()
         self.odd: set[str] = self.router.connectors.of(None)._connector.odd
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         logging.disable(logging.ERROR)
         self.addCleanup(logging.disable, logging.NOTSET)
 

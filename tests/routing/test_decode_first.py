@@ -17,7 +17,7 @@ class DecodeFirstTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         leg = self.leg
 
         async def echo(*args: Any) -> PrefillAnswer:
@@ -70,7 +70,7 @@ class DecodeFirstTest(Case):
     async def test_a_d_that_is_full_meanwhile_gets_it_all_the_same(self) -> None:
         """P has its blocks for this one alone."""
         registry = self.router.registry
-        self.before_answer = lambda: registry.overloaded(registry.get("d0"), time.monotonic(), 5.0)
+        self.before_answer = lambda: registry.ends.overloaded(registry.get("d0"), time.monotonic(), 5.0)
         forward = await self.route()
         self.assertEqual(forward.decode[0].id, "d0")
         self.assertIn("kv_transfer_params", decode_body(forward))

@@ -10,9 +10,9 @@ class DenialsTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.read = 0
-        self.router.in_flight.denials = self.denials = Denials(self._read)
+        self.router.in_flight.blame.denials = self.denials = Denials(self._read)
         self.endpoint: Endpoint = self.router.registry.get("d0")
-        self.router.registry.serves(self.endpoint, frozenset({"m", "base"}), frozenset({"m"}))
+        self.router.registry.models.listed(self.endpoint, frozenset({"m", "base"}), frozenset({"m"}))
 
     def _read(self) -> None:
         self.read += 1
@@ -37,7 +37,7 @@ class DenialsTest(Case):
 
     def test_what_was_under_way_while_the_list_was_read(self) -> None:
         self.denials.count(self.endpoint, "m", 0.0)
-        self.router.registry.serves(self.endpoint, frozenset({"base"}))
+        self.router.registry.models.listed(self.endpoint, frozenset({"base"}))
         self.assertFalse(self.denials.count(self.endpoint, "m", 0.5))
         self.assertTrue(self.denials.count(self.endpoint, "m", STALE_S + 0.5))
 
@@ -46,7 +46,7 @@ class DenialsTest(Case):
         for _ in range(60):
             forward = await self.route()
             for endpoint in self.router.registry:
-                self.router.registry.serves(endpoint, frozenset({"m"}), frozenset({"m"}))
+                self.router.registry.models.listed(endpoint, frozenset({"m"}), frozenset({"m"}))
             self.router.in_flight.attempt_failed(
                 FailedAttempt(
                     str(forward.decode[0].address), Failure.REFUSED, forward.id, status=404, first=True
@@ -57,7 +57,7 @@ class DenialsTest(Case):
         self.assertEqual([e.id for e in self.router.registry if not e.routable], [])
 
     async def test_one_that_goes_on_is_ejected(self) -> None:
-        self.router.registry.serves(self.endpoint, frozenset({"m"}), frozenset({"m"}))
+        self.router.registry.models.listed(self.endpoint, frozenset({"m"}), frozenset({"m"}))
         self.denials.count(self.endpoint, "m", self.router._core._clock())
         self.ahead += STALE_S + 1.0
         for _ in range(40):
@@ -69,5 +69,5 @@ class DenialsTest(Case):
                 )
             forward.release()
             self.ahead += 0.3
-            self.router.in_flight.settle()
+            self.router.in_flight.ended.settle()
         self.assertTrue(self.endpoint.ejected)

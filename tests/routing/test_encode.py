@@ -118,10 +118,10 @@ class WhoTest(EncodeCase):
         await self.chat("a")
         (first,) = self.encode.of("a")
         other = self.endpoint("e0" if first == "e1" else "e1")
-        busy = [self.router.registry.reserve(self.endpoint(first)) for _ in range(SLACK)]
+        busy = [self.router.registry.work.reserve(self.endpoint(first)) for _ in range(SLACK)]
         await self.chat("a")
         self.assertEqual(self.encode.of("a"), [first, first])
-        busy.append(self.router.registry.reserve(self.endpoint(first)))
+        busy.append(self.router.registry.work.reserve(self.endpoint(first)))
         await self.chat("a")
         self.assertEqual(self.encode.of("a")[-1], other.id)
         for each in busy:
@@ -136,25 +136,25 @@ class WhoTest(EncodeCase):
         await asyncio.gather(*tasks)
 
     async def test_the_one_with_the_fewest_requests(self) -> None:
-        busy = self.router.registry.reserve(self.endpoint("e0"))
+        busy = self.router.registry.work.reserve(self.endpoint("e0"))
         await self.chat("a")
         self.assertEqual(self.encode.of("a"), ["e1"])
         busy.release()
 
     async def test_a_full_one_gets_nothing(self) -> None:
         now = self.router.clock()
-        self.router.registry.overloaded(self.endpoint("e0"), now, 10.0)
+        self.router.registry.ends.overloaded(self.endpoint("e0"), now, 10.0)
         await self.chat("a", "b", "c")
         self.assertEqual({name for name, _ in self.encode.sent}, {"e1"})
-        self.router.registry.overloaded(self.endpoint("e1"), now, 10.0)
+        self.router.registry.ends.overloaded(self.endpoint("e1"), now, 10.0)
         forward = await self.chat("d")
         self.assertEqual(self.encode.of("d"), [])
         self.assertEqual(forward.prefill.id[0], "p")
         self.assertEqual(self.items(), (3.0, 1.0))
 
     async def test_one_of_another_model_gets_nothing(self) -> None:
-        self.router.registry.serves(self.endpoint("e0"), frozenset({"other"}))
-        self.router.registry.serves(self.endpoint("e1"), frozenset({"m"}))
+        self.router.registry.models.listed(self.endpoint("e0"), frozenset({"other"}))
+        self.router.registry.models.listed(self.endpoint("e1"), frozenset({"m"}))
         await self.chat("a", "b", "c")
         self.assertEqual({name for name, _ in self.encode.sent}, {"e1"})
 
@@ -192,7 +192,7 @@ class FailsTest(EncodeCase):
         for failure, reason in cases:
             with self.subTest(reason):
                 self.setUp()
-                busy = self.router.registry.reserve(self.endpoint("e1"))
+                busy = self.router.registry.work.reserve(self.endpoint("e1"))
                 self.encode.answers = {"e0": failure}
                 await self.chat("a")
                 busy.release()
@@ -240,7 +240,7 @@ class FailsTest(EncodeCase):
         await self.chat("a")
         self.assertEqual(len(self.encode.sent), 1)
         self.add(PDInstance("e3", InstanceRole.ENCODE, "10.0.0.5", 8000))
-        busy = self.router.registry.reserve(self.endpoint("e3"))
+        busy = self.router.registry.work.reserve(self.endpoint("e3"))
         await self.chat("b")
         busy.release()
         self.assertEqual(self.encode.of("b")[-1], "e3")

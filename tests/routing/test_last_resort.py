@@ -11,6 +11,7 @@ from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, answer
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.ends import Ends
 from vllm_pd_scheduler.fleet.registry import Registry
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
 from vllm_pd_scheduler.routing.attempts import Failure
@@ -24,13 +25,13 @@ class LastResortCase(InFlightCase):
 
     def eject(self, name: str) -> None:
         for _ in range(3):
-            self.router.registry.failed(self.get(name), "test", self.now)
+            self.router.registry.ends.failed(self.get(name), "test", self.now)
         self.assertTrue(self.get(name).ejected)
 
     def on_trial(self, name: str) -> None:
         self.eject(name)
         self.router.registry.probed(self.get(name), None, self.now + 1.0)
-        self.router.registry.reserve(self.get(name))
+        self.router.registry.work.reserve(self.get(name))
         self.assertTrue(self.get(name).on_trial)
 
     async def decode(self) -> list[str]:
@@ -123,7 +124,7 @@ class RescueTest(LastResortCase):
                 forward = await self.forward()
                 for number, failure in enumerate(failures):
                     self.told(forward, failure, number)
-                with mock.patch.object(Registry, "succeeded") as succeeded:
+                with mock.patch.object(Ends, "succeeded") as succeeded:
                     forward.release()
                     self.wait(0.25)
                 self.assertEqual([call.args[0].id for call in succeeded.call_args_list], counted)
@@ -142,7 +143,7 @@ class RescueTest(LastResortCase):
         first.release()
         self.wait(0.25)
         self.assertIs(self.get("d0").breaker.state, BreakerState.CLOSED)
-        self.router.registry.failed(self.get("d1"), "the third time", self.now)
+        self.router.registry.ends.failed(self.get("d1"), "the third time", self.now)
         self.assertTrue(self.get("d1").ejected)
 
 

@@ -24,7 +24,7 @@ class ModelsTest(Case):
 
     def serves(self, name: str, *models: str) -> None:
         registry = self.router.registry
-        registry.serves(registry.get(name), frozenset(models))
+        registry.models.listed(registry.get(name), frozenset(models))
 
     async def test_both_legs(self) -> None:
         self.serves("p2", "m", "lora")
@@ -98,7 +98,7 @@ class ModelsTest(Case):
         """One that fails now and then is better than none."""
         self.serves("d2", "lora")
         for _ in range(3):
-            self.router.registry.failed(self.router.registry.get("d2"), "reset", 0.0)
+            self.router.registry.ends.failed(self.router.registry.get("d2"), "reset", 0.0)
         self.assertTrue(self.router.registry.get("d2").ejected)
         forward = await self.route(LORA)
         self.assertEqual([e.id for e in forward.decode], ["d2"])
@@ -113,7 +113,7 @@ class ServingCase(Case):
     def serves(self, name: str, *models: str) -> None:
         registry = self.router.registry
         cards = {each: json.dumps({"id": each, "object": "model", "from": name}).encode() for each in models}
-        registry.serves(
+        registry.models.listed(
             registry.get(name), frozenset(models), frozenset(m for m in models if "lora" in m), cards
         )
 
@@ -211,7 +211,7 @@ class UnknownTest(ServingCase):
         self.assertEqual(self.leg.sent, [], "no P is troubled")
 
     async def test_only_when_all_have_said(self) -> None:
-        self.router.registry.serves(self.router.registry.get("d1"), None)
+        self.router.registry.models.listed(self.router.registry.get("d1"), None)
         forward = await self.route({**BODY, "model": "x"})
         self.assertEqual([e.id for e in forward.decode], ["d1"])
 
@@ -277,7 +277,7 @@ class CatalogTest(ServingCase):
 
     async def test_nothing_is_known(self) -> None:
         for endpoint in self.router.registry:
-            self.router.registry.serves(endpoint, None)
+            self.router.registry.models.listed(endpoint, None)
         self.assertEqual((await self.asked()).served, Served.PASSED)
 
     async def test_the_union(self) -> None:
@@ -320,7 +320,7 @@ class CatalogTest(ServingCase):
     async def test_cards_of_what_nobody_lists_are_dropped(self) -> None:
         for number in range(100):
             self.serves("d1", "m", f"lora-{number}")
-        self.assertLess(len(self.router.registry.cards), 4)
+        self.assertLess(len(self.router.registry.models.cards), 4)
 
     async def test_health(self) -> None:
         self.serves("d1", "m", "n")

@@ -56,8 +56,8 @@ class PairsTest(InFlightCase):
             self.router.drain_instance(decode.id)
         decode = self.endpoints(D)[0]
         for _ in range(3):
-            registry.failed(decode, "status", self.now, prefill)
-            registry.succeeded(decode, self.endpoints(P)[1])
+            registry.ends.failed(decode, "status", self.now, prefill)
+            registry.ends.succeeded(decode, self.endpoints(P)[1])
         for number in range(20):
             forward = await self.forward(prompt=f"prompt {number}")
             self.assertEqual(forward.served, Served.SPLIT)
@@ -78,7 +78,7 @@ class PairsTest(InFlightCase):
                 self.router = self.start(max_waiting=2, ejection_pause=60.0, revisions=revisions)
                 first, *others = self.endpoints(P)
                 self.leave_out_all(first)
-                taken = [self.router.registry.reserve(each) for each in others for _ in range(2)]
+                taken = [self.router.registry.work.reserve(each) for each in others for _ in range(2)]
                 routing = asyncio.ensure_future(self.forward())
                 await asyncio.sleep(0)
                 self.assertEqual(len(self.router.dispatcher.queue), 1)
@@ -116,8 +116,8 @@ class PairsTest(InFlightCase):
         registry = self.router.registry
         for _ in range(3):
             for decode in self.endpoints(D):
-                registry.failed(decode, "status", self.now, prefill)
-                registry.succeeded(decode)
+                registry.ends.failed(decode, "status", self.now, prefill)
+                registry.ends.succeeded(decode)
         self.assertEqual([(p, d) for p, d, _ in registry.pairs.out()], [(prefill, None)])
 
     async def test_what_a_hand_off_took_is_learned(self) -> None:

@@ -8,6 +8,7 @@ from unittest import mock
 
 from tests.support.in_flight import InFlightCase
 from tests.support.routing import BODY, ERROR, Case, D, P, answer
+from vllm_pd_scheduler.fleet import condition
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request.errors import Reject
@@ -168,7 +169,7 @@ class NoHandoffTest(Case):
         p0 = self.router.registry.get("p0")
         while not p0.ejected:
             (await self.route()).release()
-        self.assertIn("--kv-transfer-config", p0.reason)
+        self.assertIn("--kv-transfer-config", condition.reason(p0))
 
     async def test_a_prompt_whose_first_token_ends_the_text_is_no_failure(self) -> None:
         """Releases before 0.32 hand nothing over then. It counts neither against P nor in the share."""
@@ -347,7 +348,7 @@ class SlowFleetTest(Case):
                 in_flight.attempt_failed(FailedAttempt(str(d0.address), Failure.TIMEOUT, forward.id))
                 self.assertIs(in_flight.may_try_again(forward.id, 1), Retry.ALLOWED)
             forward.release()
-            in_flight.settle(0.0)
+            in_flight.ended.settle(0.0)
         self.assertTrue(d0.ejected)
         self.assertEqual(forward.first_byte_timeout, 2.0)
 

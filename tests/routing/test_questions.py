@@ -40,7 +40,7 @@ class QuestionTest(Case):
         super().setUp()
         self.ask = self.router.ask_prefill = Ask()
         self.freed: list[Any] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         self.fail_all(answer(body=LENGTH))
 
     async def test_the_answer_is_in_the_hand_off(self) -> None:

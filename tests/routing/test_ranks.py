@@ -96,7 +96,7 @@ class FailureTest(RanksCase):
                     forward.release()
                 tried = Counter(name.partition(":")[0] for name in self.leg.tried)
                 self.assertEqual(tried["p1"], 4)
-                self.router.registry.succeeded(self.router.registry.get("p0"))
+                self.router.registry.ends.succeeded(self.router.registry.get("p0"))
 
     async def test_all_processes_are_tried(self) -> None:
         self.leg.answers = {f"p{n}:{rank}": PrefillFailed("connect") for n in range(2) for rank in range(2)}

@@ -66,7 +66,7 @@ class ResponseIdsTest(Case):
 
     async def test_also_if_it_is_full(self) -> None:
         forward, sent = await self.respond()
-        self.router.registry.overloaded(forward.decode[0], self.router._core._clock(), 30.0)
+        self.router.registry.ends.overloaded(forward.decode[0], self.router._core._clock(), 30.0)
         following, _ = await self.respond(previous_response_id=sent["request_id"])
         self.assertEqual(following.decode[0], forward.decode[0])
 

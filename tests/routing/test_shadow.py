@@ -19,7 +19,7 @@ class ShadowCase(Case):
     }
 
     def compared(self, role: InstanceRole) -> int:
-        shadow = self.router.scheduler.shadow
+        shadow = self.router.scheduler.strategies.shadow
         assert shadow is not None
         tally = shadow.tallies[role]
         self.assertEqual(tally.failed, 0)
@@ -27,7 +27,7 @@ class ShadowCase(Case):
 
     def live(self, role: InstanceRole) -> list[str]:
         """Whom the live strategy chose where the shadow chose another."""
-        shadow = self.router.scheduler.shadow
+        shadow = self.router.scheduler.strategies.shadow
         assert shadow is not None
         return [each.live for each in shadow.differences if each.role is role]
 
@@ -71,7 +71,7 @@ class DisaggregationTest(ShadowCase):
         registry = self.router.registry
         self.fail_all(answer(body=json.dumps({"kv_transfer_params": PARAMS}).encode()))  # nothing is learned
         for endpoint in registry.endpoints(D) * 3:  # so that none is cheaper without the cache
-            registry.reserve(endpoint)
+            registry.work.reserve(endpoint)
         forward = await self.route(PROMPT)
         self.assertEqual((forward.prefill.id, forward.decode[0].id), ("p0", "d0"))
         self.assertEqual(self.compared(D), 1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.routing import BODY, Case, D, P
 from tests.support.waiting import HUNG_S
+from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.models import InstanceState, MetricsSnapshot
 from vllm_pd_scheduler.records.decision import OK
 from vllm_pd_scheduler.request.errors import Reject
@@ -321,7 +322,7 @@ class EjectionTest(SidecarCase):
             if broken in (prefill, decode):
                 self.fails(forward, Failure.STATUS, 502)
             forward.release()
-            self.router.in_flight.settle(0.0)
+            self.router.in_flight.ended.settle(0.0)
 
     def out(self) -> set[str]:
         return {e.id for e in self.router.registry if e.state is not InstanceState.HEALTHY}
@@ -334,7 +335,7 @@ class EjectionTest(SidecarCase):
         self.mix()
         await self.serve(60, "p1")
         self.assertEqual(self.out(), {"p1"})
-        self.assertIn("prefill or decode", self.router.registry.get("p1").reason)
+        self.assertIn("prefill or decode", reason(self.router.registry.get("p1")))
 
     async def test_a_broken_d_is_ejected_and_no_p(self) -> None:
         self.mix()
@@ -358,14 +359,14 @@ class EjectionTest(SidecarCase):
             if forward.decode[0].id == "d0":
                 self.fails(forward, Failure.CONNECT)
             forward.release()
-            self.router.in_flight.settle(0.0)
+            self.router.in_flight.ended.settle(0.0)
         self.assertEqual(self.out(), {"d0"})
 
     async def test_a_full_answer_leaves_nobody_alone(self) -> None:
         """It may be of either: were each D paused for each, one P would close them all."""
         forward = await self.route()
         self.fails(forward, Failure.OVERLOADED, 503)
-        self.assertEqual([e.id for e in self.router.registry if e.busy_until], [])
+        self.assertEqual([e.id for e in self.router.registry if e.pause.until], [])
         forward.release()
 
     async def test_a_further_attempt_is_d_alone(self) -> None:
@@ -438,7 +439,7 @@ class AnyOrderTest(unittest.TestCase):
                 self.assertGreaterEqual(endpoint.in_flight, 0)
         for forward in forwards:
             forward.release()
-        in_flight.settle(0.0)
+        in_flight.ended.settle(0.0)
         case.assertIdle()
         for endpoint in case.router.registry.endpoints(P):
             self.assertEqual((endpoint.pending_handoffs, endpoint.prefill.queued), (0, 0.0))

@@ -35,7 +35,7 @@ class WrongPairsTest(Case):
         self.leg.hold = asyncio.Event()
         routed = asyncio.ensure_future(self.route())
         await self.leg.entered.wait()
-        freed = self.router.in_flight.release_handoff = unittest.mock.Mock()
+        freed = self.router.in_flight.handoffs.release = unittest.mock.Mock()
         self.leave_out(self.leg.tried[0], "d0", "d1", "d2")
         self.leg.hold.set()
         forward = await routed

@@ -5,7 +5,7 @@ import unittest
 from typing import Any
 
 from tests.support.fleet import D, P, prompt, registry_of, scheduler_of
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, MetricsSnapshot
 from vllm_pd_scheduler.scheduler.affinity import SHARE, SLACK
 from vllm_pd_scheduler.strategies import strategy_names
@@ -22,7 +22,7 @@ class AffinityTest(unittest.TestCase):
         self.registry = self.scheduler.registry
         adapters = frozenset({MINE, OTHER})
         for endpoint in self.registry:
-            self.registry.serves(endpoint, frozenset({BASE}) | adapters, adapters)
+            self.registry.models.listed(endpoint, frozenset({BASE}) | adapters, adapters)
 
     def load(self, *names: str, adapter: str = MINE) -> None:
         for name in names:
@@ -38,7 +38,7 @@ class AffinityTest(unittest.TestCase):
 
     def busy(self, name: str, count: int) -> None:
         for _ in range(count):
-            self.registry.reserve(self.registry.get(name), prompt(3000.0, model=BASE))
+            self.registry.work.reserve(self.registry.get(name), prompt(3000.0, model=BASE))
 
     def test_whichever_strategy(self) -> None:
         for name, role in ((name, role) for name in strategy_names() for role in PD_ROLES):
@@ -65,7 +65,7 @@ class AffinityTest(unittest.TestCase):
         self.start(max_in_flight_tokens=2000)
         self.load("d1")
         self.assertEqual(self.chosen(D), {"d1"})
-        self.registry.overloaded(self.registry.get("d1"), 100.0)
+        self.registry.ends.overloaded(self.registry.get("d1"), 100.0)
         request = prompt(model=MINE, now=100.0)
         self.assertNotEqual(self.scheduler.pick(D, request)[0].id, "d1")
         self.registry.drain("d1")
@@ -75,7 +75,7 @@ class AffinityTest(unittest.TestCase):
         """The next scrape may be seconds away, and a prefill over by then."""
         for role in (P, D):
             first = self.scheduler.pick(role, prompt(model=MINE))[0]
-            self.registry.reserve(first, prompt(1.0, model=MINE)).release(0.0)
+            self.registry.work.reserve(first, prompt(1.0, model=MINE)).release(0.0)
             self.assertEqual(self.chosen(role), {first.id})
 
     def test_further_endpoints_are_any(self) -> None:
@@ -109,7 +109,7 @@ class AffinityTest(unittest.TestCase):
                             picked = self.scheduler.pick(D, request)[0]
                             used.add(picked.id)
                             running.append(
-                                (step + draw.expovariate(0.1), self.registry.reserve(picked, request))
+                                (step + draw.expovariate(0.1), self.registry.work.reserve(picked, request))
                             )
                             loads = [e.requests for e in self.registry.endpoints(D)]
                             worst = max(worst, picked.requests - SHARE * min(loads))
@@ -130,40 +130,40 @@ class LoadedTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = registry_of(1, 1)
         self.endpoint = self.registry.get("d0")
-        self.registry.serves(self.endpoint, frozenset("abcd") | {BASE}, frozenset("abcd"))
+        self.registry.models.listed(self.endpoint, frozenset("abcd") | {BASE}, frozenset("abcd"))
 
     def use(self, *names: str) -> tuple[str, ...]:
         for name in names:
-            self.registry.reserve(self.endpoint, prompt(model=name))
-        return self.endpoint.loaded
+            self.registry.work.reserve(self.endpoint, prompt(model=name))
+        return self.endpoint.models.loaded
 
     def test_one_slot_unless_it_says_more(self) -> None:
         self.assertEqual(self.use("a", "b"), ("b",))
         self.registry.scraped(self.endpoint, MetricsSnapshot(0.0, adapters=("c",), adapter_slots=2), 0)
-        self.assertEqual(self.endpoint.loaded, ("b", "c"))
+        self.assertEqual(self.endpoint.models.loaded, ("b", "c"))
         self.assertEqual(self.use("a"), ("c", "a"))
         self.assertEqual(self.use("c", "c"), ("a", "c"))
 
     def test_what_is_no_adapter(self) -> None:
         self.assertEqual(self.use(BASE, "x"), ())
         self.registry.scraped(self.endpoint, MetricsSnapshot(0.0, adapters=("x", BASE), adapter_slots=2), 0)
-        self.assertEqual(self.endpoint.loaded, ())
+        self.assertEqual(self.endpoint.models.loaded, ())
 
     def test_the_version_changes_with_the_set_alone(self) -> None:
         self.registry.scraped(self.endpoint, MetricsSnapshot(0.0, adapter_slots=2), 0)
-        before = self.registry.adapters_version
+        before = self.registry.models.adapters_version
         self.use("a", "b")
-        self.assertEqual(self.registry.adapters_version, before + 2)
+        self.assertEqual(self.registry.models.adapters_version, before + 2)
         self.use("a", "b", "b", "a")
-        self.assertEqual(self.registry.adapters_version, before + 2)
+        self.assertEqual(self.registry.models.adapters_version, before + 2)
 
     def test_unloaded_and_restarted(self) -> None:
         self.registry.scraped(self.endpoint, MetricsSnapshot(0.0, adapters=("a", "b"), adapter_slots=4), 0)
-        self.registry.serves(self.endpoint, frozenset({BASE, "a"}), frozenset("a"))
-        self.assertEqual(self.endpoint.loaded, ("a",))
+        self.registry.models.listed(self.endpoint, frozenset({BASE, "a"}), frozenset("a"))
+        self.assertEqual(self.endpoint.models.loaded, ("a",))
         self.registry.started(self.endpoint, 1.0)
         self.registry.started(self.endpoint, 2.0)
-        self.assertEqual(self.endpoint.loaded, ())
+        self.assertEqual(self.endpoint.models.loaded, ())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler, availability, candidates, remaining
@@ -59,14 +60,14 @@ def expected(
 ) -> list[Endpoint]:
     """The rule, read from all endpoints."""
     endpoints = scheduler.registry.endpoints(P)
-    known = any(model in (e.models or ()) for e in endpoints)
+    known = any(model in (e.models.names or ()) for e in endpoints)
     chosen = list(scheduler.registry.routable(P))
     if model is not None:
-        serve = [e for e in chosen if not e.models or model in e.models]
-        chosen = serve if known or serve or all(e.models for e in endpoints) else chosen
+        serve = [e for e in chosen if not e.models.names or model in e.models.names]
+        chosen = serve if known or serve or all(e.models.names for e in endpoints) else chosen
     chosen = [e for e in chosen if e not in exclude]
     chosen = [e for e in chosen if not e.on_trial] or chosen
-    return [e for e in chosen if not scheduler.saturated(e, now)] or chosen
+    return [e for e in chosen if not scheduler.limits.saturated(e, now)] or chosen
 
 
 class RuleTest(unittest.TestCase):
@@ -95,17 +96,17 @@ class RuleTest(unittest.TestCase):
         for step, which, look in steps:
             endpoint = endpoints[which]
             if step == 0:
-                claims.append(registry.reserve(endpoint, prompt(now=now)))
+                claims.append(registry.work.reserve(endpoint, prompt(now=now)))
             elif step == 1 and claims:
                 claims.pop(which % len(claims)).release(now)
             elif step == 2:
                 snapshot = MetricsSnapshot(now, waiting=float(which), kv_usage=which / 5, kv_capacity=9000.0)
                 registry.scraped(endpoint, snapshot, endpoint.in_flight, endpoint.tokens)
             elif step == 3:
-                registry.overloaded(endpoint, now, float(which))
+                registry.ends.overloaded(endpoint, now, float(which))
             elif step == 4:
                 for _ in range(3):
-                    registry.failed(endpoint, "reset", now)
+                    registry.ends.failed(endpoint, "reset", now)
             elif step == 5:
                 registry.probed(endpoint, None, now)
             elif step == 6:
@@ -114,7 +115,7 @@ class RuleTest(unittest.TestCase):
                 registry.forget_metrics(endpoint)
             elif step == 8:
                 lists = (None, frozenset[str](), *map(frozenset, ("a", "b", "ab", "abc")))
-                registry.serves(endpoints[draw.randrange(6)], lists[which])
+                registry.models.listed(endpoints[draw.randrange(6)], lists[which])
             now += 0.4
             if look:
                 for model in (None, "a", "b", "c", "unheard of"):
@@ -128,10 +129,10 @@ class RuleTest(unittest.TestCase):
         )
         self.assertEqual(list(found.all(now, exclude)), expected(scheduler, now, exclude, model))
         everyone = expected(scheduler, now, (), model)
-        room = not everyone or not all(scheduler.saturated(e, now) for e in everyone)
+        room = not everyone or not all(scheduler.limits.saturated(e, now) for e in everyone)
         self.assertIs(scheduler.has_room(P, now, model), room)
         self.assertEqual([e for e in scheduler.registry if e in found], everyone)
-        busy = [e.busy_until for e in scheduler.registry.routable(P) if e.busy_until > now]
+        busy = [e.pause.until for e in scheduler.registry.routable(P) if e.pause.until > now]
         self.assertLessEqual(scheduler.room_at(now), min(busy, default=float("inf")))
         self.assertGreater(scheduler.room_at(now), now)
         allowed = expected(scheduler, now, exclude, model)
@@ -148,7 +149,7 @@ class LargeFleetTest(unittest.TestCase):
 
     def offered(self, **more: Any) -> Sequence[Endpoint]:
         self.scheduler.pick(P, prompt(**more))
-        asked = self.scheduler.strategy(P).strategy
+        asked = self.scheduler.strategies.of(P).strategy
         assert isinstance(asked, Asked)
         return asked.offered
 
@@ -174,7 +175,7 @@ class LargeFleetTest(unittest.TestCase):
         """So a shadow ranks what the live strategy has ranked, and a preview tells what will be."""
         self.start(f"{__name__}:AskedSome")
         request = prompt(now=1.0)
-        asked = self.scheduler.strategy(P).strategy
+        asked = self.scheduler.strategies.of(P).strategy
         assert isinstance(asked, Asked)
         found = []
         for now in (1.0, 1.0, 2.0):
@@ -195,7 +196,7 @@ class LargeFleetTest(unittest.TestCase):
             offered = self.offered(blocks=BLOCKS, block_tokens=16.0, now=float(now))
             self.assertLessEqual(set(known), set(offered))
             self.assertLessEqual(len(offered), SAMPLE + LONGEST)
-            asked = self.scheduler.strategy(P).strategy
+            asked = self.scheduler.strategies.of(P).strategy
             assert isinstance(asked, Asked)
             self.assertEqual(asked.cached, {e.holder: 20 if e in known else 3 for e in offered})
 
@@ -226,7 +227,7 @@ class LargeFleetTest(unittest.TestCase):
             for place, endpoint in enumerate(order):
                 self.registry.scraped(endpoint, MetricsSnapshot(0.0, waiting=float(place)), 0)
                 for _ in range(place // 10):
-                    self.registry.reserve(endpoint, prompt())
+                    self.registry.work.reserve(endpoint, prompt())
             picks = [self.scheduler.pick(P, prompt(now=float(now)))[0] for now in range(100)]
             places = sorted(map(order.index, picks))
             self.assertLess(places[95], SIZE / 8, name)
@@ -237,11 +238,11 @@ class LargeFleetTest(unittest.TestCase):
             room = self.endpoints[17]
             for endpoint in self.endpoints:
                 if endpoint is not room:
-                    self.registry.reserve(endpoint, prompt(2000.0))
+                    self.registry.work.reserve(endpoint, prompt(2000.0))
             for now in range(5):
                 request = prompt(session=str(now), now=float(now))
                 self.assertEqual(self.scheduler.pick(P, request), [room], name)
-            self.registry.reserve(room, prompt(2000.0))
+            self.registry.work.reserve(room, prompt(2000.0))
             self.assertFalse(self.scheduler.has_room(P, 9.0))
             self.assertEqual(len(self.scheduler.pick(P, prompt(now=9.0))), 1)
 
@@ -262,16 +263,16 @@ class LargeFleetTest(unittest.TestCase):
             found = self.scheduler._availability[P]
             with (
                 mock.patch.object(found, "_look_at", wraps=found._look_at) as looked,
-                mock.patch.object(self.scheduler.strategy(P).strategy, "scores") as scored,
+                mock.patch.object(self.scheduler.strategies.of(P).strategy, "scores") as scored,
             ):
-                scored.side_effect = type(self.scheduler.strategy(P).strategy).scores.__get__(
-                    self.scheduler.strategy(P).strategy
+                scored.side_effect = type(self.scheduler.strategies.of(P).strategy).scores.__get__(
+                    self.scheduler.strategies.of(P).strategy
                 )
                 for now in range(10):
                     request = prompt(now=float(now))
                     self.scheduler.has_room(P, request.now)
                     (picked,) = self.scheduler.pick(P, request)
-                    self.registry.reserve(picked, request)
+                    self.registry.work.reserve(picked, request)
                 self.assertLessEqual(looked.call_count, 10, name)
                 for call in scored.call_args_list:
                     self.assertLessEqual(len(call.args[0]), SAMPLE + LONGEST, name)
@@ -280,7 +281,7 @@ class LargeFleetTest(unittest.TestCase):
         self.start("least_load", shadow_strategy="least_load")
         for place, endpoint in enumerate(self.endpoints):  # no two are equal, and so none take turns
             self.registry.scraped(endpoint, MetricsSnapshot(0.0, waiting=float(place)), 0)
-        shadow = self.scheduler.shadow
+        shadow = self.scheduler.strategies.shadow
         assert shadow is not None
         for now in range(30):
             request = prompt(now=float(now))
@@ -294,7 +295,8 @@ class LargeFleetTest(unittest.TestCase):
         again = {name: self.scheduler.pick(P, prompt(session=str(name)))[0] for name in range(50)}
         self.assertEqual(homes, again)
         held = [
-            self.registry.reserve(self.scheduler.pick(P, prompt(session="a"))[0]) for _ in range(SIZE * 4)
+            self.registry.work.reserve(self.scheduler.pick(P, prompt(session="a"))[0])
+            for _ in range(SIZE * 4)
         ]
         most = max(Counter(claim.endpoint for claim in held).values())
         self.assertLessEqual(most, 1.25 * 4 * 1.25, "the mean is estimated")
@@ -332,7 +334,7 @@ class RepeatableTest(unittest.TestCase):
         first = scheduler_of(3, 1, max_waiting=1)
         second = Scheduler(SchedulerConfig(max_waiting=1), first.registry)
         for endpoint in first.registry.endpoints(P):
-            first.registry.reserve(endpoint)
+            first.registry.work.reserve(endpoint)
             self.assertEqual(first.has_room(P, 0.0), second.has_room(P, 0.0))
         self.assertFalse(second.has_room(P, 0.0))
 

@@ -45,7 +45,7 @@ class DisaggregationTest(unittest.TestCase):
     def queue_at_prefill(self) -> None:
         for endpoint in self.registry.endpoints(P):
             for _ in range(9):
-                self.registry.reserve(endpoint, prompt(20_000))
+                self.registry.work.reserve(endpoint, prompt(20_000))
 
     def test_by_cost_a_busy_decode_gets_no_prompt(self) -> None:
         self.start("auto")
@@ -70,7 +70,7 @@ class DisaggregationTest(unittest.TestCase):
         self.assertIsNone(self.local(10_050, **known))
         d1 = self.registry.get("d1")
         d1.holder.store(BLOCKS)
-        self.registry.reserve(d1, RequestContext("/"))
+        self.registry.work.reserve(d1, RequestContext("/"))
         self.assertEqual(self.local(10_050, **known), "d1")
 
     def test_by_tpot_only_what_the_answers_there_can_bear(self) -> None:
@@ -109,10 +109,10 @@ class DisaggregationTest(unittest.TestCase):
                 self.busy(10)
                 d1 = self.registry.get("d1")
                 d1.holder.store(BLOCKS[:10])
-                self.registry.reserve(d1, RequestContext("/"))
+                self.registry.work.reserve(d1, RequestContext("/"))
                 known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 250.0}
                 self.assertIsNone(self.local(10_050, **known))
-                self.registry.answered(d1, BLOCKS[:10], 250.0, 2500, 7501)
+                self.registry.work.answered(d1, BLOCKS[:10], 250.0, 2500, 7501)
                 self.assertEqual(self.local(10_050, **known), "d1")
 
     def test_to_ask_takes_no_turn(self) -> None:

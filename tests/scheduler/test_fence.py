@@ -100,7 +100,7 @@ class FenceTest(unittest.TestCase):
         Custom.bad, Custom.answer = bad, answer
 
     def failures(self, scheduler: Scheduler, role: InstanceRole = P) -> int:
-        return scheduler.failures.counts[NAME, role.value]
+        return scheduler.strategies.failures.counts[NAME, role.value]
 
     def test_every_method_may_raise(self) -> None:
         for method, large in itertools.product(METHODS, (False, True)):
@@ -111,13 +111,13 @@ class FenceTest(unittest.TestCase):
                 least = scheduler.registry.endpoints(P)[1]
                 for endpoint in scheduler.registry.endpoints(P):
                     if endpoint is not least:
-                        scheduler.registry.reserve(endpoint)
+                        scheduler.registry.work.reserve(endpoint)
                 _ = scheduler.reads_prefixes
                 request = prompt(priority=-1)
                 for choice in (scheduler.preview(P, request), scheduler.pick(P, request)):
                     self.assertEqual(len(choice), 1)
                     self.assertTrue(large or choice == [least])
-                strategy = scheduler.strategy(P)
+                strategy = scheduler.strategies.of(P)
                 self.assertIs(strategy.hopeless(request, 1.0), False)
                 self.assertEqual(strategy.order(request, 1.0), 1.0)
                 if large or method != "accepts_sample":  # which a small fleet does not ask for
@@ -157,7 +157,7 @@ class FenceTest(unittest.TestCase):
             scheduler = scheduler_of(2, size, strategy=f"{NAME}OfAll")
             d0, d1, d2, d3, *others = scheduler.registry.endpoints(D)
             for endpoint in (d2, d1, d1, d3, d3, d3, *others, *others, *others):
-                scheduler.registry.reserve(endpoint)
+                scheduler.registry.work.reserve(endpoint)
             for answer, exclude, expected in (
                 ([d3], (), [d3, d0, d2, d1]),
                 ([d3, d0], (), [d3, d0, d2, d1]),
@@ -177,12 +177,12 @@ class FenceTest(unittest.TestCase):
                         self.assertEqual(picked[: len(answer)], answer)
                         rest = picked[len(answer) :]
                         self.assertEqual(rest, sorted(rest, key=lambda e: e.requests))
-            self.assertEqual(sum(scheduler.failures.counts.values()), 0)
+            self.assertEqual(sum(scheduler.strategies.failures.counts.values()), 0)
 
     def test_those_that_are_full_are_no_rest(self) -> None:
         scheduler = scheduler_of(3, 1, strategy=NAME, max_in_flight_tokens=500)
         p0, p1, p2 = scheduler.registry.endpoints(P)
-        scheduler.registry.reserve(p2, prompt())
+        scheduler.registry.work.reserve(p2, prompt())
         self.be("rank", [p1])
         self.assertEqual(scheduler.pick(P, prompt(), count=3), [p1, p0])
 
@@ -204,7 +204,7 @@ class FenceTest(unittest.TestCase):
         with self.assertLogs(LOG, "ERROR"):
             for number, answer in enumerate((None, "first", float("nan"), 1j, [1.0]), 1):
                 self.be("order", answer)
-                self.assertEqual(scheduler.strategy(P).order(prompt(arrived=10.0), 3.0), 5.0)
+                self.assertEqual(scheduler.strategies.of(P).order(prompt(arrived=10.0), 3.0), 5.0)
                 self.assertEqual(self.failures(scheduler), number)
 
     def test_what_is_no_exception_passes(self) -> None:
@@ -214,8 +214,8 @@ class FenceTest(unittest.TestCase):
                 with self.subTest(error=error, method=method), self.assertRaises(type(error)):
                     self.be(method, error)
                     scheduler.preview(P, prompt())
-                    scheduler.strategy(P).order(prompt(), 1.0)
-                    scheduler.strategy(P).hopeless(prompt(), 1.0)
+                    scheduler.strategies.of(P).order(prompt(), 1.0)
+                    scheduler.strategies.of(P).hopeless(prompt(), 1.0)
         self.assertEqual(self.failures(scheduler), 0)
 
     def test_the_log_says_who_where_and_what(self) -> None:
@@ -249,7 +249,7 @@ class FenceTest(unittest.TestCase):
         with self.assertLogs(LOG, "ERROR"):
             router.scheduler.pick(P, prompt())
         self.assertIn(f"{series} 1.0", page())
-        router.scheduler.use("least_load")
+        router.scheduler.strategies.use("least_load")
         self.assertIn(f"{series} 1.0", page(), "a counter does not go away with its strategy")
 
     def test_one_that_is_not_made_whole(self) -> None:
@@ -274,12 +274,12 @@ class AroundTest(unittest.IsolatedAsyncioTestCase):
             router.register_instance(PDInstance(name, role, f"10.0.0.{number}", 80))
             registry.probed(registry.get(name), None)
         for endpoint in registry.endpoints(P):
-            registry.reserve(endpoint)
+            registry.work.reserve(endpoint)
         ticket = Ticket(prompt(), P)
         dispatcher.submit(ticket, 1.0)
         self.assertFalse(ticket.settled)
         told: list[str] = []
-        registry.subscribe(lambda: told.append("Envoy"))
+        registry.changes.subscribe(lambda: told.append("Envoy"))
         Custom.bad, Custom.answer = "hopeless", ZeroDivisionError()
         with self.assertLogs(LOG, "ERROR"):
             router.drain_instance("p0")
@@ -296,7 +296,7 @@ class AroundTest(unittest.IsolatedAsyncioTestCase):
 
 def logging_something(scheduler: Scheduler) -> None:
     """Make ``assertLogs`` content."""
-    scheduler.failures.add("other", "prefill", None, ValueError())
+    scheduler.strategies.failures.add("other", "prefill", None, ValueError())
 
 
 if __name__ == "__main__":

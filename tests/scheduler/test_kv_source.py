@@ -5,11 +5,19 @@ from typing import Any
 import pytest
 
 from tests.support.fleet import prompt, scheduler_of
-from vllm_pd_scheduler.fleet.endpoint import Endpoint, Reservation
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import ConnectorChoice, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
-from vllm_pd_scheduler.scheduler.kv_source import CLEARLY, MAX_PAUSE_S, PAUSE_S, KvSources, kv_source
+from vllm_pd_scheduler.scheduler.kv_source import (
+    CLEARLY,
+    MAX_PAUSE_S,
+    PAUSE_S,
+    KvSources,
+    computed_blocks,
+    kv_source,
+)
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 BLOCK = 256.0
@@ -38,7 +46,7 @@ class Pulls:
     def reserve(self, name: str = "p0", at: float = 0.0) -> Reservation:
         self.request.at(at)
         self.request.look_up_in(self.registry.prefixes)
-        reservation = self.registry.reserve(self[name], self.request)
+        reservation = self.registry.work.reserve(self[name], self.request)
         self.sources.take(reservation, self.request)
         return reservation
 
@@ -104,7 +112,7 @@ def test_it_is_learned_what_a_pull_takes_and_not_that_p_computes_so_fast() -> No
         pulls["p0"].holder.clear()
         reservation = pulls.reserve("p0")
         took = pulls["p0"].prefill.cost(4 * BLOCK, 64 * BLOCK) + 1.5 * pull
-        pulls.registry.prefilled(reservation, int(64 * BLOCK), None, took)
+        pulls.registry.work.prefilled(reservation, int(64 * BLOCK), None, took)
     assert pulls["p0"].prefill.cost(1000, 1000) == before
     assert pulls.registry.load.pull_time(60 * BLOCK) == pytest.approx(1.5 * pull, rel=0.1)
 
@@ -113,18 +121,18 @@ def test_what_another_p_is_still_to_compute_is_not_there() -> None:
     """Requests with the same prompt that come at once do not wait for each other."""
     pulls = Pulls(p1=30)
     first = pulls.reserve("p1")
-    assert (first.cached_blocks, pulls["p1"].computed_blocks(pulls.request)) == (30, 30)
+    assert (first.cached_blocks, computed_blocks(pulls["p1"], pulls.request)) == (30, 30)
     second = pulls.reserve("p0")
     assert (second.source, second.pulled) == (pulls["p1"], 30 * BLOCK)
-    pulls.registry.prefilled(first, int(64 * BLOCK), None, 1.0)
+    pulls.registry.work.prefilled(first, int(64 * BLOCK), None, 1.0)
     third = pulls.reserve("p2", at=1.0)
     assert (third.source, third.pulled) == (pulls["p1"], 64 * BLOCK - 1)
 
 
 def test_a_queue_of_other_prompts_hides_nothing() -> None:
     pulls = Pulls(p1=64)
-    pulls.registry.reserve(pulls["p1"], prompt(512.0, blocks=[7, 8], block_tokens=BLOCK))
-    assert pulls["p1"].computed_blocks(pulls.request) == 64
+    pulls.registry.work.reserve(pulls["p1"], prompt(512.0, blocks=[7, 8], block_tokens=BLOCK))
+    assert computed_blocks(pulls["p1"], pulls.request) == 64
 
 
 def test_those_that_cannot_be_pulled_from() -> None:

@@ -72,7 +72,7 @@ class PairingTest(unittest.TestCase):
         described = [(role, revision, None, True) for role in (P, D) for revision in ("a", "b", "a", "b")]
         for name in strategy_names():
             scheduler = fleet(*described)
-            scheduler.use(name)
+            scheduler.strategies.use(name)
             for number in range(20):
                 request = prompt(model="m", now=float(number), session=str(number))
                 prefill = scheduler.pick(P, request)[0]
@@ -103,7 +103,7 @@ class PairingTest(unittest.TestCase):
         scheduler = fleet((P, "a", None, True), (P, "b", None, True), (D, "a", None, True))
         registry = scheduler.registry
         for _ in range(3):
-            registry.failed(registry.get("p1"), "reset", 0.0)
+            registry.ends.failed(registry.get("p1"), "reset", 0.0)
         self.assertTrue(registry.get("p1").ejected)
         self.assertEqual([e.id for e in scheduler.last_resorts(P, (), "m")], ["p0"])
 

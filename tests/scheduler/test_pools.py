@@ -8,7 +8,7 @@ from unittest import mock
 from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.admission.dispatcher import Dispatcher
 from vllm_pd_scheduler.admission.queue import Ticket
-from vllm_pd_scheduler.fleet.endpoint import Reservation
+from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import ANY_MODEL, PD_ROLES, InstanceRole
 from vllm_pd_scheduler.scheduler import pools
 from vllm_pd_scheduler.strategies import strategy_names
@@ -25,7 +25,7 @@ class PoolsTest(unittest.TestCase):
         self.registry = self.scheduler.registry
 
     def serves(self, name: str, *models: str) -> None:
-        self.registry.serves(self.registry.get(name), frozenset(models))
+        self.registry.models.listed(self.registry.get(name), frozenset(models))
 
     def all_serve(self, *models: str) -> None:
         for endpoint in self.registry:
@@ -72,7 +72,7 @@ class PoolsTest(unittest.TestCase):
     def test_a_model_that_nobody_lists_while_not_all_have_said(self) -> None:
         """One of those may have it; if none of them can serve, the engines say what is wrong."""
         self.all_serve(BASE)
-        self.registry.serves(self.registry.get("p1"), None)
+        self.registry.models.listed(self.registry.get("p1"), None)
         self.assertFalse(self.scheduler.nobody_serves(P, "unheard of"))
         self.assertEqual(self.chosen("unheard of"), {"p1"})
         self.registry.drain("p1")
@@ -98,12 +98,12 @@ class PoolsTest(unittest.TestCase):
         self.assertFalse(self.scheduler.nobody_serves(P, "unheard of"))
         self.registry.started(self.registry.get("p0"), 1.0)
         self.registry.started(self.registry.get("p0"), 2.0)
-        self.assertEqual(self.registry.get("p0").models, {OTHER}, "a restart changes nothing of that")
+        self.assertEqual(self.registry.get("p0").models.names, {OTHER}, "a restart changes nothing of that")
 
     def test_one_that_does_not_say_may_serve_all(self) -> None:
         self.all_serve(BASE)
         self.serves("p1", OTHER)
-        self.registry.serves(self.registry.get("p2"), None)
+        self.registry.models.listed(self.registry.get("p2"), None)
         self.serves("p3")
         self.assertEqual(self.chosen(OTHER), {"p1", "p2", "p3"})
         self.assertEqual(self.chosen(BASE), {"p0", "p2", "p3"})
@@ -116,7 +116,7 @@ class PoolsTest(unittest.TestCase):
         self.serves("p3", BASE, LORA)
         self.assertEqual(self.chosen(LORA), {"p0", "p3"})
         for name in ("p0", "p3"):
-            self.registry.serves(self.registry.get(name), None)
+            self.registry.models.listed(self.registry.get(name), None)
         self.assertEqual(self.chosen(LORA), {"p0", "p3"})
 
     def test_the_roles_are_apart(self) -> None:
@@ -134,7 +134,7 @@ class PoolsTest(unittest.TestCase):
         self.assertTrue(self.scheduler.can_serve(D, BASE))
         self.registry.undrain("d1")
         for _ in range(3):
-            self.registry.failed(self.registry.get("d1"), "reset", 0.0)
+            self.registry.ends.failed(self.registry.get("d1"), "reset", 0.0)
         self.assertEqual(self.scheduler.pick(D, prompt(model=OTHER)), [])
         self.assertEqual(self.scheduler.last_resorts(D, (), OTHER), [self.registry.get("d1")])
         self.assertNotIn(self.registry.get("d1"), self.scheduler.last_resorts(D, (), BASE))

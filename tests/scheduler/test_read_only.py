@@ -61,7 +61,7 @@ class StrategyTest(unittest.TestCase):
                     Writes.act = staticmethod(self.setter(number))
                     with self.assertLogs(LOG, "ERROR") if number == 0 else self.subTest():
                         self.assertEqual(len(scheduler.pick(role, request)), 1)
-                    self.assertEqual(scheduler.failures.counts[NAME, role.value], number + 1)
+                    self.assertEqual(scheduler.strategies.failures.counts[NAME, role.value], number + 1)
 
     @staticmethod
     def setter(number: int) -> Callable[[Endpoint, RequestContext], None]:

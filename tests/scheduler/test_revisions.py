@@ -131,7 +131,7 @@ class PicksTest(unittest.TestCase):
     def test_each_strategy(self) -> None:
         for name in strategy_names():
             scheduler = fleet({"blue": 3, "green": 1}, *BOTH)
-            scheduler.use(name)
+            scheduler.strategies.use(name)
             got = Counter(self.served(scheduler, prompt(model="m", now=float(n))) for n in range(40))
             self.assertEqual(got, {("blue", "blue"): 30, ("green", "green"): 10}, name)
 

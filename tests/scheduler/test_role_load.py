@@ -33,7 +33,7 @@ class RoleLoadTest(unittest.TestCase):
         self.start()
         self.assertEqual(self.load.prefill_backlog(0.0), 0.0)
         for _ in range(3):
-            self.registry.reserve(self.p[0], prompt(1000.0))
+            self.registry.work.reserve(self.p[0], prompt(1000.0))
         self.assertAlmostEqual(self.load.prefill_backlog(0.0), 3.0 / 2)
         self.assertAlmostEqual(self.load.prefill_backlog(0.4), 2.6 / 2)
         self.assertAlmostEqual(self.load.prefill_backlog(9.0), 2.0 / 2, msg="a late one is about to end")
@@ -41,10 +41,10 @@ class RoleLoadTest(unittest.TestCase):
     def test_what_other_schedulers_have_sent_is_theirs_to_tell(self) -> None:
         self.start()
         self.registry.elsewhere.enqueue(self.p[0], 5000.0, (0.0, 0), (), 0.0)
-        self.registry.reserve(self.p[0], prompt(1000.0))
+        self.registry.work.reserve(self.p[0], prompt(1000.0))
         self.assertAlmostEqual(self.load.prefill_backlog(0.0), 1.0 / 2)
         self.d[0].sent_elsewhere(4, 8000)
-        self.registry.reserve(self.d[0], prompt(900.0))
+        self.registry.work.reserve(self.d[0], prompt(900.0))
         self.scraped(running=5.0, waiting=0.0)
         self.assertAlmostEqual(dict(self.load.decode_use())["kv_cache"], 1000.0 / 20_000.0)
 
@@ -53,11 +53,11 @@ class RoleLoadTest(unittest.TestCase):
         found = []
         for own, other in ((1000.0, 3000.0), (3000.0, 1000.0)):
             self.start(prefill=1, decode=1)
-            self.registry.reserve(self.p[0], prompt(own))
+            self.registry.work.reserve(self.p[0], prompt(own))
             self.registry.elsewhere.enqueue(self.p[0], other, (0.0, 0), (), 0.0)
             ours = int(own) // 1000
             for _ in range(ours):
-                self.registry.reserve(self.d[0], prompt())
+                self.registry.work.reserve(self.d[0], prompt())
             self.d[0].sent_elsewhere(4 - ours, 4000)
             self.scraped(running=2.0, waiting=2.0)
             found.append((self.load.prefill_backlog(0.0), self.load.decode_backlog(0.0)))
@@ -86,7 +86,7 @@ class RoleLoadTest(unittest.TestCase):
         found = []
         for _ in range(2):
             for _ in range(6):
-                self.registry.reserve(self.d[0], prompt(400.0))
+                self.registry.work.reserve(self.d[0], prompt(400.0))
             found.append(dict(self.load.decode_use()))
         self.assertAlmostEqual(found[0]["kv_cache"], 6 * 500 / 20_000)
         self.assertAlmostEqual(found[0]["step"], 6 * 0.001 / 0.03 / 2)
@@ -95,7 +95,7 @@ class RoleLoadTest(unittest.TestCase):
 
     def test_a_limit_that_no_step_keeps_gives_a_number(self) -> None:
         self.start(tpot_slo=0.01)
-        self.registry.reserve(self.d[0], prompt())
+        self.registry.work.reserve(self.d[0], prompt())
         self.assertAlmostEqual(dict(self.load.decode_use())["step"], 0.001 / (0.01 * LEAST_ROOM) / 2)
         slack = self.load.tpot_slack()
         assert slack is not None
@@ -105,7 +105,7 @@ class RoleLoadTest(unittest.TestCase):
         self.start(ttft_slo=5.0, tpot_slo=0.05)
         self.assertIsNone(self.load.ttft_slack(0.0), "no prefill is known yet")
         for each in self.p:
-            self.registry.reserve(each, prompt(1000.0))
+            self.registry.work.reserve(each, prompt(1000.0))
         slack = self.load.ttft_slack(0.0)
         assert slack is not None
         transfer, step = self.registry.load.transfer, 0.021
@@ -116,7 +116,7 @@ class RoleLoadTest(unittest.TestCase):
 
     def test_without_limits_there_is_no_slack(self) -> None:
         self.start()
-        self.registry.reserve(self.p[0], prompt())
+        self.registry.work.reserve(self.p[0], prompt())
         self.assertEqual((self.load.ttft_slack(0.0), self.load.tpot_slack()), (None, None))
 
     def test_without_instances_there_are_numbers(self) -> None:
@@ -127,8 +127,8 @@ class RoleLoadTest(unittest.TestCase):
 
     def test_a_p_is_busy_with_our_prefills(self) -> None:
         self.start()
-        claim = self.registry.reserve(self.p[0], prompt(1000.0))
+        claim = self.registry.work.reserve(self.p[0], prompt(1000.0))
         other = self.registry.elsewhere.enqueue(self.p[0], 1000.0, (0.0, 0), (), 0.0)
-        self.registry.prefilled(claim, 1000, 0, 1.5)
+        self.registry.work.prefilled(claim, 1000, 0, 1.5)
         self.registry.elsewhere.done(other, 1000, 0, 2.5)
         self.assertAlmostEqual(self.p[0].prefill.busy, 1.5)

@@ -75,7 +75,7 @@ class ShadowTest(unittest.TestCase):
 
     def shadow(self, name: str) -> Shadow:
         """Use a shadow whose clock is ours."""
-        found = self.router.scheduler.shadow = Shadow(name, self.router.config, lambda: self.now)
+        found = self.router.scheduler.strategies.shadow = Shadow(name, self.router.config, lambda: self.now)
         return found
 
     def request(self, tokens: float = 1000.0, now: float = 0.0) -> RequestContext:
@@ -87,13 +87,13 @@ class ShadowTest(unittest.TestCase):
 
     def test_none_by_default(self) -> None:
         router = fleet()
-        self.assertIsNone(router.scheduler.shadow)
+        self.assertIsNone(router.scheduler.strategies.shadow)
         self.assertFalse(router.scheduler.reads_prefixes)
         self.assertNotIn(b"pd_scheduler_shadow", generate_latest(collectors(router, time.monotonic)))
 
     def test_prompts_are_hashed_for_it(self) -> None:
         self.assertTrue(self.router.scheduler.reads_prefixes)
-        self.router.scheduler.use_shadow("weighted")
+        self.router.scheduler.strategies.use_shadow("weighted")
         self.assertFalse(self.router.scheduler.reads_prefixes)
 
     def test_agreement_and_difference(self) -> None:
@@ -110,7 +110,7 @@ class ShadowTest(unittest.TestCase):
         shadow = self.shadow("predicted_latency")
         p0 = self.registry.get("p0")
         busy = self.request(50_000.0)
-        self.registry.reserve(p0, busy)
+        self.registry.work.reserve(p0, busy)
         queued = p0.prefill.cost(50_000.0, 50_000.0)
         own = p0.prefill.cost(1000.0, 1000.0)
         request = self.request(now=1.0)
@@ -140,13 +140,13 @@ class ShadowTest(unittest.TestCase):
         with mock.patch.object(index, "match", wraps=index.match) as match:
             (picked,) = self.router.scheduler.pick(P, request)
             self.router.scheduler.compare_shadow(P, request, picked)
-            self.registry.reserve(picked, request)
+            self.registry.work.reserve(picked, request)
             self.assertEqual(match.call_count, 1)
 
     def test_what_it_would_have_meant_for_decode(self) -> None:
         shadow = self.shadow("predicted_latency")
         d0 = self.registry.get("d0")
-        self.registry.reserve(d0, self.request())
+        self.registry.work.reserve(d0, self.request())
         self.decide("d0")
         (found,) = shadow.differences
         self.assertAlmostEqual(found.live_seconds, d0.decode.step(2, 2200.0))
@@ -157,7 +157,7 @@ class ShadowTest(unittest.TestCase):
         self.router = fleet(strategy="least_load", max_waiting=1)
         self.registry = self.router.registry
         shadow = self.shadow(LAST)
-        self.registry.reserve(self.registry.get("p2"))
+        self.registry.work.reserve(self.registry.get("p2"))
         self.decide("p1")
         self.assertEqual(shadow.tallies[P].agreed, 1, "p2 is saturated")
         p0, p1 = self.registry.get("p0"), self.registry.get("p1")
@@ -187,7 +187,7 @@ class ShadowTest(unittest.TestCase):
         answers: list[Any] = [ValueError("odd"), Unprintable(), RecursionError(), None, 5, [], [None]]
         answers += [[stranger], [self.registry.get("d0")], {}]
         with (
-            self.assertLogs("vllm_pd_scheduler.scheduler.shadow", "WARNING") as logged,
+            self.assertLogs("vllm_pd_scheduler.scheduler.strategies.shadow", "WARNING") as logged,
             mock.patch.object(Odd, "answer", None),
         ):
             for count, answer in enumerate(answers, 1):
@@ -203,7 +203,7 @@ class ShadowTest(unittest.TestCase):
 
     def test_once_a_minute(self) -> None:
         self.shadow(ODD)
-        with self.assertLogs("vllm_pd_scheduler.scheduler.shadow", "WARNING") as logged:
+        with self.assertLogs("vllm_pd_scheduler.scheduler.strategies.shadow", "WARNING") as logged:
             for now in (0.0, WARNING_INTERVAL_S - 1, WARNING_INTERVAL_S, WARNING_INTERVAL_S + 1):
                 self.now = now
                 self.decide("p0")
@@ -211,11 +211,11 @@ class ShadowTest(unittest.TestCase):
         self.assertIn("3 failures so far", logged.output[1])
 
     def test_one_that_is_none(self) -> None:
-        before = self.router.scheduler.shadow
+        before = self.router.scheduler.strategies.shadow
         for name in ("fastest", "no.such:Module"):
             with self.assertRaises(UnknownStrategy):
-                self.router.scheduler.use_shadow(name)
-        self.assertIs(self.router.scheduler.shadow, before)
+                self.router.scheduler.strategies.use_shadow(name)
+        self.assertIs(self.router.scheduler.strategies.shadow, before)
 
     def test_live_choices_are_the_same_with_and_without(self) -> None:
         """Ranked one by one, also by strategies that take turns or choose at random."""
@@ -230,14 +230,14 @@ class ShadowTest(unittest.TestCase):
 
     def picks(self, strategy: str, shadow: str | None) -> list[str]:
         router = fleet(strategy=strategy, shadow_strategy=shadow)
-        router.scheduler.strategy(P).strategy.random.seed(1)
+        router.scheduler.strategies.of(P).strategy.random.seed(1)
         chosen = []
         for number in range(100):
             request = self.request(100.0 * (number % 7 + 1), now=float(number))
             give(request, session=str(number % 5))
             picked = router.scheduler.pick(P, request)[0]
             router.scheduler.compare_shadow(P, request, picked)
-            claim = router.registry.reserve(picked, request)
+            claim = router.registry.work.reserve(picked, request)
             if number % 3:
                 claim.release(request.now)
             chosen.append(picked.id)
@@ -247,9 +247,9 @@ class ShadowTest(unittest.TestCase):
         """When it is sent, however often it was looked at before."""
         self.router = fleet(strategy="predicted_latency", shadow_strategy="least_load", late_binding=True)
         registry, dispatcher = self.router.registry, self.router.dispatcher
-        claims = [registry.reserve(e, self.request(50_000.0)) for e in registry.endpoints(P)]
+        claims = [registry.work.reserve(e, self.request(50_000.0)) for e in registry.endpoints(P)]
         ticket = Ticket(self.request(), P)
-        shadow = self.router.scheduler.shadow
+        shadow = self.router.scheduler.strategies.shadow
         assert shadow is not None
         dispatcher.submit(ticket, 0.1)
         for now in (0.2, 0.3, 0.4):
@@ -262,7 +262,7 @@ class ShadowTest(unittest.TestCase):
 
     def test_metrics(self) -> None:
         shadow = self.shadow("predicted_latency")
-        self.registry.reserve(self.registry.get("p0"), self.request(1000.0))
+        self.registry.work.reserve(self.registry.get("p0"), self.request(1000.0))
         self.decide("p0")
         self.decide("d0")
         self.decide("d1")

@@ -104,7 +104,7 @@ class TurnsTest(Case):
         await self.check.round("probe")
         self.assertEqual(self.tried, [], "no model is known")
         for endpoint in self.registry:
-            self.registry.serves(endpoint, frozenset(("base", "a-lora")), frozenset(("a-lora",)))
+            self.registry.models.listed(endpoint, frozenset(("base", "a-lora")), frozenset(("a-lora",)))
         await self.check.round("probe")
         self.assertEqual(self.tried, [("base", "p0", "d0")])
 
@@ -215,10 +215,10 @@ class VerdictsTest(Case):
             await skipped(f"requests wait at {endpoint.id}")
             self.registry.scraped(endpoint, replace(quiet, kv_usage=0.9), 0)
             await skipped(f"{endpoint.id} is full")
-            self.registry.overloaded(endpoint, 100.0)
+            self.registry.ends.overloaded(endpoint, 100.0)
             self.registry.scraped(endpoint, quiet, 0)
             await skipped(f"{endpoint.id} is full")
-            self.registry.overloaded(endpoint, -100.0)
+            self.registry.ends.overloaded(endpoint, -100.0)
             self.registry.forget_metrics(endpoint)
             await skipped(f"the load of {endpoint.id} is not known")
             self.registry.scraped(endpoint, quiet, 0)
@@ -228,7 +228,7 @@ class VerdictsTest(Case):
         self.queued = 1
         await skipped("requests wait in the scheduler")
         self.queued = 0
-        running = self.registry.reserve(p0)
+        running = self.registry.work.reserve(p0)
         await skipped("requests wait at p0")
         running.release()
         await self.check.check("p0", "d0", None, "admin")

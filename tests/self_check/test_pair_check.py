@@ -70,7 +70,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
             SchedulerConfig(), connector=connector or NixlConnector(), clock=lambda: self.now
         )
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         for name, role, host, key in (("p", P, "10.0.0.1", None), ("d", D, "10.0.0.2", "d's key")):
             self.router.register_instance(PDInstance(name, role, host, 80, key))
         self.p, self.d = self.router.registry

@@ -169,8 +169,8 @@ KEPT: dict[str, tuple[Any, Callable[[PDRouter], Any]]] = {
     "queue_bytes": (9, lambda router: router.dispatcher.queue.max_bytes),
     "max_held_bytes": (1 << 21, lambda router: router.body_memory.limit),
     "max_local_prefill_share": (0.1, lambda router: router._core._local.share),
-    "strategy": ("round_robin", lambda router: router.scheduler.strategy_name),
-    "shadow_strategy": ("slo", lambda router: router.scheduler.shadow.name),  # type: ignore[union-attr]
+    "strategy": ("round_robin", lambda router: router.scheduler.strategies.name),
+    "shadow_strategy": ("slo", lambda router: router.scheduler.strategies.shadow.name),  # type: ignore[union-attr]
 }
 
 
@@ -194,7 +194,7 @@ async def test_limits_hold_at_once(running: Running) -> None:
     registry, scheduler = running.router.registry, running.router.scheduler
     for endpoint in registry:
         registry.probed(endpoint, None)
-    registry.reserve(registry.get("p0"))
+    registry.work.reserve(registry.get("p0"))
     assert scheduler.has_room(P, 0.0)
     await running.reload(max_waiting=1)
     assert not scheduler.has_room(P, 0.0)
@@ -205,7 +205,7 @@ async def test_limits_hold_at_once(running: Running) -> None:
 async def test_instances_come_and_go(running: Running) -> None:
     registry = running.router.registry
     more = [{"id": f"d{n}", "host": f"10.0.1.{n}", "port": 8200} for n in range(3)]
-    running_there = registry.reserve(registry.get("d0"))
+    running_there = registry.work.reserve(registry.get("d0"))
     assert await running.reload(decode_instances=more[1:]) == (["decode_instances"], [])
     assert {endpoint.id: endpoint.draining for endpoint in registry} == {
         "p0": False, "d0": True, "d1": False, "d2": False,
@@ -224,18 +224,18 @@ async def test_a_new_key_is_no_other_instance(running: Running, tmp_path: Path) 
 
 async def test_a_strategy_that_an_operator_has_changed_stays(running: Running) -> None:
     scheduler = running.router.scheduler
-    scheduler.use("weighted", P)
-    scheduler.use_shadow("slo")
+    scheduler.strategies.use("weighted", P)
+    scheduler.strategies.use_shadow("slo")
     await running.reload(strategy="round_robin", shadow_strategy="least_load")
-    assert scheduler.names == {P: "weighted", D: "round_robin"}
-    assert scheduler.shadow is not None
-    assert scheduler.shadow.name == "slo"
+    assert scheduler.strategies.names == {P: "weighted", D: "round_robin"}
+    assert scheduler.strategies.shadow is not None
+    assert scheduler.strategies.shadow.name == "slo"
 
 
 async def test_a_strategy_is_not_made_anew_for_nothing(running: Running) -> None:
-    before = running.router.scheduler.strategy(D)
+    before = running.router.scheduler.strategies.of(D)
     await running.reload(queue_size=7)
-    assert running.router.scheduler.strategy(D) is before
+    assert running.router.scheduler.strategies.of(D) is before
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ async def test_a_connector_that_cannot_be_made_changes_nothing(
         key = "prefill_instances" if of == "P" else "decode_instances"
         settings = {"queue_size": 7, key: [{**fleet()[key][0], "connector": UNFINISHED}]}
     if not at_once:  # as if it could be made the first time alone
-        monkeypatch.setattr("vllm_pd_scheduler.config.schema.make_connector", lambda _: None)
+        monkeypatch.setattr("vllm_pd_scheduler.config.fleet_instance.make_connector", lambda _: None)
     router = running.router
     before = router.config.model_copy(), [each.instance for each in router.registry]
     with pytest.raises(ConfigError, match=r"cannot be made: it lacks can_split, handoff, prefill_body$"):

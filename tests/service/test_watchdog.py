@@ -30,7 +30,7 @@ async def test_how_late_the_loop_is() -> None:
 def test_it_is_a_histogram() -> None:
     telemetry = Telemetry()
     for seconds in (0.0, 0.003, 0.7):
-        telemetry.event_loop_late(seconds)
+        telemetry.process.event_loop_late(seconds)
     page = generate_latest(telemetry.prometheus).decode()
     for bound, count in (("0.001", 1), ("0.005", 2), ("1.0", 3)):
         assert f'pd_scheduler_event_loop_lag_seconds_bucket{{le="{bound}"}} {count}.0' in page

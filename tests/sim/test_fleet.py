@@ -1,16 +1,16 @@
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import unittest
 import urllib.error
 import urllib.request
 
-from tests.support.processes import unused_ports
-from tests.support.waiting import HUNG_S
+from tests.support.processes import running, unused_ports
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.sim.fleet import Fleet, FleetError
 
 PARENT = """
@@ -28,17 +28,8 @@ def health(url: str) -> int:
         return int(response.status)
 
 
-def wait_gone(pid: int, seconds: float = HUNG_S) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
-                    return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.01)
-    return False
+def wait_gone(pid: int) -> None:
+    asyncio.run(until(lambda: not running(pid)))
 
 
 class FleetTest(unittest.TestCase):
@@ -91,7 +82,7 @@ class FleetTest(unittest.TestCase):
             pid = int(parent.stdout.readline())
             os.kill(pid, signal.SIGSTOP)  # even one that can do nothing itself
             parent.kill()
-        self.assertTrue(wait_gone(pid))
+        wait_gone(pid)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,23 @@ from vllm_pd_scheduler.sim.profile import EngineProfile
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    profile = replace(EngineProfile.instant(), lease=0.3)
-    arguments = ["--load-fail-delay=0.6", "--max-model-len=4096"]
-    with Fleet(2, 2, profile=profile, arguments=arguments, connector="offloading-p2p") as running:
+    """Engines that wait for each other longer than any test does."""
+    with started(2, 2, lease=300.0, wait=300.0) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[Fleet]:
+    """Engines that wait for nobody."""
+    with started(1, 1, lease=0.1, wait=0.1) as running:
+        yield running
+
+
+def started(prefill: int, decode: int, lease: float, wait: float) -> Fleet:
+    """A fleet whose P keep a copy for ``lease`` seconds, and in which one waits ``wait`` seconds for it."""
+    profile = replace(EngineProfile.instant(), lease=lease)
+    arguments = [f"--load-fail-delay={wait}", "--max-model-len=4096"]
+    return Fleet(prefill, decode, profile=profile, arguments=arguments, connector="offloading-p2p")
 
 
 async def prefill(client: Client, p: SimInstance, **more: Any) -> dict[str, Any]:
@@ -49,20 +62,20 @@ async def test_hand_off_gives_the_same_text_and_p_pins_nothing(fleet: Fleet, cli
     assert await outcome(client, d, params) == "good"
 
 
-async def test_a_second_fetch_waits_in_vain(fleet: Fleet, client: Client) -> None:
+async def test_a_second_fetch_waits_in_vain(fleet: Fleet, brief: Fleet, client: Client) -> None:
     p = fleet["prefill-0"]
     params = await prefill(client, p)
     assert await outcome(client, fleet["decode-0"], params) == "good"
-    assert await outcome(client, fleet["decode-1"], params) == "recomputed"
+    assert await outcome(client, brief["decode-0"], params) == "recomputed"
 
 
-async def test_a_late_fetch_is_refused_at_once(fleet: Fleet, client: Client) -> None:
-    params = await prefill(client, fleet["prefill-0"])
-    await asyncio.sleep(0.35)
+async def test_a_late_fetch_is_refused_at_once(fleet: Fleet, brief: Fleet, client: Client) -> None:
+    params = await prefill(client, brief["prefill-0"])
+    await asyncio.sleep(0.15)
     assert await outcome(client, fleet["decode-0"], params) == "recomputed"
     name = params["remote_prefiller"]["kv_request_id"]
     call = {"kv_request_id": name, "digest": ""}
-    answer = await client.post(fleet["prefill-0"], "/_sim/kv/p2p/fetch", call)
+    answer = await client.post(brief["prefill-0"], "/_sim/kv/p2p/fetch", call)
     assert '"late":true' in str(answer)
 
 
@@ -78,14 +91,16 @@ async def test_a_fetch_before_the_prefill_waits_for_it(fleet: Fleet, client: Cli
 
 
 @pytest.mark.parametrize("change", [{"kv_request_id": "nobody's"}, {"remote_port": 9}])
-async def test_what_nobody_has(fleet: Fleet, client: Client, change: dict[str, Any]) -> None:
+async def test_what_nobody_has(fleet: Fleet, brief: Fleet, client: Client, change: dict[str, Any]) -> None:
     at = (await prefill(client, fleet["prefill-0"]))["remote_prefiller"]
-    assert await outcome(client, fleet["decode-0"], {"remote_prefiller": {**at, **change}}) == "recomputed"
+    assert await outcome(client, brief["decode-0"], {"remote_prefiller": {**at, **change}}) == "recomputed"
 
 
-async def test_the_hand_off_of_another_prompt_is_no_wrong_text(fleet: Fleet, client: Client) -> None:
+async def test_the_hand_off_of_another_prompt_is_no_wrong_text(
+    fleet: Fleet, brief: Fleet, client: Client
+) -> None:
     params = await prefill(client, fleet["prefill-0"], prompt="another prompt " * 40)
-    assert await outcome(client, fleet["decode-0"], params) == "recomputed"
+    assert await outcome(client, brief["decode-0"], params) == "recomputed"
 
 
 async def test_what_is_not_complete_is_no_hand_off(fleet: Fleet, client: Client) -> None:
@@ -119,11 +134,11 @@ async def test_a_prefix_that_is_pulled_counts_as_cached(fleet: Fleet, client: Cl
     assert (await client.stats(p))["hand_offs"] == {"pulled": 1}
 
 
-async def test_a_source_that_is_not_there(fleet: Fleet, client: Client) -> None:
+async def test_a_source_that_is_not_there(brief: Fleet, client: Client) -> None:
     at = {"kv_request_id": "s", "remote_host": "127.0.0.1", "remote_port": 9}
     params = {"remote_decoder": {"kv_request_id": "y"}, "remote_kv_source": at}
     body = {**BODY, "prompt": "nobody has it " * 30, "max_tokens": 1}
-    answer = await client.post(fleet["prefill-1"], COMPLETIONS, {**body, "kv_transfer_params": params})
+    answer = await client.post(brief["prefill-0"], COMPLETIONS, {**body, "kv_transfer_params": params})
     assert (client.status, answer["usage"]["prompt_tokens_details"]["cached_tokens"]) == (200, 0)
 
 

@@ -18,9 +18,21 @@ ROOMS = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    profile = replace(EngineProfile.instant(), lease=0.5)
-    with Fleet(1, 1, profile=profile, arguments=["--load-fail-delay=0"], connector="sglang") as running:
+    """Engines that wait for each other longer than any test does."""
+    with started(300.0) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[Fleet]:
+    """Engines that wait half a second."""
+    with started(0.5) as running:
+        yield running
+
+
+def started(lease: float) -> Fleet:
+    profile = replace(EngineProfile.instant(), lease=lease)
+    return Fleet(1, 1, profile=profile, arguments=["--load-fail-delay=0"], connector="sglang")
 
 
 @pytest.fixture
@@ -55,9 +67,9 @@ async def test_without_a_room_nothing_is_served(fleet: Fleet, client: Client, na
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 async def test_a_leg_alone_ends_after_its_time(
-    fleet: Fleet, client: Client, body: dict[str, Any], name: str
+    brief: Fleet, client: Client, body: dict[str, Any], name: str
 ) -> None:
-    status, _ = await send(client, fleet[name], body)
+    status, _ = await send(client, brief[name], body)
     assert status == 500
 
 

@@ -7,6 +7,7 @@ import pytest
 from yarl import URL
 
 from tests.support.sim_fleet import Fleet
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 PAGE = "https://app.example"
@@ -63,6 +64,6 @@ async def test_web_pages(url: str) -> None:
 
 async def test_a_websocket(url: str) -> None:
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/v1/realtime") as socket:
-        assert (await socket.receive_json(timeout=5))["type"] == "session.created"
+        assert (await socket.receive_json(timeout=HUNG_S))["type"] == "session.created"
         await socket.send_str("a")
-        assert await socket.receive_str(timeout=5) == "a"
+        assert await socket.receive_str(timeout=HUNG_S) == "a"

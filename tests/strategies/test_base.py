@@ -40,7 +40,7 @@ class InvariantsTest(unittest.TestCase):
         registry, endpoints = build(*(scrape for scrape, _ in fleet))
         for endpoint, (_, sent) in zip(endpoints, fleet, strict=True):
             for _ in range(sent):
-                registry.reserve(endpoint)
+                registry.work.reserve(endpoint)
         chosen = strategy(name)
         for count, size in calls:
             candidates = endpoints[:size]

@@ -130,7 +130,7 @@ class StickyModelTest(OnPath):
         for model in ("llama", "qwen", "adapter-7"):
             home = self.rank(model, 1)
             for _ in range(20):
-                self.registry.reserve(self.registry.get(home[0]))
+                self.registry.work.reserve(self.registry.get(home[0]))
                 self.assertEqual(self.rank(model, 1), home)
 
     def test_models_are_spread(self) -> None:

@@ -35,7 +35,7 @@ class PowerOfTwoTest(unittest.TestCase):
     def test_requests_spread_far_better_than_by_chance(self) -> None:
         registry, endpoints = build(*[None] * 20)
         for _ in range(400):
-            registry.reserve(self.strategy.rank(endpoints, REQUEST, 1)[0])
+            registry.work.reserve(self.strategy.rank(endpoints, REQUEST, 1)[0])
         self.assertLessEqual(max(e.in_flight for e in endpoints), 24)
 
 

@@ -62,19 +62,19 @@ class PrefillTest(unittest.TestCase):
 
     def test_a_queue_of_short_ones_is_less_than_one_long(self) -> None:
         for _ in range(5):
-            self.registry.reserve(self.p0, prompt(100.0))
-        self.registry.reserve(self.p1, prompt(50_000.0))
+            self.registry.work.reserve(self.p0, prompt(100.0))
+        self.registry.work.reserve(self.p1, prompt(50_000.0))
         self.assertEqual(self.best((self.p0, self.p1), prompt()), "p0")
 
     def test_a_cache_is_worth_a_wait_that_it_saves(self) -> None:
         self.p0.holder.store(BLOCKS)
         long = prompt(20_000.0, blocks=BLOCKS, block_tokens=2000.0)
         for queued, expected in ((10_000.0, "p0"), (100_000.0, "p1")):
-            held = self.registry.reserve(self.p0, prompt(queued))
+            held = self.registry.work.reserve(self.p0, prompt(queued))
             self.assertEqual(self.best((self.p0, self.p1), long), expected)
             held.release(0.0)
         give(self.p0.prefill, trust=0.0)  # it has no prefix caching
-        self.registry.reserve(self.p0, prompt(1000.0))
+        self.registry.work.reserve(self.p0, prompt(1000.0))
         self.assertEqual(self.best((self.p0, self.p1), long), "p1")
 
     def test_equal_ones_take_turns(self) -> None:
@@ -86,7 +86,7 @@ class PrefillTest(unittest.TestCase):
     def test_decode_without_room_comes_last(self) -> None:
         give(self.d0, kv_capacity=1050.0)
         for _ in range(20):
-            self.registry.reserve(self.d1, prompt(10.0))
+            self.registry.work.reserve(self.d1, prompt(10.0))
         self.assertEqual(self.best((self.d0, self.d1), prompt(1000.0)), "d1")
         self.assertEqual(self.best((self.d0, self.d1), prompt(900.0)), "d0")
 

@@ -62,7 +62,7 @@ class SessionTest(unittest.TestCase):
 
     def test_without_a_session_the_fewest_requests(self) -> None:
         for endpoint in self.endpoints[:3] + self.endpoints[4:]:
-            self.registry.reserve(endpoint)
+            self.registry.work.reserve(endpoint)
         self.assertEqual(ids(self.strategy.rank(self.endpoints, REQUEST, 1)), ["d3"])
 
     def test_points_are_hashed_once(self) -> None:
@@ -92,7 +92,7 @@ class SessionTest(unittest.TestCase):
             if leaves and held:
                 held.pop(0).release()
             best = strategy.rank(endpoints, of(str(name)), 1)[0]
-            held.append(registry.reserve(best))
+            held.append(registry.work.reserve(best))
             self.assertLessEqual(best.in_flight, math.ceil(strategy.bound * len(held) / size))
 
 

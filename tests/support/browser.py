@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -94,9 +100,35 @@ class Browser:
             raise AssertionError(f"{css} reads {self.text(css)!r}, not {parts}") from error
 
     def click(self, css: str) -> None:
-        """Click an element as soon as it is there."""
-        self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, css))
-        self.find(css).click()
+        """Click an element as soon as it is there and can be clicked."""
+        self._until_done(lambda: self.find(css).click())
+
+    def type(self, css: str, text: str) -> None:
+        """Have a field contain a text, as soon as it is there."""
+
+        def typed() -> None:
+            field = self.find(css)
+            field.clear()
+            field.send_keys(text)
+
+        self._until_done(typed)
+
+    def _until_done(self, act: Callable[[], None]) -> None:
+        """Try again what meets an element that is not there yet, or is replaced meanwhile."""
+
+        def done() -> bool:
+            try:
+                act()
+            except (
+                ElementClickInterceptedException,
+                ElementNotInteractableException,
+                NoSuchElementException,
+                StaleElementReferenceException,
+            ):
+                return False
+            return True
+
+        self.until(done)
 
     def contrasts(self) -> list[tuple[float, str]]:
         """Return the contrast of each text that is shown, as WCAG has it."""

@@ -33,7 +33,7 @@ class InFlightCase(unittest.IsolatedAsyncioTestCase):
         for endpoint in router.registry:
             router.registry.probed(endpoint, None)
         self.freed: list[PendingHandoff] = []
-        router.in_flight.release_handoff = self.freed.append
+        router.in_flight.handoffs.release = self.freed.append
         return router
 
     def later(self, delay: float, call: Callable[[], None]) -> None:

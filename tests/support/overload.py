@@ -14,7 +14,7 @@ import aiohttp
 
 from tests.support.processes import Answer, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 
 # An instance that is held up stays healthy: its probes wait as long as it takes.
 PATIENT = {"health_check_interval": 60.0, "health_check_timeout": 60.0, "decode_first_byte_timeout": 60.0}
@@ -80,7 +80,7 @@ def json_body(seen: dict[str, Any]) -> dict[str, Any]:
 async def overload(fleet: Fleet, directory: Path, **settings: Any) -> AsyncIterator[tuple[Overload, Process]]:
     """A scheduler with an Envoy of its own in front of a fleet, and the scheduler's process."""
     stack = Stack(directory)
-    timeout = aiohttp.ClientTimeout(total=30)
+    timeout = aiohttp.ClientTimeout(total=HUNG_S)
     with contextlib.ExitStack() as processes:
         process = processes.enter_context(spawned(stack.up({**PATIENT, **fleet.config(), **settings})))
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -39,7 +39,7 @@ def fleet(described: list[dict[str, Any]]) -> Registry:
             metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"])
             give(endpoint, kv_capacity=one["capacity"], metrics=metrics)
             for tokens in one["queued"]:
-                registry.reserve(endpoint, prompt(float(tokens)))
+                registry.work.reserve(endpoint, prompt(float(tokens)))
     return registry
 
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from tests.support.sim_fleet import Fleet
+from tests.support.sim_fleet import Fleet, SimInstance
 from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
@@ -78,6 +78,14 @@ class Process:
         size = os.fstat(self.log.fileno()).st_size
         return os.pread(self.log.fileno(), size, 0).decode(errors="replace")
 
+    async def says(self, text: str, times: int = 1) -> None:
+        """Wait until a text was printed so often: a thread prints what is logged, a moment later."""
+        await until(lambda: self.output.count(text) >= times)
+
+    def lines(self) -> list[str]:
+        """Return what was printed, but the line that is being printed now."""
+        return self.output.rpartition("\n")[0].splitlines()
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -85,12 +93,8 @@ class Process:
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
-        """The processes that it started. Its threads come and go while they are read."""
-        found: list[int] = []
-        for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                found += map(int, path.read_text().split())
-        return found
+        """The processes that it started."""
+        return children(self.process.pid)
 
 
 @contextmanager
@@ -111,11 +115,20 @@ def spawned(command: list[str], **environment: str) -> Iterator[Process]:
                     popen.wait()
 
 
+def children(pid: int) -> list[int]:
+    """Return the processes that a process started. Its threads come and go while they are read."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, path.read_text().split())
+    return found
+
+
 def running(pid: int) -> bool:
     """Whether a process runs; one that has ended and not been waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second if it ends between opening and reading
         return False
 
 
@@ -224,6 +237,21 @@ class Client:
         """Return the sum of what the scheduler counts as in flight."""
         _, found = await self.admin("GET", "/instances")
         return sum(each["in_flight"] for each in found["instances"])
+
+    @asynccontextmanager
+    async def held_stream(self, decode: Sequence[SimInstance] | None = None) -> AsyncIterator[HeldStream]:
+        """Give a stream that has begun, and whose D, one of these or of the fleet, makes no step.
+
+        So it does not end, however long the block takes; at its end the engines go on.
+        """
+        held = HeldStream(self, self.fleet.decode if decode is None else decode)
+        body = {"prompt": "Where is the cache?", "max_tokens": 4, "ignore_eos": True, "stream": True}
+        try:
+            await held.stick(True)
+            async with self.session.post(self.stack.url + "/v1/completions", json=body) as held.response:
+                yield held
+        finally:
+            await held.stick(False)
 
     async def until_in_flight(self, count: int) -> None:
         """Wait until so many are: the scheduler learns of an answer's end a moment after the client."""
@@ -341,6 +369,12 @@ class Client:
                 hosts[name] = host["health_status"].get("eds_health_status", "HEALTHY")
         return hosts
 
+    async def healthy_schedulers(self, count: int) -> bool:
+        """Return whether Envoy finds so many schedulers healthy."""
+        url = f"{self.stack.envoy_admin}/stats?filter=cluster.scheduler.membership_healthy"
+        async with self.session.get(url) as response:
+            return (await response.text()).split()[-1] == str(count)
+
     async def until_known(self) -> None:
         """Wait until Envoy itself knows every instance of the fleet, and that it can serve."""
 
@@ -352,13 +386,47 @@ class Client:
         await until(known)
 
 
+@dataclass
+class HeldStream:
+    """A stream that stands still."""
+
+    client: Client
+    decode: Sequence[SimInstance]
+    response: aiohttp.ClientResponse = field(init=False)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.response.headers
+
+    async def stick(self, stuck: bool) -> None:
+        """Have the engines that run stand still, or go on."""
+        for each in self.decode:
+            if each.alive:
+                async with self.client.session.post(
+                    each.url + "/_sim/fault", json={"stuck": stuck}
+                ) as answer:
+                    assert answer.status == 200
+
+    async def rest(self) -> bytes:
+        """Let it go on, and return what comes."""
+        await self.stick(False)
+        return await self.response.read()
+
+
 async def ready(client: Client, process: Process) -> None:
-    """Wait until Envoy says that a P and a D can serve."""
+    """Wait until Envoy says that a P and a D can serve, and asks the scheduler.
+
+    It knows the instances from the scheduler, but asks it only once a health check of its own has succeeded:
+    until then, D prefills.
+    """
 
     async def healthy() -> bool:
         assert process.process.poll() is None, process.output
         try:
-            return (await client.send("GET", "/health")).status == 200
+            if (await client.send("GET", "/health")).status != 200:
+                return False
+            # The scheduler answers this itself; without it, a D says of itself that it is well.
+            return (await client.send("GET", "/health?model=any")).body.startswith(b'{"status"')
         except aiohttp.ClientConnectionError:
             return False
 

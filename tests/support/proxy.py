@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 class Proxy:
     """Forwards connections to a port of this machine while it is not frozen, and then closes none."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, port: int, target: int) -> None:
+        self.port = port
         self._target = target
         self._running = asyncio.Event()
         self._running.set()
@@ -57,7 +58,7 @@ class Proxy:
 @asynccontextmanager
 async def proxy(port: int, target: int) -> AsyncIterator[Proxy]:
     """A proxy from one port of this machine to another."""
-    made = Proxy(target)
+    made = Proxy(port, target)
     async with await asyncio.start_server(made.connected, "127.0.0.1", port):
         try:
             yield made

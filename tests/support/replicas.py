@@ -41,7 +41,7 @@ class Scheduler:
 
     def reserve(self, endpoint: str = "d0") -> Any:
         request = RequestContext("/v1/completions", prompt_tokens=100.0, now=self.now)
-        return self.router.registry.reserve(self.router.registry.get(endpoint), request)
+        return self.router.registry.work.reserve(self.router.registry.get(endpoint), request)
 
     def in_flight(self, endpoint: str = "d0") -> int:
         return self.router.registry.get(endpoint).in_flight

@@ -15,7 +15,7 @@ from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.routing.forward import Forward
-from vllm_pd_scheduler.routing.in_flight import in_this_loop
+from vllm_pd_scheduler.routing.later import in_this_loop
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 PARAMS = {

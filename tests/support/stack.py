@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
 
@@ -35,7 +36,7 @@ def up(fleet: Fleet, stack: Stack) -> Iterator[Process]:
 
 @pytest_asyncio.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=30)
+    timeout = aiohttp.ClientTimeout(total=HUNG_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as opened:
         yield opened
 

@@ -38,7 +38,7 @@ def picks(chosen: Strategy, registry: Registry, endpoints: list[Endpoint], count
     found = []
     for _ in range(count):
         best = chosen.rank(endpoints, REQUEST, 1)[0]
-        registry.reserve(best)
+        registry.work.reserve(best)
         found.append(best.id)
     return found
 

@@ -2,9 +2,11 @@
 
 To import what a scheduler needs takes most of a second of CPU, and the suite starts hundreds. A fork is a
 process of its own like any other: it has its session, signals, environment and exit code. Only ``exec`` is
-missing, so the tests of the command line start theirs by :mod:`subprocess`.
+missing, so the tests of the command line start theirs by :mod:`subprocess`. Other programs are started in the
+same way, with ``exec``.
 
-``python -m tests.support.template`` is the one that is forked. Each test process has one, which ends with it.
+All of them end with the test process, also if that is killed. ``python -m tests.support.template`` is the one
+that is forked. Each test process has one, which ends with it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import functools
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from typing import IO, Any
+
+from vllm_pd_scheduler.system.parent_death import die_with_parent
 
 _MAINS = {
     "vllm_pd_scheduler": ("vllm_pd_scheduler.cli", "main"),
@@ -33,9 +38,11 @@ _MAX_REQUEST = 1 << 18
 
 
 def start(command: list[str], output: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, with ``output`` as its stdout and stderr and no stdin."""
-    python, flag, module = command[:3] if len(command) >= 3 else ("", "", "")
-    if sys.platform == "linux" and (python, flag) == (sys.executable, "-m") and module in _MAINS:
+    """Start a command in a session of its own, with ``output`` as its stdout and stderr and no stdin.
+
+    On Linux it is killed when this process ends.
+    """
+    if sys.platform == "linux":
         return _Forked(command, output, environment)
     return subprocess.Popen(
         command,
@@ -51,7 +58,12 @@ class _Forked(subprocess.Popen[bytes]):
     """A process that the template makes in place of ``fork`` and ``exec``; all else is as usual."""
 
     def __init__(self, command: list[str], output: IO[bytes], environment: dict[str, str]) -> None:
-        self._request = {"command": command[2:], "environment": environment, "cwd": os.getcwd()}
+        self._request = {
+            "command": command,
+            "environment": environment,
+            "cwd": os.getcwd(),
+            "parent": os.getpid(),
+        }
         self._output = output.fileno()
         super().__init__(command)
 
@@ -115,15 +127,26 @@ def _become(request: dict[str, Any], output: int, between: int) -> None:
     os.closerange(3, 256)
     while os.getppid() == between:
         time.sleep(0.001)
+    # To the kernel the parent is the first thread of who asks, not the one that has asked.
+    die_with_parent(request["parent"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    command: list[str] = request["command"]
+    if command[:2] == [sys.executable, "-m"] and command[2] in _MAINS:
+        sys.exit(_run(command[2:]))
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and what it execs would too
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(command[0], command)
+
+
+def _run(arguments: list[str]) -> Any:
+    """Run a module as ``python -m`` does; return its exit status."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[1:1] = [path for path in paths if path not in sys.path]
-    module, *arguments = request["command"]
-    sys.argv = [module, *arguments]
-    name, function = _MAINS[module]
-    sys.exit(getattr(importlib.import_module(name), function)())
+    sys.argv = arguments
+    name, function = _MAINS[arguments[0]]
+    return getattr(importlib.import_module(name), function)()
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def _learn(router: PDRouter, endpoint: Endpoint) -> None:
     if endpoint.instance.role is InstanceRole.PREFILL:
         for _ in range(60):
             tokens = chance.randint(100, 8000)
-            claim = registry.reserve(endpoint, RequestContext("/", prompt_tokens=tokens))
-            registry.prefilled(claim, tokens, 0, OVERHEAD + PER_TOKEN * tokens)
+            claim = registry.work.reserve(endpoint, RequestContext("/", prompt_tokens=tokens))
+            registry.work.prefilled(claim, tokens, 0, OVERHEAD + PER_TOKEN * tokens)
         return
     for _ in range(40):
         running, kv = chance.randint(1, 60), chance.uniform(0.0, 0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import unused_ports
+from tests.support.template import start
 
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
@@ -52,7 +54,7 @@ class Server:
         assert SERVER is not None
         with (self._directory / "log").open("ab") as log:
             command = [SERVER, str(config), *(["--sentinel"] if self._sentinel else [])]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = start(command, log, dict(os.environ))
         try:
             until_listening(self.port, self._process)
         except TimeoutError:

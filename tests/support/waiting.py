@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 
-HUNG_S = 60.0
+HUNG_S = 120.0
 """Only ends a test that hangs: whatever is waited for comes far sooner, also on a busy machine."""
 
 

@@ -19,7 +19,7 @@ from tests.support.processes import unused_ports
 from tests.support.valkey import Server, needs_server, running
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ReplicasConfig, SecretSource
-from vllm_pd_scheduler.sync import connection, valkey
+from vllm_pd_scheduler.sync import connection, valkey_log
 from vllm_pd_scheduler.sync.channel import START, Change, NotKept, Overtaken
 from vllm_pd_scheduler.sync.valkey import Valkey
 
@@ -157,7 +157,7 @@ async def test_the_log_does_not_grow_and_one_that_comes_reads_the_newest(server:
         position = START
         for n in range(100):
             position = await one.channel.append(b"%d" % n, position)
-        assert server.ask("XLEN", "{vllm-pd}:changes") == f":{valkey.KEPT}\r\n"
+        assert server.ask("XLEN", "{vllm-pd}:changes") == f":{valkey_log.KEPT}\r\n"
         async with replicas(1, server.url) as (late,):
             assert late.heard.changes == [Change(position, b"99")]
 

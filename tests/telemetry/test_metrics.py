@@ -35,17 +35,17 @@ class TelemetryTest(unittest.TestCase):
         self.assertEqual(self.read("pd_scheduler_requests_rejected_total"), {("no_decode", "503"): 1.0})
 
     def test_prefill(self) -> None:
-        with self.telemetry.time_prefill("p0"):
+        with self.telemetry.prefills.time("p0"):
             self.now += 0.75
-        with self.assertRaises(ValueError), self.telemetry.time_prefill("p0"):
+        with self.assertRaises(ValueError), self.telemetry.prefills.time("p0"):
             raise ValueError
-        self.telemetry.prefill_failed("p0", "timeout")
+        self.telemetry.prefills.failed("p0", "timeout")
         self.assertEqual(self.read("pd_scheduler_prefill_duration_seconds_sum"), {("p0",): 0.75})
         self.assertEqual(self.read("pd_scheduler_prefill_duration_seconds_count"), {("p0",): 1.0})
         self.assertEqual(self.read("pd_scheduler_prefill_failures_total"), {("p0", "timeout"): 1.0})
 
     def test_scrapes(self) -> None:
-        self.telemetry.scrape_failed("d0")
+        self.telemetry.instances.scrape_failed("d0")
         self.assertEqual(self.read("pd_scheduler_scrape_failures_total"), {("d0",): 1.0})
 
     def test_the_time_in_the_queue(self) -> None:
@@ -59,9 +59,9 @@ class TelemetryTest(unittest.TestCase):
     def test_removed_instances_leave_no_series(self) -> None:
         for name in ("d0", "d1"):
             self.telemetry.forwarded(name, Served.SPLIT)
-            self.telemetry.attempt_failed(name, "reset")
-            self.telemetry.handoff_late(name)
-            self.telemetry.prefill_predicted(name, 1.0)
+            self.telemetry.decodes.attempt_failed(name, "reset")
+            self.telemetry.handoffs.late(name)
+            self.telemetry.prefills.predicted(name, 1.0)
         self.telemetry.keep_only({"d1"})
         self.assertNotIn("d0", generate_latest(self.telemetry.prometheus).decode())
         self.assertEqual(self.read("pd_scheduler_requests_total"), {("d1", "split"): 1.0})
@@ -71,9 +71,9 @@ class TelemetryTest(unittest.TestCase):
             self.telemetry.forwarded(name, Served.SPLIT)
         self.telemetry.rejected(503, "no_decode")
         for ending in Ending:
-            self.telemetry.ended(Served.SPLIT, ending, 0.105, 1.0)
-        self.telemetry.prompt_read(100.0, 90.0, 40.0)
-        self.telemetry.prompt_read(100.0, 90.0, None)
+            self.telemetry.answers.ended(Served.SPLIT, ending, 0.105, 1.0)
+        self.telemetry.prefills.prompt_read(100.0, 90.0, 40.0)
+        self.telemetry.prefills.prompt_read(100.0, 90.0, None)
         totals = self.telemetry.totals
         self.assertEqual(totals.requests, 3)
         self.assertEqual(dict(totals.errors), dict.fromkeys(("no_decode", "client_error", "error", "cut"), 1))

@@ -15,8 +15,8 @@ from vllm_pd_scheduler.handoff.traced_leg import TracedLeg
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.request.errors import Reject
 from vllm_pd_scheduler.routing.attempts import FailedAttempt, Failure
+from vllm_pd_scheduler.routing.ended import REMEMBERED_S
 from vllm_pd_scheduler.routing.forward import Forward
-from vllm_pd_scheduler.routing.in_flight import REMEMBERED_S
 from vllm_pd_scheduler.routing.result import Result
 from vllm_pd_scheduler.telemetry import Ending
 from vllm_pd_scheduler.tracing.attributes import text
@@ -37,7 +37,7 @@ class TracedCase(Case):
         """Let an answer end, and the time go by in which Envoy may still tell of it."""
         forward.release()
         self.ahead += REMEMBERED_S + 0.1
-        self.router.in_flight.settle()
+        self.router.in_flight.ended.settle()
 
     def fail(self, forward: Forward, at: int, failure: Failure, status: int = 0) -> None:
         """Let Envoy tell that an attempt at the forward's D of that number has failed."""
@@ -334,7 +334,7 @@ class QueueTest(TracedCase):
 
     async def test_a_wait_is_a_span_before_the_pick(self) -> None:
         holding = [
-            self.router.registry.reserve(endpoint) for endpoint in self.router.registry.endpoints() * 2
+            self.router.registry.work.reserve(endpoint) for endpoint in self.router.registry.endpoints() * 2
         ]
         task = asyncio.create_task(self.route())
         await until(lambda: len(self.router.dispatcher.queue) == 1)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance
 from ..models import PD_ROLES, By, InstanceRole, join_address
 from ..records.events import EventKind
@@ -17,20 +15,11 @@ from ..router import PDRouter
 from ..scheduler.shadow import Shadow
 from ..sync import channel
 from ..sync.channel import Channel, Overtaken
-from ..system.daemon_thread import in_daemon_thread
 from .change_log import ChangeLog
 from .moves import move
-from .saved_changes import (
-    AS_CONFIGURED,
-    AdminState,
-    SavedInstance,
-    StateError,
-    Steered,
-    difference,
-    read_state,
-    summary,
-    write_state,
-)
+from .refusals import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
+from .saved_changes import AS_CONFIGURED, AdminState, SavedInstance, Steered, difference, summary
+from .state_file import StateFile
 
 log = logging.getLogger(__name__)
 
@@ -40,37 +29,6 @@ KEEP_S = 10.0
 Make = Callable[[], object]
 Prepare = Callable[[Steered], Make]
 """Makes a change to what is kept, and returns what makes it in the router; raises what speaks against it."""
-
-
-class NotKept(Exception):
-    """A change cannot be kept, so nothing was changed; the message says why."""
-
-
-class NotShared(Exception):
-    """The log of the replicas does not take a change; the message says why, and whether it may count yet."""
-
-
-class LastRoutable(Exception):
-    """Without an instance nobody could serve in its role, so it stays; the message says what to do."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(
-            f"{endpoint.instance.instance_id} is the last {endpoint.instance.role} instance that can serve: "
-            "add force=true to take it away all the same"
-        )
-
-
-class Leaving(Exception):
-    """A drain cannot end, since no source names the instance any more; the message says so."""
-
-    def __init__(self, instance_id: str) -> None:
-        super().__init__(
-            f"no source names {instance_id} any more: it is removed when its requests have ended"
-        )
-
-
-class CannotTurn(Exception):
-    """An instance cannot have the other role; the message says why."""
 
 
 class AdminChanges:
@@ -84,8 +42,8 @@ class AdminChanges:
 
     def __init__(self, router: PDRouter) -> None:
         self._router = router
-        self._path = Path(router.config.state_file) if router.config.state_file else None
-        self._unusable = ""
+        path = router.config.state_file
+        self._file = StateFile(Path(path)) if path else None
         self._added: dict[str, SavedInstance] = {}
         self._one_at_a_time = asyncio.Lock()
         self._log: ChangeLog | None = None
@@ -107,31 +65,15 @@ class AdminChanges:
 
     def restore(self) -> None:
         """Make the changes that the file tells of. What cannot be used is a warning, never an error."""
-        if self._path is None:
-            return
-        try:
-            state = read_state(self._path)
-        except StateError as error:
-            self._put_aside(self._path, str(error))
-            return
+        state = None if self._file is None else self._file.read()
         if state is None:
             return
+        path = self._router.config.state_file
         added, problems = move(AS_CONFIGURED, state, self._router, By.START)
         self._added = {item.id: item for item in added}
         for problem in problems:
-            log.warning("state_file %s: skipped: %s", self._path, problem)
-        log.info("state_file %s: %s", self._path, summary(state))
-
-    def _put_aside(self, path: Path, reason: str) -> None:
-        """Keep a file that cannot be used from being overwritten by the next change."""
-        aside = Path(f"{path}.corrupt")
-        try:
-            os.replace(path, aside)
-        except OSError as error:
-            self._unusable = f"{reason}; it cannot be renamed ({error.strerror})"
-            log.warning("state_file %s: %s, so no change is taken", path, self._unusable)
-        else:
-            log.warning("state_file %s: %s; it is %s now, and all is as configured", path, reason, aside)
+            log.warning("state_file %s: skipped: %s", path, problem)
+        log.info("state_file %s: %s", path, summary(state))
 
     async def use(self, names: Mapping[InstanceRole, str], by: str = By.ADMIN) -> None:
         """Change the strategies of roles; raises :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy`."""
@@ -139,12 +81,12 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             steered.strategies |= names
-            put = scheduler.prepare(names)
+            put = scheduler.strategies.prepare(names)
 
             def make() -> None:
-                before = scheduler.strategy_name
+                before = scheduler.strategies.name
                 put()
-                self._tell(EventKind.STRATEGY, "strategy", before, scheduler.strategy_name, by)
+                self._tell(EventKind.STRATEGY, "strategy", before, scheduler.strategies.name, by)
 
             return make
 
@@ -156,10 +98,10 @@ class AdminChanges:
 
         def prepare(steered: Steered) -> Make:
             steered.shadow = name
-            put = scheduler.prepare_shadow(name)
+            put = scheduler.strategies.prepare_shadow(name)
 
             def make() -> None:
-                before = _name(scheduler.shadow)
+                before = _name(scheduler.strategies.shadow)
                 put()
                 self._tell(EventKind.SHADOW, "shadow strategy", before, name, by)
 
@@ -323,9 +265,8 @@ class AdminChanges:
             if not self.file_first:
                 await self._log_and_make(self._log, before, after, change, make_it)
                 return
-            async with (
-                self._writing
-            ):  # until it is made: what follows the log must not write the state before
+            # Until it is made: what follows the log must not write the state before.
+            async with self._writing:
                 await self._write(after)
                 if change.given_up:
                     await self._write(before)
@@ -362,22 +303,22 @@ class AdminChanges:
     def move(self, before: AdminState, after: AdminState, by: str) -> None:
         """Make what differs between two states, as another replica has made it."""
         scheduler = self._router.scheduler
-        strategy, shadow = scheduler.strategy_name, _name(scheduler.shadow)
+        strategy, shadow = scheduler.strategies.name, _name(scheduler.strategies.shadow)
         added, problems = move(before, after, self._router, by)
         for problem in problems:
             log.warning("a change of another replica (%s) is not made here: %s", by, problem)
         kept = {each.id for each in after.added}
         self._added = {key: item for key, item in self._added.items() if key in kept}
         self._added |= {item.id: item for item in added}
-        if scheduler.strategy_name != strategy:
-            self._tell(EventKind.STRATEGY, "strategy", strategy, scheduler.strategy_name, by)
-        if _name(scheduler.shadow) != shadow:
-            self._tell(EventKind.SHADOW, "shadow strategy", shadow, _name(scheduler.shadow), by)
+        if scheduler.strategies.name != strategy:
+            self._tell(EventKind.STRATEGY, "strategy", strategy, scheduler.strategies.name, by)
+        if _name(scheduler.strategies.shadow) != shadow:
+            self._tell(EventKind.SHADOW, "shadow strategy", shadow, _name(scheduler.strategies.shadow), by)
         self._save()
 
     def _save(self) -> None:
         """Have the file follow what the log has: a disk that fails refuses nothing then."""
-        if self._path is not None and self.saves and (self._saves is None or self._saves.done()):
+        if self._file is not None and self.saves and (self._saves is None or self._saves.done()):
             self._saves = asyncio.ensure_future(self._save_all())
 
     async def _save_all(self) -> None:
@@ -391,15 +332,8 @@ class AdminChanges:
                     return  # an error was logged
 
     async def _write(self, state: AdminState) -> None:
-        if self._path is None:
-            return
-        if self._unusable:
-            raise NotKept(self._unusable)
-        try:
-            await in_daemon_thread(partial(write_state, self._path, state))
-        except OSError as error:
-            log.error("state_file %s: %s: a change is not kept there", self._path, error.strerror)
-            raise NotKept(str(error.strerror)) from None
+        if self._file is not None:
+            await self._file.write(state)
 
 
 class _Change:

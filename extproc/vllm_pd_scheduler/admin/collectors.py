@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from ..admission.queue import RequestQueue
 from ..discovery import Membership
-from ..fleet.endpoint import EJECTED, Endpoint
+from ..fleet.condition import EJECTED, shown_state
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import PD_ROLES, InstanceRole, InstanceState
 from ..router import PDRouter
@@ -38,9 +39,9 @@ def collectors(router: PDRouter, clock: Callable[[], float]) -> CollectorRegistr
     registry.register(_QueueCollector(router.dispatcher.queue, lambda: router.body_memory.used))
     registry.register(_RoleLoadCollector(RoleLoad(router.scheduler, router.dispatcher.queue), clock))
     registry.register(_DiscoveryCollector(router.membership, clock))
-    registry.register(_ShadowCollector(lambda: router.scheduler.shadow))
+    registry.register(_ShadowCollector(lambda: router.scheduler.strategies.shadow))
     registry.register(ReplicasCollector(lambda: router.sync, clock))
-    registry.register(_FailureCollector(router.scheduler.failures, router.connectors.failures))
+    registry.register(_FailureCollector(router.scheduler.strategies.failures, router.connectors.failures))
     return registry
 
 
@@ -160,7 +161,7 @@ class _InfoCollector(_AtScrape):
             "1; the labels say which strategy is in use for a role.",
             labels=["role", "strategy"],
         )
-        for role, name in self._scheduler.names.items():
+        for role, name in self._scheduler.strategies.names.items():
             strategy.add_metric([role.value, name], 1)
         yield from (build, strategy)
 
@@ -218,7 +219,7 @@ class _RegistryCollector(_AtScrape):
             labels=["instance", "role", "state"],
         )
         for endpoint in self._registry:
-            shown = endpoint.shown_state
+            shown = shown_state(endpoint)
             for one in (*InstanceState, EJECTED):
                 state.add_metric([endpoint.id, endpoint.instance.role.value, one], float(shown == one))
         ready = GaugeMetricFamily(

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from ..fleet.registry import UnknownInstance
-from .changes import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
+from .refusals import CannotTurn, LastRoutable, Leaving, NotKept, NotShared
 from .route import Refused, Route, error_answer
 
 log = logging.getLogger(__name__)

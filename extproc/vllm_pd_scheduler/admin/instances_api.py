@@ -10,6 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..fleet.condition import reason, told_state
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import DuplicateInstance
 from ..models import InstanceRole, InstanceState
@@ -165,9 +166,9 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
         "address": endpoint.address,
         "address_age": None if endpoint.resolved_at is None else now - endpoint.resolved_at,
         "state": endpoint.state,
-        "shown_state": endpoint.told_state,
+        "shown_state": told_state(endpoint),
         "source": source,
-        "reason": endpoint.reason or None,
+        "reason": reason(endpoint) or None,
         "in_flight": endpoint.in_flight,
         "in_flight_elsewhere": endpoint.elsewhere,
         "pending_handoffs": endpoint.handoffs,
@@ -182,8 +183,8 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
         "predicted": predicted,
         "failures": endpoint.breaker.failures,
         "metrics_age_s": None if endpoint.scraped_at is None else now - endpoint.scraped_at,
-        "models": None if endpoint.models is None else sorted(endpoint.models),
-        "adapters_loaded": list(endpoint.loaded),
+        "models": None if endpoint.models.names is None else sorted(endpoint.models.names),
+        "adapters_loaded": list(endpoint.models.loaded),
         "revision": instance.revision,
     }
 

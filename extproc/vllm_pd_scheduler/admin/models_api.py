@@ -55,14 +55,14 @@ class ModelsApi:
     def _shown(self, name: str, rule: Rewrite | None) -> ModelAnswer:
         scheduler, decode = self._router.scheduler, InstanceRole.DECODE
         endpoints = self._router.registry.endpoints(decode)
-        own = any(name in (e.models or ()) for e in endpoints)
-        adapter = any(name in e.adapters for e in endpoints)
+        own = any(name in (e.models.names or ()) for e in endpoints)
+        adapter = any(name in e.models.adapters for e in endpoints)
         return ModelAnswer(
             name=name,
             kind="adapter" if adapter else "base" if own else "alias",
             health=self._router.catalog.health(name).name.lower(),
             prefill=len(scheduler.serving(InstanceRole.PREFILL, name)) if own else 0,
             decode=len(scheduler.serving(decode, name)) if own else 0,
-            decode_loaded=sum(name in e.loaded for e in endpoints),
+            decode_loaded=sum(name in e.models.loaded for e in endpoints),
             targets={each.model: each.weight for each in rule.targets} if rule else {},
         )

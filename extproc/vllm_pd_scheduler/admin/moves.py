@@ -91,13 +91,13 @@ def _use(before: AdminState, after: AdminState, router: PDRouter) -> list[str]:
     problems = []
     if len(names) == len(PD_ROLES) and len(set(names.values())) == 1:
         name = next(iter(names.values()))
-        problems += _try("strategy", name, router, lambda: scheduler.use(name))
+        problems += _try("strategy", name, router, lambda: scheduler.strategies.use(name))
     else:
         for role, each in names.items():
-            problems += _try(f"{role}_strategy", each, router, partial(scheduler.use, each, role))
+            problems += _try(f"{role}_strategy", each, router, partial(scheduler.strategies.use, each, role))
     if after.shadow_strategy != before.shadow_strategy:
         shadow = config.shadow_strategy if after.shadow_strategy is None else after.shadow_strategy or None
-        problems += _try("shadow_strategy", shadow, router, lambda: scheduler.use_shadow(shadow))
+        problems += _try("shadow_strategy", shadow, router, lambda: scheduler.strategies.use_shadow(shadow))
     return problems
 
 

@@ -183,7 +183,7 @@ class ProcessApi:
 
     def status(self) -> StatusAnswer:
         """Return how the scheduler is now."""
-        scheduler, queue = self._router.scheduler, self._router.dispatcher.queue
+        used, queue = self._router.scheduler.strategies, self._router.dispatcher.queue
         serves = bool(self._router.registry.routable(InstanceRole.DECODE))
         prefill, decode, encode = map(self._role, InstanceRole)
         return StatusAnswer(
@@ -191,8 +191,8 @@ class ProcessApi:
             started_at=self._started_at,
             uptime_s=self._uptime_s(),
             ready=self._is_ready() and serves,
-            strategy=StrategiesInUse(**{role.value: name for role, name in scheduler.names.items()}),
-            shadow=scheduler.shadow.name if scheduler.shadow else None,
+            strategy=StrategiesInUse(**{role.value: name for role, name in used.names.items()}),
+            shadow=used.shadow.name if used.shadow else None,
             queue=QueueStatus(
                 requests=len(queue),
                 bytes=queue.bytes,

@@ -1,27 +1,16 @@
-"""What the admin interface changed, as a value and in a file, so that a restart does not lose it.
-
-``difference`` finds it out, and ``moves.py`` makes it; ``read_state`` and ``write_state`` are the file.
-"""
+"""What the admin interface changed, as a value. ``difference`` finds it out, and ``moves.py`` makes it."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from ..config import InstanceConfig, SchedulerConfig, describe_error
+from ..config import InstanceConfig, SchedulerConfig
 from ..models import InstanceRole, PDInstance
 from ..router import PDRouter
-
-
-class StateError(ValueError):
-    """A state file cannot be used; the message says why."""
 
 
 class SavedInstance(InstanceConfig):
@@ -80,9 +69,9 @@ class Steered:
     @classmethod
     def of(cls, router: PDRouter, added: Iterable[SavedInstance]) -> Steered:
         """Return what a router is steered to now."""
-        shadow = router.scheduler.shadow
+        shadow = router.scheduler.strategies.shadow
         return cls(
-            dict(router.scheduler.names),
+            dict(router.scheduler.strategies.names),
             shadow.name if shadow else None,
             {
                 each.instance_id: router.membership.drained(each.instance_id)
@@ -136,50 +125,6 @@ def _strategies(steered: Steered, config: SchedulerConfig) -> dict[str, str]:
 
 def _configured(config: SchedulerConfig) -> list[SavedInstance]:
     return [SavedInstance(role=role, **dict(item)) for role, _, item in config.listed()]
-
-
-def read_state(path: Path) -> AdminState | None:
-    """Return what a file holds, ``None`` if there is no file; raises :exc:`StateError`."""
-    try:
-        return AdminState.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StateError(f"cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise StateError("; ".join(map(describe_error, error.errors(include_url=False)))) from None
-
-
-def write_state(path: Path, state: AdminState) -> None:
-    """Replace a file at once and for good, readable by its owner only; raises :exc:`OSError`."""
-    text = state.model_dump_json(indent=2, exclude_none=True) + "\n"
-    new = path.with_name(f".{path.name}.new")
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)  # of a write that was killed
-        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(handle)
-            os.replace(new, path)
-        except BaseException:
-            os.unlink(new)
-            raise
-        _sync(directory)
-    finally:
-        os.close(directory)
-
-
-def _sync(directory: int) -> None:
-    """Write a directory's entries to the disk: else a power failure brings the file before back."""
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing
-            raise
 
 
 def summary(state: AdminState) -> str:

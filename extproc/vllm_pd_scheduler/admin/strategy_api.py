@@ -144,9 +144,9 @@ class StrategyApi:
         scheduler = self._router.scheduler
         return json_answer(
             StrategyAnswer(
-                strategy=scheduler.strategy_name,
-                prefill_strategy=scheduler.names[InstanceRole.PREFILL],
-                decode_strategy=scheduler.names[InstanceRole.DECODE],
+                strategy=scheduler.strategies.name,
+                prefill_strategy=scheduler.strategies.names[InstanceRole.PREFILL],
+                decode_strategy=scheduler.strategies.names[InstanceRole.DECODE],
                 available=strategy_names(),
             )
         )
@@ -162,7 +162,7 @@ class StrategyApi:
         return await self._show(request)
 
     async def _show_shadow(self, _: web.Request) -> web.Response:
-        shadow = self._router.scheduler.shadow
+        shadow = self._router.scheduler.strategies.shadow
         found = ShadowAnswer.model_validate({"strategy": None} if shadow is None else shadow.report())
         if shadow is not None and self._others is not None:
             told = map(ShadowAnswer.model_validate_json, await self._others.get("/shadow"))

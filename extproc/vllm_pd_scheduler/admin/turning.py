@@ -9,7 +9,8 @@ from collections.abc import Callable
 from ..fleet.registry import UnknownInstance
 from ..records.events import EventKind
 from ..router import PDRouter
-from .changes import AdminChanges, CannotTurn, Leaving, NotKept, NotShared
+from .changes import AdminChanges
+from .refusals import CannotTurn, Leaving, NotKept, NotShared
 
 POLL_S = 0.1
 """Seconds between two looks whether a drain is over: a choice, as for a call that waits for one."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from ..fleet.endpoint import Reservation
+from ..fleet.reservation import Reservation
 from ..request.errors import Reject
-from ..telemetry.metrics import QueueOutcome, Telemetry
+from ..telemetry import QueueOutcome, Telemetry
 from ..tracing import current
 from .dispatcher import Dispatcher
 from .queue import Outcome, Ticket

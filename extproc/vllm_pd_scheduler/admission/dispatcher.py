@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from ..fleet.claims import HEARD_S
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..models import By, InstanceRole
 from ..prediction.load_model import PrefillLoad
 from ..records.events import EventKind, Events
@@ -108,7 +109,7 @@ class Dispatcher:
         """Add a request to the queue, or refuse it."""
         request = ticket.request
         ticket.cost = self._predicted_work(request)
-        strategy = self._scheduler.strategy(InstanceRole.PREFILL)
+        strategy = self._scheduler.strategies.of(InstanceRole.PREFILL)
         request.at(now)
         if request.priority < 0 and strategy.hopeless(request, ticket.cost):
             ticket.settle(self._refusal(ticket, "slo_missed", "No instance can meet its SLO now"))
@@ -227,7 +228,7 @@ class Dispatcher:
             request = ticket.request
             log_lines.request_id.set(request.request_id)
             request.at(now)
-            hopeless = self._scheduler.strategy(InstanceRole.PREFILL).hopeless(request, ticket.cost)
+            hopeless = self._scheduler.strategies.of(InstanceRole.PREFILL).hopeless(request, ticket.cost)
             if hopeless and self.queue.defer(ticket):
                 deferred = True
                 continue
@@ -291,7 +292,7 @@ class Dispatcher:
             if role is InstanceRole.PREFILL:
                 outcome = self._reserve_prefill(ticket, picked[0], now)
             else:
-                outcome = self.registry.reserve(picked[0], request)
+                outcome = self.registry.work.reserve(picked[0], request)
         if waits:
             self.queue.remove(ticket, served=uncharged)
         if outcome is not None and uncharged and ticket.cost and self.registry.journal is not None:
@@ -308,7 +309,7 @@ class Dispatcher:
         if not ticket.claims:
             self._scheduler.compare_shadow(InstanceRole.PREFILL, ticket.request, endpoint)
         contested = ticket.claims < _MAX_CLAIMS and claims.contested(endpoint, now)
-        reservation = self.registry.reserve(endpoint, ticket.request, tentative=contested)
+        reservation = self.registry.work.reserve(endpoint, ticket.request, tentative=contested)
         claims.made(reservation)
         if contested:
             ticket.claim, ticket.claims = reservation, ticket.claims + 1
@@ -326,7 +327,7 @@ class Dispatcher:
             return
         log_lines.request_id.set(ticket.request.request_id)
         if claim.stands and claim.endpoint.routable and not self.registry.claims.overtaken(claim):
-            self.registry.confirm(claim, now)
+            self.registry.work.confirm(claim, now)
             ticket.settle(claim)
             return
         claim.release(now)

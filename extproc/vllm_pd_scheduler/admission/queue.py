@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
-from ..fleet.endpoint import Reservation
+from ..fleet.reservation import Reservation
 from ..models import InstanceRole
 from ..records.decision import Choice
 from ..request.context import RequestContext

@@ -7,15 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .client import REFUSED
-from .connection import DEFAULT_URL, CaFileOption, JsonOption, TokenFileOption, UrlOption, connected
+from .client import REFUSED, AdminClient
+from .connection import JsonOption, connected
 from .tables import plain, show, table
 
 TIMEOUT_S = 400.0
 """How long an answer may take: two replays, if another one is being worked out."""
 
 
+@connected
 def advise(
+    client: AdminClient,
     minutes: Annotated[
         float, typer.Option("--minutes", min=1, max=15, help="Of traffic, the newest, to replay.")
     ] = 5.0,
@@ -24,23 +26,19 @@ def advise(
     ] = None,
     decode: Annotated[int | None, typer.Option("--decode", min=1, max=256, help="Its D.")] = None,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Say whether another number of P and D would serve the last minutes' traffic better, and why."""
     if (prefill is None) is not (decode is None):
         raise typer.BadParameter("give both --prefill and --decode, or neither", param_hint="--prefill")
     query = {"minutes": minutes, "prefill": prefill, "decode": decode}
-    with connected(url, token_file, ca_file) as client:
-        text = client.ask("GET", "/advice", query, timeout=TIMEOUT_S)
-        found = client.parsed(text)
-        if as_json:
-            typer.echo(text)
-        else:
-            _print(found)
-        if found["advice"] == "unknown":
-            raise typer.Exit(REFUSED)
+    text = client.ask("GET", "/advice", query, timeout=TIMEOUT_S)
+    found = client.parsed(text)
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(found)
+    if found["advice"] == "unknown":
+        raise typer.Exit(REFUSED)
 
 
 def _print(found: Mapping[str, Any]) -> None:

@@ -7,39 +7,37 @@ from typing import Annotated, Any
 
 import typer
 
-from .client import REFUSED
-from .connection import DEFAULT_URL, CaFileOption, JsonOption, TokenFileOption, UrlOption, connected
+from .client import REFUSED, AdminClient
+from .connection import JsonOption, connected
 from .tables import plain, show, table
 
 
+@connected
 def self_check(
+    client: AdminClient,
     prefill: Annotated[
         str | None, typer.Argument(metavar="PREFILL", help="Id of the P of the pair to check.")
     ] = None,
     decode: Annotated[str | None, typer.Argument(metavar="DECODE", help="Id of its D.")] = None,
     last: Annotated[bool, typer.Option("--last", help="Show what the last checks have found.")] = False,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Check now whether a pair's hand-offs give right texts: those named, or of each model the next."""
     if (prefill is None) is not (decode is None) or (last and prefill is not None):
         raise typer.BadParameter("give the ids of a P and of a D, or none", param_hint="PREFILL DECODE")
-    with connected(url, token_file, ca_file) as client:
-        if last:
-            text = client.get("/self-check")
-        else:
-            query = {"prefill": prefill, "decode": decode}
-            text = client.ask("POST", "/self-check", query, timeout=None)
-        found = client.parsed(text)
-        if as_json:
-            typer.echo(text)
-        else:
-            _print(found, last)
-        wrong_now = not last and any(each["result"] == "mismatch" for each in found["checks"])
-        if found["left_out"] or wrong_now:
-            raise typer.Exit(REFUSED)
+    if last:
+        text = client.get("/self-check")
+    else:
+        query = {"prefill": prefill, "decode": decode}
+        text = client.ask("POST", "/self-check", query, timeout=None)
+    found = client.parsed(text)
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(found, last)
+    wrong_now = not last and any(each["result"] == "mismatch" for each in found["checks"])
+    if found["left_out"] or wrong_now:
+        raise typer.Exit(REFUSED)
 
 
 def _print(found: Mapping[str, Any], last: bool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,16 +18,16 @@ from .client import AdminClient, Failure
 DEFAULT_URL = "http://127.0.0.1:9003"
 TOKEN_VARIABLE = "PD_SCHEDULER_TOKEN"
 
-UrlOption = Annotated[
+_UrlOption = Annotated[
     str, typer.Option("--url", envvar="PD_SCHEDULER_URL", help="The scheduler's admin interface.")
 ]
-TokenFileOption = Annotated[
+_TokenFileOption = Annotated[
     Path | None,
     typer.Option(
         "--token-file", help=f"File with the admin token. Without it, {TOKEN_VARIABLE} may hold the token."
     ),
 ]
-CaFileOption = Annotated[
+_CaFileOption = Annotated[
     Path | None,
     typer.Option(
         "--ca-file", envvar="PD_SCHEDULER_CA_FILE", help="CA of the admin interface's certificate, PEM."
@@ -54,9 +56,33 @@ IdArgument = Annotated[
 ]
 
 
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that has the options that say which scheduler to ask, in place of the client.
+
+    ``command`` gets that client first. A failure in it goes to stderr and ends the program.
+    """
+
+    def asking(
+        *,
+        url: _UrlOption = DEFAULT_URL,
+        token_file: _TokenFileOption = None,
+        ca_file: _CaFileOption = None,
+        **own: Any,
+    ) -> None:
+        with _connected(url, token_file, ca_file) as client:
+            command(client, **own)
+
+    _, *own = signature(command, eval_str=True).parameters.values()
+    *options, _ = signature(asking, eval_str=True).parameters.values()
+    update_wrapper(asking, command)
+    both = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *options)]
+    asking.__signature__ = Signature(both)  # type: ignore[attr-defined]
+    asking.__annotations__ = {each.name: each.annotation for each in both}
+    return asking
+
+
 @contextmanager
-def connected(url: str, token_file: Path | None, ca_file: Path | None) -> Iterator[AdminClient]:
-    """Yield what asks the scheduler. A failure in the block goes to stderr and ends the program."""
+def _connected(url: str, token_file: Path | None, ca_file: Path | None) -> Iterator[AdminClient]:
     client = _client(url, token_file, ca_file)
     try:
         yield client

@@ -15,14 +15,7 @@ from rich.text import Text
 
 from ..models import PD_ROLES
 from .client import UNREACHABLE, AdminClient, Failure
-from .connection import (
-    DEFAULT_URL,
-    CaFileOption,
-    JsonOption,
-    TokenFileOption,
-    UrlOption,
-    connected,
-)
+from .connection import JsonOption, connected
 from .tables import LEVEL_STYLES, console, fitting, local_time, plain, seconds, show, table
 
 FOLLOW_S = 1.0
@@ -32,26 +25,24 @@ LimitOption = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How 
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on with those to come, until Ctrl-C.")]
 
 
+@connected
 def decisions(
+    client: AdminClient,
     limit: LimitOption = 20,
     follow: FollowOption = False,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Show which instances the latest requests got; `explain` says why."""
-    with connected(url, token_file, ca_file) as client:
-        text = client.get("/decisions", limit=limit)
-        found = client.parsed(text)["decisions"]
-        if not follow:
-            if as_json:
-                typer.echo(text)
-            else:
-                show(_decisions(found))
-            return
-        with suppress(KeyboardInterrupt):
-            _follow_decisions(client, found, as_json)
+    text = client.get("/decisions", limit=limit)
+    found = client.parsed(text)["decisions"]
+    if not follow:
+        if as_json:
+            typer.echo(text)
+        else:
+            show(_decisions(found))
+        return
+    with suppress(KeyboardInterrupt):
+        _follow_decisions(client, found, as_json)
 
 
 def _follow_decisions(client: AdminClient, found: list[dict[str, Any]], as_json: bool) -> None:
@@ -107,27 +98,25 @@ def _cells(each: Mapping[str, Any]) -> list[Text]:
     ]
 
 
+@connected
 def explain(
+    client: AdminClient,
     request_id: Annotated[
         str, typer.Argument(metavar="REQUEST_ID", help="The request's x-request-id.", show_default=False)
     ],
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Show why a request got its instances: who was asked, what counted, and what became of it."""
-    with connected(url, token_file, ca_file) as client:
-        text = client.get("/decisions", request_id=request_id)
-        found = client.parsed(text)["decisions"]
-        if not found:
-            shown = plain(request_id).plain
-            raise Failure(f"no decision about the request {shown} is remembered; only the last 1,000 are")
-        if as_json:
-            typer.echo(text)
-            return
-        for each in reversed(found):
-            show(*_explanation(each))
+    text = client.get("/decisions", request_id=request_id)
+    found = client.parsed(text)["decisions"]
+    if not found:
+        shown = plain(request_id).plain
+        raise Failure(f"no decision about the request {shown} is remembered; only the last 1,000 are")
+    if as_json:
+        typer.echo(text)
+        return
+    for each in reversed(found):
+        show(*_explanation(each))
 
 
 _NOT_SPLIT = {
@@ -207,31 +196,29 @@ def _figure(value: object) -> object:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
+@connected
 def events(
+    client: AdminClient,
     limit: LimitOption = 50,
     follow: FollowOption = False,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Show what has happened lately to the fleet and the scheduler, and who did it; the newest last."""
-    with connected(url, token_file, ca_file) as client:
-        text = client.get("/events", limit=limit)
-        if as_json and not follow:
-            typer.echo(text)
-            return
-        found = client.parsed(text)["events"]
-        out = console()
-        for each in reversed(found):
-            _print_event(out, each, as_json)
-        if not follow:
-            return
-        last = found[0]["number"] if found else 0
-        with suppress(KeyboardInterrupt):
-            for data in client.stream("/events", since=last):
-                _print_event(out, client.parsed(data.encode()), as_json)
-            raise Failure(f"the scheduler at {client.url} has ended the stream: it stops", UNREACHABLE)
+    text = client.get("/events", limit=limit)
+    if as_json and not follow:
+        typer.echo(text)
+        return
+    found = client.parsed(text)["events"]
+    out = console()
+    for each in reversed(found):
+        _print_event(out, each, as_json)
+    if not follow:
+        return
+    last = found[0]["number"] if found else 0
+    with suppress(KeyboardInterrupt):
+        for data in client.stream("/events", since=last):
+            _print_event(out, client.parsed(data.encode()), as_json)
+        raise Failure(f"the scheduler at {client.url} has ended the stream: it stops", UNREACHABLE)
 
 
 def _print_event(out: Console, event: Mapping[str, Any], as_json: bool) -> None:

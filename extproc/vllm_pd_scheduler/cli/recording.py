@@ -11,18 +11,17 @@ from typing import Annotated
 
 import typer
 
-from .client import Failure
-from .connection import DEFAULT_URL, CaFileOption, TokenFileOption, UrlOption, connected
+from .client import AdminClient, Failure
+from .connection import connected
 
 
+@connected
 def record(
+    client: AdminClient,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.", show_default=False)],
     seconds: Annotated[
         float | None, typer.Option("--for", min=1, max=604_800, help="Seconds; without it, until Ctrl-C.")
     ] = None,
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Write a line for each request whose answer ends, for `replay`: times, lengths and hashes, no text."""
     try:
@@ -33,7 +32,7 @@ def record(
         raise typer.BadParameter(f"{file}: {error.strerror}", param_hint="FILE") from None
     lines = 0
     end = None if seconds is None else time.monotonic() + seconds
-    with out, connected(url, token_file, ca_file) as client, suppress(KeyboardInterrupt):
+    with out, suppress(KeyboardInterrupt):
         try:
             for line in client.stream("/trace", until=end):
                 out.write(line + "\n")

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from .client import AdminClient, Failure
-from .connection import DEFAULT_URL, CaFileOption, TokenFileOption, UrlOption, connected
+from .connection import connected
 from .tables import console, instances, overview, plain, show
 
 INTERVAL_S = 1.0
@@ -26,20 +26,18 @@ _OTHER_LINES = 12
 _LEAVE = frozenset("qQ\x04")
 
 
+@connected
 def top(
-    url: UrlOption = DEFAULT_URL,
-    token_file: TokenFileOption = None,
-    ca_file: CaFileOption = None,
+    client: AdminClient,
 ) -> None:
     """Show the fleet live, the busiest instances first. Ends with q or Ctrl-C; in a pipe it prints once."""
-    with connected(url, token_file, ca_file) as client:
-        out = console()
-        first = _look(client)
-        if not out.is_terminal or out.is_dumb_terminal:
-            show(*_parts(first, None))
-            return
-        with suppress(KeyboardInterrupt), _keys() as pressed:
-            _follow(client, out, first, pressed)
+    out = console()
+    first = _look(client)
+    if not out.is_terminal or out.is_dumb_terminal:
+        show(*_parts(first, None))
+        return
+    with suppress(KeyboardInterrupt), _keys() as pressed:
+        _follow(client, out, first, pressed)
 
 
 class _Look:

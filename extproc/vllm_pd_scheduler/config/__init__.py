@@ -2,11 +2,12 @@
 
 from .instances import InstanceConfig, SecretSource, connector_choice
 from .kv_events import KvEventsConfig
+from .listeners import is_loopback
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
 from .reload import Reloaded, compare
 from .replicas import ReplicasConfig
-from .schema import SchedulerConfig, is_loopback
+from .schema import SchedulerConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 

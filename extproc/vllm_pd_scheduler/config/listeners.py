@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from ..models import is_ip, join_address
 from .instances import Listed
-from .schema import SchedulerConfig, is_loopback
+from .schema import SchedulerConfig
 
 Listener = tuple[str, str, int]
 """The key or option that names it, host, port."""
@@ -31,6 +31,11 @@ def listeners_of(config: SchedulerConfig) -> list[Listener]:
     if prefill.hostname is not None and is_loopback(prefill.hostname):
         listeners.append(("prefill_listener", prefill.hostname, prefill.port or 80))
     return listeners
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener bound to ``host`` can be reached from this machine only."""
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def clashes(listeners: Sequence[Listener], listed: Iterable[Listed]) -> Iterator[str]:

@@ -12,14 +12,16 @@ from pydantic import BaseModel
 from ..connectors import UnknownConnector
 from ..models import PD_ROLES, InstanceRole, join_address
 from ..strategies import UnknownStrategy, load_strategy
+from .fleet_instance import check_connector, rank_count, tls_name
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .kv_events import KvEventsConfig
-from .listeners import clashes, listeners_of
+from .listeners import clashes, is_loopback, listeners_of
 from .replicas import ReplicasConfig
-from .schema import MEANING, SchedulerConfig, check_connector, is_loopback
+from .schema import SchedulerConfig
 from .sources import SOURCE_TYPES, source_problems
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
+from .values import MEANING
 
 
 def find_problems(
@@ -39,8 +41,8 @@ def find_problems(
         problems += _unknown_connector(f"{key}.connector", item.connector, role)
         try:
             if "instance_tls" not in malformed:
-                config.tls_name(item)
-            config.rank_count(item)
+                tls_name(item, config.instance_tls)
+            rank_count(item, config.connector, config.prefill_leg)
         except ValueError as error:
             problems.append(f"{key}.{error}")
     problems += _unreadable("api_key", config.api_key) + _unreadable("admin_token", config.admin_token)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -15,56 +12,35 @@ from pydantic import (
     field_validator,
 )
 
-from ..connectors import UnknownConnector, make_connector, settings_of, takes_ranks
-from ..connectors.encode import EncodeConnectorName, encode_connector
-from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
+from ..connectors.encode import EncodeConnectorName
+from ..models import InstanceRole, PDInstance
 from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
 from .aliases import AliasConfig
-from .instances import (
-    INSTANCE_ID,
-    ConnectorSetting,
-    InstanceConfig,
-    InstancesFile,
-    ModelName,
-    Port,
-    SecretSource,
-    connector_choice,
-    is_host,
-)
+from .fleet_instance import own_connector, rank_count, tls_name
+from .instances import ConnectorSetting, InstanceConfig, InstancesFile, ModelName, Port, SecretSource
 from .kv_events import KvEventsConfig
-from .replicas import FLEET_KEY, REPLICA_NAME, ReplicasConfig
+from .replicas import ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
-
-_WEEK_S = 604_800
-Seconds = Annotated[float, Field(ge=0.001, le=_WEEK_S)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
-Revision = Annotated[str, Field(max_length=128)]
-Probes = Annotated[int, Field(ge=1, le=1000)]
-Disaggregating = Literal["always", "never", "auto", "tpot"] | Annotated[int, Field(ge=1, le=10**9)]
-Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
-
-_LISTENER = re.compile(r"http://(\[[^\[\]/@\s]+\]|[^\[\]/:@\s]+)(?::([0-9]{1,5}))?")
-
-_HEADER = r"^[a-z0-9-]{1,100}$"
-_PATH = r"^[^\x00]+$"
-_BASE_URL = r"^https?://[^\s/?#@\"\\]+$"
-_SOCKET = r"^/[^\x00]{1,106}$"
-MEANING = {
-    INSTANCE_ID: "must be 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first",
-    _HEADER: "must be the name of a header in lower case: letters, digits and '-'",
-    _PATH: "must be a path",
-    _BASE_URL: "must be http://HOST:PORT or https://HOST:PORT, without a path",
-    _SOCKET: "must be an absolute path of at most 107 characters",
-    PUBLIC_PATH: "must be a path like '/v1/models', in which '*' can stand for a segment",
-    FLEET_KEY: "must be 1 to 64 letters, digits, '.', '_', ':' and '-'",
-    REPLICA_NAME: "must be 1 to 16 lower-case letters and digits",
-}
-"""What is wrong with a string that one of these patterns does not match."""
+from .values import (
+    HEADER,
+    PATH,
+    SOCKET,
+    WEEK_S,
+    BaseUrl,
+    Bytes,
+    Disaggregating,
+    ListenerUrl,
+    ListenHost,
+    Probes,
+    Revision,
+    Seconds,
+    Share,
+    Weight,
+)
 
 
 class NeedsRestart:
@@ -110,7 +86,7 @@ class SchedulerConfig(InstancesFile):
     healthy_threshold: Probes = 1
     """Health checks that must succeed in a row before an instance gets requests again."""
 
-    session_header: Annotated[str, Field(pattern=_HEADER)] = "x-session-id"
+    session_header: Annotated[str, Field(pattern=HEADER)] = "x-session-id"
     """The request header that names a conversation, for the strategy `session`."""
     ttft_slo: Seconds | None = None
     """Seconds to the first token that the strategy `slo` tries to keep, for requests without the header
@@ -198,11 +174,11 @@ class SchedulerConfig(InstancesFile):
     30."""
     max_ejected_share: Share = 0.5
     """At most this share of a role is ejected at once."""
-    self_check_interval: Annotated[float, Field(ge=1, le=_WEEK_S)] | None = None
+    self_check_interval: Annotated[float, Field(ge=1, le=WEEK_S)] | None = None
     """Seconds between two [self-checks](reliability.md#self-check) of each model: whether a D answers the
     same with a hand-off as without. A pair of P and D that gives wrong texts gets no more hand-offs. Without
     it there are none. Each is two requests of some 300 tokens."""
-    drain_timeout: Annotated[float, Field(ge=0, le=_WEEK_S)] = 30.0
+    drain_timeout: Annotated[float, Field(ge=0, le=WEEK_S)] = 30.0
     """Seconds that running requests may take to end after SIGTERM, and that `drain?wait=true` waits.
     Whatever sends SIGKILL must wait longer."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30), _AT_START] = 64 << 20
@@ -214,7 +190,7 @@ class SchedulerConfig(InstancesFile):
     """[Paths that clients may ask for](security.md#public-paths), beside the two for completions, `/health`
     and `/ping`; all others are answered 404. `*` stands for one segment. Give an Envoy of yours the same
     list: `envoy-config --config` prints its configuration with it."""
-    prefill_listener: Annotated[str | None, _AT_START] = None
+    prefill_listener: Annotated[ListenerUrl | None, _AT_START] = None
     """Envoy's prefill listener, as `http://HOST:PORT`: `http://127.0.0.1:10001` for the one in
     `envoy/envoy.yaml`. With it the prefill leg takes [a way through Envoy](architecture.md#the-prefill-leg),
     without it the scheduler sends it to P itself, for less CPU. `up` and `envoy-config --config` give Envoy
@@ -224,14 +200,14 @@ class SchedulerConfig(InstancesFile):
     [go on at another D](reliability.md#streams-that-go-on) when theirs dies: those of clients that send
     `x-pd-continue: true`. Without it that header says nothing. Envoy must be on the same machine, or in the
     same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler."""
-    continuation_ingress: Annotated[str, _AT_START] = "http://127.0.0.1:10000"
+    continuation_ingress: Annotated[ListenerUrl, _AT_START] = "http://127.0.0.1:10000"
     """Where the scheduler reaches Envoy's ingress listener to ask for those streams, as `http://HOST:PORT`.
     `up` knows it."""
-    grpc_host: Annotated[str, _AT_START] = "127.0.0.1"
+    grpc_host: Annotated[ListenHost, _AT_START] = "127.0.0.1"
     """Address that the gRPC server listens on: ext_proc, EDS and health for Envoy."""
     grpc_port: Annotated[Port, _AT_START] = 9002
     """Port of the gRPC server."""
-    grpc_socket: Annotated[Annotated[str, Field(pattern=_SOCKET)] | None, _AT_START] = None
+    grpc_socket: Annotated[Annotated[str, Field(pattern=SOCKET)] | None, _AT_START] = None
     """Path of a Unix socket that the gRPC server listens on in place of `grpc_host` and `grpc_port`. Only the
     user that the scheduler runs as can open it. `up` makes one of its own unless one of the three is given;
     with `serve`, Envoy needs [its path](security.md#a-unix-socket)."""
@@ -240,7 +216,7 @@ class SchedulerConfig(InstancesFile):
     nothing else. Kubernetes' gRPC probes need it where `grpc_tls` is set."""
     grpc_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the gRPC server. Use it when Envoy is on another machine; `up` does not take it."""
-    admin_host: Annotated[str, _AT_START] = "127.0.0.1"
+    admin_host: Annotated[ListenHost, _AT_START] = "127.0.0.1"
     """Address that the [admin interface](admin.md) listens on. Any but a loopback address needs
     `admin_token`."""
     admin_port: Annotated[Port, _AT_START] = 9003
@@ -249,7 +225,7 @@ class SchedulerConfig(InstancesFile):
     """Where the bearer token of the admin interface is kept."""
     admin_tls: Annotated[TlsConfig | None, _AT_START] = None
     """TLS for the admin interface."""
-    metaserver_host: Annotated[str, _AT_START] = "127.0.0.1"
+    metaserver_host: Annotated[ListenHost, _AT_START] = "127.0.0.1"
     """Address that the listener of `metaserver_port` listens on: one at which all D can reach this process.
     With `0.0.0.0` or `::`, each D is told the address that this machine has towards it, in Kubernetes the
     pod's own."""
@@ -257,7 +233,7 @@ class SchedulerConfig(InstancesFile):
     """Port at which D ask for prefills, which those of the connector
     [`ascend-layerwise`](connectors/ascend.md#ascend-layerwise) do. Without it, such D compute the prompts
     themselves."""
-    metaserver_url: Annotated[Annotated[str, Field(pattern=_BASE_URL)] | None, _AT_START] = None
+    metaserver_url: Annotated[BaseUrl | None, _AT_START] = None
     """What D are told in place of that address and port, as `http://HOST:PORT`, where they reach them by
     others. It must lead to this very process, not to any replica."""
     metaserver_callers: Literal["decode", "any"] = "decode"
@@ -276,7 +252,7 @@ class SchedulerConfig(InstancesFile):
     """[Weights of the revisions](models.md#weights): `{"blue": 90, "green": 10}` gives those instances whose
     `revision` is `green` one in ten requests. What has no weight, or is not named, gets nothing; instances
     without a revision have the empty name. Without it the strategy chooses among all."""
-    metrics_host: Annotated[str, _AT_START] = "127.0.0.1"
+    metrics_host: Annotated[ListenHost, _AT_START] = "127.0.0.1"
     """Address that the listener of `metrics_port` listens on."""
     metrics_port: Annotated[Port | None, _AT_START] = None
     """Port of a second listener with `/metrics`, `/healthz` and `/readyz` and nothing else, for a Prometheus
@@ -287,7 +263,7 @@ class SchedulerConfig(InstancesFile):
     `x-pd-decision` of the answer. It has ids of instances and their scores."""
     log_format: Annotated[LogFormat, _AT_START] = "text"
     """How a line of the log looks: [`text` for people, `json` for programs](admin.md#logs)."""
-    state_file: Annotated[Annotated[str, Field(pattern=_PATH)] | None, _AT_START] = None
+    state_file: Annotated[Annotated[str, Field(pattern=PATH)] | None, _AT_START] = None
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
@@ -314,43 +290,11 @@ class SchedulerConfig(InstancesFile):
     encode_instances: list[InstanceConfig] = []
     """The [encode instances](connectors/encode.md) (E) of the fleet. Without any, P encodes what
     its requests have of images, video and audio."""
-    instance_files: list[Annotated[str, Field(pattern=_PATH)]] = []
+    instance_files: list[Annotated[str, Field(pattern=PATH)]] = []
     """JSON or YAML files with further instances, which are [watched](discovery.md#files): each has the three
     keys above."""
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
-
-    @field_validator("grpc_host", "admin_host", "metrics_host", "metaserver_host")
-    @classmethod
-    def _can_be_listened_at(cls, host: str) -> str:
-        if not is_host(host):
-            raise ValueError("must be an IP address, or a name of this machine")
-        return host
-
-    @field_validator("prefill_listener", "continuation_ingress")
-    @classmethod
-    def _is_a_listener(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        found = _LISTENER.fullmatch(url)
-        if not found or not is_host(found[1].strip("[]")) or not 0 < int(found[2] or 80) < 65536:
-            raise ValueError("must be http://HOST:PORT, without a path")
-        return url
-
-    @field_validator("metaserver_url")
-    @classmethod
-    def _leads_somewhere(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        try:
-            parts = urlsplit(url)
-            found = is_host(parts.hostname or "") and (parts.port is None or parts.port > 0)
-            found = found and parts.hostname not in ("0.0.0.0", "::")
-        except ValueError:
-            found = False
-        if not found:
-            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, where D reach this process")
-        return url
 
     @field_validator("revisions")
     @classmethod
@@ -426,45 +370,13 @@ class SchedulerConfig(InstancesFile):
             item.host,
             item.port,
             key,
-            self.tls_name(item),
+            tls_name(item, self.instance_tls),
             models,
             item.revision,
-            _own_connector(role, item),
-            self.rank_count(item),
+            own_connector(role, item),
+            rank_count(item, self.connector, self.prefill_leg),
             (item.kv_events_port, item.kv_events_replay_port),
         )
-
-    def rank_count(self, item: InstanceConfig) -> int:
-        """Return how many ranks an instance has; raise :exc:`ValueError` if they cannot be chosen among."""
-        if item.data_parallel_size > 1 and self.prefill_leg == "sidecar":
-            raise ValueError(
-                "data_parallel_size: a sidecar cannot be told a rank of P: leave it out, or give each rank a "
-                "port, which is an instance of its own"
-            )
-        connector = connector_choice(item.connector or self.connector).name
-        if item.data_parallel_size > 1 and not takes_ranks(connector):
-            raise ValueError(
-                f"data_parallel_size: an instance of the connector {connector!r} cannot be told a rank: "
-                "leave it out, and its engine chooses among its ranks"
-            )
-        return item.data_parallel_size
-
-    def tls_name(self, item: InstanceConfig) -> str | None:
-        """Return the name that an instance's certificate must be for, ``None`` without TLS."""
-        if self.instance_tls is None:
-            for key, unused in (("tls", item.tls), ("server_name", item.server_name)):
-                if unused:
-                    raise ValueError(f"{key}: needs instance_tls, {{}} to trust the system's authorities")
-            return None
-        if item.tls is False:
-            return None
-        name = item.server_name or self.instance_tls.server_name or item.host.removesuffix(".")
-        if is_ip(name):  # Envoy compares what it gets from EDS with DNS names only
-            raise ValueError(
-                f"server_name: needed because host {item.host} is an IP address, and certificates are "
-                "checked for DNS names; give it here or in instance_tls"
-            )
-        return name
 
     def masked(self) -> dict[str, Any]:
         """Return it as JSON for whoever may read it but shall learn no secret."""
@@ -475,29 +387,3 @@ class SchedulerConfig(InstancesFile):
         sources = [self.api_key, *(item.api_key for _, _, item in self.listed())]
         sources += [getattr(source, "api_key", None) for source in self.discovery]
         return [source for source in sources if source is not None]
-
-
-def _own_connector(role: InstanceRole, item: InstanceConfig) -> ConnectorChoice | None:
-    """Return an instance's own connector, if it names one; raise :exc:`ValueError` if none is called so."""
-    if item.connector is None:
-        return None
-    choice = connector_choice(item.connector)
-    try:
-        check_connector(role, choice)
-    except UnknownConnector as error:
-        raise ValueError(f"connector: {error}") from None
-    return choice
-
-
-def check_connector(role: InstanceRole, choice: ConnectorChoice) -> None:
-    """Raise :exc:`.connectors.UnknownConnector` for one that an instance of a role cannot have."""
-    if role is InstanceRole.ENCODE:
-        encode_connector(choice)
-    else:
-        make_connector(choice.name)
-        settings_of(choice)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listener bound to ``host`` can be reached from this machine only."""
-    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)

@@ -38,7 +38,7 @@ class Membership:
         self._drained: set[str] = set()
         self._removed: dict[Named, PDInstance] = {}
         self._refused: tuple[str, ...] = ()
-        registry.subscribe(self._let_go)
+        registry.changes.subscribe(self._let_go)
 
     # -- what sources tell
 
@@ -81,7 +81,7 @@ class Membership:
         self._silent.discard(source)
         self._settle(by)
         if first:
-            self._registry.tell()  # that a role has no instance is a word too
+            self._registry.changes.note()  # that a role has no instance is a word too
 
     def heard(self, source: str, now: float) -> None:
         """Note that what a source has told is how it is now."""
@@ -210,7 +210,7 @@ class Membership:
             self._removed = {key: each for key, each in self._removed.items() if key in named_now}
         merged = merge(self._wanted(), self._members.values())
         before, self._members = self._members, merged.members
-        with self._registry.as_one_change(by):
+        with self._registry.changes.as_one(by):
             self._part(before, by)
             for member in self._members.values():
                 self._have(member.instance, by)
@@ -261,9 +261,9 @@ class Membership:
         done = [key for key in self._leaving if self._registry.drained(key)]
         self._leaving.difference_update(done)
         if done:
-            with self._registry.as_one_change(self._registry.changed_by):
+            with self._registry.changes.as_one(self._registry.changes.by):
                 for key in done:
-                    self._registry.remove(key, self._registry.changed_by)
+                    self._registry.remove(key, self._registry.changes.by)
 
     def _tell_refused(self, refused: tuple[str, ...], by: str) -> None:
         before, self._refused = self._refused, refused

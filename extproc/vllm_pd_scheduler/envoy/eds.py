@@ -117,7 +117,7 @@ class EndpointDiscovery:
         """Of each open stream: set when there may be something to send."""
         self._push: asyncio.TimerHandle | None = None
         self._pushed_at = 0.0
-        registry.subscribe(self._on_change)
+        registry.changes.subscribe(self._on_change)
 
     def methods(self) -> dict[str, Method]:
         """Return what a server needs to serve this, by path."""

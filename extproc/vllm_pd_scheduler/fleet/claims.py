@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Collection
 from hashlib import blake2b
 
-from .endpoint import Endpoint, Reservation
+from .endpoint import Endpoint
+from .reservation import Reservation
 
 HEARD_S = 0.022
 """Seconds after which a scheduler knows what the others chose when it chose: at most 10 ms until they tell

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from ..models import By
 from ..request.context import RequestContext
 from .breaker import BreakerState
-from .endpoint import Endpoint, Reservation
+from .endpoint import Endpoint
+from .reservation import Reservation
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -140,7 +141,8 @@ class Elsewhere:
 
         Return whether it is out since now.
         """
-        return self._registry.eject(endpoint, "requests of another replica of the scheduler fail there", now)
+        why = "requests of another replica of the scheduler fail there"
+        return self._registry.ends.eject(endpoint, why, now)
 
     def readmit(self, endpoint: Endpoint, now: float) -> bool:
         """Let an instance serve again at which another replica's trial request went well.
@@ -154,7 +156,7 @@ class Elsewhere:
             return False
         breaker.readmit()
         breaker.succeeded()
-        self._registry.tell(By.REQUEST)
+        self._registry.changes.note(By.REQUEST)
         return True
 
     def leave_out(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool, now: float) -> None:

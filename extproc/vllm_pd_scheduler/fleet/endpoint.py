@@ -7,30 +7,21 @@ rank's own; health, drains and failures are those of the process, which all of i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from msgspec import Struct, field
 from msgspec.structs import force_setattr as _set
 
-from ..models import ANY_MODEL, InstanceState, MetricsSnapshot, PDInstance
+from ..models import InstanceState, MetricsSnapshot, PDInstance
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
 from ..request.context import RequestContext
 from ..request.headers import RANK
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .endpoint_models import EndpointModels
+from .full_pause import FullPause
 from .peers import DoubtfulEnds
-
-EJECTED = "ejected"
-"""Shown in place of "unhealthy" for an instance that is alive, and out only because requests to it failed."""
-
-TRIAL = "trial"
-"""Beside the states: healthy, but ejected until now, and about to show whether it can serve."""
-
-
-BUSY_PAUSE_S = 0.5
-"""Seconds for which an instance that is full is left alone at first: a slot comes free about so soon."""
-MAX_BUSY_PAUSE_S = 15.0
-"""And at most: it may be free long before."""
+from .probes import Probes
+from .reservation import Reservation
 
 
 class Endpoint(Struct, frozen=True, eq=False):
@@ -49,16 +40,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     """What the last scrape said; ``None`` before the first, and when that is too long ago to be believed."""
     scraped_at: float | None = None
     """When it was last scraped, in the caller's time."""
-    listed: frozenset[str] | None = None
-    """Names that its ``/v1/models`` has, LoRA adapters among them; ``None``: not known."""
-    models: frozenset[str] | None = None
-    """Names of the models that it serves: those configured, else ``listed``; ``None``: not known."""
-    adapters: frozenset[str] = frozenset()
-    """Those of ``listed`` that are LoRA adapters."""
-    loaded: tuple[str, ...] = ()
-    """Adapters that are taken for loaded there, the one used last at the end."""
-    adapter_slots: int = 1
-    """How many it holds at once: as scraped, else vLLM's default for ``--max-loras``."""
+    models: EndpointModels = field(default_factory=lambda: EndpointModels(None))
+    """Which models it lists and serves, and which adapters are loaded."""
     in_flight: int = 0
     """Requests that we, or another replica of the scheduler, sent there and that have not ended."""
     elsewhere: int = 0
@@ -66,21 +49,15 @@ class Endpoint(Struct, frozen=True, eq=False):
     draining: bool = False
     drain_told: bool = False
     """Whether the registry's listeners know that it is drained."""
-    healthy: bool | None = None
-    """``None`` before the first probe."""
-    problem: str = "not probed yet"
-    """What the last probe found wrong, for people."""
+    probes: Probes = field(default_factory=Probes)
+    """What health probes found."""
     ejected_for: str = ""
     """Why it was last ejected, for people."""
     in_flight_at_scrape: int = 0
-    streak: int = 0
-    """Successive probes that contradict ``healthy``."""
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
     doubts: DoubtfulEnds = field(default_factory=DoubtfulEnds)
-    busy_until: float = 0.0
-    """Until when it is left alone because it said that it is full, in the caller's time."""
-    busy_answers: int = 0
-    """How often it has said so since it last served a request."""
+    pause: FullPause = field(default_factory=FullPause)
+    """For how long it is left alone because it said that it is full."""
     started_at: float | None = None
     """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
     generation: int = 0
@@ -118,8 +95,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     def __post_init__(self) -> None:
         name = self.instance.instance_id
         _set(self, "id", name if self.rank is None else f"{name}:{self.rank}")
-        if self.models is None:
-            _set(self, "models", self._names())
+        self.models.configure(self.instance.models)
 
     def __repr__(self) -> str:
         return f"Endpoint({self.id!r})"
@@ -150,29 +126,11 @@ class Endpoint(Struct, frozen=True, eq=False):
         """Draining wins over health, since it is what the operator asked for."""
         if self.draining:
             return InstanceState.DRAINING
-        if self.healthy is None:
+        if self.probes.healthy is None:
             return InstanceState.STARTING
-        if self.healthy and self.breaker.state is not BreakerState.OPEN:
+        if self.probes.healthy and self.breaker.state is not BreakerState.OPEN:
             return InstanceState.HEALTHY
         return InstanceState.UNHEALTHY
-
-    @property
-    def shown_state(self) -> str:
-        """State for metrics and logs, which also tell who is ``ejected``."""
-        return EJECTED if self.ejected else self.state.value
-
-    @property
-    def told_state(self) -> str:
-        """State for people, who are also told of a ``trial``."""
-        shown = self.shown_state
-        if shown == InstanceState.HEALTHY and self.breaker.state is BreakerState.HALF_OPEN:
-            return TRIAL
-        return shown
-
-    @property
-    def serves_any(self) -> bool:
-        """Whether it may serve a model that it does not list, as the configuration says."""
-        return self.instance.models is not None and ANY_MODEL in self.instance.models
 
     @property
     def decode_step(self) -> float:
@@ -187,7 +145,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     @property
     def ejected(self) -> bool:
         """Whether only its breaker keeps requests away: it is alive, and a last resort."""
-        alive = self.healthy is True and not self.draining and self.address is not None
+        alive = self.probes.healthy is True and not self.draining and self.address is not None
         return alive and self.breaker.state is BreakerState.OPEN
 
     @property
@@ -225,13 +183,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         return self.on_trial and self._trial is not None and not self._trial.elsewhere
 
     @property
-    def reason(self) -> str:
-        """Why it does not serve as it should, for people; empty if nothing is known to be wrong."""
-        if self.healthy is False or self.breaker.state is BreakerState.CLOSED or not self.ejected_for:
-            return self.problem
-        return f"ejected: {self.ejected_for}"
-
-    @property
     def waiting(self) -> float:
         """Requests queued there: the last scrape's, plus what we have sent since and it cannot know of.
 
@@ -252,20 +203,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         """Predicted seconds of prefill for a request, as far as its prompt is not cached there."""
         load = self.prefill
         return load.cost(request.uncached(self.holder, load.trust), request.prompt_tokens)
-
-    def computed_blocks(self, request: RequestContext) -> int:
-        """Leading blocks of a prompt that are taken for cached there, and are not still to be computed.
-
-        A prefill's count as cached from the moment when it is sent there: too early for other instances.
-        """
-        depth = request.cached_blocks(self.holder)
-        for queued in self.prefill.pending:
-            if isinstance(queued, Reservation) and (at := queued.cached_blocks) < min(
-                depth, len(queued.blocks)
-            ):
-                # The blocks are chained: where one is equal, all before it are.
-                depth = at if queued.blocks[at] == request.blocks[at] else depth
-        return depth
 
     @property
     def kv_tokens(self) -> float:
@@ -292,7 +229,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     def described(self, instance: PDInstance) -> None:
         """Take how it is described now: its key, TLS name, models and revision."""
         _set(self, "instance", instance)
-        _set(self, "models", self._names())
+        self.models.configure(instance.models)
 
     def move(self, address: str, breaker: Breaker) -> None:
         """Put it at another address, where this breaker counts."""
@@ -315,23 +252,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "drain_told", True)
         return True
 
-    def probed(self, problem: str | None, threshold: int) -> bool:
-        """Note a health probe, ``None`` being success; return whether ``healthy`` has changed.
-
-        The first one decides alone, later ones when ``threshold`` of them in a row contradict ``healthy``.
-        """
-        ok = problem is None
-        _set(self, "problem", problem or "")
-        if self.healthy is ok:
-            _set(self, "streak", 0)
-            return False
-        _set(self, "streak", self.streak + 1)
-        if self.healthy is not None and self.streak < threshold:
-            return False
-        _set(self, "healthy", ok)
-        _set(self, "streak", 0)
-        return True
-
     def scraped(self, snapshot: MetricsSnapshot, in_flight: int, tokens: float) -> None:
         """Note a scrape, and what of ours was there when it was asked for."""
         self._load_changes()
@@ -344,7 +264,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         if snapshot.transfer_rate is not None:
             _set(self, "transfer_rate", snapshot.transfer_rate)
         if snapshot.adapter_slots:
-            _set(self, "adapter_slots", snapshot.adapter_slots)
+            self.models.holds(snapshot.adapter_slots)
 
     def forget_metrics(self) -> None:
         """Take its load for not known any more."""
@@ -353,16 +273,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "in_flight_at_scrape", 0)
         _set(self, "tokens_at_scrape", 0.0)
 
-    def lists(self, models: frozenset[str] | None, adapters: frozenset[str] = frozenset()) -> bool:
-        """Note which models it lists, and which of them are adapters; return whether that is a change."""
-        if self.listed == models and self.adapters == adapters:
-            return False
-        _set(self, "listed", models)
-        _set(self, "adapters", adapters)
-        _set(self, "models", self._names())
-        _set(self, "loaded", tuple(each for each in self.loaded if each in adapters))
-        return True
-
     def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
         """Note what its last hand-off shows; return whether its protocol is another one."""
         _set(self, "takes_token_ids", takes_token_ids)
@@ -370,26 +280,6 @@ class Endpoint(Struct, frozen=True, eq=False):
             return False
         _set(self, "speaks", protocol)
         return True
-
-    def adapter_used(self, name: str) -> bool:
-        """Note that a request uses an adapter; return whether another set is loaded now.
-
-        vLLM holds ``adapter_slots`` of them, and replaces the one that was used the longest time ago.
-        """
-        before = self.loaded
-        if before and before[-1] == name:
-            return False
-        _set(self, "loaded", (*(e for e in before if e != name), name)[-self.adapter_slots :])
-        return name not in before
-
-    def _names(self) -> frozenset[str] | None:
-        """Return the names that it is known to serve."""
-        configured, listed = self.instance.models, self.listed
-        if configured is None:
-            return listed
-        if ANY_MODEL in configured:
-            return (configured - {ANY_MODEL}) | (listed or frozenset())
-        return configured
 
     def take(self, reservation: Reservation) -> None:
         """Count a request from now on."""
@@ -464,14 +354,12 @@ class Endpoint(Struct, frozen=True, eq=False):
     def served(self) -> None:
         """Note a request that went well."""
         self.doubts.clear()
-        _set(self, "busy_answers", 0)
+        self.pause.served()
 
     def say_full(self, now: float, retry_after: float | None) -> None:
-        """Leave it alone for a while: as long as it asks, else longer each time until it serves a request."""
+        """Leave it alone for a while, since it says that it is full."""
         self._load_changes()
-        pause = BUSY_PAUSE_S * 2 ** min(self.busy_answers, 5) if retry_after is None else retry_after
-        _set(self, "busy_answers", self.busy_answers + 1)
-        _set(self, "busy_until", now + min(max(pause, BUSY_PAUSE_S), MAX_BUSY_PAUSE_S))
+        self.pause.begin(now, retry_after)
 
     def ejected_because(self, reason: str) -> None:
         """Note why requests are kept away: they fail there."""
@@ -489,78 +377,16 @@ class Endpoint(Struct, frozen=True, eq=False):
         self.doubts.reset()
         anew: dict[str, object] = {
             "generation": self.generation + 1,
-            "listed": None, "adapters": frozenset(), "loaded": (),
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
             "elsewhere": 0, "tokens_elsewhere": 0.0, "handoffs_elsewhere": 0,
-            "busy_until": 0.0, "busy_answers": 0, "speaks": "",
-            "takes_token_ids": False,
+            "speaks": "", "takes_token_ids": False,
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)
-        _set(self, "models", self._names())
+        self.models.forget()
+        self.pause.forget()
         return True
 
     def _load_changes(self) -> None:
         for changed in self.watchers:
             changed.add(self)
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """One request's claim on an endpoint, counted from the moment of the pick until ``release``."""
-
-    endpoint: Endpoint
-    generation: int
-    tokens: float = 0.0
-    cost: float = 0.0
-    """Predicted seconds of prefill."""
-    wait: float = 0.0
-    """Predicted seconds until its prefill begins."""
-    at: float = 0.0
-    """When it was made."""
-    cached: float = 0.0
-    """Prompt tokens that are taken for cached there."""
-    blocks: Sequence[int] = ()
-    """Of its prompt, if P reads that."""
-    cached_blocks: int = 0
-    """Of these, how many leading ones were taken for cached."""
-    source: Endpoint | None = None
-    """Another instance, from which it pulls what that has cached of the prompt."""
-    pulled: float = 0.0
-    """Prompt tokens that it is taken to pull."""
-    alone: float = 0.0
-    """Predicted seconds of prefill if it pulled nothing."""
-    active: bool = True
-    tentative: bool = False
-    """Whether it may be given up for another P: then its prompt is not yet taken for cached there."""
-    replica: str = ""
-    """Which other replica's it is, if it is a place in a queue."""
-    elsewhere: bool = False
-    """Whether it is another replica's: then it stands for a place in a queue, or a trial, and no more."""
-
-    @property
-    def stands(self) -> bool:
-        """Whether it has not ended, nor the process that it is a claim on."""
-        return self.active and self.generation == self.endpoint.generation
-
-    def release(self, now: float | None = None) -> None:
-        """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
-        if self._end():
-            load = self.endpoint.prefill
-            # One that was not sent has kept P from nothing: what is behind it began when it was made.
-            load.cancel(self, load.head_at if now is None or self.tentative else now)
-
-    def finish(self, now: float) -> float | None:
-        """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""
-        return self.endpoint.prefill.complete(self, now) if self._end() else None
-
-    def _end(self) -> bool:
-        """Return whether it had not ended, nor the process that it was a claim on."""
-        if not self.active:
-            return False
-        self.active = False
-        endpoint = self.endpoint
-        if self.generation != endpoint.generation:
-            return False
-        endpoint.give_back(self)
-        return True

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from ..models import InstanceRole, MetricsSnapshot
 from ..prediction.load_model import FleetLoad
 from ..request.context import RequestContext
-from .endpoint import Endpoint, Reservation
+from .endpoint import Endpoint
+from .reservation import Reservation
 
 _LEAST_BLOCK_TOKENS = 16.0
 """A client can send one token id of a megabyte; no real prompt has so few tokens in a block."""

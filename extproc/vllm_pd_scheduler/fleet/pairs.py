@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .breaker import Breaker, BreakerPolicy, BreakerState
-from .endpoint import Endpoint, Reservation
+from .endpoint import Endpoint
+from .reservation import Reservation
 
 MAX_DOUBTS = 4096
 """Pairs in doubt that are kept: of a thousand P and a thousand D, a million could be."""

@@ -5,27 +5,29 @@ Synchronous, does no I/O, and takes every time it needs as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-from ..models import By, InstanceRole, InstanceState, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
-from ..request.context import RequestContext
 from .breaker import Breaker, BreakerPolicy, BreakerState
+from .changes import Changes
 from .claims import Claims
+from .condition import shown_state
 from .elsewhere import Elsewhere, Journal
-from .endpoint import Endpoint, Reservation
+from .endpoint import Endpoint
+from .ends import Ends
 from .failed_transfers import FailedTransfers
+from .fleet_models import FleetModels
 from .learning import Learning
 from .left_out import LeftOut
 from .pairs import Pairs
 from .peers import DoubtfulEnds
+from .work import Work
 from .wrong_pairs import WrongPairs
 
-__all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "Reservation", "UnknownInstance"]
+__all__ = ["DuplicateInstance", "Endpoint", "HealthPolicy", "Registry", "UnknownInstance"]
 
 
 class UnknownInstance(KeyError):
@@ -51,7 +53,7 @@ class HealthPolicy:
 
 @dataclass(slots=True)
 class Registry:
-    """Instances by id. Listeners are called after a change in who there is or who can serve."""
+    """Instances by id. Each change of these that matters to others is told by ``changes``."""
 
     policy: HealthPolicy = field(default_factory=HealthPolicy)
     load: FleetLoad = field(default_factory=FleetLoad)
@@ -64,24 +66,19 @@ class Registry:
     left_out: LeftOut = field(init=False)
     failed_transfers: FailedTransfers = field(init=False)
     elsewhere: Elsewhere = field(init=False)
-    claims: Claims = field(default_factory=Claims)
     """Where what other replicas of the scheduler do is counted."""
+    claims: Claims = field(default_factory=Claims)
+    changes: Changes = field(init=False)
+    """Tells listeners of them."""
+    models: FleetModels = field(init=False)
+    work: Work = field(init=False)
+    ends: Ends = field(init=False)
     journal: Journal | None = None
     """Is told what we do, if there are other replicas."""
-    busy_until: float = 0.0
-    """Until when some endpoint is left alone because it said that it is full."""
-    models_version: int = 0
-    """Changes when an instance serves other models than before, and when there are others than before."""
-    adapters_version: int = 0
-    """Changes when other LoRA adapters are loaded on an instance than before."""
-    cards: dict[str, bytes] = field(default_factory=dict)
-    """By name, what an instance that lists a model says of it: JSON."""
     has_ranks: bool = False
     """Whether there are instances of several endpoints."""
     trials: bool = False
     """Whether some endpoint was ejected and may be on trial."""
-    changed_by: str = By.START
-    """Who caused the change of which the listeners are told."""
     on_scraped: Callable[[], None] | None = None
     """Called after each scrape."""
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
@@ -89,10 +86,6 @@ class Registry:
     """The endpoints of each instance, by its id: its ranks, or the one."""
     _places: dict[tuple[InstanceRole, str, int], str] = field(default_factory=dict)
     """Ids by what no two instances may share."""
-    _changes: int = 0
-    """How many there were."""
-    _held_back: bool = False
-    """Whether the listeners are told later, of all changes at once."""
     _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
         default_factory=lambda: {role: {} for role in InstanceRole}
     )
@@ -100,7 +93,6 @@ class Registry:
         default_factory=lambda: {role: [] for role in InstanceRole}
     )
     _draining: tuple[Endpoint, ...] = ()
-    _listeners: list[Callable[[], None]] = field(default_factory=list)
     _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, ())
     )
@@ -118,6 +110,8 @@ class Registry:
         self.left_out = LeftOut(self.pairs, self.wrong_pairs)
         self.failed_transfers = FailedTransfers(self.pairs)
         self.elsewhere = Elsewhere(self)
+        self.changes = Changes(self._refresh)
+        self.models, self.work, self.ends = FleetModels(self), Work(self), Ends(self)
 
     def follow(self, policy: HealthPolicy) -> None:
         """Use another policy from now on."""
@@ -159,8 +153,8 @@ class Registry:
 
     def _members_changed(self, by: str) -> None:
         self.has_ranks = len(self._endpoints) > len(self._instances)
-        self.models_version += 1
-        self._changed(by)
+        self.models.changed()
+        self.changes.note(by)
 
     def refuse_double(self, instance: PDInstance) -> None:
         """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
@@ -200,22 +194,8 @@ class Registry:
         """
         for endpoint in self.ranks_of(self.get(instance_id)):
             endpoint.described(instance)
-        self.models_version += 1
-        self._changed(by)
-
-    @contextmanager
-    def as_one_change(self, by: str) -> Iterator[None]:
-        """Tell the listeners only at the end, once, of all changes that are made meanwhile."""
-        if self._held_back:
-            yield
-            return
-        self._held_back, version = True, self._changes
-        try:
-            yield
-        finally:
-            self._held_back = False
-            if self._changes != version:
-                self._changed(by)
+        self.models.changed()
+        self.changes.note(by)
 
     def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Send nothing new to an instance, to none of its ranks."""
@@ -229,7 +209,7 @@ class Registry:
         endpoint = self.get(instance_id)
         changed = [each.drain(draining) for each in self.ranks_of(endpoint)]
         if any(changed):
-            self._changed(by)
+            self.changes.note(by)
         return endpoint
 
     def drained(self, instance_id: str) -> bool:
@@ -285,24 +265,13 @@ class Registry:
         """Endpoints of a role that are not routable, with their states; a new tuple after each change."""
         return self._out_of_service[role]
 
-    def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` after each change in membership, address, health or draining.
-
-        The end of a drain is told by :meth:`tell_drained`.
-        """
-        self._listeners.append(listener)
-
-    def tell(self, by: str | None = None) -> None:
-        """Tell the listeners that something has changed of which this does not know."""
-        self._changed(self.changed_by if by is None else by)
-
     def tell_drained(self) -> None:
         """Tell the listeners if the last that was left on an instance which drains has ended.
 
         Whoever ends something calls it, but not at once: a request may go on with what P holds for it.
         """
         if [endpoint for endpoint in self._draining if endpoint.drain_ended()]:
-            self._changed(By.REQUEST)
+            self.changes.note(By.REQUEST)
 
     def watch(self, role: InstanceRole, changed: set[Endpoint] | None = None) -> set[Endpoint]:
         """Return a set to which each endpoint of a role is added when its load changes.
@@ -323,7 +292,7 @@ class Registry:
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             self._move(endpoints, address)
-            self._changed(By.PROBE)
+            self.changes.note(By.PROBE)
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
         """Record a health probe: ``None`` is success, else the reason for people.
@@ -335,9 +304,9 @@ class Registry:
         self.tell_drained()
         revived = ok and endpoint.breaker.probed(now)
         threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
-        changed = [each.probed(problem, threshold) for each in self.ranks_of(endpoint)]
+        changed = [each.probes.found(problem, threshold) for each in self.ranks_of(endpoint)]
         if any(changed) or revived:
-            self._changed(By.PROBE)
+            self.changes.note(By.PROBE)
 
     def scraped(
         self,
@@ -350,7 +319,7 @@ class Registry:
         before = endpoint.metrics
         endpoint.scraped(snapshot, in_flight_at_scrape, tokens_at_scrape)
         for adapter in snapshot.adapters:
-            self._adapter_used(endpoint, adapter)
+            self.models.adapter_used(endpoint, adapter)
         self.learning.scraped(endpoint, before, snapshot)
         if snapshot.failed_transfers is not None and endpoint.instance.role is InstanceRole.DECODE:
             self.failed_transfers.scraped(endpoint, snapshot.failed_transfers, snapshot.taken_at)
@@ -374,231 +343,10 @@ class Registry:
         for each in self.ranks_of(endpoint):
             each.forget_metrics()
 
-    def serves(
-        self,
-        endpoint: Endpoint,
-        models: frozenset[str] | None,
-        adapters: frozenset[str] = frozenset(),
-        cards: Mapping[str, bytes] = MappingProxyType({}),
-    ) -> None:
-        """Record which models an instance lists; ``None``: it has not said so for too long.
-
-        ``adapters`` are those of them that are LoRA adapters, ``cards`` is what it says of each.
-        """
-        self.cards.update(cards)
-        changed = [each.lists(models, adapters) for each in self.ranks_of(endpoint)]
-        if any(changed):
-            self.models_version += 1
-            self.adapters_version += 1
-            if len(self.cards) > len(cards):
-                self._drop_cards()
-
-    def _drop_cards(self) -> None:
-        """Forget what was said of models that nobody lists any more."""
-        listed = frozenset[str]().union(*(e.listed for e in self._endpoints.values() if e.listed))
-        self.cards = {name: card for name, card in self.cards.items() if name in listed}
-
-    def _adapter_used(self, endpoint: Endpoint, name: str) -> None:
-        if name in endpoint.adapters and endpoint.adapter_used(name):
-            self.adapters_version += 1
-
-    def reserve(
-        self, endpoint: Endpoint, request: RequestContext | None = None, *, tentative: bool = False
-    ) -> Reservation:
-        """Count a request on an endpoint from now on (``request.now``), with the work that it brings.
-
-        A ``tentative`` one is to be confirmed, or released.
-        """
-        reservation = Reservation(endpoint, endpoint.generation, tentative=tentative)
-        if request is not None:
-            self.learning.weigh(reservation, request)  # what fails, fails before anything is counted
-        endpoint.take(reservation)
-        if self.trials and endpoint.rank is not None:
-            for sibling in self.ranks_of(endpoint):
-                sibling.joins_trial(endpoint)
-        if request is not None:
-            if endpoint.adapters and request.model is not None:
-                self._adapter_used(endpoint, request.model)
-            if request.blocks and not tentative:
-                endpoint.holder.store(request.blocks)
-            if endpoint.instance.role is InstanceRole.PREFILL:
-                endpoint.prefill.enqueue(reservation, reservation.cost, request.now, is_sent=not tentative)
-                if self.pairs.in_doubt:
-                    self.pairs.tried(endpoint, None, reservation)
-            if self.journal is not None:
-                self.journal.reserved(reservation, request)
-        return reservation
-
-    def confirm(self, reservation: Reservation, now: float) -> None:
-        """Let a request stay where it is, and go there now: its prompt will be cached there."""
-        reservation.tentative = False
-        reservation.endpoint.prefill.sent(reservation, now)
-        if reservation.blocks:
-            reservation.endpoint.holder.store(reservation.blocks)
-        if self.journal is not None:
-            self.journal.confirmed(reservation)
-
-    def pull(
-        self, reservation: Reservation, request: RequestContext, source: Endpoint, tokens: float, takes: float
-    ) -> None:
-        """Have P pull prompt tokens from a source, in ``takes`` predicted seconds, and not compute them."""
-        endpoint = reservation.endpoint
-        if not reservation.stands:
-            return
-        before = reservation.tokens
-        self.learning.weigh_pull(reservation, request, source, tokens, takes)
-        endpoint.recount(reservation.tokens - before)
-        endpoint.prefill.recost(reservation, reservation.cost)
-
-    def move(self, reservation: Reservation, endpoint: Endpoint) -> Reservation:
-        """End a claim, and make one with as many tokens on another endpoint, where the request is now."""
-        reservation.release()
-        moved = Reservation(endpoint, endpoint.generation, reservation.tokens)
-        endpoint.take(moved)
-        return moved
-
-    def prefilled(
-        self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
-    ) -> None:
-        """End a claim on prefill with what the instance says it read, and learn from how long it took.
-
-        ``cached_tokens`` is ``None`` if it does not say; then what was predicted is taken for true.
-        """
-        seconds = reservation.finish(now)
-        if seconds is not None:
-            reservation.endpoint.prefill.computed(seconds)
-            self.learning.prefilled(reservation, prompt_tokens, cached_tokens, seconds)
-            if self.journal is not None:
-                self.journal.prefilled(reservation, prompt_tokens, cached_tokens)
-
-    def answered(
-        self, endpoint: Endpoint, blocks: Sequence[int], block_tokens: float, prompt: float, answer: float
-    ) -> None:
-        """Note that D has in its cache the answer of so many tokens to a prompt with these blocks.
-
-        ``block_tokens`` may be estimated: a prompt has room for all of its blocks, and for no further one.
-        The last token of an answer is not cached, since nothing was computed from it.
-        """
-        if blocks:
-            known = len(blocks)
-            size = max(1.0, prompt / (known + 1), min(block_tokens, prompt / known))
-            endpoint.holder.answered(blocks, int((prompt + answer - 1) / size) - known)
-
-    def succeeded(self, endpoint: Endpoint, handed_over_by: Endpoint | None = None) -> None:
-        """Record a request that an instance served: a D maybe with what a P has handed over."""
-        endpoint.served()
-        self.pairs.served(handed_over_by, endpoint)
-        if handed_over_by is not None and not self.failed_transfers.fail_at(endpoint):
-            self.pairs.succeeded(handed_over_by, endpoint)
-        if endpoint.breaker.succeeded():
-            if self.journal is not None:
-                self.journal.recovered(endpoint)
-            self._changed(By.REQUEST)
-
-    def handed_over(self, prefill: Endpoint, decode: Endpoint) -> None:
-        """Record that what a P holds is on its way to a D."""
-        if prefill in self:
-            first = self.ranks_of(prefill)[0]
-            if self.failed_transfers.handed_over(first, decode) and self.journal is not None:
-                self.journal.handed_over(first, decode)
-
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""
         if endpoint.speaks_now(protocol, takes_token_ids):
-            self._changed(By.REQUEST)
-
-    def failed(
-        self, endpoint: Endpoint, reason: str, now: float, handed_over_by: Endpoint | None = None
-    ) -> None:
-        """Record a request that an instance failed; it may be ejected for that.
-
-        If all that it has failed in a row was ``handed_over_by`` one and the same P, and it serves others,
-        that pair is left out in its place (see :mod:`.pairs`). If that P is gone, it may be the reason, and
-        the end is doubtful.
-
-        No more than ``max_ejected_share`` of a role is out at once, so that a fault they share (a bad
-        client, a broken model) does not end all service; an instance on trial goes out in any case.
-        """
-        if handed_over_by is not None and handed_over_by not in self:
-            self.doubtful(endpoint, reason, now)
-            return
-        decode = endpoint.instance.role is InstanceRole.DECODE
-        if decode and endpoint in self:
-            self.pairs.failed(handed_over_by, endpoint, now)
-        if endpoint.breaker.failed() and not (decode and self.pairs.explain(endpoint)):
-            self._eject_by_us(endpoint, reason, now)
-
-    def errored(
-        self,
-        endpoint: Endpoint,
-        before: Sequence[Endpoint],
-        reason: str,
-        now: float,
-        handed_over_by: Endpoint | None = None,
-    ) -> None:
-        """Record a 500 for a request to which those ``before`` have answered 500 too.
-
-        The first is a failure. With a second it may be the request's fault: then the failure is taken back,
-        and what happened is doubtful for all. ``handed_over_by`` is the P whose hand-off the first had.
-        """
-        if not before:
-            self.failed(endpoint, reason, now, handed_over_by)
-            return
-        if len(before) == 1:
-            if handed_over_by is not None:
-                self.pairs.forgive(handed_over_by, before[0])
-            if before[0].breaker.forgive():
-                self._changed(By.REQUEST)
-            self.doubtful(before[0], reason, now)
-        self.doubtful(endpoint, reason, now)
-
-    def doubtful(self, endpoint: Endpoint, reason: str, now: float) -> None:
-        """Record a request whose end says something of the instance only beside those of its peers.
-
-        The instance is ejected if it has many of them and its peers have few. A trial stays undecided.
-        """
-        endpoint.doubts.doubtful()
-        if self._odd(endpoint):
-            self._eject_by_us(endpoint, f"{reason}, where others of its role serve", now)
-
-    def stands_out(self, endpoint: Endpoint) -> bool:
-        """Whether an instance, and not the fleet, is the reason for what happens there.
-
-        It is unhealthy or ejected, or has many doubtful ends where its peers have few.
-        """
-        return endpoint.state is InstanceState.UNHEALTHY or self._odd(endpoint)
-
-    def _odd(self, endpoint: Endpoint) -> bool:
-        own = endpoint.doubts
-        return own.odd_among(e.doubts for e in self._routable[endpoint.instance.role] if e.doubts is not own)
-
-    def overloaded(self, endpoint: Endpoint, now: float, retry_after: float | None = None) -> None:
-        """Record that an instance is full: neither its failure nor a success.
-
-        It is left alone for as long as it asks (``retry_after``, seconds), else for half a second, twice
-        as long each time until it serves a request again.
-        """
-        endpoint.say_full(now, retry_after)
-        self.busy_until = max(self.busy_until, endpoint.busy_until)
-
-    def _eject_by_us(self, endpoint: Endpoint, reason: str, now: float) -> None:
-        if self.eject(endpoint, reason, now) and self.journal is not None:
-            self.journal.ejected(endpoint)
-
-    def eject(self, endpoint: Endpoint, reason: str, now: float) -> bool:
-        """Eject an instance unless too many of its role are out; return whether it is out since now."""
-        if endpoint.breaker.state is BreakerState.OPEN:
-            return False
-        breaker = endpoint.breaker
-        servers = {id(e.breaker): e.breaker for e in self.endpoints(endpoint.instance.role)}
-        out = sum(each is breaker or each.state is not BreakerState.CLOSED for each in servers.values())
-        if allowed := out <= self.policy.max_ejected_share * len(servers):
-            for each in self.ranks_of(endpoint):
-                each.ejected_because(reason)
-                self.pairs.ejected(each)
-            breaker.open(now)
-            self._changed(By.REQUEST)
-        return allowed
+            self.changes.note(By.REQUEST)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
         """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
@@ -614,15 +362,11 @@ class Registry:
             return False
         for each in self.ranks_of(endpoint):
             self._forget_pairs(each)
-        self.models_version += 1  # what it listed counts no more
-        self._changed(By.PROBE)
+        self.models.changed()  # what it listed counts no more
+        self.changes.note(By.PROBE)
         return True
 
-    def _changed(self, by: str) -> None:
-        self._changes += 1
-        if self._held_back:
-            return
-        self.changed_by = by
+    def _refresh(self) -> None:
         for role in InstanceRole:
             endpoints = self.endpoints(role)
             if not any(e.routable for e in endpoints):
@@ -630,12 +374,10 @@ class Registry:
                     endpoint.breaker.readmit()
             self._routable[role] = tuple(e for e in endpoints if e.routable)
             self._ejected[role] = tuple(e for e in endpoints if e.ejected)
-            self._out_of_service[role] = tuple((e, e.shown_state) for e in endpoints if not e.routable)
+            self._out_of_service[role] = tuple((e, shown_state(e)) for e in endpoints if not e.routable)
             self._by_address[role] = {e.address: e for e in reversed(endpoints) if e.address is not None}
         self._draining = tuple(e for e in self._endpoints.values() if e.draining)
         self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
-        for listener in self._listeners:
-            listener()
 
 
 def _place(instance: PDInstance) -> tuple[InstanceRole, str, int]:

@@ -62,7 +62,7 @@ class HandoffReleaser:
         try:
             handoff = attempt.handoff(answer.body) if answer.status == 200 else None
         except ConnectorFailed:
-            self._telemetry.handoff_stranded(prefill.id)  # there may be one
+            self._telemetry.handoffs.stranded(prefill.id)  # there may be one
             return
         if handoff is not None and handoff.pinned:
             self(PendingHandoff(handoff, prefill, attempt, deadline=0.0))
@@ -89,7 +89,7 @@ class HandoffReleaser:
     def _count(self, pending: PendingHandoff, released: bool) -> None:
         if pending.prefill not in self._registry:
             return  # what is gone has no series
-        counted = self._telemetry.handoff_released if released else self._telemetry.handoff_stranded
+        counted = self._telemetry.handoffs.released if released else self._telemetry.handoffs.stranded
         counted(pending.prefill.id)
 
     async def _given_back(self, pending: PendingHandoff, body: bytes) -> bool:

@@ -92,10 +92,10 @@ def read(told: bytes) -> Finding:
 
 def digest_of(endpoint: Endpoint) -> bytes:
     """Return a digest of the models and adapters that an instance lists; empty if that is not known."""
-    if endpoint.listed is None:
+    if endpoint.models.listed is None:
         return b""
     digest = blake2b(digest_size=_DIGEST)
-    for names in (endpoint.listed, endpoint.adapters):
+    for names in (endpoint.models.listed, endpoint.models.adapters):
         digest.update(repr(sorted(names)).encode(errors="replace"))
     return digest.digest()
 

@@ -125,7 +125,7 @@ class HealthMonitor:
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
         await self.check_all()
-        self._registry.subscribe(self._follow)
+        self._registry.changes.subscribe(self._follow)
         self._follow()
 
     async def stop(self) -> None:
@@ -145,7 +145,7 @@ class HealthMonitor:
 
         What is found is one change: each change looks at all instances, so 1,000 of them would take seconds.
         """
-        with self._registry.as_one_change(By.PROBE):
+        with self._registry.changes.as_one(By.PROBE):
             await asyncio.gather(*(self._check_fenced(endpoint) for endpoint in self._firsts()))
         self._odd_ones.compare()
 
@@ -177,7 +177,7 @@ class HealthMonitor:
         finding = None
         if isinstance(answers.health, OurShortage):
             return
-        if not endpoint.problem:
+        if not endpoint.probes.problem:
             pages = [] if isinstance(answers.metrics, NoAnswer) else answers.metrics
             finding = Finding(str(endpoint.address), digest_of(endpoint), pages)
         self.shared.finds(endpoint, finding)
@@ -216,7 +216,7 @@ class HealthMonitor:
             watched = self._watched.get(endpoint)
             if watched is not None and endpoint in self._registry and not isinstance(models, NoAnswer):
                 watched.models_at = self._clock()
-                self._registry.serves(endpoint, models.names, models.adapters, models.cards)
+                self._registry.models.listed(endpoint, models.names, models.adapters, models.cards)
 
         await asyncio.gather(*(read(each) for each in self._firsts() if each.routable))
 
@@ -237,7 +237,7 @@ class HealthMonitor:
         for endpoint in self._firsts():
             if endpoint not in self._loops and not self._stopped:
                 # Those that the start has probed at once are spread over the interval.
-                pause = 0.0 if endpoint.healthy is None else self._pause(endpoint) * random.random()
+                pause = 0.0 if endpoint.probes.healthy is None else self._pause(endpoint) * random.random()
                 self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint, pause))
 
     async def _run(self, endpoint: Endpoint, pause: float) -> None:
@@ -245,10 +245,10 @@ class HealthMonitor:
         while True:
             await asyncio.sleep(pause)
             if self.shared.looks(endpoint):
-                models, watched.under_way = endpoint.listed, True
+                models, watched.under_way = endpoint.models.listed, True
                 await self._check_fenced(endpoint)
                 watched.under_way = False
-                if endpoint.listed != models:
+                if endpoint.models.listed != models:
                     self._odd_ones.compare()
             pause = self.shared.pause(endpoint, self._pause(endpoint))
 
@@ -311,7 +311,7 @@ class HealthMonitor:
     def _take_health(self, endpoint: Endpoint, watched: Watched, answers: Answers) -> None:
         problem = answers.health
         if isinstance(problem, OurShortage):
-            self._telemetry.local_error("probe")
+            self._telemetry.process.local_error("probe")
             watched.say(
                 endpoint, "shortage", f"{problem}; this says nothing of the instance, which stays as it is"
             )
@@ -329,7 +329,7 @@ class HealthMonitor:
         """Find a P or an E that hangs. What waits at a D is Envoy's, which has time limits alone."""
         if not answers.silent:
             self._silence.answered(endpoint)
-        elif endpoint.healthy is False and endpoint.instance.role is not InstanceRole.DECODE:
+        elif endpoint.probes.healthy is False and endpoint.instance.role is not InstanceRole.DECODE:
             self._silence.unanswered(endpoint)
 
     def _standstill(
@@ -348,7 +348,8 @@ class HealthMonitor:
 
     def _wants_models(self, endpoint: Endpoint, watched: Watched) -> bool:
         """Whether it is time to ask for them, or the instance may be another one than before."""
-        known = endpoint.listed is not None and endpoint.healthy is True and not endpoint.streak
+        probes, listed = endpoint.probes, endpoint.models.listed
+        known = listed is not None and probes.healthy is True and not probes.streak
         pause = min(MODELS_S, MODELS_INTERVALS * self._interval)
         return not known or self._clock() >= watched.models_at + pause
 
@@ -358,11 +359,11 @@ class HealthMonitor:
             return
         if not isinstance(models, NoAnswer):
             watched.models_at = now
-            self._registry.serves(endpoint, models.names, models.adapters, models.cards)
+            self._registry.models.listed(endpoint, models.names, models.adapters, models.cards)
             watched.say(endpoint, "models", None)
             return
         if self._too_old(watched.models_at, now):
-            self._registry.serves(endpoint, None)
+            self._registry.models.listed(endpoint, None)
         if answers.health is None and not isinstance(models, (NoSuchPath, OurShortage)):
             watched.say(endpoint, "models", f"which models it serves is not known: {models}")
 
@@ -373,7 +374,7 @@ class HealthMonitor:
             self._take_pages(endpoint, watched, pages, counts)
             return
         for each in self._registry.ranks_of(endpoint):
-            self._telemetry.scrape_failed(each.id)
+            self._telemetry.instances.scrape_failed(each.id)
         if self._too_old(endpoint.scraped_at, self._clock()):
             self._registry.forget_metrics(endpoint)
         if answers.health is None and not isinstance(pages, OurShortage):

@@ -84,7 +84,7 @@ class OddOnes:
                     difference,
                 )
         for endpoint in self._odd.keys() - odd.keys():
-            if endpoint in self._registry and endpoint.listed is not None:
+            if endpoint in self._registry and endpoint.models.listed is not None:
                 log.info("%s serves the models of its role again", endpoint.instance.instance_id)
         self._odd = odd
 
@@ -97,7 +97,7 @@ def odd_ones(registry: Registry) -> Iterator[tuple[Endpoint, str]]:
     for role in InstanceRole:
         firsts = (ranks[0] for ranks in registry.instances())
         endpoints = (e for e in firsts if e.instance.role is role and e.instance.models is None)
-        known = [(each, each.listed) for each in endpoints if each.listed is not None]
+        known = [(each, each.models.listed) for each in endpoints if each.models.listed is not None]
         if not known:
             continue
         usual = Counter(models for _, models in known).most_common(1)[0][0]

@@ -178,7 +178,7 @@ class Shared:
         """Whether an instance is well in our own eyes: those of our probes and of our requests."""
         breaker = endpoint.breaker
         requests_fail = breaker.state is not BreakerState.CLOSED or breaker.failures > 0
-        return endpoint.healthy is True and not endpoint.streak and not requests_fail
+        return endpoint.probes.healthy is True and not endpoint.probes.streak and not requests_fail
 
     def _of(self, endpoint: Endpoint) -> _Known:
         known = self._known.get(endpoint)

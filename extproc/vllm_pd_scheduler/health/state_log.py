@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from ..fleet.endpoint import EJECTED, TRIAL, Endpoint
+from ..fleet.condition import EJECTED, TRIAL, reason, told_state
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
 from ..models import InstanceState, join_address
 from ..records.events import EventKind, Events
@@ -32,7 +33,7 @@ class StateLog:
         self._telemetry = telemetry
         self._events = events
         self._seen = self._see()
-        registry.subscribe(self._look)
+        registry.changes.subscribe(self._look)
 
     def _look(self) -> None:
         before = self._seen
@@ -65,13 +66,13 @@ class StateLog:
             self._add(endpoint, "is drained: nothing that was sent there is left")
 
     def _tell_state(self, endpoint: Endpoint, last: str, now: str) -> None:
-        self._telemetry.state_changed(endpoint.instance.instance_id, endpoint.instance.role, now)
+        self._telemetry.instances.state_changed(endpoint.instance.instance_id, endpoint.instance.role, now)
         trial = now == TRIAL
         # An ejection that a trial follows at once, since no other can serve, is told by this one line.
         bad = now in _BAD or (trial and last != EJECTED)
         text = f"is {'on trial' if trial else now}"
-        if (bad or trial) and endpoint.reason:
-            text += f": {endpoint.reason.removeprefix(f'{now}: ')}"
+        if (bad or trial) and reason(endpoint):
+            text += f": {reason(endpoint).removeprefix(f'{now}: ')}"
         self._add(endpoint, text, logging.WARNING if bad else logging.INFO)
 
     def _add(self, endpoint: Endpoint, what: str, level: int = logging.INFO) -> None:
@@ -79,7 +80,7 @@ class StateLog:
         self._events.add(
             EventKind.STATE,
             f"{name} {what}",
-            by=self._registry.changed_by,
+            by=self._registry.changes.by,
             subject=name,
             level=level,
         )
@@ -93,4 +94,4 @@ def _place(endpoint: Endpoint) -> str:
 def _seen(ranks: tuple[Endpoint, ...]) -> _Seen:
     first, drained = ranks[0], all(each.drained for each in ranks)
     speaks = next((each.speaks for each in ranks if each.speaks), "")
-    return _Seen(first.told_state, first.address, first.generation, drained, speaks)
+    return _Seen(told_state(first), first.address, first.generation, drained, speaks)

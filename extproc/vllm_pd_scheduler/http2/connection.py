@@ -61,10 +61,11 @@ class Connection:
         self.ended = False
         self.preface_received = False
         """Whether the peer has begun as it must, SETTINGS included."""
-        self._budget = Budget(10_000, 1_000)
-        self._settings_budget = Budget(100, 10)
-        # All clients can leave at once, and then as many as could be served at most.
-        self._reset_budget = Budget(MAX_STREAMS, 5_000)
+        self._budget = Budget(10_000, 1_000, "too many frames without content")
+        self._settings_budget = Budget(100, 10, "too many SETTINGS")
+        self._reset_budget = Budget(MAX_STREAMS, 5_000, "too many streams are opened and reset")
+        """For streams that end before their answer has begun. All clients can leave at once, and then as many
+        as could be served at most."""
         self._reader = FrameReader()
         self._blocks = HeaderBlocks()
         self._assembly: Assembly | None = None
@@ -127,21 +128,11 @@ class Connection:
         elif self._assembly is not None and (kind != CONTINUATION or stream_id != self._assembly.stream_id):
             raise ConnectionViolation(ErrorCode.PROTOCOL_ERROR, "a header block is not ended")
         if kind not in MOVING:
-            self._spend()
+            self._budget.spend(self._now)
             frames.require_size(kind, stream_id, len(payload))
         receiver = self._receivers.get(kind)
         if receiver is not None:
             receiver(flags, stream_id, payload)
-
-    def _spend(self) -> None:
-        """Count a frame that moves nothing."""
-        if not self._budget.spend(self._now):
-            raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many frames without content")
-
-    def _spend_reset(self) -> None:
-        """Count a stream that has ended before its answer has begun."""
-        if not self._reset_budget.spend(self._now):
-            raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many streams are opened and reset")
 
     def _end(self, violation: ConnectionViolation) -> None:
         self.ended = True
@@ -152,7 +143,7 @@ class Connection:
         self.streams.clear()
 
     def _violated(self, violation: StreamViolation) -> None:
-        self._spend_reset()
+        self._reset_budget.spend(self._now)
         if violation.stream_id in self.streams:
             self._events.append(StreamReset(violation.stream_id, violation.code, by_peer=False))
         self._output.control(frames.rst_stream_frame(violation.stream_id, violation.code))
@@ -178,7 +169,7 @@ class Connection:
             self._credit.give(size)
             if stream is not None or (self._closed(stream_id) and stream_id not in self._forgotten):
                 raise StreamViolation(stream_id, ErrorCode.STREAM_CLOSED)
-            self._spend()
+            self._budget.spend(self._now)
             if ended:
                 self._forgotten.discard(stream_id)
             return
@@ -186,7 +177,7 @@ class Connection:
         if size != len(data):
             self._credit.give_on(stream, size - len(data))
         if not data and not ended:
-            self._spend()
+            self._budget.spend(self._now)
             return
         if stream.content_length is not None:
             stream.content_length -= len(data)
@@ -251,7 +242,7 @@ class Connection:
     def _receive_trailers(self, stream_id: int, ended: bool, problem: str | None) -> None:
         stream = self.streams.get(stream_id)
         if stream is None and stream_id in self._forgotten:
-            self._spend()
+            self._budget.spend(self._now)
             return
         if stream is None:
             raise ConnectionViolation(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream_id}: it is over")
@@ -280,8 +271,7 @@ class Connection:
     def _receive_settings(self, flags: int, _: int, payload: bytes) -> None:
         if len(payload) % 6 or (flags & ACK and payload):
             raise ConnectionViolation(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS")
-        if not self._settings_budget.spend(self._now):
-            raise ConnectionViolation(ErrorCode.ENHANCE_YOUR_CALM, "too many SETTINGS")
+        self._settings_budget.spend(self._now)
         if flags & ACK:
             self._blocks.table_is_gone()
             return
@@ -309,7 +299,7 @@ class Connection:
             return
         stream = self.streams[stream_id]
         if not stream.answered:
-            self._spend_reset()
+            self._reset_budget.spend(self._now)
         stream.peer_ended = True
         self._events.append(StreamReset(stream_id, int.from_bytes(payload, "big"), by_peer=True))
         self._close(stream_id)

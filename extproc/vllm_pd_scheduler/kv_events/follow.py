@@ -34,7 +34,7 @@ class KvEvents:
     def start(self) -> None:
         """Follow the instances, also those that come."""
         self._listener.start()
-        self._registry.subscribe(self._follow)
+        self._registry.changes.subscribe(self._follow)
         self._follow()
 
     async def stop(self) -> None:
@@ -81,4 +81,4 @@ class KvEvents:
         for what, counted in (("read", news.batches), ("lost", news.lost), ("bad", news.bad)):
             for name, count in counted.items():
                 if name in self._names:
-                    self._telemetry.kv_event_batches(name, what, count)
+                    self._telemetry.instances.kv_event_batches(name, what, count)

@@ -10,16 +10,16 @@ from functools import partial
 from random import Random
 
 from ..admission.queue import Ticket
-from ..fleet.endpoint import Endpoint, Reservation
-from ..models import PD_ROLES, InstanceRole, MetricsSnapshot, PDInstance
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
+from ..models import PD_ROLES, InstanceRole
 from ..request.context import RequestContext
 from ..request.errors import Reject
-from ..sim.engine import Engine
-from ..sim.profile import EngineProfile
 from ..sim.request import EngineRequest, HandOff
-from ..sim.virtual import Offer, VirtualClock, VirtualInstance
+from ..sim.virtual import Offer, VirtualClock
 from .arrivals import Arrivals
 from .cache_events import CacheEvents
+from .instances import Instances
 from .peers import Peer, Site
 from .result import LoadSample, RequestResult, RunResult
 from .schedulers import Network, OneScheduler, make_schedulers
@@ -63,7 +63,7 @@ def run_variant(
 
 def _policies(one: OneScheduler) -> list[Peer]:
     """Return the objects of another router's policy, for P and for D; none of a strategy of ours."""
-    strategies = [one.scheduler.strategy(role).strategy for role in PD_ROLES]
+    strategies = [one.scheduler.strategies.of(role).strategy for role in PD_ROLES]
     return [each for each in strategies if isinstance(each, Peer)]
 
 
@@ -118,43 +118,21 @@ class _Run:
         late = policy.event_delay_s if fleet.realistic and policy is not None else None
         self._events = None if late is None else CacheEvents(late)
         self._decode_first = policy is not None and policy.decode_first
-        self._instances: dict[str, VirtualInstance] = {}
+        self._instances = Instances(self._clock, self._schedulers, self._topology, self._events)
         self._under_way: dict[int, _Job] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
         for role, count in ((InstanceRole.PREFILL, fleet.prefill), (InstanceRole.DECODE, fleet.decode)):
-            self._populate(role, count, profiles[role])
+            if variant.strategy == LOWER_BOUND:
+                self._instances.add(role, 1, pooled(profiles[role], count))
+            else:
+                self._instances.add(role, count, profiles[role])
         self._policies = {one: _policies(one) for one in self._schedulers}
         """What other routers' policies choose by, P before D; none for our strategies."""
         for one in self._schedulers:
             for each in self._policies[one]:
                 each.deployed(Site(profiles[InstanceRole.PREFILL], self._events))
-
-    def _populate(self, role: InstanceRole, count: int, profile: EngineProfile) -> None:
-        """Register the instances of a role, all healthy."""
-        if self._variant.strategy == LOWER_BOUND:
-            count, profile = 1, pooled(profile, count)
-        for number in range(count):
-            host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-            described = PDInstance(f"{role}-{number}", role, host, 8000)
-            self._instances[described.instance_id] = self._instance(described.instance_id, number, profile)
-            for one in self._schedulers:
-                endpoint = one.registry.add(described)
-                one.registry.probed(endpoint, None)
-                endpoint.holder.resize(profile.num_blocks)
-
-    def _instance(self, name: str, number: int, profile: EngineProfile) -> VirtualInstance:
-        topology, events = self._topology, self._events
-        instance = VirtualInstance(
-            Engine(profile),
-            self._clock,
-            transport=topology.carry if topology else None,
-            on_cache=partial(events.happened, name) if events else None,
-        )
-        if topology:
-            topology.add(instance, number, profile.transfer_bandwidth)
-        return instance
 
     def run(self) -> RunResult:
         """Run to the end, or until ``stop_when`` returns ``True``, and return the results."""
@@ -173,21 +151,16 @@ class _Run:
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
+        end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
         return RunResult(
             self._variant.label,
             [self._results[number] for number in sorted(self._results)],
-            self._busy(InstanceRole.PREFILL),
-            self._busy(InstanceRole.DECODE),
+            self._instances.busy(InstanceRole.PREFILL, end),
+            self._instances.busy(InstanceRole.DECODE, end),
             self._samples,
             time.perf_counter() - started,
-            sum(one.scheduler.failures.counts.total() for one in self._schedulers),
+            sum(one.scheduler.strategies.failures.counts.total() for one in self._schedulers),
         )
-
-    def _busy(self, role: InstanceRole) -> dict[str, float]:
-        """Return the share of the run in which each instance computed."""
-        end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
-        endpoints = self._schedulers[0].registry.endpoints(role)
-        return {e.id: self._instances[e.id].snapshot().busy / end if end else 0.0 for e in endpoints}
 
     # -- the life of a request, as in routing/core.py
 
@@ -203,13 +176,13 @@ class _Run:
         alone = self._alone(job)
         if alone is not None:
             # Counted at once, as in routing: of a burst each one sees those before it.
-            job.decode, job.reservation = alone, one.registry.reserve(alone, job.context)
+            job.decode, job.reservation = alone, one.registry.work.reserve(alone, job.context)
             request = self._request(job, HandOff.NONE)
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
         if self._decode_first:
             job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
-            job.early = one.registry.reserve(job.decode, job.context)
+            job.early = one.registry.work.reserve(job.decode, job.context)
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
         one.dispatcher.submit(ticket, self._clock.now)
         self._set_wake_up(one)
@@ -297,14 +270,14 @@ class _Run:
             return
         assert reservation is not None
         registry, scheduler = job.at.registry, job.at.scheduler
-        registry.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
+        registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
         context.at(now)
         if job.early is not None:
             job.reservation, job.early = job.early, None
         else:
             job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
-            job.reservation = registry.reserve(job.decode, context)
+            job.reservation = registry.work.reserve(job.decode, context)
         self._decode(job, self._request(job, HandOff.RECEIVE), offer)
 
     def _on_first_token(self, job: _Job, request: EngineRequest, at: float) -> None:
@@ -316,7 +289,7 @@ class _Run:
         traced, context, decode = job.traced, job.context, job.decode
         if self._realistic and decode is not None:
             told = traced.prompt_tokens, traced.output_tokens
-            job.at.registry.answered(decode, context.blocks, context.block_tokens, *told)
+            job.at.registry.work.answered(decode, context.blocks, context.block_tokens, *told)
         self._release(job)
         self._record(job, None)
 
@@ -387,36 +360,17 @@ class _Run:
         """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
         if self._done or not one.alive:
             return
-        now = self._clock.now
-        instance, before = self._instances[endpoint.id], one.scraped.get(endpoint)
-        seen = one.scraped[endpoint] = instance.snapshot()
-        gaps = seen.gaps - before.gaps if before else 0
-        one.registry.scraped(
-            endpoint,
-            MetricsSnapshot(
-                now,
-                seen.running,
-                seen.waiting,
-                seen.kv_usage,
-                kv_capacity=instance.engine.profile.capacity,
-                step_time=(seen.gap_seconds - before.gap_seconds) / gaps if before and gaps else None,
-                output_tokens=seen.generation_tokens - before.generation_tokens if before else 0.0,
-                finished=seen.finished - before.finished if before else 0.0,
-            ),
-            endpoint.in_flight,
-            endpoint.tokens,
-        )
+        seen = self._instances.scraped(one, endpoint)
+        one.registry.scraped(endpoint, seen, endpoint.in_flight, endpoint.tokens)
         self._dispatch(one)
-        self._clock.call_at(now + self._scrape_interval, partial(self._scrape, one, endpoint))
+        self._clock.call_at(self._clock.now + self._scrape_interval, partial(self._scrape, one, endpoint))
 
     def _sample(self) -> None:
         """Record the load of all instances and of the queue, for the figure."""
         if self._done:
             return
         now = self._clock.now
-        for name, instance in self._instances.items():
-            seen = instance.snapshot()
-            self._samples.append(LoadSample(now, name, seen.running, seen.waiting, seen.kv_usage))
+        self._samples += self._instances.load()
         waiting = sum(len(one.dispatcher.queue) for one in self._schedulers if one.alive)
         self._samples.append(LoadSample(now, "scheduler", 0, waiting, 0.0))
         self._clock.call_at(now + max(1.0, self._trace.seconds / _SAMPLES), self._sample)
@@ -438,7 +392,7 @@ class _Run:
             self._instances[before.id].release(request_id)
         job.prefill = None
         job.decode = min(registry.endpoints(InstanceRole.DECODE), key=lambda endpoint: endpoint.in_flight)
-        job.reservation = registry.reserve(job.decode, job.context)  # where nobody hears of it
+        job.reservation = registry.work.reserve(job.decode, job.context)  # where nobody hears of it
         self._decode(job, self._request(job, HandOff.NONE), None)
 
     def _join(self, one: OneScheduler) -> None:

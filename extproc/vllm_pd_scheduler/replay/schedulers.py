@@ -80,7 +80,7 @@ def _make(variant: Variant, config: SchedulerConfig, seed: int, number: int) -> 
     scheduler = Scheduler(config, registry, seed=seed + number)
     if variant.strategy in PEERS:
         for role in PD_ROLES:
-            scheduler.install(PEERS[variant.strategy], role, variant.strategy)
+            scheduler.strategies.install(PEERS[variant.strategy], role, variant.strategy)
     one = OneScheduler(registry, scheduler, Dispatcher(scheduler), Disaggregation(config, scheduler))
     if variant.sharing.replicas > 1 and variant.sharing.delay is not None:
         one.replica = Replica(registry, f"scheduler-{number}", _FLEET)

@@ -43,9 +43,9 @@ class Directory:
         return found
 
     def _read_again(self) -> None:
-        if self._version == self._registry.models_version:
+        if self._version == self._registry.models.version:
             return
-        self._version, self._by_number = self._registry.models_version, {}
+        self._version, self._by_number = self._registry.models.version, {}
         for endpoint in self._registry:
             number = number_of(endpoint.id)
             self._by_number[number] = None if number in self._by_number else endpoint

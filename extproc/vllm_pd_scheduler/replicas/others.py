@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..models import InstanceRole
 from ..prediction.transfer_rates import KnownRates
 from . import plausible

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..fleet.breaker import BreakerState
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.pairs import PairChange
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..models import InstanceRole
 from ..request.context import RequestContext
 from .answers import Answers

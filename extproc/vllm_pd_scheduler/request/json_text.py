@@ -20,6 +20,11 @@ Steps = Generator[None, None, T]
 """Work that returns a result and stops now and then for others: drive it with ``yield from``, or
 :func:`finish` where nothing else waits."""
 
+AT_ONCE_BYTES = 1 << 15
+"""Text up to this size is decoded in one step; longer text is walked in many."""
+
+BOM = b"\xef\xbb\xbf"
+
 STEP_BYTES = 1 << 14
 """Bytes that are read between two steps. The dearest text takes 80 ns a byte."""
 

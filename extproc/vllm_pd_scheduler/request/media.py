@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from .api import CHAT, MESSAGES, Api
-from .body import AT_ONCE_BYTES, JsonBody
-from .json_text import JsonText, Malformed, Steps, TooDeep, TooMany, Value
+from .body import JsonBody
+from .json_text import AT_ONCE_BYTES, JsonText, Malformed, Steps, TooDeep, TooMany, Value
 
 MAX_ITEMS = 256
 """Items of one request that are found: vLLM takes far fewer by default."""

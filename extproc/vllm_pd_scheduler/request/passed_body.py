@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from .body import AT_ONCE_BYTES, BOM, DECODED_BYTES, UNREADABLE, means_true
-from .json_text import JsonText, Malformed, Steps, TooDeep, TooMany
+from .body import UNREADABLE, means_true
+from .fields import DECODED_BYTES
+from .json_text import AT_ONCE_BYTES, BOM, JsonText, Malformed, Steps, TooDeep, TooMany
 
 
 class _Stream(msgspec.Struct):

@@ -136,7 +136,7 @@ class AnswerWatch:
                 self._tell(Ending.LEFT, 0, now)
             else:
                 forward.answering = None
-                self._in_flight.leave_to_lease(forward)
+                self._in_flight.handoffs.leave_to_lease(forward)
             return
         if head.own and not self._blamed:
             self._failed(failure_of_status(head.status))
@@ -156,7 +156,7 @@ class AnswerWatch:
     def _withheld(self, answer: Reject, now: float) -> Reject:
         """Give the client this in place of a text that may be wrong."""
         self._forward.answering = None
-        self._in_flight.leave_to_lease(self._forward)
+        self._in_flight.handoffs.leave_to_lease(self._forward)
         return self._replaced(answer, now)
 
     def _replaced(self, answer: Reject, now: float) -> Reject:

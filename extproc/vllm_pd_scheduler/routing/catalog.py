@@ -71,8 +71,8 @@ class Catalog:
     def names(self) -> list[str]:
         """Return the models that some D is known to serve: base models, then adapters."""
         endpoints = self._registry.endpoints(InstanceRole.DECODE)
-        adapters = frozenset[str]().union(*(e.adapters for e in endpoints))
-        names = frozenset[str]().union(*(e.models for e in endpoints if e.models))
+        adapters = frozenset[str]().union(*(e.models.adapters for e in endpoints))
+        names = frozenset[str]().union(*(e.models.names for e in endpoints if e.models.names))
         return sorted(names, key=lambda name: (name in adapters, name))
 
     def aliases(self) -> dict[str, str]:
@@ -123,18 +123,18 @@ class Catalog:
         return reject(404, message, "unknown_model", param=_FIELD)
 
     def _list(self) -> OwnAnswer | None:
-        version = self._registry.models_version, self._rewrites.version
+        version = self._registry.models.version, self._rewrites.version
         if self._listed.version != version:
             self._listed = _Listed(version, self._made())
         return self._listed.answer
 
     def _made(self) -> OwnAnswer | None:
         endpoints = self._registry.endpoints(InstanceRole.DECODE)
-        lists = {e.models for e in endpoints} | {e.listed for e in endpoints}
+        lists = {e.models.names for e in endpoints} | {e.models.listed for e in endpoints}
         names, aliases = self.names(), self.aliases()
         if not names or (len(lists) == 1 and not aliases):
             return None  # each D answers the same, or nothing is known
-        cards = self._registry.cards
+        cards = self._registry.models.cards
         found = [cards.get(name) or _card(name) for name in names]
         for alias, target in aliases.items():
             known: dict[str, Any] = msgspec.json.decode(cards.get(target) or _card(target))

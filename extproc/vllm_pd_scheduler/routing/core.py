@@ -22,7 +22,7 @@ from ..records.explained import in_a_line
 from ..records.recording import Recording
 from ..request import headers as names
 from ..request.api import APIS
-from ..request.body import JsonBody, strip_handoff
+from ..request.body import JsonBody
 from ..request.context import RequestContext
 from ..request.errors import BodyError, OwnAnswer, Reject, reject
 from ..request.objectives import Objectives
@@ -30,6 +30,7 @@ from ..request.passed_body import asks_for_stream, named_model
 from ..request.path import HEALTH_PATH, PING_PATH, PublicPaths
 from ..request.reader import HeaderError, RequestReader
 from ..request.rewrites import Rewrites
+from ..request.stripping import strip_handoff
 from ..scheduler import Scheduler
 from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
@@ -41,7 +42,8 @@ from .denials import Denials
 from .encode import EncodeStage
 from .forward import Forward
 from .going_on import GoingOn
-from .in_flight import Later, RequestsInFlight
+from .in_flight import RequestsInFlight
+from .later import Later
 from .prefill import PrefillStage
 from .renaming import Renaming
 from .response_ids import ResponseIds
@@ -101,7 +103,7 @@ class RoutingCore:
         self.in_flight = RequestsInFlight(
             self.registry, telemetry, recording, clock, admission.wake, later, name
         )
-        self.in_flight.denials = Denials(self.catalog.read_again.soon)
+        self.in_flight.blame.denials = Denials(self.catalog.read_again.soon)
         self.going_on = GoingOn(self.in_flight, clock)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
@@ -321,13 +323,13 @@ class RoutingCore:
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
-            self.telemetry.handoff_late(prefilled.prefill.id)
+            self.telemetry.handoffs.late(prefilled.prefill.id)
             decision.not_split = "late"
             return self.decode.send(context, changed, Served.LOCAL, limit, decision)
         try:
             return self.decode.with_handoff(context, body, prefilled, left, decision)
         except Exception:
-            self.in_flight.free(prefilled)
+            self.in_flight.handoffs.free(prefilled)
             raise
 
     async def again(self, request: str, address: str, body: bytes) -> tuple[Beside, Splice] | None:

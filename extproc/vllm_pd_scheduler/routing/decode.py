@@ -98,7 +98,7 @@ class DecodeStage:
         if preferred in outside:
             preferred = None
         has_room = preferred is not None and (
-            bound or (preferred.routable and not self._scheduler.saturated(preferred, now))
+            bound or (preferred.routable and not self._scheduler.limits.saturated(preferred, now))
         )
         if preferred is not None and has_room:
             picked = [preferred, *(e for e in picked if e is not preferred)]
@@ -127,10 +127,10 @@ class DecodeStage:
         predicted_ttft = self._predicted_ttft(context, decision, served, decode[0], transferred, step)
         trace = current.get()
         if trace is not None:
-            strategy = self._scheduler.names[InstanceRole.DECODE]
+            strategy = self._scheduler.strategies.names[InstanceRole.DECODE]
             trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
-        reservation = self._registry.reserve(decode[0], context)
+        reservation = self._registry.work.reserve(decode[0], context)
         forward = self._in_flight.start(decode, reservation, body, limit, removed, decision)
         forward.comparable, forward.prompt = served is not Served.PASSED, context.fingerprint
         forward.stream, forward.losses = context.stream, self._in_flight.lost.spent(context.fingerprint)
@@ -281,11 +281,11 @@ class DecodeStage:
                 why = "no_decode"
         if why is not None:
             decision.not_split = why
-            self._in_flight.free(prefilled)
+            self._in_flight.handoffs.free(prefilled)
             limit = first_byte_timeout(self._config, body, self._in_flight.patience.factor)
             return self.send(context, changed, Served.LOCAL, limit, decision)
         if isinstance(forward, Reject):
-            self._in_flight.free(prefilled)
+            self._in_flight.handoffs.free(prefilled)
         else:
             fitting = self._scheduler.fitting(prefilled.prefill, forward.decode)
             forward.only = fitting if only is None else [only]
@@ -293,7 +293,7 @@ class DecodeStage:
             forward.losses = prefilled.losses
             if prefilled.handoff.pinned:
                 prefilled.prefill.keep_handoff()
-                self._registry.handed_over(prefilled.prefill, forward.decode[0])
+                self._registry.work.handed_over(prefilled.prefill, forward.decode[0])
         return forward
 
     def add_encoded(self, forward: Forward, body: JsonBody) -> None:

@@ -31,7 +31,7 @@ from ..tracing import current
 from .decode import DecodeStage, NoPartner
 from .expected_call import ExpectedCall
 from .forward import Forward
-from .in_flight import Later
+from .later import Later
 from .prefill import PrefillStage
 from .tried import AskedLater, WithoutHandoff
 
@@ -218,13 +218,13 @@ class DecodeFirst:
         """Return what a call is that needs no prefill, whatever it says; ``None`` for :meth:`called`."""
         outcome = self._needless(id_, host)
         if outcome is not None:
-            self._telemetry.metaserver_called(outcome)
+            self._telemetry.decodes.metaserver_called(outcome)
         return outcome
 
     def called(self, id_: str, host: str, said: bytes) -> Called:
         """Take a call from ``host``, an IP address, and begin the prefill that it asks for."""
         outcome = self._needless(id_, host) or self._taken(self._expected[id_], host, said)
-        self._telemetry.metaserver_called(outcome)
+        self._telemetry.decodes.metaserver_called(outcome)
         return outcome
 
     def _needless(self, id_: str, host: str) -> Called | None:
@@ -246,7 +246,7 @@ class DecodeFirst:
             return Called.UNREADABLE
         if known is None:
             if not kept.call.refused:  # D tries again, as if the call had not come
-                self._registry.failed(
+                self._registry.ends.failed(
                     decode, "decode: its call for the prefill makes no sense", self._clock()
                 )
             self._give_up(kept, reject(502, f"{decode.id} has asked for nonsense.", "metaserver_call"))

@@ -31,7 +31,8 @@ class Denials:
         first, last = self._first.get(endpoint, (now, now))
         if now - last > FORGET_S:
             first = now
-        if model not in endpoint.adapters:  # but for requests that were under way while the list was read
+        if model not in endpoint.models.adapters:
+            # But for requests that were under way while the list was read.
             return endpoint not in self._first or now - first > STALE_S
         if first == now:
             self._first = {e: t for e, t in self._first.items() if now - t[1] <= FORGET_S}

@@ -111,7 +111,7 @@ class EncodeStage:
         ended = [task.result() for task in tasks if task.done() and not task.cancelled()]
         found = [each for each in ended if each is not None]
         decision.media_encoded(len(items), len(found), self._clock() - began)
-        self._telemetry.media_items(len(found), len(items) - len(found))
+        self._telemetry.encodes.items(len(found), len(items) - len(found))
         text = merged(found)
         return msgspec.structs.replace(body, more={ENCODED_KEY: text}) if text else body
 
@@ -150,7 +150,7 @@ class EncodeStage:
 
         ``errors`` are those that have answered 500: of two the item may be the reason.
         """
-        reservation = self._registry.reserve(endpoint)
+        reservation = self._registry.work.reserve(endpoint)
         began, own = self._clock(), {}
         noted = request.decision.encode_begins(endpoint.id, began)
         if request.context.request_id:
@@ -172,8 +172,8 @@ class EncodeStage:
                 words = "no hand-off in its answer: has it an --ec-transfer-config?"
                 self._failed(endpoint, "no_handoff", words)
                 return None, True
-            self._registry.succeeded(endpoint)
-            self._telemetry.encoded(endpoint.id, self._clock() - began)
+            self._registry.ends.succeeded(endpoint)
+            self._telemetry.encodes.took(endpoint.id, self._clock() - began)
             return found, False
         except PrefillNotSent as error:
             noted.outcome = failure = "not_sent"
@@ -201,19 +201,19 @@ class EncodeStage:
         failure, reason = failure_of_status(answer.status), f"status_{answer.status}"
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is Failure.OVERLOADED:
-            self._telemetry.encode_failed(endpoint.id, reason)
-            self._registry.overloaded(endpoint, self._clock(), answer.retry_after)
+            self._telemetry.encodes.failed(endpoint.id, reason)
+            self._registry.ends.overloaded(endpoint, self._clock(), answer.retry_after)
         elif failure is Failure.REFUSED and not own_key:
-            self._telemetry.encode_failed(endpoint.id, reason)
+            self._telemetry.encodes.failed(endpoint.id, reason)
             return False  # what P says of the item is the client's answer
         elif answer.status == 500:
-            self._telemetry.encode_failed(endpoint.id, reason)
-            self._registry.errored(endpoint, errors, f"encode: {reason}", self._clock())
+            self._telemetry.encodes.failed(endpoint.id, reason)
+            self._registry.ends.errored(endpoint, errors, f"encode: {reason}", self._clock())
             errors.append(endpoint)
         else:
             self._failed(endpoint, reason)
         return True
 
     def _failed(self, endpoint: Endpoint, reason: str, words: str = "") -> None:
-        self._telemetry.encode_failed(endpoint.id, reason)
-        self._registry.failed(endpoint, f"encode: {words or reason}", self._clock())
+        self._telemetry.encodes.failed(endpoint.id, reason)
+        self._registry.ends.failed(endpoint, f"encode: {words or reason}", self._clock())

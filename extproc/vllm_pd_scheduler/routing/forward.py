@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..connectors import Splice
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Decision
 from ..records.traffic import Recorded
@@ -254,7 +255,7 @@ class Forward:
         """Count the request on another instance, which a gateway has chosen itself."""
         self.decode, self.answering = [endpoint], endpoint
         if self.reservation.active:
-            self.reservation = registry.move(self.reservation, endpoint)
+            self.reservation = registry.work.move(self.reservation, endpoint)
 
     def moved(self, registry: Registry, address: str) -> None:
         """Count the request on the next of ``decode``, where Envoy sends it when the one before failed."""
@@ -263,11 +264,20 @@ class Forward:
         following = self.decode[failed + 1 :]
         self.answering = following[0] if following else None
         if current.active and following:
-            self.reservation = registry.move(current, following[0])
+            self.reservation = registry.work.move(current, following[0])
 
     def sent(self) -> None:
         """Let go of what may be large, since Envoy has it."""
         self.body = self.splice = None
+
+    def close_trace(self, now: float) -> None:
+        """End its spans, if it is traced."""
+        if self.trace is None:
+            return
+        if (answering := self.answering) is None:
+            self.trace.close(now)
+        else:
+            self.trace.close(now, answering.id, answering.url)
 
     def release(self) -> None:
         """Give back the reservation. Doing it twice is the same as once."""

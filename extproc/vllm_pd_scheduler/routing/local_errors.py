@@ -32,7 +32,7 @@ class LocalErrors:
 
     def add(self, kind: str) -> None:
         """Count one. Log it, at most once a minute for each kind."""
-        self._telemetry.local_error(kind)
+        self._telemetry.process.local_error(kind)
         if self._pace.due(kind):
             text, what = _TEXTS.get(kind, _SHORTAGE), self._listener if kind == "listener" else kind
             log.error(f"{text} (logged at most once a minute)", what)

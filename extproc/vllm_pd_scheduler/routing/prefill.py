@@ -12,7 +12,8 @@ from ..admission.controller import AdmissionController
 from ..admission.queue import Ticket
 from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Connectors, Order
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..handoff.interfaces import (
     AbortLeg,
     AskPrefill,
@@ -139,14 +140,15 @@ class PrefillStage:
         known_at = later.reservation.at
         later.end(now)
         context.at(now)
-        serves = endpoint.routable and endpoint not in unfit and not self._scheduler.saturated(endpoint, now)
+        full = self._scheduler.limits.saturated(endpoint, now)
+        serves = endpoint.routable and endpoint not in unfit and not full
         if serves and now - known_at < self._config.health_check_interval:
-            return self._registry.reserve(endpoint, context)
+            return self._registry.work.reserve(endpoint, context)
         picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=unfit)
         if not picked:
             return self._last_resort(context, later.tried)
         later.tried.decision.prefill = self._scheduler.explain(InstanceRole.PREFILL, context)
-        return self._registry.reserve(picked[0], context)
+        return self._registry.work.reserve(picked[0], context)
 
     async def _by_one_after_another(
         self,
@@ -176,7 +178,7 @@ class PrefillStage:
         """Note in the request's trace that a P was chosen."""
         if (trace := current.get()) is not None:
             role, predicted = InstanceRole.PREFILL, reservation.wait + reservation.cost
-            strategy, picked = self._scheduler.names[role], reservation.endpoint.id
+            strategy, picked = self._scheduler.strategies.names[role], reservation.endpoint.id
             trace.picked(role, strategy, picked, context.now, self._clock(), predicted)
 
     async def admit(self, context: RequestContext, decision: Decision) -> Reservation | Reject | None:
@@ -200,7 +202,7 @@ class PrefillStage:
             endpoint = self._beside(decode, context, tried)
             if endpoint is None:
                 break
-            reservation = self._registry.reserve(endpoint, context)
+            reservation = self._registry.work.reserve(endpoint, context)
             outcome = await self._attempt(self.leg, reservation, context, before.headers, body, tried)
             if outcome is not None:
                 return outcome if isinstance(outcome, Beside) else None
@@ -231,7 +233,7 @@ class PrefillStage:
         picked: list[Endpoint] = []
         if len(tried.endpoints) <= self._config.max_retries:
             picked = self._scheduler.pick(InstanceRole.PREFILL, context, exclude=tried.excluded)
-        if tried.only_full and not (picked and not self._scheduler.saturated(picked[0], context.now)):
+        if tried.only_full and not (picked and not self._scheduler.limits.saturated(picked[0], context.now)):
             tried.clear()
             return await self._admitted_again(context, tried)
         if len(tried.endpoints) > self._config.max_retries:
@@ -242,11 +244,11 @@ class PrefillStage:
         elif self._decode_may_not_prefill(tried):
             # Not where decode may prefill: an ejected one can take its whole time-out, and fail after all.
             return self._last_resort(context, tried)
-        return self._registry.reserve(picked[0], context) if picked else None
+        return self._registry.work.reserve(picked[0], context) if picked else None
 
     def _last_resort(self, context: RequestContext, tried: Tried) -> Reservation | None:
         picked = self._scheduler.last_resorts(InstanceRole.PREFILL, tried.excluded, context.model)
-        return self._registry.reserve(picked[0], context) if picked else None
+        return self._registry.work.reserve(picked[0], context) if picked else None
 
     async def _admitted_again(self, context: RequestContext, tried: Tried) -> Reservation | Reject | None:
         found = await self.admit(context, tried.decision)
@@ -300,7 +302,7 @@ class PrefillStage:
             if tried.order is Order.TOGETHER:
                 beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
             else:
-                with self._telemetry.time_prefill(endpoint.id):
+                with self._telemetry.prefills.time(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt)
                 return self.ends.answered(reservation, context, attempt, answer, tried, noted)
         except (ConnectorFailed, PrefillFailed) as error:
@@ -311,7 +313,7 @@ class PrefillStage:
 
         async def send(accepted: Callable[[], None]) -> Outcome | None:
             try:
-                with self._telemetry.time_prefill(endpoint.id):
+                with self._telemetry.prefills.time(endpoint.id):
                     answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
                 return self.ends.answered(reservation, context, attempt, answer, tried, noted)
             except (ConnectorFailed, PrefillFailed) as error:

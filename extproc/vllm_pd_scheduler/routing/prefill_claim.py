@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..records.decision import OK, Attempt
 from .attempts import Failure
 
@@ -56,7 +57,7 @@ class PrefillClaim:
         took says nothing of P.
         """
         if self.reservation.active and not (whole or queued):
-            self.registry.prefilled(self.reservation, self.tokens, None, now)
+            self.registry.work.prefilled(self.reservation, self.tokens, None, now)
         self.end(now, OK)
 
     def took(self, seconds: float, queued: bool) -> None:
@@ -80,7 +81,7 @@ class PrefillClaim:
     def served(self) -> None:
         """Note that the request was answered."""
         self.noted.outcome = self.noted.outcome or OK
-        self.registry.succeeded(self.endpoint)
+        self.registry.ends.succeeded(self.endpoint)
 
     def doubtful(self, decode: Endpoint, reason: str, now: float) -> None:
         """Note an end that may be due to P or D: who has many of them, where its peers have few, is ejected.
@@ -88,9 +89,9 @@ class PrefillClaim:
         It says nothing of D if P does worse than its peers. Two that are always chosen together would else
         both be ejected; so, if it is D's fault, the next P that D is with shows it.
         """
-        self.registry.doubtful(self.endpoint, reason, now)
-        if not self.registry.stands_out(self.endpoint):
-            self.registry.doubtful(decode, reason, now)
+        self.registry.ends.doubtful(self.endpoint, reason, now)
+        if not self.registry.ends.stands_out(self.endpoint):
+            self.registry.ends.doubtful(decode, reason, now)
 
     def _release(self, now: float) -> None:
         if self.reservation.active:

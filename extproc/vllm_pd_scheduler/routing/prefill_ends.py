@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from ..config import SchedulerConfig
 from ..connectors import Attempt, ConnectorFailed, Handoff
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..records.decision import OK
@@ -133,10 +134,10 @@ class PrefillEnds:
         try:
             handoff = attempt.handoff(answer.body)
         except ConnectorFailed:
-            self._telemetry.handoff_stranded(endpoint.id)  # there may be one
+            self._telemetry.handoffs.stranded(endpoint.id)  # there may be one
             raise
         if handoff is not None:
-            self._registry.succeeded(endpoint)
+            self._registry.ends.succeeded(endpoint)
             self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
             self._learn(reservation, context, handoff)
             if handoff.token_ids and self.on_token_ids is not None:
@@ -146,7 +147,7 @@ class PrefillEnds:
                 handoff, endpoint, attempt, deadline, context.model, tried.decode, tried.losses
             )
         if attempt.ended(answer.body):
-            self._registry.succeeded(endpoint)
+            self._registry.ends.succeeded(endpoint)
             return WithoutHandoff(failed=False)
         noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
@@ -164,8 +165,8 @@ class PrefillEnds:
     ) -> Outcome | None:
         failure = failure_of_status(answer.status)
         if failure is Failure.OVERLOADED:
-            self._telemetry.prefill_failed(endpoint.id, f"status_{answer.status}")
-            self._registry.overloaded(endpoint, self._clock(), answer.retry_after)
+            self._telemetry.prefills.failed(endpoint.id, f"status_{answer.status}")
+            self._registry.ends.overloaded(endpoint, self._clock(), answer.retry_after)
             return None
         own_key = answer.status in KEY_REFUSED and endpoint.instance.api_key is not None
         if failure is not Failure.REFUSED or own_key:
@@ -201,21 +202,21 @@ class PrefillEnds:
         """Count a 500: a bug of the instance's, or the first sign that it dies, or due to the request."""
         tried.only_full = False
         now = self._clock()
-        self._telemetry.prefill_failed(endpoint.id, "status_500")
+        self._telemetry.prefills.failed(endpoint.id, "status_500")
         self._lost.suspect(fingerprint, endpoint.instance.instance_id, now)
-        self._registry.errored(endpoint, tried.errors, "prefill: status_500", now)
+        self._registry.ends.errored(endpoint, tried.errors, "prefill: status_500", now)
         tried.errors += (endpoint,)
 
     def _failed(self, endpoint: Endpoint, reason: str, tried: Tried, words: str = "") -> None:
         tried.only_full = False
-        self._telemetry.prefill_failed(endpoint.id, reason)
-        self._registry.failed(endpoint, f"prefill: {words or reason}", self._clock())
+        self._telemetry.prefills.failed(endpoint.id, reason)
+        self._registry.ends.failed(endpoint, f"prefill: {words or reason}", self._clock())
 
     def _pull_ended(self, reservation: Reservation, cached: int | None) -> None:
         """Note how a prefill has ended that was to pull, and what P says that was cached of the prompt."""
         if reservation.source is not None:
             paid = self._sources.ended(reservation, cached, self._clock())
-            self._telemetry.prefix_pulled(reservation.source.id, reservation.pulled, paid)
+            self._telemetry.prefills.prefix_pulled(reservation.source.id, reservation.pulled, paid)
 
     def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
@@ -226,8 +227,10 @@ class PrefillEnds:
         took = now - reservation.at
         if took > 0:
             predicted = reservation.wait + reservation.cost
-            self._telemetry.prefill_predicted(reservation.endpoint.id, predicted / took)
-        self._telemetry.prompt_read(tokens, reservation.cached + reservation.pulled, handoff.cached_tokens)
-        self._registry.prefilled(reservation, tokens, handoff.cached_tokens, now)
+            self._telemetry.prefills.predicted(reservation.endpoint.id, predicted / took)
+        self._telemetry.prefills.prompt_read(
+            tokens, reservation.cached + reservation.pulled, handoff.cached_tokens
+        )
+        self._registry.work.prefilled(reservation, tokens, handoff.cached_tokens, now)
         self._registry.load.learn_bytes(context.model, context.prompt_bytes, tokens)
         context.counted(tokens)

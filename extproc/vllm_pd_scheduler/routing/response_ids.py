@@ -28,7 +28,7 @@ class ResponseIds:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._keepers: dict[str, Endpoint] | None = None
-        registry.subscribe(self._forget)
+        registry.changes.subscribe(self._forget)
 
     def _forget(self) -> None:
         self._keepers = None
@@ -60,7 +60,7 @@ class ResponseIds:
             endpoints = self._registry.endpoints(InstanceRole.DECODE)
             self._keepers = {_key(endpoint.instance): endpoint for endpoint in endpoints}
         keeper = self._keepers.get(found[1])
-        if keeper is None or not keeper.healthy or keeper.address is None:
+        if keeper is None or not keeper.probes.healthy or keeper.address is None:
             return None
         # vLLM keeps it beside its engines, and has the one that it likes go on with it.
         return min(self._registry.ranks_of(keeper), key=lambda each: each.requests)

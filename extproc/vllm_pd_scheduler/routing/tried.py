@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..connectors import Attempt, Order
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Attempt as NotedAttempt
 from ..records.decision import Decision

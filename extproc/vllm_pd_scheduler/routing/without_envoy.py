@@ -67,7 +67,7 @@ async def _check_all(core: RoutingCore) -> dict[str, bool]:
         await _check(core, session)
     # A streak means that the probe just made contradicts the state that the thresholds still keep.
     every = (ranks[0] for ranks in core.registry.instances())
-    return {e.instance.instance_id: e.routable and not e.streak for e in every}
+    return {e.instance.instance_id: e.routable and not e.probes.streak for e in every}
 
 
 def _trusted(core: RoutingCore) -> ssl.SSLContext | None:
@@ -90,23 +90,23 @@ async def _serve_one(core: RoutingCore, body: Mapping[str, Any]) -> RouteResult:
     async with open_session(trusted) as session, ConnectionPool(trusted) as pool:
         if any(endpoint.state is InstanceState.STARTING for endpoint in core.registry):
             await _check(core, session)
-        leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff
+        leg, ask, release = core.prefill.leg, core.prefill.ask, core.in_flight.handoffs.release
         encode_leg = core.encode.leg
         releaser = HandoffReleaser(pool, core.registry, core.telemetry, core.fitting)
         core.prefill.leg = HttpPrefill(pool, None, core.config.prefill_timeout)
         core.encode.leg = HttpPrefill(pool, None, core.config.encode_timeout).send
         core.prefill.ask = questions = Questions(session, core.registry)
-        core.in_flight.release_handoff = releaser
+        core.in_flight.handoffs.release = releaser
         core.prefill.abort = abort = HttpAbort(pool)
         try:
             return await _attempts(core, pool, headers, data)
         finally:
-            core.in_flight.settle(0.0)
+            core.in_flight.ended.settle(0.0)
             await questions.close()
             await releaser.close()
             await abort.close()
             core.prefill.abort = None
-            core.prefill.leg, core.prefill.ask, core.in_flight.release_handoff = leg, ask, release
+            core.prefill.leg, core.prefill.ask, core.in_flight.handoffs.release = leg, ask, release
             core.encode.leg = encode_leg
 
 

@@ -53,9 +53,9 @@ class AdapterCandidates(Candidates):
         return self._prefer(super().offer_sample(request, exclude, prefixes=prefixes), request.now)
 
     def _prefer(self, offer: Offer, now: float) -> Offer:
-        if self._adapters_version != self._registry.adapters_version:
-            self._adapters_version = self._registry.adapters_version
-            self._loaded = tuple(each for each in self.endpoints if self._adapter in each.loaded)
+        if self._adapters_version != self._registry.models.adapters_version:
+            self._adapters_version = self._registry.models.adapters_version
+            self._loaded = tuple(each for each in self.endpoints if self._adapter in each.models.loaded)
         offered, exclude = offer
         if not (self._loaded and offered):
             return offer

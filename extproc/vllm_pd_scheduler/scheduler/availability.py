@@ -85,7 +85,7 @@ class Availability:
             if self._busy.get(endpoint) == until:
                 del self._busy[endpoint]
             self._changed.add(endpoint)
-        if self._limited or registry.trials or self.saturated or now < registry.busy_until:
+        if self._limited or registry.trials or self.saturated or now < registry.ends.busy_until:
             for endpoint in self._changed:
                 if endpoint in self._members:
                     self._look_at(endpoint, now)
@@ -107,7 +107,7 @@ class Availability:
         self.version += 1
 
     def _look_at(self, endpoint: Endpoint, now: float) -> None:
-        until, on_trial = endpoint.busy_until, endpoint.on_trial
+        until, on_trial = endpoint.pause.until, endpoint.on_trial
         if until > now and self._busy.get(endpoint) != until:
             self._busy[endpoint] = until
             heapq.heappush(self._busy_until, (until, next(self._entries), endpoint))

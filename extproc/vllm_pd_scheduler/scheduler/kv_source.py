@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
+from ..fleet.reservation import Reservation
 from ..models import InstanceRole, PDInstance
 from ..prediction.load_model import FleetLoad
 from ..request.context import RequestContext
@@ -40,6 +41,19 @@ class KvSource:
     """Predicted seconds of computing these tokens."""
 
 
+def computed_blocks(endpoint: Endpoint, request: RequestContext) -> int:
+    """Return the leading blocks of a prompt that are taken for cached at an endpoint, and are computed.
+
+    A prefill's count as cached from the moment when it is sent there: too early for other instances.
+    """
+    depth = request.cached_blocks(endpoint.holder)
+    for queued in endpoint.prefill.pending:
+        if isinstance(queued, Reservation) and (at := queued.cached_blocks) < min(depth, len(queued.blocks)):
+            # The blocks are chained: where one is equal, all before it are.
+            depth = at if queued.blocks[at] == request.blocks[at] else depth
+    return depth
+
+
 def kv_source(
     prefill: Endpoint, request: RequestContext, others: Iterable[Endpoint], load: FleetLoad
 ) -> KvSource | None:
@@ -54,7 +68,7 @@ def kv_source(
         trust = other.prefill.trust
         if other is prefill or request.uncached(other.holder, trust) >= there:
             continue  # at best: not all of that need be there yet
-        computed = trust * other.computed_blocks(request) * request.block_tokens
+        computed = trust * computed_blocks(other, request) * request.block_tokens
         uncached = max(1.0, request.prompt_tokens - computed)
         if uncached < there:
             source, there = other, uncached
@@ -84,7 +98,7 @@ class KvSources:
             return  # there is too little to save, whoever has it
         source = kv_source(prefill, request, self._others(prefill, request), load)
         if source is not None:
-            self._registry.pull(reservation, request, source.endpoint, source.tokens, source.takes)
+            self._registry.work.pull(reservation, request, source.endpoint, source.tokens, source.takes)
 
     def _others(self, prefill: Endpoint, request: RequestContext) -> list[Endpoint]:
         longest = (self._scheduler.longest_cached(role, request, prefill) for role in _HOLDERS)

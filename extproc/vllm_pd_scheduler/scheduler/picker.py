@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from random import Random
 
 from ..config import SchedulerConfig, connector_choice
@@ -13,18 +12,17 @@ from ..fleet.registry import Registry
 from ..models import PD_ROLES, InstanceRole
 from ..records.decision import Choice
 from ..request.context import RequestContext
-from ..strategies import Strategy, make_strategy
 from ..strategies.least_load import LeastLoad
-from ..telemetry.failures import Failures
 from .availability import Availability
 from .candidates import LARGE_FLEET, Candidates, Offer
 from .fence import StrategyFence
+from .limits import Limits
 from .pairing import Pairing
 from .pools import Pools
 from .ranking import Ranking
 from .revisions import Revisions
-from .shadow import Shadow
 from .shares import Shares
+from .strategies_in_use import StrategiesInUse
 
 LEAST_LOAD = "least_load"
 """Name of the strategy that ranks where another one has failed."""
@@ -36,8 +34,8 @@ _MAX_LAST_RESORTS = 16
 class Scheduler:
     """Picks endpoints of a registry for requests.
 
-    Each role has a strategy of its own, which can be changed while requests run. A strategy that fails is
-    replaced by ``least_load`` for that pick (see :mod:`.fence`). ``seed`` makes choices at random repeatable.
+    A strategy that fails is replaced by ``least_load`` for that pick (see :mod:`.fence`). ``seed`` makes
+    choices at random repeatable.
     ``took`` is told of the time of each pick, by role and by ``stopwatch``.
     """
 
@@ -51,23 +49,17 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.registry = registry
-        self.names: dict[InstanceRole, str] = {}
-        """Name of the strategy in use, by role."""
-        self.shadow: Shadow | None = None
-        """A second strategy, which is compared with the one in use and never followed."""
-        self.failures = Failures("strategy %s failed for %s", "least_load serves its requests")
-        """Failures of the strategies in use, by name and role."""
-        self._seed = seed
+        self.strategies = StrategiesInUse(config, seed)
+        self.limits = Limits(config)
         self._took = took
         self._stopwatch = stopwatch
         self._last: Ranking | None = None
         """The newest pick that has found somebody."""
-        self._strategies: dict[InstanceRole, StrategyFence] = {}
         self._in_place = {role: StrategyFence(LeastLoad(config), _never) for role in PD_ROLES}
         """What ranks where a strategy has failed."""
-        random = Random(seed)
+        random, limits = Random(seed), self.limits
         self._availability = {
-            role: Availability(registry, role, self.saturated, self._limited) for role in InstanceRole
+            role: Availability(registry, role, limits.saturated, limits.some) for role in InstanceRole
         }
         (prefill, decode), encode = PD_ROLES, InstanceRole.ENCODE
         pairing, of = Pairing(registry, lambda: connector_choice(config.connector).name), self._availability
@@ -82,96 +74,17 @@ class Scheduler:
         self._one_model = True
         self._models_known: tuple[object, ...] = (-1, None, None)
         """The fleet for which that was found."""
-        self.use_each({role: config.strategy_of(role) for role in PD_ROLES})
-        self.use_shadow(config.shadow_strategy)
-
-    @property
-    def _limited(self) -> bool:
-        config = self.config
-        return (config.max_waiting, config.max_kv_usage, config.max_in_flight_tokens) != (None,) * 3
 
     def reconfigured(self) -> None:
         """Take the limits, the connector and the weights of the endpoints as they are configured now."""
-        self.registry.models_version += 1
+        self.registry.models.changed()
         for availability in self._availability.values():
-            availability.limit(self._limited)
-
-    @property
-    def strategy_name(self) -> str:
-        """The strategy's name, or both if the roles differ: ``prefill_name/decode_name``."""
-        return "/".join(dict.fromkeys(self.names.values()))
+            availability.limit(self.limits.some)
 
     @property
     def reads_prefixes(self) -> bool:
         """Whether prompts must be hashed, because something in use reads ``request.cached``."""
-        return (
-            self.config.disaggregation in ("auto", "tpot")
-            or any(s.reads_prefixes for s in self._strategies.values())
-            or (self.shadow is not None and self.shadow.reads_prefixes)
-        )
-
-    def use(self, name: str, role: InstanceRole | None = None) -> None:
-        """Change the strategy of one role or, without ``role``, of both, from the next pick on.
-
-        Raise :exc:`~vllm_pd_scheduler.strategies.UnknownStrategy` and change nothing if the name cannot be
-        used.
-        """
-        self.use_each(dict.fromkeys(PD_ROLES if role is None else (role,), name))
-
-    def use_each(self, names: Mapping[InstanceRole, str]) -> None:
-        """Change the strategies of several roles, or none if one name cannot be used; raise as ``use``."""
-        self.prepare(names)()
-
-    def use_shadow(self, name: str | None) -> None:
-        """Start a new comparison with a shadow strategy, or end it with ``None``; raise as ``use``."""
-        self.prepare_shadow(name)()
-
-    def prepare(self, names: Mapping[InstanceRole, str]) -> Callable[[], None]:
-        """Make the strategies for :meth:`use_each`; return what puts them in use. Raise as ``use``."""
-        made = {role: make_strategy(name, self.config) for role, name in names.items()}
-
-        def put() -> None:
-            for role, strategy in made.items():
-                self._set(strategy, role, names[role])
-
-        return put
-
-    def prepare_shadow(self, name: str | None) -> Callable[[], None]:
-        """Make the strategy for :meth:`use_shadow`; return what puts it in use. Raise as ``use``."""
-        shadow = None if name is None else Shadow(name, self.config)
-
-        def put() -> None:
-            self.shadow = shadow
-
-        return put
-
-    def install(self, strategy: type[Strategy], role: InstanceRole, name: str) -> None:
-        """Use a strategy class that cannot be loaded by name; ``name`` is only shown."""
-        self._set(strategy(self.config), role, name)
-
-    def _set(self, strategy: Strategy, role: InstanceRole, name: str) -> None:
-        self.failures.expect(name, role.value)
-        fence = StrategyFence(strategy, partial(self.failures.add, name, role.value, strategy))
-        if self._seed is not None:
-            fence.seed(self._seed)
-        self._strategies[role], self.names[role] = fence, name
-
-    def strategy(self, role: InstanceRole) -> StrategyFence:
-        """Return the strategy in use for a role, in its fence."""
-        return self._strategies[role]
-
-    def saturated(self, endpoint: Endpoint, now: float) -> bool:
-        """Whether an endpoint has reached a limit of the configuration, or has said that it is full.
-
-        The limits are ``max_waiting``, ``max_kv_usage`` and ``max_in_flight_tokens``.
-        """
-        config = self.config
-        return (
-            now < endpoint.busy_until
-            or (config.max_waiting is not None and _waiting(endpoint) >= config.max_waiting)
-            or (config.max_kv_usage is not None and _kv_usage(endpoint) >= config.max_kv_usage)
-            or (config.max_in_flight_tokens is not None and endpoint.tokens >= config.max_in_flight_tokens)
-        )
+        return self.config.disaggregation in ("auto", "tpot") or self.strategies.reads_prefixes
 
     def has_room(self, role: InstanceRole, now: float, model: str | None = None) -> bool:
         """Whether a request need not wait for a role: one endpoint is not saturated, or none can serve.
@@ -259,11 +172,11 @@ class Scheduler:
         If not, a request that names none may mean one model to P and another one to D.
         """
         registry = self.registry
-        known = (registry.models_version, *(registry.routable(role) for role in PD_ROLES))
+        known = (registry.models.version, *(registry.routable(role) for role in PD_ROLES))
         if any(a is not b for a, b in zip(known, self._models_known, strict=True)):
             self._models_known = known
             serving = (e for role in PD_ROLES for e in registry.endpoints(role))
-            self._one_model = len({e.models for e in serving if e.models}) <= 1
+            self._one_model = len({e.models.names for e in serving if e.models.names}) <= 1
         return self._one_model
 
     def some(self, role: InstanceRole, model: str | None = None) -> Sequence[Endpoint]:
@@ -318,7 +231,7 @@ class Scheduler:
     ) -> list[Endpoint]:
         self._last = None
         request.look_up_in(self.registry.prefixes)
-        strategy, candidates = self._strategies[role], self._candidates(role, request, beside, exclude)
+        strategy, candidates = self.strategies.of(role), self._candidates(role, request, beside, exclude)
         offer = _offer(candidates, strategy, request, exclude)
         if not offer.endpoints:
             return []
@@ -327,7 +240,7 @@ class Scheduler:
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
             offer = Offer(candidates.all(request.now, exclude))
             ranked = strategy.rank(offer, request, count)
-        by, name, offered, ranked = strategy, self.names[role], offer.endpoints, ranked or []
+        by, name, offered, ranked = strategy, self.strategies.names[role], offer.endpoints, ranked or []
         if len(ranked) < count and (rest := _rest(candidates, offer, request, ranked)):
             if not ranked:
                 by, name, offered = self._in_place[role], LEAST_LOAD, tuple(rest)
@@ -373,7 +286,7 @@ class Scheduler:
         one: what it computes may not be what they would.
         """
         candidates = self._pools[InstanceRole.ENCODE].of(model).all(now, exclude)
-        found = [endpoint for endpoint in candidates if not self.saturated(endpoint, now)]
+        found = [endpoint for endpoint in candidates if not self.limits.saturated(endpoint, now)]
         if all(endpoint.instance.revision is None for endpoint in found):
             return found
         served = {each.instance.revision for role in PD_ROLES for each in self.registry.routable(role)}
@@ -409,20 +322,20 @@ class Scheduler:
 
         Call it for picks that are acted on, before the reservation changes the load that the shadow sees.
         """
-        if self.shadow is not None:
+        if (shadow := self.strategies.shadow) is not None:
             candidates = self._candidates(role, request, beside, exclude)
             if request.subset is not None:
                 exclude = (*exclude, *self.outside(role, request.subset))
             if self.registry.left_out:
                 exclude = (*exclude, *self.barred(role, request, beside))
-            offer = _offer(candidates, self.shadow.strategy(role), request, exclude)
-            self.shadow.compare(role, offer, request, picked)
+            offer = _offer(candidates, shadow.strategy(role), request, exclude)
+            shadow.compare(role, offer, request, picked)
 
     def preview(
         self, role: InstanceRole, request: RequestContext, *, count: int = 1, beside: Endpoint | None = None
     ) -> list[Endpoint]:
         """Return what the next ``pick`` would return, without taking a turn of the strategy."""
-        with self._strategies[role].same_turn(), self._in_place[role].same_turn():
+        with self.strategies.of(role).same_turn(), self._in_place[role].same_turn():
             return self.pick(role, request, count=count, beside=beside)
 
 
@@ -457,21 +370,3 @@ def _rest(
             e for e in candidates.offer_sample(request, taken, prefixes=False).endpoints if e not in taken
         ]
     return [e for e in offer.endpoints if e not in ranked and e not in offer.exclude]
-
-
-def _waiting(endpoint: Endpoint) -> float:
-    """Return the requests that are queued on an endpoint, for ``max_waiting``.
-
-    What was sent since the last scrape counts as waiting. Not so on decode, which starts a request at once
-    if it has room for it: there it counts only if others had to wait at the last scrape.
-    """
-    if endpoint.instance.role is InstanceRole.DECODE and not (endpoint.metrics and endpoint.metrics.waiting):
-        return 0.0
-    return endpoint.waiting
-
-
-def _kv_usage(endpoint: Endpoint) -> float:
-    """Return the share of the KV cache in use: as scraped, or as reserved by us if that is more."""
-    if not endpoint.kv_capacity:
-        return endpoint.kv_usage
-    return max(endpoint.kv_usage, endpoint.kv_tokens / endpoint.kv_capacity)

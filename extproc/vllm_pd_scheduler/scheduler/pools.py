@@ -136,7 +136,7 @@ class Pools:
 
     def _refresh(self) -> None:
         registry = self._registry
-        routable, version = registry.routable(self._role), registry.models_version
+        routable, version = registry.routable(self._role), registry.models.version
         if (
             self._routable is routable
             and self._models_version == version
@@ -150,12 +150,13 @@ class Pools:
         self._partners = registry.routable(InstanceRole.DECODE) if paired else None
         # Also those that are down: that a model's only instance restarts does not send it to others.
         endpoints = registry.endpoints(self._role)
-        lists = [e.models for e in endpoints if e.models]
+        every = [each.models for each in endpoints]
+        lists = [models.names for models in every if models.names]
         self._named = frozenset[str]().union(*lists)
-        self._all_known = bool(endpoints) and all(e.models and not e.serves_any for e in endpoints)
+        self._all_known = bool(every) and all(models.names and not models.serves_any for models in every)
         common = frozenset[str | None]((None, ""))
         if lists and not paired:  # else each model may have other partners
-            adapters = frozenset[str]().union(*(e.adapters for e in endpoints))
+            adapters = frozenset[str]().union(*(models.adapters for models in every))
             common |= frozenset.intersection(*lists) - adapters
         self._common = common
         self._by_model, self._beside, self._by_revision = {}, {}, {}
@@ -171,7 +172,7 @@ class Pools:
         else:
             members = tuple(e for e in self._members if _may_serve(e, model))
         members = self._fitting(members, model)
-        if model is not None and any(model in e.adapters for e in members):
+        if model is not None and any(model in e.models.adapters for e in members):
             pool = self._pool(members, model)
         else:
             pool = self._by_members.get(members) or self._pool(members, None)
@@ -188,7 +189,7 @@ class Pools:
 
     def _some_of(self, members: tuple[Endpoint, ...], model: str | None) -> Candidates:
         """Make a pool of some that are in that of a model."""
-        return self._pool(members, model if any(model in e.adapters for e in members) else None)
+        return self._pool(members, model if any(model in e.models.adapters for e in members) else None)
 
     def _fitting(self, members: tuple[Endpoint, ...], model: str | None) -> tuple[Endpoint, ...]:
         """Return those that have a partner for a model: all, where it does not matter."""
@@ -211,4 +212,5 @@ class Pools:
 
 
 def _may_serve(endpoint: Endpoint, model: str) -> bool:
-    return not endpoint.models or model in endpoint.models or endpoint.serves_any
+    models = endpoint.models
+    return not models.names or model in models.names or models.serves_any

@@ -80,7 +80,7 @@ def _try(strategy: StrategyFence, role: InstanceRole) -> None:
         strategy.order(request, 0.5)
         strategy.hopeless(request, 0.5)
         for number, endpoint in enumerate(endpoints):
-            registry.reserve(endpoint, request)
+            registry.work.reserve(endpoint, request)
             load = MetricsSnapshot(float(scrape), number, number, 0.1 * number, kv_capacity=1e5)
             registry.scraped(endpoint, load, endpoint.in_flight, endpoint.tokens)
 

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..fleet.endpoint import Endpoint, Reservation
+from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
+from ..fleet.reservation import Reservation
 from ..models import InstanceRole
 from . import Scheduler
 

@@ -12,7 +12,8 @@ from random import Random
 from typing import Protocol
 
 from ..config import SchedulerConfig
-from ..fleet.endpoint import TRIAL, Endpoint
+from ..fleet.condition import TRIAL, told_state
+from ..fleet.endpoint import Endpoint
 from ..models import By, InstanceRole
 from ..records.events import EventKind, Events
 from ..scheduler import Scheduler
@@ -133,14 +134,15 @@ class SelfCheck:
                 raise CannotCheck(f"{endpoint.id} is no {role} instance")
         if not self._scheduler.fit(p, d):
             raise CannotCheck(f"{p.id} and {d.id} do not fit together: another revision, or connector")
-        both = sorted((p.models or frozenset()) & (d.models or frozenset()) - p.adapters - d.adapters)
+        adapters = p.models.adapters | d.models.adapters
+        both = sorted((p.models.names or frozenset()) & (d.models.names or frozenset()) - adapters)
         if model is None and not both:
             raise CannotCheck(f"{p.id} and {d.id} are not known to serve the same model")
         return await self._check(model or both[0], p, d, by)
 
     def _models(self) -> Iterator[str]:
         """Yield a name of each base model that some P and D serve."""
-        names = {name for e in self._registry for name in (e.models or frozenset()) - e.adapters}
+        names = {name for e in self._registry for name in (e.models.names or frozenset()) - e.models.adapters}
         seen = set()
         for name in sorted(names):
             served = tuple(self._scheduler.serving(_P, name)), tuple(self._scheduler.serving(_D, name))
@@ -171,7 +173,7 @@ class SelfCheck:
             while tries < TRIES:
                 tries += 1
                 made = await self._tried(model, prefill, decode)
-                self._telemetry.self_checked(made.verdict)
+                self._telemetry.instances.self_checked(made.verdict)
                 mismatches += made.verdict is Verdict.MISMATCH
                 if made.verdict is not goes_on:
                     break
@@ -201,13 +203,13 @@ class SelfCheck:
     def _busy(self, endpoint: Endpoint) -> str:
         """Return why an instance is to be left alone; empty if it has nothing else to do."""
         metrics = endpoint.metrics
-        if not endpoint.routable or endpoint.told_state == TRIAL:
-            return f"{endpoint.id} is {endpoint.told_state}"
+        if not endpoint.routable or told_state(endpoint) == TRIAL:
+            return f"{endpoint.id} is {told_state(endpoint)}"
         if metrics is None:
             return f"the load of {endpoint.id} is not known"
         if metrics.waiting or (endpoint.instance.role is _P and endpoint.waiting):
             return f"requests wait at {endpoint.id}"
-        if endpoint.kv_usage > MAX_KV_USAGE or self._scheduler.saturated(endpoint, self._clock()):
+        if endpoint.kv_usage > MAX_KV_USAGE or self._scheduler.limits.saturated(endpoint, self._clock()):
             return f"{endpoint.id} is full"
         return ""
 

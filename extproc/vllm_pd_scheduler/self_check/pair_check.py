@@ -126,7 +126,7 @@ class PairCheck:
         try:
             splice = pending.attempt.splice(body, pending.handoff)
             if left <= 0:
-                self._telemetry.handoff_late(prefill.id)
+                self._telemetry.handoffs.late(prefill.id)
                 raise NoAnswer("the hand-off was too old to be used")
             sent = body.raw if splice is None else splice.into(body.raw)
             with self._handed_over(pending, decode, body):
@@ -138,11 +138,11 @@ class PairCheck:
         except TimedOut:
             unused = False  # D may be using it: it is left to the lease
             if pending.handoff.pinned:
-                self._telemetry.handoff_stranded(prefill.id)
+                self._telemetry.handoffs.stranded(prefill.id)
             raise
         finally:
             if unused:
-                self._in_flight.free(pending)
+                self._in_flight.handoffs.free(pending)
 
     @contextmanager
     def _handed_over(self, pending: PendingHandoff, decode: Endpoint, body: JsonBody) -> Iterator[None]:
@@ -174,7 +174,7 @@ class PairCheck:
         try:
             handoff = attempt.handoff(answer.body)
         except ConnectorFailed:
-            self._telemetry.handoff_stranded(prefill.id)  # there may be one
+            self._telemetry.handoffs.stranded(prefill.id)  # there may be one
             raise
         if handoff is None:
             raise NoAnswer("P hands nothing over")
@@ -222,7 +222,7 @@ class PairCheck:
             arrived=now,
             now=now,
         )
-        reservation = self._registry.reserve(endpoint, context)
+        reservation = self._registry.work.reserve(endpoint, context)
         try:
             yield
         finally:

@@ -12,6 +12,7 @@ from ..discovery.watch import WatchedFile
 from ..models import By
 from ..records.events import EventKind, Events
 from ..system.daemon_thread import in_daemon_thread
+from .parts import Parts
 
 
 class TlsSettings(Protocol):
@@ -92,3 +93,12 @@ class Certificates:
         if told:
             text = f"{self._key}: the certificates were read again; new connections have them"
             self._events.add(EventKind.CONFIG, text, by=by)
+
+
+def followed(key: str, settings: TlsSettings | None, events: Events, parts: Parts) -> ssl.SSLContext | None:
+    """Return the context for a setting, if it is set; its files are followed while the parts run."""
+    if settings is None:
+        return None
+    certificates = Certificates(key, settings, events)
+    parts.keep_running(certificates.follow())
+    return certificates.context

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
+
+from ..models import join_address
+from .startup_error import StartupError
+
+
+def cannot_listen(server: str, host: str, port: int, error: OSError) -> StartupError:
+    """Return what says that a server, ``admin`` say, cannot listen at its port, and why."""
+    # Not error.strerror of a server that asyncio could not start: it has the address once more.
+    why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    advice = listen_advice(server, port, error.errno)
+    return StartupError(f"{server}_port: cannot listen on {join_address(host, port)}: {why}{advice}")
 
 
 def listen_advice(server: str, port: int, number: int | None, host: str | None = None) -> str:

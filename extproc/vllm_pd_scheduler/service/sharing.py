@@ -8,12 +8,18 @@ from hashlib import blake2b
 
 from .. import __version__
 from ..admin.changes import AdminChanges
+from ..config import ReplicasConfig
 from ..models import PD_ROLES
 from ..replicas import FleetKey, Replica
 from ..router import PDRouter
 from ..sync.channel import Channel
 from ..sync.greeting import Greeting, hashed, settings_of
+from ..sync.local import LocalChannel
 from ..sync.sync import Sync
+from .certificates import followed
+from .parts import Parts
+from .startup_error import StartupError
+from .worker import Worker
 
 JOIN_S = 1.0
 """Seconds that the start waits for the others at most: what operators have changed should count from the
@@ -52,3 +58,33 @@ def join(
         clock=router.clock,
     )
     return router.sync
+
+
+async def join_replicas(
+    config: ReplicasConfig, router: PDRouter, changes: AdminChanges, name: str, parts: Parts
+) -> None:
+    """Meet the other replicas; raise :exc:`.StartupError` if what that takes is not there."""
+    try:
+        config.check()
+        from ..sync.valkey import Valkey  # its package is an extra
+    except ValueError as error:
+        raise StartupError(f"replicas: {error}") from None
+    meeting = config.meeting()
+    tls = followed("replicas.tls", config.tls_settings(), router.events, parts) if meeting.tls else None
+    secret = config.password.read() if config.password is not None else ""
+    sync = join(router, changes, Valkey(config, tls), meeting.fleet(config.key), name, secret)
+    await _meet(sync, parts)
+
+
+async def join_workers(
+    worker: Worker, router: PDRouter, changes: AdminChanges, name: str, parts: Parts
+) -> None:
+    """Meet the other workers of this machine."""
+    changes.file_first = True
+    sync = join(router, changes, LocalChannel(worker.hub), "workers", name, worker.read_secret())
+    await _meet(sync, parts)
+
+
+async def _meet(sync: Sync, parts: Parts) -> None:
+    parts.keep_running(sync.run())
+    await sync.joined(JOIN_S)

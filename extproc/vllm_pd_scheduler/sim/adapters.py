@@ -18,6 +18,14 @@ class Adapters:
     paths: dict[str, str]
     _requests: dict[str, list[EngineRequest]] = field(default_factory=dict)
 
+    def served(self, model: str | None, base: str) -> str:
+        """Return the model that serves a request, which may be an adapter; raise ApiError for another one."""
+        if not model or model == base:
+            return base
+        if model not in self.paths:
+            raise ApiError(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
+        return model
+
     def load(self, name: str | None, path: str | None, in_place: bool) -> str:
         """Load an adapter and return what vLLM says of that; raise ApiError as vLLM refuses it."""
         if not name or not path:

@@ -16,6 +16,13 @@ INFERENCE = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
 MAX_JOURNAL_BODY = 256 * 1024
 """Bytes of a body that the journal keeps: enough for tests, and bounded in a long soak test."""
 
+ENTRY = "entry"
+"""Key of a request's journal entry in the request object."""
+HALF = "half"
+"""Key of the request object: whether the fault cuts this answer in half."""
+MUTE = "mute"
+"""Key of the request object: after how many tokens of a stream the fault sends nothing more."""
+
 
 class Fault(msgspec.Struct, forbid_unknown_fields=True):
     """How a server misbehaves, as a test orders by ``POST /_sim/fault``; by default it does not.

@@ -1,7 +1,8 @@
-"""What uvicorn and Starlette do around vLLM's handlers: decode paths, and say which web pages may read."""
+"""What uvicorn and Starlette do around vLLM's handlers: decode paths and ids, and say who may read."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
@@ -59,3 +60,9 @@ class Cors:
 
     def _allows(self, request: web.Request) -> bool:
         return self._all or request.headers["Origin"] in self._origins
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """Return the client's X-Request-Id, a character for each byte as vLLM reads headers, or a new id."""
+    given = request.headers.get("X-Request-Id", "")
+    return given.encode("utf-8", "surrogateescape").decode("latin-1") or uuid.uuid4().hex

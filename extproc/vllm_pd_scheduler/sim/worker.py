@@ -5,62 +5,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .ascend_layerwise import LayerwiseConnector, PushCall, external_id
-from .engine import Engine, EngineRequest, Fetch, HandOff, Step
+from .engine import Engine, HandOff, Step
 from .faults import Fault
 from .handoff import Connector, FatalHandOff, FetchCall, FetchReply, TransferFailed
+from .job import EngineFailed, Job, Token
+from .lending import Lending
 from .metrics import Metrics
-from .mooncake import PullCall, sent_as
-from .nixl_push import base_id
+from .mooncake import PullCall
 from .offloading import OffloadingConnector, P2pFetch
-from .text import Answer, Prompt
+from .text import Answer
 
 if TYPE_CHECKING:
     from .kv_events import Publisher
-
-
-class EngineFailed(Exception):
-    """The engine cannot finish a request: its KV did not come, or the engine has died."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of a choice: its text and, if it is the last, the finish reason "stop" or "length"."""
-
-    choice: int
-    text: str
-    finish_reason: str | None
-
-
-@dataclass(slots=True)
-class Job:
-    """One choice of an HTTP request. ``offer`` is the hand-off that it fetches, if any."""
-
-    request: EngineRequest
-    prompt: Prompt
-    choice: int
-    finish_reason: str
-    answer: Answer
-    offer: Any = None
-    params: dict[str, Any] = field(default_factory=dict)
-    """``kv_transfer_params`` of the request."""
-    pushes: bool = False
-    """Whether its KV is written to another engine as soon as it is computed."""
-    remote_cached: int | None = None
-    """Prompt tokens that the hand-off's sender had in its cache, if it says so."""
-    on_hand_off: Callable[[str], None] = lambda outcome: None
-    """Called with the outcome of the hand-off."""
-    stream: "asyncio.Queue[Token | EngineFailed]" = field(default_factory=asyncio.Queue)
-    loading: "asyncio.Task[None] | None" = None
-    last_token: float = 0.0
-
-    @property
-    def cached(self) -> int:
-        """Cached prompt tokens as vLLM reports them to clients: those of the engine that did the prefill."""
-        return self.request.cached if self.remote_cached is None else self.remote_cached
 
 
 class Worker:
@@ -104,23 +63,15 @@ class Worker:
         self._fail_delay = fail_delay
         self._on_death = on_death
         self._jobs: dict[str, Job] = {}
-        self._sent: dict[str, Prompt] = {}
-        """Prompts whose blocks are, or will be, pinned, by request id."""
-        self._registered: set[str] = set()
-        """Ids for which another engine has asked before anything was there for it to be pushed."""
-        self._receivers: dict[str, str] = {}
-        """Of prefills that are for one engine only, its address."""
         self._wake = asyncio.Event()
+        self.lending = Lending(engine, connector, metrics, agent, self.hand_offs, self._wake)
+        """What it has prefilled for other engines."""
         self._steps = asyncio.Event()
         """Whether the engine makes steps."""
         self._steps.set()
         self._aborted: list[Job] = []
         self._left: dict[str, Job] = {}
         """Whose clients have left and whose blocks others may write to, by the id for those."""
-        self._pulled: dict[str, asyncio.Event] = {}
-        """By the name of a prefill that is not there yet and for which somebody waits."""
-        self._awaited: dict[str, asyncio.Future[str]] = {}
-        """By the name of a prefill that is answered when it was fetched: what has become of it."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- called by the HTTP server ---------------------------------------------------------------------
@@ -134,7 +85,7 @@ class Worker:
             step = self.engine.step(now)
             for request in step.transfers:
                 self._start_transfer(self._jobs[request.request_id])
-            self._record_expired(step.expired)
+            self.lending.expired(step.expired)
             self.metrics.preempted(len(step.preempted))
             if step.idle:
                 await self._wait_for_work(now)
@@ -164,27 +115,12 @@ class Worker:
             for job in jobs:
                 self._drop(job)
 
-    async def handed_over(self, job: Job) -> None:
-        """Wait until a prefill's blocks were fetched; raise EngineFailed if they are not, and free them."""
-        name = job.request.request_id
-        try:
-            outcome = "fetched"
-            if name in self._sent:
-                outcome = await self._awaited.setdefault(name, asyncio.get_running_loop().create_future())
-            if outcome != "fetched":
-                raise EngineFailed(f"Prefill transfer failed: {outcome}")
-        finally:
-            self._awaited.pop(name, None)
-            if self.engine.release(name):
-                self._forget(name, "released")
-                self._wake.set()
-
     def abort(self, job: Job) -> None:
         """End a job as its client asks: with an error, or as it is if it has begun to answer."""
         request = job.request
-        if (awaited := self._awaited.get(request.request_id)) is not None and not awaited.done():
-            awaited.set_result("aborted")
-        elif request.request_id in self._jobs:
+        if self.lending.abort(request.request_id):
+            return
+        if request.request_id in self._jobs:
             if request.generated and request.hand_off is not HandOff.SEND:
                 job.finish_reason = "abort"
                 job.stream.put_nowait(Token(job.choice, "", "abort"))
@@ -197,49 +133,17 @@ class Worker:
 
     def serve_fetch(self, call: FetchCall) -> FetchReply | None:
         """Return the answer to another engine's fetch; None if it is meant for another process."""
-        if call.engine_id != self.engine_id or call.agent not in (None, self._agent) or self.dead:
-            return None
-        if self._receivers.get(call.request_id, call.receiver) != call.receiver:
-            return None  # it writes somewhere else
-        self.observe()
-        if self.connector.pushes:
-            return self._serve_registration(call.request_id)
-        found = self.engine.fetch(call.request_id, call.block_ids, time.monotonic())
-        if found is Fetch.INVALID:
-            return FetchReply(self._agent, invalid=True)
-        prompt = self._forget(call.request_id, "fetched")
-        self._wake.set()
-        return FetchReply(self._agent, prompt.digest if prompt and found is Fetch.GOOD else None)
-
-    def _serve_registration(self, request_id: str) -> FetchReply:
-        """Return of which prompt the blocks are that are pushed to another engine's request."""
-        base = base_id(request_id)
-        found = next(
-            (each for each in self._sent if base_id(each) == base and self.engine.release(each)), None
-        )
-        prompt = found and self._forget(found, "fetched")
-        if not prompt or base in self._registered:  # in the second case they went to whoever asked first
-            self._registered.add(base)
-            return FetchReply(self._agent, unmatched=True)
-        self._wake.set()
-        return FetchReply(self._agent, prompt.digest, tokens=prompt.tokens)
-
-    async def serve_pull(self, call: PullCall) -> FetchReply | None:
-        """Return the answer to a pull, as soon as there is a hand-off of its name; None as above."""
-        request_id, engine = sent_as(call.transfer_id), self.engine
         if call.engine_id != self.engine_id or self.dead:
             return None
         self.observe()
-        try:
-            async with asyncio.timeout(engine.profile.lease):
-                while not engine.pinned_blocks(request_id):
-                    await self._pulled.setdefault(request_id, asyncio.Event()).wait()
-        except TimeoutError:
-            return FetchReply(self._agent, late=True)
-        engine.release(request_id)
-        prompt = self._forget(request_id, "released" if call.release else "fetched")
-        self._wake.set()
-        return FetchReply(self._agent, prompt.digest if prompt else None)
+        return self.lending.fetch(call)
+
+    async def serve_pull(self, call: PullCall) -> FetchReply | None:
+        """Return the answer to a pull, as soon as there is a hand-off of its name; None as above."""
+        if call.engine_id != self.engine_id or self.dead:
+            return None
+        self.observe()
+        return await self.lending.pull(call)
 
     def serve_push(self, call: PushCall) -> None:
         """Take blocks that another engine has written: those of a request, or whoever has them now."""
@@ -263,9 +167,8 @@ class Worker:
 
     def serve_release(self, call: FetchCall) -> None:
         """Unpin a hand-off of this engine that nobody will fetch."""
-        if call.engine_id == self.engine_id and self.engine.release(call.request_id):
-            self._forget(call.request_id, "released")
-            self._wake.set()
+        if call.engine_id == self.engine_id:
+            self.lending.release(call.request_id)
 
     def stick(self, stuck: bool) -> None:
         """Let the engine do nothing more, not even drop what clients abort, or let it go on."""
@@ -279,7 +182,7 @@ class Worker:
 
     def observe(self) -> None:
         """End the leases that are over: call it before the engine's state is read."""
-        self._record_expired(self.engine.expire(time.monotonic()))
+        self.lending.expired(self.engine.expire(time.monotonic()))
 
     def die(self, reason: str) -> None:
         """Kill the engine as a real one dies: its requests fail, and the process ends soon after."""
@@ -305,10 +208,7 @@ class Worker:
             raise self._death_error()
         self.engine.add(job.request, time.monotonic())
         self._jobs[job.request.request_id] = job
-        if job.request.hand_off is HandOff.SEND:
-            self._sent[job.request.request_id] = job.prompt
-            if receiver := self.connector.receiver(job.params):
-                self._receivers[job.request.request_id] = receiver
+        self.lending.begin(job)
         self._wake.set()
 
     def _drop(self, job: Job) -> None:
@@ -319,7 +219,7 @@ class Worker:
         request_id = job.request.request_id
         if self._jobs.pop(request_id, None) is None:
             return
-        self._sent.pop(request_id, None)
+        self.lending.drop(request_id)
         if job.loading and not job.loading.done():
             job.loading.cancel()
             if self.connector.awaits_push and not self.dead:
@@ -358,8 +258,7 @@ class Worker:
                 del self._jobs[request.request_id]
                 self.metrics.finished(request, reason)
                 self.connector.store(job.params, job.prompt.digest)
-                if there := self._pulled.pop(request.request_id, None):
-                    there.set()
+                self.lending.computed(request.request_id)
             job.stream.put_nowait(Token(job.choice, job.answer.word(output.index), reason))
 
     def _use_cached(self, job: Job) -> None:
@@ -450,20 +349,6 @@ class Worker:
             self.metrics.finished(job.request, "error")
             del self._jobs[job.request.request_id]
             job.stream.put_nowait(EngineFailed("Internal server error"))
-
-    def _record_expired(self, request_ids: list[str]) -> None:
-        self.metrics.expired(len(request_ids))
-        for request_id in request_ids:
-            self._forget(request_id, "expired")
-
-    def _forget(self, request_id: str, outcome: str) -> Prompt | None:
-        prompt = self._sent.pop(request_id, None)
-        self._receivers.pop(request_id, None)
-        if (awaited := self._awaited.get(request_id)) is not None and not awaited.done():
-            awaited.set_result(outcome)
-        if prompt:
-            self.hand_offs[outcome] += 1
-        return prompt
 
     def _record_hand_off(self, job: Job, outcome: str) -> None:
         job.on_hand_off(outcome)

@@ -1,5 +1,6 @@
 """Prometheus metrics of what happens to requests."""
 
-from .metrics import Ending, QueueOutcome, Served, Stray, Telemetry
+from .metrics import Telemetry
+from .outcomes import Ending, QueueOutcome, Served, Stray
 
 __all__ = ["Ending", "QueueOutcome", "Served", "Stray", "Telemetry"]

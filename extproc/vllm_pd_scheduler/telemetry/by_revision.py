@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from prometheus_client import CollectorRegistry, Counter
 
 from .histogram import LeanHistogram
+from .kept import keep_only
 
 
 class ByRevision:
@@ -49,7 +50,5 @@ class ByRevision:
     def keep_only(self, revisions: Collection[str]) -> None:
         """Forget the series of all others: a roll-out may name one for each day."""
         for counter in (self._requests, self._responses):
-            seen = {sample.labels["revision"] for family in counter.collect() for sample in family.samples}
-            for gone in seen.difference(revisions):
-                counter.remove_by_labels({"revision": gone})
+            keep_only(counter, "revision", revisions)
         self._ttft.keep("revision", frozenset(revisions))

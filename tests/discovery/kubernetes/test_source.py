@@ -113,14 +113,14 @@ class TestPods:
         async with follow(**SELECTOR) as fleet:
             await until(lambda: fleet.shown)
             registry = fleet.router.registry
-            reservation = registry.reserve(registry.get("d"))
+            reservation = registry.work.reserve(registry.get("d"))
             server.delete("pods", "d")
             await fleet.until(d="decode 10.0.0.2:8000 draining")
             server.remove("pods", "d")
             server.put("pods", pod("e", "10.0.0.3"))
             await fleet.until(d="decode 10.0.0.2:8000 draining", e="decode 10.0.0.3:8000")
             reservation.release()
-            fleet.router.registry.tell()
+            fleet.router.registry.changes.note()
             await fleet.until(e="decode 10.0.0.3:8000")
 
     async def test_labels_that_change(self, server: ApiServer, follow: Following) -> None:
@@ -154,7 +154,7 @@ class TestPods:
                 nonlocal told
                 told += 1
 
-            fleet.router.registry.subscribe(count)
+            fleet.router.registry.changes.subscribe(count)
             for number in range(500):
                 server.put("pods", pod(f"d-{number}", f"10.0.{number >> 8}.{number & 255}"))
             await until(lambda: len(fleet.shown) == 500)

@@ -116,7 +116,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:
         self.router = fleet.build()
         self.freed: list[PendingHandoff] = []
-        self.router.in_flight.release_handoff = self.freed.append
+        self.router.in_flight.handoffs.release = self.freed.append
         self.service = ExtProcService(self.router)
         self.connection = Connection()
 

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...config import InstanceConfig, SchedulerConfig, describe_error
+from ...config.fleet_instance import rank_count
 from ...config.sources import DockerSource
 from ...models import InstanceRole, PDInstance
 from .containers import Change, Container, OddContainer, Reach, read_labels
@@ -70,7 +71,7 @@ class View:
             data_parallel_size=labels.data_parallel_size,
         )
         try:
-            self._config.rank_count(entry)
+            rank_count(entry, self._config.connector, self._config.prefill_leg)
         except ValueError as error:
             raise OddContainer(str(error)) from None
         return labels.role, entry
