@@ -110,7 +110,6 @@ def replay(
     from ..replay.fleet import run_variant
     from ..replay.job import Conditions, Job
     from ..replay.load import Load
-    from ..replay.variant import Sharing
 
     if leaves > 1 and not realistic:
         _refuse("--leaves", "only with --realistic do transfers share links")
@@ -127,8 +126,12 @@ def replay(
         None if text is None else _seconds(option, text, _MOST_S)
         for option, text in (("--replica-dies", replica_dies), ("--replica-joins", replica_joins))
     )
-    sharing = Sharing(replicas, _seconds("--sync-delay", sync_delay), sync_loss)
-    variants = _replicated(_variants(strategies), sharing, dies, joins)
+    variants = _variants(strategies)
+    if replicas > 1:
+        from ..replay.variant import Sharing
+
+        delay = _seconds("--sync-delay", sync_delay)
+        variants = _replicated(variants, Sharing(replicas, delay, sync_loss, dies, joins))
     fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)
     load = Load(trace, limit, sessions)
     loaded = _load(load, seed)
@@ -191,18 +194,13 @@ def _variants(text: str) -> list[Variant]:
     return list(variants.values())
 
 
-def _replicated(
-    variants: list[Variant], sharing: Sharing, dies: float | None, joins: float | None
-) -> list[Variant]:
+def _replicated(variants: list[Variant], sharing: Sharing) -> list[Variant]:
     """Return each variant with one scheduler, and with several that share what they do, or do not.
 
-    If one of these dies or joins, it is the same with that once more.
+    If one of them dies or joins, there is a run without that, too.
     """
-    if sharing.replicas == 1:
-        return variants
-    kinds = [sharing, replace(sharing, delay=None, loss=0.0)]
-    if dies is not None or joins is not None:
-        kinds.insert(1, replace(sharing, dies=dies, joins=joins))
+    steady = replace(sharing, dies=None, joins=None)
+    kinds = dict.fromkeys((steady, sharing, replace(steady, delay=None, loss=0.0)))
     return [each for one in variants for each in (one, *(one.shared(kind) for kind in kinds))]
 
 
