@@ -3,7 +3,6 @@
 import importlib
 import json
 import pkgutil
-import socket
 import tempfile
 import unittest
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from google.protobuf import json_format
 
 from tests.support.certificates import make_certificates
 from tests.support.envoy_config import accepted_by_envoy, cluster, every
+from tests.support.processes import unused_ports
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.configuration import WEBSOCKET_PATH, config_path, render_config
@@ -42,14 +42,6 @@ def listener(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def port_of(where: dict[str, Any]) -> int:
     return where["address"]["socket_address"]["port_value"]
-
-
-def unused_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
 
 
 class TypesTest(unittest.TestCase):
@@ -198,7 +190,8 @@ class NamesTest(unittest.TestCase):
         for name in vars(headers).values():
             if isinstance(name, str) and name.startswith(headers.STEERING_PREFIXES):
                 gone = name.startswith(prefixes) or name in removed
-                self.assertEqual(gone, name not in headers.ASKED, name)
+                # CONTINUES is the scheduler's by its key, and comes by way of the ingress.
+                self.assertEqual(gone, name not in (*headers.ASKED, headers.CONTINUES), name)
         self.assertLessEqual(STEERS_INSTANCES, removed)
 
     def test_the_schedulers_own_answers_are_known_by_their_details(self) -> None:
@@ -206,7 +199,7 @@ class NamesTest(unittest.TestCase):
 
     def test_what_clients_ask_for_ends_here(self) -> None:
         (gone,) = every("request_headers_to_remove", listener(RAW, "ingress"))
-        self.assertEqual(set(gone), set(headers.ASKED))
+        self.assertEqual(set(gone), {*headers.ASKED, headers.CONTINUES})
 
     def test_health_asks_the_cluster_that_says_who_can_serve(self) -> None:
         self.assertEqual(list(every("cluster_min_healthy_percentages", RAW)), [{SERVING: {"value": 100}}])

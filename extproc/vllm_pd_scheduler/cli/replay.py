@@ -72,6 +72,9 @@ def replay(
     realistic: Annotated[
         bool, typer.Option("--realistic", help="Answers cached, shared links, turns that wait for answers.")
     ] = False,
+    foreign: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of the sessions that another router sends.")
+    ] = 0.0,
     leaves: Annotated[
         int, typer.Option(min=1, max=1000, help="Leaf switches of the fleet, with --realistic.")
     ] = 1,
@@ -132,7 +135,9 @@ def replay(
 
         delay = _seconds("--sync-delay", sync_delay)
         variants = _replicated(variants, Sharing(replicas, delay, sync_loss, dies, joins))
-    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)
+    if foreign and find_rate:
+        _refuse("--foreign", "not with --find-rate, which counts all requests")
+    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves, foreign)
     load = Load(trace, limit, sessions)
     loaded = _load(load, seed)
     if (most := _seconds("--spread", spread)) > 0.0:
@@ -216,11 +221,13 @@ def _seconds(option: str, text: str, most: float = 60.0) -> float:
     return seconds
 
 
-def _fleet(prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int) -> FleetSpec:
+def _fleet(
+    prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int, foreign: float
+) -> FleetSpec:
     from ..replay.fleet import FleetSpec
 
     try:
-        return FleetSpec(prefill, decode, setup, seed, realistic, leaves)
+        return FleetSpec(prefill, decode, setup, seed, realistic, leaves, foreign)
     except ValueError as error:
         _refuse("--setup", str(error))
 

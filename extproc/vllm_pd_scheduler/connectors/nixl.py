@@ -6,10 +6,12 @@ two requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, ClassVar
 
 import msgspec
 
+from ..request.api import CHAT
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.json_text import depth
@@ -29,8 +31,14 @@ _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
 
+class _Choice(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+
+
 class _Answer(msgspec.Struct):
     prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+    """Of a completion, where the first has the token ids."""
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -62,6 +70,7 @@ class TransferParams(msgspec.Struct):
 _NOTHING = TransferParams(False, "", [], "", 0)
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_choices = msgspec.json.Decoder(list[_Choice]).decode
 _decode_params = msgspec.json.Decoder(TransferParams).decode
 
 
@@ -100,7 +109,7 @@ class NixlConnector(Connector):
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
         """Make the hand-off the body's last field, with the token ids in it if D is to get them."""
         params = handoff.params
-        if handoff.token_ids:
+        if handoff.token_ids and body.api is CHAT:  # vLLM reads them there alone
             params = b"".join(
                 (params[: params.rindex(b"}")], b',"prompt_token_ids":', handoff.token_ids, b"}")
             )
@@ -109,6 +118,16 @@ class NixlConnector(Connector):
     def release_body(self, handoff: Handoff, model: str | None) -> bytes:
         """Return a completion request that D refuses. Measured on vLLM 0.32: P's blocks are free at once."""
         return never_served(handoff.params, model)
+
+
+def _ids(answer: _Answer) -> msgspec.Raw:
+    """Return the token ids of a prompt, as a chat or a completion has them."""
+    if b'"prompt_token_ids"' in bytes(answer.choices):
+        with suppress(*UNREADABLE):
+            choices = _decode_choices(answer.choices)
+            if choices and bytes(choices[0].prompt_token_ids) != b"null":
+                return choices[0].prompt_token_ids
+    return answer.prompt_token_ids
 
 
 def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
@@ -130,7 +149,7 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
     # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
-    ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
+    ids = _listed(_ids(decoded), tokens) if takes else b""
     return Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes), params
 
 

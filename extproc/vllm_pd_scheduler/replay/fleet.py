@@ -19,10 +19,11 @@ from ..sim.request import EngineRequest, HandOff
 from ..sim.virtual import Offer, VirtualClock
 from .arrivals import Arrivals
 from .cache_events import CacheEvents
+from .index_events import IndexEvents
 from .instances import Instances
 from .peers import Peer, Site
 from .result import LoadSample, RequestResult, RunResult
-from .schedulers import Network, OneScheduler, make_schedulers
+from .schedulers import Network, OneScheduler, make_foreign, make_schedulers
 from .spec import FleetSpec, pooled
 from .topology import Topology
 from .trace import Trace, TraceRequest
@@ -103,22 +104,30 @@ class _Run:
     ) -> None:
         self._variant, self._trace = variant, trace
         self._progress, self._stop_when = progress, stop_when
+        self._seed = fleet.seed
         self._random = Random(fleet.seed)
         self._clock = VirtualClock()
         self._config = config = variant.config()
         self._scrape_interval = config.health_check_interval
-        self._schedulers = make_schedulers(variant, config, fleet.seed)
+        self._own = make_schedulers(variant, config, fleet.seed)
+        self._foreign = make_foreign(fleet.seed) if fleet.foreign else None
+        self._foreign_share = fleet.foreign
+        self._schedulers = [*self._own, *([self._foreign] if self._foreign else ())]
         self._spread = Random(fleet.seed + 1)
         """Whose turn it is, and what is lost: none of that changes what else is random."""
-        self._network = Network(self._clock, variant.sharing, self._schedulers, self._spread, self._dispatch)
+        self._network = Network(self._clock, variant.sharing, self._own, self._spread, self._dispatch)
         self._realistic = fleet.realistic
         self._topology = Topology(self._clock, fleet.leaves) if fleet.realistic else None
         self._arrivals = Arrivals(self._clock, trace, self._arrive, waits=fleet.realistic)
         policy = variant.policy()
         late = policy.event_delay_s if fleet.realistic and policy is not None else None
         self._events = None if late is None else CacheEvents(late)
+        self._index_events = IndexEvents(self._clock, self._own) if config.kv_events is not None else None
+        told = self._events or self._index_events
         self._decode_first = policy is not None and policy.decode_first
-        self._instances = Instances(self._clock, self._schedulers, self._topology, self._events)
+        self._instances = Instances(
+            self._clock, self._schedulers, self._topology, told.happened if told is not None else None
+        )
         self._under_way: dict[int, _Job] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
@@ -145,16 +154,16 @@ class _Run:
             self._network.introduce()
             sharing = self._variant.sharing
             if sharing.dies is not None:
-                self._clock.call_at(sharing.dies, partial(self._die, self._schedulers[sharing.replicas - 1]))
+                self._clock.call_at(sharing.dies, partial(self._die, self._own[sharing.replicas - 1]))
             if sharing.joins is not None:
-                self._clock.call_at(sharing.joins, partial(self._join, self._schedulers[-1]))
+                self._clock.call_at(sharing.joins, partial(self._join, self._own[-1]))
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
         end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
         return RunResult(
             self._variant.label,
-            [self._results[number] for number in sorted(self._results)],
+            [self._results[number] for number in sorted(self._results) if not self._is_foreign(number)],
             self._instances.busy(InstanceRole.PREFILL, end),
             self._instances.busy(InstanceRole.DECODE, end),
             self._samples,
@@ -166,8 +175,10 @@ class _Run:
 
     def _arrive(self, number: int) -> None:
         traced = self._trace.requests[number]
-        asked = [one for one in self._schedulers if one.asked]
+        asked = [one for one in self._own if one.asked]
         one = asked[self._spread.randrange(len(asked)) if len(asked) > 1 else 0]
+        if self._foreign is not None and self._is_foreign(number):
+            one = self._foreign
         job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
         self._under_way[number] = job
         if not one.alive:
@@ -180,12 +191,20 @@ class _Run:
             request = self._request(job, HandOff.NONE)
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
-        if self._decode_first:
+        if self._decode_first and one is not self._foreign:
             job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
             job.early = one.registry.work.reserve(job.decode, job.context)
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
         one.dispatcher.submit(ticket, self._clock.now)
         self._set_wake_up(one)
+
+    def _is_foreign(self, number: int) -> bool:
+        """Whether another router sends a request: it does so with all of a session's."""
+        if self._foreign is None:
+            return False
+        traced = self._trace.requests[number]
+        key = traced.session or str(traced.blocks[1:2] or number)
+        return Random(f"{self._seed} {key}").random() < self._foreign_share
 
     def _alone(self, job: _Job) -> Endpoint | None:
         """Return the D that is to serve a request without a P, as the policy or the scheduler has it."""
@@ -272,6 +291,8 @@ class _Run:
         registry, scheduler = job.at.registry, job.at.scheduler
         registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
+        if self._index_events is not None:
+            self._index_events.answered(job.at, job.traced.blocks)
         context.at(now)
         if job.early is not None:
             job.reservation, job.early = job.early, None

@@ -21,6 +21,9 @@ from .variant import Sharing, Variant
 
 _FLEET = FleetKey("replay")
 
+FOREIGN = "least_load"
+"""The strategy of the other router, where a part of the load is another's."""
+
 
 @dataclass(slots=True, eq=False)
 class OneScheduler:
@@ -73,6 +76,12 @@ def make_schedulers(variant: Variant, config: SchedulerConfig, seed: int) -> lis
     if joins:
         found[-1].alive = found[-1].asked = False
     return found
+
+
+def make_foreign(seed: int) -> OneScheduler:
+    """Return a scheduler that neither tells the others anything nor hears of them: another router's."""
+    variant = Variant(FOREIGN, FOREIGN)
+    return _make(variant, variant.config(), seed, 0)
 
 
 def _make(variant: Variant, config: SchedulerConfig, seed: int, number: int) -> OneScheduler:
