@@ -39,6 +39,8 @@ ESTIMATE_ERROR = 0.1
 A scheduler sees a prompt's bytes and learns its tokens after the prefill. 0.1 is a choice: prompts of one
 language and kind.
 """
+NOTICED_S = 0.5
+"""Seconds until Envoys ask a scheduler no more that is gone: the time between two of their health checks."""
 _SAMPLES = 600
 """Moments of a run at which the load is recorded, for the figure: more than can be seen in it."""
 _PROGRESS_EVERY = 100
@@ -126,6 +128,7 @@ class _Run:
         self._instances = Instances(
             self._clock, self._schedulers, self._topology, told.happened if told is not None else None
         )
+        self._under_way: dict[int, _Job] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
@@ -145,12 +148,15 @@ class _Run:
         started = time.perf_counter()
         if self._trace.requests:
             self._arrivals.start()
-            for place, one in enumerate(self._schedulers):
-                for number, endpoint in enumerate(one.registry):
-                    # Not all at the same moment, as with the scheduler's own loops.
-                    turn = (number + place / len(self._schedulers)) / len(self._instances)
-                    self._clock.call_at(turn * self._scrape_interval, partial(self._scrape, one, endpoint))
-                self._network.publish_soon(one)
+            for one in self._schedulers:
+                if one.alive:
+                    self._begin_to_scrape(one)
+            self._network.introduce()
+            sharing = self._variant.sharing
+            if sharing.dies is not None:
+                self._clock.call_at(sharing.dies, partial(self._die, self._own[sharing.replicas - 1]))
+            if sharing.joins is not None:
+                self._clock.call_at(sharing.joins, partial(self._join, self._own[-1]))
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
@@ -169,11 +175,15 @@ class _Run:
 
     def _arrive(self, number: int) -> None:
         traced = self._trace.requests[number]
-        few = len(self._own)
-        one = self._own[self._spread.randrange(few) if few > 1 else 0]
+        asked = [one for one in self._own if one.asked]
+        one = asked[self._spread.randrange(len(asked)) if len(asked) > 1 else 0]
         if self._foreign is not None and self._is_foreign(number):
             one = self._foreign
         job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
+        self._under_way[number] = job
+        if not one.alive:
+            self._serve_unscheduled(job)
+            return
         alone = self._alone(job)
         if alone is not None:
             # Counted at once, as in routing: of a burst each one sees those before it.
@@ -257,7 +267,8 @@ class _Run:
 
     def _prefill(self, job: _Job) -> None:
         traced, endpoint = job.traced, job.prefill
-        assert endpoint is not None
+        if endpoint is None:  # its scheduler has died meanwhile
+            return
         request = EngineRequest(str(job.number), traced.prompt_tokens, 1, HandOff.SEND, traced.blocks)
         try:
             self._instances[endpoint.id].add(request, on_finished=partial(self._on_prefilled, job))
@@ -274,6 +285,8 @@ class _Run:
 
     def _pick_decode(self, job: _Job, offer: Offer) -> None:
         now, context, reservation = self._clock.now, job.context, job.reservation
+        if job.prefill is None:  # its scheduler has died meanwhile
+            return
         assert reservation is not None
         registry, scheduler = job.at.registry, job.at.scheduler
         registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
@@ -327,6 +340,7 @@ class _Run:
             now if reason is None else None,
             reason,
         )
+        del self._under_way[job.number]
         self._arrivals.ended(job.number)
         if self._stop_when is not None and self._stop_when(self._results[job.number]):
             self._clock.stop()
@@ -343,7 +357,7 @@ class _Run:
 
     def _dispatch(self, one: OneScheduler) -> None:
         """Serve waiting requests after a change, as ``AdmissionController.wake``, and tell of the change."""
-        if one.dispatcher.pending:
+        if one.dispatcher.pending and one.alive:
             one.dispatcher.dispatch(self._clock.now)
             self._set_wake_up(one)
         else:
@@ -356,9 +370,16 @@ class _Run:
         one.wake_up = None if at is None else self._clock.call_at(at, partial(self._dispatch, one))
         self._network.publish_soon(one)
 
+    def _begin_to_scrape(self, one: OneScheduler) -> None:
+        """Have a scheduler scrape: not all at the same moment, as with its own loops."""
+        place = self._schedulers.index(one) / len(self._schedulers)
+        for number, endpoint in enumerate(one.registry):
+            at = self._clock.now + (number + place) / len(self._instances) * self._scrape_interval
+            self._clock.call_at(at, partial(self._scrape, one, endpoint))
+
     def _scrape(self, one: OneScheduler, endpoint: Endpoint) -> None:
         """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
-        if self._done:
+        if self._done or not one.alive:
             return
         seen = self._instances.scraped(one, endpoint)
         one.registry.scraped(endpoint, seen, endpoint.in_flight, endpoint.tokens)
@@ -371,6 +392,32 @@ class _Run:
             return
         now = self._clock.now
         self._samples += self._instances.load()
-        waiting = sum(len(one.dispatcher.queue) for one in self._schedulers)
+        waiting = sum(len(one.dispatcher.queue) for one in self._schedulers if one.alive)
         self._samples.append(LoadSample(now, "scheduler", 0, waiting, 0.0))
         self._clock.call_at(now + max(1.0, self._trace.seconds / _SAMPLES), self._sample)
+
+    # -- schedulers that die and join
+
+    def _die(self, one: OneScheduler) -> None:
+        """Have a scheduler die. Its requests, and those that come until that is noticed, go on without it."""
+        one.die()
+        self._clock.call_at(self._clock.now + NOTICED_S, one.leave)
+        for job in list(self._under_way.values()):
+            if job.at is one and job.decode is None:
+                self._serve_unscheduled(job)
+
+    def _serve_unscheduled(self, job: _Job) -> None:
+        """Let the D with the fewest requests prefill, as Envoy does without a scheduler. Nobody counts it."""
+        request_id, registry, before = str(job.number), job.at.registry, job.prefill
+        if before is not None and not self._instances[before.id].abort(request_id):
+            self._instances[before.id].release(request_id)
+        job.prefill = None
+        job.decode = min(registry.endpoints(InstanceRole.DECODE), key=lambda endpoint: endpoint.in_flight)
+        job.reservation = registry.work.reserve(job.decode, job.context)  # where nobody hears of it
+        self._decode(job, self._request(job, HandOff.NONE), None)
+
+    def _join(self, one: OneScheduler) -> None:
+        """Have one more scheduler, which the others tell what they know."""
+        one.join()
+        self._begin_to_scrape(one)
+        self._network.publish_soon(one)
