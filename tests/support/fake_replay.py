@@ -19,6 +19,7 @@ class FleetSpec:
     seed: int
     realistic: bool = False
     leaves: int = 1
+    foreign: float = 0.0
 
     def __post_init__(self) -> None:
         if self.setup != "llama-3.3-70b-4xh100":
