@@ -8,6 +8,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from vllm_pd_scheduler.admin.changes import AdminChanges
 from vllm_pd_scheduler.admin.instances_api import InstancesApi
+from vllm_pd_scheduler.admin.turning import Turning
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.router import PDRouter
 
@@ -16,7 +17,8 @@ class ManyInstancesTest(unittest.IsolatedAsyncioTestCase):
     async def test_others_are_served_meanwhile(self) -> None:
         fleet = [{"id": f"d{number}", "host": "10.0.0.1", "port": 8000 + number} for number in range(300)]
         router = PDRouter(SchedulerConfig.model_validate({"decode_instances": fleet}))
-        api = InstancesApi(router, AdminChanges(router), lambda: True)
+        changes = AdminChanges(router)
+        api = InstancesApi(router, changes, lambda: True, Turning(router, changes, lambda: True, None))
         (route,) = (each for each in api.routes() if (each.method, each.path) == ("GET", "/instances"))
         answer = asyncio.ensure_future(route.checked()(make_mocked_request("GET", "/instances?role=decode")))
         turns = 0
