@@ -5,6 +5,7 @@ from .kv_events import KvEventsConfig
 from .listeners import is_loopback
 from .load import ConfigError, load_config, load_instances, parse_config, read_instances
 from .problems import describe_error, find_problems
+from .presets import PRESETS
 from .reload import Reloaded, compare
 from .replicas import ReplicasConfig
 from .schema import SchedulerConfig
@@ -12,7 +13,7 @@ from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
 
 __all__ = [
-    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "KvEventsConfig", "Reloaded", "ReplicasConfig",
+    "ConfigError", "InstanceConfig", "InstanceTlsConfig", "KvEventsConfig", "PRESETS", "Reloaded", "ReplicasConfig",
     "SchedulerConfig",
     "SecretSource", "TlsConfig", "TracingConfig", "compare", "connector_choice", "describe_error",
     "find_problems", "is_loopback", "load_config", "load_instances", "parse_config", "read_instances",
