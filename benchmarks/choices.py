@@ -1,8 +1,9 @@
 """What each way to choose is worth: loads by fleets by models by strategies, as a table.
 
-Run it with ``python -m benchmarks.choices --mooncake conversation_trace.jsonl``. Each run is a line of the file
-``--runs``: what is there already is not run again, so that it can be stopped and go on. Among the runs that are
-missing, those of small fleets come first.
+Run it with ``python -m benchmarks.choices --mooncake conversation_trace.jsonl``; with ``--ablation`` it
+compares the preset with itself without one thing at a time. Each run is a line of the file ``--runs``: what
+is there already is not run again, so that it can be stopped and go on. Of the runs that are missing, those of
+small fleets come first.
 
 The loads that are made up are drawn with seeds from ``--seed`` on, with which nothing was tuned.
 """
@@ -48,6 +49,13 @@ LOADS = {
 }
 REQUESTS = {4: 1.0, 8: 1.5, 32: 4.0}
 """How many times as many requests a larger fleet gets; the rate grows with the fleet."""
+PEERS = ("llm_d", "dynamo", "dynamo_conditional", "conversation", "ppd")
+STRATEGIES = ("least_load", "low_latency", *PEERS)
+ABLATION = (
+    "low_latency", "low_latency+late_binding=false", "low_latency+disaggregation=always",
+    "low_latency+disaggregation=auto", "slo", "least_load", *PEERS,
+)  # fmt: skip
+"""The preset; without late binding, or prefills on D, or with those by cost; without both; other routers."""
 FIGURES = {
     "ttft": ("TTFT mean, s", 1.0, 2),
     "p90": ("p90", 1.0, 2),
@@ -98,7 +106,7 @@ def read(path: Path) -> dict[Run, dict[str, float]]:
 def table(runs: dict[Run, dict[str, float]], wanted: Sequence[Run], beside: str) -> Iterator[str]:
     """Yield the lines of a table in Markdown, with the mean TTFT also as a multiple of one strategy's."""
     titles = [title for title, _, _ in FIGURES.values()]
-    yield f"| load | fleet | model | strategy | ×{beside} | {' | '.join(titles)} | runs |"
+    yield f"| load | fleet | model | strategy | x {beside} | {' | '.join(titles)} | runs |"
     yield "|" + "---|" * (len(titles) + 6)
     rows = dict.fromkeys((r.load, r.size, r.setup, r.strategy) for r in wanted)
     for load, size, setup, strategy in rows:
@@ -118,6 +126,32 @@ def table(runs: dict[Run, dict[str, float]], wanted: Sequence[Run], beside: str)
         yield " | ".join((f"| {load}", f"{size}+{size}", setup, label, _cell(ratios, 2), *cells, note)) + " |"
 
 
+def grid(runs: dict[Run, dict[str, float]], wanted: Sequence[Run]) -> Iterator[str]:
+    """Yield the lines of a table in Markdown with a column for each strategy.
+
+    The first has its mean TTFT in seconds, the others theirs as a multiple of that, seed by seed. Below is
+    the 99th percentile of TPOT in ms.
+    """
+    strategies = list(dict.fromkeys(r.strategy for r in wanted))
+    yield f"| load | fleet, model | {' | '.join(f'`{each}`' for each in strategies)} |"
+    yield "|" + "---|" * (len(strategies) + 2)
+    for load, size, setup in dict.fromkeys((r.load, r.size, r.setup) for r in wanted):
+        seeds = sorted({r.seed for r in wanted if Run(load, setup, size, strategies[0], r.seed) in runs})
+        cells = []
+        for strategy in strategies:
+            found = [runs.get(Run(load, setup, size, strategy, seed)) for seed in seeds]
+            first = [runs[Run(load, setup, size, strategies[0], seed)] for seed in seeds]
+            own = [
+                (one["ttft"] / (1.0 if strategy == strategies[0] else base["ttft"]), one["tpot_p99"] * 1e3)
+                for one, base in zip(found, first, strict=True)
+                if one
+            ]
+            tpot = sum(each for _, each in own) / max(1, len(own))
+            cells.append(f"{_cell([each for each, _ in own], 2)}<br>{tpot:.0f}" if own else "")
+        if any(cells):
+            yield f"| {load} | {size}+{size} {setup}, {len(seeds)} | {' | '.join(cells)} |"
+
+
 def _cell(values: Sequence[float], digits: int) -> str:
     interval = Interval.of(values)
     if interval is not None:
@@ -126,7 +160,8 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def _wanted(given: argparse.Namespace) -> list[Run]:
-    strategies = [each for each in given.strategies.split(",") if each]
+    named = given.strategies.split(",") if given.strategies else ABLATION if given.ablation else STRATEGIES
+    strategies = [each for each in named if each]
     return [
         Run(load, setup, size, strategy, given.seed + more)
         for size in map(int, given.fleets.split(","))
@@ -150,13 +185,16 @@ def _run_all(runs: dict[Run, dict[str, float]], wanted: Iterable[Run], given: ar
 
 def main() -> None:
     """Do what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mooncake", default="", help="Mooncake's trace; left out without it")
     parser.add_argument("--runs", type=Path, default=Path("choices.jsonl"), help="file of the runs")
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--models", default=",".join(SETUPS))
     parser.add_argument("--fleets", default="4,8,32", help="P, and as many D")
-    parser.add_argument("--strategies", default="least_load,llm_d,dynamo,dynamo_conditional,conversation,ppd")
+    parser.add_argument("--strategies", default="", help="in place of the preset and other routers'")
+    parser.add_argument("--ablation", action="store_true", help="the preset without one thing at a time")
     parser.add_argument("--beside", default="least_load", help="whose mean TTFT the others' is a multiple of")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
@@ -165,7 +203,7 @@ def main() -> None:
     runs, wanted = read(given.runs), _wanted(given)
     if not given.only_print:
         _run_all(runs, wanted, given)
-    print("\n".join(table(runs, wanted, given.beside)))
+    print("\n".join(grid(runs, wanted) if given.ablation else table(runs, wanted, given.beside)))
 
 
 if __name__ == "__main__":

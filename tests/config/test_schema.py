@@ -63,10 +63,10 @@ class DefaultsTest(ConfigCase):
 
     def test_a_preset_sets_what_is_not_given(self) -> None:
         config = parse_config(fleet(preset="low_latency"))
-        self.assertEqual(
-            (config.strategy, config.disaggregation, config.late_binding), ("slo", "tpot", True)
+        self.assertEqual((config.strategy, config.disaggregation, config.late_binding), ("slo", "tpot", True))
+        config = parse_config(
+            fleet(preset="low_latency", disaggregation="always", decode_strategy="least_load")
         )
-        config = parse_config(fleet(preset="low_latency", disaggregation="always", decode_strategy="least_load"))
         self.assertEqual((config.disaggregation, config.late_binding), ("always", True))
         self.assertEqual(
             [config.strategy_of(role) for role in (InstanceRole.PREFILL, InstanceRole.DECODE)],

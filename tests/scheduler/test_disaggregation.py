@@ -82,7 +82,7 @@ class DisaggregationTest(unittest.TestCase):
         self.assertLess(taken, 50)
 
     def test_by_tpot_what_is_beyond_the_slack_costs_each_answer_there(self) -> None:
-        """However many come at once: beyond an answer's slack a D takes only what P would take far longer for."""
+        """However many come at once: beyond the slack a D takes only what P is far slower with."""
         for tokens in (200, 1000, 3000):
             with self.subTest(tokens=tokens):
                 self.start("tpot", decode=1, tpot_slo=0.05)

@@ -1,4 +1,4 @@
-"""What a replay compares: ours (a strategy or preset), another router's policy or the lower bound, with settings."""
+"""What a replay compares: a strategy or preset of ours, another router's policy, or the lower bound."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Variant:
 
 
 def variant_names() -> list[str]:
-    """Return the names that :func:`parse_variant` accepts: our strategies and presets, the peers', the bound."""
+    """Return the names that :func:`parse_variant` accepts: our strategies and presets, peers', the bound."""
     return [*strategy_names(), *PRESETS, *PEERS, LOWER_BOUND]
 
 
