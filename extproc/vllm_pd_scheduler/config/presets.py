@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 PresetName = Literal["low_latency"]
 
-PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "low_latency": {"strategy": "slo", "disaggregation": "tpot", "late_binding": True},
 }
 """What each name stands for. Why these: ``docs/scheduling.md``."""
