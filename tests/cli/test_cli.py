@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
@@ -32,7 +33,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "vllm_pd_scheduler", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HUNG_S,
         env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
     )
 

@@ -95,7 +95,7 @@ class TestStatus:
 
     def test_of_a_large_fleet_those_that_need_a_look(self, admin: AdminThread) -> None:
         def grow() -> None:
-            for number in range(1000):
+            for number in range(100):
                 instance = PDInstance(f"more-{number}", InstanceRole.DECODE, "10.1.0.1", 1 + number)
                 admin.router.registry.probed(admin.router.registry.add(instance), None)
             admin.router.drain_instance("more-7")
@@ -104,8 +104,8 @@ class TestStatus:
         shown = done(admin.url, "status")
         assert "more-7 " in shown
         assert "more-8" not in shown
-        assert "1002 healthy instances are not shown" in shown
-        assert "more-999" in done(admin.url, "status", "--all")
+        assert "102 healthy instances are not shown" in shown
+        assert "more-99" in done(admin.url, "status", "--all")
 
     def test_json_is_the_schedulers(self, admin: AdminThread) -> None:
         found = json.loads(done(admin.url, "status", "--json"))
@@ -278,12 +278,13 @@ def read_until(terminal: int, wanted: bytes) -> None:
 
 class TestFailures:
     def test_nobody_listens(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for command in (["status"], ["top"], ["drain", "d"], ["events", "--follow"], ["decisions"]):
-            reason = refused(url, *command, status=3)
-            assert reason.startswith(f"vllm-pd-scheduler: the scheduler at {url} cannot be reached: ")
-            assert reason.endswith("Give its address by --url or PD_SCHEDULER_URL")
+            for command in (["status"], ["top"], ["drain", "d"], ["events", "--follow"], ["decisions"]):
+                reason = refused(url, *command, status=3)
+                assert reason.startswith(f"vllm-pd-scheduler: the scheduler at {url} cannot be reached: ")
+                assert reason.endswith("Give its address by --url or PD_SCHEDULER_URL")
 
     def test_a_host_that_there_is_not(self) -> None:
         assert "cannot be reached" in refused("http://no.such.host.invalid:1", "status", status=3)

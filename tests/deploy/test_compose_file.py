@@ -21,6 +21,7 @@ from tests.support.compose_file import (
     mounts,
     read_services,
 )
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.config import SchedulerConfig, load_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
@@ -216,5 +217,5 @@ def test_compose_accepts_the_file(paths: list[Path], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOST_IP", "192.0.2.1")
     monkeypatch.setenv("GRAFANA_PASSWORD", "secret")
     command = [*compose_command(), *(f"--file={path}" for path in paths), "config", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from tests.deploy.test_compose_file import compose_command
 from tests.support.compose_file import REPLICAS, Service, mounts, read_services
 from tests.support.processes import spawned, unused_ports
 from tests.support.valkey import SERVER, ask, needs_server, until_listening
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
 
@@ -109,5 +110,5 @@ def test_the_server_starts_with_its_password(tmp_path: Path) -> None:
 def test_compose_accepts_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VALKEY_PASSWORD_FILE", "/run/valkey-password")
     command = [*compose_command(), f"--file={REPLICAS}", "config", "--quiet"]
-    done: Any = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done: Any = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr

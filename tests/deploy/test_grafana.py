@@ -14,6 +14,7 @@ import yaml
 from tests.deploy.test_prometheus import known_with_recorded
 from tests.support.compose_file import ROOT
 from tests.support.known_metrics import problems
+from tests.support.waiting import HUNG_S
 
 DIRECTORY = ROOT / "deploy" / "grafana"
 DASHBOARD = json.loads((DIRECTORY / "dashboard.json").read_text(encoding="utf-8"))
@@ -47,7 +48,7 @@ def test_promtool_can_read_every_query(tmp_path: Path) -> None:
     path = tmp_path / "panels.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}), encoding="utf-8")
     done = subprocess.run(
-        ["promtool", "check", "rules", str(path)], capture_output=True, text=True, timeout=60
+        ["promtool", "check", "rules", str(path)], capture_output=True, text=True, timeout=HUNG_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -29,6 +29,7 @@ from tests.support.chart import (
 )
 from tests.support.helm import CHART, NAMESPACE, RELEASE, run
 from tests.support.kubernetes_schema import containers, of_kind, pods, the_only
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler import __version__
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.envoy.configuration import render_config
@@ -177,12 +178,12 @@ def test_envoy_starts_with_what_the_pod_prints(values: Values, mounted: Path, tm
     script = script.replace(
         "exec vllm-pd-scheduler", f"exec {shlex.quote(sys.executable)} -m vllm_pd_scheduler"
     )
-    done = subprocess.run([shell, flag, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([shell, flag, script], capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr
     (envoy,) = pod["containers"]
     arguments = [each.replace("/etc/envoy", str(tmp_path)) for each in envoy["args"]]
     done = subprocess.run(
-        [find_envoy(), *arguments, "--mode", "validate"], capture_output=True, text=True, timeout=60
+        [find_envoy(), *arguments, "--mode", "validate"], capture_output=True, text=True, timeout=HUNG_S
     )
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load((tmp_path / "envoy.yaml").read_text())

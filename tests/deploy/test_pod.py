@@ -17,7 +17,7 @@ from tests.support.kubernetes_schema import the_only
 from tests.support.processes import Client, Process, Stack, spawned
 from tests.support.sim_fleet import Fleet
 from tests.support.stack import fleet, session, stack
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.process import find_envoy
 
 __all__ = ["fleet", "session", "stack"]
@@ -53,7 +53,7 @@ def pod(stack: Stack, fleet: Fleet, tmp_path: Path) -> dict[str, list[str]]:
             command = [word.replace(there, place) for word in command]
         return [word.replace("exec vllm-pd-scheduler", f"exec {shlex.join(ours)}") for word in command]
 
-    subprocess.run(here(prints["command"]), check=True, timeout=60)
+    subprocess.run(here(prints["command"]), check=True, timeout=HUNG_S)
     return {
         "scheduler": ours + here(scheduler["args"]),
         "envoy": [find_envoy(), *here(envoy["args"])],

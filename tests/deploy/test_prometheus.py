@@ -14,7 +14,7 @@ from tests.support.compose_file import ROOT
 from tests.support.known_metrics import OTHERS, known_series, names, problems
 from tests.support.processes import Client, spawned, unused_ports
 from tests.support.stack import client, fleet, session, stack, up
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 
@@ -43,7 +43,9 @@ def promtool(*arguments: str) -> None:
     """Run promtool; skip the test where there is none."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    done = subprocess.run(["promtool", *arguments], cwd=DIRECTORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=DIRECTORY, capture_output=True, text=True, timeout=HUNG_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,7 +13,7 @@ from tests.support.certificates import make_certificates
 from tests.support.compose_file import ROOT
 from tests.support.processes import Stack, spawned, unused_ports
 from tests.support.stack import session
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
@@ -43,7 +43,7 @@ def is_accepted(config: dict[str, Any], directory: Path) -> None:
     path = directory / "envoy.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [find_envoy(), "--mode", "validate", "-c", str(path), "--disable-hot-restart"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr
 
 

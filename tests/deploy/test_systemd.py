@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 from tests.support.compose_file import ROOT
+from tests.support.waiting import HUNG_S
 from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.config import SchedulerConfig, parse_config
 from vllm_pd_scheduler.envoy.ports import EnvoyPorts
@@ -80,7 +81,7 @@ def test_envoy_knows_its_options(tmp_path: Path) -> None:
     config.write_text("{}")
     arguments[arguments.index("-c") + 1] = str(config)
     done = subprocess.run(
-        [find_envoy(), *arguments, "--mode", "validate"], capture_output=True, text=True, timeout=60
+        [find_envoy(), *arguments, "--mode", "validate"], capture_output=True, text=True, timeout=HUNG_S
     )
     assert done.returncode == 0, done.stderr
 
@@ -162,7 +163,7 @@ def installed(tmp_path: Path) -> list[str]:
 
 def test_systemd_accepts_the_units(installed: list[str]) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *installed], capture_output=True, text=True, timeout=60
+        ["systemd-analyze", "verify", "--man=no", *installed], capture_output=True, text=True, timeout=HUNG_S
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -170,7 +171,7 @@ def test_systemd_accepts_the_units(installed: list[str]) -> None:
 def test_little_is_exposed(installed: list[str]) -> None:
     for path in installed:
         analyze = ["systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSED}", path]
-        done = subprocess.run(analyze, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(analyze, capture_output=True, text=True, timeout=HUNG_S)
         if "unrecognized option" in done.stderr:
             pytest.skip("this systemd-analyze cannot judge a file")
         assert done.returncode == 0, done.stdout.splitlines()[-1]

@@ -239,7 +239,7 @@ class TestWatched:
         router.reconfigure(changed, ["instance_files"])
         await files.follow()
         await until_there(router, "p1", "d1", "d2")
-        assert list(router.membership.ages(0.0)) == [source_of(str(other))]
+        await until(lambda: list(router.membership.ages(0.0)) == [source_of(str(other))])
 
 
 async def test_the_same_content_is_no_change(path: Path) -> None:

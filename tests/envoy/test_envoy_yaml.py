@@ -3,7 +3,6 @@
 import importlib
 import json
 import pkgutil
-import socket
 import tempfile
 import unittest
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from google.protobuf import json_format
 
 from tests.support.certificates import make_certificates
 from tests.support.envoy_config import accepted_by_envoy, cluster, every
+from tests.support.processes import unused_ports
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig
 from vllm_pd_scheduler.envoy.configuration import WEBSOCKET_PATH, config_path, render_config
@@ -42,14 +42,6 @@ def listener(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def port_of(where: dict[str, Any]) -> int:
     return where["address"]["socket_address"]["port_value"]
-
-
-def unused_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
 
 
 class TypesTest(unittest.TestCase):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 
@@ -178,8 +177,3 @@ def raw_answer(
     """An HTTP answer as it goes over the wire; ``headers`` are whole lines."""
     size = len(body) if length is None else length
     return b"HTTP/1.1 %s\r\ncontent-length: %d\r\n%s\r\n%s" % (status, size, headers, body)
-
-
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

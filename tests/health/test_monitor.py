@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from tests.support.processes import unused_ports
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.fleet.condition import reason
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.health import monitor as health
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot
 
-from .instances import Fixture, unused_port
+from .instances import Fixture
 
 HEALTHY, UNHEALTHY = InstanceState.HEALTHY, InstanceState.UNHEALTHY
 
@@ -44,7 +45,7 @@ class TestCheck:
         assert reason(fleet["d0"]) == f"/health answers {status}"
 
     async def test_nobody_listens(self, fleet: Fixture) -> None:
-        fleet.add("d0", "127.0.0.1", unused_port())
+        fleet.add("d0", "127.0.0.1", unused_ports(1)[0])
         await fleet.monitor().check(fleet["d0"])
         assert fleet["d0"].state is UNHEALTHY
         assert reason(fleet["d0"]).startswith("/health cannot be reached: ")
@@ -127,7 +128,7 @@ class TestLoops:
     async def test_start_probes_all_before_it_returns(self, fleet: Fixture) -> None:
         for name in ("d0", "d1"):
             await fleet.serve(name)
-        fleet.add("d2", "127.0.0.1", unused_port())
+        fleet.add("d2", "127.0.0.1", unused_ports(1)[0])
         await fleet.monitor(interval=60).start()
         assert [fleet[name].state for name in ("d0", "d1", "d2")] == [HEALTHY, HEALTHY, UNHEALTHY]
 

@@ -18,7 +18,7 @@ import pytest
 from tests.support.overload import PATIENT
 from tests.support.processes import Client, Process, Stack, ready, spawned
 from tests.support.sim_fleet import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 
 STREAM = {"prompt": "p", "max_tokens": 40, "ignore_eos": True, "stream": True}
 
@@ -231,6 +231,7 @@ async def test_a_terminal_that_is_closed_drains(
     command = stack.serve(settings)
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
         os.execv(command[0], command)
     ended = asyncio.get_running_loop().run_in_executor(None, os.waitpid, pid, 0)
     client = Client(session, stack, fleet)
@@ -245,5 +246,6 @@ async def test_a_terminal_that_is_closed_drains(
     os.kill(pid, signal.SIGHUP)
     assert (await client.admin("GET", "/readyz"))[0] == 200
     os.close(terminal)
-    _, status = await ended
+    async with asyncio.timeout(HUNG_S):
+        _, status = await ended
     assert os.waitstatus_to_exitcode(status) == 0

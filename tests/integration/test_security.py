@@ -163,9 +163,8 @@ async def _check_steering(client: Client, path: str, *, external: bool) -> None:
         await client.fault(instance.id, status=400, paths=[path])
     before = await client.seen_by_all()
     assert (await client.post(path, {"prompt": "p", "max_tokens": 2}, STEERING)).status == 400
-    # The scheduler itself may free a hand-off meanwhile: such a request has no headers of a client's.
     seen = [one for each in client.fleet.decode for one in await client.seen_since(each.id, before[each.id])]
-    assert len([one for one in seen if any(key.lower() == "x-request-id" for key in one["headers"])]) == 1
+    assert len(seen) == 1
     for instance in client.fleet.decode:
         await client.fault(instance.id)
 
@@ -282,8 +281,6 @@ ONE_REQUEST = {
 @pytest.mark.parametrize("data", ONE_REQUEST.values(), ids=ONE_REQUEST)
 async def test_exactly_one_request(client: Client, data: bytes) -> None:
     answers, seen = await exchange(client, data)
-    # The scheduler itself may free what a client of a test before has left behind.
-    seen = [each for each in seen if each["outcomes"] != ["released"]]
     assert [answer.status for answer in answers][:1] == [200]
     assert [answer.headers["x-request-id"] for answer in answers] in (["first", "last"], ["first"])
     got = [(_id(each), each["path"]) for each in seen if _id(each) != "last"]

@@ -20,6 +20,7 @@ STRATEGIES = """\
 import os
 import time
 
+from vllm_pd_scheduler.admin import changes
 from vllm_pd_scheduler.strategies import Strategy
 
 
@@ -38,6 +39,7 @@ class DiskHangs(Strategy):
     def __init__(self, config):
         super().__init__(config)
         os.fsync = sleep
+        changes.KEEP_S = 2.0
 
     def score(self, endpoint, request):
         return endpoint.in_flight

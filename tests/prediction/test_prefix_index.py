@@ -5,11 +5,11 @@ from hashlib import blake2b
 from unittest import TestCase
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from vllm_pd_scheduler.prediction.prefix_index import DEFAULT_CAPACITY, Holder, PrefixIndex
+from vllm_pd_scheduler.prediction.prefix_index import DEFAULT_CAPACITY, Holder, PrefixIndex, PrefixMatch
 
 SLOTS = 20
 MAX_BYTES_PER_BLOCK = 220
@@ -140,6 +140,35 @@ class PrefixIndexTest(TestCase):
         self.assertLess(used / 200_000, MAX_BYTES_PER_BLOCK)
 
 
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    length=st.integers(1, 150),
+    depths=st.lists(st.integers(0, 150), max_size=120),
+    count=st.integers(1, 9),
+    common=st.integers(0, 120),
+)
+def test_any_depths(length: int, depths: list[int], count: int, common: int) -> None:
+    """Many that differ, a few far apart, or all alike: the same as a look at each of them."""
+    index, blocks = PrefixIndex(), chain("x" * length)
+    holders = [index.add() for _ in depths]
+    for holder, depth in zip(holders, depths, strict=True):
+        holder.store(blocks[:depth])
+    expected = {h: min(d, length) for h, d in zip(holders, depths, strict=True) if d}
+    match = index.match(blocks)
+    assert match == expected
+    assert [match.get(holder, 0) for holder in holders] == [expected.get(holder, 0) for holder in holders]
+    some = holders[::3]
+    among = {holder: expected[holder] for holder in some if holder in expected}
+    assert match.among(some) == among
+    deepest = sorted(among.values(), reverse=True)
+    deepest = [d for d in deepest if sum(other >= d for other in deepest) <= common][:count]
+    assert [among[h] for h in match.longest(count, index.mask_of(some), common=common)] == deepest
+    assert match.holds(index)
+    index.add().store(blocks)
+    assert not match.holds(index)
+    assert not match.holds(PrefixIndex())
+
+
 class Model:
     """What a holder should be: blocks in a list, the least recently used first."""
 
@@ -177,6 +206,8 @@ class PrefixMachine(RuleBasedStateMachine):
         super().__init__()
         self.index = PrefixIndex()
         self.models: dict[Holder, Model] = {}
+        self.asked: tuple[tuple[int, ...], PrefixMatch] = (), self.index.match(())
+        """The newest prompt, and what was known of it."""
 
     @precondition(lambda self: len(self.models) < SLOTS)
     @rule(target=holders, capacity=capacities)
@@ -227,6 +258,7 @@ class PrefixMachine(RuleBasedStateMachine):
         depths = {holder: model.depth(blocks) for holder, model in self.models.items()}
         expected = {holder: depth for holder, depth in depths.items() if depth}
         match = self.index.match(blocks)
+        self.asked = blocks, match
         assert match == expected
         for holder, depth in depths.items():
             more = self.models[holder].answers.get(blocks[depth - 1], 0) if depth else 0
@@ -240,6 +272,13 @@ class PrefixMachine(RuleBasedStateMachine):
             found = sorted((expected[holder] for holder in some if holder in expected), reverse=True)
             assert [expected[holder] for holder in longest] == found[:count]
             assert len(set(longest)) == len(longest)
+
+    @invariant()
+    def what_holds_is_what_the_index_says(self) -> None:
+        blocks, match = self.asked
+        if match.holds(self.index):
+            depths = {holder: model.depth(blocks) for holder, model in self.models.items()}
+            assert match == {holder: depth for holder, depth in depths.items() if depth}
 
     @invariant()
     def all_are_as_full_as_their_models(self) -> None:

@@ -2,7 +2,7 @@
 
 import unittest
 
-from tests.support.fleet import P, registry_of
+from tests.support.fleet import D, P, registry_of
 from vllm_pd_scheduler.request.context import RequestContext
 
 BLOCKS = (1, 2, 3)
@@ -33,6 +33,21 @@ class CachedTest(unittest.TestCase):
         self.assertEqual(self.request.cached_blocks(holder), 3)
         self.request.look_up_in(self.registry.prefixes)
         self.assertEqual(self.request.cached_blocks(holder), 0)
+
+    def test_what_has_not_changed_is_not_looked_up_again(self) -> None:
+        one, other = tuple(self.endpoints[:2]), tuple(self.registry.endpoints(D))
+        self.request.offer(one)
+        match, known = self.request.match, self.request.cached
+        self.request.offer(other)
+        self.assertEqual(self.request.cached, {})
+        self.request.look_up_in(self.registry.prefixes)
+        self.request.offer(one)
+        self.assertIs(self.request.match, match)
+        self.assertIs(self.request.cached, known)
+        self.endpoints[1].holder.store(BLOCKS)
+        self.request.look_up_in(self.registry.prefixes)
+        self.request.offer(one)
+        self.assertEqual(self.request.cached, {e.holder: 3 for e in one})
 
     def test_nothing_before_a_pick(self) -> None:
         request = RequestContext("/", blocks=BLOCKS)

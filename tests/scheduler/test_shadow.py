@@ -187,7 +187,7 @@ class ShadowTest(unittest.TestCase):
         answers: list[Any] = [ValueError("odd"), Unprintable(), RecursionError(), None, 5, [], [None]]
         answers += [[stranger], [self.registry.get("d0")], {}]
         with (
-            self.assertLogs("vllm_pd_scheduler.scheduler.strategies.shadow", "WARNING") as logged,
+            self.assertLogs("vllm_pd_scheduler.scheduler.shadow", "WARNING") as logged,
             mock.patch.object(Odd, "answer", None),
         ):
             for count, answer in enumerate(answers, 1):
@@ -203,7 +203,7 @@ class ShadowTest(unittest.TestCase):
 
     def test_once_a_minute(self) -> None:
         self.shadow(ODD)
-        with self.assertLogs("vllm_pd_scheduler.scheduler.strategies.shadow", "WARNING") as logged:
+        with self.assertLogs("vllm_pd_scheduler.scheduler.shadow", "WARNING") as logged:
             for now in (0.0, WARNING_INTERVAL_S - 1, WARNING_INTERVAL_S, WARNING_INTERVAL_S + 1):
                 self.now = now
                 self.decide("p0")

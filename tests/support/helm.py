@@ -19,6 +19,7 @@ import yaml
 
 from tests.support.cache import cached
 from tests.support.compose_file import ROOT
+from tests.support.waiting import HUNG_S
 
 CHART = ROOT / "deploy" / "helm" / "vllm-pd-scheduler"
 RELEASE, NAMESPACE = "pd", "llm"
@@ -78,7 +79,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one of the tools, which end before they need to collect garbage."""
     environment = {**os.environ, "GOGC": "off"}
     return subprocess.run(
-        [tool(name), *arguments], capture_output=True, text=True, timeout=60, env=environment
+        [tool(name), *arguments], capture_output=True, text=True, timeout=HUNG_S, env=environment
     )
 
 

@@ -36,8 +36,8 @@ def fleet(described: list[dict[str, Any]]) -> Registry:
         for endpoint, one in zip(registry.endpoints(role), described, strict=True):
             endpoint.holder.store(BLOCKS[: one["cached"]])
             give(endpoint.prefill, trust=one["trust"], overhead=one["overhead"])
-            metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"])
-            give(endpoint, kv_capacity=one["capacity"], metrics=metrics)
+            metrics = MetricsSnapshot(0.0, one["others"], kv_usage=one["usage"], kv_capacity=one["capacity"])
+            endpoint.scraped(metrics, 0, 0.0)
             for tokens in one["queued"]:
                 registry.work.reserve(endpoint, prompt(float(tokens)))
     return registry

@@ -322,10 +322,14 @@ class Client:
         await until(tried)
         return result
 
-    async def seen(self, instance_id: str) -> list[dict[str, Any]]:
-        """Return the requests that a simulated instance got, oldest first."""
+    async def seen(self, instance_id: str, releases: bool = False) -> list[dict[str, Any]]:
+        """Return the requests that a simulated instance got, oldest first.
+
+        Those by which the scheduler frees a hand-off are its own doing, and come when they come: they are
+        left out but for ``releases``.
+        """
         found: list[dict[str, Any]] = await self.json(self.fleet[instance_id].url + "/_sim/requests")
-        return found
+        return [each for each in found if releases or each["outcomes"] != ["released"]]
 
     async def request_of(self, answer: Answer) -> dict[str, Any]:
         """Return the request that the decode instance which gave an answer got for it."""
@@ -342,13 +346,13 @@ class Client:
         _, found = await self.admin("GET", f"/decisions?request_id={answer.headers['x-request-id']}")
         return str(found["decisions"][-1]["prefill"]["attempts"][-1]["instance"])
 
-    async def seen_since(self, instance_id: str, number: int) -> list[dict[str, Any]]:
+    async def seen_since(self, instance_id: str, number: int, releases: bool = False) -> list[dict[str, Any]]:
         """Return the requests that came after the one with this number."""
-        return [each for each in await self.seen(instance_id) if each["number"] > number]
+        return [each for each in await self.seen(instance_id, releases) if each["number"] > number]
 
-    async def seen_by_all(self) -> dict[str, int]:
-        """Return how many requests each simulated instance that runs got so far."""
-        found = {each.id: await self.seen(each.id) for each in self.fleet.instances if each.alive}
+    async def seen_by_all(self, releases: bool = False) -> dict[str, int]:
+        """Return the number of the last request that each simulated instance that runs got so far."""
+        found = {each.id: await self.seen(each.id, releases) for each in self.fleet.instances if each.alive}
         return {name: seen[-1]["number"] if seen else 0 for name, seen in found.items()}
 
     async def states(self) -> dict[str, str]:

@@ -31,6 +31,8 @@ _MAINS = {
     "vllm_pd_scheduler.sim.server": ("vllm_pd_scheduler.sim.server", "main"),
 }
 """The modules that are run by ``python -m``, and the function that each calls."""
+_ENDS_AT_ONCE = {"vllm_pd_scheduler.sim.server"}
+"""Those that end when their function has returned: Python would take apart first all that it has imported."""
 _PRELOADED = ("vllm_pd_scheduler.service.app", "vllm_pd_scheduler.sim.worker")
 _PR_SET_CHILD_SUBREAPER = 36
 """Option of ``prctl(2)``, from ``linux/prctl.h``."""
@@ -121,6 +123,7 @@ def _serve() -> None:
 def _become(request: dict[str, Any], output: int, between: int) -> None:
     """Be the process that is asked for, and end as it ends."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     nothing = os.open(os.devnull, os.O_RDONLY)
     for fd, wanted in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(fd, wanted)
@@ -134,7 +137,12 @@ def _become(request: dict[str, Any], output: int, between: int) -> None:
     os.environ.update(request["environment"])
     command: list[str] = request["command"]
     if command[:2] == [sys.executable, "-m"] and command[2] in _MAINS:
-        sys.exit(_run(command[2:]))
+        status = _run(command[2:])
+        if command[2] in _ENDS_AT_ONCE:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
+        sys.exit(status)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and what it execs would too
         signal.signal(number, signal.SIG_DFL)
     os.execvp(command[0], command)

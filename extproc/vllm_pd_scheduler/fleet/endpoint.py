@@ -75,6 +75,10 @@ class Endpoint(Struct, frozen=True, eq=False):
     tokens_elsewhere: float = 0.0
     """Those of ``tokens`` that belong to requests of other replicas."""
     tokens_at_scrape: float = 0.0
+    others_requests: float = 0.0
+    """Requests running or queued there, as last scraped, that are none of ``in_flight``."""
+    others_tokens: float = 0.0
+    """Tokens of KV cache in use, as last scraped, that are none of ``tokens``."""
     kv_capacity: float | None = None
     """Tokens that its KV cache holds, as last scraped."""
     transfer_rate: float | None = None
@@ -194,10 +198,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     @property
     def requests(self) -> float:
         """Requests running or queued there: ours exactly, and others' (another scheduler's) as last seen."""
-        if self.metrics is None:
-            return float(self.in_flight)
-        others = self.metrics.running + self.metrics.waiting - self.in_flight_at_scrape
-        return self.in_flight + max(0.0, others)
+        return self.in_flight + self.others_requests
 
     def prefill_cost(self, request: RequestContext) -> float:
         """Predicted seconds of prefill for a request, as far as its prompt is not cached there."""
@@ -207,10 +208,7 @@ class Endpoint(Struct, frozen=True, eq=False):
     @property
     def kv_tokens(self) -> float:
         """Tokens of KV cache in use: ours as reserved, others' as last seen."""
-        if self.metrics is None or self.kv_capacity is None:
-            return self.tokens
-        others = self.metrics.kv_usage * self.kv_capacity - self.tokens_at_scrape
-        return self.tokens + max(0.0, others)
+        return self.tokens + self.others_tokens
 
     @property
     def kv_usage(self) -> float:
@@ -265,6 +263,7 @@ class Endpoint(Struct, frozen=True, eq=False):
             _set(self, "transfer_rate", snapshot.transfer_rate)
         if snapshot.adapter_slots:
             self.models.holds(snapshot.adapter_slots)
+        self._see_others()
 
     def forget_metrics(self) -> None:
         """Take its load for not known any more."""
@@ -272,6 +271,17 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "metrics", None)
         _set(self, "in_flight_at_scrape", 0)
         _set(self, "tokens_at_scrape", 0.0)
+        self._see_others()
+
+    def _see_others(self) -> None:
+        """Work out what is there of others, which many picks read between two scrapes."""
+        metrics, requests, tokens = self.metrics, 0.0, 0.0
+        if metrics is not None:
+            requests = max(0.0, metrics.running + metrics.waiting - self.in_flight_at_scrape)
+            if self.kv_capacity is not None:
+                tokens = max(0.0, metrics.kv_usage * self.kv_capacity - self.tokens_at_scrape)
+        _set(self, "others_requests", requests)
+        _set(self, "others_tokens", tokens)
 
     def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
         """Note what its last hand-off shows; return whether its protocol is another one."""
@@ -316,6 +326,7 @@ class Endpoint(Struct, frozen=True, eq=False):
         self.sent_elsewhere(-requests, -tokens)
         _set(self, "in_flight_at_scrape", max(0, self.in_flight_at_scrape - requests))
         _set(self, "tokens_at_scrape", max(0.0, self.tokens_at_scrape - tokens))
+        self._see_others()
 
     def holds_elsewhere(self, handoffs: int) -> None:
         """Count so many hand-offs of other replicas more, or less."""
@@ -385,6 +396,7 @@ class Endpoint(Struct, frozen=True, eq=False):
             _set(self, name, value)
         self.models.forget()
         self.pause.forget()
+        self._see_others()
         return True
 
     def _load_changes(self) -> None:

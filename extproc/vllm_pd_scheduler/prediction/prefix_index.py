@@ -4,8 +4,9 @@ A prompt is a chain of blocks. A block's number is a hash of the prompt from its
 block, so it stands for a whole prefix. An instance that holds a block also holds all blocks before it in the
 chain, since prompts are used from their first block on and evicted from their last. So along a chain holders
 only drop out, and :meth:`PrefixIndex.match` finds the places where they do by binary search: it reads few
-blocks of a long prompt. What it returns keeps sets of holders and looks at one holder only when it is asked
-for that one, so that its cost does not grow with the fleet.
+blocks of a long prompt, and each block once where they drop out everywhere. What it returns keeps sets of
+holders and looks at one holder only when it is asked for that one, so that its cost does not grow with the
+fleet. It can be used again as long as it holds (:meth:`PrefixMatch.holds`).
 
 The index keeps the set of holders of each block, as the bits of an int, and the blocks of each holder by last
 use. That takes 150 to 220 bytes for each block of each holder, since dicts grow in steps: 1.7 GiB for 1,000
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
+from typing import Any
 
 DEFAULT_CAPACITY = 10_000
 """Blocks that a holder keeps until its capacity is known.
@@ -28,6 +30,12 @@ Llama 3 70B, at 320 KiB each.
 _TABLE_COUNT = 256
 """Dicts among which the blocks are spread: one with a million entries would stop the process for 70 ms when
 it grows."""
+_DENSE_LEVELS = 8
+"""Changes of the holders along a chain after which each block is read, if they were dense so far."""
+_DENSE_BLOCKS = 12
+"""Blocks for each change that are dense: to search for the next change would read as many."""
+_FEW_LEVELS = 4
+"""Changes up to which each holder's depth is found one after another, and not by bisection."""
 _FEW_BITS = 12
 """Holders of a mask that are looked up one by one; with more, going over all bits at once is faster."""
 _NO_SLOT = 1 << 60
@@ -43,6 +51,8 @@ class PrefixIndex:
         """Block to mask: bit ``n`` is set if the holder in slot ``n`` has the block."""
         self._holders: list[Holder] = []
         """By slot."""
+        self.version = 0
+        """Changes whenever a block gets a holder, or loses one."""
         self._free: list[int] = []
         """Slots of closed holders, to be used again, so that masks stay short."""
 
@@ -66,6 +76,9 @@ class PrefixIndex:
         levels: list[tuple[int, int]] = []
         depth, mask = 0, self._mask(blocks[0]) if blocks else 0
         while mask:
+            if len(levels) >= _DENSE_LEVELS and depth < _DENSE_BLOCKS * len(levels):
+                self._walk(blocks, depth, mask, levels)
+                break
             depth, after = self._next_change(blocks, depth, mask)
             levels.append((depth, mask))
             mask = after
@@ -108,6 +121,22 @@ class PrefixIndex:
                 high, after = middle, other
         return high, after
 
+    def _walk(self, blocks: Sequence[int], at: int, mask: int, levels: list[tuple[int, int]]) -> None:
+        """Add a level for each change of the mask from an index on, looking at block after block."""
+        tables, same = self._tables, mask
+        for depth in range(at + 1, len(blocks)):
+            block = blocks[depth]
+            found = tables[block % _TABLE_COUNT].get(block, 0)
+            if found is same:  # as successive blocks mostly are
+                continue
+            same, after = found, mask & found
+            if after != mask:
+                levels.append((depth, mask))
+                mask = after
+                if not mask:
+                    return
+        levels.append((len(blocks), mask))
+
     def _holders_in(self, mask: int) -> Iterable[Holder]:
         """Return the holders whose bits are set."""
         if mask.bit_count() > _FEW_BITS:
@@ -124,6 +153,7 @@ class PrefixIndex:
 
     def _mark(self, blocks: Iterable[int], bit: int) -> None:
         """Add the holder with this bit to blocks."""
+        self.version += 1
         tables, before, after = self._tables, 0, bit
         for block in blocks:
             table = tables[block % _TABLE_COUNT]
@@ -134,6 +164,7 @@ class PrefixIndex:
 
     def _unmark(self, blocks: Iterable[int], bit: int) -> None:
         """Remove the holder with this bit from blocks; forget blocks that nobody holds."""
+        self.version += 1
         tables, before, after = self._tables, bit, 0
         for block in blocks:
             table = tables[block % _TABLE_COUNT]
@@ -152,19 +183,42 @@ class PrefixMatch(Mapping["Holder", int]):
     It is what the index knew when it was asked. The holder of the longest prefix comes last.
     """
 
-    __slots__ = ("_index", "_levels")
+    __slots__ = ("_index", "_levels", "_version")
 
     def __init__(self, index: PrefixIndex, levels: Sequence[tuple[int, int]]) -> None:
         self._index = index
         self._levels = levels
         """(depth, mask): the holders that have at least so many blocks. The longest prefix comes first."""
+        self._version = index.version
+
+    def holds(self, index: PrefixIndex) -> bool:
+        """Whether it is still what an index knows."""
+        return self._index is index and self._version == index.version
 
     def __getitem__(self, holder: Holder) -> int:
-        bit = holder._bit
-        for depth, mask in self._levels:
-            if mask & bit:
-                return depth
+        if depth := self._depth(holder):
+            return depth
         raise KeyError(holder)
+
+    def get(self, holder: Holder, default: Any = None) -> Any:
+        """Return the blocks that a holder has; the default if it has none."""
+        return self._depth(holder) or default
+
+    def _depth(self, holder: Holder) -> int:
+        """Return the leading blocks that a holder has."""
+        at = self._first(holder._bit)
+        return self._levels[at][0] if at < len(self._levels) else 0
+
+    def _first(self, bits: int) -> int:
+        """Return the place of the first level with one of some holders, by bisection: later ones add more."""
+        levels, low, high = self._levels, 0, len(self._levels)
+        while low < high:
+            middle = (low + high) // 2
+            if levels[middle][1] & bits:
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def __iter__(self) -> Iterator[Holder]:
         masks = [mask for _, mask in self._levels]
@@ -176,6 +230,9 @@ class PrefixMatch(Mapping["Holder", int]):
 
     def among(self, holders: Iterable[Holder]) -> dict[Holder, int]:
         """Return the same for some holders only."""
+        if len(self._levels) > _FEW_LEVELS:
+            first, by_level = self._first, [*(depth for depth, _ in self._levels), 0]
+            return {holder: depth for holder in holders if (depth := by_level[first(holder._bit)])}
         depths: dict[Holder, int] = {}
         for depth, mask in reversed(self._levels):
             holders = [holder for holder in holders if mask >> holder._slot & 1]  # unlike _bit it is short
@@ -191,7 +248,7 @@ class PrefixMatch(Mapping["Holder", int]):
         """
         chosen: list[Holder] = []
         longer = 0
-        for _, mask in self._levels:
+        for _, mask in islice(self._levels, self._first(within), None):
             mask &= within
             if mask.bit_count() > common:
                 break
@@ -201,6 +258,8 @@ class PrefixMatch(Mapping["Holder", int]):
                     bit = part & -part
                     chosen.append(self._index._holders[bit.bit_length() - 1])
                     part ^= bit
+            if len(chosen) == count:
+                break
         return chosen
 
 
@@ -237,9 +296,10 @@ class Holder:
         mine, chain = self._blocks, blocks[: self._capacity]
         new = [block for block in reversed(chain) if block not in mine]
         used = [mine.pop(block) for block in reversed(chain) if block in mine]
-        self._evict(len(mine) + len(chain) - self._capacity)
-        self._index._mark(new, self._bit)
-        mine.update(zip(new, new, strict=True))
+        if new:
+            self._evict(len(mine) + len(chain) - self._capacity)
+            self._index._mark(new, self._bit)
+            mine.update(zip(new, new, strict=True))
         mine.update(zip(used, used, strict=True))
 
     def answered(self, blocks: Sequence[int], more: int) -> None:

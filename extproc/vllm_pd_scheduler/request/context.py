@@ -69,6 +69,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     _offered: Sequence[HasHolder] | None = None
     _match: PrefixMatch | None = None
     _cached: Mapping[Holder, int] | None = None
+    _known: tuple[tuple[Sequence[HasHolder], Mapping[Holder, int]], ...] = ()
+    """What was cached of those that were offered last, as long as the index says the same."""
 
     @property
     def request_id(self) -> str:
@@ -82,8 +84,7 @@ class RequestContext(Struct, frozen=True, eq=False):
         Looked up when first read after a pick began: a pick that does not read it need not pay for that.
         """
         if self._cached is None:
-            offered = self._offered
-            found = self.match if offered is None else self.match.among(e.holder for e in offered)
+            found = self.match if self._offered is None else self._among(self._offered)
             force_setattr(self, "_cached", found)
             return found
         return self._cached
@@ -96,6 +97,15 @@ class RequestContext(Struct, frozen=True, eq=False):
             force_setattr(self, "_match", found)
             return found
         return self._match
+
+    def _among(self, offered: Sequence[HasHolder]) -> Mapping[Holder, int]:
+        """Return what is cached of those that are offered: those of P are again, after those of D."""
+        for endpoints, found in self._known:
+            if endpoints is offered:
+                return found
+        found = self.match.among([endpoint.holder for endpoint in offered])
+        force_setattr(self, "_known", (*self._known[-1:], (offered, found)))
+        return found
 
     def limited_to(self, subset: frozenset[str] | None) -> None:
         """Set to which D it may go; ``None``: to all."""
@@ -115,10 +125,14 @@ class RequestContext(Struct, frozen=True, eq=False):
         force_setattr(self, "prompt_tokens", prompt_tokens)
 
     def look_up_in(self, index: PrefixIndex) -> None:
-        """Forget what was cached, and look it up in ``index`` when it is read."""
+        """Forget what was cached if that has changed, and look it up in ``index`` when it is read."""
+        force_setattr(self, "_offered", None)
+        force_setattr(self, "_cached", None)
+        if self._match is not None and self._match.holds(index):
+            return
         force_setattr(self, "_index", index)
-        for name in ("_match", "_cached", "_offered"):
-            force_setattr(self, name, None)
+        force_setattr(self, "_match", None)
+        force_setattr(self, "_known", ())
 
     def offer(self, endpoints: Sequence[HasHolder]) -> None:
         """Let :attr:`cached` tell of these endpoints."""

@@ -7,6 +7,7 @@ from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
 from ..prediction.load_model import prefill_pairs
 from ..request.context import RequestContext
+from ..strategies.base import request_counts
 from ..strategies.predicted_latency import WORK_WEIGHT
 from . import Scheduler
 from .stalls import Stalls
@@ -120,7 +121,7 @@ class Disaggregation:
         # cheaper.
         most_cached = self._scheduler.most_cached(InstanceRole.DECODE, request)
         decodes += [most_cached] if most_cached is not None else []
-        return decodes, sum(e.requests for e in routable) / max(1, len(routable))
+        return decodes, sum(request_counts(routable)) / max(1, len(routable))
 
     def _prefill_cost(self, decode: Endpoint, request: RequestContext) -> float:
         new = request.uncached(decode.holder)

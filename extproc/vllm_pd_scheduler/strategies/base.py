@@ -28,15 +28,7 @@ def request_counts(endpoints: Sequence[Endpoint]) -> list[float]:
 
     It repeats that property's code: to call it for 1,000 endpoints would take half a millisecond.
     """
-    counts = []
-    for endpoint in endpoints:
-        metrics, ours = endpoint.metrics, endpoint.in_flight
-        if metrics is not None:
-            others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
-            counts.append(ours + others if others > 0.0 else float(ours))
-        else:
-            counts.append(float(ours))
-    return counts
+    return [endpoint.in_flight + endpoint.others_requests for endpoint in endpoints]
 
 
 class StrategySettings(Protocol):

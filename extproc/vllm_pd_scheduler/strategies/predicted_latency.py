@@ -131,16 +131,9 @@ class PredictedLatency(Strategy):
         own = request.prompt_tokens + request.output_tokens
         scores = []
         for endpoint in endpoints:  # repeats Endpoint.requests and Endpoint.kv_tokens, to save calls
-            metrics, capacity, load = endpoint.metrics, endpoint.kv_capacity, endpoint.decode
-            batch, tokens = endpoint.in_flight + 1.0, endpoint.tokens + own
-            if metrics is not None:
-                others = metrics.running + metrics.waiting - endpoint.in_flight_at_scrape
-                if others > 0.0:
-                    batch += others
-                if capacity is not None:
-                    others = metrics.kv_usage * capacity - endpoint.tokens_at_scrape
-                    if others > 0.0:
-                        tokens += others
+            capacity, load = endpoint.kv_capacity, endpoint.decode
+            batch = endpoint.in_flight + 1.0 + endpoint.others_requests
+            tokens = endpoint.tokens + own + endpoint.others_tokens
             step = load.base + load.per_seq * batch + load.per_kv_token * tokens
             if capacity is not None and tokens > capacity:
                 step += NO_ROOM_PENALTY + tokens - capacity
