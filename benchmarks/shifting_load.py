@@ -1,4 +1,4 @@
-"""A load that shifts from long prompts to long answers: with the advice followed, and without.
+"""A load that shifts from long prompts to long answers: with the advice followed, by itself, and without.
 
 Run it with ``python -m benchmarks.shifting_load``. It replays in virtual time, as ``replay`` does.
 Each minute it asks for the advice, by what the scheduler has learned until then.
@@ -15,7 +15,9 @@ from random import Random
 from vllm_pd_scheduler.advice.observation import LEAST_REQUESTS, Observation, lead_seconds, learned, sizes
 from vllm_pd_scheduler.advice.question import Question
 from vllm_pd_scheduler.advice.rehearsal import TooSlow, rehearse
+from vllm_pd_scheduler.advice.turns import Turns
 from vllm_pd_scheduler.advice.verdict import Advice, judge
+from vllm_pd_scheduler.config.turning import TurningConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.records.traffic import MAX_AGE_S, Recorded
@@ -68,13 +70,15 @@ class Asked:
 
 @dataclass
 class Plan:
-    """When the advice is asked for, of which time, and whether it is followed."""
+    """When the advice is asked for, of which time, and whether it is followed: each, or within limits."""
 
     follow: bool
+    limits: TurningConfig | None = None
     every: float = 60.0
     window: float = 180.0
     cpu_seconds: float = 60.0
     asked: list[Asked] = field(default_factory=list)
+    name: str = ""
 
 
 class Turning(_Run):
@@ -84,6 +88,7 @@ class Turning(_Run):
         super().__init__(parse_variant(STRATEGY), trace, fleet, lambda _: None, None)
         self._plan, self._fleet = plan, fleet
         self._turned = 0
+        self._turns = Turns()
         self._clock.call_at(plan.window, self._ask)
 
     def results(self) -> list[RequestResult]:
@@ -100,10 +105,18 @@ class Turning(_Run):
         fleet = tuple(len(self._one.registry.routable(role)) for role in PD_ROLES)
         advice = self._advised() if sum(fleet) == self._fleet.prefill + self._fleet.decode else None
         self._plan.asked.append(Asked(self._clock.now, (fleet[0], fleet[1]), advice))
-        if self._plan.follow and advice is not None and advice.move is not None:
-            to_prefill = advice.move.size.prefill > fleet[0]
-            self._turn(*(PD_ROLES[::-1] if to_prefill else PD_ROLES))
+        if self._plan.follow and advice is not None and (role := self._asked_for(advice)) is not None:
+            self._turn(role, next(each for each in PD_ROLES if each is not role))
         self._clock.call_at(self._clock.now + self._plan.every, self._ask)
+
+    def _asked_for(self, advice: Advice) -> InstanceRole | None:
+        limits, now = self._plan.limits, self._clock.now
+        if limits is None:
+            return advice.from_role
+        role = self._turns.looked(advice, limits, now)
+        if role is not None:
+            self._turns.pause(now, limits.pause)
+        return role
 
     def _advised(self) -> Advice | None:
         now, plan = self._clock.now, self._plan
@@ -165,12 +178,11 @@ class Turning(_Run):
 
 
 def compare(phases: tuple[Phase, ...], fleet: FleetSpec) -> tuple[list[RequestResult], ...]:
-    """Return the results without following the advice, and with it; print what was advised."""
+    """Return the results of each plan; print what was advised."""
     found = []
-    for follow in (False, True):
-        plan = Plan(follow)
+    for plan in plans():
         found.append(Turning(shifting(phases), fleet, plan).results())
-        print(f"\n{'following' if follow else 'not following'} the advice:")
+        print(f"\n{plan.name}:")
         for each in plan.asked:
             said = (
                 "not asked: one is being turned, or too little was seen"
@@ -182,6 +194,17 @@ def compare(phases: tuple[Phase, ...], fleet: FleetSpec) -> tuple[list[RequestRe
     return tuple(found)
 
 
+def plans() -> tuple[Plan, ...]:
+    """Return what is compared."""
+    eager = TurningConfig(looks=2, gain=1.0, pause=60.0)
+    return (
+        Plan(follow=False, name="4 P + 4 D"),
+        Plan(follow=True, name="each advice followed"),
+        Plan(follow=True, limits=TurningConfig(), name="by itself, with the defaults"),
+        Plan(follow=True, limits=eager, name="by itself, after 2 looks and 60 s"),
+    )
+
+
 def show(name: str, results: list[RequestResult]) -> None:
     """Print the times of some requests."""
     ttft = Spread.of(each.ttft for each in results if each.ttft is not None)
@@ -191,15 +214,15 @@ def show(name: str, results: list[RequestResult]) -> None:
     assert tpot is not None
     times = f"TTFT mean {ttft.mean:.2f}, p90 {ttft.p90:.2f}, p99 {ttft.p99:.2f} s"
     per_token = f"TPOT mean {1000 * tpot.mean:.1f}, p90 {1000 * tpot.p90:.1f} ms"
-    print(f"{name:<36} {len(results):>5} requests, {refused} refused; {times}; {per_token}")
+    print(f"{name:<50} {len(results):>5} requests, {refused} refused; {times}; {per_token}")
 
 
 def main() -> None:
     """Print the comparison."""
-    stays, follows = compare(PHASES, FleetSpec(4, 4))
+    found = compare(PHASES, FleetSpec(4, 4))
     middle = PHASES[0].seconds
-    for name, results in (("4 P + 4 D", stays), ("following the advice", follows)):
-        show(f"{name}, all", results)
+    for plan, results in zip(plans(), found, strict=True):
+        name = plan.name
         show(f"{name}, long prompts", [each for each in results if each.arrival < middle])
         show(f"{name}, long answers", [each for each in results if each.arrival >= middle])
 

@@ -20,6 +20,7 @@ from vllm_pd_scheduler.config.replicas import ReplicasConfig, ReplicasTlsConfig
 from vllm_pd_scheduler.config.sources import DnsSource, DockerSource, DockerTls, KubernetesSource
 from vllm_pd_scheduler.config.tls import InstanceTlsConfig, TlsConfig
 from vllm_pd_scheduler.config.tracing import TracingConfig
+from vllm_pd_scheduler.config.turning import TurningConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -87,7 +88,7 @@ GROUPS = (
         "Which requests P prefills, when they are bound to one, and how it hands them over.",
         (
             *("disaggregation", "prefill_leg", "late_binding", "connector", "tokenize_once"),
-            *("encode_connector", "encode_timeout", "kv_events"),
+            *("encode_connector", "encode_timeout", "kv_events", "turning"),
         ),
         {"strategy": "predicted_latency", "disaggregation": "auto", "late_binding": True},
     ),
@@ -215,6 +216,7 @@ OBJECTS: dict[type[BaseModel], str] = {
     InstanceTlsConfig: "instance TLS",
     TlsConfig: "server TLS",
     KvEventsConfig: "KV events",
+    TurningConfig: "turning",
     TracingConfig: "tracing",
     ReplicasConfig: "replicas",
     ReplicasTlsConfig: "replicas TLS",

@@ -1,6 +1,7 @@
 """A load client that costs little: raw HTTP/1.1 on connections that stay open, without a task a request.
 
-It is a closed loop: each client sends its next request when the answer to its last one is complete.
+It is a closed loop: each client sends its next request when the answer to its last one is complete. With a
+rate it waits until that one is due.
 """
 
 from __future__ import annotations
@@ -57,15 +58,23 @@ class Seen:
 class _Run:
     """A run's requests, and its end: when each client has the answer to its last one."""
 
-    def __init__(self, body: Body, clients: int, until: float, stream: int) -> None:
+    def __init__(self, body: Body, clients: int, until: float, stream: int, rate: float) -> None:
         self.body, self.until = body, until
         self.stream = stream
+        self._due, self._apart = time.perf_counter(), 1.0 / rate if rate else 0.0
         self.seen = Seen()
         self.left = clients
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def next_body(self) -> Sequence[bytes]:
         return self.body(next(_numbers))
+
+    def delay(self) -> float:
+        """Return for how many seconds the next request waits for its turn."""
+        if not self._apart:
+            return 0.0
+        self._due += self._apart
+        return max(0.0, self._due - time.perf_counter())
 
     def client_done(self) -> None:
         self.left -= 1
@@ -90,7 +99,7 @@ class _Client(asyncio.Protocol):
     def start(self, run: _Run) -> None:
         """Send requests, one after the other, until the run's time is over."""
         self._run = run
-        self._send(run)
+        self._send_next(run)
 
     def abandon(self) -> bool:
         """Close the connection if an answer is still awaited, and return whether it was."""
@@ -108,6 +117,12 @@ class _Client(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._fail("connection lost")
+
+    def _send_next(self, run: _Run) -> None:
+        if delay := run.delay():
+            asyncio.get_running_loop().call_later(delay, self._send, run)
+        else:
+            self._send(run)
 
     def _send(self, run: _Run) -> None:
         parts = run.next_body()
@@ -166,7 +181,7 @@ class _Client(asyncio.Protocol):
                 return
         seen.times.append(now - self._begin)
         if now < run.until:
-            self._send(run)
+            self._send_next(run)
         else:
             self._run = None
             run.client_done()
@@ -197,11 +212,14 @@ class Load:
         for client in self._clients:
             client.close()
 
-    async def run(self, body: Body, seconds: float = 0.0, stream: int = 0) -> Seen:
-        """Send requests for so many seconds; with 0, one a client. A ``stream`` must have so many tokens."""
+    async def run(self, body: Body, seconds: float = 0.0, stream: int = 0, rate: float = 0.0) -> Seen:
+        """Send requests for so many seconds; with 0, one a client. A ``stream`` must have so many tokens.
+
+        ``rate`` is how many requests a second all clients send together, as far as answers come in time.
+        """
         await self._open()
         begin = time.perf_counter()
-        run = _Run(body, len(self._clients), begin + seconds, stream)
+        run = _Run(body, len(self._clients), begin + seconds, stream, rate)
         for client in self._clients:
             client.start(run)
         try:

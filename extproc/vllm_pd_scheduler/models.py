@@ -57,6 +57,8 @@ class By(StrEnum):
     """A source that tells of instances, or a watched file; its name follows."""
     ADMIN = "admin"
     """An operator at the admin interface; the client's address follows, where it is known."""
+    ADVICE = "advice"
+    """The scheduler itself, which turns an instance as [configured](ratio.md#by-itself)."""
     REPLICA = "replica"
     """Another replica of the scheduler, or the connection to those."""
 

@@ -12,6 +12,7 @@ from tests.support.waiting import until
 from vllm_pd_scheduler.advice import Advice, Adviser, adviser, observation
 from vllm_pd_scheduler.advice.observation import LEAST_REQUESTS, observe
 from vllm_pd_scheduler.advice.question import Answer, Size
+from vllm_pd_scheduler.advice.seen import seen_by
 from vllm_pd_scheduler.advice.verdict import Kind
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
@@ -62,6 +63,19 @@ async def test_of_several_schedulers_each_replays_the_load_of_all() -> None:
     assert observe(router, 0.0, None, 1.0).question.rate == pytest.approx(3.0)
     router.registry.learning.finished = 1.1 * SOME
     assert observe(router, 0.0, None, 1.0).question.rate == 1.0
+
+
+async def test_what_other_workers_have_seen_counts_as_seen() -> None:
+    requests = LONG_PROMPTS.requests(SOME)
+    whole, one, other = served(requests), served(requests[::2]), served(requests[1::2])
+    for router in (one, other):
+        router.recording.ended, router.registry.learning.finished = SOME // 2, float(SOME)
+    seen = observe(one, 0.0, None, 1.0, [seen_by(other, 0.0)])
+    expected = observe(whole, 0.0, None, 1.0)
+    assert [each.arrived for each in seen.requests] == [each.arrived for each in expected.requests]
+    assert len(seen.replayed) == len(expected.replayed)
+    assert seen.question.rate == 1.0
+    assert observe(one, 0.0, None, 1.0).question.rate == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

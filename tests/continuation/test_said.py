@@ -33,7 +33,8 @@ def said(*events: bytes, **more: Any) -> Said:
     found = Said(request)
     role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
     for each in (event(FIRST, role, prompt_token_ids=[1, 2]), *events):
-        found.note(each)
+        found.take(each + b"\n\n")
+    found.read()
     return found
 
 
@@ -123,7 +124,7 @@ def test_an_answer_that_is_not_plain_text_does_not_go_on(choice: dict[str, Any])
 def test_a_text_that_looks_like_ids_is_the_clients() -> None:
     text = ',"token_ids":[1,2]'
     found = said()
-    assert json.loads(found.shown(token(text, 5))[6:])["choices"][0] == {
+    assert json.loads(found.take(token(text, 5) + b"\n\n")[6:])["choices"][0] == {
         **{"index": 0, "delta": {"content": text}, "finish_reason": None},
     }
 
@@ -131,15 +132,15 @@ def test_a_text_that_looks_like_ids_is_the_clients() -> None:
 def test_the_rest_looks_like_the_first_part() -> None:
     found = said(token(" a", 5), stream_options={"include_usage": True})
     choice = {"index": 0, "text": " b", "finish_reason": "stop", "token_ids": [6], "prompt_token_ids": [1]}
-    rest = found.goes_on(event(SECOND, choice))
+    rest = found.take_rest(event(SECOND, choice) + b"\n\n")
     assert json.loads(rest[6:]) == {
         **FIRST,
         "choices": [{"index": 0, "delta": {"content": " b"}, "finish_reason": "stop"}],
     }
-    usage = found.goes_on(event(SECOND, usage={"prompt_tokens": 3, "completion_tokens": 4}))
+    usage = found.take_rest(event(SECOND, usage={"prompt_tokens": 3, "completion_tokens": 4}) + b"\n\n")
     assert json.loads(usage[6:])["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
     assert not found.done
-    assert found.goes_on(b"data: [DONE]") == b"data: [DONE]\n\n"
+    assert found.take_rest(b"data: [DONE]\n\n") == b"data: [DONE]\n\n"
     assert found.done
 
 

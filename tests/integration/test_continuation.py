@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, spawned, unused_ports
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -122,6 +125,57 @@ async def test_a_stream_that_breaks_off_goes_on(client: Client, path: str) -> No
         assert "x-pd-prefill" in found.headers
 
 
+async def test_an_operator_sees_that_a_stream_went_on(client: Client, up: Process) -> None:
+    body = body_of(CHAT, "What is a foghorn?")
+    await client.undo_faults()
+    await client.fault("decode-0", half=True)
+    for number in range(2):
+        found = await stream(client, CHAT, body, {**CONTINUE, "x-request-id": f"foghorn-{number}"})
+        assert found.done == 1
+    seen = [await decisions(client, f"foghorn-{number}") for number in range(2)]
+    second, first = next(each for each in seen if len(each) > 1)
+    assert first["decode"]["attempts"] == [{"instance": "decode-0", "outcome": "cut"}]
+    assert first["continues"] is None
+    assert second["continues"]["decode"] == "decode-0"
+    assert second["continues"]["tokens"] > 0
+    assert second["decode"]["picked"] == "decode-1"
+    _, page = await client.admin("GET", "/metrics")
+    labels = 'decode="decode-1",failed="decode-0"'
+    assert f"pd_scheduler_continued_after_tokens_count{{{labels}}}" in page
+    command = [sys.executable, "-m", "vllm_pd_scheduler", "explain", first["request_id"]]
+    shown = await asyncio.to_thread(
+        subprocess.run, [*command, "--url", client.stack.admin], capture_output=True, text=True
+    )
+    tokens = second["continues"]["tokens"]
+    assert f"answer of decode-0, which failed it after {tokens} tokens" in shown.stdout, shown
+    logged = f'"continued_from":"decode-0/{tokens}"'
+    await until(lambda: _true(logged in up.output))
+
+
+async def decisions(client: Client, request_id: str) -> list[dict[str, Any]]:
+    """Return what is known of a request once its answers have ended, the newest first."""
+    found: list[dict[str, Any]] = []
+
+    async def ended() -> bool:
+        _, page = await client.admin("GET", f"/decisions?request_id={request_id}")
+        assert "decisions" in page, page
+        found[:] = [each for each in page["decisions"] if each["path"] in (CHAT, COMPLETIONS)]
+        return bool(found) and all(each["outcome"] is not None for each in found)
+
+    await until(ended)
+    return found
+
+
+async def test_a_client_that_claims_to_go_on_is_an_ordinary_one(client: Client) -> None:
+    await client.undo_faults()
+    name = "claims-to-go-on"
+    claim = {"x-pd-continues": "key 7 decode-0", "x-pd-continued-from": "decode-0/7", "x-request-id": name}
+    for path in (COMPLETIONS, CHAT):
+        assert (await stream(client, path, body_of(path, "What is a mole?"), {**claim, **CONTINUE})).done
+        assert (await stream(client, path, body_of(path, "What is a mole?"), claim)).done
+    assert all(each["continues"] is None for each in await decisions(client, name))
+
+
 async def test_a_client_that_does_not_ask_gets_the_cut(client: Client) -> None:
     await half(client)
     found = await stream(client, CHAT, body_of(CHAT, "What is a harbour?"), {})
@@ -176,7 +230,47 @@ async def test_errors_and_whole_answers_pass_unchanged(client: Client) -> None:
 
 async def test_dead_processes_under_load(client: Client) -> None:
     """Kill a D again and again while streams run: every text is right, or the stream is cut."""
-    kills, streams = 3, 8
+    await kill_under_load(client, kills=3)
+
+
+@pytest.fixture(scope="module")
+def with_workers(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Process]]:
+    stack = Stack(tmp_path_factory.mktemp("workers"))
+    port = unused_ports(1)[0]
+    while unused_ports(1) != [port + 1]:
+        port = unused_ports(1)[0]
+    more = {"continuation_port": port, "health_check_interval": 0.1}
+    config = {"strategy": "round_robin", **NO_EJECTION, **fleet.config(), **more}
+    with spawned([*stack.up(config), "--workers=2"]) as process:
+        yield stack, process
+
+
+async def test_each_worker_has_streams_go_on(fleet: Fleet, with_workers: tuple[Stack, Process]) -> None:
+    """The rest is asked of any worker, which knows by whom it must not be written."""
+    stack, process = with_workers
+    async with aiohttp.ClientSession() as session:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        body = body_of(COMPLETIONS, "What is a mooring?")
+        whole = await unbroken(client, COMPLETIONS, body)
+        await client.fault("decode-0", half=True)
+        asked = (stream(client, COMPLETIONS, body, {**CONTINUE, "x-request-id": f"m-{n}"}) for n in range(12))
+        found = await asyncio.gather(*asked)
+        assert [each.text for each in found] == [whole.text] * 12
+        assert not [each for each in found if each.cut]
+        seen = [await decisions(client, f"m-{number}") for number in range(12)]
+        rests = [each[0] for each in seen if len(each) > 1]
+        assert rests
+        assert {each["continues"]["decode"] for each in rests} == {"decode-0"}
+        assert {each["decode"]["picked"] for each in rests} == {"decode-1"}
+        assert {each["id"].partition(".")[0] for each in rests} == {"w0", "w1"}
+        await client.undo_faults()
+        await kill_under_load(client, kills=2)
+        assert "Traceback" not in process.output
+
+
+async def kill_under_load(client: Client, kills: int) -> None:
+    streams = 8
     bodies = [body_of(CHAT, f"Story {number}?", ignore_eos=True, max_tokens=60) for number in range(streams)]
     right = [(await stream(client, CHAT, body, {})).text for body in bodies]
     right_usage = 60
@@ -221,23 +315,21 @@ async def test_without_the_scheduler_it_is_a_stream_like_all_others(
     del client
     stack = Stack(tmp_path)
     port = unused_ports(1)[0]
-    with spawned(stack.serve({**fleet.config(), "continuation_port": port})) as scheduler:
-        from dataclasses import replace
+    stack.ports = replace(stack.ports, continuation=port)
+    config = {**fleet.config(), "continuation_port": port}
+    with spawned(stack.serve(config)) as scheduler, spawned(stack.envoy()):
+        async with aiohttp.ClientSession() as session:
+            other = Client(session, stack, fleet)
 
-        stack.ports = replace(stack.ports, continuation=port)
-        with spawned(stack.envoy()):
-            async with aiohttp.ClientSession() as session:
-                other = Client(session, stack, fleet)
+            async def serves() -> bool:
+                try:
+                    return (await other.complete()).status == 200
+                except aiohttp.ClientError:
+                    return False
 
-                async def serves() -> bool:
-                    try:
-                        return (await other.complete()).status == 200
-                    except aiohttp.ClientError:
-                        return False
-
-                await until(serves)
-                scheduler.process.kill()
-                scheduler.process.wait()
-                found = await stream(other, CHAT, body_of(CHAT, "What is a reef?"), CONTINUE)
-                assert found.done == 1
-                assert not found.cut
+            await until(serves)
+            scheduler.process.kill()
+            scheduler.process.wait()
+            found = await stream(other, CHAT, body_of(CHAT, "What is a reef?"), CONTINUE)
+            assert found.done == 1
+            assert not found.cut

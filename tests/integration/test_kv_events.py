@@ -25,6 +25,11 @@ CHAT = {
     "messages": [{"role": "user", "content": "What does the cache hold? " * 200}],
     "max_tokens": 2,
 }
+COMPLETION = {"model": "sim-model", "prompt": "What does the cache hold? " * 200, "max_tokens": 2}
+
+
+def path_of(body: dict[str, Any]) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
 
 
 @dataclass
@@ -36,13 +41,13 @@ class Observed:
     fleet: Fleet
 
     async def ask(self, chat: dict[str, Any] = CHAT) -> None:
-        answer = await self.client.post("/v1/chat/completions", chat)
+        answer = await self.client.post(path_of(chat), chat)
         assert answer.status == 200
         assert "x-pd-prefill" in answer.headers
 
     async def ask_past_us(self, instance_id: str, chat: dict[str, Any]) -> None:
         """Send an instance a request past the scheduler, as another router does."""
-        url = self.fleet[instance_id].url + "/v1/chat/completions"
+        url = self.fleet[instance_id].url + path_of(chat)
         async with self.client.session.post(url, json={**chat, "max_tokens": 1}) as response:
             assert response.status == 200, await response.text()
 
@@ -81,17 +86,20 @@ def other(number: int) -> dict[str, Any]:
     return {**CHAT, "messages": [{"role": "user", "content": content}]}
 
 
+@pytest.mark.parametrize("ours", [CHAT, COMPLETION], ids=["chat", "completion"])
 @pytest.mark.parametrize("instance_id", ["prefill-0", "decode-0"])
-async def test_what_others_evict_and_cache(observed: Observed, instance_id: str) -> None:
-    await observed.ask()
-    await observed.ask()  # P has shown by the first that it tells token ids
-    known = observed.cached(instance_id)
+async def test_what_others_evict_and_cache(
+    observed: Observed, instance_id: str, ours: dict[str, Any]
+) -> None:
+    await observed.ask(ours)
+    await observed.ask(ours)  # P has shown by the first that it tells token ids
+    known = observed.cached(instance_id, ours)
     assert known >= 3
     for number in range(6):
         await observed.ask_past_us(instance_id, other(number))
-    await until(lambda: observed.cached(instance_id) == 0)
-    await observed.ask_past_us(instance_id, CHAT)
-    await until(lambda: observed.cached(instance_id) >= known - 1)
+    await until(lambda: observed.cached(instance_id, ours) == 0)
+    await observed.ask_past_us(instance_id, ours)
+    await until(lambda: observed.cached(instance_id, ours) >= known - 1)
 
 
 async def test_a_restarted_engine_has_nothing(observed: Observed) -> None:

@@ -18,6 +18,7 @@ import yaml
 from tests.support.load import load
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
+from tests.support.valkey import needs_server, running
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
 from vllm_pd_scheduler.envoy.process import find_envoy
@@ -59,8 +60,8 @@ class Scheduler:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    with Fleet(2, 2, arguments=["--max-model-len=4096", "--decode-base=0.01", "--lease=5"]) as running:
-        yield running
+    with Fleet(2, 2, arguments=["--max-model-len=4096", "--decode-base=0.01", "--lease=5"]) as started:
+        yield started
 
 
 @pytest_asyncio.fixture
@@ -72,9 +73,9 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest_asyncio.fixture
 async def schedulers(
-    session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path
+    session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[tuple[Scheduler, Scheduler]]:
-    """The nearest one and another one, behind one Envoy."""
+    """The nearest one and another one, behind one Envoy; with a parameter, which share."""
     first = Stack(tmp_path)
     (tmp_path / "second").mkdir()
     second = Stack(tmp_path / "second", replace(first.ports, grpc=unused_ports(1)[0]), unused_ports(1)[0])
@@ -87,10 +88,14 @@ async def schedulers(
     path.write_text(yaml.safe_dump(config))
     options = ["--log-level", "warning", "--disable-hot-restart", "--concurrency", "1"]
     with ExitStack() as stack:
+        settings = {**SETTINGS, **fleet.config()}
+        if getattr(request, "param", False):
+            server = stack.enter_context(running(tmp_path / "server"))
+            settings["replicas"] = {"url": server.url}
         both = tuple(
             Scheduler(
                 Client(session, each, fleet),
-                stack.enter_context(spawned(each.serve({**SETTINGS, **fleet.config()}))),
+                stack.enter_context(spawned(each.serve(settings))),
             )
             for each in (first, second)
         )
@@ -207,6 +212,51 @@ async def test_the_logs_follow_the_requests_after_a_hang(schedulers: tuple[Sched
     more.assert_clean()
     await until_told(nearest, other)
     await assert_told(nearest)
+
+
+@needs_server
+@pytest.mark.parametrize("schedulers", [True], indirect=True)
+async def test_what_is_told_to_another_one_reaches_the_one_that_has_the_request(
+    schedulers: tuple[Scheduler, Scheduler],
+) -> None:
+    """As after a failover: Envoy's logs stay at the other one, and it asks the nearest again."""
+    nearest, other = schedulers
+    client = nearest.client
+    nearest.process.signal(signal.SIGSTOP)
+    try:
+        async with load(other.client) as seen:
+            await until(lambda: _asked(other))
+        await other_is_told(other)
+    finally:
+        nearest.process.signal(signal.SIGCONT)
+    seen.assert_clean()
+    await until(lambda: _asked(nearest))
+    freed = await nearest.metric("pd_scheduler_handoffs_unused_total{")
+    await client.fault("decode-0", status=500)
+    answers = [await client.complete(prompt=LONG) for _ in range(4)]
+    await client.fault("decode-0")
+    rescued = sum("x-pd-prefill" not in each.headers for each in answers)
+    assert {each.status for each in answers} == {200}
+    assert rescued, "round robin"
+
+    async def counted() -> bool:
+        return await nearest.metric("pd_scheduler_handoffs_unused_total{") == freed + rescued
+
+    await until(counted)
+    await client.until_freed()
+
+
+async def other_is_told(other: Scheduler) -> None:
+    """Wait until a failure of an instance is told to the other one."""
+    await other.client.fault("decode-0", status=500)
+    before = await _failures(other)
+
+    async def heard() -> bool:
+        await other.client.complete()
+        return await _failures(other) > before
+
+    await until(heard)
+    await other.client.fault("decode-0")
 
 
 async def test_a_request_of_a_scheduler_that_died_has_one_more_attempt(

@@ -142,6 +142,26 @@ async def test_all_share_the_requests_and_one_page_counts_them(client: Client) -
     await until(counted)  # what Envoy tells comes a second later
 
 
+async def test_an_advice_is_made_of_the_traffic_of_all(session: aiohttp.ClientSession, stack: Stack) -> None:
+    with (
+        Fleet(1, 1, arguments=["--decode-base=0.02"]) as fleet,
+        spawned([*stack.up({"health_check_interval": 0.2, **fleet.config()}), "--workers=2"]) as process,
+    ):
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        sent = 0
+
+        async def counted() -> bool:
+            nonlocal sent
+            answers = [client.complete(max_tokens=20, ignore_eos=True) for _ in range(4)]
+            sent += len(await asyncio.gather(*answers))
+            _, found = await client.admin("GET", "/advice?minutes=15")
+            return str(found["text"]).startswith(f"not enough traffic seen: {sent} requests")
+
+        await until(counted)
+        assert len(await deciders(client, sent)) == 2
+
+
 async def test_a_decision_of_any_worker_is_explained(client: Client) -> None:
     for _ in range(4):
         answer = await client.complete()
@@ -232,8 +252,25 @@ async def test_one_that_hangs_holds_up_no_operator(client: Client, up: Process) 
             await seen.more()
         seen.assert_clean()
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # it is ended if that took long
+            os.kill(pid, signal.SIGCONT)
     await split_by_all(client)
+
+
+async def test_the_first_that_hangs_is_ended_and_another_answers_operators(
+    client: Client, up: Process
+) -> None:
+    await client.complete()
+    pid = pids(up)["w0"]
+    os.kill(pid, signal.SIGSTOP)
+    async with load(client, clients=2) as seen:
+        await until(lambda: pids(up).get("w0", pid) != pid)
+        await reachable(client)
+        await seen.more()
+    seen.assert_clean()
+    await started_again(up, "w0", pid)
+    await split_by_all(client)
+    assert f"worker w0 (process {pid}) hangs: it is ended" in up.output
 
 
 async def test_what_an_operator_changes_counts_at_all_and_outlives_the_first(
@@ -371,6 +408,29 @@ async def test_sigterm_drains_all(session: aiohttp.ClientSession, stack: Stack, 
                 assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
         assert await asyncio.to_thread(process.wait) == 0
         assert not any(map(running, children))
+        assert "Traceback" not in process.output
+
+
+async def test_one_without_requests_stays_in_a_drain_as_long_as_another_has_some(
+    session: aiohttp.ClientSession, stack: Stack
+) -> None:
+    body = {"prompt": "p", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with (
+        Fleet(1, 2, arguments=["--decode-base=0.02"]) as fleet,
+        spawned([*stack.up({**PATIENT, **fleet.config()}), "--workers=2"]) as process,
+    ):
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        await split_by_all(client)
+        async with session.post(stack.url + "/v1/completions", json=body) as answer:
+            await answer.content.readline()
+            process.signal(signal.SIGTERM)
+            await until(lambda: process.output.count("requests in flight") == 2)
+            answers = [await client.complete() for _ in range(8)]
+            assert len(pids(process)) == 2
+            assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert all("x-pd-prefill" in each.headers for each in answers)
+        assert await asyncio.to_thread(process.wait) == 0
         assert "Traceback" not in process.output
 
 

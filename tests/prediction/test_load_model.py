@@ -94,6 +94,46 @@ class PrefillQueueTest(unittest.TestCase):
         self.load.cancel("a", 1.0)
         self.assertEqual(self.load.queued, 0.0)
 
+    def test_when_one_has_ended_those_before_it_have_as_the_time_shows(self) -> None:
+        """A long one of another replica ends in the step of a short one of ours, and is told later."""
+        for key, cost in (("before", 1.0), ("long", 15.0), ("short", 0.3), ("behind", 2.0)):
+            self.load.enqueue(key, cost, 0.0)
+        self.assertEqual(self.load.complete("before", 1.0), 1.0)
+        short = self.load.complete("short", 16.3)
+        assert short is not None
+        self.assertAlmostEqual(short, 0.3)
+        self.assertEqual(list(self.load.pending), ["behind"])
+        self.assertAlmostEqual(self.load.remaining(16.3), 2.0)
+        long = self.load.complete("long", 16.32)
+        assert long is not None
+        self.assertAlmostEqual(long, 15.0)
+        self.assertIsNone(self.load.complete("long", 16.33))
+        self.assertAlmostEqual(self.load.complete("behind", 18.3) or 0.0, 2.0)
+        self.assertEqual(self.load.queued, 0.0)
+
+    def test_one_that_has_overtaken_others_says_nothing_of_them(self) -> None:
+        self.load.enqueue("long", 15.0, 0.0)
+        self.load.enqueue("not sent", 0.7, 0.0, is_sent=False)
+        self.load.enqueue("short", 0.3, 0.0)
+        self.assertEqual(self.load.complete("short", 1.0), 1.0)
+        self.assertEqual(list(self.load.pending), ["long", "not sent"])
+
+    def test_one_that_is_sent_now_can_have_ended(self) -> None:
+        self.load.enqueue("a", 1.0, 0.0, is_sent=False)
+        self.load.enqueue("b", 1.0, 0.0)
+        self.load.sent("a", 1.0)
+        self.assertEqual(self.load.complete("b", 3.0), 1.0)
+        self.assertEqual(self.load.queued, 0.0)
+
+    def test_one_that_was_taken_for_done_may_end_otherwise(self) -> None:
+        for end in (lambda: self.load.cancel("a", 2.0), self.load.reset):
+            self.load.enqueue("a", 1.0, 0.0)
+            self.load.enqueue("b", 1.0, 0.0)
+            self.load.complete("b", 2.0)
+            end()
+            self.assertIsNone(self.load.complete("a", 3.0))
+            self.assertEqual((self.load.queued, self.load.remaining(3.0)), (0.0, 0.0))
+
     @given(events)
     @settings(derandomize=True, deadline=None, max_examples=300)
     def test_any_order(self, calls: list[tuple[str, int, float]]) -> None:
@@ -112,8 +152,9 @@ class PrefillQueueTest(unittest.TestCase):
                 load.reset()
             else:
                 now += number
-            left, total = load.remaining(now), sum(pending.values())
-            head = next(iter(pending.values()), 0.0)
+            self.assertLessEqual(set(load.pending), pending.keys())
+            queued = [pending[key] for key in pending if key in set(load.pending)]
+            left, total, head = load.remaining(now), sum(queued), next(iter(queued), 0.0)
             self.assertGreaterEqual(left, 0.0)
             self.assertLessEqual(left, total + 1e-9)
             self.assertGreaterEqual(left, total - head - 1e-9, "only the first can be under way")

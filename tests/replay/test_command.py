@@ -173,8 +173,18 @@ def test_leaves_need_links_that_are_shared(trace_file: Path) -> None:
     assert "only with --realistic" in ended.stderr
 
 
-@pytest.mark.parametrize("option", ["--sync-delay=50ms", "--sync-loss=0.1"])
+@pytest.mark.parametrize(
+    "option", ["--sync-delay=50ms", "--sync-loss=0.1", "--replica-dies=5s", "--replica-joins=5s"]
+)
 def test_what_schedulers_tell_needs_several(trace_file: Path, option: str) -> None:
     ended = call(*fleet(trace_file), option)
     assert ended.exit_code == 2
     assert "only with --replicas" in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--replica-dies", "--replica-joins"])
+@pytest.mark.parametrize("when", ["soon", "-1s", "nan", "1e9s"])
+def test_when_one_dies_or_joins_is_a_time(trace_file: Path, option: str, when: str) -> None:
+    ended = call(*fleet(trace_file), "--replicas=2", f"{option}={when}")
+    assert ended.exit_code == 2
+    assert f"{when}: write it as" in ended.stderr

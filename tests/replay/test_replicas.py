@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.replay.test_fleet import FLEET, TRACE, synthetic
-from vllm_pd_scheduler.replay.fleet import run_variant
+from vllm_pd_scheduler.replay.fleet import NOTICED_S, run_variant
 from vllm_pd_scheduler.replay.result import RunResult, Summary, summary
 from vllm_pd_scheduler.replay.trace import Trace
 from vllm_pd_scheduler.replay.variant import Sharing, parse_variant
@@ -68,6 +68,32 @@ def test_requests_of_one_instant_are_not_all_sent_to_the_same_p() -> None:
 
 def test_a_label_says_what_is_shared() -> None:
     variant = parse_variant("least_load")
-    labels = [variant.shared(each).label for each in (Sharing(4), Sharing(4, 0.5, 0.1), Sharing(4, None))]
-    assert labels == ["least_load x4 (10 ms)", "least_load x4 (500 ms, 0.1 lost)", "least_load x4 (alone)"]
+    kinds = Sharing(4), Sharing(4, 0.5, 0.1), Sharing(4, None), Sharing(4, dies=600.0, joins=900.5)
+    labels = [variant.shared(each).label for each in kinds]
+    assert labels == [
+        "least_load x4 (10 ms)",
+        "least_load x4 (500 ms, 0.1 lost)",
+        "least_load x4 (alone)",
+        "least_load x4 (10 ms, one dies at 600 s, one joins at 900.5 s)",
+    ]
     assert replace(variant.shared(Sharing(4)), label="", sharing=Sharing()) == replace(variant, label="")
+
+
+@pytest.mark.parametrize("late_binding", ["", "+late_binding"])
+@pytest.mark.parametrize(
+    "sharing", [Sharing(3, dies=8.0), Sharing(3, joins=8.0), Sharing(2, 0.02, 0.1, dies=6.0, joins=12.0)]
+)
+def test_one_that_dies_and_one_that_joins_lose_no_request(late_binding: str, sharing: Sharing) -> None:
+    strategy = f"predicted_latency{late_binding}"
+    first, second = run(strategy, sharing), run(strategy, sharing)
+    assert len(first.results) == len(TRACE.requests)
+    assert all(each.finished is not None for each in first.results)
+    assert first.results == second.results
+
+
+def test_requests_of_one_that_dies_are_prefilled_by_d_until_that_is_noticed() -> None:
+    found = run("predicted_latency", Sharing(2, dies=10.0)).results
+    unscheduled = [each for each in found if each.prefill is None]
+    assert unscheduled
+    assert all(each.arrival < 10.0 + NOTICED_S for each in unscheduled)
+    assert not [each for each in run("predicted_latency", Sharing(2)).results if each.prefill is None]

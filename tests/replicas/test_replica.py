@@ -69,6 +69,21 @@ def test_any_order_loss_and_doubling_ends_in_the_right_sums(
         assert [each[2] for each in one.loads()] == [each[2] for each in ones[0].loads()]
 
 
+def test_a_prefill_that_comes_and_goes_between_two_messages_is_cached_and_never_queued() -> None:
+    a, b = One("a"), One("b")
+    a.send("decode-0", 0.0, blocks=())
+    b.hear(a.publish(0.0), 0.0)
+    a.send("prefill-0", 0.001, blocks=(5, 6))
+    a.end(1, 0.002)
+    a.send("decode-1", 0.002, blocks=(5, 6))
+    b.hear(a.publish(0.01), 0.01)
+    p, d = (b.registry.get(each) for each in ("prefill-0", "decode-1"))
+    assert b.registry.prefixes.match((5, 6)) == {p.holder: 2, d.holder: 2}
+    assert not list(p.prefill.pending)
+    assert (p.in_flight, d.in_flight) == (0, 1)
+    assert b.registry.load.prefill.samples == 0, "it was not seen to run"
+
+
 def test_what_another_has_counts_as_ours() -> None:
     a, b = One("a"), One("b")
     claim = a.send("prefill-0", 0.0)

@@ -20,6 +20,7 @@ from vllm_pd_scheduler.request.json_text import (
     TooMany,
     depth,
     finish,
+    is_deeper,
 )
 
 
@@ -65,6 +66,8 @@ class WalkTest(unittest.TestCase):
             text = written(chance, made)
             found = levels(made)
             self.assertEqual(depth(text), found)
+            self.assertFalse(is_deeper(text, found))
+            self.assertTrue(found == 0 or is_deeper(text, found - 1))
             self.assertEqual(finish(JsonText(text).skip(0, found)), len(text))
             if found:
                 with self.assertRaises(TooDeep):

@@ -54,6 +54,7 @@ OTHERS: dict[str, Any] = {
     "explain_header": False,
     "tokenize_once": False,
     "tracing": {},
+    "turning": {},
     "log_format": "json",
     "load_weight": 0.1,
     "kv_cache_weight": 0.1,

@@ -51,6 +51,16 @@ asyncio.run(tell_ready(hub, f"w{index}"))
 while True:
     time.sleep(600)
 """
+HANGS = """
+import asyncio, os, sys, time
+from vllm_pd_scheduler.sync.local import tell_alive, tell_ready
+hub, ending, index = sys.argv[1], sys.argv[2], sys.argv[4]
+open(f"{hub}.started", "a").write(f"w{index} {os.getpid()} {time.monotonic()}\\n")
+async def serve():
+    await tell_ready(hub, f"w{index}")
+    await tell_alive(hub, f"w{index}")
+asyncio.run(serve())
+"""
 FAILS = "import sys; sys.exit(5)"
 
 
@@ -91,6 +101,18 @@ async def test_one_that_dies_is_started_again(
     two._processes[1].send_signal(signal.SIGKILL)
     await until(lambda: two.pids.get("w1", before) != before and len(started(path)) == 3)
     assert f"worker w1 (process {before}) was ended by SIGKILL: starting it again" in caplog.text
+
+
+async def test_one_that_hangs_is_ended_and_started_again(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Workers(2, command(HANGS, path), str(path)) as found:
+        await until(lambda: found._looks.keys() == {"w0", "w1"})
+        before = found.pids
+        found._processes[0].send_signal(signal.SIGSTOP)
+        await until(lambda: found.pids.get("w0", before["w0"]) != before["w0"] and len(started(path)) == 3)
+        assert found.pids["w1"] == before["w1"]
+    assert f"worker w0 (process {before['w0']}) hangs: it is ended" in caplog.text
 
 
 async def test_one_that_ends_at_once_is_started_ever_later(path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.support.sim_fleet import Fleet, SimInstance
 from tests.support.template import start
 from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.envoy.configuration import render_config
-from vllm_pd_scheduler.envoy.ports import EnvoyPorts
+from vllm_pd_scheduler.envoy.ports import CONTINUATION_PORT, EnvoyPorts
 from vllm_pd_scheduler.envoy.process import find_envoy
 
 # Tests that make an instance fail must find it in its turn afterwards.
@@ -186,7 +186,9 @@ class Stack:
     def envoy(self) -> list[str]:
         """Return the command for Envoy alone, on the configuration that ships."""
         path = self.directory / "envoy.yaml"
-        path.write_text(yaml.safe_dump(render_config(replace(self.ports, continuation=None))))
+        used = self.ports.continuation
+        ports = replace(self.ports, continuation=None if used == CONTINUATION_PORT else used)
+        path.write_text(yaml.safe_dump(render_config(ports)))
         return [find_envoy(), "-c", str(path), "--log-level", "warning", "--disable-hot-restart"]
 
 

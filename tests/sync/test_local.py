@@ -16,7 +16,7 @@ from vllm_pd_scheduler.sync import local
 from vllm_pd_scheduler.sync.channel import START, Change, Dropped, NotKept, Overtaken
 from vllm_pd_scheduler.sync.frames import MAX_FRAME_BYTES, MAX_WAITING_BYTES, FrameReader, Told, encode
 from vllm_pd_scheduler.sync.hub import Hub
-from vllm_pd_scheduler.sync.local import LocalChannel, tell_ready
+from vllm_pd_scheduler.sync.local import LocalChannel, leave_together, tell_alive, tell_ready
 
 
 class Worker:
@@ -50,7 +50,9 @@ class Machine:
     def __init__(self, path: str) -> None:
         self.path = path
         self.ready: list[str] = []
-        self.hub = Hub(self.ready.append)
+        self.alive: list[str] = []
+        self.drained: list[str] = []
+        self.hub = Hub(self.ready.append, self.alive.append, self.drained.append)
         self.workers: list[Worker] = []
 
     async def worker(self) -> Worker:
@@ -204,6 +206,37 @@ async def test_a_change_that_was_sent_may_be_made_yet_and_that_is_said(
 async def test_the_hub_hears_who_serves(machine: Machine) -> None:
     await tell_ready(machine.path, "w1")
     await until(lambda: machine.ready == ["w1"])
+
+
+async def test_the_hub_hears_signs_of_life_and_tells_them_to_nobody(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "ALIVE_S", 0.01)
+    one, two = [await machine.worker() for _ in range(2)]
+    telling = asyncio.ensure_future(tell_alive(machine.path, "w1"))
+    try:
+        await until(lambda: len(machine.alive) >= 3)
+        for _ in range(20):  # who only tells reads nothing
+            assert one.channel.send(bytes(1 << 20))
+            await until(lambda: bool(two.messages))
+            two.messages.clear()
+        known = len(machine.alive)
+        await until(lambda: len(machine.alive) > known)
+    finally:
+        telling.cancel()
+    assert set(machine.alive) == {"w1"}
+
+
+async def test_those_that_are_drained_leave_when_they_are_let_go(machine: Machine) -> None:
+    one = await machine.worker()
+    leaving = [asyncio.ensure_future(leave_together(machine.path, name)) for name in ("w0", "w1")]
+    await until(lambda: sorted(machine.drained) == ["w0", "w1"])
+    assert one.channel.send(b"they are told nothing")
+    machine.hub.let_go()
+    await asyncio.gather(*leaving)
+    assert not one.channel.problem
+    await machine.hub.stop()
+    await leave_together(machine.path, "w0")  # without a parent it goes
 
 
 def test_frames_come_in_any_pieces() -> None:

@@ -65,6 +65,11 @@ class TelemetryTest(unittest.TestCase):
         self.telemetry.keep_only({"d1"})
         self.assertNotIn("d0", generate_latest(self.telemetry.prometheus).decode())
         self.assertEqual(self.read("pd_scheduler_requests_total"), {("d1", "split"): 1.0})
+        for name in ("d0", "d1"):  # one that is back begins anew
+            self.telemetry.forwarded(name, Served.SPLIT)
+        self.assertEqual(
+            self.read("pd_scheduler_requests_total"), {("d0", "split"): 1.0, ("d1", "split"): 2.0}
+        )
 
     def test_totals_of_all_instances(self) -> None:
         for name in ("d0", "d1"):

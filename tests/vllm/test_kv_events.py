@@ -20,7 +20,9 @@ from vllm_pd_scheduler.service.app import App
 
 pytestmark = pytest.mark.vllm
 
-CHATS = "/v1/chat/completions"
+
+def path_of(body: dict[str, Any]) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
 
 
 def chat(name: str, count: int = 42) -> dict[str, Any]:
@@ -37,13 +39,13 @@ class Observed:
     pair: Pair
 
     async def ask(self, body: dict[str, Any]) -> None:
-        answer = await post(self.stack.url, CHATS, body)
+        answer = await post(self.stack.url, path_of(body), body)
         assert answer.status == 200, answer.text
         assert "x-pd-prefill" in answer.headers
 
     async def ask_past_us(self, name: str, body: dict[str, Any]) -> None:
         instance = self.pair.prefill if name == "p" else self.pair.decode
-        assert (await post(instance.url, CHATS, body)).status == 200
+        assert (await post(instance.url, path_of(body), body)).status == 200
 
     def cached(self, name: str, body: dict[str, Any]) -> int:
         return cached_blocks(self.app.router, name, body)
@@ -66,9 +68,11 @@ async def observed(publishing: Pair, tmp_path: Path) -> AsyncIterator[Observed]:
         yield Observed(app, stack, publishing)
 
 
-@pytest.mark.parametrize("name", ["p", "d"])
-async def test_what_others_evict_and_cache(observed: Observed, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("p", "chat"), ("d", "chat"), ("p", "completion")])
+async def test_what_others_evict_and_cache(observed: Observed, name: str, kind: str) -> None:
     ours = chat(f"Somebody of ours at {name}")
+    if kind == "completion":
+        ours["prompt"] = ours.pop("messages")[0]["content"]
     await observed.ask(ours)
     await observed.ask(ours)  # P has shown by the first that it tells token ids
     known = observed.cached(name, ours)

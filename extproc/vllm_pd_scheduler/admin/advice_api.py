@@ -11,6 +11,7 @@ from pydantic import Field
 from ..advice import Advice, Adviser
 from ..advice.observation import Observation
 from ..advice.question import Outcome, Size, Times
+from ..models import PD_ROLES
 from .route import Query, Refused, Route, Shown, json_answer
 
 _Engines = Annotated[int, Field(ge=1, le=256)]
@@ -107,11 +108,8 @@ class AdviceApi:
 
 def _shown(advice: Advice) -> AdviceAnswer:
     move = None
-    if advice.move is not None and advice.observation is not None:
-        roles = ("prefill", "decode")
-        from_role, to_role = (
-            roles if advice.move.size.prefill < advice.observation.size.prefill else roles[::-1]
-        )
+    if (from_role := advice.from_role) is not None:
+        (to_role,) = set(PD_ROLES) - {from_role}
         move = MoveAnswer(from_role=from_role, to_role=to_role, instances=1)
     return AdviceAnswer(
         advice=advice.kind,

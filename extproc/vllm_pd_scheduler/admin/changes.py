@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ class AdminChanges:
         self._log: ChangeLog | None = None
         self._saves: asyncio.Future[None] | None = None
         self._writing = asyncio.Lock()
+        self.steered_at = -math.inf
+        """When anybody but the scheduler itself has last changed something, by the router's clock."""
         self.saves = True
         """Whether this process writes the file. Of several that have one file, one does."""
         self.file_first = False
@@ -227,7 +230,12 @@ class AdminChanges:
         if not force and registry.routable(endpoint.instance.role) == registry.ranks_of(endpoint):
             raise LastRoutable(endpoint)
 
+    def _note(self, by: str) -> None:
+        if not by.startswith(By.ADVICE):
+            self.steered_at = self._router.clock()
+
     async def _make(self, prepare: Prepare, by: str) -> None:
+        self._note(by)
         change = _Change(prepare, by)
         made = asyncio.ensure_future(self._keep_and_make(change))
         try:
@@ -302,6 +310,7 @@ class AdminChanges:
 
     def move(self, before: AdminState, after: AdminState, by: str) -> None:
         """Make what differs between two states, as another replica has made it."""
+        self._note(by)
         scheduler = self._router.scheduler
         strategy, shadow = scheduler.strategies.name, _name(scheduler.strategies.shadow)
         added, problems = move(before, after, self._router, by)

@@ -109,6 +109,15 @@ class DecodeAnswer(ChoiceAnswer):
     """Those that Envoy tries when an attempt fails."""
 
 
+class ContinuesAnswer(Shown):
+    """Where the answer has broken off of which a request is the rest."""
+
+    decode: str | None
+    """The D that has failed it."""
+    tokens: int
+    """How many tokens its client had."""
+
+
 class DecisionAnswer(Shown):
     """Why a request went where it went, and what became of it."""
 
@@ -134,6 +143,8 @@ class DecisionAnswer(Shown):
     status: int | None
     reason: str | None
     """Why the scheduler has refused it."""
+    continues: ContinuesAnswer | None
+    """`null`: it is a request of its own."""
     waited_s: float
     """In the scheduler's queue."""
     encode: EncodeAnswer | None

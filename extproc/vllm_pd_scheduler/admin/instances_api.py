@@ -190,13 +190,18 @@ def describe(endpoint: Endpoint, source: str, now: float) -> dict[str, Any]:
 
 
 class InstancesApi:
-    """Shows and changes the instances. ``is_ready`` returns ``False`` once the scheduler is shutting down."""
+    """Shows and changes the instances; ``turning`` turns them.
 
-    def __init__(self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool]) -> None:
+    ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    """
+
+    def __init__(
+        self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool], turning: Turning
+    ) -> None:
         self._router = router
         self._changes = changes
         self._is_ready = is_ready
-        self._turning = Turning(router, changes, is_ready)
+        self._turning = turning
 
     def routes(self) -> Iterator[Route]:
         """Return the routes."""

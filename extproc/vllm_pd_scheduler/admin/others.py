@@ -13,12 +13,15 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from ..advice.seen import Seen
 from ..records.series import Reading
 from .metrics_page import as_one_page
 from .summed_metrics import Counted, SummedMetrics
 
 READING_PATH = "/reading"
 """Where a worker tells the first one what it has counted: a path of that socket alone."""
+TRAFFIC_PATH = "/traffic"
+"""Where it tells which requests it has seen since a time."""
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,13 @@ class Others:
             for worker, (status, body) in answers.items()
             if status == 200
         }
+
+    async def traffic(self, since: float) -> list[Seen]:
+        """Return what each other has seen since a time of the machine's monotonic clock."""
+        return [
+            msgspec.msgpack.decode(body, type=Seen)
+            for body in await self.get(f"{TRAFFIC_PATH}?since={since!r}")
+        ]
 
     async def follow(self, path: str, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
         """Yield the server-sent events of all others as they come, also of those that are started again."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import ClassVar
 
 from aiohttp import web
 
 from ..advice import Adviser
+from ..handoff.role_switch import RoleSwitch
 from ..router import PDRouter
 from ..self_check import SelfCheck
 from .advice_api import AdviceApi
+from .balancing import Balancing
 from .changes import AdminChanges
 from .decisions_api import DecisionsApi
 from .event_stream import Streams
@@ -31,6 +35,7 @@ from .route import Api, Route, error_answer
 from .self_check_api import SelfCheckApi
 from .strategy_api import StrategyApi
 from .trace_api import TraceApi
+from .turning import Turning
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
@@ -41,10 +46,14 @@ class AdminServer(HttpServer):
 
     ``changes`` makes and saves what callers change. ``is_ready`` returns ``False`` once the scheduler is
     shutting down. ``reload`` reads the configuration again, if it comes from a file, and ``self_check``
-    checks pairs. With ``others`` it answers for all workers. ``token``, if given, is required as a bearer
-    token for all routes but those that are open. Without one, whoever reaches the port may do everything, so
-    requests must name this machine as their host. In any case a web page of another site may change nothing.
+    checks pairs; ``switch`` tells engines of their new roles. With ``others`` it answers for all workers.
+    ``token``, if given, is required as a bearer token for all routes but those that are open. Without one,
+    whoever reaches the port may do everything, so requests must name this machine as their host. In any case
+    a web page of another site may change nothing.
     """
+
+    balances: ClassVar[bool] = True
+    """Whether instances are turned by themselves where it runs, if that is configured."""
 
     def __init__(
         self,
@@ -56,6 +65,7 @@ class AdminServer(HttpServer):
         reload: Reload | None = None,
         self_check: SelfCheck | None = None,
         others: Others | None = None,
+        switch: RoleSwitch | None = None,
     ) -> None:
         super().__init__()
         changes = changes or AdminChanges(router)
@@ -63,7 +73,10 @@ class AdminServer(HttpServer):
         self._streams = Streams()
         process = ProcessApi(router, is_ready, others)
         self._live = LiveApi(router, self._streams, process.status_of_all, changes.source, others)
-        self._instances = instances = InstancesApi(router, changes, is_ready)
+        turning = Turning(router, changes, is_ready, switch)
+        adviser = Adviser(router, router.clock, others=others.traffic if others is not None else None)
+        self._balancing = Balancing(router, changes, turning, adviser, is_ready)
+        self._instances = instances = InstancesApi(router, changes, is_ready, turning)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),
             ProbesApi(router, is_ready, others),
@@ -75,7 +88,7 @@ class AdminServer(HttpServer):
             ModelsApi(router),
             SelfCheckApi(router, self_check),
             PairsApi(router),
-            AdviceApi(Adviser(router, router.clock)),
+            AdviceApi(adviser),
             EventsApi(router.events, self._streams, others),
             self._live,
             TraceApi(router.recording, self._streams, others),
@@ -90,9 +103,17 @@ class AdminServer(HttpServer):
         app = web.Application(middlewares=[errors_as_json, self._from_here, self._authenticated])
         add_routes(app, self.routes)
         app.cleanup_ctx.append(self._live.sample)
+        if self.balances:
+            app.cleanup_ctx.append(self._balance)
         app.on_shutdown.append(self._streams.end)
         app.on_cleanup.append(self._instances.close)
         return app
+
+    async def _balance(self, _: web.Application) -> AsyncIterator[None]:
+        balancing = asyncio.ensure_future(self._balancing.run())
+        yield
+        balancing.cancel()
+        await asyncio.wait([balancing])
 
     def _is_open(self, request: web.Request) -> bool:
         """Whether anybody may ask for this. A browser gets the page, which then asks for the token."""

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 
 from ..fleet.registry import UnknownInstance
+from ..handoff.role_switch import NotSwitched, RoleSwitch
+from ..models import By
 from ..records.events import EventKind
 from ..router import PDRouter
 from .changes import AdminChanges
@@ -22,10 +24,17 @@ class Turning:
     ``is_ready`` returns ``False`` once the scheduler is shutting down. To undrain an instance ends its turn.
     """
 
-    def __init__(self, router: PDRouter, changes: AdminChanges, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        router: PDRouter,
+        changes: AdminChanges,
+        is_ready: Callable[[], bool],
+        switch: RoleSwitch | None = None,
+    ) -> None:
         self._router = router
         self._changes = changes
         self._is_ready = is_ready
+        self._switch = switch
         self._turns: str | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -47,7 +56,7 @@ class Turning:
             raise
         self._task = asyncio.create_task(self._finish(instance_id, by))
 
-    async def wait(self, seconds: float) -> None:
+    async def wait(self, seconds: float | None) -> None:
         """Wait until the turn is over, or for so long."""
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=seconds)
@@ -60,7 +69,9 @@ class Turning:
 
     async def _finish(self, instance_id: str, by: str) -> None:
         try:
+            role = self._changes.turned(instance_id).role
             problem = await self._turned(instance_id, by)
+            self._router.telemetry.instances.turned(role, by.partition(" ")[0], done=problem is None)
             if problem is not None:
                 text = f"{instance_id} was not turned: {problem}"
                 events = self._router.events
@@ -74,13 +85,25 @@ class Turning:
         try:
             while registry.get(instance_id).draining and not registry.drained(instance_id):
                 if not self._is_ready():
+                    if by == By.ADVICE:  # nobody is there who would turn it later
+                        await self._changes.undrain(instance_id, by)
                     return "the scheduler ends"
                 await asyncio.sleep(POLL_S)  # no event tells that a request has ended
             if not registry.get(instance_id).draining:
                 return "it was undrained"
             try:
-                await self._changes.turn(instance_id, by)
+                await self._told(instance_id)
+                try:
+                    await self._changes.turn(instance_id, by)
+                except CannotTurn:
+                    await self._told(instance_id, back=True)
+                    raise
             except CannotTurn as error:  # what has become so since: it is needed where it is
+                await self._changes.undrain(instance_id, by)
+                return str(error)
+            except NotSwitched as error:
+                if not error.usable:
+                    return f"{error}; it stays drained: look at it, and undrain it"
                 await self._changes.undrain(instance_id, by)
                 return str(error)
         except UnknownInstance:
@@ -92,3 +115,10 @@ class Turning:
         except (Leaving, NotKept, ValueError) as error:
             return str(error)
         return None
+
+    async def _told(self, instance_id: str, back: bool = False) -> None:
+        """Tell a drained engine which role it is to have, if its protocol wants that."""
+        role = self._changes.turned(instance_id).role
+        endpoint = self._router.registry.get(instance_id)
+        if self._switch is not None:
+            await self._switch(endpoint, endpoint.instance.role if back else role)

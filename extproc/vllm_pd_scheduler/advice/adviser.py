@@ -7,13 +7,14 @@ import contextlib
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from ..router import PDRouter
 from .observation import Observation, Unknown, observe
 from .question import Answer, Size
+from .seen import Seen
 from .verdict import Advice, Kind, judge
 
 CPU_S = 20.0
@@ -31,12 +32,20 @@ class Adviser:
     """Advises on one fleet; ``clock`` returns the monotonic seconds of its requests.
 
     One question is worked on at a time. An advice is given again to who asks the same within ``FRESH_S``.
+    ``others`` returns what the other workers have seen since a time.
     """
 
-    def __init__(self, router: PDRouter, clock: Callable[[], float], cpu_seconds: float = CPU_S) -> None:
+    def __init__(
+        self,
+        router: PDRouter,
+        clock: Callable[[], float],
+        cpu_seconds: float = CPU_S,
+        others: Callable[[float], Awaitable[Sequence[Seen]]] | None = None,
+    ) -> None:
         self._router = router
         self._clock = clock
         self._cpu_seconds = cpu_seconds
+        self._others = others
         self._turn = asyncio.Lock()
         self._last: tuple[float, tuple[float, Size | None], Advice] | None = None
 
@@ -55,8 +64,9 @@ class Adviser:
             return advice
 
     async def _worked_out(self, since: float, asked: Size | None) -> Advice:
+        others = await self._others(since) if self._others is not None else ()
         try:
-            observation = observe(self._router, since, asked, self._cpu_seconds)
+            observation = observe(self._router, since, asked, self._cpu_seconds, others)
         except Unknown as unknown:
             return Advice(Kind.UNKNOWN, str(unknown))
         try:

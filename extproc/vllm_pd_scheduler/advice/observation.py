@@ -13,6 +13,7 @@ from ..records.traffic import Recorded
 from ..replay.result import percentile
 from ..router import PDRouter
 from .question import Learned, Question, Size
+from .seen import Seen, seen_by
 
 LEAST_REQUESTS = 100
 """Requests of which an advice can be made, at least: a choice. Ten of them are above the 90th percentile."""
@@ -77,26 +78,32 @@ class Observation:
         return self.question.sizes[0]
 
 
-def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) -> Observation:
+def observe(
+    router: PDRouter, since: float, asked: Size | None, seconds: float, others: Sequence[Seen] = ()
+) -> Observation:
     """Return what was seen since a time; raise :exc:`Unknown` if that is too little, or fits no replay.
 
-    ``asked`` is another fleet of which somebody wants to know. ``seconds`` of CPU may be taken.
+    ``asked`` is another fleet of which somebody wants to know. ``seconds`` of CPU may be taken. ``others`` is
+    what the other workers have seen.
     """
     roles = {role: router.registry.routable(role) for role in PD_ROLES}
     _check_fleet(router, roles)
-    requests = router.recording.traffic.since(since)
+    every = [seen_by(router, since), *others]
+    known = sorted((each for seen in every for each in seen.requests), key=_arrival)
+    requests = [each for each in known if each.arrived >= since]
     length = requests[-1].arrived - requests[0].arrived if requests else 0.0
     _check_traffic(requests, length)
     answered = [each.output_tokens for each in requests if each.output_tokens]
     lead = lead_seconds(router.registry, _mean(answered))
-    totals, learning = router.telemetry.totals, router.registry.learning
-    cached = totals.cached_tokens / totals.prompt_tokens if totals.prompt_tokens else None
+    read = sum(seen.prompt_tokens for seen in every)
+    cached = sum(seen.cached_tokens for seen in every) / read if read else None
+    ended = sum(seen.ended_since(since) for seen in every)
     hashed = any(each.blocks for each in requests)
     ttft = sorted(each.ttft for each in requests if each.ttft is not None)
     question = Question(
         sizes(router.registry, asked),
         learned(router.registry),
-        _rate(requests[0], router.recording.ended, learning.finished),
+        _rate(ended, router.registry.learning.finished - requests[0].finished),
         0.0 if hashed or cached is None else cached,
         _settings(router),
         seconds,
@@ -105,7 +112,7 @@ def observe(router: PDRouter, since: float, asked: Size | None, seconds: float) 
     return Observation(
         question,
         asked,
-        router.recording.traffic.since(requests[0].arrived - lead),
+        [each for each in known if each.arrived >= requests[0].arrived - lead],
         requests,
         length,
         _mean(each.prompt_tokens for each in requests),
@@ -189,13 +196,12 @@ def _capacity(endpoints: Iterable[Endpoint]) -> float:
     return min(known or _MOST_KV_TOKENS, _MOST_KV_TOKENS)
 
 
-def _rate(first: Recorded, ended: int, finished: float) -> float:
-    """Return how many times as many requests the instances have ended as this scheduler has, since the first.
+def _rate(ended: int, finished: float) -> float:
+    """Return how many times as many requests the instances have ended as have ``ended`` here.
 
-    With one scheduler that is 1. Of several, each sees its own requests alone.
+    With one scheduler that is 1. Of several on other machines, each sees its own requests alone.
     """
-    own, all_of_them = ended - first.ended, finished - first.finished
-    rate = all_of_them / own if own > 0 else 1.0
+    rate = finished / ended if ended > 0 else 1.0
     return min(rate, _MOST_RATE) if rate > _NEARLY_ALL else 1.0
 
 
@@ -205,6 +211,10 @@ def _settings(router: PDRouter) -> dict[str, object]:
     for role in PD_ROLES:
         settings[f"{role}_strategy"] = names[role]
     return settings
+
+
+def _arrival(request: Recorded) -> float:
+    return request.arrived
 
 
 def _mean(values: Iterable[float]) -> float:

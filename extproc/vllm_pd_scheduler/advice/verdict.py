@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ..models import InstanceRole
 from .observation import Observation
 from .question import Answer, Outcome, Size, Times
 
@@ -45,6 +46,16 @@ class Advice:
     """Of each fleet that was replayed, the present one first."""
     move: Outcome | None = None
     """That of the fleet after the move."""
+    gain: float = 0.0
+    """What the move promises, in multiples of what makes one worth it."""
+
+    @property
+    def from_role(self) -> InstanceRole | None:
+        """Of which role an instance is to be moved; ``None`` without a move."""
+        if self.move is None or self.observation is None:
+            return None
+        fewer_prefill = self.move.size.prefill < self.observation.size.prefill
+        return InstanceRole.PREFILL if fewer_prefill else InstanceRole.DECODE
 
 
 def judge(observation: Observation, answer: Answer) -> Advice:
@@ -81,7 +92,8 @@ def judge(observation: Observation, answer: Answer) -> Advice:
         further = max(moved, key=lambda each: gains[each.size])
         if further.size not in {each.size for each in steps} and gains[further.size] > gains[move.size] + 1:
             why.append(f"{_named(further.size)} would be better still: ask again after this move")
-    return Advice(kind, text, why, observation, answer.outcomes, move)
+    gained = gains[move.size] if move is not None else 0.0
+    return Advice(kind, text, why, observation, answer.outcomes, move, gained)
 
 
 def gain(now: Times, then: Times, limited: bool) -> float:

@@ -66,7 +66,8 @@ def envoy_config(
     grpc = (settings.grpc_port, host, settings.grpc_socket) if grpc_port is None else (grpc_port, host)
     ports = EnvoyPorts(port, prefill, envoy_admin_port, *grpc)
     if config is not None:
-        ports = replace(ports, continuation=settings.continuation_port, continues=True)
+        count = worker_count(workers)
+        ports = replace(ports, continuation=settings.continuation_port, continues=count)
     try:
         rendered = render_config(
             ports,

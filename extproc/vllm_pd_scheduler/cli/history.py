@@ -138,6 +138,9 @@ def _explanation(each: Mapping[str, Any]) -> Iterator[RenderableType]:
     tokens = f"{each['prompt_tokens']} prompt tokens, {kind}"
     why = each.get("not_split")  # a scheduler of an older version does not say
     served = f"served {each['served']}" + (f", not split: {_NOT_SPLIT.get(why, why)}" if why else "")
+    if (rest := each.get("continues")) is not None:
+        failed = rest["decode"] or "a D"
+        yield plain(f"  goes on with the answer of {failed}, which failed it after {rest['tokens']} tokens")
     yield plain(f"  {tokens}; {served}; waited {seconds(each['waited_s'])} for an instance")
     ended = [f"status {each['status']}"] if each["status"] else []
     ended += [plain(text).plain for text in (each["reason"], each["outcome"]) if text]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from ..replay.job import Conditions, Job, Outcome
     from ..replay.load import Load
     from ..replay.trace import Trace
-    from ..replay.variant import Variant
+    from ..replay.variant import Sharing, Variant
 
 _FILE_WIDTH = 140
 """Columns of output that goes to a file or a pipe: the widest table does not wrap."""
 _SYNC_DELAY = "10ms"
 """How late schedulers hear of each other unless it is said."""
+_MOST_S = 1e6
+"""Seconds of a run that can be named."""
 
 
 def _finite(value: float) -> float:
@@ -69,6 +72,9 @@ def replay(
     realistic: Annotated[
         bool, typer.Option("--realistic", help="Answers cached, shared links, turns that wait for answers.")
     ] = False,
+    foreign: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of the sessions that another router sends.")
+    ] = 0.0,
     leaves: Annotated[
         int, typer.Option(min=1, max=1000, help="Leaf switches of the fleet, with --realistic.")
     ] = 1,
@@ -93,6 +99,12 @@ def replay(
     sync_loss: Annotated[
         float, typer.Option(min=0.0, max=1.0, callback=_finite, help="Share of their messages that are lost.")
     ] = 0.0,
+    replica_dies: Annotated[
+        str | None, typer.Option(help="When one of the schedulers dies: 600s after the start.")
+    ] = None,
+    replica_joins: Annotated[
+        str | None, typer.Option(help="When one more scheduler joins: 900s after the start.")
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Strategies run side by side; else one a core.")
     ] = None,
@@ -104,12 +116,28 @@ def replay(
 
     if leaves > 1 and not realistic:
         _refuse("--leaves", "only with --realistic do transfers share links")
-    for option, is_given in (("--sync-delay", sync_delay != _SYNC_DELAY), ("--sync-loss", sync_loss > 0.0)):
+    for option, is_given in (
+        ("--sync-delay", sync_delay != _SYNC_DELAY),
+        ("--sync-loss", sync_loss > 0.0),
+        ("--replica-dies", replica_dies is not None),
+        ("--replica-joins", replica_joins is not None),
+    ):
         if is_given and replicas == 1:
             _refuse(option, "only with --replicas are there others to tell")
     _check_outputs(trace, json_path, plot_path)
-    variants = _replicated(_variants(strategies), replicas, _seconds("--sync-delay", sync_delay), sync_loss)
-    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves)
+    dies, joins = (
+        None if text is None else _seconds(option, text, _MOST_S)
+        for option, text in (("--replica-dies", replica_dies), ("--replica-joins", replica_joins))
+    )
+    variants = _variants(strategies)
+    if replicas > 1:
+        from ..replay.variant import Sharing
+
+        delay = _seconds("--sync-delay", sync_delay)
+        variants = _replicated(variants, Sharing(replicas, delay, sync_loss, dies, joins))
+    if foreign and find_rate:
+        _refuse("--foreign", "not with --find-rate, which counts all requests")
+    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves, foreign)
     load = Load(trace, limit, sessions)
     loaded = _load(load, seed)
     if (most := _seconds("--spread", spread)) > 0.0:
@@ -171,33 +199,35 @@ def _variants(text: str) -> list[Variant]:
     return list(variants.values())
 
 
-def _replicated(variants: list[Variant], replicas: int, delay: float, loss: float) -> list[Variant]:
-    """Return each variant with one scheduler, and with several that share what they do, or do not."""
-    if replicas == 1:
-        return variants
-    from ..replay.variant import Sharing
+def _replicated(variants: list[Variant], sharing: Sharing) -> list[Variant]:
+    """Return each variant with one scheduler, and with several that share what they do, or do not.
 
-    kinds = Sharing(replicas, delay, loss), Sharing(replicas, None)
+    If one of them dies or joins, there is a run without that, too.
+    """
+    steady = replace(sharing, dies=None, joins=None)
+    kinds = dict.fromkeys((steady, sharing, replace(steady, delay=None, loss=0.0)))
     return [each for one in variants for each in (one, *(one.shared(kind) for kind in kinds))]
 
 
-def _seconds(option: str, text: str) -> float:
+def _seconds(option: str, text: str, most: float = 60.0) -> float:
     """Return the seconds that a user wrote as ``10ms``, ``0.5s`` or a number of seconds."""
     value, factor = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
     try:
         seconds = float(value) * factor
     except ValueError:
         seconds = math.nan
-    if not 0.0 <= seconds <= 60.0:
-        _refuse(option, f"{text}: write it as 10ms or 0.5s, at most 60s")
+    if not 0.0 <= seconds <= most:
+        _refuse(option, f"{text}: write it as 10ms or 0.5s, at most {most:g}s")
     return seconds
 
 
-def _fleet(prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int) -> FleetSpec:
+def _fleet(
+    prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int, foreign: float
+) -> FleetSpec:
     from ..replay.fleet import FleetSpec
 
     try:
-        return FleetSpec(prefill, decode, setup, seed, realistic, leaves)
+        return FleetSpec(prefill, decode, setup, seed, realistic, leaves, foreign)
     except ValueError as error:
         _refuse("--setup", str(error))
 

@@ -187,6 +187,7 @@ def worker(
     grpc_socket: Annotated[str | None, typer.Option(help="In place of a port.")] = None,
     admin_port: AdminPortOption = None,
     prefill_port: PrefillPortOption = None,
+    continuation_ingress: Annotated[str | None, typer.Option(help="Where Envoy listens.")] = None,
 ) -> None:
     """Run one of several workers: `serve` and `up` start it."""
     from ..system.parent_death import die_with_parent
@@ -206,6 +207,8 @@ def worker(
             settings = with_ports(settings, grpc_port, admin_port, prefill_port_of(settings, prefill_port))
         if grpc_socket is not None:
             settings = settings.model_copy(update={"grpc_socket": grpc_socket})
+        if continuation_ingress is not None:
+            settings = settings.model_copy(update={"continuation_ingress": continuation_ingress})
         return this.own_ports(settings)
 
     # What needs a restart of all is as at the parent's start: Envoy knows this worker's address from then.

@@ -27,6 +27,7 @@ from .replicas import ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
 from .tracing import TracingConfig
+from .turning import TurningConfig
 from .values import (
     HEADER,
     PATH,
@@ -205,7 +206,8 @@ class SchedulerConfig(InstancesFile):
     """Port of this machine, such as 9004, at which the scheduler takes streams that
     [go on at another D](reliability.md#streams-that-go-on) when theirs dies: those of clients that send
     `x-pd-continue: true`. Without it that header says nothing. Envoy must be on the same machine, or in the
-    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler."""
+    same pod; `up` and `envoy-config --config` tell it. Such a stream ends with the scheduler. Of several
+    [workers](workers.md) each has the next port."""
     continuation_ingress: Annotated[ListenerUrl, _AT_START] = "http://127.0.0.1:10000"
     """Where the scheduler reaches Envoy's ingress listener to ask for those streams, as `http://HOST:PORT`.
     `up` knows it."""
@@ -273,6 +275,9 @@ class SchedulerConfig(InstancesFile):
     """File that [keeps changes made by the admin interface](admin.md#keep-changes-over-a-restart). Without
     it a restart forgets them."""
 
+    turning: TurningConfig | None = None
+    """Whether the scheduler itself gives instances with `both_roles` [the other role](ratio.md#by-itself), as
+    `advise` says, and within which limits. Off without it."""
     kv_events: Annotated[KvEventsConfig | None, _AT_START] = None
     """Whether the engines' [KV events](scheduling.md#what-engines-tell) are heard, which tell what they have
     cached. Off without it."""

@@ -4,7 +4,7 @@ from .ascend_layerwise import AscendLayerwiseConnector
 from .ascend_mooncake import AscendMooncakeConnector
 from .attempt import Attempt
 from .auto import AutoConnector
-from .base import Abort, Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice
+from .base import Abort, Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice, Switch
 from .fence import ConnectorFailed, ConnectorFence
 from .in_use import Connectors
 from .mooncake import MooncakeConnector
@@ -28,6 +28,6 @@ __all__ = [
     "ConnectorFailed", "ConnectorFence", "Connectors", "Handoff", "Legs", "MooncakeConnector",
     "MoriioConnector", "NixlConnector", "NixlPushConnector", "OffloadingP2pConnector", "Order", "Peer",
     "Question", "Settings", "SglangConnector",
-    "SharedStoreConnector", "Splice", "UnknownConnector", "connector_names", "load_connector",
+    "SharedStoreConnector", "Splice", "Switch", "UnknownConnector", "connector_names", "load_connector",
     "make_connector", "settings_of", "takes_ranks",
 ]  # fmt: skip

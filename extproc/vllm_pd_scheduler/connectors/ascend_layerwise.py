@@ -20,7 +20,7 @@ from ..request.api import CHAT, COMPLETIONS
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
-from ..request.json_text import depth
+from ..request.json_text import is_deeper
 from .base import MAX_TOKENS, Connector, Handoff, Legs, Order, Peer
 from .one_token import UNREADABLE, can_split, counted, one_token
 
@@ -70,7 +70,7 @@ class AscendLayerwiseConnector(Connector):
         except UNREADABLE:
             return None
         own = found.do_remote_decode and _own_id(legs)[REQUEST_ID] in found.request_id
-        return call if own and depth(call) <= _MAX_CALL_DEPTH else None
+        return call if own and not is_deeper(call, _MAX_CALL_DEPTH) else None
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token that is no end, with what D has said."""

@@ -51,7 +51,7 @@ class AutoConnector(NixlConnector):
 
         One of a protocol that must be configured is not to be used.
         """
-        found, params = read_handoff(answer)
+        found, params = read_handoff(answer, _PULLS)
         if found is None:
             if _OF_MORIIO in answer:  # what it keeps is left to its lease, and it is asked no more
                 return Handoff(b"", lease=TOO_LATE_S, pinned=False, protocol=_MORIIO)
@@ -60,7 +60,7 @@ class AutoConnector(NixlConnector):
             found = self._speaking[_ASCEND].handoff(answer, _with_defaults(legs))
             return None if found is None else replace(found, protocol=_ASCEND)
         if params.transfer_mode != PUSH:
-            return replace(found, protocol=_PULLS)
+            return found
         found = pushed(found, params, legs)
         return None if found is None else replace(found, protocol=_PUSHES)
 

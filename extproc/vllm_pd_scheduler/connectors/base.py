@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from ..models import InstanceRole
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 
@@ -70,6 +71,14 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Abort:
     """What ends one leg of an attempt, by HTTP (POST), at the instance that has it."""
+
+    path: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What gives an idle engine another role, by HTTP (POST)."""
 
     path: str
     body: bytes
@@ -217,6 +226,10 @@ class Connector(ABC):
 
     def abort(self, legs: Legs) -> Abort | None:
         """Return what ends either leg at its instance; ``None`` if only the end of the connection does."""
+        return None
+
+    def switch(self, role: InstanceRole) -> Switch | None:
+        """Return what gives an idle engine another role; ``None`` if it need not be told."""
         return None
 
     @abstractmethod

@@ -17,7 +17,7 @@ import msgspec
 
 from ..models import ConnectorChoice
 from ..request.body import JsonBody
-from ..request.json_text import Value, depth
+from ..request.json_text import Value, is_deeper
 from .names import UnknownConnector
 
 EncodeConnectorName = Literal["ec-nixl", "ec-example"]
@@ -84,7 +84,7 @@ def encoded(connector: EncodeConnectorName, answer: bytes) -> Encoded | None:
             return {}
         params = _decode_params(text)
         text.decode()  # what is copied whole, nothing else looks at
-        if not params or len(params) > MAX_HASHES or depth(text) > _MAX_DEPTH:
+        if not params or len(params) > MAX_HASHES or is_deeper(text, _MAX_DEPTH):
             return None
         found = {key: bytes(raw) for key, raw in params.items()}
         for raw in found.values():

@@ -12,11 +12,25 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ..models import InstanceRole
 from ..request.body import JsonBody
 from ..telemetry.failures import Failures
-from .base import MAX_TOKENS, NO_HEADERS, Abort, Connector, Handoff, Legs, Order, Peer, Question, Splice
+from .base import (
+    MAX_TOKENS,
+    NO_HEADERS,
+    Abort,
+    Connector,
+    Handoff,
+    Legs,
+    Order,
+    Peer,
+    Question,
+    Splice,
+    Switch,
+)
 
 T = TypeVar("T")
+Call = TypeVar("Call", Abort, Switch)
 
 CHECKED_BYTES = 4096
 """Up to so many, what goes to an instance is checked to be JSON: that takes 4 µs at most. Longer texts of the
@@ -138,8 +152,12 @@ class ConnectorFence:
     def abort(self, legs: Legs) -> Abort | None:
         """See :meth:`Connector.abort`; ``None`` if it fails."""
         with suppress(ConnectorFailed):
-            return self._ask("abort", lambda: _checked_abort(self._connector.abort(legs)))
+            return self._ask("abort", lambda: _checked_call(self._connector.abort(legs), Abort))
         return None
+
+    def switch(self, role: InstanceRole) -> Switch | None:
+        """See :meth:`Connector.switch`; raise :exc:`ConnectorFailed` if it fails."""
+        return self._ask("switch", lambda: _checked_call(self._connector.switch(role), Switch))
 
     def ended(self, answer: bytes) -> bool:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
@@ -175,15 +193,15 @@ def _checked_question(question: Any) -> Question | None:
     return question
 
 
-def _checked_abort(abort: Any) -> Abort | None:
-    if abort is None:
+def _checked_call(call: Any, kind: type[Call]) -> Call | None:
+    if call is None:
         return None
-    if not isinstance(abort, Abort):
-        raise TypeError(f"it returned {type(abort).__name__} in place of an Abort")
-    if not _PATH.fullmatch(abort.path):
+    if not isinstance(call, kind):
+        raise TypeError(f"it returned {type(call).__name__} in place of {kind.__name__}")
+    if not _PATH.fullmatch(call.path):
         raise ValueError("it returned a path that cannot be sent")
-    _checked_body(abort.body, "Abort.body")
-    return abort
+    _checked_body(call.body, f"{kind.__name__}.body")
+    return call
 
 
 def _checked_body(body: Any, what: str = "") -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Protocol
 
 from ..models import ConnectorChoice, InstanceRole, PDInstance
@@ -119,16 +118,19 @@ class Connectors:
         ``token_ids`` says whether D is to get those of the prompt, if it takes them.
         """
         takes = prefill.takes_token_ids
-        peer = replace(self.peer(prefill), speaks=prefill.speaks, takes_token_ids=takes)
+        peer = self._peer(prefill, prefill.speaks, takes)
         legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes)
         return Attempt(self.of(prefill.instance), legs)
 
     def peer(self, at: Reached) -> Peer:
         """Return an instance, or a rank of it, as its connector sees it."""
+        return self._peer(at, "", False)
+
+    def _peer(self, at: Reached, speaks: str, takes_token_ids: bool) -> Peer:
         instance = at.instance
-        choice = instance.connector or self._of_the_fleet()
-        settings, ranks = self._settings_of(choice), instance.data_parallel_size
-        return Peer(instance.instance_id, at.host, instance.port, settings, rank=at.rank, ranks=ranks)
+        settings = self._settings_of(instance.connector or self._of_the_fleet())
+        where = instance.instance_id, at.host, instance.port
+        return Peer(*where, settings, speaks, takes_token_ids, at.rank, instance.data_parallel_size)
 
     def _settings_of(self, choice: ConnectorChoice) -> Settings:
         if self._given_settings is not None:

@@ -15,7 +15,7 @@ from ..request.api import RESPONSES
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import REQUEST_ID
-from ..request.json_text import depth
+from ..request.json_text import is_deeper
 from .base import Connector, Handoff, Legs, Order, Peer, Settings
 from .one_token import UNREADABLE, can_split, counted_with, has_stopped, never_served, one_token
 
@@ -125,7 +125,7 @@ class MoriioConnector(Connector):
         except UNREADABLE:
             return None
         own = params.do_remote_prefill and params.transfer_id == _transfer_id(legs)
-        if not (own and params.remote_block_ids) or depth(text) > _MAX_PARAMS_DEPTH:
+        if not (own and params.remote_block_ids) or is_deeper(text, _MAX_PARAMS_DEPTH):
             return None
         lease = legs.prefill.settings.lease
         return Handoff(

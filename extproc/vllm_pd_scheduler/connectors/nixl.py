@@ -6,13 +6,15 @@ two requests ``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py``.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, ClassVar
 
 import msgspec
 
+from ..request.api import CHAT
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
-from ..request.json_text import depth
+from ..request.json_text import is_deeper
 from .base import Connector, Handoff, Legs, Splice
 from .one_token import UNREADABLE, Tokens, can_split, counted_with, has_stopped, never_served, one_token
 
@@ -29,8 +31,14 @@ _Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
 
+class _Choice(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+
+
 class _Answer(msgspec.Struct):
     prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+    """Of a completion, where the first has the token ids."""
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -62,6 +70,7 @@ class TransferParams(msgspec.Struct):
 _NOTHING = TransferParams(False, "", [], "", 0)
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_choices = msgspec.json.Decoder(list[_Choice]).decode
 _decode_params = msgspec.json.Decoder(TransferParams).decode
 
 
@@ -100,7 +109,7 @@ class NixlConnector(Connector):
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice:
         """Make the hand-off the body's last field, with the token ids in it if D is to get them."""
         params = handoff.params
-        if handoff.token_ids:
+        if handoff.token_ids and body.api is CHAT:  # vLLM reads them there alone
             params = b"".join(
                 (params[: params.rindex(b"}")], b',"prompt_token_ids":', handoff.token_ids, b"}")
             )
@@ -111,8 +120,21 @@ class NixlConnector(Connector):
         return never_served(handoff.params, model)
 
 
-def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
-    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself."""
+def _ids(answer: _Answer) -> msgspec.Raw:
+    """Return the token ids of a prompt, as a chat or a completion has them."""
+    if b'"prompt_token_ids"' in bytes(answer.choices):
+        with suppress(*UNREADABLE):
+            choices = _decode_choices(answer.choices)
+            if choices and bytes(choices[0].prompt_token_ids) != b"null":
+                return choices[0].prompt_token_ids
+    return answer.prompt_token_ids
+
+
+def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, TransferParams]:
+    """Return the hand-off in P's answer if D's engine survives it, and what it says of itself.
+
+    ``protocol`` is what the hand-off gets as its own.
+    """
     try:
         decoded = _decode_answer(answer)
         params = _decode_params(decoded.kv_transfer_params)
@@ -122,7 +144,7 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
         return None, _NOTHING
     blocks = params.remote_block_ids
     grouped = any(isinstance(group, list) and group for group in blocks)
-    if not (params.do_remote_prefill and blocks) or depth(text) > _MAX_PARAMS_DEPTH:
+    if not (params.do_remote_prefill and blocks) or is_deeper(text, _MAX_PARAMS_DEPTH):
         return None, _NOTHING
     if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
         return None, _NOTHING
@@ -130,8 +152,9 @@ def read_handoff(answer: bytes) -> tuple[Handoff | None, TransferParams]:
     # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
-    ids = _listed(decoded.prompt_token_ids, tokens) if takes else b""
-    return Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes), params
+    ids = _listed(_ids(decoded), tokens) if takes else b""
+    found = Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes, protocol=protocol)
+    return found, params
 
 
 def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
 
 from ..request.api import GENERATE, NATIVE, RESPONSES
 from ..request.body import JsonBody
+from ..request.fields import ABSENT
 from .base import MAX_TOKENS
 
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
@@ -66,6 +68,11 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_cached = msgspec.json.Decoder(_Cached).decode
 _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
+_RARE = ("n", "best_of", "use_beam_search", "echo", "prompt_logprobs", "prompt_embeds")
+"""Fields that say what :func:`can_split` looks for. Nearly all requests have none of them."""
+_rare_fields = attrgetter(*_RARE)
+_NONE_OF_THEM = (ABSENT,) * len(_RARE)
+
 
 def can_split(body: JsonBody) -> bool:
     """Whether a request has one prompt and one answer, and wants nothing that only P would know.
@@ -73,11 +80,7 @@ def can_split(body: JsonBody) -> bool:
     P's answer is for one prompt, whatever ``n`` is and however many prompts there are. For ``echo`` and
     ``prompt_logprobs`` D would have to compute the whole prompt again.
     """
-    if any(body.get(key) not in (None, 1) for key in ("n", "best_of")):
-        return False
-    if any(body.get(key) for key in ("use_beam_search", "echo")):
-        return False
-    if any(body.get(key) is not None for key in ("prompt_logprobs", "prompt_embeds")):
+    if _rare_fields(body.fields) != _NONE_OF_THEM and _wants_more(body):
         return False
     if body.api is RESPONSES:
         return _is_one_turn(body)
@@ -86,6 +89,15 @@ def can_split(body: JsonBody) -> bool:
     if body.api is NATIVE:  # vLLM has no such path
         return False
     return not body.has("prompt") or body.only_prompt() is not None
+
+
+def _wants_more(body: JsonBody) -> bool:
+    """Whether a request wants several answers, or something that only P would know."""
+    return (
+        any(body.get(key) not in (None, 1) for key in ("n", "best_of"))
+        or any(body.get(key) for key in ("use_beam_search", "echo"))
+        or any(body.get(key) is not None for key in ("prompt_logprobs", "prompt_embeds"))
+    )
 
 
 def _is_one_turn(body: JsonBody) -> bool:

@@ -14,12 +14,14 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ..models import InstanceRole
 from ..request.api import CHAT, COMPLETIONS, NATIVE
 from ..request.body import UNREAD, JsonBody
-from .base import Abort, Connector, Handoff, Legs, Order, Peer, Settings, Splice
+from .base import Abort, Connector, Handoff, Legs, Order, Peer, Settings, Splice, Switch
 from .one_token import UNREADABLE, Tokens, counted
 
 ABORT_PATH = "/abort_request"
+SWITCH_PATH = "/pd_role_switch"
 BOOTSTRAP_TIMEOUT_S = 300.0
 """``SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`` and ``…_WAITING_TIMEOUT``."""
 
@@ -108,6 +110,10 @@ class SglangConnector(Connector):
     def abort(self, legs: Legs) -> Abort:
         """Return the call that ends the request with this attempt's id."""
         return Abort(ABORT_PATH, _encode({"rid": _rid(legs)}))
+
+    def switch(self, role: InstanceRole) -> Switch:
+        """Return the call of an engine that was started with ``--enable-pd-role-switch``."""
+        return Switch(SWITCH_PATH, _encode({"new_role": role}))
 
 
 def _fields(legs: Legs) -> dict[str, Any]:

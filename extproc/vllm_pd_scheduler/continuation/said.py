@@ -13,9 +13,17 @@ from .asked import CHAT, Asked
 MAX_TOKENS: Final = 1 << 17
 """Of prompt and answer together, eight bytes each. A longer answer is cut as ever when its D dies."""
 
+MAX_EVENT_BYTES: Final = 4 << 20
+"""An answer with a longer event is cut. The first has the prompt's token ids, before they are taken out."""
+
+UNREAD_BYTES: Final = 1 << 16
+"""So many bytes of an answer are kept as they came: they are read when it breaks off, or grows."""
+
 DONE: Final = b"data: [DONE]\n\n"
 
 _DONE: Final = DONE.rstrip()
+_ERROR: Final = b'"error"'
+"""Never a part of a text either."""
 _IDS: Final = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[0-9, ]*\])')
 """Never a part of a text: there, a quote has a backslash before it."""
 
@@ -40,7 +48,11 @@ _EVENT: Final = msgspec.json.Decoder(_Event)
 
 
 class Said:
-    """What has come of one answer, event by event. Holds token ids, not text."""
+    """What has come of one answer. Holds token ids, and the last 64 KiB of events as they came.
+
+    An event is read one by one only until the answer has begun, or if it may be an error: else it is no more
+    than bytes that are passed on, as long as nothing breaks off.
+    """
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -60,6 +72,9 @@ class Said:
         self._ids = array("q")
         self._whole = 0
         self._last = 0
+        self._begun = b""
+        self._unread: list[bytes] = []
+        self._unread_bytes = 0
 
     @property
     def whole(self) -> int:
@@ -90,7 +105,48 @@ class Said:
         """Return how many tokens the prompt has."""
         return 0 if self._prompt is None else len(self._prompt)
 
-    def note(self, event: bytes) -> None:
+    def take(self, data: bytes) -> bytes:
+        """Take what has come next; return what of it is for the client: whole events.
+
+        Raise :exc:`ValueError` if an event is too long. After an ``error`` nothing more is wanted.
+        """
+        data = self._begun + data if self._begun else data
+        end = data.rfind(b"\n\n") + 2
+        if end < 2:
+            end = 0
+            if len(data) > MAX_EVENT_BYTES:
+                self.lost = True
+                raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
+        self._begun = data[end:]
+        events = data[:end]
+        if not self.began or _ERROR in events:
+            events = self._each(events)
+        elif events:
+            self._unread.append(events)
+            self._unread_bytes += len(events)
+            if self._unread_bytes > UNREAD_BYTES:
+                self.read()
+            self.done = events.endswith(DONE)
+        return events if self.asked.shows_ids else _IDS.sub(b"", events)
+
+    def read(self) -> None:
+        """Read what has not been read yet."""
+        events, self._unread, self._unread_bytes = b"".join(self._unread), [], 0
+        for event in events.split(b"\n\n")[:-1]:
+            self._note(event)
+
+    def _each(self, events: bytes) -> bytes:
+        """Read events one by one; return those before an error of the instance's."""
+        self.read()
+        passed = b""
+        for event in events.split(b"\n\n")[:-1]:
+            self._note(event)
+            if self.error:
+                break
+            passed += event + b"\n\n"
+        return passed
+
+    def _note(self, event: bytes) -> None:
         """Take the next event of the answer: a whole one."""
         if not event.startswith(b"data: {"):
             self.done = self.done or event.startswith(_DONE)
@@ -134,16 +190,31 @@ class Said:
             self._prompt, self._ids = None, array("q")
         self.finish = choice.finish_reason or self.finish
 
-    def shown(self, events: bytes) -> bytes:
-        """Return events as the client has asked for them: without token ids."""
-        return events if self.asked.shows_ids else _IDS.sub(b"", events)
+    def rest_begins(self) -> None:
+        """Take it that what comes now is another instance's."""
+        self._begun = self.error = b""
 
-    def goes_on(self, event: bytes) -> bytes:
+    def take_rest(self, data: bytes) -> bytes:
+        """Take what has come of the rest; return it as the client gets it.
+
+        Raise :exc:`ValueError` for what cannot be the rest.
+        """
+        *events, self._begun = (self._begun + data).split(b"\n\n")
+        if len(self._begun) > MAX_EVENT_BYTES:
+            raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
+        try:
+            return b"".join(map(self._goes_on, events))
+        except (msgspec.DecodeError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"no event of a completion: {error}") from None
+
+    def _goes_on(self, event: bytes) -> bytes:
         """Return an event of the completion that is the rest, as one of this answer."""
         if not event.startswith(b"data: {"):
             self.done = self.done or event.startswith(_DONE)
             return event + b"\n\n"
         read = msgspec.json.decode(event[6:])
+        if self.error:
+            return b""
         if not isinstance(read, dict) or "error" in read:
             self.error = event + b"\n\n"
             return b""

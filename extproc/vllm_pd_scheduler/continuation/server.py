@@ -9,41 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any
 
-import aiohttp
 import msgspec
-from aiohttp import web
-from yarl import URL
 
-from ..instance_http.session import open_session
+from ..instance_http.errors import RequestFailed
 from ..request import headers as names
-from ..routing.going_on import GoingOn
+from ..routing.going_on import Broken, GoingOn
+from .answer import Answer, Ingress
 from .asked import COMPLETIONS, Asked
+from .envoy_side import Connection, Headers, Request
 from .said import DONE, Said
 
 HEALTH_PATH = "/continuation/health"
 EVENT_STREAM = "text/event-stream"
-MAX_EVENT_BYTES = 4 << 20
-"""An answer with a longer event is cut. The first has the prompt's token ids, before they are taken out."""
 _TAIL = 4
 """Tokens at the end of which text may be missing: no character has more bytes than a token each."""
 _ASK_S = 10.0
-_HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "content-length",
-        "expect",
-        "host",
-    }
-)
+_MAX_TOLD_BYTES = 1 << 22
 
 
 class Outcome(StrEnum):
@@ -59,32 +44,33 @@ class Outcome(StrEnum):
     """The client left meanwhile."""
 
 
+Ended = Callable[[Outcome, Broken, str | None], None]
+"""Called with what became of a stream, where it broke off, and the D that was to write the rest."""
+
+
 class Continuation:
     """Serves what Envoy sends to its cluster ``continuation``. ``ingress`` is Envoy's, as ``http://HOST:PORT``.
 
-    ``going_on`` has the scheduler choose another D for the rest of a stream that broke off, and ``ended`` is
+    ``going_on`` has a scheduler choose another D for the rest of a stream that broke off, and ``ended`` is
     called for each.
     """
 
-    def __init__(self, ingress: str, going_on: GoingOn, ended: Callable[[Outcome], None]) -> None:
-        self._ingress = ingress
+    def __init__(self, ingress: str, going_on: GoingOn, ended: Ended) -> None:
+        self._ask = Ingress(ingress).ask
         self._going_on = going_on
         self._ended = ended
-        self._session: aiohttp.ClientSession
-        self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self._connections: set[Connection] = set()
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def start(self, port: int) -> None:
         """Listen at a port of this machine alone. Raises :exc:`OSError`."""
-        app = web.Application(client_max_size=1 << 40)  # Envoy limits what comes
-        app.router.add_get(HEALTH_PATH, _healthy)
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        self._session = open_session()
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=3600)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", port).start()
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Connection(self._serve, self._connections), "127.0.0.1", port, backlog=1024
+        )
 
     async def idle(self) -> None:
         """Wait until no stream runs."""
@@ -92,89 +78,76 @@ class Continuation:
 
     async def stop(self) -> None:
         """End all streams."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            await self._session.close()
+        if self._server is not None:
+            self._server.close()
+            await asyncio.gather(*(each.close() for each in tuple(self._connections)))
 
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
+    async def _serve(self, request: Request, reply: Connection) -> None:
+        if request.method != b"POST":
+            status, reason = (200, b"OK") if request.path == HEALTH_PATH else (405, b"Method Not Allowed")
+            reply.begin(status, reason, (), 0)
+            return
         self._running += 1
         self._idle.clear()
         try:
-            return await self._pass_on(request)
+            await self._pass_on(request, reply)
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
 
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        body = await request.content.read()
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
-        asked = Asked.read(request.path, body) if request.method == "POST" else None
-        response = web.StreamResponse()
+    async def _pass_on(self, request: Request, reply: Connection) -> None:
+        asked = Asked.read(request.path, request.body)
         said = None if asked is None else Said(asked)
-        if asked is not None:
-            body = asked.body
+        body = request.body if asked is None else asked.body
+        prompt = 0 if asked is None else self._going_on.prompt_of(request.path, request.body)
+        headers = request.headers
         try:
-            async with await self._ask(request.method, request.raw_path, headers, body) as answer:
-                del body
-                _begin(response, answer)
-                streams = answer.status == 200 and answer.content_type == EVENT_STREAM
-                if said is None or not streams or "content-encoding" in answer.headers:
-                    await _copy(request, response, answer)
-                    return response
-                await response.prepare(request)
-                await _first_part(said, response, answer)
-        except aiohttp.ClientError:
-            return _cut(request)
-        except ClientLeft:
-            return response
+            async with await self._ask(request.method, request.target, headers, body) as answer:
+                if said is None or not _is_stream(answer):
+                    await _copy(reply, answer)
+                    return
+                del body, request
+                reply.begin(answer.status, answer.reason, answer.headers, None)
+                decode = answer.header(names.DECODE)
+                await _first_part(said, reply, answer)
+        except RequestFailed:
+            reply.cut()
+            return
         if not said.done:
-            outcome, number = Outcome.LEFT, request.headers.get(names.REQUEST_ID, "")
-            self._going_on.begin(number, response.headers.get(names.DECODE, ""))
+            broken = Broken(decode, said.whole)
+            outcome = Outcome.LEFT
             try:
-                outcome = await self._go_on(said, headers, response)
-            except ClientLeft:
-                return response
+                outcome = await self._go_on(said, headers, reply, broken)
             finally:
-                self._ended(outcome)
-                self._going_on.end(number, said.lost_by if outcome is Outcome.FAILED else None)
+                self._ended(outcome, broken, said.lost_by)
+                if outcome is Outcome.FAILED and said.lost_by is not None:
+                    self._going_on.failed(prompt, (decode, said.lost_by))
             if outcome is not Outcome.CONTINUED and not said.error:
-                return _cut(request)
-        await response.write_eof()
-        return response
+                reply.cut()
+                return
+        reply.end()
 
-    async def _ask(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> aiohttp.ClientResponse:
-        return await self._session.request(
-            method,
-            URL(self._ingress + path, encoded=True),
-            headers=headers,
-            data=body or None,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None),  # Envoy limits each leg
-        )
-
-    async def _go_on(self, said: Said, headers: Mapping[str, str], response: web.StreamResponse) -> Outcome:
+    async def _go_on(self, said: Said, headers: Headers, reply: Connection, broken: Broken) -> Outcome:
         """Have the rest of an answer written that has broken off, or say that it is no more."""
-        outcome = await self._rest(said, headers, response)
+        outcome = await self._rest(said, headers, reply, broken)
         if outcome is not Outcome.CONTINUED and said.error:
-            await _write(response, said.error + DONE)
-            return outcome
-        if outcome is Outcome.CONTINUED and not said.done:
-            await _write(response, said.ending())
+            reply.write(said.error + DONE)
+        elif outcome is Outcome.CONTINUED and not said.done:
+            reply.write(said.ending())
         return outcome
 
-    async def _rest(self, said: Said, headers: Mapping[str, str], response: web.StreamResponse) -> Outcome:
+    async def _rest(self, said: Said, headers: Headers, reply: Connection, broken: Broken) -> Outcome:
         asked = said.asked
+        again = self._going_on.marked(headers, broken)
         if not said.began:  # the client has nothing yet: it is asked once more as it is
-            try:
-                async with await self._ask("POST", asked.path, headers, asked.body) as answer:
+            said.rest_begins()
+            with contextlib.suppress(RequestFailed):
+                target = asked.path.encode("ascii")
+                async with await self._ask(b"POST", target, again, asked.body) as answer:
                     if answer.status == 200:
-                        said.lost_by = answer.headers.get(names.DECODE)
-                        await _first_part(said, response, answer)
-            except aiohttp.ClientError:
-                pass
+                        said.lost_by = answer.header(names.DECODE)
+                        await _first_part(said, reply, answer)
             return Outcome.CONTINUED if said.done else Outcome.FAILED
         if said.finish is not None:
             return Outcome.CONTINUED
@@ -187,27 +160,30 @@ class Continuation:
             return Outcome.IMPOSSIBLE
         if left < 1:
             return Outcome.CONTINUED
-        said.error = b""
-        try:
-            async with await self._ask("POST", COMPLETIONS, headers, asked.rest(ids, left)) as answer:
-                if answer.status == 200 and answer.content_type == EVENT_STREAM:
-                    said.lost_by = answer.headers.get(names.DECODE)
-                    async for events in _events(answer):
-                        await _write(response, b"".join(map(said.goes_on, events)))
-                        if said.error:
-                            break
-        except (aiohttp.ClientError, ValueError):
-            pass
+        said.rest_begins()
+
+        def take(data: bytes) -> None:
+            if shown := said.take_rest(data):
+                reply.write(shown)
+            if said.error:
+                raise ValueError("its error")
+
+        with contextlib.suppress(RequestFailed):
+            rest = asked.rest(ids, left)
+            async with await self._ask(b"POST", COMPLETIONS.encode("ascii"), again, rest) as answer:
+                if _is_stream(answer):
+                    said.lost_by = answer.header(names.DECODE)
+                    await _passed(reply, answer, take)
         ended = said.finish is not None and not (asked.usage and said.usage is None)
         return Outcome.CONTINUED if said.done or ended else Outcome.FAILED
 
-    async def _known(self, said: Said, headers: Mapping[str, str]) -> list[int] | None:
+    async def _known(self, said: Said, headers: Headers) -> list[int] | None:
         """Return the tokens whose text is with the client, the prompt's included."""
         tail = said.doubtful
         if tail:
             for missing in range(_TAIL):
                 body = msgspec.json.encode({"model": said.asked.model, "tokens": tail[: len(tail) - missing]})
-                text = (await self._told("POST", "/detokenize", headers, body)).get("prompt")
+                text = (await self._told(b"POST", b"/detokenize", headers, body)).get("prompt")
                 if not isinstance(text, str):
                     return None
                 if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -217,87 +193,51 @@ class Continuation:
                 return None
         return said.ids()
 
-    async def _room(self, asked: Asked, tokens: int, headers: Mapping[str, str]) -> int | None:
+    async def _room(self, asked: Asked, tokens: int, headers: Headers) -> int | None:
         """Return how many tokens the model has room for after so many."""
-        for card in (await self._told("GET", "/v1/models", headers, b"")).get("data") or ():
+        for card in (await self._told(b"GET", b"/v1/models", headers, b"")).get("data") or ():
             if asked.model in (None, card.get("id")) and isinstance(card.get("max_model_len"), int):
                 return int(card["max_model_len"]) - tokens
         return None
 
-    async def _told(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    async def _told(self, method: bytes, target: bytes, headers: Headers, body: bytes) -> dict[str, Any]:
         """Return what a question is answered; nothing if it is not."""
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-            async with asyncio.timeout(_ASK_S), await self._ask(method, path, headers, body) as answer:
+        with contextlib.suppress(RequestFailed, TimeoutError, msgspec.DecodeError, msgspec.ValidationError):
+            async with asyncio.timeout(_ASK_S), await self._ask(method, target, headers, body) as answer:
                 if answer.status == 200:
-                    return msgspec.json.decode(await answer.read(), type=dict[str, Any])
+                    return msgspec.json.decode(await answer.read(_MAX_TOLD_BYTES), type=dict[str, Any])
         return {}
 
 
-class ClientLeft(Exception):
-    """Nobody wants the answer any more."""
+def _is_stream(answer: Answer) -> bool:
+    """Whether an answer is a stream of events that can be read."""
+    kind = answer.header("content-type").partition(";")[0].strip().lower()
+    return answer.status == 200 and kind == EVENT_STREAM and not answer.header("content-encoding")
 
 
-async def _healthy(_: web.Request) -> web.Response:
-    return web.Response()
+def _passed(reply: Connection, answer: Answer, take: Callable[[bytes], object]) -> Awaitable[None]:
+    """Pass an answer on as it comes, as fast as the client takes it."""
+    reply.source = answer
+    return answer.pass_to(take)
 
 
-def _cut(request: web.Request) -> web.StreamResponse:
-    """Break off the connection: Envoy then cuts the client's stream, or answers 503 if none has begun."""
-    if request.transport is not None:
-        request.transport.abort()
-    return web.Response(status=503)
-
-
-def _begin(response: web.StreamResponse, answer: aiohttp.ClientResponse) -> None:
-    response.set_status(answer.status, answer.reason)
-    for name, value in answer.headers.items():
-        if name.lower() not in _HOP_BY_HOP:
-            response.headers.add(name, value)
-
-
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    try:
-        if data:
-            await response.write(data)
-    except ConnectionError as error:  # aiohttp's is one of its client's errors too
-        raise ClientLeft from error
-
-
-async def _copy(request: web.Request, response: web.StreamResponse, answer: aiohttp.ClientResponse) -> None:
+async def _copy(reply: Connection, answer: Answer) -> None:
     """Pass an answer on as it is."""
-    if answer.content_length is not None:
-        response.content_length = answer.content_length
-    await response.prepare(request)
-    async for data in answer.content.iter_any():
-        await _write(response, data)
-    await response.write_eof()
+    length = answer.header("content-length")
+    reply.begin(answer.status, answer.reason, answer.headers, int(length) if length.isdecimal() else None)
+    await _passed(reply, answer, reply.write)
+    reply.end()
 
 
-async def _first_part(said: Said, response: web.StreamResponse, answer: aiohttp.ClientResponse) -> None:
-    """Pass on what the first instance says, up to its end or until it breaks off; whole events alone."""
-    try:
-        async for events in _events(answer):
-            passed = b""
-            for event in events:
-                said.note(event)
-                if said.error:
-                    break
-                passed += event + b"\n\n"
-            await _write(response, said.shown(passed))
-            if said.error:
-                return
-    except aiohttp.ClientError:
-        pass
-    except ValueError:
-        said.lost = True
+async def _first_part(said: Said, reply: Connection, answer: Answer) -> None:
+    """Pass on what an instance says, up to its end or until it breaks off; whole events alone."""
 
+    def take(data: bytes) -> None:
+        if shown := said.take(data):
+            reply.write(shown)
+        if said.error:
+            raise ValueError("its error")
 
-async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
-    """Yield the events of an answer as they come. Raises :exc:`ValueError` if one is too long."""
-    begun = b""
-    async for data in answer.content.iter_any():
-        *events, begun = (begun + data).split(b"\n\n")
-        if events:
-            yield events
-        if len(begun) > MAX_EVENT_BYTES:
-            raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
+    with contextlib.suppress(RequestFailed):
+        await _passed(reply, answer, take)
+    said.read()

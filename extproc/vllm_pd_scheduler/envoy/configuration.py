@@ -92,10 +92,18 @@ def _continue(config: dict[str, Any], ports: EnvoyPorts) -> None:
         return
     if ports.continues:
         found["health_checks"] = [_CONTINUATION_CHECK]
-    addresses = (("127.0.0.1", ports.continuation), (ports.ingress_address, ports.ingress))
-    for priority, (host, port) in zip(found["load_assignment"]["endpoints"], addresses, strict=True):
-        endpoint = priority["lb_endpoints"][0]["endpoint"]
-        endpoint["address"]["socket_address"] = {"address": host, "port_value": port}
+    schedulers, ingress = found["load_assignment"]["endpoints"]
+    every = range(ports.continuation, ports.continuation + max(1, ports.continues))
+    schedulers["lb_endpoints"] = [_endpoint("127.0.0.1", port) for port in every]
+    if len(every) > 1:
+        # As long as one worker is healthy, no stream goes on without any.
+        found["load_assignment"]["policy"] = {"overprovisioning_factor": 100 * len(every)}
+    (own,) = ingress["lb_endpoints"]
+    own["endpoint"] |= _endpoint(ports.ingress_address, ports.ingress)["endpoint"]
+
+
+def _endpoint(host: str, port: int) -> dict[str, Any]:
+    return {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}}
 
 
 def num_retries() -> int:

@@ -21,7 +21,8 @@ class EnvoyPorts:
     The ingress listener binds to the IP address ``address``; ``::`` takes IPv4 too. ``grpc_socket``, the path
     of a Unix socket, replaces ``grpc``. Without ``prefill`` there is no prefill listener, and without
     ``continuation``, a port of the scheduler's, no way for streams that another D shall go on with; where
-    the scheduler is known to listen there (``continues``), Envoy looks whether it hangs.
+    it is known how many listen there and at the ports that follow (``continues``: each worker does), Envoy
+    looks whether they hang.
     """
 
     ingress: int = 10000
@@ -31,7 +32,7 @@ class EnvoyPorts:
     address: str | None = None
     grpc_socket: str | None = None
     continuation: int | None = CONTINUATION_PORT
-    continues: bool = False
+    continues: int = 0
 
     @property
     def ingress_address(self) -> str:

@@ -85,24 +85,25 @@ class Elsewhere:
         """Count a prefill that another replica has sent, at the place in P's queue where it is heard of.
 
         ``cached`` are the prompt's tokens and blocks that were taken for cached there. Its seconds are
-        predicted here, by what this scheduler has learned.
+        predicted here, by what this scheduler has learned. Call ``work_changes`` of the endpoint after it,
+        and after :meth:`done` and :meth:`cancel`: once for all that a message tells of it.
         """
-        load, tokens = endpoint.prefill, max(1.0, prompt_tokens - endpoint.prefill.trust * cached[0])
+        load = endpoint.prefill
+        tokens = max(1.0, prompt_tokens - load.trust * cached[0])
+        cost = load.cost(tokens, prompt_tokens)
         claim = Reservation(
             endpoint,
             endpoint.generation,
             tokens,
-            load.cost(tokens, prompt_tokens),
-            load.remaining(now),
-            now,
-            cached[0],
-            blocks,
-            cached[1],
+            cost,
+            at=now,
+            cached=cached[0],
+            blocks=blocks,
+            cached_blocks=cached[1],
             replica=replica,
             elsewhere=True,
         )
-        load.enqueue(claim, claim.cost, now)
-        endpoint.work_changes()
+        load.enqueue(claim, cost, now)
         return claim
 
     def done(
@@ -114,7 +115,8 @@ class Elsewhere:
         hears too late of the other's to know that it was done in its own time. ``None`` if it has ended.
         """
         load = claim.endpoint.prefill
-        seconds = load.complete(claim, now) if self._end(claim) else None
+        active, claim.active = claim.active, False
+        seconds = load.complete(claim, now) if active else None
         if seconds is None:
             return None
         new = max(1.0, prompt_tokens - (claim.cached if cached_tokens is None else cached_tokens))
@@ -128,13 +130,9 @@ class Elsewhere:
 
     def cancel(self, claim: Reservation, now: float) -> None:
         """End such a prefill, of which nothing is known but that it is queued no more."""
-        if self._end(claim):
+        if claim.active:
+            claim.active = False
             claim.endpoint.prefill.cancel(claim, now)
-
-    def _end(self, claim: Reservation) -> bool:
-        active, claim.active = claim.active, False
-        claim.endpoint.work_changes()
-        return active
 
     def eject(self, endpoint: Endpoint, now: float) -> bool:
         """Eject an instance at which others' requests fail, as if ours had failed: within the same bounds.

@@ -41,7 +41,7 @@ class Work:
             if request.blocks and not tentative:
                 endpoint.holder.store(request.blocks)
             if endpoint.instance.role is InstanceRole.PREFILL:
-                endpoint.prefill.enqueue(reservation, reservation.cost, request.now)
+                endpoint.prefill.enqueue(reservation, reservation.cost, request.now, is_sent=not tentative)
                 if registry.pairs.in_doubt:
                     registry.pairs.tried(endpoint, None, reservation)
             if registry.journal is not None:

@@ -5,6 +5,7 @@ It does no I/O and reads no clock: every time is an argument, in seconds of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,9 @@ _MIN_GROUP_S = 0.02
 It bounds the cost of learning: thousands of very short prefills can end in a second.
 """
 
+_TAKEN_FOR_DONE = 2.0
+"""Factor by which the time of several prefills may differ from what was predicted of them, so that all are
+taken for done when the last one is: a choice. Where it differs more, one may have overtaken the others."""
 _RECENT = 0.1
 """Weight of the newest sample in running means: a choice, some ten samples count."""
 
@@ -74,6 +78,12 @@ def _bounded(value: float, expected: float, times: float = MAX_SURPRISE) -> floa
     return min(max(value, expected / times), expected * times)
 
 
+def _factor(one: float, other: float) -> float:
+    """Return how many times the larger of two numbers is the smaller."""
+    less, more = sorted((one, other))
+    return more / less if less > 0.0 else math.inf
+
+
 class PrefillLoad(ReadOnly):
     """The prefills that are queued on one instance, and what a prefill takes there.
 
@@ -88,8 +98,8 @@ class PrefillLoad(ReadOnly):
     """
 
     __slots__ = (
-        "_group", "_pending", "busy", "fit", "head_at", "head_cost", "overhead", "per_pair", "per_token",
-        "queued", "trust",
+        "_done", "_group", "_pending", "_unsent", "busy", "fit", "head_at", "head_cost", "overhead",
+        "per_pair", "per_token", "queued", "trust",
     )  # fmt: skip
 
     fit: OnlineRegression
@@ -108,6 +118,10 @@ class PrefillLoad(ReadOnly):
     """Seconds that the prefills which were done there took, without their waits. It only grows."""
     _pending: dict[Hashable, float]
     """Predicted seconds of each queued prefill, in the order in which they run."""
+    _unsent: set[Hashable]
+    """Those of them that are not on their way yet."""
+    _done: dict[Hashable, float]
+    """The seconds of those that are taken for done, since one behind them is, and were not told yet."""
     _group: list[float]
     """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
 
@@ -115,6 +129,8 @@ class PrefillLoad(ReadOnly):
         set_own(self, "fit", OnlineRegression(prior.coefficients, _PREFILL_SCALE))
         self._use(prior.coefficients)
         set_own(self, "_pending", {})
+        set_own(self, "_unsent", set())
+        set_own(self, "_done", {})
         set_own(self, "head_at", 0.0)
         set_own(self, "busy", 0.0)
         self.reset()
@@ -130,16 +146,22 @@ class PrefillLoad(ReadOnly):
         """
         return max(0.0, self.queued - min(self.head_cost, max(0.0, now - self.head_at)))
 
-    def enqueue(self, key: Hashable, cost: float, now: float) -> None:
-        """Add a prefill of ``cost`` predicted seconds to the queue; ``key`` names it from now on."""
+    def enqueue(self, key: Hashable, cost: float, now: float, *, is_sent: bool = True) -> None:
+        """Add a prefill of ``cost`` predicted seconds to the queue; ``key`` names it from now on.
+
+        One that is not on its way yet is told of with :meth:`sent`.
+        """
         if not self._pending:
             set_own(self, "head_cost", cost)
             set_own(self, "head_at", now)
         self._pending[key] = cost
         set_own(self, "queued", self.queued + cost)
+        if not is_sent:
+            self._unsent.add(key)
 
     def sent(self, key: Hashable, now: float) -> None:
         """Note that a prefill which was queued is on its way only now: if it is the first, it begins now."""
+        self._unsent.discard(key)
         if self._pending and next(iter(self._pending)) == key:
             set_own(self, "head_at", now)
 
@@ -162,13 +184,40 @@ class PrefillLoad(ReadOnly):
 
         They count from the end of the prefill before it, or from ``enqueue`` if the queue was empty. Return
         ``None`` if it is not in the queue.
+
+        The ends of other replicas' prefills are told late, and so may those of one step of the engine be. So
+        if the time is rather that of this one and of those before it, these are taken for done too, and each
+        has taken its part of the time.
         """
+        if (known := self._done.pop(key, None)) is not None:
+            return known
         if key not in self._pending:
             return None
         spent = max(0.0, now - self.head_at)
-        self._remove(key)
+        done = self._done_by(key, spent)
+        total = sum(self._pending[each] for each in done)
+        for each in done:
+            self._done[each] = spent * self._pending[each] / total if total > 0.0 else spent / len(done)
+            self._remove(each)
         self._begin_next(now)
-        return spent
+        return self._done.pop(key)
+
+    def _done_by(self, key: Hashable, spent: float) -> list[Hashable]:
+        """Return which prefills were done in the last seconds: ``key``, and so many of those before it that
+        what was predicted of them all is nearest to these seconds, by factors."""
+        total, before, found = self._pending[key], list[Hashable](), 0
+        nearest = _factor(spent, total)
+        for other, cost in self._pending.items():
+            if other == key:
+                break
+            if other in self._unsent:
+                continue
+            before.append(other)
+            total += cost
+            factor = _factor(spent, total)
+            if factor < nearest and factor <= _TAKEN_FOR_DONE:
+                nearest, found = factor, len(before)
+        return [*before[:found], key]
 
     def computed(self, seconds: float) -> None:
         """Count the seconds of a prefill that was done."""
@@ -176,6 +225,7 @@ class PrefillLoad(ReadOnly):
 
     def cancel(self, key: Hashable, now: float) -> None:
         """Remove a prefill that was given up. If it was the one that runs, the next one begins now."""
+        self._done.pop(key, None)
         if key in self._pending:
             first = next(iter(self._pending))
             self._remove(key)
@@ -183,6 +233,7 @@ class PrefillLoad(ReadOnly):
                 self._begin_next(now)
 
     def _remove(self, key: Hashable) -> None:
+        self._unsent.discard(key)
         cost = self._pending.pop(key)
         set_own(self, "queued", self.queued - cost if self._pending else 0.0)
 
@@ -225,7 +276,8 @@ class PrefillLoad(ReadOnly):
 
     def reset(self) -> None:
         """Forget the queue, since the instance was restarted; what its hardware can do stays known."""
-        self._pending.clear()
+        for known in (self._pending, self._unsent, self._done):
+            known.clear()
         set_own(self, "_group", [0.0, 0.0, 0.0, 0.0])
         set_own(self, "queued", 0.0)
         set_own(self, "head_cost", 0.0)

@@ -293,14 +293,18 @@ class Holder:
         beginning. Of a prompt that is longer than the capacity, the beginning is kept. Does nothing on a
         closed holder, since a request can end after its instance has left.
         """
-        mine, chain = self._blocks, blocks[: self._capacity]
-        new = [block for block in reversed(chain) if block not in mine]
-        used = [mine.pop(block) for block in reversed(chain) if block in mine]
+        mine, chain = self._blocks, blocks[self._capacity - 1 :: -1] if self._capacity else ()
+        new: Sequence[int] = chain
+        used: Sequence[int] = ()
+        if not mine.keys().isdisjoint(chain):
+            new = [block for block in chain if block not in mine]
+            used = [mine.pop(block) for block in chain if block in mine]
         if new:
             self._evict(len(mine) + len(chain) - self._capacity)
             self._index._mark(new, self._bit)
             mine.update(zip(new, new, strict=True))
-        mine.update(zip(used, used, strict=True))
+        if used:
+            mine.update(zip(used, used, strict=True))
 
     def answered(self, blocks: Sequence[int], more: int) -> None:
         """Record that the rest of a prompt and the answer to it fill ``more`` blocks after the prompt's last.
@@ -383,12 +387,13 @@ class Holder:
         if count > 0:
             # All in one pass: a deleted entry stays in the dict as a gap, and each new look at the oldest one
             # would step over all of them.
-            oldest = list(islice(self._blocks, count))
+            mine, answers = self._blocks, self._answers
+            oldest = list(islice(mine, count))
             self._index._unmark(oldest, self._bit)
             for block in oldest:
-                del self._blocks[block]
-                if block in self._answers:
-                    del self._answers[block]
+                del mine[block]
+                if answers and block in answers:
+                    del answers[block]
 
 
 def _checked(capacity: int) -> int:

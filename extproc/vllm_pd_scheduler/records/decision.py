@@ -101,6 +101,10 @@ class Decision(Struct, gc=False, eq=False):
     """Of the answer; ``None`` while that is not known."""
     reason: str | None = None
     """Why the scheduler has refused it."""
+    continues_from: str | None = None
+    """The D that has failed the answer of which this request is the rest; ``None``: it is no rest."""
+    continues_after: int = 0
+    """How many tokens of that answer the client had."""
     waited: float = 0.0
     """Seconds in the scheduler's queue."""
     media: int = 0

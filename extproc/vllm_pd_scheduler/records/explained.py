@@ -36,6 +36,7 @@ def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
         "not_split": decision.not_split,
         "status": decision.status,
         "reason": decision.reason,
+        "continues": _continues(decision),
         "waited_s": _rounded(decision.waited),
         "encode": _encode(decision),
         "prefill": _prefill(decision),
@@ -50,6 +51,8 @@ def explained(decision: Decision, clock_offset: float) -> dict[str, Any]:
 def in_a_line(decision: Decision) -> str:
     """Return the short form, for a header: printable ASCII."""
     parts = [f"served={_served(decision)}"]
+    if decision.continues_from is not None:
+        parts.append(f"continues={decision.continues_from or '?'} after {decision.continues_after}")
     if decision.reason is not None:
         parts.append(f"reason={decision.reason}")
     if decision.encode_attempts:
@@ -70,6 +73,12 @@ def in_a_line(decision: Decision) -> str:
 
 def _served(decision: Decision) -> str | None:
     return "rejected" if decision.reason is not None else decision.served
+
+
+def _continues(decision: Decision) -> dict[str, Any] | None:
+    if decision.continues_from is None:
+        return None
+    return {"decode": decision.continues_from or None, "tokens": decision.continues_after}
 
 
 def _encode(decision: Decision) -> dict[str, Any] | None:

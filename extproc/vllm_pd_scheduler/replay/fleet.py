@@ -19,10 +19,11 @@ from ..sim.request import EngineRequest, HandOff
 from ..sim.virtual import Offer, VirtualClock
 from .arrivals import Arrivals
 from .cache_events import CacheEvents
+from .index_events import IndexEvents
 from .instances import Instances
 from .peers import Peer, Site
 from .result import LoadSample, RequestResult, RunResult
-from .schedulers import Network, OneScheduler, make_schedulers
+from .schedulers import Network, OneScheduler, make_foreign, make_schedulers
 from .spec import FleetSpec, pooled
 from .topology import Topology
 from .trace import Trace, TraceRequest
@@ -38,6 +39,8 @@ ESTIMATE_ERROR = 0.1
 A scheduler sees a prompt's bytes and learns its tokens after the prefill. 0.1 is a choice: prompts of one
 language and kind.
 """
+NOTICED_S = 0.5
+"""Seconds until Envoys ask a scheduler no more that is gone: the time between two of their health checks."""
 _SAMPLES = 600
 """Moments of a run at which the load is recorded, for the figure: more than can be seen in it."""
 _PROGRESS_EVERY = 100
@@ -101,22 +104,31 @@ class _Run:
     ) -> None:
         self._variant, self._trace = variant, trace
         self._progress, self._stop_when = progress, stop_when
+        self._seed = fleet.seed
         self._random = Random(fleet.seed)
         self._clock = VirtualClock()
         self._config = config = variant.config()
         self._scrape_interval = config.health_check_interval
-        self._schedulers = make_schedulers(variant, config, fleet.seed)
+        self._own = make_schedulers(variant, config, fleet.seed)
+        self._foreign = make_foreign(fleet.seed) if fleet.foreign else None
+        self._foreign_share = fleet.foreign
+        self._schedulers = [*self._own, *([self._foreign] if self._foreign else ())]
         self._spread = Random(fleet.seed + 1)
         """Whose turn it is, and what is lost: none of that changes what else is random."""
-        self._network = Network(self._clock, variant.sharing, self._schedulers, self._spread, self._dispatch)
+        self._network = Network(self._clock, variant.sharing, self._own, self._spread, self._dispatch)
         self._realistic = fleet.realistic
         self._topology = Topology(self._clock, fleet.leaves) if fleet.realistic else None
         self._arrivals = Arrivals(self._clock, trace, self._arrive, waits=fleet.realistic)
         policy = variant.policy()
         late = policy.event_delay_s if fleet.realistic and policy is not None else None
         self._events = None if late is None else CacheEvents(late)
+        self._index_events = IndexEvents(self._clock, self._own) if config.kv_events is not None else None
+        told = self._events or self._index_events
         self._decode_first = policy is not None and policy.decode_first
-        self._instances = Instances(self._clock, self._schedulers, self._topology, self._events)
+        self._instances = Instances(
+            self._clock, self._schedulers, self._topology, told.happened if told is not None else None
+        )
+        self._under_way: dict[int, _Job] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
@@ -136,19 +148,22 @@ class _Run:
         started = time.perf_counter()
         if self._trace.requests:
             self._arrivals.start()
-            for place, one in enumerate(self._schedulers):
-                for number, endpoint in enumerate(one.registry):
-                    # Not all at the same moment, as with the scheduler's own loops.
-                    turn = (number + place / len(self._schedulers)) / len(self._instances)
-                    self._clock.call_at(turn * self._scrape_interval, partial(self._scrape, one, endpoint))
-                self._network.publish_soon(one)
+            for one in self._schedulers:
+                if one.alive:
+                    self._begin_to_scrape(one)
+            self._network.introduce()
+            sharing = self._variant.sharing
+            if sharing.dies is not None:
+                self._clock.call_at(sharing.dies, partial(self._die, self._own[sharing.replicas - 1]))
+            if sharing.joins is not None:
+                self._clock.call_at(sharing.joins, partial(self._join, self._own[-1]))
             self._clock.call_at(0.0, self._sample)
         self._clock.run()
         self._progress(len(self._results))
         end = max((r.finished or 0.0 for r in self._results.values()), default=0.0)
         return RunResult(
             self._variant.label,
-            [self._results[number] for number in sorted(self._results)],
+            [self._results[number] for number in sorted(self._results) if not self._is_foreign(number)],
             self._instances.busy(InstanceRole.PREFILL, end),
             self._instances.busy(InstanceRole.DECODE, end),
             self._samples,
@@ -160,9 +175,15 @@ class _Run:
 
     def _arrive(self, number: int) -> None:
         traced = self._trace.requests[number]
-        few = len(self._schedulers)
-        one = self._schedulers[self._spread.randrange(few) if few > 1 else 0]
+        asked = [one for one in self._own if one.asked]
+        one = asked[self._spread.randrange(len(asked)) if len(asked) > 1 else 0]
+        if self._foreign is not None and self._is_foreign(number):
+            one = self._foreign
         job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
+        self._under_way[number] = job
+        if not one.alive:
+            self._serve_unscheduled(job)
+            return
         alone = self._alone(job)
         if alone is not None:
             # Counted at once, as in routing: of a burst each one sees those before it.
@@ -170,12 +191,20 @@ class _Run:
             request = self._request(job, HandOff.NONE)
             self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._decode, job, request, None))
             return
-        if self._decode_first:
+        if self._decode_first and one is not self._foreign:
             job.decode = one.scheduler.pick(InstanceRole.DECODE, job.context)[0]
             job.early = one.registry.work.reserve(job.decode, job.context)
         ticket = Ticket(job.context, InstanceRole.PREFILL, on_settled=partial(self._on_settled, job))
         one.dispatcher.submit(ticket, self._clock.now)
         self._set_wake_up(one)
+
+    def _is_foreign(self, number: int) -> bool:
+        """Whether another router sends a request: it does so with all of a session's."""
+        if self._foreign is None:
+            return False
+        traced = self._trace.requests[number]
+        key = traced.session or str(traced.blocks[1:2] or number)
+        return Random(f"{self._seed} {key}").random() < self._foreign_share
 
     def _alone(self, job: _Job) -> Endpoint | None:
         """Return the D that is to serve a request without a P, as the policy or the scheduler has it."""
@@ -238,7 +267,8 @@ class _Run:
 
     def _prefill(self, job: _Job) -> None:
         traced, endpoint = job.traced, job.prefill
-        assert endpoint is not None
+        if endpoint is None:  # its scheduler has died meanwhile
+            return
         request = EngineRequest(str(job.number), traced.prompt_tokens, 1, HandOff.SEND, traced.blocks)
         try:
             self._instances[endpoint.id].add(request, on_finished=partial(self._on_prefilled, job))
@@ -255,10 +285,14 @@ class _Run:
 
     def _pick_decode(self, job: _Job, offer: Offer) -> None:
         now, context, reservation = self._clock.now, job.context, job.reservation
+        if job.prefill is None:  # its scheduler has died meanwhile
+            return
         assert reservation is not None
         registry, scheduler = job.at.registry, job.at.scheduler
         registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
+        if self._index_events is not None:
+            self._index_events.answered(job.at, job.traced.blocks)
         context.at(now)
         if job.early is not None:
             job.reservation, job.early = job.early, None
@@ -306,6 +340,7 @@ class _Run:
             now if reason is None else None,
             reason,
         )
+        del self._under_way[job.number]
         self._arrivals.ended(job.number)
         if self._stop_when is not None and self._stop_when(self._results[job.number]):
             self._clock.stop()
@@ -322,7 +357,7 @@ class _Run:
 
     def _dispatch(self, one: OneScheduler) -> None:
         """Serve waiting requests after a change, as ``AdmissionController.wake``, and tell of the change."""
-        if one.dispatcher.pending:
+        if one.dispatcher.pending and one.alive:
             one.dispatcher.dispatch(self._clock.now)
             self._set_wake_up(one)
         else:
@@ -335,9 +370,16 @@ class _Run:
         one.wake_up = None if at is None else self._clock.call_at(at, partial(self._dispatch, one))
         self._network.publish_soon(one)
 
+    def _begin_to_scrape(self, one: OneScheduler) -> None:
+        """Have a scheduler scrape: not all at the same moment, as with its own loops."""
+        place = self._schedulers.index(one) / len(self._schedulers)
+        for number, endpoint in enumerate(one.registry):
+            at = self._clock.now + (number + place) / len(self._instances) * self._scrape_interval
+            self._clock.call_at(at, partial(self._scrape, one, endpoint))
+
     def _scrape(self, one: OneScheduler, endpoint: Endpoint) -> None:
         """Report to the registry what a scrape of the engine's ``/metrics`` would show."""
-        if self._done:
+        if self._done or not one.alive:
             return
         seen = self._instances.scraped(one, endpoint)
         one.registry.scraped(endpoint, seen, endpoint.in_flight, endpoint.tokens)
@@ -350,6 +392,32 @@ class _Run:
             return
         now = self._clock.now
         self._samples += self._instances.load()
-        waiting = sum(len(one.dispatcher.queue) for one in self._schedulers)
+        waiting = sum(len(one.dispatcher.queue) for one in self._schedulers if one.alive)
         self._samples.append(LoadSample(now, "scheduler", 0, waiting, 0.0))
         self._clock.call_at(now + max(1.0, self._trace.seconds / _SAMPLES), self._sample)
+
+    # -- schedulers that die and join
+
+    def _die(self, one: OneScheduler) -> None:
+        """Have a scheduler die. Its requests, and those that come until that is noticed, go on without it."""
+        one.die()
+        self._clock.call_at(self._clock.now + NOTICED_S, one.leave)
+        for job in list(self._under_way.values()):
+            if job.at is one and job.decode is None:
+                self._serve_unscheduled(job)
+
+    def _serve_unscheduled(self, job: _Job) -> None:
+        """Let the D with the fewest requests prefill, as Envoy does without a scheduler. Nobody counts it."""
+        request_id, registry, before = str(job.number), job.at.registry, job.prefill
+        if before is not None and not self._instances[before.id].abort(request_id):
+            self._instances[before.id].release(request_id)
+        job.prefill = None
+        job.decode = min(registry.endpoints(InstanceRole.DECODE), key=lambda endpoint: endpoint.in_flight)
+        job.reservation = registry.work.reserve(job.decode, job.context)  # where nobody hears of it
+        self._decode(job, self._request(job, HandOff.NONE), None)
+
+    def _join(self, one: OneScheduler) -> None:
+        """Have one more scheduler, which the others tell what they know."""
+        one.join()
+        self._begin_to_scrape(one)
+        self._network.publish_soon(one)

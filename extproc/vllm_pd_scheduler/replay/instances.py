@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from ..fleet.endpoint import Endpoint
@@ -9,16 +10,18 @@ from ..models import InstanceRole, MetricsSnapshot, PDInstance
 from ..sim.engine import Engine
 from ..sim.profile import EngineProfile
 from ..sim.virtual import VirtualClock, VirtualInstance
-from .cache_events import CacheEvents
 from .result import LoadSample
 from .schedulers import OneScheduler
 from .topology import Topology
+
+Told = Callable[[str, list[tuple[int, bool]], float], None]
+"""Called with an instance, which blocks it has cached (true) or evicted, and when."""
 
 
 class Instances:
     """Instances by name, as all schedulers have them.
 
-    Transfers go over a ``topology``, and ``events`` tell what caches have, if there is one.
+    Transfers go over a ``topology``, if there is one, and ``events`` is called with what caches have.
     """
 
     def __init__(
@@ -26,7 +29,7 @@ class Instances:
         clock: VirtualClock,
         schedulers: list[OneScheduler],
         topology: Topology | None,
-        events: CacheEvents | None,
+        events: Told | None,
     ) -> None:
         self._clock = clock
         self._schedulers = schedulers
@@ -60,7 +63,7 @@ class Instances:
             Engine(profile),
             self._clock,
             transport=topology.carry if topology else None,
-            on_cache=partial(events.happened, name) if events else None,
+            on_cache=partial(events, name) if events else None,
         )
         if topology:
             topology.add(instance, number, profile.transfer_bandwidth)

@@ -21,6 +21,9 @@ from .variant import Sharing, Variant
 
 _FLEET = FleetKey("replay")
 
+FOREIGN = "least_load"
+"""The strategy of the other router, where a part of the load is another's."""
+
 
 @dataclass(slots=True, eq=False)
 class OneScheduler:
@@ -37,6 +40,9 @@ class OneScheduler:
     replica: Replica | None = None
     """What it knows of the others, if they tell."""
     publishes: tuple[float, Handle] | None = None
+    alive: bool = True
+    asked: bool = True
+    """Whether Envoys send it requests."""
 
     @property
     def waiting(self) -> tuple[int, int]:
@@ -44,10 +50,38 @@ class OneScheduler:
         queue = self.dispatcher.queue
         return queue.waiting(InstanceRole.PREFILL), queue.waiting(InstanceRole.DECODE)
 
+    def die(self) -> None:
+        """Do nothing more."""
+        self.alive = False
+        for handle in (self.wake_up, self.publishes and self.publishes[1]):
+            if handle is not None:
+                handle.cancel()
+
+    def leave(self) -> None:
+        """Be asked no more."""
+        self.asked = False
+
+    def join(self) -> None:
+        """Begin to serve."""
+        self.alive = self.asked = True
+
 
 def make_schedulers(variant: Variant, config: SchedulerConfig, seed: int) -> list[OneScheduler]:
-    """Return the schedulers of a variant, which know no instance yet."""
-    return [_make(variant, config, seed, number) for number in range(variant.sharing.replicas)]
+    """Return the schedulers of a variant, which know no instance yet.
+
+    The last one is not there yet if one is to join.
+    """
+    count, joins = variant.sharing.replicas, variant.sharing.joins is not None
+    found = [_make(variant, config, seed, number) for number in range(count + joins)]
+    if joins:
+        found[-1].alive = found[-1].asked = False
+    return found
+
+
+def make_foreign(seed: int) -> OneScheduler:
+    """Return a scheduler that neither tells the others anything nor hears of them: another router's."""
+    variant = Variant(FOREIGN, FOREIGN)
+    return _make(variant, variant.config(), seed, 0)
 
 
 def _make(variant: Variant, config: SchedulerConfig, seed: int, number: int) -> OneScheduler:
@@ -77,13 +111,23 @@ class Network:
         self._delay, self._loss = sharing.delay or 0.0, sharing.loss
         self._stopped = False
 
+    def introduce(self) -> None:
+        """Have all know each other, as schedulers do that are ready before the first request comes."""
+        now = self._clock.now
+        for one in self._schedulers:
+            for data in one.replica.publish(now) if one.alive and one.replica is not None else ():
+                for other in self._schedulers:
+                    if other is not one:
+                        self._deliver(other, data)
+            self.publish_soon(one)
+
     def stop(self) -> None:
         """Send nothing more."""
         self._stopped = True
 
     def publish_soon(self, one: OneScheduler) -> None:
         """Have a scheduler tell what it did, as soon as it may."""
-        if one.replica is None or self._stopped:
+        if one.replica is None or not one.alive or self._stopped:
             return
         at = one.replica.next_publish(self._clock.now)
         if one.publishes is not None:
@@ -103,6 +147,6 @@ class Network:
         self.publish_soon(one)
 
     def _deliver(self, one: OneScheduler, data: bytes) -> None:
-        assert one.replica is not None
-        one.replica.receive(data, self._clock.now)
-        self._on_news(one)
+        if one.replica is not None and one.alive:
+            one.replica.receive(data, self._clock.now)
+            self._on_news(one)

@@ -27,6 +27,8 @@ class FleetSpec:
     before it, sessions are the trace's, and other routers learn of caches as late as they really do."""
     leaves: int = 1
     """Leaf switches that the instances are spread over; with one, transfers only share ports."""
+    foreign: float = 0.0
+    """Share of the sessions that another router sends, of which the one that is measured knows nothing."""
     engines: Mapping[InstanceRole, EngineProfile] | None = None
     """In place of those of the set-up."""
 

@@ -26,6 +26,18 @@ class Sharing:
     """Seconds that a message takes; ``None``: they tell each other nothing."""
     loss: float = 0.0
     """Share of the messages that are lost."""
+    dies: float | None = None
+    """Seconds from the start until one of them dies."""
+    joins: float | None = None
+    """Seconds from the start until one more joins, which knows nothing yet."""
+
+    @property
+    def label(self) -> str:
+        """What there is to say of it, for people."""
+        telling = "alone" if self.delay is None else f"{self.delay * 1000:g} ms"
+        lost = f", {self.loss:.3g} lost" if self.loss and self.delay is not None else ""
+        outages = (("dies", self.dies), ("joins", self.joins))
+        return telling + lost + "".join(f", one {what} at {at:g} s" for what, at in outages if at is not None)
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,7 @@ class Variant:
 
     def shared(self, sharing: Sharing) -> Variant:
         """Return the same for several schedulers."""
-        telling = "alone" if sharing.delay is None else f"{sharing.delay * 1000:g} ms"
-        lost = f", {sharing.loss:.3g} lost" if sharing.loss and sharing.delay is not None else ""
-        return replace(self, label=f"{self.label} x{sharing.replicas} ({telling}{lost})", sharing=sharing)
+        return replace(self, label=f"{self.label} x{sharing.replicas} ({sharing.label})", sharing=sharing)
 
     def config(self) -> SchedulerConfig:
         """Return the scheduler's configuration, with one placeholder instance for each role.

@@ -37,9 +37,14 @@ class Answers:
                 self._endpoints[names[place]] = None
         self._rates = self._rates or ask.rates
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is something to answer."""
+        return bool(self._gaps or self._endpoints or self._parts or self._rates)
+
     def due(self, now: float) -> float | None:
         """Return when the next answer may be given; ``None`` if there is none to give."""
-        if not (self._gaps or self._endpoints or self._parts or self._rates):
+        if not self.wanted:
             return None
         self._refill(now)
         return now if self._room > 0 else now - self._room / BLOCKS_PER_S

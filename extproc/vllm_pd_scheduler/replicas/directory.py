@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -41,6 +42,14 @@ class Directory:
             self._read_again()
             found = self._by_number.get(name)
         return found
+
+    def find_all(self, names: Sequence[int | str]) -> list[Endpoint | None]:
+        """Return the endpoint of each name, as :meth:`find` does."""
+        if self._version == self._registry.models.version:  # so all that are known are still there
+            found = list(map(self._by_number.get, names))  # type: ignore[arg-type]
+            if None not in found:
+                return found
+        return [self.find(each) for each in names]
 
     def _read_again(self) -> None:
         if self._version == self._registry.models.version:

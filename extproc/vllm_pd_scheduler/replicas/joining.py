@@ -78,6 +78,11 @@ class Joining:
         return max(now, self._due) if wants else None
 
     @property
+    def wants(self) -> bool:
+        """Whether there is something to ask, now or later."""
+        return bool(self._gaps or (self._sources and (self.missing or self._wants_rates)))
+
+    @property
     def has_gaps(self) -> bool:
         """Whether there is something to ask of messages that have not come."""
         return bool(self._gaps)

@@ -305,20 +305,39 @@ class FleetKey:
             message = self._decoder.decode(data[_HEADER:])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Unreadable(Ignored.GARBAGE) from None
-        if max(_places(message), default=-1) >= len(message.endpoints) or not _whole(message):
+        if not _sound(message):
             raise Unreadable(Ignored.GARBAGE)
         return message
 
 
-def _places(message: Message) -> Iterator[int]:
-    """Yield the places in its list of endpoints that a message names."""
+def _sound(message: Message) -> bool:
+    """Whether all places that a message names are in its list of endpoints, and all its hashes are whole."""
+    count = len(message.endpoints)
+    for share in message.shares:
+        if share.endpoint >= count:
+            return False
+    for prefill in message.prefills:
+        if prefill.endpoint >= count or len(prefill.blocks) % 8:
+            return False
+    for placed in message.placed:
+        if placed.endpoint >= count or len(placed.blocks) % 8:
+            return False
+    for handed in message.handed:
+        if handed.prefill >= count or handed.decode >= count:
+            return False
+    held = message.held
+    if held is not None and len(held.blocks) % 8:
+        return False
+    return max(_rare_places(message), default=-1) < count
+
+
+def _rare_places(message: Message) -> Iterator[int]:
+    """Yield the places that are named by what few messages have."""
     yield from message.probing
-    for part in (message.shares, message.prefills, message.placed, message.found):
-        yield from (each.endpoint for each in part)
+    for found in message.found:
+        yield found.endpoint
     for pair in message.pairs:
         yield from (pair.prefill, pair.decode)
-    for handed in message.handed:
-        yield from (handed.prefill, handed.decode)
     for ask in message.asks:
         yield from ask.endpoints
     if message.held is not None:
@@ -327,15 +346,6 @@ def _places(message: Message) -> Iterator[int]:
         yield from (place for place, _ in message.rates.instances)
         for prefill, decode, _ in message.rates.pairs:
             yield from (prefill, decode)
-
-
-def _whole(message: Message) -> bool:
-    """Whether all its hashes are."""
-    for part in (message.prefills, message.placed):
-        for each in part:
-            if len(each.blocks) % 8:
-                return False
-    return message.held is None or not len(message.held.blocks) % 8
 
 
 def pack_blocks(blocks: Sequence[int]) -> bytes:

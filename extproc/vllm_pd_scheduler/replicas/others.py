@@ -22,7 +22,6 @@ from .message import (
     Ended,
     Ignored,
     Message,
-    Placement,
     Prefill,
     Rates,
     Share,
@@ -42,6 +41,7 @@ _MAX_GONE = 1024
 """Replicas that are gone, of which it is known what they said last."""
 _MAX_TENANTS = 2048
 _NO_BLOCKS: Sequence[int] = ()
+_NOT_CACHED = (0.0, 0)
 
 
 @dataclass(slots=True)
@@ -87,9 +87,13 @@ class Others:
         self.disbelieved: Counter[Disbelieved] = Counter()
         """Claims that were not believed, by kind."""
         self.joining = Joining(registry)
+        self.changes = 0
+        """How often a replica came or went."""
         self._name, self._registry, self._directory, self._own = name, registry, directory, own
         self._judge = Judge(registry, own, self.disbelieved)
         self._others: dict[str, _Other] = {}
+        self._changed: set[Endpoint] = set()
+        """Those whose queue of prefills a message has changed."""
         self._gone: dict[str, int] = {}
         """The number of the last message of replicas that were forgotten, the newest last."""
         registry.elsewhere.on_scraped = self._scraped
@@ -122,7 +126,7 @@ class Others:
             other = self._others[message.replica] = _Other(
                 message.replica, message.number, now, *budgets, back=gone > 0
             )
-            self._registry.claims.among(self._name, self.names)
+            self._membership_changed()
         elif message.number <= other.number:
             return Ignored.REPLAYED
         elif message.number > other.number + _MAX_AHEAD:
@@ -141,33 +145,44 @@ class Others:
     def forget_silent(self, now: float) -> list[str]:
         """Forget the replicas that were silent for ``SILENT_S``, with all they had; return their names."""
         silent = [name for name, other in self._others.items() if now - other.heard_at >= SILENT_S]
+        if not silent:
+            return silent
         for name in silent:
             other = self._others.pop(name)
             for endpoint, share in other.shares.items():
                 self._told(endpoint, share, Share(0, 0, 0), now)
             self._cancel(other, other.prefills.keys(), now)
+            self._tell_watchers()
             self.joining.left(name)
             self._gone[name] = other.number
             if len(self._gone) > _MAX_GONE:
                 del self._gone[next(iter(self._gone))]
-        if silent:
-            self._count_waiting()
-            self._registry.claims.among(self._name, self.names)
+        self._count_waiting()
+        self._membership_changed()
         return silent
+
+    def _membership_changed(self) -> None:
+        self.changes += 1
+        self._registry.claims.among(self._name, self.names)
 
     def _count_waiting(self) -> None:
         found = [other.waiting for other in self._others.values()]
         self._registry.elsewhere.waiting = sum(each[0] for each in found), sum(each[1] for each in found)
 
     def _apply(self, other: _Other, message: Message, now: float) -> None:
-        find = self._directory.find
-        endpoints = [find(each) for each in message.endpoints]
+        endpoints = self._directory.find_all(message.endpoints)
+        over = {each.number for each in message.ended}
         for prefill in message.prefills:
             if (endpoint := endpoints[prefill.endpoint]) is not None:
-                self._enqueue(other, endpoint, prefill, now)
+                blocks = self._cached(other, endpoint, prefill) if prefill.blocks else _NO_BLOCKS
+                if prefill.number not in over:  # else it came and went between two messages
+                    self._enqueue(other, endpoint, prefill, blocks, now)
         for placed in message.placed:
             if (endpoint := endpoints[placed.endpoint]) is not None:
-                self._place(other, endpoint, placed)
+                number = placed.prefill
+                blocks = other.heard.get(number) if number else unpack_blocks(placed.blocks)
+                if blocks:
+                    endpoint.holder.store(blocks)
         for ended in message.ended:
             self._end(other, ended, now)
         told = set()
@@ -188,13 +203,21 @@ class Others:
         for ask in message.asks:
             if ask.replica == self._name:
                 self._own.answers.asked(ask, message.endpoints)
-        self._learn(message, endpoints, now)
+        if message.held is not None or message.learned is not None or message.rates is not None:
+            self._learn(message, endpoints, now)
         if message.summary:
             self._keep_only(other, told, {each.number for each in message.prefills}, now)
             self._judge.forget_gone(other.verdicts)
             if not other.summarised:
                 other.summarised = True
                 self.joining.heard(message.replica, message.blocks, other.back, now)
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        """Have those who watch the queues of P look at those that have changed."""
+        for endpoint in self._changed:
+            endpoint.work_changes()
+        self._changed.clear()
 
     def _learn(self, message: Message, endpoints: list[Endpoint | None], now: float) -> None:
         """Take what another has learned, which one that has learned nothing yet uses."""
@@ -207,35 +230,37 @@ class Others:
 
     # -- prefills and placements
 
-    def _enqueue(self, other: _Other, endpoint: Endpoint, what: Prefill, now: float) -> None:
-        if what.number in other.prefills or len(other.prefills) >= MAX_ITEMS:
+    def _cached(self, other: _Other, endpoint: Endpoint, what: Prefill) -> Sequence[int]:
+        """Take the prompt of a prefill for cached; return its blocks."""
+        blocks = unpack_blocks(what.blocks)
+        other.heard.add(what.number, blocks)
+        endpoint.holder.store(blocks)
+        return blocks
+
+    def _enqueue(
+        self, other: _Other, endpoint: Endpoint, what: Prefill, blocks: Sequence[int], now: float
+    ) -> None:
+        number, elsewhere = what.number, self._registry.elsewhere
+        if number in other.prefills or len(other.prefills) >= MAX_ITEMS:
             return
-        blocks: Sequence[int] = _NO_BLOCKS
-        if what.blocks:
-            blocks = unpack_blocks(what.blocks)
-            other.heard.add(what.number, blocks)
-            endpoint.holder.store(blocks)
         most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
-        prompt = min(float(what.prompt), most)
-        cached = min(float(what.cached), prompt), min(what.cached_blocks, len(blocks))
-        claim = self._registry.elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
-        other.prefills[what.number] = claim
-        share = self._share_of(other, endpoint)
-        if not share.claim.trusted or share.queued >= plausible.UNSCRAPED:
+        prompt = what.prompt if what.prompt < most else most
+        cached = (
+            (min(what.cached, prompt), min(what.cached_blocks, len(blocks))) if what.cached else _NOT_CACHED
+        )
+        claim = other.prefills[number] = elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
+        share = other.shares.get(endpoint) or self._share_of(other, endpoint)
+        if share.claim.growth <= 0 or share.queued >= plausible.UNSCRAPED:
             self.disbelieved[Disbelieved.PREFILLS] += 1
-            self._registry.elsewhere.cancel(claim, now)
+            elsewhere.cancel(claim, now)
         else:
             share.queued += 1
-
-    def _place(self, other: _Other, endpoint: Endpoint, placed: Placement) -> None:
-        blocks = other.heard.get(placed.prefill) if placed.prefill else unpack_blocks(placed.blocks)
-        if blocks:
-            endpoint.holder.store(blocks)
+            self._changed.add(endpoint)
 
     def _end(self, other: _Other, ended: Ended, now: float) -> None:
         claim = other.prefills.pop(ended.number, None)
         if claim is None or not self._unqueue(other, claim):
-            return
+            return  # it was begun in the same message, or was not believed
         elsewhere, prompt = self._registry.elsewhere, ended.prompt
         if not prompt:
             elsewhere.cancel(claim, now)
@@ -243,18 +268,21 @@ class Others:
         cached = None if ended.cached < 0 else min(ended.cached, prompt)
         if (times := elsewhere.done(claim, prompt, cached, now)) is None:
             return
-        settled = self._registry.load.prefill.samples >= plausible.SETTLED
-        if not other.lessons.believed(*times) and settled:
+        lessons = other.lessons
+        if not lessons.believed(*times) and self._registry.load.prefill.samples >= plausible.SETTLED:
             self.disbelieved[Disbelieved.TIMES] += 1
-        elif other.lessons.learned <= 2 * self._own.done + plausible.UNTAUGHT:
-            other.lessons.learned += 1
+        elif lessons.learned * len(self._others) <= 2 * self._own.done + plausible.UNTAUGHT:
+            lessons.learned += 1
             elsewhere.learn(claim, prompt, cached, times[0])
 
     def _unqueue(self, other: _Other, claim: Reservation) -> bool:
         """Count a prefill that ends no more; return whether it counted."""
-        if claim.active and (share := other.shares.get(claim.endpoint)) is not None:
+        if not claim.active:
+            return False
+        if (share := other.shares.get(claim.endpoint)) is not None:
             share.queued -= 1
-        return claim.active
+        self._changed.add(claim.endpoint)
+        return True
 
     def _cancel(self, other: _Other, numbers: Iterable[int], now: float) -> None:
         for number in sorted(numbers):
@@ -350,6 +378,7 @@ class Others:
             self.disbelieved[Disbelieved.PREFILLS] += 1
             self._unqueue(other, claim)
             self._registry.elsewhere.cancel(claim, metrics.taken_at)
+        self._tell_watchers()
 
     # -- tenants
 

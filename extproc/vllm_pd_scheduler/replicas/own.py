@@ -45,20 +45,26 @@ _MAX_TENANTS = 1024
 _NOTHING = (0, 0, False, 0, 0, False, 0)
 
 
+class _Places(dict[Endpoint, int]):
+    """The place of each endpoint in the list of a message, to which it is added when first asked for."""
+
+    def __init__(self, names: list[int | str], directory: Directory) -> None:
+        super().__init__()
+        self._names, self._directory = names, directory
+
+    def __missing__(self, endpoint: Endpoint) -> int:
+        self._names.append(self._directory.name(endpoint))
+        place = self[endpoint] = len(self._names) - 1
+        return place
+
+
 class Names:
     """The endpoints of a message, and the place of each in their list."""
 
     def __init__(self, directory: Directory) -> None:
         self.names: list[int | str] = []
-        self._directory = directory
-        self._places: dict[Endpoint, int] = {}
-
-    def place(self, endpoint: Endpoint) -> int:
-        """Return the place of an endpoint."""
-        place = self._places.setdefault(endpoint, len(self.names))
-        if place == len(self.names):
-            self.names.append(self._directory.name(endpoint))
-        return place
+        self.place: Callable[[Endpoint], int] = _Places(self.names, directory).__getitem__
+        """Returns the place of an endpoint."""
 
     def add(self, name: int | str) -> int:
         """Add what stands for an endpoint, and return its place."""
@@ -76,8 +82,9 @@ class _Changed(set[Endpoint]):
     def add(self, endpoint: Endpoint) -> None:
         """Have an endpoint in it, which is news, unless it is others' load."""
         super().add(endpoint)
-        if not self._own.deaf:
-            self._own.noted()
+        own = self._own
+        if not (own.deaf or own.untold):
+            own.noted()
 
 
 class OwnWork:
@@ -88,7 +95,8 @@ class OwnWork:
         """Called when there may be something to tell; often, so it should return at once."""
         self.deaf = False
         """Whether what others do is counted just now: a load that changes by that is nothing to tell."""
-        self._news = False
+        self.untold = False
+        """Whether there may be something to tell."""
         self._registry, self._directory = registry, directory
         self._changed = [registry.watch(role, _Changed(self)) for role in InstanceRole]
         self._numbers = 0
@@ -122,7 +130,8 @@ class OwnWork:
 
     def reserved(self, reservation: Reservation, request: RequestContext) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
-        self.noted()
+        if not self.untold:
+            self.noted()
         endpoint = reservation.endpoint
         if endpoint.instance.role is InstanceRole.PREFILL:
             self._numbers += 1
@@ -212,15 +221,11 @@ class OwnWork:
 
     def noted(self) -> None:
         """Take it that there may be something to tell."""
-        self._news = True
-        self.wake()
+        if not self.untold:
+            self.untold = True
+            self.wake()
 
     # -- what is told
-
-    @property
-    def untold(self) -> bool:
-        """Whether there may be something to tell."""
-        return self._news
 
     def changes(
         self, replica: str, number: int, waiting: tuple[int, int], now: float, asks: list[Ask], names: Names
@@ -232,16 +237,22 @@ class OwnWork:
         changed = set[Endpoint]().union(*self._changed)
         self._find_given_up(changed)
         prefills = [self._prefill(names, number, each) for each in self._new]
-        placed = [each for each in (self._placement(names, number, *found) for found in self._placed) if each]
-        for endpoint, blocks in self.answers.placements(now):
-            placed.append(Placement(names.place(endpoint), pack_blocks(blocks)))
-            self._told.add(number, endpoint, blocks)
+        placed: list[Placement] = []
+        for endpoint, blocks in self._placed:
+            self._place(placed, names, number, endpoint, blocks)
+        if self.answers.wanted:
+            for endpoint, blocks in self.answers.placements(now):
+                placed.append(Placement(names.place(endpoint), pack_blocks(blocks)))
+                self._told.add(number, endpoint, blocks)
         handed = [Handed(names.place(p), names.place(d), count) for (p, d), count in self._handed.items()]
         shares = list(self._changed_shares(names, changed))
-        pairs = self._told_pairs(names, self._new_pairs)
+        pairs = self._told_pairs(names, self._new_pairs) if self._new_pairs else []
         drawn = [Drawn(*key, self._drawn[key]) for key in self._new_draws]
-        self._draws_to_repeat |= dict.fromkeys(self._new_draws, 2)
-        held, rates = self.answers.held(now), self._rates(names) if self.answers.rates() else None
+        if drawn:
+            self._draws_to_repeat |= dict.fromkeys(self._new_draws, 2)
+        held, rates = None, None
+        if self.answers.wanted:
+            held, rates = self.answers.held(now), self._rates(names) if self.answers.rates() else None
         ended = self._ended
         self._clear()
         if not (shares or prefills or ended or placed or handed or pairs or drawn or asks or held or rates):
@@ -281,7 +292,7 @@ class OwnWork:
         )  # fmt: skip
 
     def _clear(self) -> None:
-        self._news = False
+        self.untold = False
         self._new, self._ended, self._placed, self._blocks = [], [], [], 0
         self._handed, self._new_pairs, self._new_draws = {}, {}, {}
         for changed in self._changed:
@@ -290,52 +301,55 @@ class OwnWork:
     def _find_given_up(self, endpoints: Iterable[Endpoint]) -> None:
         """Note the end of prefills that were released, or whose P was restarted."""
         for endpoint in endpoints:
-            queued = self._queued.get(endpoint, {})
-            gone = [r for r in queued if not r.active or r.generation != endpoint.generation]
-            for reservation in gone:
-                self._end(Ended(queued.pop(reservation)[0]))
+            if queued := self._queued.get(endpoint):
+                generation = endpoint.generation
+                gone = [each for each in queued if not each.active or each.generation != generation]
+                for reservation in gone:
+                    self._end(Ended(queued.pop(reservation)[0]))
 
     def _prefill(self, names: Names, message: int, what: tuple[int, Reservation, int]) -> Prefill:
         """Return a prefill as it is told: with its blocks if a message is named."""
         number, reservation, prompt = what
-        blocks = reservation.blocks[:MAX_BLOCKS] if message and not reservation.tentative else ()
-        if blocks and self._has_room(len(blocks)):
-            self._told.add(message, reservation.endpoint, blocks, number)
-        else:
-            blocks = ()
-        cached = min(prompt, round(reservation.cached + reservation.pulled))
-        place = names.place(reservation.endpoint)
-        return Prefill(number, place, prompt, cached, reservation.cached_blocks, pack_blocks(blocks))
+        endpoint, packed = reservation.endpoint, b""
+        if message and reservation.blocks and not reservation.tentative:
+            blocks = reservation.blocks[:MAX_BLOCKS]
+            if self._has_room(len(blocks)):
+                packed = pack_blocks(blocks)
+                self._told.add(message, endpoint, blocks, number)
+        cached = reservation.cached + reservation.pulled
+        few = min(prompt, round(cached)) if cached else 0
+        return Prefill(number, names.place(endpoint), prompt, few, reservation.cached_blocks, packed)
 
-    def _placement(
-        self, names: Names, message: int, endpoint: Endpoint, blocks: Sequence[int]
-    ) -> Placement | None:
+    def _place(
+        self, placed: list[Placement], names: Names, message: int, endpoint: Endpoint, blocks: Sequence[int]
+    ) -> None:
+        """Add that a prompt is cached on an endpoint: by the prefill that has told its blocks, if one has."""
         few = blocks[:MAX_BLOCKS]
         if number := self._told.prefill_of(few):
-            self._told.add(message, endpoint, few)
-            return Placement(names.place(endpoint), b"", number)
-        if not self._has_room(len(few)):
-            return None
+            placed.append(Placement(names.place(endpoint), b"", number))
+        elif self._has_room(len(few)):
+            placed.append(Placement(names.place(endpoint), pack_blocks(few)))
+        else:
+            return
         self._told.add(message, endpoint, few)
-        return Placement(names.place(endpoint), pack_blocks(few))
 
     def _changed_shares(self, names: Names, endpoints: Iterable[Endpoint]) -> Iterator[Share]:
         """Yield what we have on each endpoint that is not as it was told."""
-        verdicts, told_before = self._verdicts, self._shares.get
+        verdicts, shares, closed = self._verdicts, self._shares, BreakerState.CLOSED
         for endpoint in endpoints:
-            state = endpoint.breaker.state
+            state, tokens = endpoint.breaker.state, round(endpoint.tokens - endpoint.tokens_elsewhere)
             out, back = verdicts.get(endpoint, (0, 0)) if verdicts else (0, 0)
             share = (
                 endpoint.in_flight - endpoint.elsewhere,
-                min(MAX_TOKENS, max(0, round(endpoint.tokens - endpoint.tokens_elsewhere))),
-                state is BreakerState.HALF_OPEN and endpoint.on_our_trial,
+                tokens if 0 <= tokens <= MAX_TOKENS else min(MAX_TOKENS, max(0, tokens)),
+                state is not closed and state is BreakerState.HALF_OPEN and endpoint.on_our_trial,
                 out % 65536,
                 back % 65536,
-                state is BreakerState.OPEN,
+                state is not closed and state is BreakerState.OPEN,
                 endpoint.pending_handoffs,
             )
-            if told_before(endpoint, _NOTHING) != share:
-                self._shares[endpoint] = share
+            if shares.get(endpoint, _NOTHING) != share:
+                shares[endpoint] = share
                 yield Share(names.place(endpoint), *share)
 
     def _told_pairs(

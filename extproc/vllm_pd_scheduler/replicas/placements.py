@@ -25,12 +25,13 @@ class Told:
 
     def add(self, message: int, endpoint: Endpoint, blocks: Sequence[int], prefill: int = 0) -> None:
         """Note that a message tells of a prompt: by a prefill, if it has a number."""
-        self._kept.append((message, endpoint, blocks))
+        kept = self._kept
+        kept.append((message, endpoint, blocks))
         self._blocks += len(blocks)
         if prefill:
             self._prefills[blocks[-1]] = prefill
-        while len(self._kept) > _MAX_KEPT or self._blocks > _MAX_KEPT_BLOCKS:
-            _, _, oldest = self._kept.popleft()
+        while self._blocks > _MAX_KEPT_BLOCKS or len(kept) > _MAX_KEPT:
+            oldest = kept.popleft()[2]
             self._blocks -= len(oldest)
             self._prefills.pop(oldest[-1], None)
 
@@ -56,10 +57,13 @@ class Heard:
 
     def add(self, prefill: int, blocks: Sequence[int]) -> None:
         """Keep the blocks of a prefill: of twice as many as the other keeps."""
-        self._count += len(blocks) - len(self._blocks.pop(prefill, ()))
-        self._blocks[prefill] = blocks
-        while len(self._blocks) > 2 * _MAX_KEPT or self._count > 2 * _MAX_KEPT_BLOCKS:
-            self._count -= len(self._blocks.pop(next(iter(self._blocks))))
+        known = self._blocks
+        if prefill in known:
+            self._count -= len(known.pop(prefill))
+        known[prefill] = blocks
+        self._count += len(blocks)
+        while len(known) > 2 * _MAX_KEPT or self._count > 2 * _MAX_KEPT_BLOCKS:
+            self._count -= len(known.pop(next(iter(known))))
 
     def get(self, prefill: int) -> Sequence[int]:
         """Return the blocks of a prefill; none if they are not known."""

@@ -63,6 +63,11 @@ class Replica:
         """The replicas of which something was heard in the last seconds."""
         return self._others.names
 
+    @property
+    def others_changes(self) -> int:
+        """How often one of them came or went."""
+        return self._others.changes
+
     def silent_for(self, now: float) -> dict[str, float]:
         """Return for how many seconds nothing was heard of each of them."""
         return self._others.silent_for(now)
@@ -88,10 +93,17 @@ class Replica:
         times = [self._summary_at + SUMMARY_S]
         if self._own.untold or self.probes.untold or joining.has_gaps:
             times.append(soon)
-        for due in (joining.due(now), self._own.answers.due(now)):
-            if due is not None:
-                times.append(max(soon, due))
+        if joining.wants or self._own.answers.wanted:
+            for due in (joining.due(now), self._own.answers.due(now)):
+                if due is not None:
+                    times.append(max(soon, due))
         return max(now, min(times))
+
+    @property
+    def must_tell(self) -> bool:
+        """Whether what others have told makes this one ask or answer something, or tell all that it has."""
+        joining = self._others.joining
+        return joining.wants or self._own.answers.wanted or self._summary_at < 0.0
 
     def publish(self, now: float, waiting: tuple[int, int] = (0, 0)) -> list[bytes]:
         """Return what to send to all others; nothing if nothing has happened and no summary is due.
@@ -102,7 +114,7 @@ class Replica:
         self._others.forget_silent(now)
         messages = []
         names = Names(self._directory)
-        asks = self._asks(names, now)
+        asks = self._asks(names, now) if self._others.joining.wants else []
         changes = self._own.changes(self.name, self._number + 1, waiting, now, asks, names)
         if self.probes.untold:
             if changes is None:
@@ -151,7 +163,7 @@ class Replica:
             return self._ignore(error.reason)
         if message.replica == self.name:
             return False
-        known = len(self._others.names)
+        known = self._others.changes
         self._own.deaf = True
         try:
             reason = self._others.receive(message, now)
@@ -164,7 +176,7 @@ class Replica:
         self.received += 1
         if len(self.disbelieved) > len(self._disbelieved_said):
             self._say_disbelieved(message.replica)
-        if len(self._others.names) > known:
+        if self._others.changes != known:  # one has come
             self.tell_all()
         return True
 

@@ -11,7 +11,7 @@ import msgspec
 
 from .errors import BodyError
 from .handoff_key import is_suspect
-from .json_text import BOM, MAX_DEPTH, JsonText, Malformed, Member, Steps, TooDeep, Value, depth
+from .json_text import BOM, MAX_DEPTH, JsonText, Malformed, Member, Steps, TooDeep, Value, is_deeper
 from .stripping import check_encoding, may_be_deep
 
 DECODED_BYTES = 4096
@@ -103,7 +103,7 @@ def at_once(body: bytes) -> Fields | None:
         return None
     if is_suspect(body):
         return None
-    if may_be_deep(body) and depth(body) > MAX_DEPTH:
+    if may_be_deep(body) and is_deeper(body, MAX_DEPTH):
         raise TooDeep
     return fields
 

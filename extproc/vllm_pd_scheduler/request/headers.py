@@ -117,6 +117,13 @@ EXPLAIN: Final = "x-pd-explain"
 CONTINUE: Final = "x-pd-continue"
 """A client's: ``true`` asks that another D goes on with the stream if its D dies. Envoy alone reads it."""
 
+CONTINUES: Final = "x-pd-continues"
+"""On a request for the rest of an answer that has broken off: a key of the schedulers', how many tokens the
+client has, and the D that has failed it. It goes no further than the scheduler."""
+
+CONTINUED_FROM: Final = "x-pd-continued-from"
+"""That D and the number of tokens, ``ID/TOKENS``, on the request to decode, for Envoy's log."""
+
 ASKED: Final = (PRIORITY, TENANT, TTFT_SLO, TPOT_SLO, EXPLAIN, CONTINUE)
 """Headers by which a client asks for something. The instance does not get them."""
 

@@ -270,6 +270,11 @@ def depth(text: bytes) -> int:
     return max(accumulate(memoryview(steps).cast("b")), default=0)
 
 
+def is_deeper(text: bytes, levels: int) -> bool:
+    """Whether valid JSON has more levels of arrays and objects. Few brackets are quick."""
+    return text.count(b"[") + text.count(b"{") > levels and depth(text) > levels
+
+
 def _between_quotes(text: bytes) -> list[bytes]:
     """Split text at the quotes of strings: what is inside one and what is outside take turns."""
     if b'"' not in text:

@@ -104,7 +104,7 @@ class RoutingCore:
             self.registry, telemetry, recording, clock, admission.wake, later, name
         )
         self.in_flight.blame.denials = Denials(self.catalog.read_again.soon)
-        self.going_on = GoingOn(self.in_flight, clock)
+        self.going_on = GoingOn(self.in_flight.lost, clock)
         self.prefill = PrefillStage(
             config, scheduler, admission, connectors, telemetry, self._local, self.in_flight.lost, clock
         )
@@ -117,7 +117,6 @@ class RoutingCore:
             recording,
             self.catalog,
             self.in_flight,
-            self.going_on,
             self._local,
             clock,
         )
@@ -163,6 +162,8 @@ class RoutingCore:
         log_lines.request_id.set(headers.get(names.REQUEST_ID, ""))
         path = headers.get(":path", "/").partition("?")[0]
         decision = Decision(self._clock(), headers.get(names.REQUEST_ID, "")[:MAX_TEXT], path[:MAX_TEXT])
+        if (broken := self.going_on.read(headers)) is not None:
+            decision.continues_from, decision.continues_after = broken.decode[:MAX_TEXT], broken.tokens
         outcome: Forward | Reject
         trace = None if self.tracer is None else self.tracer.begin(headers, self._clock())
         try:

@@ -25,7 +25,6 @@ from ..telemetry import Served, Telemetry
 from ..tracing import current
 from .catalog import Catalog
 from .forward import Forward
-from .going_on import GoingOn
 from .in_flight import RequestsInFlight
 from .share_limit import ShareLimit
 from .time_limits import LEASE_SHARE, first_byte_timeout
@@ -53,7 +52,6 @@ class DecodeStage:
         recording: Recording,
         catalog: Catalog,
         in_flight: RequestsInFlight,
-        going_on: GoingOn,
         local: ShareLimit,
         clock: Callable[[], float],
     ) -> None:
@@ -66,7 +64,6 @@ class DecodeStage:
         self._recording = recording
         self._catalog = catalog
         self._in_flight = in_flight
-        self._going_on = going_on
         self._local = local
         self._clock = clock
 
@@ -111,8 +108,8 @@ class DecodeStage:
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
         if not picked:
             return self.no_decode(context, decision)
-        if self._going_on and not bound:
-            picked = self._going_on.elsewhere(context.request_id, picked)
+        if decision.continues_from and not bound:  # the one that has failed the answer comes last
+            picked = sorted(picked, key=lambda endpoint: endpoint.id == decision.continues_from)
         decode = self._in_turn(context, picked[:count], count)
         if served is not Served.PASSED and self._connectors.some_need_prefill:
             decode = self._able(decode, context, served, beside, count)
@@ -151,6 +148,8 @@ class DecodeStage:
             forward.trace = trace
             tokens, first = context.prompt_tokens, decode[0]
             trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
+            if decision.continues_from is not None:
+                trace.continues(decision.continues_from, decision.continues_after)
         return forward
 
     def serves_alone(self, endpoint: Endpoint) -> bool:

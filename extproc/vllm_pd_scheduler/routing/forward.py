@@ -206,6 +206,8 @@ class Forward:
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))
+        if (failed := self.decision.continues_from) is not None:
+            found[names.CONTINUED_FROM] = f"{failed}/{self.decision.continues_after}"
         if self.explanation:
             found[names.DECISION] = self.explanation
         if self.stream:

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hmac
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from ..fleet.endpoint import Endpoint
-from .in_flight import RequestsInFlight
+from ..request import headers as names
+from ..request.api import APIS
+from ..request.body import JsonBody
+from ..request.errors import BodyError
+from ..request.fingerprint import fingerprint
+from .lost import LostPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Where an answer has broken off."""
+
+    decode: str
+    """Id of the D that has failed it; empty if that is not known."""
+    tokens: int
+    """How many tokens its client has of it."""
 
 
 class GoingOn:
-    """Knows which D has failed an answer whose rest is asked for.
+    """Says which D has failed an answer whose rest is asked for, and after how much of it.
 
-    Both requests have one ``X-Request-Id``. A client that gives it to others of its own has these go
-    elsewhere too, which harms nobody.
+    The request for the rest has that in a header, with a ``key`` that no client knows: whichever of several
+    schedulers chooses for it, if they have the key in common.
     """
 
-    def __init__(self, in_flight: RequestsInFlight, clock: Callable[[], float]) -> None:
-        self._in_flight = in_flight
+    def __init__(self, lost: LostPrompts, clock: Callable[[], float]) -> None:
+        self.key = secrets.token_hex(16)
+        self._lost = lost
         self._clock = clock
-        self._failed_by: dict[str, tuple[str, int]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._failed_by)
+    def marked(self, headers: Iterable[tuple[bytes, bytes]], broken: Broken) -> list[tuple[bytes, bytes]]:
+        """Return headers of a request, with where the answer has broken off whose rest it asks for."""
+        mark = f"{self.key} {broken.tokens} {broken.decode}".encode("latin-1")
+        name = names.CONTINUES.encode("ascii")
+        return [*(each for each in headers if each[0] != name), (name, mark)]
 
-    def begin(self, request_id: str, decode: str) -> None:
-        """Note that the rest of an answer is asked for, which this D has failed."""
-        self._failed_by[request_id] = decode, self._in_flight.prompt_of(request_id)
+    def read(self, headers: Mapping[str, str]) -> Broken | None:
+        """Return where the answer has broken off whose rest is asked for; ``None`` if none is."""
+        mark = headers.get(names.CONTINUES)
+        if mark is None:
+            return None
+        key, _, rest = mark.partition(" ")
+        tokens, _, decode = rest.partition(" ")
+        if not hmac.compare_digest(key.encode(), self.key.encode()) or not tokens.isdecimal():
+            return None
+        return Broken(decode, int(tokens[:18]))
 
-    def end(self, request_id: str, lost_by: str | None = None) -> None:
-        """Note that the rest has come, or that another D has failed it too: then the prompt may be why."""
-        decode, prompt = self._failed_by.pop(request_id, ("", 0))
-        if lost_by is not None:
-            for each in (decode, lost_by):
-                self._in_flight.lost.lost(prompt, each, self._clock())
+    @staticmethod
+    def prompt_of(path: str, body: bytes) -> int:
+        """Return the fingerprint of a request's prompt, or 0."""
+        try:
+            return fingerprint(JsonBody.parse(body, APIS[path]))
+        except BodyError:
+            return 0
 
-    def elsewhere(self, request_id: str, picked: Sequence[Endpoint]) -> list[Endpoint]:
-        """Return D in the order in which they are tried: the one that has failed the answer at last."""
-        failed, _ = self._failed_by.get(request_id, ("", 0))
-        return sorted(picked, key=lambda endpoint: endpoint.id == failed)
+    def failed(self, prompt: int, instances: Iterable[str]) -> None:
+        """Note that several D have failed one answer: its prompt may be why."""
+        for each in instances:
+            self._lost.lost(prompt, each, self._clock())

@@ -46,6 +46,8 @@ class RequestsInFlight:
         later: Later = in_this_loop,
         name: str = "",
     ) -> None:
+        self.pass_on: Callable[[FailedAttempt | Result], None] = _keep
+        """Takes what is told of a request that another scheduler has."""
         self.lost = LostPrompts()
         self.patience = Patience()
         self.handoffs = UnusedHandoffs(registry, telemetry)
@@ -104,11 +106,6 @@ class RequestsInFlight:
         """Return what was sent to decode under an id of ours, and has not ended."""
         return self._running.get(request)
 
-    def prompt_of(self, request_id: str) -> int:
-        """Return the fingerprint of a prompt of late by the client's id of its request, or 0."""
-        known = (*self._running.values(), *self.ended)
-        return next((each.prompt for each in known if each.request_id == request_id), 0)
-
     def in_vain(self, request: str) -> bool:
         """Whether P has failed a request whose D is answering: it has been told to end that."""
         forward = self._running.get(request)
@@ -144,8 +141,18 @@ class RequestsInFlight:
             self._failed(forward, endpoint, attempt)
         elif id_ and not self.is_ours(id_):
             self._telemetry.decodes.strayed(Stray.ATTEMPT)
+            self.pass_on(attempt)
         elif attempt.failure is Failure.UNSENT:
             self.ended.unsent.add(attempt.request_id, self._clock())
+
+    def attempt_told_of(self, attempt: FailedAttempt) -> None:
+        """Note a failed attempt at a request of ours that was told to another scheduler.
+
+        That has counted it for the instance.
+        """
+        id_ = attempt.request or ""
+        if (forward := self._running.get(id_) or self.ended.get(id_)) is not None:
+            self._failed(forward, self._at(attempt.address, forward), attempt)
 
     def _failed(self, forward: Forward, endpoint: Endpoint | None, attempt: FailedAttempt) -> None:
         """Note what follows from a failed attempt for its request, and for the hand-off of that."""
@@ -174,11 +181,20 @@ class RequestsInFlight:
 
     def told(self, result: Result) -> None:
         """Note how a request has ended, and how long it took. Nothing is decided by that."""
-        forward = self._running.get(result.request) or self.ended.get(result.request)
-        if forward is None and not self.is_ours(result.request):
+        if not self.told_of(result) and not self.is_ours(result.request):
             self._telemetry.decodes.strayed(Stray.RESULT)
-        if forward is None or forward.decision.ending is not None:
-            return
+            self.pass_on(result)
+
+    def told_of(self, result: Result) -> bool:
+        """Note how a request of ours has ended, whoever was told; return whether it is known."""
+        forward = self._running.get(result.request) or self.ended.get(result.request)
+        if forward is None:
+            return False
+        if forward.decision.ending is None:
+            self._note_result(forward, result)
+        return True
+
+    def _note_result(self, forward: Forward, result: Result) -> None:
         ending = result.ending
         # Of an error, and of an answer that comes whole, the first byte is no first token.
         ttft = result.ttft if forward.decision.stream and 200 <= result.status < 300 else None
@@ -292,3 +308,7 @@ class RequestsInFlight:
         """End the spans of all requests, since the process ends."""
         for forward in (*self._running.values(), *self.ended):
             forward.close_trace(self._clock())
+
+
+def _keep(_: FailedAttempt | Result) -> None:
+    """Pass nothing on: there is no other scheduler."""

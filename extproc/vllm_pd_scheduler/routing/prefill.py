@@ -37,7 +37,7 @@ from .lost import LostPrompts
 from .prefill_ends import PrefillEnds
 from .share_limit import ShareLimit
 from .together import Beside
-from .tokens_once import tokens_once
+from .tokens_once import tokens_linked, tokens_once
 from .tried import AskedLater, Outcome, Tried, WithoutHandoff, lost_twice, no_prefill
 
 log = logging.getLogger(__name__)
@@ -334,6 +334,12 @@ class PrefillStage:
             for rank in self._registry.ranks_of(endpoint):
                 self.ask.forget(rank)
 
+    def _wants_token_ids(self, body: JsonBody) -> bool:
+        """Whether P is to tell a prompt's token ids: D needs them, or what engines tell of their caches."""
+        if self._config.tokenize_once and tokens_once(body):
+            return True
+        return self.ends.on_token_ids is not None and tokens_linked(body)
+
     async def _prepared(
         self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
     ) -> Attempt | None:
@@ -345,9 +351,7 @@ class PrefillStage:
         pulled_from = None if source is None else self._connectors.peer(source)
         if tried.asked is not None:
             return tried.asked.by(self._connectors.peer(endpoint), pulled_from)
-        attempt = self._connectors.attempt(
-            endpoint, token_ids=self._config.tokenize_once and tokens_once(body)
-        )
+        attempt = self._connectors.attempt(endpoint, token_ids=self._wants_token_ids(body))
         if pulled_from is not None:
             attempt = attempt.pulling_from(pulled_from)
         tried.decode, tried.order = None, attempt.order()

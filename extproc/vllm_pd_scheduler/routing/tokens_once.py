@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..request.api import CHAT
+from ..request.api import CHAT, COMPLETIONS
 from ..request.body import JsonBody
+from ..request.prompt import BLOCK_BYTES
 
 MIN_BYTES = 2048
 """Of a body. To template and tokenize a shorter one takes D less than the ids take everybody on the way."""
@@ -13,6 +14,11 @@ MAX_BYTES = 4 << 20
 
 _OTHER_PARTS = (b'"image', b'"audio', b'"video', b'"input_', b'"file')
 """How the kinds of parts of a message begin that are no text. D must look at those itself."""
+
+
+def tokens_linked(body: JsonBody) -> bool:
+    """Whether the token ids of a prompt say what is cached of it: of a completion that is hashed."""
+    return body.api is COMPLETIONS and BLOCK_BYTES <= len(body.raw) <= MAX_BYTES
 
 
 def tokens_once(body: JsonBody) -> bool:

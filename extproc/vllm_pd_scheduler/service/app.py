@@ -11,7 +11,7 @@ import time
 from ..admin.changes import AdminChanges
 from ..admin.metaserver import Metaserver, url_for
 from ..config import ConfigError, SchedulerConfig
-from ..continuation.server import Continuation
+from ..continuation.server import Continuation, Outcome
 from ..discovery.source import Beside
 from ..discovery.sources import Sources
 from ..envoy.ext_proc import ExtProcService
@@ -21,6 +21,7 @@ from ..health import HealthMonitor
 from ..models import By, InstanceRole, join_address
 from ..records.events import EventKind
 from ..router import PDRouter
+from ..routing.going_on import Broken
 from ..self_check import SelfCheck
 from ..system.allocator import return_large_blocks
 from ..system.open_files import raise_open_files_limit
@@ -108,7 +109,9 @@ class App:
         self._hear_kv_events()
         monitor = await self._watch_instances(legs)
         self._reload = self._prepare_reload(legs, monitor, self_check)
-        operators = OperatorServers(self.router, self.changes, self_check, self._reload, self._is_ready)
+        operators = OperatorServers(
+            self.router, self.changes, self_check, self._reload, self._is_ready, legs.role_switch(self.router)
+        )
         if self._worker is None:
             await operators.start(self._parts)
         await self._start_metaserver()
@@ -231,7 +234,11 @@ class App:
         config, router = self.config, self.router
         if config.continuation_port is None:
             return
-        ended = router.telemetry.decodes.stream_broke_off
+
+        def ended(outcome: Outcome, broken: Broken, decode: str | None) -> None:
+            went_on = decode if outcome is Outcome.CONTINUED else None
+            router.telemetry.decodes.stream_broke_off(outcome, broken.decode, went_on, broken.tokens)
+
         server = Continuation(config.continuation_ingress, router.going_on, ended)
         try:
             await server.start(config.continuation_port)

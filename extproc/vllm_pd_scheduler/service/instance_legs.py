@@ -13,6 +13,7 @@ from ..handoff.abort import HttpAbort
 from ..handoff.prefill_leg import LISTENER_IDLE_S, HttpPrefill
 from ..handoff.questions import Questions
 from ..handoff.release import HandoffReleaser
+from ..handoff.role_switch import RoleSwitch
 from ..handoff.traced_leg import TracedLeg
 from ..instance_http.pool import ConnectionPool
 from ..instance_http.session import open_session
@@ -73,6 +74,10 @@ class InstanceLegs:
     def reconfigured(self, config: SchedulerConfig) -> None:
         """Wait as long as is configured now."""
         self._prefill.timeout, self._encode.timeout = config.prefill_timeout, config.encode_timeout
+
+    def role_switch(self, router: PDRouter) -> RoleSwitch:
+        """Return what tells an engine that it has another role."""
+        return RoleSwitch(self._pool, router.connectors)
 
     def self_check(self, router: PDRouter) -> SelfCheck:
         """Return what sends a pair of P and D requests of our own, once its ``run`` is started."""

@@ -10,6 +10,7 @@ from ..admin import AdminServer
 from ..admin.changes import AdminChanges
 from ..admin.others import Others
 from ..admin.worker_server import WorkerServer
+from ..handoff.role_switch import RoleSwitch
 from ..router import PDRouter
 from ..self_check import SelfCheck
 from .certificates import followed
@@ -35,12 +36,14 @@ class OperatorServers:
         self_check: SelfCheck,
         reload: Reload | None,
         is_ready: Callable[[], bool],
+        switch: RoleSwitch,
     ) -> None:
         self._router = router
         self._changes = changes
         self._self_check = self_check
         self._reload = reload.reload if reload is not None else None
         self._is_ready = is_ready
+        self._switch = switch
 
     async def start(self, parts: Parts, others: Others | None = None) -> None:
         """Listen where operators ask, and check pairs from now on."""
@@ -56,6 +59,7 @@ class OperatorServers:
             reload=self._reload,
             self_check=self._self_check,
             others=others,
+            switch=self._switch,
         )
         await parts.listen("admin", admin, config.admin_host, config.admin_port, tls)
 

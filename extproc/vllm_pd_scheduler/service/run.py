@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ from ..envoy.configuration import render_config
 from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..models import join_address
-from ..sync.local import tell_ready
+from ..sync.local import leave_together, tell_alive, tell_ready
 from ..system.output import StandardStreams
 from ..system.private_socket import private_socket_path
 from .app import App
@@ -42,13 +43,25 @@ async def serve(
     """
     app = App(config, streams, file, worker)
     signals = Signals(app.hang_up if file else None)
-    async with app:
+    async with app, contextlib.AsyncExitStack() as stack:
         if worker is not None:
             await tell_ready(worker.hub, worker.name)
+            alive = asyncio.ensure_future(tell_alive(worker.hub, worker.name))
+            stack.callback(alive.cancel)
         await signals.wait()
         app.say_draining()
-        await signals.run_drain(app.drain())
+        await signals.run_drain(app.drain() if worker is None else _drain_together(app, worker))
     return 0
+
+
+async def _drain_together(app: App, worker: Worker) -> None:
+    """Drain, and leave when the other workers do: as long as one of them has a request, Envoy asks all."""
+    until = asyncio.get_running_loop().time() + app.config.drain_timeout
+    await app.drain()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            await leave_together(worker.hub, worker.name)
+            await app.drain()  # of what has come meanwhile
 
 
 async def up(
@@ -84,7 +97,7 @@ async def up(
                 ) from None
             config = config.model_copy(update={"grpc_socket": path})
         port = config.continuation_port
-        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=port, continues=True)
+        ports = replace(ports, grpc_socket=config.grpc_socket, continuation=port, continues=1)
         ingress = f"http://{join_address(ports.ingress_address, ports.ingress)}"
         config = config.model_copy(update={"continuation_ingress": ingress})
         _require_distinct(config, ports)

@@ -17,6 +17,7 @@ from ..envoy.configuration import render_config
 from ..envoy.ports import EnvoyPorts
 from ..envoy.process import EnvoyProcess, require_free
 from ..envoy.schedulers import NAME, SchedulerAddress
+from ..models import join_address
 from ..rpc import ListenError
 from ..rpc.listener import MAX_PATH_BYTES
 from ..system.output import StandardStreams
@@ -72,7 +73,9 @@ async def up_with_workers(
     """
     if config.grpc_tls:
         raise StartupError("grpc_tls: Envoy beside the workers is reached in clear: use serve, not up")
-    ports = replace(ports, continuation=None)
+    ports = replace(ports, continuation=config.continuation_port, continues=count)
+    ingress = f"http://{join_address(ports.ingress_address, ports.ingress)}"
+    arguments = [*arguments, "--continuation-ingress", ingress]
     require_free(ports)
     with _private_path() as path:
         if config.grpc_socket is None and not config.model_fields_set & {"grpc_host", "grpc_port"}:
@@ -172,6 +175,10 @@ def require_ports(config: SchedulerConfig, count: int, listeners: list[Listener]
         own = worker.own_ports(config)
         if config.grpc_socket is None:
             listeners.append((f"grpc_port of worker {worker.name}", own.grpc_host, own.grpc_port))
+        if own.continuation_port is not None:
+            listeners.append(
+                (f"continuation_port of worker {worker.name}", "127.0.0.1", own.continuation_port)
+            )
         if own.metaserver_port is not None:
             key = f"metaserver_port of worker {worker.name}"
             listeners.append((key, own.metaserver_host, own.metaserver_port))

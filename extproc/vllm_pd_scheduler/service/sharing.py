@@ -12,6 +12,7 @@ from ..config import ReplicasConfig
 from ..models import PD_ROLES
 from ..replicas import FleetKey, Replica
 from ..router import PDRouter
+from ..routing.strays import Strays
 from ..sync.channel import Channel
 from ..sync.greeting import Greeting, hashed, settings_of
 from ..sync.local import LocalChannel
@@ -32,11 +33,14 @@ def join(
     """Return what joins a router to the others of a fleet, once its ``run`` is started.
 
     ``name`` is the scheduler's own among them, if it has one; each start has another one beside that. All
-    hash prompts alike: with what the fleet and its ``secret`` make, so that clients cannot guess it.
+    hash prompts alike: with what the fleet and its ``secret`` make, so that clients cannot guess it. With a
+    secret, each knows the requests by which another one has the rest of an answer written.
     """
     run = secrets.token_hex(4)
     hash_key = blake2b(f"{fleet}\0{secret}".encode(), digest_size=8).digest()
     router.share_hashes(int.from_bytes(hash_key))
+    if secret:  # else clients could know it
+        router.going_on.key = blake2b(f"continues\0{fleet}\0{secret}".encode(), digest_size=16).hexdigest()
     replica = Replica(router.registry, f"{name}.{run}" if name else run, FleetKey(fleet))
     settings = {**settings_of(router.config), "replicas.password": hashed(hash_key.hex())}
     greeting = Greeting(replica.name, name, socket.gethostname(), __version__, settings)
@@ -47,7 +51,10 @@ def join(
         return prefill, decode
 
     log = changes.share(channel, replica.name)
-    router.sync = Sync(
+    strays = Strays(
+        lambda data: sync.pass_on(data), router.in_flight.attempt_told_of, router.in_flight.told_of
+    )
+    router.sync = sync = Sync(
         replica,
         channel,
         greeting,
@@ -55,9 +62,11 @@ def join(
         waiting=waiting,
         news=router.wake,
         changed=log.changed,
+        stray=strays.receive,
         clock=router.clock,
     )
-    return router.sync
+    router.in_flight.pass_on = strays.pass_on
+    return sync
 
 
 async def join_replicas(

@@ -61,9 +61,10 @@ class Worker:
         Those are the addresses where Envoy, and D that ask for prefills, find the one that has the request.
         """
         update: dict[str, int | str | None] = {"grpc_port": config.grpc_port + self.index}
-        update["continuation_port"] = None  # no worker knows which D has failed another one's stream
         if config.grpc_socket is not None and self.index:
             update["grpc_socket"] = f"{config.grpc_socket}.{self.index}"
+        if config.continuation_port is not None:
+            update["continuation_port"] = config.continuation_port + self.index
         if config.metaserver_port is not None:
             update["metaserver_port"] = config.metaserver_port + self.index
         return config.model_copy(update=update)

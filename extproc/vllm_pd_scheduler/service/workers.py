@@ -20,6 +20,10 @@ STEADY_S = 10.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 """Before one is started again that ends soon after its start, each time."""
+HUNG_S = 6.0
+"""A worker that gives no sign of life for so long is ended: Envoy waits half as long for it."""
+LOOK_S = 1.0
+"""Seconds between two looks at that."""
 STOP_S = 5.0
 """How long workers get to end before they are killed."""
 
@@ -45,7 +49,10 @@ class Workers:
         self._command = command
         self._path = path
         self._serves = {f"w{index}": asyncio.Event() for index in range(count)}
-        self._hub = Hub(self._ready)
+        self._hub = Hub(self._ready, self._alive, self._has_drained)
+        self._drained: set[str] = set()
+        self._looks: dict[str, int] = {}
+        """For how many looks each worker has given no sign of life, since it has given the first."""
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._starting: dict[str, bool] = {}
         """Those that do not serve yet, and whether all were told to read the configuration again since. A
@@ -58,6 +65,7 @@ class Workers:
             await self._hub.start(self._path)
             await self._start([0])  # it says what is wrong with the configuration, once
             await self._start(range(1, self._count))
+            self._keeping.append(asyncio.ensure_future(self._watch()))
         except BaseException:
             await self.stop()
             raise
@@ -96,6 +104,7 @@ class Workers:
         while not self._ending:
             began = clock()
             self._starting[name] = False
+            self._looks.pop(name, None)
             try:
                 process = self._processes[index] = await asyncio.create_subprocess_exec(
                     *self._command,
@@ -112,6 +121,7 @@ class Workers:
                 process.kill()
             status = await process.wait()
             del self._processes[index]
+            self._let_go()
             if self._ending:
                 return
             if not self._serves[name].is_set():
@@ -132,6 +142,34 @@ class Workers:
         process = self._processes.get(int(name.removeprefix("w")))
         if self._starting.pop(name, False) and process is not None:
             _send(process, signal.SIGHUP)
+
+    def _has_drained(self, name: str) -> None:
+        """Note that a worker has no request any more; all leave when all have none."""
+        self._drained.add(name)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._ending and self._drained.issuperset(f"w{index}" for index in self._processes):
+            self._hub.let_go()
+
+    def _alive(self, name: str) -> None:
+        """Note a sign of a worker's life."""
+        self._looks[name] = 0
+
+    async def _watch(self) -> None:
+        """End workers that hang: each is started again, as one that has died.
+
+        Looks are counted and not seconds, so that a parent that stood still itself hears all of them first.
+        """
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for name in self._looks:
+                self._looks[name] += 1
+                process = self._processes.get(int(name.removeprefix("w")))
+                if self._looks[name] * LOOK_S > HUNG_S and process is not None:
+                    log.error("worker %s (process %d) hangs: it is ended", name, process.pid)
+                    self._looks[name] = 0
+                    _send(process, signal.SIGKILL)
 
     def signal(self, number: int) -> None:
         """Send a signal to all workers; SIGHUP to one that starts when it serves."""

@@ -69,6 +69,8 @@ class Shape:
         content: dict[str, Any] = {"text": text}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}}
+        if not self.chat:
+            content["prompt_token_ids"] = self.token_ids
         return {
             "index": index,
             **content,

@@ -19,7 +19,7 @@ from .offloading import (
 )
 from .options import Options
 from .ranks import Ranks
-from .sglang import ROOM_PATH, RoomCall, SglangConnector
+from .sglang import ROOM_PATH, SWITCH_PATH, RoomCall, SglangConnector, SwitchCall
 
 C = TypeVar("C", bound=msgspec.Struct)
 Own = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
@@ -44,8 +44,8 @@ class KvApi:
         sends = self._options.role != "decode"
         if isinstance(self._ranks.workers[0].connector, MooncakeConnector) and sends:
             found["GET", QUERY_PATH] = self._query
-        if isinstance(self._ranks.workers[0].connector, SglangConnector) and sends:
-            found["POST", ROOM_PATH] = self._room
+        if isinstance(self._ranks.workers[0].connector, SglangConnector):
+            found |= {("POST", ROOM_PATH): self._room, ("POST", SWITCH_PATH): self._switch}
         if isinstance(self._ranks.workers[0].connector, OffloadingConnector):
             found |= {("POST", P2P_FETCH_PATH): self._p2p_fetch, ("POST", P2P_LOOKUP_PATH): self._p2p_lookup}
         return found
@@ -57,6 +57,16 @@ class KvApi:
             worker.serve_release(FetchCall(worker.engine_id, sent_as(str(call.room))))
             return web.Response()
         return _answer(await worker.serve_pull(PullCall(worker.engine_id, str(call.room))))
+
+    async def _switch(self, request: web.Request) -> web.Response:
+        """SGLang's change of roles, of an engine that has nothing to do."""
+        call, [worker] = await _read(request, SwitchCall), self._ranks.workers
+        if worker.engine.running or worker.engine.queued:
+            refusal = {"success": False, "message": "the server is not idle", "safe_to_restore": True}
+            return web.json_response(refusal, status=400)
+        assert isinstance(worker.connector, SglangConnector)
+        worker.connector.switch(call.new_role)
+        return web.json_response({"success": True, "message": f"the role is {call.new_role}"})
 
     async def _fetch(self, request: web.Request) -> web.Response:
         call = await _read(request, FetchCall)

@@ -8,7 +8,7 @@ import asyncio
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -18,7 +18,14 @@ from .mooncake import sent_as
 from .protocol import AnyBody, ApiError
 from .request import HandOff
 
+SWITCH_PATH = "/pd_role_switch"
 ROOM_PATH = "/_sim/kv/room"
+
+
+class SwitchCall(msgspec.Struct):
+    """What the router asks for: ``--disaggregation-mode``, from now on."""
+
+    new_role: Literal["prefill", "decode"]
 
 
 class RoomCall(msgspec.Struct):
@@ -47,6 +54,10 @@ class SglangConnector(Connector):
         super().__init__(2 * patience)
         self._role = role
         self._patience = patience
+
+    def switch(self, role: str) -> None:
+        """Be of the other mode from now on."""
+        self._role = role
 
     def params(self, body: AnyBody) -> dict[str, Any]:
         """Return the room; raise ApiError without one: such an engine serves nothing alone."""

@@ -54,7 +54,19 @@ class Newest(Struct, tag=4, array_like=True, frozen=True):
     data: bytes
 
 
-Frame = Ready | Told | Append | Appended | Newest
+class Alive(Struct, tag=5, array_like=True, frozen=True):
+    """A worker's event loop runs."""
+
+    worker: str
+
+
+class Drained(Struct, tag=6, array_like=True, frozen=True):
+    """A worker that drains has no request; its connection is closed when it may leave."""
+
+    worker: str
+
+
+Frame = Ready | Told | Append | Appended | Newest | Alive | Drained
 
 _LENGTH = struct.Struct("!I")
 _encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..rpc.listener import bind_socket, remove_socket
 from .channel import START, Position
-from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, encode
+from .frames import Alive, Append, Appended, Connection, Drained, Frame, Newest, Ready, Told, encode
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +18,16 @@ class Hub:
 
     Of the log it keeps the newest change, which leads to the whole state. A worker that does not read what it
     is sent is cut off; it connects again, and the messages after that mend what it has missed. ``ready`` is
-    called with the name of a worker that serves.
+    called with the name of a worker that serves, ``alive`` with that of one that gives a sign of life, and
+    ``drained`` with that of one that is drained and waits for :meth:`let_go`.
     """
 
-    def __init__(self, ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, ready: Callable[[str], None], alive: Callable[[str], None], drained: Callable[[str], None]
+    ) -> None:
         self._ready = ready
+        self._alive = alive
+        self._drained = drained
         self._connections: set[_Worker] = set()
         self._position: Position = START
         self._newest = b""
@@ -63,8 +68,20 @@ class Hub:
                 worker.write(encode(Appended(call, self._append(expected, data))))
             case Ready(name):
                 self._ready(name)
+            case Alive(name):
+                worker.listens = False
+                self._alive(name)
+            case Drained(name):
+                worker.listens, worker.leaves = False, True
+                self._drained(name)
             case _:
                 worker.close(f"a worker sends no {type(frame).__name__}")
+
+    def let_go(self) -> None:
+        """Let all workers leave that are drained."""
+        for each in tuple(self._connections):
+            if each.leaves and each.transport is not None:
+                each.transport.close()
 
     def _append(self, expected: Position, data: bytes) -> Position | None:
         if expected != self._position:
@@ -76,7 +93,7 @@ class Hub:
 
     def _tell(self, data: bytes, sender: _Worker | None) -> None:
         for each in tuple(self._connections):
-            if each is not sender and not each.write(data):
+            if each is not sender and each.listens and not each.write(data):
                 each.close("it does not read what it is sent")
 
 
@@ -86,6 +103,9 @@ class _Worker(Connection):
     def __init__(self, hub: Hub) -> None:
         super().__init__()
         self._hub = hub
+        self.listens = True
+        """Whether it is told what the others say: not where it gives signs of life, or waits to leave."""
+        self.leaves = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

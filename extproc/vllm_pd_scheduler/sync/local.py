@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 
 from .channel import (
@@ -18,10 +19,24 @@ from .channel import (
     Position,
     Traffic,
 )
-from .frames import Append, Appended, Connection, Frame, Newest, Ready, Told, encode
+from .frames import (
+    Alive,
+    Append,
+    Appended,
+    Connection,
+    Drained,
+    Frame,
+    Newest,
+    Ready,
+    Told,
+    encode,
+)
 
 RETRY_S = 0.05
 """Pause before the hub is tried again. It ends with the parent, and so do its workers."""
+
+ALIVE_S = 1.0
+"""Seconds between two signs of life."""
 
 _UNSURE = UNSURE % "the parent goes on"
 
@@ -163,3 +178,32 @@ async def tell_ready(path: str, worker: str) -> None:
         await reader.read()  # until it has read all, and closes
     finally:
         writer.close()
+
+
+async def leave_together(path: str, worker: str) -> None:
+    """Tell the hub at a path that a worker is drained, and wait until all are, or the hub is gone."""
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_unix_connection(path)
+        try:
+            writer.write(encode(Drained(worker)))
+            while await reader.read(1 << 16):
+                pass
+        finally:
+            writer.close()
+
+
+async def tell_alive(path: str, worker: str) -> None:
+    """Give the hub at a path signs of a worker's life until this is cancelled: one that hangs gives none."""
+    sign = encode(Alive(worker))
+    while True:
+        try:
+            _, writer = await asyncio.open_unix_connection(path)
+        except OSError:
+            await asyncio.sleep(RETRY_S)
+            continue
+        try:
+            while not writer.is_closing():
+                writer.write(sign)
+                await asyncio.sleep(ALIVE_S)
+        finally:
+            writer.close()

@@ -22,6 +22,8 @@ GREET_S = 10.0
 """Seconds between two greetings, beside those for a replica that has just come."""
 ASK = MAGIC + b"?"
 """Begins the question for all that the others have."""
+STRAY = b"PDS"
+"""Begins what Envoy has told of requests that another replica has."""
 _ASKS_PER_S, _ASKS_AT_ONCE = 10.0, 64.0
 """Questions for all that are answered, from all replicas together: each that connects has one."""
 _LEAST_S = 0.001
@@ -34,8 +36,8 @@ class Sync:
     """Joins a replica to the others by a channel. No request waits for it.
 
     ``waiting`` returns the requests in the queue, for P and for D. ``news`` is called when another replica
-    has told something that counts, ``changed`` with each change of the log. ``clock`` returns monotonic
-    seconds.
+    has told something that counts, ``changed`` with each change of the log. ``stray`` takes what another one
+    has passed on by :meth:`pass_on`, and returns whether that can be. ``clock`` returns monotonic seconds.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Sync:
         waiting: Callable[[], tuple[int, int]],
         news: Callable[[], None],
         changed: Callable[[Change], None],
+        stray: Callable[[bytes], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.replica = replica
@@ -57,12 +60,14 @@ class Sync:
         self._waiting = waiting
         self._news = news
         self._changed = changed
+        self._stray = stray
         self._clock = clock
         self._pace = Pace(clock)
         self._greeted_pace = Pace(clock)
         """Of what greetings bring: a flood of them must not hide what else is said."""
         self._asks = Budget(_ASKS_AT_ONCE, clock())
         self._others: frozenset[str] = frozenset()
+        self._others_changes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         """When it fires."""
@@ -150,6 +155,10 @@ class Sync:
         self._armed = False
         self._arm()
 
+    def pass_on(self, data: bytes) -> None:
+        """Send all others what Envoy has told of requests that one of them has."""
+        self.channel.send(STRAY + data)
+
     def _greet(self) -> None:
         self._greeted_at = self._clock()
         self.channel.send(self.greetings.encode())
@@ -164,11 +173,14 @@ class Sync:
                 self._asked(now)
             elif data.startswith(MAGIC):
                 self._greeted(data)
+            elif data.startswith(STRAY):
+                self._strayed(data)
             elif self.replica.receive(data, now):
-                if len(self.replica.others) != len(self._others):
+                if self.replica.others_changes != self._others_changes:
                     self._look_at_others()
                     self._greet()
-                if not self._armed and self.replica.next_publish(now) < self._due:
+                must = not self._armed and self.replica.must_tell
+                if must and self.replica.next_publish(now) < self._due:
                     self._arm()  # it asks something, or has just come
                 self._news()
         except Exception:
@@ -213,6 +225,10 @@ class Sync:
         self.replica.tell_all()
         self._arm()
 
+    def _strayed(self, data: bytes) -> None:
+        if not self._stray(data[len(STRAY) :]):
+            self.replica.ignored[Ignored.GARBAGE] += 1
+
     def _greeted(self, data: bytes) -> None:
         lines = self.greetings.receive(data)
         if lines is None:
@@ -223,9 +239,9 @@ class Sync:
                 self._event(line, logging.WARNING)
 
     def _look_at_others(self) -> None:
-        others = frozenset(self.replica.others)
-        if others == self._others:
+        if self.replica.others_changes == self._others_changes:
             return
+        self._others_changes, others = self.replica.others_changes, frozenset(self.replica.others)
         came, gone, self._others = others - self._others, self._others - others, others
         for name in sorted(gone):
             self._event(f"{self._shown(name)} is silent: its requests count no more", logging.WARNING)

@@ -6,8 +6,12 @@ from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter
 
+from .handoffs import MAX_PAIRS, OTHER
+from .histogram import LeanHistogram
 from .kept import keep_only
 from .outcomes import Stray
+
+_ANSWER_TOKENS = (0, 1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000)
 
 
 class Decodes:
@@ -24,6 +28,13 @@ class Decodes:
             "pd_scheduler_streams_continued",
             "Streams with x-pd-continue that broke off at their D, by what became of them.",
             ["outcome"],
+            registry=registry,
+        )
+        self._went_on = LeanHistogram(
+            "pd_scheduler_continued_after_tokens",
+            "Tokens of a stream with x-pd-continue that its client had when another D went on with it.",
+            ["failed", "decode"],
+            buckets=_ANSWER_TOKENS,
             registry=registry,
         )
         self._metaserver_calls = Counter(
@@ -44,9 +55,14 @@ class Decodes:
         """Count an attempt at a decode instance that failed; ``failure`` as in ``docs/metrics.md``."""
         self._attempts.labels(instance, failure).inc()
 
-    def stream_broke_off(self, outcome: str) -> None:
-        """Count a stream that broke off at its D."""
+    def stream_broke_off(self, outcome: str, failed: str, decode: str | None, tokens: int) -> None:
+        """Count a stream that broke off at its D after so many tokens; ``decode`` has written the rest."""
         self._streams_broken_off.labels(outcome).inc()
+        if decode is not None:
+            pairs = self._went_on
+            if len(pairs) >= MAX_PAIRS and not pairs.has(failed, decode):
+                failed = decode = OTHER
+            pairs.series(failed, decode).observe(tokens)
 
     def metaserver_called(self, outcome: str) -> None:
         """Count a call by which somebody has asked for a prefill."""
@@ -59,3 +75,5 @@ class Decodes:
     def keep_only(self, instances: Collection[str]) -> None:
         """Forget the series of all other instances, which were removed."""
         keep_only(self._attempts, "decode", instances)
+        for label in ("failed", "decode"):
+            self._went_on.keep(label, frozenset((*instances, OTHER)))

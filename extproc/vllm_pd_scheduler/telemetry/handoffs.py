@@ -11,7 +11,7 @@ from .histogram import LeanHistogram
 from .kept import keep_only
 
 MAX_PAIRS = 1000
-"""Pairs of P and D that have a series of their own; the hand-offs of further ones count as of ``OTHER``."""
+"""Pairs of P and D, or of two D, that have a series of their own; further ones count as of ``OTHER``."""
 OTHER = "other"
 
 

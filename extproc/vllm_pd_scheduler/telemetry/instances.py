@@ -31,6 +31,12 @@ class Instances:
             ["endpoint", "outcome"],
             registry=registry,
         )
+        self._turns = Counter(
+            "pd_scheduler_turns",
+            "Instances that were to have another role, by who has asked, and by whether they have it.",
+            ["role", "by", "outcome"],
+            registry=registry,
+        )
         self._self_checks = Counter(
             "pd_scheduler_self_checks",
             "Tries of self-checks, by what came of them.",
@@ -49,6 +55,10 @@ class Instances:
     def kv_event_batches(self, endpoint: str, outcome: str, count: int) -> None:
         """Count batches of KV events; ``outcome`` is ``read``, ``lost`` or ``bad``."""
         self._kv_events.labels(endpoint, outcome).inc(count)
+
+    def turned(self, role: str, by: str, *, done: bool) -> None:
+        """Count an instance that was to have another ``role``, as an operator or the advice has asked."""
+        self._turns.labels(role, by, "turned" if done else "failed").inc()
 
     def self_checked(self, result: str) -> None:
         """Count a try of a self-check; ``result`` as in ``docs/metrics.md``."""

@@ -52,6 +52,8 @@ class Telemetry:
             ["decode", "served"],
             registry=registry,
         )
+        self._sent: dict[tuple[str, Served], Counter] = {}
+        """The series of ``_requests`` that were needed: to find one there takes longer than to count."""
         self._rejected = Counter(
             "pd_scheduler_requests_rejected",
             "Requests answered with an error in place of an instance's answer.",
@@ -84,12 +86,16 @@ class Telemetry:
     def keep_only(self, instances: Collection[str]) -> None:
         """Forget the series of all other instances, which were removed: else they would add up for ever."""
         keep_only(self._requests, "decode", instances)
+        self._sent.clear()
         for each in (self.encodes, self.prefills, self.handoffs, self.decodes, self.instances):
             each.keep_only(instances)
 
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that was sent to a decode instance."""
-        self._requests.labels(decode, served).inc()
+        counter = self._sent.get((decode, served))
+        if counter is None:
+            counter = self._sent[decode, served] = self._requests.labels(decode, served)
+        counter.inc()
         self.totals.requests += 1
 
     def rejected(self, status: int, reason: str) -> None:

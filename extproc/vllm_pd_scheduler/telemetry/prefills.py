@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
 from .buckets import SECONDS
+from .histogram import LeanHistogram
 from .kept import keep_only
 from .totals import Totals
 
@@ -18,14 +19,14 @@ class Prefills:
     def __init__(self, registry: CollectorRegistry, totals: Totals, clock: Callable[[], float]) -> None:
         self._totals = totals
         self._clock = clock
-        self._prefill_seconds = Histogram(
+        self._prefill_seconds = LeanHistogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
             ["prefill"],
             buckets=SECONDS,
             registry=registry,
         )
-        self._predicted = Histogram(
+        self._predicted = LeanHistogram(
             "pd_scheduler_prefill_predicted_ratio",
             "Predicted over measured time of a prefill, queueing included: 1 is right.",
             ["prefill"],
@@ -63,11 +64,11 @@ class Prefills:
         """Measure the block, a prefill leg. One that raises an exception is not measured."""
         start = self._clock()
         yield
-        self._prefill_seconds.labels(instance).observe(self._clock() - start)
+        self._prefill_seconds.series(instance).observe(self._clock() - start)
 
     def predicted(self, instance: str, ratio: float) -> None:
         """Record predicted over measured time of a prefill."""
-        self._predicted.labels(instance).observe(ratio)
+        self._predicted.series(instance).observe(ratio)
 
     def failed(self, instance: str, reason: str) -> None:
         """Count a prefill attempt that returned no hand-off; ``reason`` as in ``docs/metrics.md``."""
@@ -88,7 +89,7 @@ class Prefills:
 
     def keep_only(self, instances: Collection[str]) -> None:
         """Forget the series of all other instances, which were removed."""
-        keep_only(self._prefill_seconds, "prefill", instances)
-        keep_only(self._predicted, "prefill", instances)
+        self._prefill_seconds.keep("prefill", frozenset(instances))
+        self._predicted.keep("prefill", frozenset(instances))
         keep_only(self._prefill_failures, "prefill", instances)
         keep_only(self._pulled_tokens, "source", instances)

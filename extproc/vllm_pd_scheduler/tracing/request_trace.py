@@ -154,6 +154,11 @@ class RequestTrace:
         """That of the decode leg, for all its attempts: Envoy repeats the headers of the first."""
         return _traceparent(self._decode or self._request)
 
+    def continues(self, decode: str, tokens: int) -> None:
+        """Record that the request is for the rest of an answer that ``decode`` has failed."""
+        self._request.set_attribute(names.CONTINUES_FROM, decode)
+        self._request.set_attribute(names.CONTINUES_AFTER, tokens)
+
     def decode_failed(self, instance: str, failure: str, status: int, now: float) -> None:
         """Record an attempt at a D that failed (``failure``: the label of that metric)."""
         self._failure, self._status = failure, status

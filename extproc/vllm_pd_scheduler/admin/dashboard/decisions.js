@@ -79,6 +79,7 @@ async function explain(decision) {
     Model: whole.model,
     Prompt: whole.prompt_tokens === null || whole.prompt_tokens === undefined ? null : `${number(whole.prompt_tokens)} tokens`,
     Served: whole.not_split ? `${whole.served}, not split: ${whole.not_split}` : whole.served,
+    Continues: whole.continues ? `${whole.continues.decode ?? "a D"}, after ${whole.continues.tokens} tokens` : null,
     Waited: whole.waited_s ? seconds(whole.waited_s) : null,
     "First token": whole.ttft_s === null || whole.ttft_s === undefined ? null : `${seconds(whole.ttft_s)}, predicted ${seconds(whole.predicted_ttft_s)}`,
     Lasted: whole.duration_s ? seconds(whole.duration_s) : null,

@@ -1,0 +1,233 @@
+"""What sharing costs a scheduler: CPU a request, alone and with other replicas that serve as much each.
+
+``python -m benchmarks.replicas``, in the clone; it needs a ``redis-server`` or ``valkey-server``. One real
+scheduler serves a real Envoy at a fixed rate, before a fleet of engines that compute nothing. It shares by a
+real server with others, which are played by a process that tells for each what a scheduler with as many
+requests does. Set-ups are measured in turns, so that figures of one run can be compared. ``--against PATH``
+measures another clone in the same turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import uvloop
+from tests.support.processes import unused_ports
+from tests.support.valkey import running
+
+from vllm_pd_scheduler.config.load import load_config
+from vllm_pd_scheduler.fleet.registry import Registry
+from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
+from vllm_pd_scheduler.records.events import Events
+from vllm_pd_scheduler.replicas import FleetKey, Replica
+from vllm_pd_scheduler.request.context import RequestContext
+from vllm_pd_scheduler.sync.channel import Change
+from vllm_pd_scheduler.sync.greeting import Greeting
+from vllm_pd_scheduler.sync.sync import Sync
+from vllm_pd_scheduler.sync.valkey import Valkey
+
+from .routers.load import Load
+from .routers.routers import Fleet, _answers, _process, _until, _written, fleet
+from .routers.run import machine
+from .routers.workloads import Workload
+
+WARM_UP_S = 3.0
+_ROOT = Path(__file__).parents[1]
+BLOCKS = 2
+"""Of a prompt: those of this benchmark's 2 KB have as many."""
+PREFILL_S, DECODE_S = 0.008, 0.004
+"""Seconds that the other replicas' requests spend on P and on D."""
+
+
+# -- the other replicas
+
+
+class Other:
+    """A replica that serves so many requests a second, without Envoy and without instances."""
+
+    def __init__(self, name: str, config: str, rate: float, seed: int) -> None:
+        loaded = load_config(config)
+        assert loaded.replicas is not None
+        self._rate = rate
+        self._registry = registry = Registry()
+        for instance in loaded.instances():
+            registry.probed(registry.add(instance), None)
+        for endpoint in registry:
+            registry.scraped(endpoint, MetricsSnapshot(0.0, 20.0, 0.0, 0.5, kv_capacity=1e6), 0)
+        self._prefill = itertools.cycle(registry.endpoints(InstanceRole.PREFILL))
+        self._decode = itertools.cycle(registry.endpoints(InstanceRole.DECODE))
+        self._numbers = itertools.count(seed << 32)
+        self._queued: deque[tuple[float, RequestContext, Any]] = deque()
+        self._running: deque[tuple[float, Any]] = deque()
+        self.sync = Sync(
+            Replica(registry, name, FleetKey(loaded.replicas.meeting().fleet(loaded.replicas.key))),
+            Valkey(loaded.replicas),
+            Greeting(name, name, "benchmark", "0", {}),
+            Events(time.time),
+            waiting=lambda: (0, 0),
+            news=_nothing,
+            changed=_ignore,
+        )
+
+    async def serve(self) -> None:
+        """Serve until this is cancelled."""
+        due = time.monotonic()
+        while True:
+            due += 1.0 / self._rate
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            self._go_on(time.monotonic())
+
+    def _go_on(self, now: float) -> None:
+        while self._running and self._running[0][0] <= now:
+            self._running.popleft()[1].release(now)
+        while self._queued and self._queued[0][0] <= now:
+            _, context, claim = self._queued.popleft()
+            self._registry.work.prefilled(claim, 500, 0, now)
+            decode = next(self._decode)
+            self._running.append((now + DECODE_S, self._registry.work.reserve(decode, context)))
+        number = next(self._numbers)
+        blocks = tuple((number * 1000 + n) * 0x9E3779B97F4A7C15 % (1 << 60) for n in range(BLOCKS))
+        context = RequestContext(
+            "/v1/completions", prompt_tokens=500.0, output_tokens=8.0, blocks=blocks, block_tokens=256.0,
+            arrived=now, now=now,
+        )  # fmt: skip
+        self._queued.append(
+            (now + PREFILL_S, context, self._registry.work.reserve(next(self._prefill), context))
+        )
+
+
+async def play(config: str, count: int, rate: float) -> None:
+    """Be so many other replicas until this is cancelled."""
+    others = [Other(f"other-{number}", config, rate, number + 1) for number in range(count)]
+    await asyncio.gather(*(each.sync.run() for each in others), *(each.serve() for each in others))
+
+
+def _nothing() -> None: ...
+
+
+def _ignore(_: Change) -> None: ...
+
+
+# -- the one that is measured
+
+
+@contextlib.contextmanager
+def scheduler(
+    clone: Path, others: int, rate: float, strategy: str, instances: Fleet, folder: Path, url: str
+) -> Iterator[tuple[int, int]]:
+    """Run a scheduler of a clone with its Envoy and so many others; give its port and process."""
+    port, prefill_port, admin_port, envoy_admin_port = unused_ports(4)
+    config: dict[str, Any] = {"strategy": strategy}
+    for role in ("prefill", "decode"):
+        config[f"{role}_instances"] = [
+            {"id": f"{role}-{number}", "host": "127.0.0.1", "port": each}
+            for number, each in enumerate(getattr(instances, role))
+        ]
+    if others:
+        config["replicas"] = {"url": url, "key": f"pd-{port}", "name": "measured"}
+    path = _written(folder / f"{port}.json", config)
+    up = [*_python(clone), "-m", "vllm_pd_scheduler", "up", "--log-level=WARNING", f"--config={path}"]
+    up += [f"--port={port}", f"--prefill-port={prefill_port}", f"--admin-port={admin_port}"]
+    up += [f"--envoy-admin-port={envoy_admin_port}"]
+    log = folder / f"{port}.log"
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(_process(up, log))
+        body = b'{"model": "fake-model", "prompt": "Hello", "max_tokens": 1}'
+        _until(partial(_answers, port, "/v1/completions", body), process, log)
+        if others:
+            play_them = [*_python(_ROOT), "-m", "benchmarks.replicas", f"--play={path}"]
+            play_them += [f"--others={others}", f"--rate={rate}"]
+            stack.enter_context(_process(play_them, folder / f"{port}-others.log"))
+            _until(partial(_hears, admin_port, others), process, folder / f"{port}-others.log")
+        yield port, process.pid
+
+
+def _python(clone: Path) -> list[str]:
+    """Return what runs Python with the package of a clone."""
+    return ["env", f"PYTHONPATH={clone / 'extproc'}:{_ROOT}", sys.executable]
+
+
+def _hears(admin: int, count: int) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{admin}/status", timeout=5) as response:
+        return len(json.load(response)["replicas"]["others"]) == count
+
+
+async def measure(port: int, pid: int, rate: float, seconds: float) -> float:
+    """Return the CPU that a request takes the scheduler, in ms."""
+    workload = Workload("", "", "", 32, prompt=2_000, conversations=64)
+    async with Load(port, workload.clients) as load:
+        await load.run(workload.body(), WARM_UP_S, rate=rate)
+        before = _cpu(pid)
+        seen = await load.run(workload.body(), seconds, rate=rate)
+        used = _cpu(pid) - before
+    if +seen.errors:
+        raise SystemExit(f"errors: {dict(seen.errors)}")
+    done = len(seen.times) / seen.seconds
+    if done < 0.9 * rate:
+        print(f"only {done:.0f} requests/s of {rate:.0f} were answered", flush=True)
+    return used * 1e3 / len(seen.times)
+
+
+def _cpu(pid: int) -> float:
+    """Return the CPU seconds of all threads of a process, to the nanosecond."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(each.read_text().split()[0]) for each in tasks) / 1e9
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas")
+    parser.add_argument("--others", default="0,1,3", help="numbers of other replicas, with commas")
+    parser.add_argument("--rate", type=float, default=500.0, help="requests/s of each replica")
+    parser.add_argument("--strategy", default="predicted_latency")
+    parser.add_argument("--instances", type=int, default=4, help="P, and as many D")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="another clone, to compare with")
+    parser.add_argument("--play", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.play:
+        uvloop.run(play(options.play, int(options.others), options.rate))
+        return
+    clones = {"": _ROOT}
+    if options.against:
+        clones[f" ({options.against.name})"] = options.against.resolve()
+    counts = [int(each) for each in options.others.split(",")]
+    found: dict[tuple[str, int], list[float]] = {(c, n): [] for c in clones for n in counts}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-replicas-")))
+        server = stack.enter_context(running(folder / "server"))
+        instances = stack.enter_context(fleet(options.instances, folder))
+        for run in range(options.runs):
+            for clone, count in sorted(found, key=lambda each: each[1], reverse=bool(run % 2)):
+                place = clones[clone], count, options.rate, options.strategy, instances, folder, server.url
+                with scheduler(*place) as (port, pid):
+                    cost = uvloop.run(measure(port, pid, options.rate, options.seconds))
+                found[clone, count].append(cost)
+                print(f"{run}{clone} {count}: {cost:.3f}", file=sys.stderr, flush=True)
+    print(
+        f"{machine()}; {options.rate:g} requests/s a replica, {options.strategy}; medians of {options.runs}\n"
+    )
+    print("| other replicas | CPU, ms a request | times alone |\n|---|---|---|")
+    for (clone, count), costs in found.items():
+        alone = found[clone, counts[0]]
+        ratio = median(b / a for a, b in zip(alone, costs, strict=True))
+        print(f"| {count}{clone} | {median(costs):.3f} | {ratio:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

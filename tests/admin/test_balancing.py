@@ -1,0 +1,186 @@
+"""Instances get the other role by themselves: within limits, one at a time, and never against an operator."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.admin.test_turning import Fleet
+from tests.advice.test_turns import KEEP, move
+from vllm_pd_scheduler.admin.balancing import Balancing
+from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.turning import Turning
+from vllm_pd_scheduler.advice.verdict import Advice
+from vllm_pd_scheduler.config.turning import TurningConfig
+from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.handoff.role_switch import NotSwitched
+from vllm_pd_scheduler.models import InstanceRole
+
+P, D = InstanceRole.PREFILL, InstanceRole.DECODE
+
+
+class Balanced(Fleet):
+    """Four P, three of which can be turned, and two D that can."""
+
+    def __init__(self, **limits: Any) -> None:
+        super().__init__(turning={"looks": 1, **limits})
+        self.advice = move(2)
+        self.asked = 0
+        self.told: list[tuple[str, InstanceRole]] = []
+        self.refuses: NotSwitched | None = None
+        self.changes = AdminChanges(self.router)
+        adviser: Any = SimpleNamespace(advise=self._advise)
+        self.turning = Turning(self.router, self.changes, lambda: self.ready, self._switch)
+        self.balancing = Balancing(self.router, self.changes, self.turning, adviser, lambda: self.ready)
+
+    async def _advise(self, seconds: float) -> Advice:
+        self.asked += 1
+        return self.advice
+
+    async def _switch(self, endpoint: Endpoint, role: InstanceRole) -> None:
+        self.told.append((endpoint.id, role))
+        if self.refuses is not None:
+            raise self.refuses
+
+    async def look(self) -> None:
+        limits = self.router.config.turning
+        assert limits is not None
+        await self.balancing.look(limits)
+
+    def roles(self) -> dict[str, InstanceRole]:
+        found = {each.instance_id: each.role for each in self.router.get_instances()}
+        return {name: role for name, role in found.items() if name != "fixed"}
+
+    def turned(self) -> list[str]:
+        return [name for name, role in self.roles().items() if (name[0] == "p") is not (role is P)]
+
+
+@pytest_asyncio.fixture
+async def fleet() -> AsyncIterator[Balanced]:
+    found = Balanced()
+    yield found
+    await found.turning.close()
+
+
+def configured(**limits: Any) -> TurningConfig:
+    return TurningConfig(looks=1, **limits)
+
+
+async def test_the_one_with_the_least_to_do_is_turned(fleet: Balanced) -> None:
+    for name in ("p0", "fixed"):
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
+    await fleet.look()
+    assert fleet.turned() == ["p1"]
+    assert fleet.told == [("p1", D)], "it was told before it counted as D"
+    text = "p1 is to have the other role: move (the same 1 times)"
+    assert text in fleet.said()
+    assert ("p1 was turned: it is a decode instance now", "advice") in [
+        (each.text, each.by) for each in fleet.router.events.after(0)
+    ]
+    value = fleet.router.telemetry.prometheus.get_sample_value
+    assert value("pd_scheduler_turns_total", {"role": "decode", "by": "advice", "outcome": "turned"}) == 1
+
+
+async def test_none_is_turned_soon_after(fleet: Balanced) -> None:
+    await fleet.look()
+    fleet.healthy("p0")
+    await fleet.look()
+    await fleet.look()
+    assert fleet.turned() == ["p0"]
+
+
+async def test_nothing_is_turned_without_such_advice(fleet: Balanced) -> None:
+    fleet.advice = KEEP
+    await fleet.look()
+    assert not fleet.turned()
+
+
+@pytest.mark.parametrize(("limits", "advice"), [({"min_prefill": 4}, move(2)), ({"min_decode": 2}, move(4))])
+async def test_so_many_stay(limits: dict[str, int], advice: Advice) -> None:
+    fleet = Balanced(**limits)
+    fleet.advice = advice
+    await fleet.look()
+    assert not fleet.turned()
+    assert [each for each in fleet.said() if "instances may be left" in each]
+
+
+async def test_an_operator_goes_first(fleet: Balanced) -> None:
+    await fleet.changes.drain("d0")
+    await fleet.changes.undrain("d0")
+    await fleet.look()
+    assert not fleet.turned()
+
+
+async def test_nothing_is_turned_while_an_instance_drains(fleet: Balanced) -> None:
+    fleet.router.drain_instance("d0", "discovery")
+    await fleet.look()
+    assert not fleet.asked
+
+
+async def test_an_operator_ends_a_turn(fleet: Balanced) -> None:
+    for name in ("p0", "p1", "p2"):
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
+
+    async def undrain(seconds: float | None) -> None:
+        (name,) = (each.id for each in fleet.router.registry if each.draining)
+        await fleet.changes.undrain(name)
+        await waits(seconds)
+
+    waits, fleet.turning.wait = fleet.turning.wait, undrain  # type: ignore[method-assign]
+    await fleet.look()
+    assert not fleet.turned()
+    assert not [each.id for each in fleet.router.registry if each.draining]
+    assert "p0 was not turned: it was undrained" in fleet.said()
+    await fleet.look()
+    assert fleet.asked == 2
+    assert not [each.id for each in fleet.router.registry if each.draining]
+
+
+async def test_another_scheduler_does_it(fleet: Balanced) -> None:
+    def others(*names: str) -> Any:
+        return SimpleNamespace(replica=SimpleNamespace(name="bw0.1", others=list(names)))
+
+    fleet.router.sync = others("aw1.2", "bw1.3")
+    await fleet.look()
+    assert not fleet.asked
+    fleet.router.sync = others("cw1.2", "bw1.3")
+    await fleet.look()
+    assert fleet.turned()
+
+
+async def test_an_engine_that_refuses_serves_as_before(fleet: Balanced) -> None:
+    fleet.refuses = NotSwitched("/pd_role_switch was answered 400 busy", usable=True)
+    await fleet.look()
+    assert not fleet.turned()
+    assert not [each.id for each in fleet.router.registry if each.draining]
+    assert "p0 was not turned: /pd_role_switch was answered 400 busy" in fleet.said()
+    value = fleet.router.telemetry.prometheus.get_sample_value
+    assert value("pd_scheduler_turns_total", {"role": "decode", "by": "advice", "outcome": "failed"}) == 1
+
+
+async def test_an_engine_of_which_nobody_knows_its_role_gets_nothing(fleet: Balanced) -> None:
+    fleet.refuses = NotSwitched("/pd_role_switch: no answer within 300 s", usable=False)
+    await fleet.look()
+    assert [each.id for each in fleet.router.registry if each.draining] == ["p0"]
+    assert not fleet.turned()
+
+
+async def test_a_drain_that_the_scheduler_cannot_see_end_is_ended(fleet: Balanced) -> None:
+    for name in ("p0", "p1", "p2"):
+        fleet.router.registry.work.reserve(fleet.router.registry.get(name))
+    fleet.ready = False
+    await fleet.look()
+    assert not [each.id for each in fleet.router.registry if each.draining]
+
+
+async def test_limits_that_change_count_at_once(fleet: Balanced) -> None:
+    before = fleet.router.config.turning
+    assert before is not None
+    config = fleet.router.config
+    config.take(config.model_copy(update={"turning": configured(pause=1.0)}), ["turning"])
+    await fleet.balancing.look(before)
+    assert not fleet.turned()
+    assert replace(fleet.advice, gain=0.0).from_role is P
