@@ -74,7 +74,8 @@ class DefaultsTest(ConfigCase):
         )
         printed = json.loads(config.model_dump_json())
         self.assertEqual(parse_config(printed), config)
-        for wrong in ("best", 1, ["low_latency"], {}):
+        several: tuple[Any, ...] = ("best", 1, ["low_latency"], {})
+        for wrong in several:
             with self.assertRaisesRegex(ConfigError, "preset: "):
                 parse_config(fleet(preset=wrong))
 
