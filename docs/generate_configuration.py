@@ -64,6 +64,7 @@ GROUPS = (
         "Strategies",
         "Who serves a request: [Strategies](strategies.md) helps to choose.",
         (
+            "preset",
             "strategy",
             "prefill_strategy",
             "decode_strategy",

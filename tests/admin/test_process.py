@@ -37,6 +37,7 @@ async def test_status(admin: Admin) -> None:
         "version": __version__,
         "ready": False,
         "strategy": {"prefill": "least_load", "decode": "least_load"},
+        "settings": {"preset": None, "disaggregation": "always", "late_binding": False},
         "shadow": None,
         "queue": {"requests": 0, "bytes": 0, "requests_elsewhere": 0},
         "held_bytes": 0,

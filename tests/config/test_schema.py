@@ -61,6 +61,24 @@ class DefaultsTest(ConfigCase):
             ],
         )
 
+    def test_a_preset_sets_what_is_not_given(self) -> None:
+        config = parse_config(fleet(preset="low_latency"))
+        self.assertEqual((config.strategy, config.disaggregation, config.late_binding), ("slo", "tpot", True))
+        config = parse_config(
+            fleet(preset="low_latency", disaggregation="always", decode_strategy="least_load")
+        )
+        self.assertEqual((config.disaggregation, config.late_binding), ("always", True))
+        self.assertEqual(
+            [config.strategy_of(role) for role in (InstanceRole.PREFILL, InstanceRole.DECODE)],
+            ["slo", "least_load"],
+        )
+        printed = json.loads(config.model_dump_json())
+        self.assertEqual(parse_config(printed), config)
+        several: tuple[Any, ...] = ("best", 1, ["low_latency"], {})
+        for wrong in several:
+            with self.assertRaisesRegex(ConfigError, "preset: "):
+                parse_config(fleet(preset=wrong))
+
     def test_whole_numbers_are_numbers(self) -> None:
         config = parse_config(fleet(health_check_interval=2, load_weight=1, drain_timeout=0))
         self.assertEqual(

@@ -6,7 +6,7 @@ from typing import Any
 from tests.support.fleet import D, P, prompt, scheduler_of
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.request.context import RequestContext
-from vllm_pd_scheduler.scheduler.disaggregation import SLACK_SHARE, Disaggregation
+from vllm_pd_scheduler.scheduler.disaggregation import SLACK_SHARE, STALL_WEIGHT, Disaggregation
 
 BLOCKS = tuple(range(1, 41))
 
@@ -81,21 +81,33 @@ class DisaggregationTest(unittest.TestCase):
         self.assertGreater(taken, 0)
         self.assertLess(taken, 50)
 
-    def test_by_tpot_never_more_than_the_slack(self) -> None:
-        """However many come at once: what was given to a D stays within the share of an answer's slack."""
+    def test_by_tpot_what_is_beyond_the_slack_costs_each_answer_there(self) -> None:
+        """However many come at once: beyond the slack a D takes only what P is far slower with."""
         for tokens in (200, 1000, 3000):
             with self.subTest(tokens=tokens):
                 self.start("tpot", decode=1, tpot_slo=0.05)
                 self.busy(10)
                 self.queue_at_prefill()
                 request = prompt(tokens, tpot_slo=0.05)
+                prefill, now = self.scheduler.preview(P, request)[0], request.now
+                remote = prefill.prefill.remaining(now) + 2 * prefill.prefill_cost(request) + 1.0
                 taken = 0
                 while taken < 1000 and self.decides.local_endpoint(request) is not None:
                     taken += 1
                 cost = self.registry.load.prefill.predict((1.0, tokens, tokens * tokens / 2))
                 step = self.registry.get("d0").decode.step(10, 0)
-                self.assertLessEqual(taken * cost, SLACK_SHARE * (0.05 - step) * 100 + 1e-9)
+                slack = SLACK_SHARE * (0.05 - step) * 100
+                self.assertLessEqual(taken * cost, slack + remote / (STALL_WEIGHT * 10))
                 self.assertGreater(taken, 0)
+
+    def test_by_tpot_a_long_conversation_is_not_read_anew_to_save_a_short_stall(self) -> None:
+        self.start("tpot", decode=1, tpot_slo=0.05)
+        self.busy(10)
+        known: dict[str, Any] = {"blocks": BLOCKS, "block_tokens": 5000.0, "tpot_slo": 0.05}
+        self.registry.get("d0").holder.store(BLOCKS[:-1])
+        while self.local(5000, tpot_slo=0.05) is not None:  # until its answers can bear no more
+            pass
+        self.assertEqual(self.local(200_000, **known), "d0")
 
     def test_by_tpot_a_limit_that_is_missed_already_makes_it_split(self) -> None:
         self.start("tpot")

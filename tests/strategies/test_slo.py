@@ -60,5 +60,20 @@ class HopelessTest(unittest.TestCase):
             self.assertFalse(PredictedLatency(SchedulerConfig()).hopeless(request, cost))
 
 
+class OrderTest(unittest.TestCase):
+    def test_the_less_time_is_left_the_earlier(self) -> None:
+        strategy = Slo(SchedulerConfig())
+
+        def order(slo: float | None, cost: float = 1.0, arrived: float = 0.0) -> float:
+            return strategy.order(prompt(arrived=arrived, ttft_slo=slo), cost)
+
+        self.assertLess(order(1.0), order(5.0))
+        self.assertLess(order(1.0, cost=1.5), order(5.0))
+        self.assertLess(order(5.0), order(1.0, cost=2.0))  # the shortest still goes first, by and large
+        self.assertLess(order(29.0), order(None))
+        self.assertEqual(order(1e9), order(None))
+        self.assertLess(order(None), order(1e-3, arrived=30.0))  # and nobody waits for ever
+
+
 if __name__ == "__main__":
     unittest.main()

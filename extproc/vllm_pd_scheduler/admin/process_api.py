@@ -41,6 +41,14 @@ class StrategiesInUse(Shown):
     decode: str
 
 
+class SettingsInUse(Shown):
+    """What else decides where requests go: what the preset has set, or the configuration."""
+
+    preset: str | None
+    disaggregation: str | int
+    late_binding: bool
+
+
 class QueueStatus(Shown):
     """What waits in the scheduler."""
 
@@ -100,6 +108,7 @@ class StatusAnswer(Shown):
     ready: bool
     """Whether it can serve: it is not draining, and a D can serve."""
     strategy: StrategiesInUse
+    settings: SettingsInUse
     shadow: str | None
     queue: QueueStatus
     held_bytes: int
@@ -184,6 +193,7 @@ class ProcessApi:
     def status(self) -> StatusAnswer:
         """Return how the scheduler is now."""
         used, queue = self._router.scheduler.strategies, self._router.dispatcher.queue
+        config = self._router.config
         serves = bool(self._router.registry.routable(InstanceRole.DECODE))
         prefill, decode, encode = map(self._role, InstanceRole)
         return StatusAnswer(
@@ -192,6 +202,11 @@ class ProcessApi:
             uptime_s=self._uptime_s(),
             ready=self._is_ready() and serves,
             strategy=StrategiesInUse(**{role.value: name for role, name in used.names.items()}),
+            settings=SettingsInUse(
+                preset=config.preset,
+                disaggregation=config.disaggregation,
+                late_binding=config.late_binding,
+            ),
             shadow=used.shadow.name if used.shadow else None,
             queue=QueueStatus(
                 requests=len(queue),

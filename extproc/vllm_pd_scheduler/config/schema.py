@@ -10,6 +10,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
+    model_validator,
 )
 
 from ..connectors.encode import EncodeConnectorName
@@ -21,6 +22,7 @@ from .aliases import AliasConfig
 from .fleet_instance import own_connector, rank_count, tls_name
 from .instances import ConnectorSetting, InstanceConfig, InstancesFile, ModelName, Port, SecretSource
 from .kv_events import KvEventsConfig
+from .presets import PresetName, filled
 from .replicas import ReplicasConfig
 from .sources import SourceConfig
 from .tls import InstanceTlsConfig, TlsConfig
@@ -57,6 +59,10 @@ class SchedulerConfig(InstancesFile):
     A field's docstring is its documentation: Markdown, with links as from ``docs/``.
     """
 
+    preset: PresetName | None = None
+    """Settings that go well together: `low_latency` is `"strategy": "slo"`, `"disaggregation": "tpot"` and
+    `"late_binding": true`. Those of them that are given beside it stay as given. See [One
+    line](scheduling.md#one-line)."""
     strategy: str = "least_load"
     """How instances are chosen: the name of a [strategy](strategies.md), or `package.module:Class`. Change
     it when prompts differ much in length or share prefixes."""
@@ -300,6 +306,11 @@ class SchedulerConfig(InstancesFile):
     keys above."""
     discovery: list[SourceConfig] = []
     """Where else instances come from: DNS, Docker, Kubernetes. See [Discovery](discovery.md#sources)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_what_its_preset_says(cls, raw: Any) -> Any:
+        return filled(raw)
 
     @field_validator("revisions")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a replay compares: a strategy of ours, another router's policy or the lower bound, with settings."""
+"""What a replay compares: a strategy or preset of ours, another router's policy, or the lower bound."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..config import ConfigError, SchedulerConfig, parse_config
+from ..config import PRESETS, ConfigError, SchedulerConfig, parse_config
 from ..strategies import UnknownStrategy, load_strategy, strategy_names
 from .peers import PEERS, Peer
 
@@ -79,8 +79,8 @@ class Variant:
 
 
 def variant_names() -> list[str]:
-    """Return the names that :func:`parse_variant` accepts: our strategies, the peers', the lower bound."""
-    return [*strategy_names(), *PEERS, LOWER_BOUND]
+    """Return the names that :func:`parse_variant` accepts: our strategies and presets, peers', the bound."""
+    return [*strategy_names(), *PRESETS, *PEERS, LOWER_BOUND]
 
 
 def parse_variant(text: str) -> Variant:
@@ -94,12 +94,14 @@ def parse_variant(text: str) -> Variant:
         raise ValueError(
             f"unknown strategy {name!r}; choose from {', '.join(known)}, or 'package.module:Class'"
         )
-    settings = _settings(parts)
+    settings, strategy = _settings(parts), name
+    if name in PRESETS:
+        settings, strategy = {"preset": name, **settings}, PRESETS[name]["strategy"]
     if name == LOWER_BOUND:
         settings = {"late_binding": True, **settings}
     elif name not in PEERS:
         try:
-            load_strategy(name)
+            load_strategy(strategy)
         except UnknownStrategy as error:
             raise ValueError(str(error)) from None
     # Beside a strategy of ours, the other role may have another one; a peer's policy has both roles.
@@ -110,7 +112,7 @@ def parse_variant(text: str) -> Variant:
         _config(settings)
     except ConfigError as error:
         raise ValueError("; ".join(error.problems)) from None
-    return Variant(text, name, settings)
+    return Variant(text, strategy, settings)
 
 
 def _settings(parts: list[str]) -> dict[str, Any]:

@@ -47,13 +47,17 @@ class Disaggregation:
     So a long prompt goes to P. A short one, or one that D has cached, stays on a D with little to do, and so
     does a longer one while all P have a queue.
 
-    By TPOT (``tpot``) it stays on D if ``local < remote`` and the answers there keep their time per token::
+    By TPOT (``tpot``) it stays on D if ``local < remote``, where answers that would miss their time per token
+    count as in ``auto``::
 
-        local  = prefills given to D before + prefill on D * (1 + DELAY_WEIGHT * requests on D)
-        seconds that answers on D stand still <= SLACK_SHARE * (limit - step) * tokens of a mean answer
+        local = prefills given to D before + prefill on D * (1 + DELAY_WEIGHT * requests on D)
+                + STALL_WEIGHT * requests on D * over
+        over  = seconds that answers on D stand still - SLACK_SHARE * (limit - step) * tokens of a mean answer
 
     - *limit*: ``tpot_slo``, or what the request asks for, or ``USUAL_TPOT`` times the step.
     - *stand still*: see :class:`.Stalls`, and this prefill. A D without answers has none that could.
+    - *over* is at least 0, and at most this prefill. So D reads beyond the limit only what would take P far
+      longer: a conversation of 200,000 tokens that only D has cached, of which 3,000 are new.
     """
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler) -> None:
@@ -97,9 +101,10 @@ class Disaggregation:
             answer_s = max(_LEAST_ANSWER_S, request.output_tokens * step)
             limit = request.tpot_slo or USUAL_TPOT * step
             slack = SLACK_SHARE * (limit - step) * request.output_tokens
-            if requests >= 0.5 and self._stalls.recent(decode, now, answer_s) + cost > slack:
-                continue
             local = self._stalls.wait(decode, now) + cost * (1 + DELAY_WEIGHT * requests)
+            if requests >= 0.5:
+                over = self._stalls.recent(decode, now, answer_s) + cost - slack
+                local += STALL_WEIGHT * requests * max(0.0, over)
             if local < least:
                 least, chosen = local, (decode, answer_s, cost)
         if chosen is None:

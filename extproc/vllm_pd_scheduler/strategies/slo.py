@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from ..fleet.endpoint import Endpoint
 from ..request.context import RequestContext
+from .base import AGEING
 from .predicted_latency import PredictedLatency
+
+LONGEST_LIMIT_S = 30.0
+"""Limit in the queue of a request that has none, or a longer one.
+
+A choice: so much longer at most it waits for those with a short one, however short.
+"""
 
 
 class Slo(PredictedLatency):
@@ -20,6 +27,9 @@ class Slo(PredictedLatency):
     ranked as by ``predicted_latency``. A client sets the limits by ``x-pd-ttft-slo-ms`` and
     ``x-pd-tpot-slo-ms``, the configuration for all others by ``ttft_slo`` and ``tpot_slo``. Without a limit
     there is no difference.
+
+    Among those that wait in the scheduler a limit counts as so much less waiting: order = cost + ``AGEING`` *
+    (arrival + limit). So of two that are alike the one with less time left goes first.
 
     A request that waits in the scheduler and that no endpoint can serve in time any more waits until no
     other request does; with a priority below 0 it is refused.
@@ -38,6 +48,11 @@ class Slo(PredictedLatency):
     ) -> list[float]:
         """Return the score of each, with a penalty for those that would miss the TPOT limit."""
         return super().decode_scores(endpoints, request, request.tpot_slo or limit)
+
+    def order(self, request: RequestContext, cost: float) -> float:
+        """Return the place of a request among those that wait: the less time it has left, the earlier."""
+        limit = LONGEST_LIMIT_S if request.ttft_slo is None else min(request.ttft_slo, LONGEST_LIMIT_S)
+        return super().order(request, cost) + AGEING * limit
 
     def hopeless(self, request: RequestContext, cost: float) -> bool:
         """Whether even an idle endpoint would miss the TTFT limit."""
