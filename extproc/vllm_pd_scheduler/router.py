@@ -110,10 +110,9 @@ class PDRouter:
         self.clock = clock
         """Monotonic seconds."""
         self._later = later
-        self._ids = self._present()
-        self._use_connectors()
-        self.registry.changes.subscribe(self._use_connectors)
-        self.registry.changes.subscribe(self._forget_the_removed)
+        self._described: dict[str, PDInstance] = {}
+        self._follow_members()
+        self.registry.changes.subscribe(self._follow_members)
 
     def _present(self) -> frozenset[str]:
         every = (name for e in self.registry for name in (e.id, e.instance.instance_id))
@@ -123,10 +122,18 @@ class PDRouter:
         prefill, decode = ([each.instance for each in self.registry.endpoints(role)] for role in PD_ROLES)
         self.connectors.used_by(prefill, decode)
 
-    def _forget_the_removed(self) -> None:
-        """Drop the metrics of instances that were removed, also those of requests that end a while later."""
-        before, self._ids = self._ids, self._present()
-        if before - self._ids:
+    def _follow_members(self) -> None:
+        """Follow who there is, and how they are described.
+
+        Drop the metrics of instances that were removed, also those of requests that end a while later.
+        """
+        of = self.registry.changes.of
+        if of is not None and of in self.registry and self._described.get(of.id) is of.instance:
+            return
+        before = self._described
+        self._described = {endpoint.id: endpoint.instance for endpoint in self.registry}
+        self._use_connectors()
+        if before.keys() - self._described.keys():
             self._forget_others()
             self._later(FORGET_S, self._forget_others)
 

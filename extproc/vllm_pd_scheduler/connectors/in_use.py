@@ -84,7 +84,8 @@ class Connectors:
             self.some_need_prefill = any(self._fence(choice).needs_prefill for choice in of_decode)
 
     def _choices(self, instances: Iterable[PDInstance]) -> set[ConnectorChoice]:
-        return {each.connector or self._of_the_fleet() for each in instances}
+        own = {each.connector for each in instances}
+        return {choice or self._of_the_fleet() for choice in own}
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""

@@ -154,7 +154,7 @@ class Elsewhere:
             return False
         breaker.readmit()
         breaker.succeeded()
-        self._registry.changes.note(By.REQUEST)
+        self._registry.changes.note(By.REQUEST, endpoint)
         return True
 
     def leave_out(self, prefill: Endpoint, decode: Endpoint | None, wrong: bool, now: float) -> None:

@@ -31,7 +31,7 @@ class Ends:
         if endpoint.breaker.succeeded():
             if registry.journal is not None:
                 registry.journal.recovered(endpoint)
-            registry.changes.note(By.REQUEST)
+            registry.changes.note(By.REQUEST, endpoint)
 
     def failed(
         self, endpoint: Endpoint, reason: str, now: float, handed_over_by: Endpoint | None = None
@@ -75,7 +75,7 @@ class Ends:
             if handed_over_by is not None:
                 self._registry.pairs.forgive(handed_over_by, before[0])
             if before[0].breaker.forgive():
-                self._registry.changes.note(By.REQUEST)
+                self._registry.changes.note(By.REQUEST, before[0])
             self.doubtful(before[0], reason, now)
         self.doubtful(endpoint, reason, now)
 
@@ -124,5 +124,5 @@ class Ends:
                 each.ejected_because(reason)
                 registry.pairs.ejected(each)
             breaker.open(now)
-            registry.changes.note(By.REQUEST)
+            registry.changes.note(By.REQUEST, endpoint)
         return allowed

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
-from .breaker import Breaker, BreakerPolicy, BreakerState
+from .breaker import Breaker, BreakerPolicy
 from .changes import Changes
 from .claims import Claims
-from .condition import shown_state
 from .elsewhere import Elsewhere, Journal
 from .endpoint import Endpoint
 from .ends import Ends
@@ -22,6 +21,7 @@ from .failed_transfers import FailedTransfers
 from .fleet_models import FleetModels
 from .learning import Learning
 from .left_out import LeftOut
+from .lineup import Lineup
 from .pairs import Pairs
 from .peers import DoubtfulEnds
 from .work import Work
@@ -86,22 +86,16 @@ class Registry:
     """The endpoints of each instance, by its id: its ranks, or the one."""
     _places: dict[tuple[InstanceRole, str, int], str] = field(default_factory=dict)
     """Ids by what no two instances may share."""
-    _by_address: dict[InstanceRole, dict[str, Endpoint]] = field(
-        default_factory=lambda: {role: {} for role in InstanceRole}
+    _by_address: dict[InstanceRole, dict[str, list[Endpoint]] | None] = field(
+        default_factory=lambda: dict.fromkeys(InstanceRole, None)
     )
+    """The endpoints at each address, those of several names of it too; ``None``: not known any more."""
     _watchers: dict[InstanceRole, list[set[Endpoint]]] = field(
         default_factory=lambda: {role: [] for role in InstanceRole}
     )
     _draining: tuple[Endpoint, ...] = ()
-    _routable: dict[InstanceRole, tuple[Endpoint, ...]] = field(
-        default_factory=lambda: dict.fromkeys(InstanceRole, ())
-    )
-    _ejected: dict[InstanceRole, tuple[Endpoint, ...]] = field(
-        default_factory=lambda: dict.fromkeys(InstanceRole, ())
-    )
-
-    _out_of_service: dict[InstanceRole, tuple[tuple[Endpoint, str], ...]] = field(
-        default_factory=lambda: dict.fromkeys(InstanceRole, ())
+    _lineups: dict[InstanceRole, Lineup] = field(
+        default_factory=lambda: {role: Lineup() for role in InstanceRole}
     )
 
     def __post_init__(self) -> None:
@@ -148,13 +142,13 @@ class Registry:
         for endpoint in endpoints:
             self._endpoints[endpoint.id] = endpoint
             self.learning.joined(endpoint)
-        self._members_changed(by)
+        self._members_changed(by, endpoints[0])
         return endpoints[0]
 
-    def _members_changed(self, by: str) -> None:
+    def _members_changed(self, by: str, of: Endpoint | None) -> None:
         self.has_ranks = len(self._endpoints) > len(self._instances)
         self.models.changed()
-        self.changes.note(by)
+        self.changes.note(by, of)
 
     def refuse_double(self, instance: PDInstance) -> None:
         """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
@@ -179,7 +173,8 @@ class Registry:
             self.load.transfers.forget(endpoint.id)
             endpoint.drain(True)
             endpoint.holder.close()
-        self._members_changed(by)
+        self._by_address[instance.role] = None
+        self._members_changed(by, endpoints[0] if len(endpoints) == 1 else None)
         return endpoints[0]
 
     def _forget_pairs(self, endpoint: Endpoint) -> None:
@@ -192,10 +187,11 @@ class Registry:
 
         Its id, role, place and number of ranks stay.
         """
-        for endpoint in self.ranks_of(self.get(instance_id)):
+        first = self.get(instance_id)
+        for endpoint in self.ranks_of(first):
             endpoint.described(instance)
         self.models.changed()
-        self.changes.note(by)
+        self.changes.note(by, first)
 
     def drain(self, instance_id: str, by: str = By.START) -> Endpoint:
         """Send nothing new to an instance, to none of its ranks."""
@@ -209,7 +205,7 @@ class Registry:
         endpoint = self.get(instance_id)
         changed = [each.drain(draining) for each in self.ranks_of(endpoint)]
         if any(changed):
-            self.changes.note(by)
+            self.changes.note(by, endpoint)
         return endpoint
 
     def drained(self, instance_id: str) -> bool:
@@ -255,23 +251,24 @@ class Registry:
 
     def routable(self, role: InstanceRole) -> tuple[Endpoint, ...]:
         """Endpoints of a role that can take a new request now, in the order they were added."""
-        return self._routable[role]
+        return self._lineups[role].routable
 
     def ejected(self, role: InstanceRole) -> tuple[Endpoint, ...]:
         """Endpoints of a role that only their breakers keep from being routable: the last resort."""
-        return self._ejected[role]
+        return self._lineups[role].ejected
 
     def out_of_service(self, role: InstanceRole) -> tuple[tuple[Endpoint, str], ...]:
         """Endpoints of a role that are not routable, with their states; a new tuple after each change."""
-        return self._out_of_service[role]
+        return self._lineups[role].out_of_service
 
     def tell_drained(self) -> None:
         """Tell the listeners if the last that was left on an instance which drains has ended.
 
         Whoever ends something calls it, but not at once: a request may go on with what P holds for it.
         """
-        if [endpoint for endpoint in self._draining if endpoint.drain_ended()]:
-            self.changes.note(By.REQUEST)
+        ended = [endpoint for endpoint in self._draining if endpoint.drain_ended()]
+        if ended:
+            self.changes.note(By.REQUEST, ended[0])
 
     def watch(self, role: InstanceRole, changed: set[Endpoint] | None = None) -> set[Endpoint]:
         """Return a set to which each endpoint of a role is added when its load changes.
@@ -292,7 +289,7 @@ class Registry:
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             self._move(endpoints, address)
-            self.changes.note(By.PROBE)
+            self.changes.note(By.PROBE, endpoint)
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
         """Record a health probe: ``None`` is success, else the reason for people.
@@ -306,7 +303,7 @@ class Registry:
         threshold = policy.healthy_threshold if ok else policy.unhealthy_threshold
         changed = [each.probes.found(problem, threshold) for each in self.ranks_of(endpoint)]
         if any(changed) or revived:
-            self.changes.note(By.PROBE)
+            self.changes.note(By.PROBE, endpoint)
 
     def scraped(
         self,
@@ -337,6 +334,7 @@ class Registry:
             breaker = Breaker(self.policy.breaker)
         for endpoint in endpoints:
             endpoint.move(address, breaker)
+        self._by_address[endpoints[0].instance.role] = None
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
@@ -346,11 +344,21 @@ class Registry:
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""
         if endpoint.speaks_now(protocol, takes_token_ids):
-            self.changes.note(By.REQUEST)
+            self.changes.note(By.REQUEST, endpoint)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
         """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
-        return self._by_address[role].get(address)
+        found = self._all_at(role).get(address)
+        return found[0] if found else None
+
+    def _all_at(self, role: InstanceRole) -> dict[str, list[Endpoint]]:
+        known = self._by_address[role]
+        if known is None:
+            known = self._by_address[role] = {}
+            for endpoint in self.endpoints(role):
+                if endpoint.address is not None:
+                    known.setdefault(endpoint.address, []).append(endpoint)
+        return known
 
     def started(self, endpoint: Endpoint, started_at: float | None) -> bool:
         """Record when an instance's process was started; return whether it is another one than before.
@@ -363,21 +371,29 @@ class Registry:
         for each in self.ranks_of(endpoint):
             self._forget_pairs(each)
         self.models.changed()  # what it listed counts no more
-        self.changes.note(By.PROBE)
+        self.changes.note(By.PROBE, endpoint)
         return True
 
-    def _refresh(self) -> None:
-        for role in InstanceRole:
-            endpoints = self.endpoints(role)
-            if not any(e.routable for e in endpoints):
-                for endpoint in endpoints:  # one that fails now and then is better than none
-                    endpoint.breaker.readmit()
-            self._routable[role] = tuple(e for e in endpoints if e.routable)
-            self._ejected[role] = tuple(e for e in endpoints if e.ejected)
-            self._out_of_service[role] = tuple((e, shown_state(e)) for e in endpoints if not e.routable)
-            self._by_address[role] = {e.address: e for e in reversed(endpoints) if e.address is not None}
-        self._draining = tuple(e for e in self._endpoints.values() if e.draining)
-        self.trials = any(e.breaker.state is not BreakerState.CLOSED for e in self._endpoints.values())
+    def _refresh(self, of: Endpoint | None) -> Endpoint | None:
+        """See who can serve after a change. Return who has changed; ``None`` if others may have too."""
+        if of is None or not self._look_at(of):
+            of = None
+            for role, lineup in self._lineups.items():
+                lineup.look_at_all(self.endpoints(role))
+        lineups = self._lineups.values()
+        self._draining = tuple(each for lineup in lineups for each in lineup.draining)
+        self.trials = any(lineup.trials for lineup in lineups)
+        return of
+
+    def _look_at(self, changed: Endpoint) -> bool:
+        """See whether an endpoint can serve, and its ranks; return ``False`` if all must be looked at."""
+        ranks, role = self.ranks_of(changed), changed.instance.role
+        neighbours = self._all_at(role).get(changed.address or "", ())
+        if any(each.breaker is changed.breaker and each not in ranks for each in neighbours):
+            return False
+        if any(lineup.drains_have_ended(ranks) for lineup in self._lineups.values()):
+            return False
+        return self._lineups[role].look_at(ranks, there=changed in self)
 
 
 def _place(instance: PDInstance) -> tuple[InstanceRole, str, int]:

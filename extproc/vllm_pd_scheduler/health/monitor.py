@@ -125,8 +125,8 @@ class HealthMonitor:
     async def start(self) -> None:
         """Probe every instance once, then keep probing them, and those that are added, until ``stop``."""
         await self.check_all()
-        self._registry.changes.subscribe(self._follow)
-        self._follow()
+        self._registry.changes.subscribe(self._changed)
+        self._follow_all()
 
     async def stop(self) -> None:
         """End all loops, for good."""
@@ -226,19 +226,30 @@ class HealthMonitor:
 
     # -- the loops
 
-    def _follow(self) -> None:
-        """Start and end loops so that there is exactly one for each registered instance."""
-        for endpoint in [e for e in self._loops if e not in self._registry]:
-            self._loops.pop(endpoint).cancel()
-        for endpoint in [e for e in self._watched if e not in self._registry]:
-            del self._watched[endpoint]
-            self._silence.removed(endpoint)
-            self.shared.removed(endpoint)
-        for endpoint in self._firsts():
-            if endpoint not in self._loops and not self._stopped:
-                # Those that the start has probed at once are spread over the interval.
-                pause = 0.0 if endpoint.probes.healthy is None else self._pause(endpoint) * random.random()
-                self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint, pause))
+    def _changed(self) -> None:
+        of = self._registry.changes.of
+        if of is None:
+            self._follow_all()
+        else:
+            self._follow(self._registry.ranks_of(of)[0])
+
+    def _follow_all(self) -> None:
+        gone = [each for each in (*self._loops, *self._watched) if each not in self._registry]
+        for endpoint in (*gone, *self._firsts()):
+            self._follow(endpoint)
+
+    def _follow(self, endpoint: Endpoint) -> None:
+        """Start or end the loop of an instance, so that there is exactly one for each that is registered."""
+        if endpoint not in self._registry:
+            if (loop := self._loops.pop(endpoint, None)) is not None:
+                loop.cancel()
+            if self._watched.pop(endpoint, None) is not None:
+                self._silence.removed(endpoint)
+                self.shared.removed(endpoint)
+        elif endpoint not in self._loops and not self._stopped:
+            # Those that the start has probed at once are spread over the interval.
+            pause = 0.0 if endpoint.probes.healthy is None else self._pause(endpoint) * random.random()
+            self._loops[endpoint] = asyncio.ensure_future(self._run(endpoint, pause))
 
     async def _run(self, endpoint: Endpoint, pause: float) -> None:
         watched = self._watched.setdefault(endpoint, Watched(self._clock()))

@@ -36,16 +36,34 @@ class StateLog:
         registry.changes.subscribe(self._look)
 
     def _look(self) -> None:
+        if self._registry.changes.of is None:
+            self._look_at_all()
+        else:
+            self._look_at(self._registry.changes.of)
+
+    def _look_at(self, changed: Endpoint) -> None:
+        ranks = self._registry.ranks_of(changed)
+        endpoint, last = ranks[0], self._seen.get(ranks[0])
+        if endpoint in self._registry:
+            now = self._seen[endpoint] = _seen(ranks)
+            self._compare(endpoint, last, now)
+        elif last is not None:
+            del self._seen[endpoint]
+            self._add(endpoint, "was removed")
+
+    def _look_at_all(self) -> None:
         before = self._seen
         self._seen = self._see()
-        for endpoint in before.keys() - self._seen.keys():
+        for endpoint in [each for each in before if each not in self._seen]:
             self._add(endpoint, "was removed")
-        for endpoint, now in self._seen.items():
-            last = before.get(endpoint)
-            if last is None:
-                self._add(endpoint, f"was added: {_place(endpoint)}")
-            elif last != now:
-                self._tell(endpoint, last, now)
+        for endpoint, now in list(self._seen.items()):
+            self._compare(endpoint, before.get(endpoint), now)
+
+    def _compare(self, endpoint: Endpoint, last: _Seen | None, now: _Seen) -> None:
+        if last is None:
+            self._add(endpoint, f"was added: {_place(endpoint)}")
+        elif last != now:
+            self._tell(endpoint, last, now)
 
     def _see(self) -> dict[Endpoint, _Seen]:
         """Return what there is to tell of each instance, by its first endpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from ..config import KvEventsConfig
 from ..fleet.endpoint import Endpoint
@@ -34,8 +35,8 @@ class KvEvents:
     def start(self) -> None:
         """Follow the instances, also those that come."""
         self._listener.start()
-        self._registry.changes.subscribe(self._follow)
-        self._follow()
+        self._registry.changes.subscribe(self._changed)
+        self._follow_all()
 
     async def stop(self) -> None:
         """End all connections."""
@@ -48,26 +49,41 @@ class KvEvents:
             size = context.prompt_bytes
             self._listener.learn(Prompt(tuple(context.blocks), size, bytes(token_ids)))
 
-    def _follow(self) -> None:
-        for endpoint in [each for each in self._followed if each not in self._registry]:
-            del self._followed[endpoint]
+    def _changed(self) -> None:
+        of = self._registry.changes.of
+        if of is None:
+            self._follow_all()
+        else:
+            self._follow(self._registry.ranks_of(of))
+
+    def _follow_all(self) -> None:
+        self._follow([each for each in self._followed if each not in self._registry])
+        self._follow(self._registry)
+
+    def _follow(self, endpoints: Iterable[Endpoint]) -> None:
+        """Follow those of some endpoints that are there, and the others no more."""
+        for endpoint in endpoints:
+            if endpoint not in self._registry:
+                self._leave(endpoint)
+            elif endpoint.address is not None and self._followed.get(endpoint) != endpoint.host:
+                self._listen_to(endpoint)
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        if self._followed.pop(endpoint, None) is not None:
             self._names.pop(endpoint.id, None)
             self.cached.forget(endpoint)
             self._listener.leave(endpoint.id)
-        for endpoint in self._registry:
-            if endpoint.address is None:
-                continue
-            host = endpoint.host
-            if self._followed.get(endpoint) == host:
-                continue
-            self._followed[endpoint], self._names[endpoint.id] = host, endpoint
-            port, replay = endpoint.instance.kv_events_ports
-            replay = replay or self._config.replay_port
 
-            def at(base: int, host: str = host, rank: int = endpoint.rank or 0) -> str:
-                return f"tcp://{join_address(host, base + rank)}"
+    def _listen_to(self, endpoint: Endpoint) -> None:
+        host, rank = endpoint.host, endpoint.rank or 0
+        self._followed[endpoint], self._names[endpoint.id] = host, endpoint
+        port, replay = endpoint.instance.kv_events_ports
+        replay = replay or self._config.replay_port
 
-            self._listener.follow(endpoint.id, at(port or self._config.port), at(replay) if replay else None)
+        def at(base: int) -> str:
+            return f"tcp://{join_address(host, base + rank)}"
+
+        self._listener.follow(endpoint.id, at(port or self._config.port), at(replay) if replay else None)
 
     def _post(self, news: News) -> None:
         if not self._loop.is_closed():

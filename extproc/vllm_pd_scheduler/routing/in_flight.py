@@ -252,7 +252,7 @@ class RequestsInFlight:
 
     def _look_for_the_dead(self) -> None:
         for instance in self.lost.suspected:
-            endpoint = next((e for e in self._registry if e.instance.instance_id == instance), None)
+            endpoint = self._registry.find(instance)
             if endpoint is None or endpoint.probes.healthy is False:
                 self.lost.died(instance, self._clock())
 
