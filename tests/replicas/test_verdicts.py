@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pytest
 
@@ -12,6 +13,16 @@ from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.models import MetricsSnapshot
 from vllm_pd_scheduler.replicas import SILENT_S, Disbelieved
 from vllm_pd_scheduler.replicas.message import Message, PairVerdict, Share
+
+
+class Tried(NamedTuple):
+    """Two replicas, and what each has of one instance."""
+
+    a: One
+    b: One
+    mine: Endpoint
+    """That of ``a``."""
+    theirs: Endpoint
 
 
 def _introduce(*ones: One) -> None:
@@ -41,6 +52,16 @@ def _half_open(now: float, *ones: One) -> list[Endpoint]:
     return found
 
 
+@pytest.fixture
+def tried() -> Tried:
+    """One that ``a`` has ejected and of which it has told ``b``, and whose pause is over for both."""
+    a, b = One("a"), One("b")
+    _introduce(a, b)
+    _eject(a, "decode-0", 1.0)
+    _tell(a, [b], 1.0)
+    return Tried(a, b, *_half_open(2.5, a, b))
+
+
 # -- instances
 
 
@@ -66,12 +87,8 @@ def test_two_trials_that_begin_at_once_may_both_run_and_either_decides() -> None
     assert {e.breaker.state for e in (mine, theirs, third)} == {BreakerState.CLOSED}
 
 
-def test_a_trial_that_fails_has_all_wait_again() -> None:
-    a, b = One("a"), One("b")
-    _introduce(a, b)
-    _eject(a, "decode-0", 1.0)
-    _tell(a, [b], 1.0)
-    mine, theirs = _half_open(2.5, a, b)
+def test_a_trial_that_fails_has_all_wait_again(tried: Tried) -> None:
+    a, b, mine, theirs = tried
     a.send("decode-0", 2.6)
     _tell(a, [b], 2.6)
     a.registry.ends.failed(mine, "it fails", 2.7)
@@ -80,12 +97,8 @@ def test_a_trial_that_fails_has_all_wait_again() -> None:
     assert theirs.breaker.not_before == pytest.approx(mine.breaker.not_before)
 
 
-def test_the_trial_of_a_replica_that_dies_is_anothers() -> None:
-    a, b = One("a"), One("b")
-    _introduce(a, b)
-    _eject(a, "decode-0", 1.0)
-    _tell(a, [b], 1.0)
-    _, theirs = _half_open(2.5, a, b)
+def test_the_trial_of_a_replica_that_dies_is_anothers(tried: Tried) -> None:
+    a, b, _, theirs = tried
     a.send("decode-0", 2.6)
     _tell(a, [b], 2.6)
     assert theirs.on_trial
@@ -107,12 +120,8 @@ def test_a_trial_that_never_ends_keeps_nobody_away_for_ever() -> None:
     assert b.replica.disbelieved == {Disbelieved.TRIALS: 1}
 
 
-def test_an_instance_that_serves_us_is_not_ejected_again_by_one_that_cannot_reach_it() -> None:
-    a, b = One("a"), One("b")
-    _introduce(a, b)
-    _eject(a, "decode-0", 1.0)
-    _tell(a, [b], 1.0)
-    mine, theirs = _half_open(2.5, a, b)
+def test_an_instance_that_serves_us_is_not_ejected_again_by_one_that_cannot_reach_it(tried: Tried) -> None:
+    a, b, mine, theirs = tried
     b.send("decode-0", 2.6)
     b.registry.ends.succeeded(theirs)
     assert theirs.breaker.state is BreakerState.CLOSED

@@ -45,25 +45,39 @@ def pair() -> Iterator[Pair]:
         _run("down", AGG=1)
 
 
+@contextmanager
+def _another_pair(name: str, ports: int, *, smoke_test: bool = True, **settings: object) -> Iterator[Pair]:
+    """Another pair at ``ports`` and the next, of a smaller model; ``settings`` are the script's.
+
+    Without ``smoke_test``, the script's own, which is NIXL's, is left out.
+    """
+    settings = {
+        **{"ROOT": ROOT / name, "VENV": ROOT / "venv", "MODEL": ROOT / "tiny-llama"},
+        **{"P_PORT": ports, "D_PORT": ports + 1},
+        **settings,
+    }
+    try:
+        for action in ("up",) if smoke_test else ("start", "wait"):
+            _done(_run(action, **settings))
+        run = ROOT / name / "run"
+        yield Pair(Instance(ports, run / "prefill.pid"), Instance(ports + 1, run / "decode.pid"))
+    finally:
+        _run("down", **settings)
+
+
+SMALL_CACHE = {"KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2}
+
+
 @pytest.fixture(scope="module")
 def short_lease(pair: Pair) -> Iterator[Pair]:
     """Another pair, whose P keeps a hand-off for 3 s, in a cache so small that it is soon overwritten.
 
     Its D takes two requests at a time, and prefills itself when a hand-off does not come.
     """
-    settings: dict[str, object] = {
-        "ROOT": ROOT / "short-lease",
-        "VENV": ROOT / "venv",
-        "MODEL": ROOT / "tiny-llama",
-        **{"P_PORT": 28211, "P_SIDE": 5610, "P_EV": 5657, "D_PORT": 28212, "D_SIDE": 5710, "D_EV": 5667},
-        **{"LEASE": 3, "LOAD_FAIL": "recompute", "KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2},
-    }
-    try:
-        _done(_run("up", **settings))
-        run = ROOT / "short-lease" / "run"
-        yield Pair(Instance(28211, run / "prefill.pid"), Instance(28212, run / "decode.pid"))
-    finally:
-        _run("down", **settings)
+    ports = {"P_SIDE": 5610, "P_EV": 5657, "D_SIDE": 5710, "D_EV": 5667}
+    lease = {"LEASE": 3, "LOAD_FAIL": "recompute"}
+    with _another_pair("short-lease", 28211, **ports, **lease, **SMALL_CACHE) as found:
+        yield found
 
 
 def _publishing(port: int) -> str:
@@ -74,58 +88,44 @@ def _publishing(port: int) -> str:
         "endpoint": f"tcp://*:{port}",
         "replay_endpoint": f"tcp://*:{port + 1}",
     }
-    return f"--kv-events-config {json.dumps(config, separators=(',', ':'))}"
+    return _json_option("--kv-events-config", config)
+
+
+def _json_option(name: str, value: dict[str, Any]) -> str:
+    return f"{name} {json.dumps(value, separators=(',', ':'))}"
 
 
 @pytest.fixture(scope="module")
 def publishing(pair: Pair) -> Iterator[Pair]:
     """Another pair that publishes KV events, at 5677 and 5687, of caches that are soon full."""
-    settings: dict[str, object] = {
-        "ROOT": ROOT / "publishing",
-        "VENV": ROOT / "venv",
-        "MODEL": ROOT / "tiny-llama",
-        **{"P_PORT": 28221, "P_SIDE": 5620, "D_PORT": 28222, "D_SIDE": 5720},
-        **{"P_EXTRA": _publishing(5677), "D_EXTRA": _publishing(5687)},
-        **{"KV_BYTES": "4M", "MAXLEN": 2048, "MAXSEQS": 2},
-    }
-    try:
-        _done(_run("up", **settings))
-        run = ROOT / "publishing" / "run"
-        yield Pair(Instance(28221, run / "prefill.pid"), Instance(28222, run / "decode.pid"))
-    finally:
-        _run("down", **settings)
+    ports = {"P_SIDE": 5620, "D_SIDE": 5720}
+    extra = {"P_EXTRA": _publishing(5677), "D_EXTRA": _publishing(5687)}
+    with _another_pair("publishing", 28221, **ports, **extra, **SMALL_CACHE) as found:
+        yield found
+
+
+def _transfer(connector: str, role: str, **extra: object) -> str:
+    """Return the options of an instance that has another connector than the script's."""
+    more = {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": extra}
+    return f"{APIS} {_json_option('--kv-transfer-config', {**more, 'kv_buffer_device': 'cpu'})}"
 
 
 @contextmanager
-def _another_pair(name: str, ports: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Iterator[Pair]:
-    """A pair with other connectors than the script's: its smoke test, which is NIXL's, is left out."""
-    extra = [
-        f"{APIS} --kv-transfer-config {json.dumps(each, separators=(',', ':'))}" for each in (prefill, decode)
-    ]
-    settings: dict[str, object] = {
-        **{"ROOT": ROOT / name, "VENV": ROOT / "venv", "MODEL": ROOT / "tiny-llama"},
-        **{"P_PORT": ports, "D_PORT": ports + 1, "P_SIDE": ports + 2, "D_SIDE": ports + 3},
-        **{"P_EXTRA": extra[0], "D_EXTRA": extra[1]},
+def _pair_of(connector: str, name: str, ports: int, **extra: object) -> Iterator[Pair]:
+    """Another pair whose P and D have another connector than the script's."""
+    settings = {
+        **{"P_SIDE": ports + 2, "D_SIDE": ports + 3},
+        "P_EXTRA": _transfer(connector, "kv_producer", **extra),
+        "D_EXTRA": _transfer(connector, "kv_consumer", **extra),
     }
-    try:
-        _done(_run("start", **settings))
-        _done(_run("wait", **settings))
-        run = ROOT / name / "run"
-        yield Pair(Instance(ports, run / "prefill.pid"), Instance(ports + 1, run / "decode.pid"))
-    finally:
-        _run("down", **settings)
-
-
-def _config(connector: str, role: str, **extra: object) -> dict[str, Any]:
-    more = {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": extra}
-    return {**more, "kv_buffer_device": "cpu"}
+    with _another_pair(name, ports, smoke_test=False, **settings) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def push_pair(pair: Pair) -> Iterator[Pair]:
     """A pair whose P pushes."""
-    roles = (_config("NixlPushConnector", role) for role in ("kv_producer", "kv_consumer"))
-    with _another_pair("push", 28221, *roles) as found:
+    with _pair_of("NixlPushConnector", "push", 28221) as found:
         yield found
 
 
@@ -133,8 +133,5 @@ def push_pair(pair: Pair) -> Iterator[Pair]:
 def store_pair(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """A pair with a folder between them."""
     path = str(tmp_path_factory.mktemp("store"))
-    roles = (
-        _config("ExampleConnector", role, shared_storage_path=path) for role in ("kv_producer", "kv_consumer")
-    )
-    with _another_pair("store", 28231, *roles) as found:
+    with _pair_of("ExampleConnector", "store", 28231, shared_storage_path=path) as found:
         yield found
