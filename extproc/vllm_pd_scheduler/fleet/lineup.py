@@ -23,7 +23,7 @@ class _Standing(NamedTuple):
 class Lineup:
     """The endpoints of one role, in the order in which they were added. Part of the registry.
 
-    Endpoints tell nothing by themselves: who changes one has it looked at.
+    Endpoints tell nothing by themselves: who changes one has it looked at, and then all lined up.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,6 @@ class Lineup:
             for each in self._standings:  # one that fails now and then is better than none
                 each.breaker.readmit()
             self._standings = {each: _standing(each) for each in self._standings}
-        self._line_up()
 
     def look_at(self, ranks: Iterable[Endpoint], *, there: bool) -> bool:
         """Take it that these are there, or are not any more; all others are as they were.
@@ -55,10 +54,7 @@ class Lineup:
                 self._standings[each] = _standing(each)
             else:
                 self._standings.pop(each, None)
-        if self._none_is_left():
-            return False
-        self._line_up()
-        return True
+        return not self._none_is_left()
 
     def drains_have_ended(self, but_of: Sequence[Endpoint]) -> bool:
         """Whether others than these have been drained, or are so no more, since they were looked at."""
@@ -72,7 +68,8 @@ class Lineup:
             each.breaker is BreakerState.OPEN for each in standings
         )
 
-    def _line_up(self) -> None:
+    def line_up(self) -> None:
+        """Make new tuples, by whose identity others know that the fleet has changed."""
         standings = self._standings.items()
         self.routable = tuple([each for each, standing in standings if standing.out is None])
         out = [(each, standing.out) for each, standing in standings if standing.out is not None]

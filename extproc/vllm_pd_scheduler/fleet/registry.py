@@ -381,6 +381,8 @@ class Registry:
             for role, lineup in self._lineups.items():
                 lineup.look_at_all(self.endpoints(role))
         lineups = self._lineups.values()
+        for lineup in lineups:  # also those of the other roles: P and D are paired
+            lineup.line_up()
         self._draining = tuple(each for lineup in lineups for each in lineup.draining)
         self.trials = any(lineup.trials for lineup in lineups)
         return of

@@ -86,6 +86,43 @@ class DecodeStage:
         hand-off, and further attempts, which have none, may go to all.
         """
         context.at(self._clock())
+        decode = self._choose(context, served, decision, preferred, own, bound, beside)
+        if isinstance(decode, Reject):
+            return decode
+        first = decode[0]
+        self._telemetry.forwarded(first.id, served)
+        self._telemetry.by_revision.forwarded(first.instance.revision)
+        transferred = context.uncached(first.holder) if beside is not None else 0.0
+        step = first.decode.step(first.requests + 1, first.kv_tokens + context.prompt_tokens)
+        predicted_ttft = self._predicted_ttft(context, decision, served, first, transferred, step)
+        trace = current.get()
+        if trace is not None:
+            strategy = self._scheduler.strategies.names[InstanceRole.DECODE]
+            trace.picked(InstanceRole.DECODE, strategy, first.id, context.now, self._clock())
+        forward = self._start(context, body, served, limit, decision, decode, beside)
+        if beside is not None:
+            forward.transferred, forward.step = transferred, step
+        decision.id, decision.served, decision.decode_to = forward.id, served, decode
+        decision.prompt_tokens = context.prompt_tokens
+        decision.predicted_ttft = predicted_ttft
+        if trace is not None:
+            forward.trace = trace
+            trace.decode_sent(forward.id, served, context.prompt_tokens, first.id, first.url, self._clock())
+            if decision.continues_from is not None:
+                trace.continues(decision.continues_from, decision.continues_after)
+        return forward
+
+    def _choose(
+        self,
+        context: RequestContext,
+        served: Served,
+        decision: Decision,
+        preferred: Endpoint | None,
+        own: Endpoint | None,
+        bound: bool,
+        beside: Endpoint | None,
+    ) -> list[Endpoint] | Reject:
+        """Return the D of a request, that of the first attempt first; see :meth:`send`."""
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         count = 1 + self._config.max_retries
         picked = pick(InstanceRole.DECODE, context, count=count, beside=beside)
@@ -117,15 +154,19 @@ class DecodeStage:
                 return no_prefill() if served is Served.LOCAL else _indivisible()
         if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, own, beside=beside)
-        self._telemetry.forwarded(decode[0].id, served)
-        self._telemetry.by_revision.forwarded(decode[0].instance.revision)
-        transferred = context.uncached(decode[0].holder) if beside is not None else 0.0
-        step = decode[0].decode.step(decode[0].requests + 1, decode[0].kv_tokens + context.prompt_tokens)
-        predicted_ttft = self._predicted_ttft(context, decision, served, decode[0], transferred, step)
-        trace = current.get()
-        if trace is not None:
-            strategy = self._scheduler.strategies.names[InstanceRole.DECODE]
-            trace.picked(InstanceRole.DECODE, strategy, decode[0].id, context.now, self._clock())
+        return decode
+
+    def _start(
+        self,
+        context: RequestContext,
+        body: bytes | None,
+        served: Served,
+        limit: float | None,
+        decision: Decision,
+        decode: list[Endpoint],
+        beside: Endpoint | None,
+    ) -> Forward:
+        """Take a place at the first D, and return the forward there."""
         removed = [n for n in context.headers if n.startswith(names.STEERING_PREFIXES)]
         reservation = self._registry.work.reserve(decode[0], context)
         forward = self._in_flight.start(decode, reservation, body, limit, removed, decision)
@@ -135,21 +176,10 @@ class DecodeStage:
         if self._registry.has_ranks:
             forward.ranks = {str(each.address): each.rank for each in decode if each.rank is not None}
         forward.served = served
-        if beside is not None:
-            forward.transferred, forward.step = transferred, step
-            if self._registry.pairs.in_doubt:
-                self._registry.pairs.tried(beside, decode[0], reservation)
+        if beside is not None and self._registry.pairs.in_doubt:
+            self._registry.pairs.tried(beside, decode[0], reservation)
         if served is not Served.PASSED:
             forward.recorded = self._recording.begin(context)
-        decision.id, decision.served, decision.decode_to = forward.id, served, decode
-        decision.prompt_tokens = context.prompt_tokens
-        decision.predicted_ttft = predicted_ttft
-        if trace is not None:
-            forward.trace = trace
-            tokens, first = context.prompt_tokens, decode[0]
-            trace.decode_sent(forward.id, served, tokens, first.id, first.url, self._clock())
-            if decision.continues_from is not None:
-                trace.continues(decision.continues_from, decision.continues_after)
         return forward
 
     def serves_alone(self, endpoint: Endpoint) -> bool:
@@ -249,16 +279,7 @@ class DecodeStage:
     ) -> Forward | Reject:
         """Send a request to decode with its hand-off, which may be used for ``left`` seconds more."""
         changed, only = body.raw if body.changed else None, prefilled.decode
-        try:
-            splice = prefilled.attempt.splice(body, prefilled.handoff)
-            usable = self.fits(splice)
-            if prefilled.handoff.token_ids:  # they are long, and of no more use
-                prefilled.handoff = replace(prefilled.handoff, token_ids=b"")
-                if not usable:
-                    splice = prefilled.attempt.splice(body, prefilled.handoff)
-                    usable = self.fits(splice)
-        except ConnectorFailed:
-            usable = False
+        splice, usable = self._spliced(body, prefilled)
         why = None if usable else "splice"
         if usable and only is not None and not only.routable:
             why = "no_decode"
@@ -294,6 +315,18 @@ class DecodeStage:
                 prefilled.prefill.keep_handoff()
                 self._registry.work.handed_over(prefilled.prefill, forward.decode[0])
         return forward
+
+    def _spliced(self, body: JsonBody, prefilled: PendingHandoff) -> tuple[Splice | None, bool]:
+        """Return how a hand-off goes into a body, and whether it can: it may be too long."""
+        try:
+            splice = prefilled.attempt.splice(body, prefilled.handoff)
+            if prefilled.handoff.token_ids:  # they are long, and of no more use
+                prefilled.handoff = replace(prefilled.handoff, token_ids=b"")
+                if not self.fits(splice):
+                    splice = prefilled.attempt.splice(body, prefilled.handoff)
+        except ConnectorFailed:
+            return None, False
+        return splice, self.fits(splice)
 
     def add_encoded(self, forward: Forward, body: JsonBody) -> None:
         """Have a D that prefills get what it needs to find encoded items: the field that P gets otherwise."""
