@@ -82,7 +82,7 @@ class TogetherTest(Case):
         self.assertEqual(own["bootstrap_host"], "10.0.0.1")
         self.assertEqual(forward.headers()["x-pd-prefill"], "p0")
         forward.release()
-        await until(lambda: self.aborted)
+        await until(lambda: self.aborted and not self.router.registry.get("p0").in_flight)
         self.assertIdle()
 
     async def test_ps_answer_ends_its_part(self) -> None:
