@@ -1,6 +1,8 @@
 """Instances get the other role by themselves: within limits, one at a time, and never against an operator."""
 
-from collections.abc import AsyncIterator
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -184,3 +186,78 @@ async def test_limits_that_change_count_at_once(fleet: Balanced) -> None:
     await fleet.balancing.look(before)
     assert not fleet.turned()
     assert replace(fleet.advice, gain=0.0).from_role is P
+
+
+class Meanwhile(Balanced):
+    """While the engine takes its other role, something happens."""
+
+    def __init__(self, happens: Callable[[Meanwhile], Awaitable[object]], cannot_go_back: bool = False) -> None:
+        super().__init__()
+        self.happens = happens
+        self.cannot_go_back = cannot_go_back
+
+    async def _switch(self, endpoint: Endpoint, role: InstanceRole) -> None:
+        await super()._switch(endpoint, role)
+        if len(self.told) == 1:
+            await self.happens(self)
+        elif self.cannot_go_back:
+            raise NotSwitched("/pd_role_switch was answered 404", usable=True)
+
+
+async def others_end(fleet: Meanwhile) -> None:
+    for name in ("p1", "p2", "fixed"):
+        await fleet.changes.drain(name, force=True)
+
+
+async def no_longer_both(fleet: Meanwhile) -> None:
+    config = fleet.router.config
+    listed = [each.model_copy(update={"both_roles": False}) for each in config.prefill_instances]
+    config.take(config.model_copy(update={"prefill_instances": listed}), ["prefill_instances"])
+
+
+async def undrained(fleet: Meanwhile) -> None:
+    await fleet.changes.undrain("p0")
+    fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
+
+
+async def cannot_be_made(fleet: Meanwhile) -> None:
+    async def refuses(*_: Any) -> None:
+        raise ValueError("p0: its api_key cannot be read")
+
+    fleet.changes.turn = refuses  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("happens", [others_end, no_longer_both, undrained, cannot_be_made])
+async def test_an_engine_that_was_told_in_vain_is_told_back(
+    happens: Callable[[Meanwhile], Awaitable[object]],
+) -> None:
+    fleet = Meanwhile(happens)
+    await fleet.look()
+    assert not fleet.turned()
+    assert fleet.told == [("p0", D), ("p0", P)]
+    assert fleet.router.registry.get("p0").routable
+
+
+@pytest.mark.parametrize("happens", [others_end, undrained])
+async def test_one_whose_engine_keeps_the_other_role_gets_nothing(
+    happens: Callable[[Meanwhile], Awaitable[object]],
+) -> None:
+    fleet = Meanwhile(happens, cannot_go_back=True)
+    await fleet.look()
+    assert fleet.told == [("p0", D), ("p0", P)]
+    assert fleet.router.registry.get("p0").draining
+
+
+async def test_one_that_becomes_the_last_as_its_drain_begins_serves_again(fleet: Balanced) -> None:
+    drains = fleet.changes.drain
+
+    async def drain(name: str, **more: Any) -> None:
+        await drains(name, **more)
+        for other in ("p1", "p2", "fixed"):
+            await drains(other, force=True)
+
+    fleet.changes.drain = drain  # type: ignore[method-assign, assignment]
+    await fleet.look()
+    assert fleet.router.registry.get("p0").routable
+    assert not fleet.told
+    assert any(each.startswith("p0 was not turned: p0 is the last prefill") for each in fleet.said())
