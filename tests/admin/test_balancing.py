@@ -27,7 +27,7 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 class Balanced(Fleet):
     """Four P, three of which can be turned, and two D that can."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, of_workers: bool = False, **limits: Any) -> None:
         super().__init__(turning={"looks": 1, **limits})
         self.advice = move(2)
         self.asked = 0
@@ -36,7 +36,9 @@ class Balanced(Fleet):
         self.changes = AdminChanges(self.router)
         adviser: Any = SimpleNamespace(advise=self._advise)
         self.turning = Turning(self.router, self.changes, lambda: self.ready, self._switch)
-        self.balancing = Balancing(self.router, self.changes, self.turning, adviser, lambda: self.ready)
+        self.balancing = Balancing(
+            self.router, self.changes, self.turning, adviser, lambda: self.ready, of_workers
+        )
 
     async def _advise(self, seconds: float) -> Advice:
         self.asked += 1
@@ -141,16 +143,25 @@ async def test_an_operator_ends_a_turn(fleet: Balanced) -> None:
     assert not [each.id for each in fleet.router.registry if each.draining]
 
 
-async def test_another_scheduler_does_it(fleet: Balanced) -> None:
-    def others(*names: str) -> Any:
-        return SimpleNamespace(replica=SimpleNamespace(name="bw0.1", others=list(names)))
-
-    fleet.router.sync = others("aw1.2", "bw1.3")
+@pytest.mark.parametrize(
+    ("of_workers", "own", "others", "turns"),
+    [
+        (True, "bw0.1", ["aw1.2", "bw1.3"], False),
+        (True, "bw1.1", ["cw1.2", "bw0.3"], True),
+        (True, "w1.1", ["w0.2"], True),
+        (False, "b.1", ["a.2"], False),
+        (False, "a.1", ["b.2"], True),
+        (False, "w2.1", ["w1.2"], False),  # names like those of workers are names all the same
+        (False, "neww1.1", ["neww2.2"], True),
+        (False, "2ee774b2", ["1ee774b2"], False),
+    ],
+)
+async def test_one_scheduler_does_it(of_workers: bool, own: str, others: list[str], turns: bool) -> None:
+    fleet = Balanced(of_workers=of_workers)
+    fleet.router.sync = SimpleNamespace(replica=SimpleNamespace(name=own, others=others))  # type: ignore[assignment]
     await fleet.look()
-    assert not fleet.asked
-    fleet.router.sync = others("cw1.2", "bw1.3")
-    await fleet.look()
-    assert fleet.turned()
+    assert bool(fleet.asked) is turns
+    assert bool(fleet.turned()) is turns
 
 
 async def test_an_engine_that_refuses_serves_as_before(fleet: Balanced) -> None:
@@ -191,7 +202,9 @@ async def test_limits_that_change_count_at_once(fleet: Balanced) -> None:
 class Meanwhile(Balanced):
     """While the engine takes its other role, something happens."""
 
-    def __init__(self, happens: Callable[[Meanwhile], Awaitable[object]], cannot_go_back: bool = False) -> None:
+    def __init__(
+        self, happens: Callable[[Meanwhile], Awaitable[object]], cannot_go_back: bool = False
+    ) -> None:
         super().__init__()
         self.happens = happens
         self.cannot_go_back = cannot_go_back

@@ -150,7 +150,8 @@ class Continuation:
                         await _first_part(said, reply, answer)
             return Outcome.CONTINUED if said.done else Outcome.FAILED
         if said.finish is not None:
-            return Outcome.CONTINUED
+            counts = not asked.usage or said.usage is not None or said.ids() is not None
+            return Outcome.CONTINUED if counts else Outcome.IMPOSSIBLE
         ids = None if said.lost else await self._known(said, headers)
         if ids is None:
             return Outcome.IMPOSSIBLE
@@ -217,7 +218,7 @@ def _is_stream(answer: Answer) -> bool:
 
 def _passed(reply: Connection, answer: Answer, take: Callable[[bytes], object]) -> Awaitable[None]:
     """Pass an answer on as it comes, as fast as the client takes it."""
-    reply.source = answer
+    reply.take_from(answer)
     return answer.pass_to(take)
 
 
