@@ -54,6 +54,8 @@ class Engine:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     says: list[dict[str, Any]] = field(default_factory=list)
     """Choices, one an event, after which it breaks off."""
+    told: bytes = b""
+    """Its answer to questions; empty: the right one."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -66,8 +68,8 @@ class Engine:
         writer.close()
 
     async def answer(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        if path == "/detokenize":
-            said = json.dumps({"prompt": text_of(body["tokens"])}).encode()
+        if path in ("/detokenize", "/v1/models"):
+            said = self.told or json.dumps({"prompt": text_of(body["tokens"])}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said))
             return
         self.bodies.append(body)
@@ -263,3 +265,32 @@ async def test_an_answer_that_is_not_wanted_yet_is_not_read() -> None:
 
 
 async def _nothing(*_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"[" * 100_000,
+        b'{"data":' + b"[" * 100_000,
+        b"\xff",
+        b'{"data":7}',
+        b'{"data":["x"]}',
+        b'{"prompt":[1]}',
+        b"{}",
+    ],
+)
+async def test_questions_that_are_answered_with_nonsense(
+    told: bytes, group: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of ``group`` tokens an event one asks for their text, and without a limit for the model's."""
+    async with case(Engine(group, told=told)) as found:
+        body = request(CHAT)
+        if group == 1:
+            del body["max_tokens"]
+        events = found.engine.events(CHAT, {**body, "return_token_ids": True})
+        found.engine.cuts = [len(b"".join(events[:3]))]
+        _, is_whole = await found.ask(CHAT, body)
+        assert not is_whole
+    assert found.ended == [Outcome.IMPOSSIBLE]
+    assert not caplog.records

@@ -45,8 +45,9 @@ class _Event(msgspec.Struct):
 
 
 _EVENT: Final = msgspec.json.Decoder(_Event)
-_NONSENSE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
-_NO_REST: Final = (*_NONSENSE, AttributeError, TypeError, ValueError)
+NONSENSE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
+"""What reading JSON raises that an instance has made up."""
+_NO_REST: Final = (*NONSENSE, AttributeError, TypeError, ValueError)
 
 
 class Said:
@@ -167,7 +168,7 @@ class Said:
             return
         try:
             read = _EVENT.decode(event[6:])
-        except _NONSENSE:
+        except NONSENSE:
             self.lost = True
             return
         if read.error is not None and _is_the_instances(read.error):
@@ -186,7 +187,7 @@ class Said:
             if prompt is not None and self._prompt is None:
                 self._prompt = array("q", prompt)
             self._take(choice)
-        except _NONSENSE:
+        except NONSENSE:
             self.lost = True
 
     def _take(self, choice: _Choice) -> None:
