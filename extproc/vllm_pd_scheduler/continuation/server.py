@@ -115,8 +115,11 @@ class Continuation:
         headers = request.headers
         try:
             async with await self._ask(request.method, request.target, headers, body) as answer:
-                if said is None or not _is_stream(answer):
+                if not _is_stream(answer):
                     await _copy(reply, answer)
+                    return
+                if said is None:
+                    await self._cannot_go_on(reply, answer)
                     return
                 del body, request
                 reply.begin(answer.status, answer.reason, answer.headers, None)
@@ -138,6 +141,14 @@ class Continuation:
                 reply.cut()
                 return
         reply.end()
+
+    async def _cannot_go_on(self, reply: Connection, answer: Answer) -> None:
+        """Pass on a stream that asks for something with which no other D could go on, and count a break."""
+        try:
+            await _copy(reply, answer)
+        except RequestFailed:
+            self._ended(Outcome.IMPOSSIBLE, Broken(answer.header(names.DECODE), 0), None)
+            raise
 
     async def _go_on(self, said: Said, headers: Headers, reply: Connection, broken: Broken) -> Outcome:
         """Have the rest of an answer written that has broken off, or say that it is no more."""
