@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from vllm_pd_scheduler.replay.intervals import Interval
 from vllm_pd_scheduler.replay.load import Load
 from vllm_pd_scheduler.replay.result import summary
 from vllm_pd_scheduler.replay.variant import parse_variant
+
+from .counts import counts
 
 LLAMA, DEEPSEEK = "llama-3.3-70b-4xh100", "deepseek-v3-fp8-8xh200"
 SETUPS = {"llama": LLAMA, "deepseek": DEEPSEEK}
@@ -133,7 +135,9 @@ def grid(runs: dict[Run, dict[str, float]], wanted: Sequence[Run]) -> Iterator[s
     the 99th percentile of TPOT in ms.
     """
     strategies = list(dict.fromkeys(r.strategy for r in wanted))
-    yield f"| load | fleet, model | {' | '.join(f'`{each}`' for each in strategies)} |"
+    first_one, *others = (f"`{each}`" for each in strategies)
+    titles = [f"{first_one}: s<br>ms", *(f"{each}: x<br>ms" for each in others)]
+    yield f"| load | fleet, model, seeds | {' | '.join(titles)} |"
     yield "|" + "---|" * (len(strategies) + 2)
     for load, size, setup in dict.fromkeys((r.load, r.size, r.setup) for r in wanted):
         seeds = sorted({r.seed for r in wanted if Run(load, setup, size, strategies[0], r.seed) in runs})
@@ -160,16 +164,41 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def _wanted(given: argparse.Namespace) -> list[Run]:
-    named = given.strategies.split(",") if given.strategies else ABLATION if given.ablation else STRATEGIES
-    strategies = [each for each in named if each]
     return [
         Run(load, setup, size, strategy, given.seed + more)
-        for size in map(int, given.fleets.split(","))
-        for load in given.loads.split(",")
-        for setup in given.models.split(",")
-        for strategy in strategies
+        for size in given.fleets
+        for load in given.loads
+        for setup in given.models
+        for strategy in given.strategies or (ABLATION if given.ablation else STRATEGIES)
         for more in range(given.seeds)
     ]
+
+
+def _named(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what reads names with commas between them; each must be known."""
+
+    def read_names(text: str) -> list[str]:
+        for each in (names := text.split(",")):
+            if each not in known:
+                raise argparse.ArgumentTypeError(f"{each!r} is none of {', '.join(known)}")
+        return names
+
+    return read_names
+
+
+def _strategies(text: str) -> list[str]:
+    """Read strategies with commas between them."""
+    try:
+        return [parse_variant(each).label for each in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _file(text: str) -> str:
+    """Read the name of a file that must be there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
 
 
 def _run_all(runs: dict[Run, dict[str, float]], wanted: Iterable[Run], given: argparse.Namespace) -> None:
@@ -188,12 +217,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mooncake", default="", help="Mooncake's trace; left out without it")
+    parser.add_argument("--mooncake", type=_file, help="Mooncake's trace; left out without it")
     parser.add_argument("--runs", type=Path, default=Path("choices.jsonl"), help="file of the runs")
-    parser.add_argument("--loads", default=",".join(LOADS))
-    parser.add_argument("--models", default=",".join(SETUPS))
-    parser.add_argument("--fleets", default="4,8,32", help="P, and as many D")
-    parser.add_argument("--strategies", default="", help="in place of the preset and other routers'")
+    parser.add_argument("--loads", type=_named(LOADS), default=list(LOADS), help=f"of {', '.join(LOADS)}")
+    parser.add_argument("--models", type=_named(SETUPS), default=list(SETUPS), help=f"of {', '.join(SETUPS)}")
+    parser.add_argument("--fleets", type=counts(1), default=[4, 8, 32], help="P, and as many D: 4,8,32")
+    parser.add_argument("--strategies", type=_strategies, help="in place of the preset and other routers'")
     parser.add_argument("--ablation", action="store_true", help="the preset without one thing at a time")
     parser.add_argument("--beside", default="least_load", help="whose mean TTFT the others' is a multiple of")
     parser.add_argument("--seed", type=int, default=100)

@@ -40,6 +40,7 @@ from vllm_pd_scheduler.sync.greeting import Greeting
 from vllm_pd_scheduler.sync.sync import Sync
 from vllm_pd_scheduler.sync.valkey import Valkey
 
+from .counts import counts
 from .routers.load import Load
 from .routers.routers import Fleet, _answers, _process, _until, _written, fleet
 from .routers.run import machine
@@ -191,7 +192,7 @@ def _cpu(pid: int) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas")
-    parser.add_argument("--others", default="0,1,3", help="numbers of other replicas, with commas")
+    parser.add_argument("--others", type=counts(0), default=[0, 1, 3], help="other replicas: 0,1,3")
     parser.add_argument("--rate", type=float, default=500.0, help="requests/s of each replica")
     parser.add_argument("--strategy", default="predicted_latency")
     parser.add_argument("--instances", type=int, default=4, help="P, and as many D")
@@ -201,13 +202,13 @@ def main() -> None:
     parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.play:
-        uvloop.run(play(options.play, int(options.others), options.rate))
+        uvloop.run(play(options.play, options.others[0], options.rate))
         return
     clones = {"": _ROOT}
     if options.against:
         clones[f" ({options.against.name})"] = options.against.resolve()
-    counts = [int(each) for each in options.others.split(",")]
-    found: dict[tuple[str, int], list[float]] = {(c, n): [] for c in clones for n in counts}
+
+    found: dict[tuple[str, int], list[float]] = {(c, n): [] for c in clones for n in options.others}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-replicas-")))
         server = stack.enter_context(running(folder / "server"))
@@ -224,7 +225,7 @@ def main() -> None:
     )
     print("| other replicas | CPU, ms a request | times alone |\n|---|---|---|")
     for (clone, count), costs in found.items():
-        alone = found[clone, counts[0]]
+        alone = found[clone, options.others[0]]
         ratio = median(b / a for a, b in zip(alone, costs, strict=True))
         print(f"| {count}{clone} | {median(costs):.3f} | {ratio:.3f} |")
 

@@ -1,6 +1,8 @@
 """Instances get the other role by themselves: within limits, one at a time, and never against an operator."""
 
-from collections.abc import AsyncIterator
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 class Balanced(Fleet):
     """Four P, three of which can be turned, and two D that can."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, of_workers: bool = False, **limits: Any) -> None:
         super().__init__(turning={"looks": 1, **limits})
         self.advice = move(2)
         self.asked = 0
@@ -34,7 +36,9 @@ class Balanced(Fleet):
         self.changes = AdminChanges(self.router)
         adviser: Any = SimpleNamespace(advise=self._advise)
         self.turning = Turning(self.router, self.changes, lambda: self.ready, self._switch)
-        self.balancing = Balancing(self.router, self.changes, self.turning, adviser, lambda: self.ready)
+        self.balancing = Balancing(
+            self.router, self.changes, self.turning, adviser, lambda: self.ready, of_workers
+        )
 
     async def _advise(self, seconds: float) -> Advice:
         self.asked += 1
@@ -139,16 +143,25 @@ async def test_an_operator_ends_a_turn(fleet: Balanced) -> None:
     assert not [each.id for each in fleet.router.registry if each.draining]
 
 
-async def test_another_scheduler_does_it(fleet: Balanced) -> None:
-    def others(*names: str) -> Any:
-        return SimpleNamespace(replica=SimpleNamespace(name="bw0.1", others=list(names)))
-
-    fleet.router.sync = others("aw1.2", "bw1.3")
+@pytest.mark.parametrize(
+    ("of_workers", "own", "others", "turns"),
+    [
+        (True, "bw0.1", ["aw1.2", "bw1.3"], False),
+        (True, "bw1.1", ["cw1.2", "bw0.3"], True),
+        (True, "w1.1", ["w0.2"], True),
+        (False, "b.1", ["a.2"], False),
+        (False, "a.1", ["b.2"], True),
+        (False, "w2.1", ["w1.2"], False),  # names like those of workers are names all the same
+        (False, "neww1.1", ["neww2.2"], True),
+        (False, "2ee774b2", ["1ee774b2"], False),
+    ],
+)
+async def test_one_scheduler_does_it(of_workers: bool, own: str, others: list[str], turns: bool) -> None:
+    fleet = Balanced(of_workers=of_workers)
+    fleet.router.sync = SimpleNamespace(replica=SimpleNamespace(name=own, others=others))  # type: ignore[assignment]
     await fleet.look()
-    assert not fleet.asked
-    fleet.router.sync = others("cw1.2", "bw1.3")
-    await fleet.look()
-    assert fleet.turned()
+    assert bool(fleet.asked) is turns
+    assert bool(fleet.turned()) is turns
 
 
 async def test_an_engine_that_refuses_serves_as_before(fleet: Balanced) -> None:
@@ -184,3 +197,80 @@ async def test_limits_that_change_count_at_once(fleet: Balanced) -> None:
     await fleet.balancing.look(before)
     assert not fleet.turned()
     assert replace(fleet.advice, gain=0.0).from_role is P
+
+
+class Meanwhile(Balanced):
+    """While the engine takes its other role, something happens."""
+
+    def __init__(
+        self, happens: Callable[[Meanwhile], Awaitable[object]], cannot_go_back: bool = False
+    ) -> None:
+        super().__init__()
+        self.happens = happens
+        self.cannot_go_back = cannot_go_back
+
+    async def _switch(self, endpoint: Endpoint, role: InstanceRole) -> None:
+        await super()._switch(endpoint, role)
+        if len(self.told) == 1:
+            await self.happens(self)
+        elif self.cannot_go_back:
+            raise NotSwitched("/pd_role_switch was answered 404", usable=True)
+
+
+async def others_end(fleet: Meanwhile) -> None:
+    for name in ("p1", "p2", "fixed"):
+        await fleet.changes.drain(name, force=True)
+
+
+async def no_longer_both(fleet: Meanwhile) -> None:
+    config = fleet.router.config
+    listed = [each.model_copy(update={"both_roles": False}) for each in config.prefill_instances]
+    config.take(config.model_copy(update={"prefill_instances": listed}), ["prefill_instances"])
+
+
+async def undrained(fleet: Meanwhile) -> None:
+    await fleet.changes.undrain("p0")
+    fleet.router.registry.work.reserve(fleet.router.registry.get("p0"))
+
+
+async def cannot_be_made(fleet: Meanwhile) -> None:
+    async def refuses(*_: Any) -> None:
+        raise ValueError("p0: its api_key cannot be read")
+
+    fleet.changes.turn = refuses  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("happens", [others_end, no_longer_both, undrained, cannot_be_made])
+async def test_an_engine_that_was_told_in_vain_is_told_back(
+    happens: Callable[[Meanwhile], Awaitable[object]],
+) -> None:
+    fleet = Meanwhile(happens)
+    await fleet.look()
+    assert not fleet.turned()
+    assert fleet.told == [("p0", D), ("p0", P)]
+    assert fleet.router.registry.get("p0").routable
+
+
+@pytest.mark.parametrize("happens", [others_end, undrained])
+async def test_one_whose_engine_keeps_the_other_role_gets_nothing(
+    happens: Callable[[Meanwhile], Awaitable[object]],
+) -> None:
+    fleet = Meanwhile(happens, cannot_go_back=True)
+    await fleet.look()
+    assert fleet.told == [("p0", D), ("p0", P)]
+    assert fleet.router.registry.get("p0").draining
+
+
+async def test_one_that_becomes_the_last_as_its_drain_begins_serves_again(fleet: Balanced) -> None:
+    drains = fleet.changes.drain
+
+    async def drain(name: str, **more: Any) -> None:
+        await drains(name, **more)
+        for other in ("p1", "p2", "fixed"):
+            await drains(other, force=True)
+
+    fleet.changes.drain = drain  # type: ignore[method-assign, assignment]
+    await fleet.look()
+    assert fleet.router.registry.get("p0").routable
+    assert not fleet.told
+    assert any(each.startswith("p0 was not turned: p0 is the last prefill") for each in fleet.said())

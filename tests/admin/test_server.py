@@ -205,6 +205,8 @@ class TestStrategy:
     async def test_errors_name_the_key_and_what_there_is(self, admin: Admin) -> None:
         _, answer = await admin.ask("PUT", "/strategy", {"decode_strategy": "fastest"})
         assert answer["error"].startswith("decode_strategy: unknown strategy 'fastest'; choose one of")
+        _, answer = await admin.ask("PUT", "/strategy", {"strategy": "low_latency"})
+        assert answer["error"].endswith('is a preset: give "preset": "low_latency" in the configuration')
         _, answer = await admin.ask("PUT", "/strategy", {})
         assert answer["error"].startswith('give "strategy" for both roles, ')
         with mock.patch("vllm_pd_scheduler.strategies.Weighted.__init__", side_effect=RuntimeError("odd")):

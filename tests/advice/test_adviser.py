@@ -123,8 +123,16 @@ async def test_a_role_without_instances() -> None:
 
 async def test_several_models_are_not_told_apart() -> None:
     router = served(LONG_PROMPTS.requests(SOME))
-    give(router.registry.get("decode-0").models, names=frozenset({"other"}))
+    for each in router.registry:
+        give(each.models, names=frozenset({"other" if each.id == "decode-0" else "one"}))
     assert "same models" in (await advised(router)).text
+
+
+async def test_an_instance_whose_models_are_not_known_yet_serves_no_others() -> None:
+    router = served(LONG_PROMPTS.requests(SOME))
+    for each in router.registry:
+        give(each.models, names=None if each.id == "decode-0" else frozenset({"one"}))
+    assert "same models" not in (await advised(router)).text
 
 
 async def test_an_instance_with_ranks_moves_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

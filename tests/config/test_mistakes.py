@@ -166,6 +166,10 @@ class MistakesTest(ConfigCase):
                 r"^strategy: unknown strategy 'fastest'; choose one of round_robin, least",
             ),
             (
+                fleet(strategy="low_latency"),
+                r"Class'\. low_latency is a preset: give \"preset\": \"low_latency\" in the configuration$",
+            ),
+            (
                 fleet(strategy="no.such:Thing"),
                 r"^strategy: strategy 'no.such:Thing' cannot be loaded: No module",
             ),

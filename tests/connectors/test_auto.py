@@ -160,9 +160,9 @@ class RememberedTest(Case):
         p0 = registry.get("p0")
         registry.started(p0, 1.0)
         await self.ids(3)
-        self.assertEqual(p0.speaks, "nixl")
+        self.assertEqual(p0.spoken.protocol, "nixl")
         registry.started(p0, 2.0)
-        self.assertEqual(p0.speaks, "")
+        self.assertEqual(p0.spoken.protocol, "")
 
     async def test_another_connector_without_a_restart_that_was_seen(self) -> None:
         await self.ids(3)

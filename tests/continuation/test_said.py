@@ -47,6 +47,9 @@ def said(*events: bytes, **more: Any) -> Said:
         {"stop": ["x"]},
         {"tools": [{}]},
         {"logprobs": True},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+        {"include_reasoning": False},
         {"presence_penalty": 0.1},
         {"frequency_penalty": -1},
         {"min_tokens": 3},
@@ -94,6 +97,46 @@ def test_a_wish_for_ids_is_the_clients_last_word() -> None:
     assert json.loads(request.body)["return_token_ids"] is True
 
 
+def test_what_says_nothing_may_be_said() -> None:
+    assert asked(logprobs=False, top_logprobs=0, prompt_logprobs=None, n=1, echo=False, stop=[]) is not None
+
+
+def test_nothing_is_shown_before_the_first_word() -> None:
+    """Else the rest would be asked for as a text, in which a model's thoughts stand too."""
+    request = asked()
+    assert request is not None
+    found = Said(request)
+    role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    begin = event(FIRST, role, prompt_token_ids=[1, 2]) + b"\n\n" + token("", 5) + b"\n\n"
+    assert found.take(begin) == b""
+    assert not found.began
+    found.rest_begins()
+    assert found.take(begin + token("a", 6) + b"\n\n").count(b"data: ") == 3
+    assert found.began
+    assert found.ids() == [1, 2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"data: {" + b'"x":' + b"[" * 100_000,
+        b'data: {"choices":[{"token_ids":[18446744073709551615],"text":"a"}]}',
+        b'data: {"choices":"none"}',
+        b"data: {\xff}",
+    ],
+)
+def test_an_engine_that_says_nonsense(nonsense: bytes) -> None:
+    assert said(token("a", 5), nonsense, token("b", 6)).ids() is None
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"data: {" + b'"x":' + b"[" * 100_000, b'data: {"choices":7}', b"data: {\xff}"]
+)
+def test_a_second_engine_that_says_nonsense(nonsense: bytes) -> None:
+    with pytest.raises(ValueError, match="no event of a completion"):
+        said(token("a", 5)).take_rest(nonsense + b"\n\n")
+
+
 def test_tokens_whose_text_was_held_back_are_written_again() -> None:
     found = said(token(" a", 5), token("", 6), token("", 7))
     assert found.ids() == [1, 2, 5]
@@ -124,7 +167,8 @@ def test_an_answer_that_is_not_plain_text_does_not_go_on(choice: dict[str, Any])
 def test_a_text_that_looks_like_ids_is_the_clients() -> None:
     text = ',"token_ids":[1,2]'
     found = said()
-    assert json.loads(found.take(token(text, 5) + b"\n\n")[6:])["choices"][0] == {
+    _, shown, _ = found.take(token(text, 5) + b"\n\n").split(b"\n\n")
+    assert json.loads(shown[6:])["choices"][0] == {
         **{"index": 0, "delta": {"content": text}, "finish_reason": None},
     }
 

@@ -187,10 +187,12 @@ async def test_a_client_that_does_not_ask_gets_the_cut(client: Client) -> None:
     "more", [{"stop": ["zzz"]}, {"presence_penalty": 1.0}, {"logprobs": True}, {"n": 2}, {"tools": [{}]}]
 )
 async def test_what_cannot_go_on_is_cut(client: Client, more: dict[str, Any]) -> None:
+    before = await continued(client, "impossible")
     await half(client)
     found = await stream(client, CHAT, body_of(CHAT, "What is a buoy?", **more), CONTINUE)
     assert found.cut
     assert not found.done
+    assert await continued(client, "impossible") == before + 1
 
 
 async def test_a_stream_without_a_limit_goes_on(client: Client) -> None:

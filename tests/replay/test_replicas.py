@@ -1,10 +1,13 @@
 """Several schedulers over one fleet in virtual time."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.replay.test_fleet import FLEET, TRACE, synthetic
+from vllm_pd_scheduler.cli import app
 from vllm_pd_scheduler.replay.fleet import NOTICED_S, run_variant
 from vllm_pd_scheduler.replay.result import RunResult, Summary, summary
 from vllm_pd_scheduler.replay.trace import Trace
@@ -97,3 +100,13 @@ def test_requests_of_one_that_dies_are_prefilled_by_d_until_that_is_noticed() ->
     assert unscheduled
     assert all(each.arrival < 10.0 + NOTICED_S for each in unscheduled)
     assert not [each for each in run("predicted_latency", Sharing(2)).results if each.prefill is None]
+
+
+@pytest.mark.parametrize("option", ["--replica-dies", "--replica-joins"])
+def test_one_that_would_die_or_join_when_all_is_over(option: str, trace_file: Path) -> None:
+    arguments = ["replay", "--trace", str(trace_file), "--strategies=least_load", "--prefill=1", "--decode=1"]
+    ended = CliRunner().invoke(
+        app, [*arguments, "--replicas=2", f"{option}=6s", "--rate=2"], env={"COLUMNS": "200"}
+    )
+    assert ended.exit_code == 2
+    assert f"{option}: 6s: the load ends before, after 5s" in ended.stderr

@@ -57,6 +57,18 @@ async def test_a_flood_is_bounded() -> None:
     assert len(two.results) == MAX_STRAYS
 
 
+async def test_a_client_with_long_ids_hides_nothing() -> None:
+    two = Two()
+    for _ in range(100):
+        two.told.pass_on(replace(ATTEMPT, request_id="x" * 50_000))
+    two.told.pass_on(replace(ATTEMPT, request="x" * 50_000))
+    two.told.pass_on(RESULT)
+    await until(lambda: bool(two.sent))
+    assert len(two.sent[0]) < 20_000
+    assert two.takes.receive(two.sent[0])
+    assert (two.attempts, two.results) == ([ATTEMPT] * 100, [RESULT])
+
+
 def _message(attempts: Any = (), results: Any = ()) -> bytes:
     return msgspec.msgpack.encode([list(attempts), list(results)])
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.processes import running
-from tests.support.waiting import until
+from tests.support.waiting import HUNG_S, until
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.config.replicas import ReplicasConfig
 from vllm_pd_scheduler.service import run_workers, workers
@@ -113,6 +113,17 @@ async def test_one_that_hangs_is_ended_and_started_again(
         await until(lambda: found.pids.get("w0", before["w0"]) != before["w0"] and len(started(path)) == 3)
         assert found.pids["w1"] == before["w1"]
     assert f"worker w0 (process {before['w0']}) hangs: it is ended" in caplog.text
+
+
+async def test_one_that_hangs_at_its_start_is_ended_too(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second time it is started it hangs, and the third time it does not."""
+    hangs = f"if len(open(f'{{hub}}.started').readlines()) == 3: time.sleep({HUNG_S})\n"
+    script = HANGS.replace("async def serve", f"{hangs}async def serve")
+    async with Workers(2, command(script, path), str(path)) as found:
+        with mock.patch.object(workers, "START_S", 4.0):
+            found._processes[1].send_signal(signal.SIGKILL)
+            await until(lambda: len(started(path)) >= 4)
+    assert f"worker w1 (process {started(path)[2][1]}) hangs: it is ended" in caplog.text
 
 
 async def test_one_that_ends_at_once_is_started_ever_later(path: Path) -> None:

@@ -28,7 +28,7 @@ class Balancing:
     """Looks at the advice again and again, and turns one instance at a time.
 
     Of several schedulers the one with the least name does; of workers, the one that operators ask.
-    ``is_ready`` returns ``False`` once the scheduler is shutting down.
+    ``is_ready`` returns ``False`` once the scheduler is shutting down. ``of_workers``: this is a worker.
     """
 
     def __init__(
@@ -38,10 +38,12 @@ class Balancing:
         turning: Turning,
         adviser: Adviser,
         is_ready: Callable[[], bool],
+        of_workers: bool = False,
     ) -> None:
         self._router = router
         self._changes = changes
         self._turning = turning
+        self._of_workers = of_workers
         self._adviser = adviser
         self._is_ready = is_ready
         self._turns = Turns()
@@ -109,8 +111,9 @@ class Balancing:
         sync = self._router.sync
         if sync is None:
             return True
-        own = _machine(sync.replica.name)
-        return all(own <= _machine(each) for each in sync.replica.others)
+        key = _replica if self._of_workers else _name
+        own = key(sync.replica.name)
+        return all(own <= key(each) for each in sync.replica.others)
 
     def _is_disturbed(self) -> bool:
         """Whether an instance is on its way already, by whomever."""
@@ -121,6 +124,11 @@ class Balancing:
         self._router.events.add(EventKind.STATE, text, by=By.ADVICE, subject=subject, level=level)
 
 
-def _machine(name: str) -> str:
+def _name(run: str) -> str:
+    """Return the name of a scheduler: each run of it has another one after a dot, if it has a name."""
+    return run.partition(".")[0]
+
+
+def _replica(run: str) -> str:
     """Return what the names of the workers of one replica have in common: ``aw1.2ee774b2`` is of ``a``."""
-    return re.sub(r"w\d+$", "", name.partition(".")[0])
+    return re.sub(r"w\d+$", "", _name(run))

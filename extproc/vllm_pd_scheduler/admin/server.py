@@ -75,7 +75,7 @@ class AdminServer(HttpServer):
         self._live = LiveApi(router, self._streams, process.status_of_all, changes.source, others)
         turning = Turning(router, changes, is_ready, switch)
         adviser = Adviser(router, router.clock, others=others.traffic if others is not None else None)
-        self._balancing = Balancing(router, changes, turning, adviser, is_ready)
+        self._balancing = Balancing(router, changes, turning, adviser, is_ready, others is not None)
         self._instances = instances = InstancesApi(router, changes, is_ready, turning)
         groups: list[Api] = [
             IndexApi(lambda: self.routes),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from aiohttp import web
 
+from ..config.presets import hint
 from ..models import PD_ROLES, InstanceRole
 from ..router import PDRouter
 from ..scheduler.shadow import MAX_DIFFERENCES
@@ -188,4 +189,4 @@ class StrategyApi:
         try:
             load_strategy(name)
         except UnknownStrategy as error:
-            raise Refused(400, f"{key}: {error}") from None
+            raise Refused(400, f"{key}: {error}{hint(name)}") from None

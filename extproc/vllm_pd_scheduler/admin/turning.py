@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..fleet.registry import UnknownInstance
 from ..handoff.role_switch import NotSwitched, RoleSwitch
-from ..models import By
+from ..models import By, InstanceRole
 from ..records.events import EventKind
 from ..router import PDRouter
 from .changes import AdminChanges
@@ -47,14 +47,14 @@ class Turning:
             raise CannotTurn(
                 f"{self._turns} is being turned, and only one is at a time: undrain it to end that"
             )
-        self._changes.turned(instance_id)
+        role = self._changes.turned(instance_id).role
         self._turns = instance_id
         try:
             await self._changes.drain(instance_id, by=by)
         except BaseException:
             self._turns = None
             raise
-        self._task = asyncio.create_task(self._finish(instance_id, by))
+        self._task = asyncio.create_task(self._finish(instance_id, role, by))
 
     async def wait(self, seconds: float | None) -> None:
         """Wait until the turn is over, or for so long."""
@@ -67,10 +67,9 @@ class Turning:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def _finish(self, instance_id: str, by: str) -> None:
+    async def _finish(self, instance_id: str, role: InstanceRole, by: str) -> None:
         try:
-            role = self._changes.turned(instance_id).role
-            problem = await self._turned(instance_id, by)
+            problem = await self._turned(instance_id, role, by)
             self._router.telemetry.instances.turned(role, by.partition(" ")[0], done=problem is None)
             if problem is not None:
                 text = f"{instance_id} was not turned: {problem}"
@@ -79,7 +78,7 @@ class Turning:
         finally:
             self._turns = None
 
-    async def _turned(self, instance_id: str, by: str) -> str | None:
+    async def _turned(self, instance_id: str, role: InstanceRole, by: str) -> str | None:
         """Turn an instance when it is drained; return why that was not done, if it was not."""
         registry = self._router.registry
         try:
@@ -92,17 +91,15 @@ class Turning:
             if not registry.get(instance_id).draining:
                 return "it was undrained"
             try:
-                await self._told(instance_id)
-                try:
-                    await self._changes.turn(instance_id, by)
-                except CannotTurn:
-                    await self._told(instance_id, back=True)
-                    raise
-            except CannotTurn as error:  # what has become so since: it is needed where it is
+                self._changes.turned(instance_id)  # before its engine is told
+                await self._told(instance_id, role)
+                await self._make(instance_id, by)
+            except (CannotTurn, ValueError) as error:  # what has become so since: it is needed where it is
                 await self._changes.undrain(instance_id, by)
                 return str(error)
             except NotSwitched as error:
                 if not error.usable:
+                    await self._changes.drain(instance_id, force=True, by=by)  # it may have been undrained
                     return f"{error}; it stays drained: look at it, and undrain it"
                 await self._changes.undrain(instance_id, by)
                 return str(error)
@@ -112,13 +109,25 @@ class Turning:
             return (
                 f"the log of the replicas does not take it: {error}; it stays drained until it is undrained"
             )
-        except (Leaving, NotKept, ValueError) as error:
+        except NotKept as error:
+            return f"{error}; it stays drained until it is undrained"
+        except Leaving as error:
             return str(error)
         return None
 
-    async def _told(self, instance_id: str, back: bool = False) -> None:
-        """Tell a drained engine which role it is to have, if its protocol wants that."""
-        role = self._changes.turned(instance_id).role
-        endpoint = self._router.registry.get(instance_id)
+    async def _make(self, instance_id: str, by: str) -> None:
+        """Have an instance count with the other role; if that cannot be, tell its engine that it has not."""
+        before = self._router.registry.get(instance_id).instance.role
+        try:
+            await self._changes.turn(instance_id, by)
+        except (CannotTurn, Leaving, NotKept, ValueError) as error:
+            try:
+                await self._told(instance_id, before)
+            except NotSwitched as back:
+                raise NotSwitched(f"{error}, and its engine keeps the other role: {back}", False) from None
+            raise
+
+    async def _told(self, instance_id: str, role: InstanceRole) -> None:
+        """Tell an engine which role it is to have, if its protocol wants that."""
         if self._switch is not None:
-            await self._switch(endpoint, endpoint.instance.role if back else role)
+            await self._switch(self._router.registry.get(instance_id), role)

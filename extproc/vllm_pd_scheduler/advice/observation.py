@@ -135,7 +135,7 @@ def _check_fleet(router: PDRouter, roles: dict[InstanceRole, tuple[Endpoint, ...
     every = [each for endpoints in roles.values() for each in endpoints]
     if len(every) > MOST_ENGINES:
         raise Unknown(f"the fleet has {len(every)} engines, more than the {MOST_ENGINES} that are replayed")
-    if len({each.models.names for each in every}) > 1:
+    if len({each.models.names for each in every if each.models.names is not None}) > 1:
         raise Unknown("the instances do not all serve the same models; their traffic cannot be told apart")
     for role, fit, least in (
         (InstanceRole.PREFILL, router.registry.load.prefill, LEAST_PREFILLS),

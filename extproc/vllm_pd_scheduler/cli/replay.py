@@ -123,7 +123,7 @@ def replay(
         ("--replica-joins", replica_joins is not None),
     ):
         if is_given and replicas == 1:
-            _refuse(option, "only with --replicas are there others to tell")
+            _refuse(option, "only with --replicas are there several schedulers")
     _check_outputs(trace, json_path, plot_path)
     dies, joins = (
         None if text is None else _seconds(option, text, _MOST_S)
@@ -142,6 +142,10 @@ def replay(
     loaded = _load(load, seed)
     if (most := _seconds("--spread", spread)) > 0.0:
         loaded = loaded.spread(most, seed)
+    if not (find_rate or realistic):  # there the load takes as long as it takes
+        for option, at in (("--replica-dies", dies), ("--replica-joins", joins)):
+            if at is not None and at > (end := loaded.seconds / rate):
+                _refuse(option, f"{at:g}s: the load ends before, after {end:.0f}s")
     conditions = Conditions(load.name, len(loaded.requests), loaded.seconds, fleet, rate, ttft_slo, tpot_slo)
     job = Job(loaded, conditions, find_rate, run_variant, seeds, load if load.shape else None)
     outcomes = _run(job, variants, jobs or os.cpu_count() or 1)

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 from ..connectors import UnknownConnector, make_connector, settings_of, takes_ranks
 from ..connectors.encode import encode_connector
-from ..models import ConnectorChoice, InstanceRole, is_ip
-from .instances import ConnectorSetting, InstanceConfig, connector_choice
+from ..models import ConnectorChoice, InstanceRole, PDInstance, is_ip
+from .instances import ConnectorSetting, InstanceConfig, SecretSource, connector_choice
 from .tls import InstanceTlsConfig
+
+
+def fleet_instance(
+    role: InstanceRole,
+    item: InstanceConfig,
+    source: SecretSource | None,
+    tls: InstanceTlsConfig | None,
+    ranks: int,
+) -> PDInstance:
+    """Return an instance of so many ranks; ``source`` has its API key.
+
+    Raise :exc:`ValueError` naming the entry's key that cannot be used.
+    """
+    try:
+        key = source.read() if source else None
+    except ValueError as error:
+        raise ValueError(f"api_key: {error}") from None
+    models = None if item.models is None else frozenset(item.models)
+    return PDInstance(
+        item.id,
+        role,
+        item.host,
+        item.port,
+        key,
+        tls_name(item, tls),
+        models,
+        item.revision,
+        own_connector(role, item),
+        ranks,
+        (item.kv_events_port, item.kv_events_replay_port),
+    )
 
 
 def rank_count(item: InstanceConfig, connector: ConnectorSetting, prefill_leg: str) -> int:

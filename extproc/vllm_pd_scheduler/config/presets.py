@@ -13,6 +13,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """What each name stands for. Why these: ``docs/scheduling.md``."""
 
 
+def hint(name: str) -> str:
+    """Return what to say besides of an unknown strategy that has a preset's name; else nothing."""
+    return f'. {name} is a preset: give "preset": "{name}" in the configuration' if name in PRESETS else ""
+
+
 def filled(raw: Any) -> Any:
     """Return a configuration, as ``json.loads`` returns it, with what its preset says and it does not."""
     name = raw.get("preset") if isinstance(raw, dict) else None

@@ -16,6 +16,7 @@ from .fleet_instance import check_connector, rank_count, tls_name
 from .instances import ConnectorConfig, Listed, SecretSource, connector_choice
 from .kv_events import KvEventsConfig
 from .listeners import clashes, is_loopback, listeners_of
+from .presets import hint
 from .replicas import ReplicasConfig
 from .schema import SchedulerConfig
 from .sources import SOURCE_TYPES, source_problems
@@ -90,7 +91,7 @@ def _unknown_strategies(config: SchedulerConfig) -> list[str]:
             if name is not None:
                 load_strategy(name)
         except UnknownStrategy as error:
-            problems.append(f"{key}: {error}")
+            problems.append(f"{key}: {error}{hint(name)}")
     return problems
 
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from ..connectors.encode import EncodeConnectorName
 from ..models import InstanceRole, PDInstance
@@ -19,7 +13,7 @@ from ..request.path import PUBLIC_PATH, PUBLIC_PATHS
 from ..request.rewrites import Rewrite
 from ..telemetry.log_lines import LogFormat
 from .aliases import AliasConfig
-from .fleet_instance import own_connector, rank_count, tls_name
+from .fleet_instance import fleet_instance, rank_count
 from .instances import ConnectorSetting, InstanceConfig, InstancesFile, ModelName, Port, SecretSource
 from .kv_events import KvEventsConfig
 from .presets import PresetName, filled
@@ -319,16 +313,6 @@ class SchedulerConfig(InstancesFile):
             raise ValueError("at least one weight must be above 0; {} has no weights")
         return weights
 
-    @field_validator("disaggregation", mode="wrap")
-    @classmethod
-    def _one_problem(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return read(value)
-        except ValidationError:  # one for each kind of value that it may have
-            raise ValueError(
-                "must be 'always', 'never', 'auto', 'tpot' or a whole number of tokens above 0"
-            ) from None
-
     @classmethod
     def needs_restart(cls, key: str) -> bool:
         """Whether a key counts only from the next start on."""
@@ -374,25 +358,8 @@ class SchedulerConfig(InstancesFile):
 
         Raises :exc:`ValueError` naming the entry's key that cannot be used.
         """
-        source = item.api_key or self.api_key
-        try:
-            key = source.read() if source else None
-        except ValueError as error:
-            raise ValueError(f"api_key: {error}") from None
-        models = None if item.models is None else frozenset(item.models)
-        return PDInstance(
-            item.id,
-            role,
-            item.host,
-            item.port,
-            key,
-            tls_name(item, self.instance_tls),
-            models,
-            item.revision,
-            own_connector(role, item),
-            rank_count(item, self.connector, self.prefill_leg),
-            (item.kv_events_port, item.kv_events_replay_port),
-        )
+        source, ranks = item.api_key or self.api_key, rank_count(item, self.connector, self.prefill_leg)
+        return fleet_instance(role, item, source, self.instance_tls, ranks)
 
     def masked(self) -> dict[str, Any]:
         """Return it as JSON for whoever may read it but shall learn no secret."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from ..request.path import PUBLIC_PATH
 from .instances import INSTANCE_ID, is_host
@@ -18,7 +18,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Revision = Annotated[str, Field(max_length=128)]
 Probes = Annotated[int, Field(ge=1, le=1000)]
-Disaggregating = Literal["always", "never", "auto", "tpot"] | Annotated[int, Field(ge=1, le=10**9)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 
 HEADER = r"^[a-z0-9-]{1,100}$"
@@ -65,6 +64,19 @@ def _leads_somewhere(url: str) -> str:
     return url
 
 
+def _one_problem(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:  # one for each kind of value that it may have
+        raise ValueError(
+            "must be 'always', 'never', 'auto', 'tpot' or a whole number of tokens above 0"
+        ) from None
+
+
+Disaggregating = Annotated[
+    Literal["always", "never", "auto", "tpot"] | Annotated[int, Field(ge=1, le=10**9)],
+    WrapValidator(_one_problem),
+]
 ListenHost = Annotated[str, AfterValidator(_can_be_listened_at)]
 ListenerUrl = Annotated[str, AfterValidator(_is_a_listener)]
 BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_leads_somewhere)]

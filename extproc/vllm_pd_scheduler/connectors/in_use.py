@@ -13,6 +13,7 @@ from .attempt import Attempt
 from .base import Connector, Legs, Peer, Settings
 from .fence import ConnectorFence, connector_failures
 from .names import make_connector, settings_of
+from .spoken import Spoken
 
 
 class Reached(Protocol):
@@ -34,13 +35,8 @@ class Reached(Protocol):
         ...
 
     @property
-    def speaks(self) -> str:
-        """The protocol of its last hand-off; empty: not known."""
-        ...
-
-    @property
-    def takes_token_ids(self) -> bool:
-        """Whether that has shown that its D read token ids."""
+    def spoken(self) -> Spoken:
+        """Which protocol its last hand-off had."""
         ...
 
 
@@ -118,8 +114,8 @@ class Connectors:
 
         ``token_ids`` says whether D is to get those of the prompt, if it takes them.
         """
-        takes = prefill.takes_token_ids
-        peer = self._peer(prefill, prefill.speaks, takes)
+        takes = prefill.spoken.takes_token_ids
+        peer = self._peer(prefill, prefill.spoken.protocol, takes)
         legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes)
         return Attempt(self.of(prefill.instance), legs)
 

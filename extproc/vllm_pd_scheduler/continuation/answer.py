@@ -70,7 +70,7 @@ class Answer(asyncio.BufferedProtocol):
         self._ended: asyncio.Future[None] = loop.create_future()
         self._take: Callable[[bytes], object] | None = None
         self._parts: list[bytes] = []
-        self._whole = False
+        self._whole = self._paused = False
         self._head_left = _HEAD_BYTES
 
     async def __aenter__(self) -> Self:
@@ -96,7 +96,7 @@ class Answer(asyncio.BufferedProtocol):
         """
         self._take = take
         self._pass_parts()
-        if not self._whole:
+        if not (self._whole or self._paused):
             self.resume()
         await self._ended
 
@@ -118,11 +118,13 @@ class Answer(asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Read nothing for now."""
+        self._paused = True
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
+        self._paused = False
         if not self._transport.is_closing():
             self._transport.resume_reading()
 

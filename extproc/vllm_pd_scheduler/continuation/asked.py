@@ -32,6 +32,9 @@ _AS_IF_ABSENT: Final[dict[str, tuple[Any, ...]]] = {
     "tool_choice": ("none",),
 }
 
+_SAYS_MUCH: Final = frozenset({"logprobs", "prompt_logprobs", "include_reasoning"})
+"""Fields of which a 0, or ``false``, is a wish: for each token's own log probability, for no thoughts."""
+
 
 class Asked:
     """A streamed request whose answer can go on; ``None`` from :meth:`read` if it cannot.
@@ -75,6 +78,8 @@ class Asked:
     def rest(self, ids: Sequence[int], max_tokens: int) -> bytes:
         """Return the body of a completion that writes what comes after these tokens."""
         more = {"prompt": list(ids), "max_tokens": max_tokens, "stream": True}
+        if self.shows_ids:
+            more["return_token_ids"] = True
         return msgspec.json.encode(self._kept | more)
 
 
@@ -83,7 +88,10 @@ def _can_go_on(path: str, fields: dict[str, Any]) -> bool:
         return False
     for name, value in fields.items():
         known = name in _KEPT or name in _SPENT or value in _AS_IF_ABSENT.get(name, ())
-        if not known and value:  # null, 0, false and what is empty say nothing
+        says_nothing = not value  # null, 0, false and what is empty
+        if name in _SAYS_MUCH:
+            says_nothing = value is None or (name == "logprobs" and value is False)
+        if not known and not says_nothing:
             return False
     options = fields.get("stream_options")
     limits = [fields.get("max_tokens"), fields.get("max_completion_tokens")]

@@ -67,8 +67,9 @@ class Connection(asyncio.Protocol):
     def __init__(
         self, serve: Callable[[Request, Connection], Awaitable[None]], every: set[Connection]
     ) -> None:
-        self.source: Source | None = None
-        """Whence the answer comes, if it is passed on as it comes."""
+        self._source: Source | None = None
+        self._full = False
+        """Whether the client is slower."""
         self._serve = serve
         self._every = every
         self._transport: asyncio.Transport
@@ -76,6 +77,12 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._chunked = False
         self._forget()
+
+    def take_from(self, source: Source) -> None:
+        """Have an answer come from a source from now on, as fast as the client takes it."""
+        self._source = source
+        if self._full:
+            source.pause()
 
     def begin(
         self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], length: int | None
@@ -135,13 +142,15 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Have no more come than the client takes."""
-        if self.source is not None:
-            self.source.pause()
+        self._full = True
+        if self._source is not None:
+            self._source.pause()
 
     def resume_writing(self) -> None:
         """Have more come."""
-        if self.source is not None:
-            self.source.resume()
+        self._full = False
+        if self._source is not None:
+            self._source.resume()
 
     def on_message_begin(self) -> None:
         """Called by the parser, like all below."""
@@ -189,7 +198,7 @@ class Connection(asyncio.Protocol):
             await self._serve(request, self)
             served = True
         finally:
-            self._task = self.source = None
+            self._task = self._source = None
             if not served:
                 self.cut()
             elif not keep:

@@ -45,6 +45,9 @@ class _Event(msgspec.Struct):
 
 
 _EVENT: Final = msgspec.json.Decoder(_Event)
+NONSENSE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
+"""What reading JSON raises that an instance has made up."""
+_NO_REST: Final = (*NONSENSE, AttributeError, TypeError, ValueError)
 
 
 class Said:
@@ -57,7 +60,8 @@ class Said:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.began = False
-        """Whether any event has gone to the client."""
+        """Whether any event has gone to the client: none has before the first with words. Until then another
+        instance can be asked as this one was, so it need not be known what has come of thoughts or calls."""
         self.lost = False
         """Whether the answer cannot go on: something has come that no other instance could go on with."""
         self.error = b""
@@ -73,6 +77,7 @@ class Said:
         self._whole = 0
         self._last = 0
         self._begun = b""
+        self._held = b""
         self._unread: list[bytes] = []
         self._unread_bytes = 0
 
@@ -99,6 +104,8 @@ class Said:
         """Return the tokens of the prompt and of the answer so far; ``None`` if they are not known."""
         if self.lost or self._prompt is None:
             return None
+        if self.asked.shows_ids and self._whole < len(self._ids):
+            return None  # the client has ids that would be written again
         return self._prompt.tolist() + self._ids[: self._whole].tolist()
 
     def prompt_tokens(self) -> int:
@@ -138,13 +145,21 @@ class Said:
     def _each(self, events: bytes) -> bytes:
         """Read events one by one; return those before an error of the instance's."""
         self.read()
-        passed = b""
+        passed, self._held = self._held, b""
         for event in events.split(b"\n\n")[:-1]:
             self._note(event)
             if self.error:
                 break
             passed += event + b"\n\n"
+        if self.done or len(passed) > UNREAD_BYTES:
+            self._begins()
+        if not self.began:
+            self._held, passed = passed, b""
         return passed
+
+    def _begins(self) -> None:
+        self.began = True
+        self.asked.body = b""
 
     def _note(self, event: bytes) -> None:
         """Take the next event of the answer: a whole one."""
@@ -153,30 +168,35 @@ class Said:
             return
         try:
             read = _EVENT.decode(event[6:])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except NONSENSE:
             self.lost = True
             return
         if read.error is not None and _is_the_instances(read.error):
             self.error = event + b"\n\n"
             return
-        self.usage = read.usage or self.usage
-        if not self.began:
-            self.began = True
-            self.asked.body = b""
-            self._first = _head(event)
-        if self.lost or not read.choices:
+        self._first = self._first or _head(event)
+        if not read.choices:
+            self.usage = read.usage or self.usage
             return
         choice = read.choices[0]
+        self.finish = choice.finish_reason or self.finish
+        if self.lost:
+            return
         prompt = read.prompt_token_ids or choice.prompt_token_ids
-        if prompt is not None and self._prompt is None:
-            self._prompt = array("q", prompt)
-        self._take(choice)
+        try:
+            if prompt is not None and self._prompt is None:
+                self._prompt = array("q", prompt)
+            self._take(choice)
+        except NONSENSE:
+            self.lost = True
 
     def _take(self, choice: _Choice) -> None:
         delta = choice.delta or {}
         text = choice.text if choice.delta is None else delta.get("content")
         ids = choice.token_ids
         others = any(value for name, value in delta.items() if name not in ("role", "content"))
+        if not self.began and (text or others or choice.finish_reason):
+            self._begins()
         if others or choice.index or (text and not ids):
             self.lost = True
         elif ids:
@@ -188,11 +208,12 @@ class Said:
                 self.lost = True
         if self.lost:
             self._prompt, self._ids = None, array("q")
-        self.finish = choice.finish_reason or self.finish
 
     def rest_begins(self) -> None:
         """Take it that what comes now is another instance's."""
-        self._begun = self.error = b""
+        self._begun = self._held = self.error = b""
+        if not self.began:
+            self.lost, self._first, self._ids, self._last = False, {}, array("q"), 0
 
     def take_rest(self, data: bytes) -> bytes:
         """Take what has come of the rest; return it as the client gets it.
@@ -204,7 +225,7 @@ class Said:
             raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         try:
             return b"".join(map(self._goes_on, events))
-        except (msgspec.DecodeError, AttributeError, TypeError, ValueError) as error:
+        except _NO_REST as error:
             raise ValueError(f"no event of a completion: {error}") from None
 
     def _goes_on(self, event: bytes) -> bytes:
@@ -221,7 +242,8 @@ class Said:
         choices = read.get("choices") or []
         usage = read.get("usage")
         if isinstance(usage, dict):
-            read["usage"] = self.usage = self.usage_with(int(usage.get("completion_tokens", 0)))
+            read["usage"] = self.usage_with(int(usage.get("completion_tokens", 0)))
+            self.usage = self.usage if choices else read["usage"]
         for choice in choices:
             self.finish = choice.get("finish_reason") or self.finish
             if not self.asked.shows_ids:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
@@ -21,7 +20,7 @@ from ..routing.going_on import Broken, GoingOn
 from .answer import Answer, Ingress
 from .asked import COMPLETIONS, Asked
 from .envoy_side import Connection, Headers, Request
-from .said import DONE, Said
+from .said import DONE, NONSENSE, Said
 
 HEALTH_PATH = "/continuation/health"
 EVENT_STREAM = "text/event-stream"
@@ -42,6 +41,18 @@ class Outcome(StrEnum):
     """No other D has written the rest. It was cut."""
     LEFT = "left"
     """The client left meanwhile."""
+
+
+class _Card(msgspec.Struct):
+    id: str = ""
+    max_model_len: int | None = None
+
+
+class _Told(msgspec.Struct):
+    """What is read of the answer to a question."""
+
+    prompt: str | None = None
+    data: list[_Card] = []
 
 
 Ended = Callable[[Outcome, Broken, str | None], None]
@@ -104,8 +115,11 @@ class Continuation:
         headers = request.headers
         try:
             async with await self._ask(request.method, request.target, headers, body) as answer:
-                if said is None or not _is_stream(answer):
+                if not _is_stream(answer):
                     await _copy(reply, answer)
+                    return
+                if said is None:
+                    await self._cannot_go_on(reply, answer)
                     return
                 del body, request
                 reply.begin(answer.status, answer.reason, answer.headers, None)
@@ -127,6 +141,14 @@ class Continuation:
                 reply.cut()
                 return
         reply.end()
+
+    async def _cannot_go_on(self, reply: Connection, answer: Answer) -> None:
+        """Pass on a stream that asks for something with which no other D could go on, and count a break."""
+        try:
+            await _copy(reply, answer)
+        except RequestFailed:
+            self._ended(Outcome.IMPOSSIBLE, Broken(answer.header(names.DECODE), 0), None)
+            raise
 
     async def _go_on(self, said: Said, headers: Headers, reply: Connection, broken: Broken) -> Outcome:
         """Have the rest of an answer written that has broken off, or say that it is no more."""
@@ -150,7 +172,8 @@ class Continuation:
                         await _first_part(said, reply, answer)
             return Outcome.CONTINUED if said.done else Outcome.FAILED
         if said.finish is not None:
-            return Outcome.CONTINUED
+            counts = not asked.usage or said.usage is not None or said.ids() is not None
+            return Outcome.CONTINUED if counts else Outcome.IMPOSSIBLE
         ids = None if said.lost else await self._known(said, headers)
         if ids is None:
             return Outcome.IMPOSSIBLE
@@ -183,8 +206,8 @@ class Continuation:
         if tail:
             for missing in range(_TAIL):
                 body = msgspec.json.encode({"model": said.asked.model, "tokens": tail[: len(tail) - missing]})
-                text = (await self._told(b"POST", b"/detokenize", headers, body)).get("prompt")
-                if not isinstance(text, str):
+                text = (await self._told(b"POST", b"/detokenize", headers, body)).prompt
+                if text is None:
                     return None
                 if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                     said.end_before(missing)
@@ -195,18 +218,18 @@ class Continuation:
 
     async def _room(self, asked: Asked, tokens: int, headers: Headers) -> int | None:
         """Return how many tokens the model has room for after so many."""
-        for card in (await self._told(b"GET", b"/v1/models", headers, b"")).get("data") or ():
-            if asked.model in (None, card.get("id")) and isinstance(card.get("max_model_len"), int):
-                return int(card["max_model_len"]) - tokens
+        for card in (await self._told(b"GET", b"/v1/models", headers, b"")).data:
+            if asked.model in (None, card.id) and card.max_model_len is not None:
+                return card.max_model_len - tokens
         return None
 
-    async def _told(self, method: bytes, target: bytes, headers: Headers, body: bytes) -> dict[str, Any]:
+    async def _told(self, method: bytes, target: bytes, headers: Headers, body: bytes) -> _Told:
         """Return what a question is answered; nothing if it is not."""
-        with contextlib.suppress(RequestFailed, TimeoutError, msgspec.DecodeError, msgspec.ValidationError):
+        with contextlib.suppress(RequestFailed, TimeoutError, *NONSENSE):
             async with asyncio.timeout(_ASK_S), await self._ask(method, target, headers, body) as answer:
                 if answer.status == 200:
-                    return msgspec.json.decode(await answer.read(_MAX_TOLD_BYTES), type=dict[str, Any])
-        return {}
+                    return msgspec.json.decode(await answer.read(_MAX_TOLD_BYTES), type=_Told)
+        return _Told()
 
 
 def _is_stream(answer: Answer) -> bool:
@@ -217,7 +240,7 @@ def _is_stream(answer: Answer) -> bool:
 
 def _passed(reply: Connection, answer: Answer, take: Callable[[bytes], object]) -> Awaitable[None]:
     """Pass an answer on as it comes, as fast as the client takes it."""
-    reply.source = answer
+    reply.take_from(answer)
     return answer.pass_to(take)
 
 

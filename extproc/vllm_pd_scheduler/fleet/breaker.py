@@ -50,6 +50,7 @@ class Breaker:
     _not_before: float = 0.0
     _streak: int = 0
     _pause: float = 0.0
+    _reason: str = ""
     _results: deque[bool] = field(default_factory=deque)
 
     @property
@@ -61,6 +62,11 @@ class Breaker:
     def not_before(self) -> float:
         """When the next state may follow OPEN, in the caller's time."""
         return self._not_before
+
+    @property
+    def reason(self) -> str:
+        """Why the instance was last ejected, for people; empty if it never was."""
+        return self._reason
 
     @property
     def failures(self) -> int:
@@ -114,8 +120,9 @@ class Breaker:
         self._state = BreakerState.HALF_OPEN
         return True
 
-    def open(self, now: float) -> None:
-        """Eject the instance."""
+    def open(self, now: float, reason: str = "") -> None:
+        """Eject the instance, and note why."""
+        self._reason = reason
         self._pause = min(MAX_PAUSE_S, self._pause * 2) if self._pause else self._policy.pause
         self._not_before = now + self._pause
         self._state = BreakerState.OPEN

@@ -29,6 +29,10 @@ def told_state(endpoint: Endpoint) -> str:
 def reason(endpoint: Endpoint) -> str:
     """Return why it does not serve as it should; empty if nothing is known to be wrong."""
     probes = endpoint.probes
-    if probes.healthy is False or endpoint.breaker.state is BreakerState.CLOSED or not endpoint.ejected_for:
+    if (
+        probes.healthy is False
+        or endpoint.breaker.state is BreakerState.CLOSED
+        or not endpoint.breaker.reason
+    ):
         return probes.problem
-    return f"ejected: {endpoint.ejected_for}"
+    return f"ejected: {endpoint.breaker.reason}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from msgspec import Struct, field
 from msgspec.structs import force_setattr as _set
 
+from ..connectors.spoken import Spoken
 from ..models import InstanceState, MetricsSnapshot, PDInstance
 from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
@@ -51,8 +52,6 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Whether the registry's listeners know that it is drained."""
     probes: Probes = field(default_factory=Probes)
     """What health probes found."""
-    ejected_for: str = ""
-    """Why it was last ejected, for people."""
     in_flight_at_scrape: int = 0
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerPolicy()))
     doubts: DoubtfulEnds = field(default_factory=DoubtfulEnds)
@@ -62,10 +61,8 @@ class Endpoint(Struct, frozen=True, eq=False):
     """Start time of its process as it tells it, Unix seconds: another one means that it was restarted."""
     generation: int = 0
     """How often it was seen to restart. Reservations of an earlier generation count no more."""
-    speaks: str = ""
-    """The protocol of its last hand-off, where its connector finds that out; empty: not known."""
-    takes_token_ids: bool = False
-    """Whether that has shown that its D read token ids in a hand-off."""
+    spoken: Spoken = field(default_factory=Spoken)
+    """Which protocol its last hand-off had."""
     pending_handoffs: int = 0
     """Hand-offs that a P holds for requests whose answer has not ended."""
     handoffs_elsewhere: int = 0
@@ -283,14 +280,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         _set(self, "others_requests", requests)
         _set(self, "others_tokens", tokens)
 
-    def speaks_now(self, protocol: str, takes_token_ids: bool) -> bool:
-        """Note what its last hand-off shows; return whether its protocol is another one."""
-        _set(self, "takes_token_ids", takes_token_ids)
-        if self.speaks == protocol:
-            return False
-        _set(self, "speaks", protocol)
-        return True
-
     def take(self, reservation: Reservation) -> None:
         """Count a request from now on."""
         self._load_changes()
@@ -372,10 +361,6 @@ class Endpoint(Struct, frozen=True, eq=False):
         self._load_changes()
         self.pause.begin(now, retry_after)
 
-    def ejected_because(self, reason: str) -> None:
-        """Note why requests are kept away: they fail there."""
-        _set(self, "ejected_for", reason)
-
     def started(self, started_at: float | None) -> bool:
         """Note when its process was started; return whether it is another one than before."""
         before = self.started_at
@@ -390,12 +375,12 @@ class Endpoint(Struct, frozen=True, eq=False):
             "generation": self.generation + 1,
             "in_flight": 0, "in_flight_at_scrape": 0, "tokens": 0.0, "tokens_at_scrape": 0.0,
             "elsewhere": 0, "tokens_elsewhere": 0.0, "handoffs_elsewhere": 0,
-            "speaks": "", "takes_token_ids": False,
         }  # fmt: skip
         for name, value in anew.items():
             _set(self, name, value)
         self.models.forget()
         self.pause.forget()
+        self.spoken.forget()
         self._see_others()
         return True
 

@@ -121,8 +121,7 @@ class Ends:
         out = sum(each is breaker or each.state is not BreakerState.CLOSED for each in servers.values())
         if allowed := out <= registry.policy.max_ejected_share * len(servers):
             for each in registry.ranks_of(endpoint):
-                each.ejected_because(reason)
                 registry.pairs.ejected(each)
-            breaker.open(now)
+            breaker.open(now, reason)
             registry.changes.note(By.REQUEST, endpoint)
         return allowed

@@ -343,7 +343,7 @@ class Registry:
 
     def speaks(self, endpoint: Endpoint, protocol: str, takes_token_ids: bool) -> None:
         """Record what a P's hand-off shows: its protocol, empty if its connector does not find that out."""
-        if endpoint.speaks_now(protocol, takes_token_ids):
+        if endpoint.spoken.shown(protocol, takes_token_ids):
             self.changes.note(By.REQUEST, endpoint)
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:

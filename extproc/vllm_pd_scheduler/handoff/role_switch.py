@@ -6,7 +6,7 @@ import msgspec
 
 from ..connectors import ConnectorFailed, Connectors
 from ..fleet.endpoint import Endpoint
-from ..instance_http.errors import RequestFailed
+from ..instance_http.errors import NotConnected, RequestFailed
 from ..instance_http.pool import ConnectionPool
 from ..models import InstanceRole
 
@@ -49,6 +49,8 @@ class RoleSwitch:
         limit, to = _MAX_ANSWER_BYTES, endpoint.destination
         try:
             answer = await self._pool.post(to, call.path, headers, call.body, limit=limit, timeout=TIMEOUT_S)
+        except NotConnected as error:  # it may have ended: a new one has the role of its start
+            raise NotSwitched(f"{call.path}: {error}; it was not told", True) from None
         except RequestFailed as error:
             raise NotSwitched(f"{call.path}: {error}; which role it has now is not known", False) from None
         if answer.status == 200:
@@ -62,5 +64,5 @@ class RoleSwitch:
 def _refusal(body: bytes) -> _Refusal:
     try:
         return msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _Refusal()

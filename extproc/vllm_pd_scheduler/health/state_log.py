@@ -111,5 +111,5 @@ def _place(endpoint: Endpoint) -> str:
 
 def _seen(ranks: tuple[Endpoint, ...]) -> _Seen:
     first, drained = ranks[0], all(each.drained for each in ranks)
-    speaks = next((each.speaks for each in ranks if each.speaks), "")
+    speaks = next((each.spoken.protocol for each in ranks if each.spoken.protocol), "")
     return _Seen(told_state(first), first.address, first.generation, drained, speaks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 from msgspec import Struct
@@ -20,6 +21,7 @@ PASS_S = 0.01
 MAX_STRAYS = 1000
 """In one message; more than that is lost."""
 _MAX_BYTES = 1 << 20
+_MAX_ID = 100
 _MAX_S = 1e7
 _MAX_NUMBER = 1 << 53
 
@@ -50,7 +52,12 @@ class Strays:
         self._waiting = _Message([], [])
 
     def pass_on(self, told: FailedAttempt | Result) -> None:
-        """Send what was told to all others, within ``PASS_S``."""
+        """Send what was told to all others, within ``PASS_S``.
+
+        Without the client's id of a request: that is as long as the client likes, and nobody needs it.
+        """
+        if len(told.request or "") > _MAX_ID or len(told.address) > _MAX_ID:
+            return  # no scheduler's request, and no instance
         waiting = self._waiting
         if not (waiting.attempts or waiting.results):
             asyncio.get_running_loop().call_later(PASS_S, self._flush)
@@ -59,7 +66,7 @@ class Strays:
         if isinstance(told, Result):
             waiting.results.append(told)
         else:
-            waiting.attempts.append(told)
+            waiting.attempts.append(replace(told, request_id=""))
 
     def _flush(self) -> None:
         message, self._waiting = self._waiting, _Message([], [])

@@ -22,6 +22,8 @@ LONGEST_PAUSE_S = 10.0
 """Before one is started again that ends soon after its start, each time."""
 HUNG_S = 6.0
 """A worker that gives no sign of life for so long is ended: Envoy waits half as long for it."""
+START_S = 120.0
+"""How long a worker gets for its start until its first sign of life: many times what a large fleet takes."""
 LOOK_S = 1.0
 """Seconds between two looks at that."""
 STOP_S = 5.0
@@ -52,7 +54,9 @@ class Workers:
         self._hub = Hub(self._ready, self._alive, self._has_drained)
         self._drained: set[str] = set()
         self._looks: dict[str, int] = {}
-        """For how many looks each worker has given no sign of life, since it has given the first."""
+        """For how many looks each worker has given no sign of life."""
+        self._lives: set[str] = set()
+        """Those that have given the first."""
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._starting: dict[str, bool] = {}
         """Those that do not serve yet, and whether all were told to read the configuration again since. A
@@ -63,9 +67,9 @@ class Workers:
     async def __aenter__(self) -> Workers:
         try:
             await self._hub.start(self._path)
+            self._keeping.append(asyncio.ensure_future(self._watch()))
             await self._start([0])  # it says what is wrong with the configuration, once
             await self._start(range(1, self._count))
-            self._keeping.append(asyncio.ensure_future(self._watch()))
         except BaseException:
             await self.stop()
             raise
@@ -104,7 +108,8 @@ class Workers:
         while not self._ending:
             began = clock()
             self._starting[name] = False
-            self._looks.pop(name, None)
+            self._looks[name] = 0
+            self._lives.discard(name)
             try:
                 process = self._processes[index] = await asyncio.create_subprocess_exec(
                     *self._command,
@@ -155,6 +160,7 @@ class Workers:
     def _alive(self, name: str) -> None:
         """Note a sign of a worker's life."""
         self._looks[name] = 0
+        self._lives.add(name)
 
     async def _watch(self) -> None:
         """End workers that hang: each is started again, as one that has died.
@@ -166,7 +172,8 @@ class Workers:
             for name in self._looks:
                 self._looks[name] += 1
                 process = self._processes.get(int(name.removeprefix("w")))
-                if self._looks[name] * LOOK_S > HUNG_S and process is not None:
+                limit = HUNG_S if name in self._lives else START_S
+                if self._looks[name] * LOOK_S > limit and process is not None:
                     log.error("worker %s (process %d) hangs: it is ended", name, process.pid)
                     self._looks[name] = 0
                     _send(process, signal.SIGKILL)
