@@ -198,7 +198,7 @@ class PrefillCostTest(unittest.TestCase):
         self.assertGreater(load.cost(1000, 1000), 0.45)
 
     def test_few_short_prompts_tell_what_a_long_one_takes(self) -> None:
-        """Nearly, for each model and machine: attention is part of what is known before anything is measured."""
+        """Within a factor, for each model and machine: attention is expected before it is measured."""
         for name in setups.NAMES:
             profile, fleet, load = setups.setup(name), FleetLoad(), empty()
             for _ in range(3):

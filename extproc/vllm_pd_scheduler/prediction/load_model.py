@@ -16,10 +16,9 @@ from .transfer_rates import TransferRates
 _PREFILL_PRIOR = (0.02, 1e-4, 3e-9)
 """Prefill before anything was measured: 20 ms, and 10,000 tokens/s, the order of a 70B model on 4 GPUs.
 
-Seconds for each prefill, each token and each attended pair. A pair takes a 33,000th of a token, so that
-attention is half of the work at 67,000 tokens. By models' shapes it is a 7,000th (DeepSeek-V3) to a 54,000th
-(Llama 70B). Without it, short prompts alone would say that one of 100,000 tokens takes a fifth of what it does,
-and several of them would be queued on one instance before the first is done.
+Seconds for each prefill, each token and each attended pair. A pair takes a 33,000th of a token; by models'
+shapes it is a 7,000th (DeepSeek-V3) to a 54,000th (Llama 70B). Without it short prompts alone would say that one of
+100,000 tokens takes a fifth of what it does, and several such would be queued on one instance.
 """
 _PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
 """Typical values of a prefill's features, by which the regression divides them.
