@@ -13,7 +13,7 @@ from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.fleet.ends import Ends
 from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import InstanceRole, InstanceState, MetricsSnapshot, PDInstance
+from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
 from vllm_pd_scheduler.routing.attempts import Failure
 
 
@@ -90,7 +90,7 @@ class DecodeTest(LastResortCase):
     async def test_of_equals_the_one_with_less_to_do(self) -> None:
         self.router = self.start(max_in_flight_tokens=10_000)
         for name, running in (("d0", 9.0), ("d1", 2.0), ("d2", 5.0)):
-            give(self.get(name), metrics=MetricsSnapshot(0.0, running=running), tokens=20_000.0)
+            give(self.get(name), others_requests=running, tokens=20_000.0)
         self.assertEqual(await self.decode(), ["d3", "d1", "d2", "d0"])
 
     async def test_only_with_the_key_of_the_first(self) -> None:

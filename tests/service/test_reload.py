@@ -24,6 +24,7 @@ from vllm_pd_scheduler.strategies.least_load import LeastLoad
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 OTHERS: dict[str, Any] = {
+    "preset": "low_latency",
     "revisions": {"blue": 9, "green": 1},
     "self_check_interval": 60.0,
     "strategy": "round_robin",
