@@ -1,5 +1,6 @@
 """The load model: what is queued where, and what is learned of it."""
 
+import random
 import unittest
 
 from hypothesis import given, settings
@@ -14,10 +15,17 @@ from vllm_pd_scheduler.prediction.load_model import (
     prefill_pairs,
 )
 from vllm_pd_scheduler.prediction.regression import OnlineRegression
+from vllm_pd_scheduler.sim import setups
+from vllm_pd_scheduler.sim.profile import EngineProfile
 
 
 def empty() -> PrefillLoad:
     return PrefillLoad(FleetLoad().prefill)
+
+
+def seconds(profile: EngineProfile, tokens: int) -> float:
+    """What a prompt takes of which nothing is cached, as if computed in one step."""
+    return profile.step_time(tokens, 0, 0, prefill_pairs(tokens, tokens))
 
 
 events = st.lists(
@@ -188,6 +196,32 @@ class PrefillCostTest(unittest.TestCase):
         self.assertAlmostEqual(load.cost(500, 500), 0.25, delta=0.01)
         self.assertLess(load.overhead, 0.03)  # 20 ms until then
         self.assertGreater(load.cost(1000, 1000), 0.45)
+
+    def test_few_short_prompts_tell_what_a_long_one_takes(self) -> None:
+        """Within a factor, for each model and machine: attention is expected before it is measured."""
+        for name in setups.NAMES:
+            profile, fleet, load = setups.setup(name), FleetLoad(), empty()
+            for _ in range(3):
+                load.learn(6000, 6000, seconds(profile, 6000), fleet.prefill)
+            for tokens in (30_000, 100_000):
+                with self.subTest(name, tokens=tokens):
+                    ratio = load.cost(tokens, tokens) / seconds(profile, tokens)
+                    self.assertTrue(0.6 < ratio < 1.7, ratio)
+
+    def test_one_kind_that_is_twice_as_slow_is_learned_in_a_few_prefills(self) -> None:
+        """What both kinds have in common comes from the fleet, and does not hold a kind to its mean."""
+        draw, fleet = random.Random(5), FleetLoad()
+        kinds = [(factor, PrefillLoad(fleet.prefill)) for factor in (1.0, 2.0) * 4]
+        profile = setups.setup("deepseek-v3-fp8-8xh200")
+        for _ in range(15):
+            for factor, load in kinds:
+                tokens = int(draw.lognormvariate(8.9, 1.0))
+                took = factor * seconds(profile, tokens) * draw.lognormvariate(0.0, 0.1)
+                load.learn(tokens, tokens, took, fleet.prefill)
+        for factor, load in kinds:
+            for tokens in (8000, 30_000):
+                expected = factor * seconds(profile, tokens)
+                self.assertAlmostEqual(load.cost(tokens, tokens), expected, delta=0.25 * expected)
 
     def test_trust(self) -> None:
         load = empty()
