@@ -18,7 +18,7 @@ _PREFILL_PRIOR = (0.02, 1e-4, 3e-9)
 
 Seconds for each prefill, each token and each attended pair. A pair takes a 33,000th of a token; by models'
 shapes it is a 7,000th (DeepSeek-V3) to a 54,000th (Llama 70B). Without it short prompts
-alone would say that one of 100,000 tokens takes a fifth of what it does, and several would be queued on one P.
+alone would say that one of 100,000 tokens takes a fifth of what it does, and several would queue on one P.
 """
 _PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
 """Typical values of a prefill's features, by which the regression divides them.
