@@ -329,6 +329,15 @@ class FleetLoadTest(unittest.TestCase):
         self.assertEqual(prefill.cost(2, 2), 1.0 + 2.0 * 2 + 3.0 * 2)
         self.assertEqual(decode.step(1, 1), 15.0)
 
+    def test_its_first_samples_are_compared_with_what_the_fleet_knows(self) -> None:
+        """By what it was made with, a long prompt that takes a tenth of that would count five times as long."""
+        fleet = FleetLoad()
+        prefill = PrefillLoad(fleet.prefill)
+        fleet.prefill.adopt((0.01, 2e-5, 0.0))
+        prefill.adopt(fleet.prefill)
+        prefill.learn(150_000, 150_000, 3.01, fleet.prefill)
+        self.assertAlmostEqual(prefill.cost(150_000, 150_000), 3.01, delta=0.1)
+
 
 if __name__ == "__main__":
     unittest.main()

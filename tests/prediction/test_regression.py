@@ -119,6 +119,12 @@ class OnlineRegressionTest(unittest.TestCase):
                 for found, expected, scale in zip(fit.coefficients, prior, SCALE, strict=True):
                     self.assertAlmostEqual(found * scale, expected * scale, delta=0.001)
 
+    def test_what_was_learned_elsewhere_outlives_the_first_sample(self) -> None:
+        fit = OnlineRegression(PRIOR, SCALE)
+        fit.adopt((0.01, 2e-5))
+        fit.learn((1.0, 1000.0), 0.03)
+        self.assertAlmostEqual(fit.predict((1.0, 150_000.0)), 3.01, delta=0.01)
+
     def test_of_one_size_it_still_learns_the_sum(self) -> None:
         fit = new(0.02, 1e-4)
         for _ in range(100):

@@ -258,12 +258,13 @@ class PrefillLoad(ReadOnly):
             return
         *x, seconds = self._group
         self._group[:] = [0.0, 0.0, 0.0, 0.0]
-        fleet.learn(x, seconds, _PREFILL_PRIOR)
+        fleet.learn(x, seconds)
         self.fit.learn(x, seconds, fleet.coefficients)
         self._use(self.fit.coefficients)
 
     def adopt(self, fleet: OnlineRegression) -> None:
         """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
+        self.fit.adopt(fleet.coefficients)  # its first samples are compared with these
         self._use(fleet.coefficients)
 
     def _use(self, coefficients: tuple[float, ...]) -> None:
@@ -313,12 +314,13 @@ class DecodeLoad(ReadOnly):
     def learn(self, batch: float, kv_tokens: float, seconds: float, fleet: OnlineRegression) -> None:
         """Learn from the mean seconds between two tokens while so much was running; ``fleet`` learns too."""
         x = (1.0, batch, kv_tokens)
-        fleet.learn(x, seconds, _DECODE_PRIOR)
+        fleet.learn(x, seconds)
         self.fit.learn(x, seconds, fleet.coefficients)
         self._use(self.fit.coefficients)
 
     def adopt(self, fleet: OnlineRegression) -> None:
         """Use the fleet's coefficients. For an instance of which nothing was measured yet."""
+        self.fit.adopt(fleet.coefficients)  # its first samples are compared with these
         self._use(fleet.coefficients)
 
     def _use(self, coefficients: tuple[float, ...]) -> None:
@@ -379,7 +381,7 @@ class FleetLoad:
 
     def learn_pull(self, tokens: float, seconds: float) -> None:
         """Learn from a pull of so many tokens that took ``seconds``."""
-        self.pull.learn((1.0, tokens), seconds, _PULL_PRIOR)
+        self.pull.learn((1.0, tokens), seconds)
 
     def learn_output(self, tokens: float, requests: float) -> None:
         """Learn from the tokens that were generated and the requests that ended between two scrapes.

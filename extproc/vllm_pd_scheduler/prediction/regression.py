@@ -45,11 +45,21 @@ class OnlineRegression:
       fast as anything else is learned.
     """
 
-    __slots__ = ("_coefficients", "_forget", "_moments", "_normal", "_samples", "_scale", "_usual", "_wild")
+    __slots__ = (
+        "_coefficients",
+        "_forget",
+        "_moments",
+        "_normal",
+        "_prior",
+        "_samples",
+        "_scale",
+        "_usual",
+        "_wild",
+    )
 
     def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
         size = len(prior)
-        self._coefficients = tuple(prior)
+        self._coefficients = self._prior = tuple(prior)
         self._samples = 0
         self._scale = tuple(scale)
         self._forget = forget
@@ -70,18 +80,19 @@ class OnlineRegression:
         return self._samples
 
     def adopt(self, coefficients: Sequence[float]) -> None:
-        """Use what was learned elsewhere, until the first sample."""
+        """Begin with what was learned elsewhere; does nothing after the first sample."""
         if not self._samples:
-            self._coefficients = tuple(coefficients)
+            self._coefficients = self._prior = tuple(coefficients)
 
     def predict(self, x: Sequence[float]) -> float:
         """Return the predicted ``y`` of the features ``x``."""
         return sum(c * value for c, value in zip(self._coefficients, x, strict=True))
 
-    def learn(self, x: Sequence[float], y: float, prior: Sequence[float]) -> None:
+    def learn(self, x: Sequence[float], y: float, prior: Sequence[float] | None = None) -> None:
         """Learn from a sample; ``prior`` has the coefficients to prefer where samples say nothing.
 
-        What is no number, or beyond all numbers when put together, is no sample.
+        By default those that it began with. What is no number, or beyond all numbers when put together, is no
+        sample.
         """
         expected = self.predict(x)
         scaled = [value / scale for value, scale in zip(x, self._scale, strict=True)]
@@ -105,7 +116,8 @@ class OnlineRegression:
                 row[j] = row[j] * self._forget + weight * xi * xj
             self._moments[i] = self._moments[i] * self._forget + weight * xi * y
         if self._samples <= _SOLVE_EACH_UNTIL or self._samples % _SOLVE_EVERY == 0:
-            self._coefficients = self._solve([p * scale for p, scale in zip(prior, self._scale, strict=True)])
+            preferred = self._prior if prior is None else prior
+            self._coefficients = self._solve([p * s for p, s in zip(preferred, self._scale, strict=True)])
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
         """Return the coefficients; negative ones are set to zero, one by one, the worst first."""
