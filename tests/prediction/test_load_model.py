@@ -330,7 +330,7 @@ class FleetLoadTest(unittest.TestCase):
         self.assertEqual(decode.step(1, 1), 15.0)
 
     def test_its_first_samples_are_compared_with_what_the_fleet_knows(self) -> None:
-        """By what it was made with, a long prompt that takes a tenth of that would count five times as long."""
+        """By what it was made with, a long prompt of a tenth of that would count five times as long."""
         fleet = FleetLoad()
         prefill = PrefillLoad(fleet.prefill)
         fleet.prefill.adopt((0.01, 2e-5, 0.0))
