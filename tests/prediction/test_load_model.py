@@ -223,6 +223,23 @@ class PrefillCostTest(unittest.TestCase):
                 expected = factor * seconds(profile, tokens)
                 self.assertAlmostEqual(load.cost(tokens, tokens), expected, delta=0.25 * expected)
 
+    def test_a_few_short_prompts_say_little_of_long_ones(self) -> None:
+        """What one P took for its first ones, beside others, is no reason to forget what the fleet knows."""
+        profile = setups.setup("deepseek-v3-fp8-8xh200")
+        for seed in range(10):
+            draw, fleet = random.Random(seed), FleetLoad()
+            known, new = PrefillLoad(fleet.prefill), PrefillLoad(fleet.prefill)
+            for _ in range(100):
+                tokens = int(draw.lognormvariate(8.9, 1.0))
+                known.learn(tokens, tokens, seconds(profile, tokens), fleet.prefill)
+            new.adopt(fleet.prefill)
+            for _ in range(3):
+                tokens = int(draw.uniform(1000, 3000))
+                took = seconds(profile, tokens) * draw.uniform(1.0, 1.5)
+                new.learn(tokens, tokens, took, fleet.prefill)
+            expected = seconds(profile, 100_000)
+            self.assertAlmostEqual(new.cost(100_000, 100_000), expected, delta=0.2 * expected)
+
     def test_trust(self) -> None:
         load = empty()
         for _ in range(50):

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from .read_only import ReadOnly, set_own
-from .regression import MAX_SURPRISE, OnlineRegression
+from .regression import MAX_SURPRISE, PRIOR_WEIGHT, OnlineRegression
 from .transfer_rates import TransferRates
 
 _PREFILL_PRIOR = (0.02, 1e-4, 3e-9)
@@ -26,6 +26,12 @@ _PREFILL_SCALE = (10.0, 1024.0, 1024.0 * 16384.0)
 The last two are those of 1,024 new tokens in a context of 16,384. The first feature is always 1, and dividing
 it by 10 makes it small, so that the prior holds its coefficient in place more than the others: while all
 prompts are alike, their time is put down to their tokens, not to a fixed cost.
+"""
+_HELD_TO_FLEET = (PRIOR_WEIGHT, 0.1, 0.1)
+"""Weight of the fleet's coefficients in the fit of one P.
+
+Ten times what is usual for tokens and pairs: its first prefills are short, and of prompts of 100,000 tokens
+the fleet knows more. Not for what each prefill costs: by that a slower P is known when prompts are short.
 """
 _PULL_PRIOR = (0.02, 2e-5)
 """A pull of cached tokens by P from another instance before one was measured: 20 ms, and 20 µs a token.
@@ -127,7 +133,7 @@ class PrefillLoad(ReadOnly):
     """Sums over the prefills that are still to be learned from: their number, tokens, pairs, seconds."""
 
     def __init__(self, prior: OnlineRegression) -> None:
-        set_own(self, "fit", OnlineRegression(prior.coefficients, _PREFILL_SCALE))
+        set_own(self, "fit", OnlineRegression(prior.coefficients, _PREFILL_SCALE, hold=_HELD_TO_FLEET))
         self._use(prior.coefficients)
         set_own(self, "_pending", {})
         set_own(self, "_unsent", set())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_PRIOR_WEIGHT = 0.01
-"""Weight of the prior against one sample whose features are 1.
+PRIOR_WEIGHT = 0.01
+"""Weight of the prior against one sample whose features are 1, if no other is given.
 
 A choice: small enough that a few samples override it, large enough that it decides where they say nothing,
 and that the equations always have one solution.
@@ -40,7 +40,8 @@ class OnlineRegression:
       ``1 / (1 - forget)`` samples count.
     - ``scale`` has a typical value of each feature; the features are divided by it, so that the prior weighs
       on all coefficients alike.
-    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open.
+    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open. ``hold``
+      has the weight of each.
     - No sample is believed further than ``MAX_SURPRISE`` and ``_WILD`` say, so that nonsense is forgotten as
       fast as anything else is learned.
     """
@@ -48,6 +49,7 @@ class OnlineRegression:
     __slots__ = (
         "_coefficients",
         "_forget",
+        "_hold",
         "_moments",
         "_normal",
         "_prior",
@@ -57,8 +59,15 @@ class OnlineRegression:
         "_wild",
     )
 
-    def __init__(self, prior: Sequence[float], scale: Sequence[float], forget: float = 0.98) -> None:
+    def __init__(
+        self,
+        prior: Sequence[float],
+        scale: Sequence[float],
+        forget: float = 0.98,
+        hold: Sequence[float] | None = None,
+    ) -> None:
         size = len(prior)
+        self._hold = (PRIOR_WEIGHT,) * size if hold is None else tuple(hold)
         self._coefficients = self._prior = tuple(prior)
         self._samples = 0
         self._scale = tuple(scale)
@@ -121,10 +130,10 @@ class OnlineRegression:
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
         """Return the coefficients; negative ones are set to zero, one by one, the worst first."""
-        used = list(range(len(prior)))
+        used, hold = list(range(len(prior))), self._hold
         while True:
-            matrix = [[self._normal[i][j] + (_PRIOR_WEIGHT if i == j else 0.0) for j in used] for i in used]
-            right = [self._moments[i] + _PRIOR_WEIGHT * prior[i] for i in used]
+            matrix = [[self._normal[i][j] + (hold[i] if i == j else 0.0) for j in used] for i in used]
+            right = [self._moments[i] + hold[i] * prior[i] for i in used]
             solution = dict(zip(used, _eliminate(matrix, right), strict=True))
             worst = min(solution, key=solution.__getitem__)
             if solution[worst] >= 0.0 or len(used) == 1:
