@@ -40,8 +40,8 @@ class OnlineRegression:
       ``1 / (1 - forget)`` samples count.
     - ``scale`` has a typical value of each feature; the features are divided by it, so that the prior weighs
       on all coefficients alike.
-    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open. ``hold``
-      has the weight of each.
+    - Ridge regression draws the coefficients towards ``prior``, which decides what the samples leave open.
+      ``hold`` has the weight of each.
     - No sample is believed further than ``MAX_SURPRISE`` and ``_WILD`` say, so that nonsense is forgotten as
       fast as anything else is learned.
     """
