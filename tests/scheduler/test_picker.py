@@ -4,16 +4,12 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.support.fleet import prompt
+from tests.support.scheduling import REQUEST, D, P, SchedulerCase
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
-from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
 from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import Strategy
-
-REQUEST = RequestContext("/v1/completions")
-P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
 class Recording(Strategy):
@@ -39,19 +35,7 @@ class Deepest(Strategy):
         return -request.cached.get(endpoint.holder, 0)
 
 
-class SchedulerTest(unittest.TestCase):
-    def setUp(self) -> None:
-        self.registry = Registry()
-        for number in range(3):
-            for role in PD_ROLES:
-                name = f"{role[0]}{number}"
-                endpoint = self.registry.add(PDInstance(name, role, f"10.0.0.{number}", 80))
-                self.registry.probed(endpoint, None)
-        self.scheduler = Scheduler(SchedulerConfig(strategy="round_robin"), self.registry)
-
-    def pick(self, role: InstanceRole = D, **more: Any) -> list[str]:
-        return [endpoint.id for endpoint in self.scheduler.pick(role, REQUEST, **more)]
-
+class SchedulerTest(SchedulerCase):
     def test_roles_have_turns_of_their_own(self) -> None:
         self.assertEqual(
             [self.pick(P), self.pick(D), self.pick(P), self.pick(D)], [["p0"], ["d0"], ["p1"], ["d1"]]

@@ -1,32 +1,12 @@
 """Which strategies are in use."""
 
-import unittest
-from typing import Any
-
+from tests.support.scheduling import D, P, SchedulerCase
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.fleet.registry import Registry
-from vllm_pd_scheduler.models import PD_ROLES, InstanceRole, PDInstance
-from vllm_pd_scheduler.request.context import RequestContext
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies import UnknownStrategy
 
-REQUEST = RequestContext("/v1/completions")
-P, D = InstanceRole.PREFILL, InstanceRole.DECODE
 
-
-class StrategiesInUseTest(unittest.TestCase):
-    def setUp(self) -> None:
-        self.registry = Registry()
-        for number in range(3):
-            for role in PD_ROLES:
-                name = f"{role[0]}{number}"
-                endpoint = self.registry.add(PDInstance(name, role, f"10.0.0.{number}", 80))
-                self.registry.probed(endpoint, None)
-        self.scheduler = Scheduler(SchedulerConfig(strategy="round_robin"), self.registry)
-
-    def pick(self, role: InstanceRole = D, **more: Any) -> list[str]:
-        return [endpoint.id for endpoint in self.scheduler.pick(role, REQUEST, **more)]
-
+class StrategiesInUseTest(SchedulerCase):
     def test_a_strategy_can_be_changed_while_requests_run(self) -> None:
         self.assertEqual(self.scheduler.strategies.name, "round_robin")
         self.registry.work.reserve(self.registry.get("d0"))
