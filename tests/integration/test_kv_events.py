@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ class Observed:
         async with self.client.session.post(url, json={**chat, "max_tokens": 1}) as response:
             assert response.status == 200, await response.text()
 
+    async def until_heard(self, instance_id: str) -> None:
+        """Wait until events of an engine arrive: those from before are lost, if it replays none."""
+        numbers = count(1000)
+
+        async def heard() -> bool:
+            await self.ask_past_us(instance_id, other(next(numbers)))
+            _, text = await self.client.admin("GET", "/metrics")
+            return f'kv_event_batches_total{{endpoint="{instance_id}",outcome="read"}}' in text
+
+        await until(heard)
+
     def cached(self, instance_id: str, chat: dict[str, Any] = CHAT) -> int:
         """Return how many blocks of a prompt are taken for cached."""
         return cached_blocks(self.app.router, instance_id, chat)
@@ -78,6 +90,7 @@ async def observed(tmp_path: Path) -> AsyncIterator[Observed]:
             found = Observed(app, Client(session, stack, fleet), fleet)
             await found.client.until_known()
             await found.client.until_split()
+            await found.until_heard("decode-0")
             yield found
 
 

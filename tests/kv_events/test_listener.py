@@ -140,6 +140,17 @@ def test_what_was_before_and_what_was_lost(listener: Listener, heard: Heard, pub
     assert not found.lost
 
 
+def test_a_replay_that_does_not_come_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, listener: Listener, heard: Heard, publisher: Publisher
+) -> None:
+    """Also if nothing more is heard of the publisher: what it has told since is taken in."""
+    monkeypatch.setattr("vllm_pd_scheduler.kv_events.listener.REPLAY_S", 0.05)
+    listener.follow("p0", *publisher.addresses)
+    publisher.until_followed()
+    publisher.publish(1, stored())
+    assert heard.until(lambda news: news.changes).changes == [CAME]
+
+
 def test_nonsense_is_counted_and_does_no_harm(listener: Listener, heard: Heard, publisher: Publisher) -> None:
     listener.follow("p0", publisher.addresses[0], None)
     publisher.until_followed()

@@ -29,6 +29,9 @@ MAX_TOKENS = 1 << 20
 _END = (1 << 64) - 1
 """-1 as the eight bytes of a number: the end of a replay."""
 
+_Batch = tuple[bool, bytes | None]
+"""A batch, and whether the publisher is another process from it on."""
+
 _read_ids = msgspec.json.Decoder(list[int]).decode
 
 
@@ -118,7 +121,7 @@ class Listener:
     def _hear(self) -> None:
         poller, waiting = zmq.Poller(), {}
         for name, publisher in self._publishers.items():
-            publisher.look_at_replay()
+            self._take(name, publisher, publisher.look_at_replay())
             for socket in publisher.sockets:
                 poller.register(socket, zmq.POLLIN)
                 waiting[socket] = name
@@ -126,11 +129,13 @@ class Listener:
             time.sleep(POLL_MS / 1e3)
             return
         for socket, _ in poller.poll(POLL_MS):
-            self._read(waiting[socket], socket)
+            name = waiting[socket]
+            publisher = self._publishers[name]
+            self._take(name, publisher, publisher.read(socket))
 
-    def _read(self, name: str, socket: zmq.Socket[bytes]) -> None:
-        publisher, before = self._publishers[name], self._publishers[name].order.lost
-        for restarted, batch in publisher.read(socket):
+    def _take(self, name: str, publisher: _Publisher, batches: list[_Batch]) -> None:
+        """Take in the batches of a publisher that are next."""
+        for restarted, batch in batches:
             if restarted:
                 publisher.blocks.clear()
                 self._news.changes.append((name, [None]))
@@ -145,7 +150,7 @@ class Listener:
                 continue
             if changes:
                 self._news.changes.append((name, changes))
-        if lost := publisher.order.lost - before:
+        if lost := publisher.newly_lost():
             self._news.lost[name] += lost
 
     def _leave(self, name: str) -> None:
@@ -176,6 +181,7 @@ class _Publisher:
         self._live.setsockopt_string(zmq.SUBSCRIBE, topic)
         self._replay = None if replay is None else _connected(context, zmq.DEALER, replay)
         self._asked_at: float | None = None
+        self._lost = 0
         self._said = False
         self.order.began()
 
@@ -183,17 +189,21 @@ class _Publisher:
     def sockets(self) -> list[zmq.Socket[bytes]]:
         return [each for each in (self._live, self._replay) if each is not None]
 
-    def look_at_replay(self) -> None:
-        """Ask for what was lost, once; a replay that does not come is waited for no longer."""
+    def look_at_replay(self) -> list[_Batch]:
+        """Ask for what was lost, once; return what waits for a replay that has not come in time."""
         if self._replay is None:
-            return
+            return []
         if self._asked_at is None and self.order.asks_from is not None:
             self._replay.send_multipart([b"", self.order.asks_from.to_bytes(8, "big")])
             self._asked_at = time.monotonic()
             self.order.asks_from = None
+        if self._asked_at is None or time.monotonic() - self._asked_at <= REPLAY_S:
+            return []
+        self._asked_at = None
+        return [(False, batch) for batch in self.order.given_up()]
 
-    def read(self, socket: zmq.Socket[bytes]) -> list[tuple[bool, bytes | None]]:
-        """Return the batches that are next, each with whether the publisher is another process from it on."""
+    def read(self, socket: zmq.Socket[bytes]) -> list[_Batch]:
+        """Return the batches that are next."""
         frames = socket.recv_multipart()
         found: list[bytes] = []
         restarted = False
@@ -206,11 +216,14 @@ class _Publisher:
                 self._asked_at = None
         else:
             restarted, found = self.order.live(number, frames[-1])
-        if self._asked_at is not None and time.monotonic() - self._asked_at > REPLAY_S:
-            self._asked_at = None
-            found += self.order.given_up()
-        begun: list[tuple[bool, bytes | None]] = [(True, None)] if restarted else []
+        begun: list[_Batch] = [(True, None)] if restarted else []
         return begun + [(False, batch) for batch in found]
+
+    def newly_lost(self) -> int:
+        """Return how many batches were lost since this was asked last."""
+        lost = self.order.lost - self._lost
+        self._lost = self.order.lost
+        return lost
 
     def complain(self, name: str, problem: str) -> None:
         """Say once that a publisher sends what cannot be read."""
