@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from tests.support.routing import BODY, Case, P, answer, decode_body
 from vllm_pd_scheduler.connectors import Handoff, Legs, Peer, Question, Settings
 from vllm_pd_scheduler.connectors.ascend_layerwise import AscendLayerwiseConnector
@@ -385,7 +387,8 @@ class OwnConnectorTest(AskedCase):
     async def test_an_invitation_pins_nothing_at_p(self) -> None:
         """P has nothing yet, whatever is said of it: nothing is freed, and nothing counted twice."""
         made = AscendLayerwiseConnector.invitation
-        self.odd["invitation"] = lambda *args: replace(made(AscendLayerwiseConnector(), *args), pinned=True)
+        again = msgspec.structs.replace
+        self.odd["invitation"] = lambda *args: again(made(AscendLayerwiseConnector(), *args), pinned=True)
         for asks in (True, False):
             forward = await self.begun()
             if asks:
@@ -420,7 +423,7 @@ class OwnConnectorTest(AskedCase):
         forward = await self.begun()
         (kept,) = self.first._expected.values()
         peers = [Peer(name, "10.0.0.1", 8000, Settings()) for name in ("p1", "p2")]
-        kept.later = replace(kept.later, attempt=kept.later.attempt.pulling_from(peers[0]))
+        kept.later = msgspec.structs.replace(kept.later, attempt=kept.later.attempt.pulling_from(peers[0]))
         seen: list[Peer | None] = []
 
         def body(_: Any, legs: Legs) -> bytes:

@@ -46,6 +46,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     block_tokens: float = 0.0
     fingerprint: int = 0
     """By which the same prompt is known again, in this process; 0 if it has none."""
+    answer_limit: int | None = None
+    """Tokens that the client allows the answer; ``None`` without a limit."""
     stream: bool = False
     """Whether the client wants its answer as a stream of events."""
     priority: int = 0
@@ -106,6 +108,15 @@ class RequestContext(Struct, frozen=True, eq=False):
         found = self.match.among([endpoint.holder for endpoint in offered])
         force_setattr(self, "_known", (*self._known[-1:], (offered, found)))
         return found
+
+    def asks(self, *, priority: int, tenant: str, ttft_slo: float | None, tpot_slo: float | None) -> None:
+        """Set what its client asks for; ``None`` leaves a limit as it is configured."""
+        force_setattr(self, "priority", priority)
+        force_setattr(self, "tenant", tenant)
+        if ttft_slo is not None:
+            force_setattr(self, "ttft_slo", ttft_slo)
+        if tpot_slo is not None:
+            force_setattr(self, "tpot_slo", tpot_slo)
 
     def limited_to(self, subset: frozenset[str] | None) -> None:
         """Set to which D it may go; ``None``: to all."""
