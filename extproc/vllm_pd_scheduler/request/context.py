@@ -152,6 +152,8 @@ class RequestContext(Struct, frozen=True, eq=False):
 
     def cached_blocks(self, holder: Holder) -> int:
         """Return the leading blocks that are taken for cached at one holder, whichever it is."""
+        if not self.blocks:
+            return 0
         found = None if self._cached is None else self._cached.get(holder)
         return self.match.get(holder, 0) if found is None else found
 
@@ -160,5 +162,7 @@ class RequestContext(Struct, frozen=True, eq=False):
 
         Where the turn before was answered, its answer is taken for a part of the prompt, and for cached.
         """
+        if not self.blocks:
+            return max(1.0, self.prompt_tokens)
         cached = holder.with_answer(self.blocks, self.cached_blocks(holder))
         return max(1.0, self.prompt_tokens - trust * cached * self.block_tokens)

@@ -316,7 +316,7 @@ class PrefillStage:
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
             noted.source, noted.pulled = reservation.source.id, reservation.pulled
-        return PrefillTry(reservation, context, tried, noted)
+        return PrefillTry(endpoint, reservation, context, tried, noted)
 
     def _end(self, one: PrefillTry) -> None:
         self.ends.over(one)

@@ -109,7 +109,7 @@ class PrefillEnds:
         return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
 
     def _handed_over(self, one: PrefillTry, attempt: Attempt, answer: PrefillAnswer) -> Outcome | None:
-        endpoint, context, tried = one.reservation.endpoint, one.context, one.tried
+        endpoint, context, tried = one.endpoint, one.context, one.tried
         try:
             handoff = attempt.handoff(answer.body)
         except ConnectorFailed:

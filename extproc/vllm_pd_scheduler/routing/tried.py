@@ -22,17 +22,14 @@ RESERVED = "reserved"
 class PrefillTry(Struct, eq=False):
     """One attempt to have a request prefilled: where, and what is noted of it."""
 
+    endpoint: Endpoint
+    """The P."""
     reservation: Reservation
     context: RequestContext
     tried: Tried
     noted: NotedAttempt
     sent_at: float = 0.0
     """When it was sent, in monotonic seconds."""
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """The P."""
-        return self.reservation.endpoint
 
 
 class Ready(Struct, frozen=True, gc=False):

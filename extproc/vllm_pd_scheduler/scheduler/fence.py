@@ -36,15 +36,12 @@ class StrategyFence:
         self.strategy = strategy
         self._has_terms = type(strategy).terms is not Strategy.terms
         self._failed = failed
+        self.reads_prefixes = self._ask(lambda: bool(self.strategy.reads_prefixes), False)
+        """See :attr:`Strategy.reads_prefixes`; ``False`` if it fails."""
 
     def seed(self, seed: int) -> None:
         """Make its choices at random repeatable."""
         self._ask(lambda: self.strategy.random.seed(seed), None)
-
-    @property
-    def reads_prefixes(self) -> bool:
-        """See :attr:`Strategy.reads_prefixes`; ``False`` if it fails."""
-        return self._ask(lambda: bool(self.strategy.reads_prefixes), False)
 
     def accepts_sample(self, request: RequestContext) -> bool:
         """See :meth:`Strategy.accepts_sample`; ``False`` if it fails."""
@@ -55,7 +52,11 @@ class StrategyFence:
 
         The result is empty if the strategy returns only endpoints that are excluded.
         """
-        return self._ask(lambda: self._rank(offer, request, count), None)
+        try:
+            return self._rank(offer, request, count)
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return None
 
     def _rank(self, offer: Offer, request: RequestContext, count: int) -> list[Endpoint]:
         self.strategy.last_scores = None

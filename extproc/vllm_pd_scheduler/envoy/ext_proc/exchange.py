@@ -376,8 +376,8 @@ class Exchange:
         task = self._task
         if task is not None and not task.done() and task is not asyncio.current_task():
             task.cancel()  # also one that has not begun
-        self._stop_timer()
         if self._watch is not None:
+            self._stop_timer()
             told = self._call.is_connected and (self._tells_answers or self._stream.complete)
             self._watch.ended(self._stream.complete, told, self._stream.answer_streamed, self._router.clock())
         if not self._running:
