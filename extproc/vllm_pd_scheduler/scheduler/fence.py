@@ -36,12 +36,19 @@ class StrategyFence:
         self.strategy = strategy
         self._has_terms = type(strategy).terms is not Strategy.terms
         self._failed = failed
-        self.reads_prefixes = self._ask(lambda: bool(self.strategy.reads_prefixes), False)
-        """See :attr:`Strategy.reads_prefixes`; ``False`` if it fails."""
 
     def seed(self, seed: int) -> None:
         """Make its choices at random repeatable."""
         self._ask(lambda: self.strategy.random.seed(seed), None)
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """See :attr:`Strategy.reads_prefixes`; ``False`` if it fails."""
+        try:
+            return bool(self.strategy.reads_prefixes)
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return False
 
     def accepts_sample(self, request: RequestContext) -> bool:
         """See :meth:`Strategy.accepts_sample`; ``False`` if it fails."""
