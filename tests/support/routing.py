@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.connectors import Attempt, Connector, NixlConnector
+from vllm_pd_scheduler.connectors import Attempt, Connector, NixlConnector, Question
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -75,6 +75,24 @@ def decode_body(forward: Forward, body: Mapping[str, Any] = BODY) -> Any:
     return json.loads(raw if forward.splice is None else forward.splice.into(raw))
 
 
+class Ask:
+    """Answers questions as it is told, instance by instance."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, Exception] = {}
+        self.asked: list[tuple[str, Question]] = []
+        self.forgotten: list[str] = []
+
+    async def __call__(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
+        self.asked.append((endpoint.id, question))
+        if endpoint.id in self.failures:
+            raise self.failures[endpoint.id]
+        return ((0, f"engine of {endpoint.id}"),)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        self.forgotten.append(endpoint.id)
+
+
 class Case(unittest.IsolatedAsyncioTestCase):
     CONFIG: Mapping[str, Any] = {}
     KEYS: Mapping[str, str] = {}
@@ -88,7 +106,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
             config,
             prefill_leg=self.leg,
             connector=self.CONNECTOR(),
-            clock=lambda: time.monotonic() + self.ahead,
+            clock=self.clock,
             later=self.later,
         )
         for role, name, host in ((P, "p", "10.0.0.1"), (D, "d", "10.0.0.2")):
@@ -97,6 +115,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
                 self.router.register_instance(PDInstance(one, role, host, 8000 + number, self.KEYS.get(one)))
         for endpoint in self.router.registry:
             self.router.registry.probed(endpoint, None)
+
+    def clock(self) -> float:
+        return time.monotonic() + self.ahead
 
     def later(self, delay: float, call: Callable[[], None]) -> object:
         return in_this_loop(delay, call)

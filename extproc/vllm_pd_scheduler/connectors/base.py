@@ -59,10 +59,13 @@ class Peer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Question(msgspec.Struct, frozen=True, gc=False):
-    """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it."""
+    """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it.
+
+    Without a ``path`` it is only to take the connection: its answer is empty then.
+    """
 
     port: int
-    path: str
+    path: str | None
 
 
 class Abort(msgspec.Struct, frozen=True, gc=False):
