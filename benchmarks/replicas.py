@@ -150,7 +150,7 @@ def scheduler(
         body = b'{"model": "fake-model", "prompt": "Hello", "max_tokens": 1}'
         _until(partial(_answers, port, "/v1/completions", body), process, log)
         if others:
-            play_them = [*_python(_ROOT), "-m", "benchmarks.replicas", f"--play={path}"]
+            play_them = [*_python(clone), "-m", "benchmarks.replicas", f"--play={path}"]
             play_them += [f"--others={others}", f"--rate={rate}"]
             stack.enter_context(_process(play_them, folder / f"{port}-others.log"))
             _until(partial(_hears, admin_port, others), process, folder / f"{port}-others.log")

@@ -1,10 +1,10 @@
 """Mooncake: the bodies of both legs, what P's bootstrap server says, and whom a request goes to."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from vllm_pd_scheduler.connectors import Legs, MooncakeConnector, Peer, settings_of
 from vllm_pd_scheduler.models import ConnectorChoice

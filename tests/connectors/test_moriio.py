@@ -1,10 +1,10 @@
 """MoRI-IO: bodies of both legs, with and without a D that is known before, and whose hand-off it is."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from vllm_pd_scheduler.connectors import Legs, MoriioConnector, Order, Peer, settings_of
 from vllm_pd_scheduler.models import ConnectorChoice

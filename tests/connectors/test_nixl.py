@@ -2,12 +2,12 @@
 
 import json
 import unittest
-from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import Handoff, NixlConnector

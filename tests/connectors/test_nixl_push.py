@@ -2,10 +2,10 @@
 
 import json
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.connectors.test_nixl import ANSWER, PARAMS, TEXT, body
 from tests.support.connectors import LEGS

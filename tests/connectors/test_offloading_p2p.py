@@ -1,10 +1,10 @@
 """The P2P tier of vLLM's OffloadingConnector: bodies of both legs, and from where P pulls."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.connectors import attempt
 from vllm_pd_scheduler.connectors import (

@@ -1,10 +1,10 @@
 """SGLang: the room that both legs get, what can be split, and what P's answer tells."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.connectors import LEGS
 from vllm_pd_scheduler.connectors import Handoff, Order, Question, SglangConnector

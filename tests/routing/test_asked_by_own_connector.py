@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from tests.support.asked import AskedCase
 from vllm_pd_scheduler.connectors import Handoff, Legs, Peer, Question, Settings

@@ -49,4 +49,5 @@ class BodyAllocation:
 
     def release(self) -> None:
         """Give all bytes back. Further calls do nothing."""
-        self.resize(0)
+        if self.size:
+            self.resize(0)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
+from msgspec import Struct
+
 from ..fleet.reservation import Reservation
 from ..models import InstanceRole
 from ..records.decision import Choice
@@ -43,8 +45,7 @@ Outcome = Reservation | Reject | None
 """How a ticket ended: served, refused, or no endpoint can serve (``None``)."""
 
 
-@dataclass(slots=True, eq=False)
-class Ticket:
+class Ticket(Struct, eq=False):
     """A request that asks for an endpoint of one role.
 
     The dispatcher calls :meth:`settle` exactly once. ``outcome`` has no meaning before that.

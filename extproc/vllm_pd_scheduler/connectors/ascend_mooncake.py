@@ -6,10 +6,10 @@ P answers where the blocks are and how it is divided, and D pulls them. Source:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from .base import Handoff, Legs, Settings
 from .nixl import NixlConnector

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..request.body import JsonBody
 from .base import Abort, Handoff, Legs, Order, Peer, Question, Splice
 from .fence import ConnectorFailed, ConnectorFence
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Struct, frozen=True, gc=False):
     """A connector's words for one attempt; each call raises :exc:`.fence.ConnectorFailed` as the fence's."""
 
     connector: ConnectorFence

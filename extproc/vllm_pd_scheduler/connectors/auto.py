@@ -9,7 +9,8 @@ has no connector at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..request.body import JsonBody
 from .ascend_mooncake import AscendMooncakeConnector, AscendMooncakeSettings

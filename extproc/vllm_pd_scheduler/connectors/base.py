@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -39,8 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is configured of an instance for its connector. A connector with settings has a subclass."""
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True, gc=False):
     """An instance as its connector sees it."""
 
     id: str
@@ -60,8 +58,7 @@ class Peer:
     """How many of them there are, as configured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True, gc=False):
     """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it.
 
     Without a ``path`` it is only to take the connection: its answer is empty then.
@@ -71,24 +68,21 @@ class Question:
     path: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(msgspec.Struct, frozen=True, gc=False):
     """What ends one leg of an attempt, by HTTP (POST), at the instance that has it."""
 
     path: str
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(msgspec.Struct, frozen=True, gc=False):
     """What gives an idle engine another role, by HTTP (POST)."""
 
     path: str
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Legs:
+class Legs(msgspec.Struct, frozen=True, gc=False):
     """One attempt to split a request."""
 
     id: str
@@ -105,8 +99,7 @@ class Legs:
     """Whether P is to tell the token ids of the prompt, so that D need not find them again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Handoff:
+class Handoff(msgspec.Struct, frozen=True, gc=False):
     """A prompt's KV cache on P, and how D fetches it.
 
     It is for one decode request only. P frees the blocks when they were fetched or when its lease ends, so
@@ -133,7 +126,7 @@ class Handoff:
     pinned: bool = True
     """Whether P keeps the blocks for it, so that it must be used or freed: by
     :meth:`Connector.release_body`, or by the end of its lease."""
-    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
+    headers: Mapping[str, str] = NO_HEADERS
     """Those of the decode request, and of the one that frees it, that belong to it; lower-case names."""
     release_path: str = "/v1/completions"
     """Path of the request to D that makes P free it (:meth:`Connector.release_body`)."""
@@ -147,8 +140,7 @@ class Handoff:
     """The protocol that P's answer shows, of a connector that reads that from it: a connector's name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Splice:
+class Splice(msgspec.Struct, frozen=True, gc=False):
     """How D's request differs from the client's: from offset ``at`` of the body on, it is ``text``.
 
     The body itself need not be sent to Envoy, which has it. Another D, which gets no hand-off, gets the

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,100 +86,101 @@ class ConnectorFence:
         """See :attr:`Connector.can_pull`; ``False`` if it fails."""
 
     def _says(self, name: str) -> bool:
-        with suppress(ConnectorFailed):
-            return self._ask(name, lambda: bool(getattr(self._connector, name, False)))
-        return False
+        try:
+            return bool(getattr(self._connector, name, False))
+        except Exception as error:  # someone else's code, which may raise anything
+            self.failures.add(self._name, name, self._connector, error)
+            return False
 
     def can_split(self, body: JsonBody) -> bool:
         """See :meth:`Connector.can_split`; ``False`` if it fails."""
-        with suppress(ConnectorFailed):
-            return self._ask("can_split", lambda: bool(self._connector.can_split(body)))
-        return False
+        try:
+            return self._ask("can_split", bool, body)
+        except ConnectorFailed:
+            return False
 
     def order(self, prefill: Peer) -> Order:
         """See :meth:`Connector.order`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("order", lambda: Order(self._connector.order(prefill)))
+        return self._ask("order", _checked_order, prefill)
 
     def question(self, prefill: Peer) -> Question | None:
         """See :meth:`Connector.question`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("question", lambda: _checked_question(self._connector.question(prefill)))
+        return self._ask("question", _checked_question, prefill)
 
     def understood(self, answer: bytes, prefill: Peer) -> Any | None:
         """See :meth:`Connector.understood`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("understood", lambda: self._connector.understood(answer, prefill))
+        return self._ask("understood", _as_it_is, answer, prefill)
 
     def names_rank(self, legs: Legs) -> bool:
         """See :meth:`Connector.names_rank`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("names_rank", lambda: bool(self._connector.names_rank(legs)))
+        return self._ask("names_rank", bool, legs)
 
     def invitation(self, legs: Legs, url: str) -> Handoff:
         """See :meth:`Connector.invitation`; raise :exc:`ConnectorFailed` if it fails."""
-
-        def ask() -> Handoff:
-            found = _checked_handoff(self._connector.invitation(legs, url))
-            if found is None:
-                raise TypeError("it returned None in place of a Handoff")
-            return found
-
-        return self._ask("invitation", ask)
+        return self._ask("invitation", _checked_invitation, legs, url)
 
     def asked(self, call: bytes, legs: Legs) -> Any | None:
         """See :meth:`Connector.asked`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("asked", lambda: self._connector.asked(call, legs))
+        return self._ask("asked", _as_it_is, call, legs)
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes | None:
         """See :meth:`Connector.prefill_body`; raise :exc:`ConnectorFailed` if it fails."""
-
-        def ask() -> bytes | None:
-            return _checked_prefill(self._connector.prefill_body(body, legs), body)
-
-        return self._ask("prefill_body", ask)
+        return self._ask("prefill_body", partial(_checked_prefill, body), body, legs)
 
     def prefill_headers(self, legs: Legs) -> Mapping[str, str]:
         """See :meth:`Connector.prefill_headers`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("prefill_headers", lambda: _checked_headers(self._connector.prefill_headers(legs)))
+        return self._ask("prefill_headers", _checked_headers, legs)
 
     def handoff(self, answer: bytes, legs: Legs) -> Handoff | None:
         """See :meth:`Connector.handoff`; raise :exc:`ConnectorFailed` if it fails.
 
         That is not ``None``, which says that P has failed.
         """
-        return self._ask("handoff", lambda: _checked_handoff(self._connector.handoff(answer, legs)))
+        return self._ask("handoff", _checked_handoff, answer, legs)
 
     def promised(self, legs: Legs) -> Handoff | None:
         """See :meth:`Connector.promised`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("promised", lambda: _checked_handoff(self._connector.promised(legs)))
+        return self._ask("promised", _checked_handoff, legs)
 
     def abort(self, legs: Legs) -> Abort | None:
         """See :meth:`Connector.abort`; ``None`` if it fails."""
         with suppress(ConnectorFailed):
-            return self._ask("abort", lambda: _checked_call(self._connector.abort(legs), Abort))
+            return self._ask("abort", partial(_checked_call, Abort), legs)
         return None
 
     def switch(self, role: InstanceRole) -> Switch | None:
         """See :meth:`Connector.switch`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("switch", lambda: _checked_call(self._connector.switch(role), Switch))
+        return self._ask("switch", partial(_checked_call, Switch), role)
 
     def ended(self, answer: bytes) -> bool:
         """See :meth:`Connector.ended`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("ended", lambda: bool(self._connector.ended(answer)))
+        return self._ask("ended", bool, answer)
 
     def splice(self, body: JsonBody, handoff: Handoff) -> Splice | None:
         """See :meth:`Connector.splice`; raise :exc:`ConnectorFailed` if it fails."""
-        return self._ask("splice", lambda: _checked_splice(self._connector.splice(body, handoff), body))
+        return self._ask("splice", partial(_checked_splice, body), body, handoff)
 
     def release_body(self, handoff: Handoff, model: str | None) -> bytes | None:
         """See :meth:`Connector.release_body`; ``None`` if it fails: the hand-off is left to its lease."""
         with suppress(ConnectorFailed):
-            return self._ask("release_body", lambda: _checked_release(self._connector, handoff, model))
+            return self._ask("release_body", _checked_release, handoff, model)
         return None
 
-    def _ask(self, call: str, ask: Callable[[], T]) -> T:
+    def _ask(self, call: str, checked: Callable[[Any], T], *given: object) -> T:
+        """Return what the connector answers to a call, as ``checked`` returns it."""
         try:
-            return ask()
+            return checked(getattr(self._connector, call)(*given))
         except Exception as error:  # someone else's code, which may raise anything
             self.failures.add(self._name, call, self._connector, error)
             raise ConnectorFailed(call) from None
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def _checked_order(order: Any) -> Order:
+    return order if type(order) is Order else Order(order)
 
 
 def _checked_question(question: Any) -> Question | None:
@@ -193,7 +195,7 @@ def _checked_question(question: Any) -> Question | None:
     return question
 
 
-def _checked_call(call: Any, kind: type[Call]) -> Call | None:
+def _checked_call(kind: type[Call], call: Any) -> Call | None:
     if call is None:
         return None
     if not isinstance(call, kind):
@@ -214,7 +216,7 @@ def _checked_body(body: Any, what: str = "") -> bytes:
     raise TypeError(f"it returned {found} in place of bytes that are not empty")
 
 
-def _checked_prefill(made: Any, body: JsonBody) -> bytes | None:
+def _checked_prefill(body: JsonBody, made: Any) -> bytes | None:
     if made is None:
         return None
     checked = _checked_body(made)
@@ -223,8 +225,7 @@ def _checked_prefill(made: Any, body: JsonBody) -> bytes | None:
     return checked
 
 
-def _checked_release(connector: Any, handoff: Handoff, model: str | None) -> bytes | None:
-    body = connector.release_body(handoff, model)
+def _checked_release(body: Any) -> bytes | None:
     if body is None:
         return None
     checked = _checked_body(body)
@@ -232,14 +233,22 @@ def _checked_release(connector: Any, handoff: Handoff, model: str | None) -> byt
     return checked
 
 
+def _checked_invitation(handoff: Any) -> Handoff:
+    found = _checked_handoff(handoff)
+    if found is None:
+        raise TypeError("it returned None in place of a Handoff")
+    return found
+
+
 def _checked_handoff(handoff: Any) -> Handoff | None:
     if handoff is None:
         return None
     if not isinstance(handoff, Handoff):
         raise TypeError(f"it returned {type(handoff).__name__} in place of a Handoff")
-    for what, text in (("params", handoff.params), ("token_ids", handoff.token_ids)):
-        if text != b"":
-            _checked_body(text, f"Handoff.{what}")
+    if handoff.params != b"":
+        _checked_body(handoff.params, "Handoff.params")
+    if handoff.token_ids != b"":
+        _checked_body(handoff.token_ids, "Handoff.token_ids")
     _checked_headers(handoff.headers)
     lease = handoff.lease
     if lease is not None and not (isinstance(lease, int | float) and lease > 0):
@@ -266,7 +275,7 @@ def _checked_headers(given: Any) -> Mapping[str, str]:
     return headers
 
 
-def _checked_splice(splice: Any, body: JsonBody) -> Splice | None:
+def _checked_splice(body: JsonBody, splice: Any) -> Splice | None:
     if splice is None:
         return None
     if not isinstance(splice, Splice):

@@ -53,12 +53,15 @@ class Connectors:
         self._given = None if given is None else ConnectorFence(given, self.failures)
         self._given_settings = None if given is None else given.settings_type()
         self._fences: dict[str, ConnectorFence] = {}
-        self._settings: dict[ConnectorChoice, Settings] = {}
+        self._known: dict[ConnectorChoice | None, tuple[ConnectorFence, Settings]] = {}
+        """Of instances that name a connector, or none, as the fleet's is now."""
         self._run = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._of_prefill: tuple[ConnectorFence, ...] = (self.of(None),)
         self.some_need_prefill = self.of(None).needs_prefill
         """Whether some D serve nothing but what a P prefills."""
+        self.some_can_pull = self.of(None).can_pull
+        """Whether there may be P that can pull what others have cached."""
 
     def prepare(self, instances: Iterable[PDInstance]) -> None:
         """Make what instances that are about to come need, and what the fleet does.
@@ -74,10 +77,12 @@ class Connectors:
 
     def used_by(self, prefill: Iterable[PDInstance], decode: Iterable[PDInstance] = ()) -> None:
         """Take which P and D there are: only the connectors of P are asked whether a request can be split."""
+        self._known.clear()
         if self._given is None:
             of_prefill, of_decode = self._choices(prefill), self._choices(decode)
             self._of_prefill = tuple({self._fence(choice): None for choice in of_prefill})
             self.some_need_prefill = any(self._fence(choice).needs_prefill for choice in of_decode)
+            self.some_can_pull = any(fence.can_pull for fence in self._of_prefill)
 
     def _choices(self, instances: Iterable[PDInstance]) -> set[ConnectorChoice]:
         own = {each.connector for each in instances}
@@ -85,9 +90,17 @@ class Connectors:
 
     def of(self, instance: PDInstance | None) -> ConnectorFence:
         """Return an instance's connector, or that of the fleet."""
-        if self._given is not None:
-            return self._given
-        return self._fence((instance and instance.connector) or self._of_the_fleet())
+        return self._with_settings(None if instance is None else instance.connector)[0]
+
+    def _with_settings(self, own: ConnectorChoice | None) -> tuple[ConnectorFence, Settings]:
+        """Return the connector of instances that name their ``own``, or none, and its settings."""
+        found = self._known.get(own)
+        if found is None:
+            choice = own or self._of_the_fleet()
+            fence = self._fence(choice) if self._given is None else self._given
+            settings = settings_of(choice) if self._given_settings is None else self._given_settings
+            found = self._known[own] = fence, settings
+        return found
 
     def _fence(self, choice: ConnectorChoice) -> ConnectorFence:
         fence = self._fences.get(choice.name)
@@ -104,35 +117,24 @@ class Connectors:
         """Whether an instance can pull what others of its kind have cached, and they from it."""
         return self.of(instance).can_pull
 
-    @property
-    def some_can_pull(self) -> bool:
-        """Whether there may be such instances."""
-        return any(fence.can_pull for fence in self._of_prefill)
-
     def attempt(self, prefill: Reached, *, token_ids: bool = False) -> Attempt:
         """Return a new attempt to split a request, with the P that was chosen.
 
         ``token_ids`` says whether D is to get those of the prompt, if it takes them.
         """
-        takes = prefill.spoken.takes_token_ids
-        peer = self._peer(prefill, prefill.spoken.protocol, takes)
-        legs = Legs(f"{self._run}-{next(self._numbers)}", peer, token_ids=token_ids and takes)
-        return Attempt(self.of(prefill.instance), legs)
+        instance, spoken = prefill.instance, prefill.spoken
+        fence, settings = self._with_settings(instance.connector)
+        takes = spoken.takes_token_ids
+        peer = _peer(prefill, settings, spoken.protocol, takes)
+        number = f"{self._run}-{next(self._numbers)}"
+        return Attempt(fence, Legs(number, peer, token_ids=token_ids and takes))
 
     def peer(self, at: Reached) -> Peer:
         """Return an instance, or a rank of it, as its connector sees it."""
-        return self._peer(at, "", False)
+        return _peer(at, self._with_settings(at.instance.connector)[1])
 
-    def _peer(self, at: Reached, speaks: str, takes_token_ids: bool) -> Peer:
-        instance = at.instance
-        settings = self._settings_of(instance.connector or self._of_the_fleet())
-        where = instance.instance_id, at.host, instance.port
-        return Peer(*where, settings, speaks, takes_token_ids, at.rank, instance.data_parallel_size)
 
-    def _settings_of(self, choice: ConnectorChoice) -> Settings:
-        if self._given_settings is not None:
-            return self._given_settings
-        found = self._settings.get(choice)
-        if found is None:
-            found = self._settings[choice] = settings_of(choice)
-        return found
+def _peer(at: Reached, settings: Settings, speaks: str = "", takes_token_ids: bool = False) -> Peer:
+    instance = at.instance
+    where = instance.instance_id, at.host, instance.port
+    return Peer(*where, settings, speaks, takes_token_ids, at.rank, instance.data_parallel_size)

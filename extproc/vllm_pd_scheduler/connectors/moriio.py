@@ -61,6 +61,7 @@ class _TransferParams(msgspec.Struct):
     remote_dp_size: _Size = 1
     remote_dp_size_local: _Rank = 0
     tp_size: _Size = 1
+    remote_prefill_cached_tokens: msgspec.Raw = msgspec.Raw()
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
@@ -128,9 +129,8 @@ class MoriioConnector(Connector):
         if not (own and params.remote_block_ids) or is_deeper(text, _MAX_PARAMS_DEPTH):
             return None
         lease = legs.prefill.settings.lease
-        return Handoff(
-            text, *counted_with(decoded.usage, decoded.kv_transfer_params), lease=lease, headers=_own_id(legs)
-        )
+        counts = counted_with(decoded.usage, params.remote_prefill_cached_tokens)
+        return Handoff(text, *counts, lease=lease, headers=_own_id(legs))
 
     def ended(self, answer: bytes) -> bool:
         """Whether the one token was a stop after all: P has kept nothing."""

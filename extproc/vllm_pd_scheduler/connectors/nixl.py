@@ -58,6 +58,7 @@ class TransferParams(msgspec.Struct):
     remote_port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
     remote_request_id: str | None = None
     remote_num_tokens: Tokens | None = None
+    remote_prefill_cached_tokens: msgspec.Raw = msgspec.Raw()
     tp_size: _Size | None = None
     pp_size: _Size | None = None
     dcp_size: _Size | None = None
@@ -145,18 +146,21 @@ def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, Tra
     except UNREADABLE:
         return None, _NOTHING
     blocks = params.remote_block_ids
-    grouped = any(isinstance(group, list) and group for group in blocks)
     if not (params.do_remote_prefill and blocks) or is_deeper(text, _MAX_PARAMS_DEPTH):
         return None, _NOTHING
-    if isinstance(blocks[0], list) and not (grouped and params.remote_request_id):
+    if isinstance(blocks[0], list) and not (any(map(_has_blocks, blocks)) and params.remote_request_id):
         return None, _NOTHING
-    tokens, cached, told = counted_with(decoded.usage, decoded.kv_transfer_params)
+    tokens, cached, told = counted_with(decoded.usage, params.remote_prefill_cached_tokens)
     # vLLM says who moves the blocks from 0.28 on, and reads token ids from 0.27 on. Engines of two versions
     # do not connect with each other, so D has P's.
     takes = params.transfer_mode is not None
     ids = _listed(_ids(decoded), tokens) if takes else b""
     found = Handoff(text, tokens, cached, told, token_ids=ids, takes_token_ids=takes, protocol=protocol)
     return found, params
+
+
+def _has_blocks(group: int | list[int]) -> bool:
+    return isinstance(group, list) and bool(group)
 
 
 def _listed(ids: msgspec.Raw, tokens: int | None) -> bytes:

@@ -11,9 +11,9 @@ no other attempt has it: P would write another prompt's blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import msgspec
+from msgspec.structs import replace
 
 from ..request.api import CHAT, COMPLETIONS
 from ..request.body import JsonBody

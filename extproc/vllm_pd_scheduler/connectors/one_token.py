@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -34,12 +33,6 @@ class _Usage(msgspec.Struct):
     cache_creation_input_tokens: Tokens | None = None
 
 
-class _Cached(msgspec.Struct):
-    """Of ``kv_transfer_params``: what D reports as its own ``cached_tokens``, as vLLM 0.32 does."""
-
-    remote_prefill_cached_tokens: Tokens | None = None
-
-
 class _Answer(msgspec.Struct):
     usage: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -65,7 +58,7 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_end = msgspec.json.Decoder(_End).decode
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_cached = msgspec.json.Decoder(_Cached).decode
+_decode_tokens = msgspec.json.Decoder(Tokens | None).decode
 _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
 _RARE = ("n", "best_of", "use_beam_search", "echo", "prompt_logprobs", "prompt_embeds")
@@ -192,29 +185,38 @@ def counted(answer: bytes) -> tuple[int | None, int | None]:
 
     They are for learning and for usage: without them the hand-off is as good.
     """
-    with suppress(*UNREADABLE):
+    try:
         return _counted(_decode_answer(answer).usage, None)
-    return None, None
+    except UNREADABLE:
+        return None, None
 
 
-def counted_with(usage: msgspec.Raw, params: msgspec.Raw) -> tuple[int | None, int | None, bool]:
-    """Return the same of the text of ``usage``, and whether ``params`` tell D how many were cached.
+def counted_with(usage: msgspec.Raw, cached: msgspec.Raw) -> tuple[int | None, int | None, bool]:
+    """Return the same of the text of ``usage``, and whether D learns how many were cached.
 
-    ``params`` are P's ``kv_transfer_params``, which D gets. They say it also where ``usage`` does not.
+    ``cached`` is ``remote_prefill_cached_tokens`` of P's ``kv_transfer_params``, which D gets and, as vLLM
+    0.32 does, reports as its own. They say it also where ``usage`` does not.
     """
-    told = None
-    with suppress(*UNREADABLE):
-        told = _decode_cached(params).remote_prefill_cached_tokens
+    told = _number(cached) if cached else None
     return *_counted(usage, told), told is not None
 
 
+def _number(text: msgspec.Raw) -> int | None:
+    try:
+        number: int | None = _decode_tokens(text)
+    except UNREADABLE:
+        return None
+    return number
+
+
 def _counted(usage: msgspec.Raw, cached: int | None) -> tuple[int | None, int | None]:
-    tokens = None
-    with suppress(*UNREADABLE):
+    try:
         found = _decode_usage(usage) or _Usage()
-        beside = (found.cache_read_input_tokens or 0) + (found.cache_creation_input_tokens or 0)
-        tokens = found.prompt_tokens or (found.input_tokens or 0) + beside or None
-        details = found.prompt_tokens_details or found.input_tokens_details
-        if cached is None:
-            cached = details.cached_tokens if details is not None else found.cache_read_input_tokens
+    except UNREADABLE:
+        return None, cached
+    beside = (found.cache_read_input_tokens or 0) + (found.cache_creation_input_tokens or 0)
+    tokens = found.prompt_tokens or (found.input_tokens or 0) + beside or None
+    details = found.prompt_tokens_details or found.input_tokens_details
+    if cached is None:
+        cached = details.cached_tokens if details is not None else found.cache_read_input_tokens
     return tokens, cached if tokens is None or cached is None else min(cached, tokens)

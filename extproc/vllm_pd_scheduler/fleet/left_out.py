@@ -17,7 +17,7 @@ class LeftOut:
         self._wrong = wrong
 
     def __bool__(self) -> bool:
-        return self._failing.in_doubt or bool(self._wrong)
+        return bool(self._failing.in_doubt or self._wrong.why)
 
     @property
     def suspects(self) -> Sequence[Endpoint]:

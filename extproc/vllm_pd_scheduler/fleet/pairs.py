@@ -84,8 +84,8 @@ class Pairs:
         """For each D, the P whose hand-offs have failed there in a row; ``None`` is a request without one."""
         self._served: dict[Endpoint, int] = {}
         """For each D that was ever in doubt, the requests that it has served since."""
-        self._suspects: dict[Endpoint, None] = {}
-        """P of which something is left out or on trial. All picks look at these."""
+        self.in_doubt: dict[Endpoint, None] = {}
+        """P of which something is left out or on trial. Without any, no request need ask."""
 
     def follow(self, policy: BreakerPolicy) -> None:
         """Use another policy from now on."""
@@ -94,14 +94,9 @@ class Pairs:
             doubt.breaker.follow(policy)
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether something is left out or on trial: if not, no request need ask."""
-        return bool(self._suspects)
-
-    @property
     def suspects(self) -> Sequence[Endpoint]:
         """The P of pairs that are left out or on trial, all of their ranks."""
-        return tuple(rank for prefill in self._suspects for rank in self._ranks_of(prefill))
+        return tuple(rank for prefill in self.in_doubt for rank in self._ranks_of(prefill))
 
     def out(self) -> Iterator[tuple[Endpoint, Endpoint | None, Doubt]]:
         """Yield P, D and doubt of what is left out; D is ``None`` where all of a P's is."""
@@ -223,6 +218,8 @@ class Pairs:
 
     def served(self, prefill: Endpoint | None, decode: Endpoint) -> None:
         """Record that a D has served a request with the hand-off of a P, used or not, or with none."""
+        if not (self._failed_with or self._served):  # no D has failed anything
+            return
         decode, prefill = self._first(decode), prefill and self._first(prefill)
         self._failed_with.pop(decode, None)
         if decode in self._served:
@@ -232,6 +229,8 @@ class Pairs:
 
     def succeeded(self, prefill: Endpoint, decode: Endpoint) -> None:
         """Record that the hand-off of a P has come to a D."""
+        if not self._of_prefill:  # none of any P has failed
+            return
         prefill, decode = self._first(prefill), self._first(decode)
         whole = self._of_prefill.get(prefill)
         if whole is None:
@@ -255,7 +254,7 @@ class Pairs:
 
     def forget(self, endpoint: Endpoint) -> None:
         """Forget all of an instance: it is gone, or it is another process."""
-        for known in (self._failed_with, self._served, self._doubts, self._of_prefill, self._suspects):
+        for known in (self._failed_with, self._served, self._doubts, self._of_prefill, self.in_doubt):
             known.pop(endpoint, None)
         for decode in [each for each, failed in self._failed_with.items() if endpoint in failed]:
             self._failed_with[decode].discard(endpoint)
@@ -292,7 +291,7 @@ class Pairs:
     ) -> None:
         doubt.breaker.open(now)
         doubt.trial = None
-        self._suspects[prefill] = None
+        self.in_doubt[prefill] = None
         if decode is None:
             doubt.failed_at.clear()
             self._doubts.pop(prefill, None)
@@ -318,8 +317,8 @@ class Pairs:
 
     def _clear(self, prefill: Endpoint) -> None:
         """Forget a P of which nothing is in doubt any more, or that it is a suspect."""
-        if prefill in self._suspects and not self._is_suspect(prefill):
-            del self._suspects[prefill]
+        if prefill in self.in_doubt and not self._is_suspect(prefill):
+            del self.in_doubt[prefill]
         if not self._doubts.get(prefill):
             self._doubts.pop(prefill, None)
             whole = self._of_prefill.get(prefill)

@@ -249,6 +249,10 @@ class Registry:
         """All endpoints, or those of one role, in the order they were added."""
         return [e for e in self._endpoints.values() if role is None or e.instance.role is role]
 
+    def lineup(self, role: InstanceRole) -> Lineup:
+        """Return who of a role can serve, for those who look often: it stays the same object."""
+        return self._lineups[role]
+
     def routable(self, role: InstanceRole) -> tuple[Endpoint, ...]:
         """Endpoints of a role that can take a new request now, in the order they were added."""
         return self._lineups[role].routable
@@ -266,9 +270,10 @@ class Registry:
 
         Whoever ends something calls it, but not at once: a request may go on with what P holds for it.
         """
-        ended = [endpoint for endpoint in self._draining if endpoint.drain_ended()]
-        if ended:
-            self.changes.note(By.REQUEST, ended[0])
+        if self._draining:
+            ended = [endpoint for endpoint in self._draining if endpoint.drain_ended()]
+            if ended:
+                self.changes.note(By.REQUEST, ended[0])
 
     def watch(self, role: InstanceRole, changed: set[Endpoint] | None = None) -> set[Endpoint]:
         """Return a set to which each endpoint of a role is added when its load changes.

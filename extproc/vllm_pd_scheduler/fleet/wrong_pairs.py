@@ -13,15 +13,15 @@ class WrongPairs:
     def __init__(self) -> None:
         self.on_verdict: Callable[[Endpoint, Endpoint, bool], None] | None = None
         """Called with P, D and whether they are left out, when a check of ours has found that."""
-        self._why: dict[Endpoint, dict[Endpoint, str]] = {}
+        self.why: dict[Endpoint, dict[Endpoint, str]] = {}
         """By P and D."""
 
     def __bool__(self) -> bool:
-        return bool(self._why)
+        return bool(self.why)
 
     def __iter__(self) -> Iterator[tuple[Endpoint, Endpoint, str]]:
         """Yield P, D and why."""
-        return ((p, d, why) for p, found in self._why.items() for d, why in found.items())
+        return ((p, d, why) for p, found in self.why.items() for d, why in found.items())
 
     def leave_out(self, prefill: Endpoint, decode: Endpoint, why: str) -> None:
         """Send no hand-off of a P to a D from now on."""
@@ -31,7 +31,7 @@ class WrongPairs:
 
     def leave_out_elsewhere(self, prefill: Endpoint, decode: Endpoint, why: str) -> None:
         """Do so because another replica has found it."""
-        self._why.setdefault(prefill, {})[decode] = why
+        self.why.setdefault(prefill, {})[decode] = why
 
     def take_back(self, prefill: Endpoint, decode: Endpoint) -> bool:
         """Use a pair again; return whether it was left out."""
@@ -42,23 +42,23 @@ class WrongPairs:
 
     def take_back_elsewhere(self, prefill: Endpoint, decode: Endpoint) -> bool:
         """Do so because another replica has found that it works."""
-        found = self._why.get(prefill, {})
+        found = self.why.get(prefill, {})
         was = found.pop(decode, None) is not None
         if not found:
-            self._why.pop(prefill, None)
+            self.why.pop(prefill, None)
         return was
 
     def forget(self, endpoint: Endpoint) -> None:
         """Take back all pairs of an instance, since that is gone or another process."""
-        self._why.pop(endpoint, None)
-        for prefill in tuple(self._why):
+        self.why.pop(endpoint, None)
+        for prefill in tuple(self.why):
             self.take_back_elsewhere(prefill, endpoint)
 
     def barred(self, prefill: Endpoint) -> Collection[Endpoint]:
         """Return the D that may not get what a P hands over."""
-        return self._why.get(prefill, {}).keys()
+        return self.why.get(prefill, {}).keys()
 
     @property
     def prefill(self) -> Collection[Endpoint]:
         """The P of which some pair is left out."""
-        return self._why.keys()
+        return self.why.keys()

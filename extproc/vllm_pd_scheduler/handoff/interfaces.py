@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from ..connectors import Attempt, Question
 from ..fleet.endpoint import Endpoint
 from .pending import PendingHandoff
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillAnswer:
+class PrefillAnswer(Struct, frozen=True, gc=False):
     """What a prefill instance answered, its body whole."""
 
     status: int
@@ -20,7 +20,7 @@ class PrefillAnswer:
     body: bytes
     retry_after: float | None = None
     """Seconds for which a full instance asks to be left alone, if it does."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}
     """Those by ``KEPT_FROM_PREFILL``, which go to the client with an error of P's."""
 
 

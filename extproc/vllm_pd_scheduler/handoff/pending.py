@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ..connectors import Attempt, Handoff
 from ..fleet.endpoint import Endpoint
 
 
-@dataclass(slots=True, eq=False)
-class PendingHandoff:
+class PendingHandoff(Struct, eq=False, gc=False):
     """A hand-off that P holds for one decode: which P, until when it may be used, and for which model."""
 
     handoff: Handoff

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from .frames import ErrorCode
 from .header_block import RequestHead
 
 
-@dataclass(slots=True)
-class RequestReceived:
+class RequestReceived(Struct, gc=False):
     """A stream was opened. ``ended``: nothing more comes on it."""
 
     stream_id: int
@@ -17,8 +16,7 @@ class RequestReceived:
     ended: bool
 
 
-@dataclass(slots=True)
-class DataReceived:
+class DataReceived(Struct, gc=False):
     """Part of a request's content. It counts as unread until it is given to ``Connection.consumed``."""
 
     stream_id: int
@@ -26,15 +24,13 @@ class DataReceived:
     ended: bool
 
 
-@dataclass(slots=True)
-class StreamEnded:
+class StreamEnded(Struct, gc=False):
     """Nothing more comes on the stream: it ended with trailers, which mean nothing in gRPC."""
 
     stream_id: int
 
 
-@dataclass(slots=True)
-class StreamReset:
+class StreamReset(Struct, gc=False):
     """The stream is over: the peer has left it, or (``by_peer`` is false) has broken the protocol on it."""
 
     stream_id: int
@@ -42,20 +38,17 @@ class StreamReset:
     by_peer: bool
 
 
-@dataclass(slots=True)
-class DataWritten:
+class DataWritten(Struct, gc=False):
     """What a stream had to send, and the windows had held back, is among the bytes to send."""
 
     stream_id: int
 
 
-@dataclass(slots=True)
-class PingAnswered:
+class PingAnswered(Struct, gc=False):
     """The peer has answered our ping."""
 
 
-@dataclass(slots=True)
-class ConnectionEnded:
+class ConnectionEnded(Struct, gc=False):
     """The peer has broken the protocol or a limit: what is left to send tells it so, and nothing follows."""
 
     code: ErrorCode

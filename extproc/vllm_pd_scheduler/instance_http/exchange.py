@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .errors import RequestFailed, TimedOut
 
@@ -12,8 +13,7 @@ Destination = tuple[str, str | None]
 """``host:port``, and the DNS name that the certificate must be for; ``None`` for plain HTTP."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True, gc=False):
     """An answer with its whole body. Of a header that came more than once, the first counts."""
 
     status: int

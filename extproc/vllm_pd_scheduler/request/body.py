@@ -137,7 +137,9 @@ class JsonBody(msgspec.Struct, frozen=True, eq=False):
         if self.walked is not None:
             return self.walked.prompt
         prompt = self.value("prompt")
-        return None if prompt is None else finish(only_prompt(prompt))
+        if prompt is None or prompt.first != b"[":
+            return prompt
+        return finish(only_prompt(prompt))
 
     def one_more(self, key: str, value: bytes) -> tuple[int, bytes]:
         """Return what makes one more field the body's last: an offset, and what replaces all from there on.

@@ -47,6 +47,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     block_tokens: float = 0.0
     fingerprint: int = 0
     """By which the same prompt is known again, in this process; 0 if it has none."""
+    answer_limit: int | None = None
+    """Tokens that the client allows the answer; ``None`` without a limit."""
     stream: bool = False
     """Whether the client wants its answer as a stream of events."""
     priority: int = 0
@@ -110,6 +112,15 @@ class RequestContext(Struct, frozen=True, eq=False):
         force_setattr(self, "_known", (*self._known[-1:], (offered, found)))
         return found
 
+    def asks(self, *, priority: int, tenant: str, ttft_slo: float | None, tpot_slo: float | None) -> None:
+        """Set what its client asks for; ``None`` leaves a limit as it is configured."""
+        force_setattr(self, "priority", priority)
+        force_setattr(self, "tenant", tenant)
+        if ttft_slo is not None:
+            force_setattr(self, "ttft_slo", ttft_slo)
+        if tpot_slo is not None:
+            force_setattr(self, "tpot_slo", tpot_slo)
+
     def limited_to(self, subset: frozenset[str] | None) -> None:
         """Set to which D it may go; ``None``: to all."""
         if subset is not None:
@@ -148,6 +159,8 @@ class RequestContext(Struct, frozen=True, eq=False):
 
     def cached_blocks(self, holder: Holder) -> int:
         """Return the leading blocks that are taken for cached at one holder, whichever it is."""
+        if not self.blocks:
+            return 0
         found = None if self._cached is None else self._cached.get(holder)
         return self.match.get(holder, 0) if found is None else found
 
@@ -156,5 +169,7 @@ class RequestContext(Struct, frozen=True, eq=False):
 
         Where the turn before was answered, its answer is taken for a part of the prompt, and for cached.
         """
+        if not self.blocks:
+            return max(1.0, self.prompt_tokens)
         cached = holder.with_answer(self.blocks, self.cached_blocks(holder))
         return max(1.0, self.prompt_tokens - trust * cached * self.block_tokens)

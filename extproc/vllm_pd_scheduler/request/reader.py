@@ -22,6 +22,13 @@ _MILLISECONDS = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,10})?")
 """As llm-d's clients write them."""
 _MAX_NAME = 256
 """Characters of a tenant or session that count; more is cut off."""
+_ASKED = frozenset(
+    (
+        *(names.PRIORITY, names.TENANT, names.TTFT_SLO, names.TPOT_SLO),
+        *(*names.OBJECTIVE, *names.FAIRNESS_ID, *names.LLMD_TTFT_SLO, *names.LLMD_TPOT_SLO),
+    )
+)
+"""Headers by which a client asks for something. Most ask for nothing."""
 
 
 class HeaderError(ValueError):
@@ -76,6 +83,7 @@ class RequestReader:
         else:
             blocks, size, exact = (), sum(map(body.length, body.api.prompt)), None
         tokens = size / ratio if exact is None else exact
+        limit, usual = body.answer_limit, self._fleet.output_tokens
         return self._context(
             path,
             headers,
@@ -84,7 +92,8 @@ class RequestReader:
             model=model,
             prompt_bytes=size if exact is None else 0,
             prompt_tokens=tokens,
-            output_tokens=self._output_tokens(body),
+            output_tokens=usual if limit is None else min(usual, limit),
+            answer_limit=limit,
             blocks=blocks,
             block_tokens=tokens * BLOCK_BYTES / max(1, size) if prefixes else 0.0,
             fingerprint=fingerprint(body),
@@ -110,28 +119,30 @@ class RequestReader:
         self, path: str, headers: Mapping[str, str], size: int, now: float, **of_body: Any
     ) -> RequestContext:
         config = self._config
-        return RequestContext(
+        context = RequestContext(
             path,
             body_bytes=size,
             headers=MappingProxyType(headers),
-            priority=self._priority(headers),
-            tenant=(headers.get(names.TENANT) or _either(headers, names.FAIRNESS_ID) or "")[:_MAX_NAME],
-            ttft_slo=_seconds(headers, names.TTFT_SLO, names.LLMD_TTFT_SLO) or config.ttft_slo,
-            tpot_slo=_seconds(headers, names.TPOT_SLO, names.LLMD_TPOT_SLO) or config.tpot_slo,
+            ttft_slo=config.ttft_slo,
+            tpot_slo=config.tpot_slo,
             arrived=now,
             now=now,
             **of_body,
         )
+        if not _ASKED.isdisjoint(headers):
+            context.asks(
+                priority=self._priority(headers),
+                tenant=(headers.get(names.TENANT) or _either(headers, names.FAIRNESS_ID) or "")[:_MAX_NAME],
+                ttft_slo=_seconds(headers, names.TTFT_SLO, names.LLMD_TTFT_SLO),
+                tpot_slo=_seconds(headers, names.TPOT_SLO, names.LLMD_TPOT_SLO),
+            )
+        return context
 
     def _priority(self, headers: Mapping[str, str]) -> int:
         if names.PRIORITY in headers:
             return _priority(headers[names.PRIORITY])
         objective = _either(headers, names.OBJECTIVE)
         return self.objectives.priority(objective) if objective else 0
-
-    def _output_tokens(self, body: JsonBody) -> float:
-        mean, limit = self._fleet.output_tokens, body.answer_limit
-        return mean if limit is None else min(mean, limit)
 
     def session(self, headers: Mapping[str, str], body: JsonBody) -> str | None:
         """Return what the requests of its conversation have in common, if it says so."""

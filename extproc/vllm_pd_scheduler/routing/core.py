@@ -36,7 +36,8 @@ from ..scheduler.disaggregation import Disaggregation
 from ..telemetry import Ending, Served, Telemetry, log_lines
 from ..tracing import current
 from .catalog import Catalog
-from .decode import DecodeStage, NoPartner
+from .decode import DecodeStage
+from .decode_choice import NoPartner, ToDecode
 from .decode_first import DecodeFirst
 from .denials import Denials
 from .encode import EncodeStage
@@ -49,7 +50,7 @@ from .renaming import Renaming
 from .response_ids import ResponseIds
 from .share_limit import ShareLimit
 from .sidecar import SidecarPrefill
-from .time_limits import first_byte_timeout, passed_timeout
+from .time_limits import passed_timeout
 from .together import Beside
 from .tried import AskedLater, WithoutHandoff, lost_twice
 from .turns import Turns
@@ -252,8 +253,9 @@ class RoutingCore:
         limit = passed_timeout(self.config, len(body), stream, self.in_flight.patience.factor)
         changed = None if clean is body else clean
         keeper = self._response_ids.keeper_of_path(path)
+        bound = keeper is not None
         return self.decode.send(
-            context, changed, Served.PASSED, limit, decision, keeper, bound=keeper is not None
+            ToDecode(context, decision, Served.PASSED, changed, limit, keeper, bound=bound)
         )
 
     async def _split(
@@ -283,7 +285,7 @@ class RoutingCore:
                 InstanceRole.DECODE, context.model, subset
             )
             if not can_serve:
-                return refusal or self.decode.no_decode(context, decision)
+                return refusal or self.decode.choice.no_decode(context, decision)
         body = await self.encode.run(context, headers, body, decision)
         outcome = await self._sent(context, headers, body, decision)
         if body.more and isinstance(outcome, Forward):
@@ -295,21 +297,20 @@ class RoutingCore:
     ) -> Forward | Reject:
         """Send a request that is understood: split, or whole."""
         changed = body.raw if body.changed else None
-        limit = first_byte_timeout(self.config, body, self.in_flight.patience.factor)
         # A hand-off of one model is a wrong text at a D of another. Without a name nobody would notice.
         named = context.model or self._scheduler.one_model()
         if not (named and self.connectors.can_split(body)):
             decision.not_split = "connector" if named else "no_model"
             keeper = self._response_ids.keeper(body.get("previous_response_id"))
-            return await self.decode.whole(
-                context, changed, Served.WHOLE, limit, decision, keeper, bound=keeper is not None
-            )
+            way = ToDecode(context, decision, Served.WHOLE, changed, None, keeper, bound=keeper is not None)
+            return await self.decode.whole(way)
         alone = self._disaggregation.local_endpoint(context)
-        if alone is not None and self.decode.serves_alone(alone):
+        if alone is not None and self.decode.choice.serves_alone(alone):
             decision.not_split = "disaggregation"
-            return await self.decode.whole(context, changed, Served.ALONE, limit, decision, alone)
+            way = ToDecode(context, decision, Served.ALONE, changed, preferred=alone)
+            return await self.decode.whole(way)
         if self.config.prefill_leg == "sidecar":
-            return await self._by_sidecar(context, changed, limit, decision)
+            return await self._by_sidecar(context, changed, decision)
         prefilled = await self.prefill.run(context, headers, body, decision)
         if isinstance(prefilled, Reject):
             return prefilled
@@ -317,16 +318,16 @@ class RoutingCore:
             self._local.take(False)
             return self.decode.together(context, body, prefilled, decision)
         if isinstance(prefilled, WithoutHandoff):
-            return self.decode.without_handoff(context, changed, limit, prefilled, decision)
+            return self.decode.without_handoff(context, changed, prefilled, decision)
         self._local.take(False)
         if isinstance(prefilled, AskedLater):
-            return self.decode_first.send(context, headers, body, prefilled, limit, decision)
+            return self.decode_first.send(context, headers, body, prefilled, decision)
         left = prefilled.deadline - self._clock()
         if left <= 0:
             # The event loop was held up. P's blocks may be another prompt's by now.
             self.telemetry.handoffs.late(prefilled.prefill.id)
             decision.not_split = "late"
-            return self.decode.send(context, changed, Served.LOCAL, limit, decision)
+            return self.decode.alone(context, changed, decision)
         try:
             return self.decode.with_handoff(context, body, prefilled, left, decision)
         except Exception:
@@ -358,29 +359,24 @@ class RoutingCore:
         return beside, splice
 
     async def _by_sidecar(
-        self, context: RequestContext, body: bytes | None, limit: float, decision: Decision
+        self, context: RequestContext, body: bytes | None, decision: Decision
     ) -> Forward | Reject:
         """Send a request to a D whose sidecar has it prefilled on the P that is chosen here."""
         claim = await self._sidecar.choose(context, decision)
         if isinstance(claim, Reject):
             return claim
         if isinstance(claim, WithoutHandoff):
-            return self.decode.without_handoff(context, body, limit, claim, decision)
+            return self.decode.without_handoff(context, body, claim, decision)
         self._local.take(False)
+        # The first byte comes after the prefill.
+        limit = self.decode.limit(context) + self.config.prefill_timeout
+        way = ToDecode(context, decision, Served.SPLIT, body, limit, beside=claim.endpoint)
         try:
-            # The first byte comes after the prefill.
-            forward = self.decode.send(
-                context,
-                body,
-                Served.SPLIT,
-                limit + self.config.prefill_timeout,
-                decision,
-                beside=claim.endpoint,
-            )
+            forward = self.decode.send(way)
         except NoPartner:
             claim.end(self._clock())
             decision.not_split = "no_decode"
-            return self.decode.send(context, body, Served.LOCAL, limit, decision)
+            return self.decode.alone(context, body, decision)
         except Exception:
             claim.end(self._clock())
             raise

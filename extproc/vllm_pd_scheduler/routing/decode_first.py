@@ -12,8 +12,10 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec.structs import replace
 
 from ..admission.body_memory import BodyAllocation, BodyMemory
 from ..config import SchedulerConfig
@@ -28,7 +30,8 @@ from ..request.errors import Reject, reject
 from ..telemetry import Served, Telemetry, log_lines
 from ..telemetry.pace import Pace
 from ..tracing import current
-from .decode import DecodeStage, NoPartner
+from .decode import DecodeStage
+from .decode_choice import NoPartner, ToDecode
 from .expected_call import ExpectedCall
 from .forward import Forward
 from .later import Later
@@ -142,20 +145,21 @@ class DecodeFirst:
         headers: Mapping[str, str],
         body: JsonBody,
         later: AskedLater,
-        limit: float,
         decision: Decision,
     ) -> Forward | Reject:
         """Send a request to a D that is to ask for its prefill; without one that fits P, to any D."""
         changed = body.raw if body.changed else None
         if self._url is None or len(body.raw) + _SPLICE_BYTES > self._config.max_body_bytes:
-            return self._by_decode(context, changed, limit, later, decision)
+            return self._by_decode(context, changed, later, decision)
         # Of an answer in one piece, the first byte comes after the prefill.
-        first = limit if context.stream else limit + self._config.prefill_timeout
+        first = self._decode.limit(context) + (0.0 if context.stream else self._config.prefill_timeout)
+        beside = later.reservation.endpoint
         try:
-            beside = later.reservation.endpoint
-            forward = self._decode.send(context, changed, Served.SPLIT, first, decision, beside=beside)
+            forward = self._decode.send(
+                ToDecode(context, decision, Served.SPLIT, changed, first, beside=beside)
+            )
         except NoPartner:
-            return self._by_decode(context, changed, limit, later, decision)
+            return self._by_decode(context, changed, later, decision)
         except Exception:
             later.end(self._clock())
             raise
@@ -169,12 +173,11 @@ class DecodeFirst:
         self,
         context: RequestContext,
         body: bytes | None,
-        limit: float,
         later: AskedLater,
         decision: Decision,
     ) -> Forward | Reject:
         later.end(self._clock())
-        return self._decode.without_handoff(context, body, limit, WithoutHandoff(failed=False), decision)
+        return self._decode.without_handoff(context, body, WithoutHandoff(failed=False), decision)
 
     def _expect(
         self,

@@ -92,4 +92,6 @@ class EndedRequests:
 
     def _never_sent(self, forward: Forward) -> bool:
         """Whether its client left before Envoy had our answer, so that no D has been asked."""
-        return not forward.failed_attempts and self.unsent.has(forward.request_id, self._clock())
+        if forward.failed_attempts or not self.unsent.left:  # as nearly always
+            return False
+        return self.unsent.has(forward.request_id, self._clock())

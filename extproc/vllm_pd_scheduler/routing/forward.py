@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from msgspec import Struct, field
 
 from ..connectors import Splice
 from ..fleet.endpoint import Endpoint
@@ -52,8 +53,7 @@ class PrefillBeside(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Forward:
+class Forward(Struct, eq=False):
     """Where a request goes: to the first of ``decode``, or a further one if that fails.
 
     ``body`` replaces the client's; ``None`` if that stays as it is. ``splice`` is how the hand-off goes into
@@ -92,7 +92,7 @@ class Forward:
     """How it is served."""
     stream: bool = False
     """Whether the answer is a stream of events."""
-    remove_headers: list[str] = field(default_factory=list)
+    remove_headers: list[str] = []
     comparable: bool = True
     """Whether refusals by its D can be compared with those of others: not on paths that nobody may serve."""
     refused_by: Endpoint | None = None
@@ -121,7 +121,7 @@ class Forward:
     trace: RequestTrace | None = None
     """Its spans, if it is traced."""
     on_release: Callable[[Forward], None] | None = None
-    answering: Endpoint | None = field(init=False)
+    answering: Endpoint | None = None
     """The one of ``decode`` that has the request, as far as is known; ``None`` when all have failed it."""
 
     def __post_init__(self) -> None:
@@ -194,15 +194,17 @@ class Forward:
             names.DESTINATION: ",".join(str(endpoint.address) for endpoint in self.decode),
             names.ID: self.id,
         }
-        if self.prefill is not None:
-            found[names.PREFILL] = names.LATER if self.call is not None else self.prefill.id
-        if self.pending is not None:
-            found |= self.pending.handoff.headers
+        if (pending := self.pending) is not None:
+            found[names.PREFILL] = names.LATER if self.call is not None else pending.prefill.id
+            found |= pending.handoff.headers
             if (cached := self.cached_tokens) is not None:
                 found[names.CACHED_TOKENS] = str(cached)
-        if self.id_of_client:
-            found[names.CLIENT_REQUEST_ID] = self.id_of_client
-        if self.sidecar is not None:
+            if self.id_of_client:
+                found[names.CLIENT_REQUEST_ID] = self.id_of_client
+        elif self.beside is not None:
+            found[names.PREFILL] = self.beside.endpoint.id
+        elif self.sidecar is not None:
+            found[names.PREFILL] = self.sidecar.endpoint.id
             found[gateway_names.PREFILLER] = str(self.sidecar.endpoint.address)
         if self.first_byte_timeout is not None:
             found[names.FIRST_BYTE_TIMEOUT] = str(max(1, int(self.first_byte_timeout * 1000)))

@@ -76,10 +76,16 @@ class RequestsInFlight:
         decision: Decision,
     ) -> Forward:
         """Return a forward to the first of ``decode``, on which the reservation is; see :class:`Forward`."""
-        forward = Forward(f"{self._run}{next(self._numbers)}", decode, reservation, body, decision=decision)
-        forward.first_byte_timeout = first_byte_timeout
-        forward.remove_headers = remove_headers
-        forward.on_release = self._released
+        forward = Forward(
+            f"{self._run}{next(self._numbers)}",
+            decode,
+            reservation,
+            body,
+            first_byte_timeout=first_byte_timeout,
+            remove_headers=remove_headers,
+            decision=decision,
+            on_release=self._released,
+        )
         self._running[forward.id] = forward
         self.patience.requested()
         return forward

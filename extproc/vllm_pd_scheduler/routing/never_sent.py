@@ -21,20 +21,21 @@ class NeverSent:
     """
 
     def __init__(self) -> None:
-        self._left: OrderedDict[str, float] = OrderedDict()
+        self.left: OrderedDict[str, float] = OrderedDict()
+        """When Envoy told of each."""
 
     def __len__(self) -> int:
-        return len(self._left)
+        return len(self.left)
 
     def add(self, request_id: str, now: float) -> None:
         """Remember one that Envoy tells of."""
         if not request_id or len(request_id) > MAX_ID:
             return
-        self._left[request_id] = now
-        self._left.move_to_end(request_id)
-        while len(self._left) > MAX_KEPT or next(iter(self._left.values())) < now - KEPT_S:
-            self._left.popitem(last=False)
+        self.left[request_id] = now
+        self.left.move_to_end(request_id)
+        while len(self.left) > MAX_KEPT or next(iter(self.left.values())) < now - KEPT_S:
+            self.left.popitem(last=False)
 
     def has(self, request_id: str, now: float) -> bool:
         """Whether Envoy told of one just before."""
-        return self._left.get(request_id, float("-inf")) >= now - KEPT_S
+        return self.left.get(request_id, float("-inf")) >= now - KEPT_S

@@ -22,7 +22,6 @@ from ..handoff.interfaces import (
     PrefillNotSent,
 )
 from ..models import InstanceRole
-from ..records.decision import Attempt as NotedAttempt
 from ..records.decision import Decision
 from ..request.api import RESPONSES
 from ..request.body import JsonBody
@@ -38,7 +37,7 @@ from .prefill_ends import PrefillEnds
 from .share_limit import ShareLimit
 from .together import Beside
 from .tokens_once import tokens_linked, tokens_once
-from .tried import AskedLater, Outcome, Tried, WithoutHandoff, lost_twice, no_prefill
+from .tried import AskedLater, Outcome, PrefillTry, Ready, Tried, WithoutHandoff, lost_twice, no_prefill
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +270,45 @@ class PrefillStage:
         tried: Tried,
     ) -> Outcome | AskedLater | Beside | None:
         """Make one attempt; ``None`` if another instance should be tried."""
+        one = self._begun(reservation, context, tried)
+        goes_on = False
+        try:
+            ready = await self._ready(one, body)
+            if not isinstance(ready, Ready):
+                goes_on = isinstance(ready, AskedLater)
+                return ready
+            if tried.order is not Order.TOGETHER:
+                one.sent_at = self._clock()
+                answer = await leg(one.endpoint, context.path, headers, ready.body, ready.attempt)
+                return self.ends.answered(one, ready.attempt, answer)
+            goes_on = True
+        except (ConnectorFailed, PrefillFailed) as error:
+            return self.ends.unanswered(one, error)
+        finally:
+            if not goes_on:
+                self._end(one)
+        return await self._begin_beside(leg, one, ready, headers)
+
+    async def _begin_beside(
+        self, leg: PrefillLeg, one: PrefillTry, ready: Ready, headers: Mapping[str, str]
+    ) -> Outcome | Beside | None:
+        """Have a prefill run while D has its request."""
+        endpoint, context, attempt = one.endpoint, one.context, ready.attempt
+
+        async def send(accepted: Callable[[], None]) -> Outcome | None:
+            try:
+                one.sent_at = self._clock()
+                answer = await leg(endpoint, context.path, headers, ready.body, attempt, accepted)
+                return self.ends.answered(one, attempt, answer)
+            except (ConnectorFailed, PrefillFailed) as error:
+                return self.ends.unanswered(one, error)
+            finally:
+                self._end(one)
+
+        return await Beside(endpoint, attempt, context, headers, one.tried, self.abort).begin(send)
+
+    def _begun(self, reservation: Reservation, context: RequestContext, tried: Tried) -> PrefillTry:
+        """Note that an attempt begins."""
         endpoint = reservation.endpoint
         tried.endpoints.append(endpoint)
         tried.processes += self._registry.ranks_of(endpoint)
@@ -278,53 +316,10 @@ class PrefillStage:
         noted = tried.decision.prefill_begins(endpoint.id, reservation.at, predicted)
         if reservation.source is not None:
             noted.source, noted.pulled = reservation.source.id, reservation.pulled
-        kept = False
-        beside: Beside | None = None
-        try:
-            refused_for = self._lost.refused_for(context.fingerprint, self._clock())
-            if refused_for:  # others with its prompt were lost while it has waited
-                return lost_twice(math.ceil(refused_for))
-            attempt = await self._prepared(reservation, context, body, tried)
-            if attempt is None:
-                noted.outcome = "no_decode"
-                return WithoutHandoff(failed=False)
-            if tried.later and not self.can_be_asked:
-                noted.outcome = "not_sent"
-                self._local_errors.add("metaserver")
-                return WithoutHandoff(failed=False)
-            if tried.later:
-                kept = True
-                return AskedLater(attempt, reservation, noted, tried)
-            sent = attempt.prefill_body(body)
-            if sent is None:
-                noted.outcome = "not_split"
-                return WithoutHandoff(failed=False)
-            if tried.order is Order.TOGETHER:
-                beside = Beside(endpoint, attempt, context, headers, tried, self.abort)
-            else:
-                with self._telemetry.prefills.time(endpoint.id):
-                    answer = await leg(endpoint, context.path, headers, sent, attempt)
-                return self.ends.answered(reservation, context, attempt, answer, tried, noted)
-        except (ConnectorFailed, PrefillFailed) as error:
-            return self.ends.unanswered(error, endpoint, context, tried, noted)
-        finally:
-            if beside is None and not kept:
-                self._end(reservation, noted)
+        return PrefillTry(endpoint, reservation, context, tried, noted)
 
-        async def send(accepted: Callable[[], None]) -> Outcome | None:
-            try:
-                with self._telemetry.prefills.time(endpoint.id):
-                    answer = await leg(endpoint, context.path, headers, sent, attempt, accepted)
-                return self.ends.answered(reservation, context, attempt, answer, tried, noted)
-            except (ConnectorFailed, PrefillFailed) as error:
-                return self.ends.unanswered(error, endpoint, context, tried, noted)
-            finally:
-                self._end(reservation, noted)
-
-        return await beside.begin(send)
-
-    def _end(self, reservation: Reservation, noted: NotedAttempt) -> None:
-        self.ends.over(reservation, noted)
+    def _end(self, one: PrefillTry) -> None:
+        self.ends.over(one)
         # Soon, since this request itself is about to take a place at decode.
         asyncio.get_running_loop().call_soon(self._admission.wake)
 
@@ -340,14 +335,37 @@ class PrefillStage:
             return True
         return self.ends.on_token_ids is not None and tokens_linked(body)
 
-    async def _prepared(
-        self, reservation: Reservation, context: RequestContext, body: JsonBody, tried: Tried
-    ) -> Attempt | None:
-        """Return a new attempt, with what must be known before; ``None`` if it cannot be made.
+    async def _ready(self, one: PrefillTry, body: JsonBody) -> Ready | Outcome | AskedLater:
+        """Return what P is to be sent, or what comes of the attempt if it is sent nothing now."""
+        context, tried, noted = one.context, one.tried, one.noted
+        refused_for = self._lost.refused_for(context.fingerprint, self._clock())
+        if refused_for:  # others with its prompt were lost while it has waited
+            return lost_twice(math.ceil(refused_for))
+        attempt = self._made(one, body)
+        question = None if attempt is None or tried.asked is not None else attempt.question()
+        if attempt is not None and question is not None:
+            if self.ask is None:
+                raise PrefillNotSent("nobody asks its connector's question")
+            attempt = attempt.knowing(await self.ask(one.endpoint, question, attempt))
+        # vLLM reads no rank in a request for a response.
+        if attempt is None or (tried.asked is None and body.api is RESPONSES and attempt.names_rank()):
+            noted.outcome = "no_decode"
+            return WithoutHandoff(failed=False)
+        if tried.later and not self.can_be_asked:
+            noted.outcome = "not_sent"
+            self._local_errors.add("metaserver")
+            return WithoutHandoff(failed=False)
+        if tried.later:
+            return AskedLater(attempt, one.reservation, noted, tried)
+        sent = attempt.prefill_body(body)
+        if sent is None:
+            noted.outcome = "not_split"
+            return WithoutHandoff(failed=False)
+        return Ready(attempt, sent)
 
-        That is so if there is no D that it needs, or no way to say which rank of P or D is meant.
-        """
-        endpoint, source = reservation.endpoint, reservation.source
+    def _made(self, one: PrefillTry, body: JsonBody) -> Attempt | None:
+        """Return a new attempt; ``None`` if there is no D that it needs."""
+        endpoint, source, tried = one.endpoint, one.reservation.source, one.tried
         pulled_from = None if source is None else self._connectors.peer(source)
         if tried.asked is not None:
             return tried.asked.by(self._connectors.peer(endpoint), pulled_from)
@@ -356,19 +374,13 @@ class PrefillStage:
             attempt = attempt.pulling_from(pulled_from)
         tried.decode, tried.order = None, attempt.order()
         tried.later = tried.order is Order.DECODE_FIRST
-        if tried.order is Order.TOWARDS_DECODE:
-            context.at(self._clock())
-            picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
-            if not picked:
-                return None
-            tried.decode = decode = picked[0]
-            tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
-            attempt = attempt.towards(self._connectors.peer(decode))
-        question = attempt.question()
-        if question is not None:
-            if self.ask is None:
-                raise PrefillNotSent("nobody asks its connector's question")
-            attempt = attempt.knowing(await self.ask(endpoint, question, attempt))
-        if body.api is RESPONSES and attempt.names_rank():  # vLLM reads no rank there
+        if tried.order is not Order.TOWARDS_DECODE:
+            return attempt
+        context = one.context
+        context.at(self._clock())
+        picked = self._scheduler.pick(InstanceRole.DECODE, context, beside=endpoint)
+        if not picked:
             return None
-        return attempt
+        tried.decode = decode = picked[0]
+        tried.decision.decode = self._scheduler.explain(InstanceRole.DECODE, context)
+        return attempt.towards(self._connectors.peer(decode))

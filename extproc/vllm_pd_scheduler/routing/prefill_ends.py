@@ -13,7 +13,6 @@ from ..fleet.reservation import Reservation
 from ..handoff.interfaces import LocalShortage, PrefillAnswer, PrefillFailed, PrefillNotSent
 from ..handoff.pending import PendingHandoff
 from ..records.decision import OK
-from ..records.decision import Attempt as NotedAttempt
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
@@ -25,7 +24,7 @@ from .attempts import KEY_REFUSED, Failure, failure_of_status
 from .local_errors import LocalErrors
 from .lost import MAX_LOSSES, PAUSE_S, LostPrompts
 from .time_limits import handoff_deadline
-from .tried import Outcome, Tried, WithoutHandoff, lost_twice, no_prefill
+from .tried import Outcome, PrefillTry, Tried, WithoutHandoff, lost_twice, no_prefill
 
 log = logging.getLogger(__name__)
 
@@ -68,38 +67,26 @@ class PrefillEnds:
         self._pace = Pace(clock)
         self._clock = clock
 
-    def over(self, reservation: Reservation, noted: NotedAttempt) -> None:
+    def over(self, one: PrefillTry) -> None:
         """Give back what an attempt has taken on P, when it is over."""
-        now = self._clock()
+        now, noted, reservation = self._clock(), one.noted, one.reservation
         noted.took = now - reservation.at
         if noted.outcome in _MAY_BE_THE_SOURCE:
             self._pull_ended(reservation, 0)
         reservation.release(now)
 
-    def answered(
-        self,
-        reservation: Reservation,
-        context: RequestContext,
-        attempt: Attempt,
-        answer: PrefillAnswer,
-        tried: Tried,
-        noted: NotedAttempt,
-    ) -> Outcome | None:
+    def answered(self, one: PrefillTry, attempt: Attempt, answer: PrefillAnswer) -> Outcome | None:
         """Note an attempt that P has answered."""
-        noted.outcome = OK if answer.status == 200 else f"status_{answer.status}"
+        self._telemetry.prefills.took(one.endpoint.id, self._clock() - one.sent_at)
         if answer.status == 200:
-            return self._handed_over(reservation, context, attempt, answer, tried, noted)
-        return self._not_200(reservation.endpoint, context.fingerprint, answer, tried)
+            one.noted.outcome = OK
+            return self._handed_over(one, attempt, answer)
+        one.noted.outcome = f"status_{answer.status}"
+        return self._not_200(one.endpoint, one.context.fingerprint, answer, one.tried)
 
-    def unanswered(
-        self,
-        error: ConnectorFailed | PrefillFailed,
-        endpoint: Endpoint,
-        context: RequestContext,
-        tried: Tried,
-        noted: NotedAttempt,
-    ) -> Outcome | None:
+    def unanswered(self, one: PrefillTry, error: ConnectorFailed | PrefillFailed) -> Outcome | None:
         """Note an attempt that has no answer, or none that its connector could read."""
+        noted, tried, endpoint = one.noted, one.tried, one.endpoint
         if isinstance(error, ConnectorFailed):  # which says nothing of the instance
             noted.outcome = "connector"
             return WithoutHandoff(failed=False)
@@ -116,21 +103,13 @@ class PrefillEnds:
         self._failed(endpoint, str(error), tried)
         self._forget_answers(endpoint)
         tried.may_have_written = tried.may_have_written or error.args[0] != "connect"
-        lost = self._lose(endpoint, context.fingerprint, tried) if error.lost else None
+        lost = self._lose(endpoint, one.context.fingerprint, tried) if error.lost else None
         # One that is alive may write to D all the same, and later than another one has: when the blocks are
         # another prompt's.
         return no_prefill() if tried.asked is not None and error.args[0] in _STILL_AT_IT else lost
 
-    def _handed_over(
-        self,
-        reservation: Reservation,
-        context: RequestContext,
-        attempt: Attempt,
-        answer: PrefillAnswer,
-        tried: Tried,
-        noted: NotedAttempt,
-    ) -> Outcome | None:
-        endpoint = reservation.endpoint
+    def _handed_over(self, one: PrefillTry, attempt: Attempt, answer: PrefillAnswer) -> Outcome | None:
+        endpoint, context, tried = one.endpoint, one.context, one.tried
         try:
             handoff = attempt.handoff(answer.body)
         except ConnectorFailed:
@@ -139,17 +118,18 @@ class PrefillEnds:
         if handoff is not None:
             self._registry.ends.succeeded(endpoint)
             self._registry.speaks(endpoint, handoff.protocol, handoff.takes_token_ids)
-            self._learn(reservation, context, handoff)
+            now = self._clock()
+            self._learn(one.reservation, context, handoff, now)
             if handoff.token_ids and self.on_token_ids is not None:
                 self.on_token_ids(context, handoff.token_ids)
-            deadline = handoff_deadline(self._config, self._clock(), handoff.lease)
+            deadline = handoff_deadline(self._config, now, handoff.lease)
             return PendingHandoff(
                 handoff, endpoint, attempt, deadline, context.model, tried.decode, tried.losses
             )
         if attempt.ended(answer.body):
             self._registry.ends.succeeded(endpoint)
             return WithoutHandoff(failed=False)
-        noted.outcome = "no_handoff"
+        one.noted.outcome = "no_handoff"
         if (trace := current.get()) is not None:
             trace.prefill_useless("no_handoff")
         words = (
@@ -218,10 +198,11 @@ class PrefillEnds:
             paid = self._sources.ended(reservation, cached, self._clock())
             self._telemetry.prefills.prefix_pulled(reservation.source.id, reservation.pulled, paid)
 
-    def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff) -> None:
+    def _learn(self, reservation: Reservation, context: RequestContext, handoff: Handoff, now: float) -> None:
         """Learn from a prefill how long it took, and how long the prompt was."""
-        tokens, now = handoff.prompt_tokens, self._clock()
-        self._pull_ended(reservation, handoff.cached_tokens)
+        tokens = handoff.prompt_tokens
+        if reservation.source is not None:
+            self._pull_ended(reservation, handoff.cached_tokens)
         if tokens is None or tokens < 1:
             return
         took = now - reservation.at

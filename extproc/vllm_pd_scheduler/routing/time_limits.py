@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..config import SchedulerConfig
-from ..request.body import JsonBody
+from ..request.context import RequestContext
 
 LEASE_SHARE = 0.8
 """Share of the lease (``kv_lease_duration``) in which a hand-off may be used; the rest is for what cannot be
@@ -27,7 +27,7 @@ def handoff_deadline(config: SchedulerConfig, now: float, lease: float | None = 
 
 
 def first_byte_timeout(
-    config: SchedulerConfig, body: JsonBody, factor: float = 1.0, left: float = math.inf
+    config: SchedulerConfig, context: RequestContext, factor: float = 1.0, left: float = math.inf
 ) -> float:
     """Return how many seconds D may take to its first byte: with a stream that is its headers, else all.
 
@@ -36,9 +36,9 @@ def first_byte_timeout(
     Only an answer in one piece that takes longer by itself gets more.
     """
     limit = config.decode_first_byte_timeout * factor
-    if body.wants_stream:
+    if context.stream:
         return min(limit, left)
-    tokens = body.answer_limit or UNKNOWN_TOKENS
+    tokens = context.answer_limit or UNKNOWN_TOKENS
     decoding = min(tokens, MAX_TOKENS) * config.decode_seconds_per_token * factor
     return limit + decoding if decoding > left else min(limit + decoding, left)
 

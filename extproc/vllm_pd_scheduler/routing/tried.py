@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ..connectors import Attempt, Order
 from ..fleet.endpoint import Endpoint
@@ -11,14 +12,34 @@ from ..fleet.reservation import Reservation
 from ..handoff.pending import PendingHandoff
 from ..records.decision import Attempt as NotedAttempt
 from ..records.decision import Decision
+from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 
 RESERVED = "reserved"
 """How an attempt is noted that has kept a place at P until D has asked for the prefill."""
 
 
-@dataclass(frozen=True, slots=True)
-class WithoutHandoff:
+class PrefillTry(Struct, eq=False):
+    """One attempt to have a request prefilled: where, and what is noted of it."""
+
+    endpoint: Endpoint
+    """The P."""
+    reservation: Reservation
+    context: RequestContext
+    tried: Tried
+    noted: NotedAttempt
+    sent_at: float = 0.0
+    """When it was sent, in monotonic seconds."""
+
+
+class Ready(Struct, frozen=True, gc=False):
+    """What P is to be sent: the attempt, and the body for it."""
+
+    attempt: Attempt
+    body: bytes
+
+
+class WithoutHandoff(Struct, frozen=True, gc=False):
     """Decode is to prefill the request itself.
 
     ``failed`` says whether that is because P failed, which only a share of the requests may have. Else P has
@@ -35,8 +56,7 @@ class WithoutHandoff:
     """P that have answered 500."""
 
 
-@dataclass(frozen=True, slots=True)
-class AskedLater:
+class AskedLater(Struct, frozen=True, gc=False):
     """D is to ask for the prefill (``Order.DECODE_FIRST``): until then nothing is sent to P."""
 
     attempt: Attempt
@@ -54,32 +74,32 @@ class AskedLater:
 Outcome = PendingHandoff | WithoutHandoff | Reject
 
 
-class Tried:
+class Tried(Struct, eq=False):
     """The endpoints that a request was sent to, and what came of it."""
 
-    def __init__(self, losses: int, decision: Decision) -> None:
-        self.decision = decision
-        """Where all of it is noted."""
-        self.endpoints: list[Endpoint] = []
-        self.processes: list[Endpoint] = []
-        """All ranks of their processes: what has failed on one is not tried on another."""
-        self.only_full = True
-        self.losses = losses
-        self.order = Order.PREFILL_FIRST
-        """Of the newest attempt."""
-        self.decode: Endpoint | None = None
-        """The only D that the newest attempt is for, if it is for one only."""
-        self.refusal: Reject | None = None
-        self.errors: tuple[Endpoint, ...] = ()
-        """Those that have answered 500."""
-        self.later = False
-        """Whether D is to ask for what the newest attempt would send."""
-        self.may_have_written = False
-        """Whether a P that has failed may have done the prefill all the same."""
-        self.asked: Attempt | None = None
-        """The attempt whose D waits for P, and has said where."""
-        self.unfit: Sequence[Endpoint] = ()
-        """P that the D which waits does not fit."""
+    losses: int
+    """Connections that it has lost, and those of ``MAX_LOSSES`` that it did not have."""
+    decision: Decision
+    """Where all of it is noted."""
+    endpoints: list[Endpoint] = []
+    processes: list[Endpoint] = []
+    """All ranks of their processes: what has failed on one is not tried on another."""
+    only_full: bool = True
+    order: Order = Order.PREFILL_FIRST
+    """Of the newest attempt."""
+    decode: Endpoint | None = None
+    """The only D that the newest attempt is for, if it is for one only."""
+    refusal: Reject | None = None
+    errors: tuple[Endpoint, ...] = ()
+    """Those that have answered 500."""
+    later: bool = False
+    """Whether D is to ask for what the newest attempt would send."""
+    may_have_written: bool = False
+    """Whether a P that has failed may have done the prefill all the same."""
+    asked: Attempt | None = None
+    """The attempt whose D waits for P, and has said where."""
+    unfit: Sequence[Endpoint] = ()
+    """P that the D which waits does not fit."""
 
     @property
     def excluded(self) -> Sequence[Endpoint]:

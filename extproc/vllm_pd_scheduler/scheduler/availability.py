@@ -43,7 +43,7 @@ class Availability:
         self._moved: deque[Endpoint] = deque(maxlen=KEPT_MOVES)
         """Endpoints that have come into the sets or left them, one for each of the last versions."""
         self._registry = registry
-        self._role = role
+        self._lineup = registry.lineup(role)
         self._is_saturated = saturated
         self._limited = limited
         self._changed = registry.watch(role)
@@ -78,7 +78,7 @@ class Availability:
     def refresh(self, now: float) -> None:
         """Look at the endpoints that may have become, or ceased to be, saturated or on trial."""
         registry = self._registry
-        if self._routable is not registry.routable(self._role):
+        if self._routable is not self._lineup.routable:
             self._begin_anew()
         while self._busy_until and self._busy_until[0][0] <= now:
             until, _, endpoint = heapq.heappop(self._busy_until)
@@ -98,7 +98,7 @@ class Availability:
 
     def _begin_anew(self) -> None:
         """Forget what was known, since other endpoints are routable than before."""
-        self._routable = self._registry.routable(self._role)
+        self._routable = self._lineup.routable
         self._members = frozenset(self._routable)
         self._sets = self.on_trial, self.saturated, self.either = set(), set(), set()
         self._busy, self._busy_until = {}, []

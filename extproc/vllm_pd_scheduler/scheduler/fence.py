@@ -44,7 +44,11 @@ class StrategyFence:
     @property
     def reads_prefixes(self) -> bool:
         """See :attr:`Strategy.reads_prefixes`; ``False`` if it fails."""
-        return self._ask(lambda: bool(self.strategy.reads_prefixes), False)
+        try:
+            return bool(self.strategy.reads_prefixes)
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return False
 
     def accepts_sample(self, request: RequestContext) -> bool:
         """See :meth:`Strategy.accepts_sample`; ``False`` if it fails."""
@@ -55,7 +59,11 @@ class StrategyFence:
 
         The result is empty if the strategy returns only endpoints that are excluded.
         """
-        return self._ask(lambda: self._rank(offer, request, count), None)
+        try:
+            return self._rank(offer, request, count)
+        except Exception as error:  # someone else's code, which may raise anything
+            self._failed(error)
+            return None
 
     def _rank(self, offer: Offer, request: RequestContext, count: int) -> list[Endpoint]:
         self.strategy.last_scores = None

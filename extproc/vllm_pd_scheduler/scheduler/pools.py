@@ -41,6 +41,7 @@ class Pools:
     ) -> None:
         self._registry = registry
         self._role = role
+        self._lineup, self._lineup_of_decode = registry.lineup(role), registry.lineup(InstanceRole.DECODE)
         self._availability = availability
         self._random = random
         self._pairing = pairing
@@ -136,18 +137,18 @@ class Pools:
 
     def _refresh(self) -> None:
         registry = self._registry
-        routable, version = registry.routable(self._role), registry.models.version
+        routable, version = self._lineup.routable, registry.models.version
         if (
             self._routable is routable
             and self._models_version == version
-            and (self._partners is None or self._partners is registry.routable(InstanceRole.DECODE))
+            and (self._partners is None or self._partners is self._lineup_of_decode.routable)
         ):
             return
         self._routable, self._models_version = routable, version
         self._members = tuple(e for e in routable if self._revisions.may_get(e.instance.revision))
         self._several = self._pairing.several()
         paired = self._several and self._decode is not None
-        self._partners = registry.routable(InstanceRole.DECODE) if paired else None
+        self._partners = self._lineup_of_decode.routable if paired else None
         # Also those that are down: that a model's only instance restarts does not send it to others.
         endpoints = registry.endpoints(self._role)
         every = [each.models for each in endpoints]

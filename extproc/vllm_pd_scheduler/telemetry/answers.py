@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from .buckets import ANSWER_SECONDS
+from .counter import LeanCounter
 from .histogram import LeanHistogram, Series
 from .outcomes import Ending, Served
 from .totals import Totals
@@ -17,13 +18,13 @@ class Answers:
 
     def __init__(self, registry: CollectorRegistry, totals: Totals) -> None:
         self._totals = totals
-        responses = Counter(
+        responses = LeanCounter(
             "pd_scheduler_responses",
             "Requests sent to decode that have ended, by how.",
             ["outcome"],
             registry=registry,
         )
-        self._responses = {ending: responses.labels(ending) for ending in Ending}
+        self._responses = {ending: responses.series(ending) for ending in Ending}
         self._time_to_first_token = _by_served(
             registry,
             "pd_scheduler_time_to_first_token_seconds",

@@ -8,8 +8,9 @@ from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from .lean import Lean
 
 
 class Series:
@@ -39,8 +40,8 @@ class Series:
         return self._sum
 
 
-class LeanHistogram(Collector):
-    """A Prometheus histogram. ``series`` is to be called once for each set of values, and its result kept."""
+class LeanHistogram(Lean[Series]):
+    """A Prometheus histogram."""
 
     def __init__(
         self,
@@ -51,31 +52,11 @@ class LeanHistogram(Collector):
         buckets: Sequence[float],
         registry: CollectorRegistry,
     ) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._labelnames = tuple(labels)
         self._bounds = tuple(buckets)
-        self._series: dict[tuple[str, ...], Series] = {}
-        registry.register(self)
+        super().__init__(name, documentation, labels, registry)
 
-    def series(self, *values: str) -> Series:
-        """Return the series with these values of the labels."""
-        found = self._series.get(values)
-        if found is None:
-            found = self._series[values] = Series(self._bounds)
-        return found
-
-    def has(self, *values: str) -> bool:
-        """Whether there is a series with these values of the labels."""
-        return values in self._series
-
-    def __len__(self) -> int:
-        return len(self._series)
-
-    def keep(self, label: str, values: frozenset[str]) -> None:
-        """Forget the series in which a label has any other value."""
-        at = self._labelnames.index(label)
-        self._series = {key: each for key, each in self._series.items() if key[at] in values}
+    def _new(self) -> Series:
+        return Series(self._bounds)
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         """Yield what it is, without values."""

@@ -6,7 +6,6 @@ the fleet at any moment (gauges) is in ``admin/collectors.py``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -14,12 +13,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from .answers import Answers
 from .buckets import ANSWER_SECONDS, SECONDS
 from .by_revision import ByRevision
+from .counter import LeanCounter
 from .decodes import Decodes
 from .encodes import Encodes
 from .handoffs import Handoffs
 from .histogram import LeanHistogram
 from .instances import Instances
-from .kept import keep_only
 from .outcomes import QueueOutcome, Served
 from .prefills import Prefills
 from .process import Process
@@ -32,28 +31,26 @@ _PICK_SECONDS = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025
 class Telemetry:
     """Counters and histograms of the request path, in a Prometheus registry of their own.
 
-    ``docs/metrics.md`` describes each metric. ``clock`` returns monotonic seconds.
+    ``docs/metrics.md`` describes each metric.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self.prometheus = registry = CollectorRegistry()
         self.totals = Totals()
         self.answers = Answers(registry, self.totals)
         self.encodes = Encodes(registry)
-        self.prefills = Prefills(registry, self.totals, clock)
+        self.prefills = Prefills(registry, self.totals)
         self.handoffs = Handoffs(registry)
         self.decodes = Decodes(registry)
         self.instances = Instances(registry)
         self.process = Process(registry)
         self.by_revision = ByRevision(registry, ANSWER_SECONDS)
-        self._requests = Counter(
+        self._requests = LeanCounter(
             "pd_scheduler_requests",
             "Requests sent to a decode instance, by how they were served.",
             ["decode", "served"],
             registry=registry,
         )
-        self._sent: dict[tuple[str, Served], Counter] = {}
-        """The series of ``_requests`` that were needed: to find one there takes longer than to count."""
         self._rejected = Counter(
             "pd_scheduler_requests_rejected",
             "Requests answered with an error in place of an instance's answer.",
@@ -85,17 +82,13 @@ class Telemetry:
 
     def keep_only(self, instances: Collection[str]) -> None:
         """Forget the series of all other instances, which were removed: else they would add up for ever."""
-        keep_only(self._requests, "decode", instances)
-        self._sent.clear()
+        self._requests.keep("decode", frozenset(instances))
         for each in (self.encodes, self.prefills, self.handoffs, self.decodes, self.instances):
             each.keep_only(instances)
 
     def forwarded(self, decode: str, served: Served) -> None:
         """Count a request that was sent to a decode instance."""
-        counter = self._sent.get((decode, served))
-        if counter is None:
-            counter = self._sent[decode, served] = self._requests.labels(decode, served)
-        counter.inc()
+        self._requests.series(decode, served).inc()
         self.totals.requests += 1
 
     def rejected(self, status: int, reason: str) -> None:

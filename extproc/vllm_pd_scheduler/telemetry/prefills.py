@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter
 
 from .buckets import SECONDS
+from .counter import LeanCounter
 from .histogram import LeanHistogram
 from .kept import keep_only
 from .totals import Totals
 
 
 class Prefills:
-    """Times the legs to P, and counts what P has read. ``clock`` returns monotonic seconds."""
+    """Times the legs to P, and counts what P has read."""
 
-    def __init__(self, registry: CollectorRegistry, totals: Totals, clock: Callable[[], float]) -> None:
+    def __init__(self, registry: CollectorRegistry, totals: Totals) -> None:
         self._totals = totals
-        self._clock = clock
         self._prefill_seconds = LeanHistogram(
             "pd_scheduler_prefill_duration_seconds",
             "Time of the prefill leg, as the scheduler sees it.",
@@ -40,12 +39,13 @@ class Prefills:
             ["prefill", "reason"],
             registry=registry,
         )
-        self._prompt_tokens = Counter(
+        self._prompt_tokens = LeanCounter(
             "pd_scheduler_prompt_tokens",
             "Tokens of prompts that P has computed or had cached.",
+            [],
             registry=registry,
-        )
-        cached = Counter(
+        ).series()
+        cached = LeanCounter(
             "pd_scheduler_cached_prompt_tokens",
             "Tokens of prompts in P's cache: as predicted, and as P has said.",
             ["kind"],
@@ -57,14 +57,11 @@ class Prefills:
             ["source", "outcome"],
             registry=registry,
         )
-        self._cached = {kind: cached.labels(kind) for kind in ("predicted", "actual")}
+        self._cached = {kind: cached.series(kind) for kind in ("predicted", "actual")}
 
-    @contextmanager
-    def time(self, instance: str) -> Iterator[None]:
-        """Measure the block, a prefill leg. One that raises an exception is not measured."""
-        start = self._clock()
-        yield
-        self._prefill_seconds.series(instance).observe(self._clock() - start)
+    def took(self, instance: str, seconds: float) -> None:
+        """Record how long a prefill leg took that was answered."""
+        self._prefill_seconds.series(instance).observe(seconds)
 
     def predicted(self, instance: str, ratio: float) -> None:
         """Record predicted over measured time of a prefill."""

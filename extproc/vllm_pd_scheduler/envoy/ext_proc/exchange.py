@@ -6,8 +6,9 @@ import asyncio
 import logging
 from asyncio import TimerHandle
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from ...admission.body_memory import BodyAllocation
 from ...request import headers as names
@@ -19,7 +20,9 @@ from ...rpc import Call, CallError, StatusCode
 from ..limits import MAX_MESSAGE_BYTES
 from .messages import decode, encode, encode_begin, encode_part, encode_streamed, pass_on
 from .stream import (
+    Answer,
     AnswerBegins,
+    Continue,
     Message,
     PassOn,
     Phase,
@@ -194,7 +197,7 @@ class Exchange:
         action, size = self._stream.receive(message), message.body_size
         if self._stream.streamed:
             self._receive_streamed(action, message)
-        elif size and not self._hold.resize(size):
+        elif size != self._hold.size and size and not self._hold.resize(size):
             self._answer(self._stream.refused(self._router.no_memory(size, self._stream.headers)))
         elif isinstance(action, Route):
             self._start(action)
@@ -226,15 +229,15 @@ class Exchange:
         return {**headers, **{name: value for name, value in told.items() if value}}
 
     def _answer(self, reply: Reply) -> None:
-        if isinstance(reply, StreamedAnswer):
+        if isinstance(reply, (Continue, Answer)):
+            self._call.write(*encode(reply))
+        elif isinstance(reply, StreamedAnswer):
             reply.forward.for_gateway(self._owner.takes_list(self._call.connection))
             self._call.write_all(encode_streamed(reply))
         elif isinstance(reply, AnswerBegins):
             self._begin_answer(reply)
-        elif isinstance(reply, PassOn):
-            self._pass_on(reply)
         else:
-            self._call.write(*encode(reply))
+            self._pass_on(reply)
 
     def _refuse(self, error: StreamError | CallError) -> None:
         self._owner.complain(error)
@@ -370,10 +373,11 @@ class Exchange:
         if self._ended:
             return
         self._ended = True
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()  # also one that has not begun
-        self._stop_timer()
+        task = self._task
+        if task is not None and not task.done() and task is not asyncio.current_task():
+            task.cancel()  # also one that has not begun
         if self._watch is not None:
+            self._stop_timer()
             told = self._call.is_connected and (self._tells_answers or self._stream.complete)
             self._watch.ended(self._stream.complete, told, self._stream.answer_streamed, self._router.clock())
         if not self._running:

@@ -127,9 +127,12 @@ def _request_headers(request: Any) -> Message:
 
 
 def _headers(message: Any) -> dict[str, str]:
-    return {
-        header.key: _text(header.raw_value or header.value.encode()) for header in message.headers.headers
-    }
+    found = {}
+    for header in message.headers.headers:
+        value = header.raw_value or header.value.encode()
+        short = len(value) <= LONG_VALUE_BYTES
+        found[header.key] = value.decode("utf-8", "replace") if short else _long_text(value)
+    return found
 
 
 def _subset(metadata: Any) -> frozenset[str] | None:
@@ -165,14 +168,12 @@ _INSTANCES_OWN = frozenset({"date", "server", "x-envoy-upstream-service-time"})
 """Headers of an instance's answer, or of Envoy for it. Envoy's own answers get them later, if at all."""
 
 
-def _text(value: bytes) -> str:
-    """Return a header's value; as Latin-1 if it is long and not ASCII.
+def _long_text(value: bytes) -> str:
+    """Return a header's long value: as Latin-1 if it is not ASCII.
 
     Other text takes up to four bytes a letter, and Envoy's limit is on bytes.
     """
-    if len(value) <= LONG_VALUE_BYTES or value.isascii():
-        return value.decode("utf-8", "replace")
-    return value.decode("latin-1")
+    return value.decode("ascii" if value.isascii() else "latin-1")
 
 
 def _body_follows(request: Any) -> bool:

@@ -21,8 +21,9 @@ are counted exactly. The state machine also answers what other modes would send.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum, auto
+
+from msgspec import Struct
 
 from ...request.errors import Reject
 from ...routing.answer_head import AnswerHead
@@ -62,8 +63,7 @@ TOGETHER_BYTES = 1 << 16
 """Until that one has so many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """A message from Envoy.
 
     ``headers`` is set for request headers, ``head`` for those of the response, and ``body`` for a part of a
@@ -90,24 +90,21 @@ class Message:
         return len(self.body)
 
 
-@dataclass(frozen=True, slots=True)
-class Continue:
+class Continue(Struct, frozen=True):
     """Reply to ``phase`` that nothing changes."""
 
     phase: Phase
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(Struct, frozen=True):
     """Reply nothing: there is more to come."""
 
 
-@dataclass(slots=True)
-class Route:
+class Route(Struct):
     """Tell the caller to route this request, and then to call :meth:`Stream.routed`."""
 
     headers: Mapping[str, str]
-    parts: list[Bytes | bytearray] = field(default_factory=list)
+    parts: list[Bytes | bytearray] = []
     subset: frozenset[str] | None = None
 
     def take_body(self) -> bytes:
@@ -116,16 +113,14 @@ class Route:
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """Reply to ``phase`` with where the request goes, or with an error in its place."""
 
     phase: Phase
     outcome: Forward | Reject
 
 
-@dataclass(frozen=True, slots=True)
-class StreamedAnswer:
+class StreamedAnswer(Struct, frozen=True):
     """Reply with where the request goes, with its whole body (``None``: it has none) and its trailers."""
 
     forward: Forward
@@ -133,16 +128,14 @@ class StreamedAnswer:
     trailers: bool
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerBegins:
+class AnswerBegins(Struct, frozen=True):
     """Let the response begin, and tell the client who gives it."""
 
     head: AnswerHead
     forward: Forward
 
 
-@dataclass(frozen=True, slots=True)
-class PassOn:
+class PassOn(Struct, frozen=True):
     """Give back a part of the response's body as it is."""
 
     body: Bytes
