@@ -38,8 +38,8 @@ _SEVERAL_STEPS = 32_768
 """Tokens of a group in which it hardly matters who has shared a step with whom: vLLM computes 8,192 in one at
 most, if it is not told otherwise."""
 _SURPRISING = 1.5
-"""Factor by which the time of so many tokens must differ from what was predicted, to be learned from at once: a
-choice. An instance that is taken for too fast gets all long prompts, and eight of them take minutes."""
+"""Factor by which the time of so many tokens must differ from what was predicted, to be learned from at once:
+a choice. An instance that is taken for too fast gets all long prompts, and eight of them take minutes."""
 _MIN_GROUP_S = 0.02
 """Seconds that a group must have taken before it is learned from.
 
