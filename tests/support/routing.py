@@ -88,7 +88,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
             config,
             prefill_leg=self.leg,
             connector=self.CONNECTOR(),
-            clock=lambda: time.monotonic() + self.ahead,
+            clock=self.clock,
             later=self.later,
         )
         for role, name, host in ((P, "p", "10.0.0.1"), (D, "d", "10.0.0.2")):
@@ -97,6 +97,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
                 self.router.register_instance(PDInstance(one, role, host, 8000 + number, self.KEYS.get(one)))
         for endpoint in self.router.registry:
             self.router.registry.probed(endpoint, None)
+
+    def clock(self) -> float:
+        return time.monotonic() + self.ahead
 
     def later(self, delay: float, call: Callable[[], None]) -> object:
         return in_this_loop(delay, call)
