@@ -73,6 +73,10 @@ class ConnectorChoice:
     """By their keys, in order."""
 
 
+Place = tuple[InstanceRole, str, int]
+"""Role, host and port: two instances that have these in common are one endpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class PDInstance:
     """One vLLM server of the fleet."""
@@ -108,6 +112,11 @@ class PDInstance:
                 f"not {size!r}"
             )
         object.__setattr__(self, "host", canonical_host(self.host))
+
+    @property
+    def place(self) -> Place:
+        """What no two instances may share. A final dot makes no other name of its host."""
+        return self.role, self.host.removesuffix("."), self.port
 
     @property
     def scheme(self) -> str:

@@ -12,8 +12,11 @@ import pytest_asyncio
 
 from tests.admin.test_turning import Fleet
 from tests.advice.test_turns import KEEP, move
+from tests.support.waiting import until
+from vllm_pd_scheduler.admin import turning
 from vllm_pd_scheduler.admin.balancing import Balancing
 from vllm_pd_scheduler.admin.changes import AdminChanges
+from vllm_pd_scheduler.admin.refusals import NotShared
 from vllm_pd_scheduler.admin.turning import Turning
 from vllm_pd_scheduler.advice.verdict import Advice
 from vllm_pd_scheduler.config.turning import TurningConfig
@@ -257,6 +260,45 @@ async def test_one_whose_engine_keeps_the_other_role_gets_nothing(
 ) -> None:
     fleet = Meanwhile(happens, cannot_go_back=True)
     await fleet.look()
+    assert fleet.told == [("p0", D), ("p0", P)]
+    assert fleet.router.registry.get("p0").draining
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_an_engine_whose_turn_the_log_may_not_have_taken_gets_the_role_in_which_it_counts(
+    fleet: Balanced, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    make = fleet.changes.turn
+
+    async def unsure(*which: Any) -> None:
+        if taken:
+            await make(*which)
+        raise NotShared("the connection was lost: it may count yet")
+
+    monkeypatch.setattr(turning, "AGAIN_S", 0.01)
+    monkeypatch.setattr(fleet.changes, "turn", unsure)
+    await fleet.look()
+    assert any(each.startswith("p0 was not turned: the log of the replicas") for each in fleet.said())
+    role = D if taken else P
+    await until(lambda: f"p0 serves again: it is a {role} instance" in fleet.said())
+    assert fleet.told == ([("p0", D)] if taken else [("p0", D), ("p0", P)])
+    assert (fleet.roles()["p0"], fleet.router.registry.get("p0").draining) == (role, False)
+
+
+async def test_an_engine_that_cannot_go_back_when_the_log_takes_changes_gets_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def nothing(_: Meanwhile) -> None:
+        pass
+
+    async def refuses(*_: Any) -> None:
+        raise NotShared("not connected")
+
+    fleet = Meanwhile(nothing, cannot_go_back=True)
+    monkeypatch.setattr(turning, "AGAIN_S", 0.01)
+    monkeypatch.setattr(fleet.changes, "turn", refuses)
+    await fleet.look()
+    await until(lambda: any("its engine is not: /pd_role_switch" in each for each in fleet.said()))
     assert fleet.told == [("p0", D), ("p0", P)]
     assert fleet.router.registry.get("p0").draining
 

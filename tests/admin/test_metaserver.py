@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.routing.test_asked_by_decode import AskedCase
+from tests.support.asked import AskedCase
 from tests.support.processes import unused_ports
 from tests.support.routing import decode_body
 from vllm_pd_scheduler.admin import metaserver

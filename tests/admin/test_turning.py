@@ -10,8 +10,9 @@ import pytest_asyncio
 
 from tests.support.admin import Admin
 from tests.support.waiting import until
+from vllm_pd_scheduler.admin import turning
 from vllm_pd_scheduler.admin.changes import AdminChanges
-from vllm_pd_scheduler.admin.refusals import NotShared
+from vllm_pd_scheduler.admin.refusals import NotKept, NotShared
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.router import PDRouter
@@ -150,21 +151,58 @@ async def test_one_that_is_removed_meanwhile(fleet: Fleet) -> None:
     assert (await turn(fleet, "p1"))[0] == 200
 
 
-async def test_one_that_cannot_be_told_to_the_other_replicas(
+def refuse(patch: pytest.MonkeyPatch, *changes: str, error: Exception | None = None) -> None:
+    """Have no change of these kinds be kept, and a turn that is not kept be undone soon."""
+
+    async def refuses(*_: Any, **__: Any) -> None:
+        raise error or NotShared("10.0.0.5:6379: connection refused")
+
+    patch.setattr(turning, "AGAIN_S", 0.01)
+    for name in changes:
+        patch.setattr(AdminChanges, name, refuses)
+
+
+async def test_one_whose_turn_the_log_of_the_replicas_refuses_serves_again_when_it_takes_changes(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuses(*_: Any) -> None:
-        raise NotShared("10.0.0.5:6379: connection refused")
-
-    monkeypatch.setattr(AdminChanges, "turn", refuses)
+    refuse(monkeypatch, "turn", "undrain")
     status, _ = await turn(fleet, "p0")
-    assert status == 202
+    assert status == 202, "whoever waits for the turn does not wait for the log"
     (said,) = (each for each in fleet.said() if each.startswith("p0 was not turned"))
     assert "10.0.0.5:6379: connection refused" in said
     assert "stays drained" in said
     assert fleet.router.registry.get("p0").draining
     monkeypatch.undo()
+    await until(lambda: "p0 serves again: it is a prefill instance" in fleet.said())
+    assert fleet.router.registry.get("p0").routable
+    await until_over(fleet)
     assert (await turn(fleet, "p0"))[1]["role"] == "decode", "and once more"
+
+
+async def until_over(fleet: Fleet) -> None:
+    """Wait until another turn may begin."""
+
+    async def over() -> bool:
+        status, found = await turn(fleet, "fixed")
+        return status == 409 and "no both_roles" in found["error"]
+
+    await until(over)
+
+
+async def test_one_that_is_kept_drained_since_no_change_is_kept_can_be_undrained(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, "turn", "drain", error=NotShared("not connected"))
+    fleet.router.drain_instance("p0")
+    assert (await turn(fleet, "p0"))[0] == 503, "its drain is not kept"
+    monkeypatch.undo()
+    refuse(monkeypatch, "turn", "undrain", error=NotKept("No space left on device"))
+    await turn(fleet, "p0")
+    assert fleet.router.registry.get("p0").draining
+    fleet.router.undrain_instance("p0")
+    monkeypatch.undo()
+    await until(lambda: "p0 serves again: it is a prefill instance" in fleet.said())
+    assert fleet.router.registry.get("p0").routable
 
 
 async def test_one_that_an_operator_has_added_is_turned_too(fleet: Fleet) -> None:

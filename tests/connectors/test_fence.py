@@ -60,7 +60,7 @@ NO_QUESTIONS: list[Any] = [
     (80, "a"),
     (80, "/a b"),
     (80, "/\r\n"),
-    (80, None),
+    (80, b"/a"),
 ]
 DEFAULTS = {"can_split": False, "abort": None, "release_body": None}
 """What stands for an answer; the other calls raise ``ConnectorFailed``."""

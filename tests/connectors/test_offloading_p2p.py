@@ -13,6 +13,7 @@ from vllm_pd_scheduler.connectors import (
     OffloadingP2pConnector,
     Order,
     Peer,
+    Question,
     UnknownConnector,
     settings_of,
 )
@@ -45,6 +46,13 @@ def prefill(legs: Legs) -> Any:
 
 def test_prefill_goes_first() -> None:
     assert offloading.order(LEGS.prefill) is Order.PREFILL_FIRST
+
+
+def test_p_is_asked_whether_its_tier_is_there() -> None:
+    assert offloading.question(LEGS.prefill) == Question(5710, None)
+    assert offloading.question(RANKED.prefill) == Question(7780, None), "that of the rank"
+    assert offloading.question(replace(LEGS.prefill, rank=2)) == Question(5712, None)
+    assert offloading.understood(b"", LEGS.prefill)
 
 
 def test_prefill() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.connectors import LEGS
-from vllm_pd_scheduler.connectors import Handoff, Order, SglangConnector
+from vllm_pd_scheduler.connectors import Handoff, Order, Question, SglangConnector
 from vllm_pd_scheduler.connectors.sglang import SglangSettings, room
 from vllm_pd_scheduler.request.api import APIS, CHAT, COMPLETIONS, MESSAGES, NATIVE, RESPONSES, Api
 from vllm_pd_scheduler.request.body import JsonBody
@@ -47,6 +47,11 @@ def test_both_legs_get_the_clients_fields_and_the_same_room(body: dict[str, Any]
     splice = SGLANG.splice(found, SGLANG.promised(LEGS))
     assert json.loads(splice.into(found.raw)) == {**body, **ROOM}
     assert json.loads(SGLANG.prefill_body(found, LEGS)) == {**body, "stream": False, **ROOM}
+
+
+def test_the_bootstrap_server_is_asked_whether_it_is_there() -> None:
+    assert SGLANG.question(PEER) == Question(9001, "/health"), "as D does"
+    assert SGLANG.understood(b"OK", PEER)
 
 
 def test_a_prefill_is_not_streamed() -> None:

@@ -10,7 +10,6 @@ from vllm_pd_scheduler.admin.moves import move
 from vllm_pd_scheduler.admin.saved_changes import AS_CONFIGURED, SavedInstance, Steered, difference
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.discovery import ADMIN
-from vllm_pd_scheduler.discovery.merge import Place, place_of
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance
 from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import By, InstanceRole, PDInstance
@@ -143,7 +142,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def who_should_is_there_and_nobody_else(self) -> None:
         registry, membership = self.router.registry, self.router.membership
-        places: list[Place] = [place_of(endpoint.instance) for endpoint in registry]
+        places = [endpoint.instance.place for endpoint in registry]
         assert len(places) == len(set(places))
         assert membership.refused == ()
         stay = {endpoint.instance for endpoint in registry if not membership.leaves(endpoint.id)}

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from tests.discovery.test_merge import HISTORY, instance
 from vllm_pd_scheduler.discovery import ADMIN, Membership
-from vllm_pd_scheduler.discovery.merge import place_of
 from vllm_pd_scheduler.fleet.registry import DuplicateInstance, Registry, UnknownInstance
 from vllm_pd_scheduler.fleet.reservation import Reservation
 from vllm_pd_scheduler.models import InstanceRole, InstanceState, PDInstance
@@ -289,8 +288,8 @@ def test_what_is_named_is_there_and_what_runs_is_not_lost(
         here = list(registry)
         if here and data.draw(st.booleans()):
             running.append(registry.work.reserve(data.draw(st.sampled_from(here))))
-        serving = {place_of(endpoint.instance) for endpoint in here if not endpoint.draining}
-        named = {place_of(each) for found in told.values() for each in found}
+        serving = {endpoint.instance.place for endpoint in here if not endpoint.draining}
+        named = {each.place for found in told.values() for each in found}
         assert serving <= named
         assert len(named - serving) == len(fleet.refused)
         for endpoint in here:

@@ -5,7 +5,7 @@ from itertools import permutations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd_scheduler.discovery.merge import Member, merge, place_of
+from vllm_pd_scheduler.discovery.merge import Member, merge
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
@@ -43,8 +43,8 @@ def test_nothing_that_a_source_names_is_lost_without_a_reason(
 ) -> None:
     told, standing = after(history)
     merged = merge(told, standing)
-    there = {place_of(member.instance) for member in merged.members.values()}
-    named = {place_of(each) for instances in told.values() for each in instances}
+    there = {member.instance.place for member in merged.members.values()}
+    named = {each.place for instances in told.values() for each in instances}
     assert there <= named
     assert len(named - there) == len(merged.refused)
 
@@ -54,10 +54,10 @@ def test_ids_and_places_are_unique(history: list[tuple[str, list[PDInstance]]]) 
     told, standing = after(history)
     members = merge(told, standing).members
     assert all(key == member.instance.instance_id for key, member in members.items())
-    assert len({place_of(member.instance) for member in members.values()}) == len(members)
+    assert len({member.instance.place for member in members.values()}) == len(members)
     for member in members.values():
         for source in SOURCES:
-            names = place_of(member.instance) in map(place_of, told[source])
+            names = member.instance.place in (each.place for each in told[source])
             assert names is (source in member.sources)
 
 
@@ -68,17 +68,17 @@ def test_who_is_there_and_still_named_stays(
     _, standing = after(history)
     merged = merge(told, standing).members
     for member in standing:
-        place, key = place_of(member.instance), member.instance.instance_id
-        gives = [i.instance_id for i in told[member.named_by] if place_of(i) == place]
-        if any(place == place_of(each) for found in told.values() for each in found) and (
+        place, key = member.instance.place, member.instance.instance_id
+        gives = [i.instance_id for i in told[member.named_by] if i.place == place]
+        if any(place == each.place for found in told.values() for each in found) and (
             not gives or key in gives
         ):
             own = merged.get(key)
             clash = any(
-                other.sources != member.sources and place_of(other.instance)[1:] == place[1:]
+                other.sources != member.sources and other.instance.place[1:] == place[1:]
                 for other in merged.values()
             )
-            assert clash or (own is not None and place_of(own.instance) == place)
+            assert clash or (own is not None and own.instance.place == place)
 
 
 @given(TOLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -48,8 +49,10 @@ class Bootstrap:
 class Stage:
     """One P, and who asks it."""
 
-    def __init__(self, session: aiohttp.ClientSession, port: int) -> None:
-        choice = ConnectorChoice("mooncake", (("bootstrap_port", port),))
+    def __init__(
+        self, session: aiohttp.ClientSession, port: int, name: str = "mooncake", key: str = "bootstrap_port"
+    ) -> None:
+        choice = ConnectorChoice(name, ((key, port),))
         self.registry = Registry()
         self.endpoint = self.registry.add(
             PDInstance("p0", InstanceRole.PREFILL, "127.0.0.1", 8000, connector=choice)
@@ -211,3 +214,22 @@ async def test_a_wrong_port_is_logged_once(
             await stage.ask()
         stage.questions.forget(stage.endpoint)
     assert len(caplog.records) == 3, "again after it has answered"
+
+
+async def test_a_port_that_only_has_to_take_a_connection(
+    session: aiohttp.ClientSession, bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Stage(session, bootstrap.port, "offloading-p2p", "p2p_port")
+    assert [await there.ask() for _ in range(2)] == [True, True]
+    away = Stage(session, unused_ports(1)[0], "offloading-p2p", "p2p_port")
+    with pytest.raises(PrefillFailed, match="question_connect"):
+        await away.ask()
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    monkeypatch.setattr(questions, "TIMEOUT_S", 0.1)
+    with full, contextlib.ExitStack() as waiting:
+        for _ in range(8):  # until the kernel takes no more
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        with pytest.raises(PrefillFailed, match="question_timeout"):
+            await Stage(session, full.getsockname()[1], "offloading-p2p", "p2p_port").ask()

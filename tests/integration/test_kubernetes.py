@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.kubernetes import ApiServer, endpoint, endpoint_slice, pod, pool
+from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import endpoint, endpoint_slice, pod, pool
 from tests.support.load import load
 from tests.support.pods import Pods
 from tests.support.processes import Client, Process, Stack, ready, spawned

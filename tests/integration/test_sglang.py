@@ -7,13 +7,14 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned
+from tests.support.processes import NO_EJECTION, Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -273,3 +274,19 @@ async def test_a_client_that_leaves(client: Client) -> None:
     for instance in client.fleet.decode:
         await client.fault(instance.id)
     await client.until_freed()
+
+
+async def test_a_wrong_bootstrap_port(session: aiohttp.ClientSession, fleet: Fleet, tmp_path: Path) -> None:
+    """P and D would wait for each other, for minutes. Another P gets the request, if there is one."""
+    listed = fleet.config()
+    listed["prefill_instances"][0]["connector"]["bootstrap_port"] = unused_ports(1)[0]
+    stack = Stack(tmp_path)
+    with spawned(stack.up({"strategy": "round_robin", **NO_EJECTION, **listed})) as process:
+        client = Client(session, stack, fleet)
+        await ready(client, process)
+        answers = [await client.complete(prompt=new_prompt()) for _ in range(2)]
+        assert [(each.status, each.headers["x-pd-prefill"]) for each in answers] == [(200, "prefill-1")] * 2
+        await client.admin("DELETE", "/instances/prefill-1")
+        refused = await client.complete(prompt=new_prompt())
+        assert (refused.status, refused.headers["x-pd-reason"]) == (503, "no_prefill")
+        await process.says("/health does not answer as its connector needs it (question_connect)")

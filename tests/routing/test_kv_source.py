@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.routing import BODY, Case, answer
+from tests.support.routing import BODY, Ask, Case, answer
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer, PrefillFailed
 from vllm_pd_scheduler.records.explained import explained, in_a_line
 
@@ -23,6 +23,7 @@ class KvSourceTest(Case):
 
     def setUp(self) -> None:
         super().setUp()
+        self.router.ask_prefill = Ask()
         for name in ("p0", "p1", "p2"):
             self.leg.answers[name] = said()
 

@@ -4,32 +4,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.routing import BODY, Case, answer, decode_body
-from vllm_pd_scheduler.connectors import Attempt, Question
-from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from tests.support.routing import BODY, Ask, Case, answer, decode_body
+from vllm_pd_scheduler.connectors import Question
 from vllm_pd_scheduler.handoff.interfaces import LocalShortage, PrefillFailed
 from vllm_pd_scheduler.routing.time_limits import LEASE_SHARE
 
 LENGTH = b'{"choices":[{"finish_reason":"length"}],"usage":{"prompt_tokens":5}}'
 STOP = b'{"choices":[{"finish_reason":"stop"}],"usage":{"prompt_tokens":5}}'
-
-
-class Ask:
-    """Answers questions as it is told, instance by instance."""
-
-    def __init__(self) -> None:
-        self.failures: dict[str, Exception] = {}
-        self.asked: list[tuple[str, Question]] = []
-        self.forgotten: list[str] = []
-
-    async def __call__(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
-        self.asked.append((endpoint.id, question))
-        if endpoint.id in self.failures:
-            raise self.failures[endpoint.id]
-        return ((0, f"engine of {endpoint.id}"),)
-
-    def forget(self, endpoint: Endpoint) -> None:
-        self.forgotten.append(endpoint.id)
 
 
 class QuestionTest(Case):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
-from tests.support.routing import BODY, Case, D, Leg, P, answer, decode_body
+from tests.support.routing import BODY, Ask, Case, D, Leg, P, answer, decode_body
 from tests.support.waiting import until
 from vllm_pd_scheduler.connectors import Attempt
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
@@ -54,6 +54,7 @@ class TogetherTest(Case):
 
     def setUp(self) -> None:
         super().setUp()
+        self.router.ask_prefill = Ask()
         self.leg = self.router.prefill_leg = self.prefills = Prefills()  # type: ignore[assignment]
         self.aborted: list[tuple[str, str]] = []
         self.router.abort_leg = lambda endpoint, attempt: self.aborted.append((endpoint.id, attempt.legs.id))
@@ -254,6 +255,7 @@ class MixedTest(Case):
 
     def setUp(self) -> None:
         super().setUp()
+        self.router.ask_prefill = Ask()
         for number in range(3):
             self.router.unregister_instance(f"d{number}")
             choice = ConnectorChoice("sglang") if number else None

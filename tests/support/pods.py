@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from tests.support.kubernetes import ApiServer, pod
+from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import pod
 from tests.support.processes import unused_ports
 from tests.support.sim_fleet import Fleet, SimInstance
 from vllm_pd_scheduler.sim.fleet import DECODE_PORT_OFFSET

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_pd_scheduler.config import SchedulerConfig
-from vllm_pd_scheduler.connectors import Attempt, Connector, NixlConnector
+from vllm_pd_scheduler.connectors import Attempt, Connector, NixlConnector, Question
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import InstanceRole, PDInstance
@@ -73,6 +73,24 @@ def decode_body(forward: Forward, body: Mapping[str, Any] = BODY) -> Any:
     """What the first D gets for a client's body."""
     raw = json.dumps(body).encode() if forward.body is None else forward.body
     return json.loads(raw if forward.splice is None else forward.splice.into(raw))
+
+
+class Ask:
+    """Answers questions as it is told, instance by instance."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, Exception] = {}
+        self.asked: list[tuple[str, Question]] = []
+        self.forgotten: list[str] = []
+
+    async def __call__(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
+        self.asked.append((endpoint.id, question))
+        if endpoint.id in self.failures:
+            raise self.failures[endpoint.id]
+        return ((0, f"engine of {endpoint.id}"),)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        self.forgotten.append(endpoint.id)
 
 
 class Case(unittest.IsolatedAsyncioTestCase):

@@ -62,10 +62,13 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it."""
+    """What each process of a P is asked once, by HTTP (GET, no TLS), before requests are split with it.
+
+    Without a ``path`` it is only to take the connection: its answer is empty then.
+    """
 
     port: int
-    path: str
+    path: str | None
 
 
 @dataclass(frozen=True, slots=True)

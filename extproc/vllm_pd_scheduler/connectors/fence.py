@@ -188,7 +188,7 @@ def _checked_question(question: Any) -> Question | None:
         raise TypeError(f"it returned {type(question).__name__} in place of a Question")
     if not (isinstance(question.port, int) and 0 < question.port < 1 << 16):
         raise ValueError("it returned a port that does not exist")
-    if not _PATH.fullmatch(question.path):
+    if question.path is not None and not _PATH.fullmatch(question.path):
         raise ValueError("it returned a path that cannot be sent")
     return question
 

@@ -121,13 +121,15 @@ class NixlConnector(Connector):
 
 
 def _ids(answer: _Answer) -> msgspec.Raw:
-    """Return the token ids of a prompt, as a chat or a completion has them."""
-    if b'"prompt_token_ids"' in bytes(answer.choices):
-        with suppress(*UNREADABLE):
-            choices = _decode_choices(answer.choices)
-            if choices and bytes(choices[0].prompt_token_ids) != b"null":
-                return choices[0].prompt_token_ids
-    return answer.prompt_token_ids
+    """Return the token ids of a prompt: a chat has them on top, a completion in its first choice."""
+    on_top = answer.prompt_token_ids
+    if bytes(on_top) not in (b"", b"null") or b'"prompt_token_ids"' not in bytes(answer.choices):
+        return on_top
+    with suppress(*UNREADABLE):
+        choices = _decode_choices(answer.choices)
+        if choices:
+            return choices[0].prompt_token_ids
+    return on_top
 
 
 def read_handoff(answer: bytes, protocol: str = "") -> tuple[Handoff | None, TransferParams]:

@@ -15,7 +15,7 @@ import msgspec
 from ..request.body import JsonBody
 from ..request.handoff_key import HANDOFF_KEY
 from ..request.headers import RANK
-from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Settings
+from .base import NO_HEADERS, Connector, Handoff, Legs, Peer, Question, Settings
 from .one_token import can_split, counted, has_stopped, one_token, was_cut
 
 _Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
@@ -50,6 +50,14 @@ class OffloadingP2pConnector(Connector):
     def can_split(self, body: JsonBody) -> bool:
         """Whether the request has one prompt and one answer, and wants nothing that only P would know."""
         return can_split(body)
+
+    def question(self, prefill: Peer) -> Question:
+        """Ask whether P's tier is there: with a wrong port D would wait for it."""
+        return Question(_port(prefill), None)
+
+    def understood(self, answer: bytes, prefill: Peer) -> bool:
+        """Return that it is."""
+        return True
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body for one token, with the name of the hand-off and where to pull from."""
@@ -87,5 +95,9 @@ def _id(legs: Legs) -> str:
 
 def _at(peer: Peer, kv_request_id: str) -> dict[str, Any]:
     """Return how an engine finds another one's tier."""
-    port = peer.settings.p2p_port + (_rank(peer) or 0)
-    return {"kv_request_id": kv_request_id, "remote_host": peer.host, "remote_port": port}
+    return {"kv_request_id": kv_request_id, "remote_host": peer.host, "remote_port": _port(peer)}
+
+
+def _port(peer: Peer) -> int:
+    port: int = peer.settings.p2p_port + (_rank(peer) or 0)
+    return port

@@ -17,10 +17,11 @@ import msgspec
 from ..models import InstanceRole
 from ..request.api import CHAT, COMPLETIONS, NATIVE
 from ..request.body import UNREAD, JsonBody
-from .base import Abort, Connector, Handoff, Legs, Order, Peer, Settings, Splice, Switch
+from .base import Abort, Connector, Handoff, Legs, Order, Peer, Question, Settings, Splice, Switch
 from .one_token import UNREADABLE, Tokens, counted
 
 ABORT_PATH = "/abort_request"
+HEALTH_PATH = "/health"
 SWITCH_PATH = "/pd_role_switch"
 BOOTSTRAP_TIMEOUT_S = 300.0
 """``SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`` and ``…_WAITING_TIMEOUT``."""
@@ -82,6 +83,14 @@ class SglangConnector(Connector):
     def order(self, prefill: Peer) -> Order:
         """Return that both begin together: P sends nothing before D has said where to."""
         return Order.TOGETHER
+
+    def question(self, prefill: Peer) -> Question:
+        """Ask P's bootstrap server what D asks it too: with a wrong port each would wait for the other."""
+        return Question(prefill.settings.bootstrap_port, HEALTH_PATH)
+
+    def understood(self, answer: bytes, prefill: Peer) -> bool:
+        """Return that it is there."""
+        return True
 
     def prefill_body(self, body: JsonBody, legs: Legs) -> bytes:
         """Return the client's body, not streamed, with the room. P itself stops at the first token."""

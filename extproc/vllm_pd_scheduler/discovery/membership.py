@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ..fleet.registry import DuplicateInstance, Registry, UnknownInstance
 from ..models import By, InstanceRole, PDInstance
 from ..records.events import EventKind, Events
-from .merge import Member, Named, merge, named, place_of
+from .merge import Member, Named, merge, named
 
 ADMIN = "admin"
 """The source that operators are. It counts most."""
@@ -131,7 +131,7 @@ class Membership:
         told = (*self._told[ADMIN], instance)
         trial = merge({**self._wanted(), ADMIN: told}, self._members.values())
         member = trial.members.get(instance.instance_id)
-        if member is None or place_of(member.instance) != place_of(instance):
+        if member is None or member.instance.place != instance.place:
             raise DuplicateInstance(next((r for r in trial.refused if r not in self._refused), "it is there"))
         self._removed.pop(named(instance), None)
         self._told[ADMIN] = told
@@ -143,8 +143,8 @@ class Membership:
         instance_id = instance.instance_id
         for each in self.hides(instance_id):
             self._removed[named(each)] = each
-        place = place_of(instance)
-        self._told[ADMIN] = tuple(each for each in self._told[ADMIN] if place_of(each) != place)
+        place = instance.place
+        self._told[ADMIN] = tuple(each for each in self._told[ADMIN] if each.place != place)
         self._drained.discard(instance_id)
         self._leaving.discard(instance_id)
         self._members.pop(instance_id, None)
@@ -153,9 +153,9 @@ class Membership:
 
     def hides(self, instance_id: str) -> list[PDInstance]:
         """Return what other sources than the operators name in an instance's place."""
-        place = place_of(self._registry.get(instance_id).instance)
+        place = self._registry.get(instance_id).instance.place
         told = [each for source, found in self._told.items() if source != ADMIN for each in found]
-        return [each for each in told if place_of(each) == place]
+        return [each for each in told if each.place == place]
 
     def removed(self) -> list[PDInstance]:
         """Return what operators have removed and sources still name."""
@@ -219,9 +219,9 @@ class Membership:
 
     def _part(self, before: dict[str, Member], by: str) -> None:
         """Let those go that are not members any more: at once if another one needs their id or place."""
-        wanted = {place_of(member.instance): key for key, member in self._members.items()}
+        wanted = {member.instance.place: key for key, member in self._members.items()}
         for key in [*before, *self._leaving]:
-            place = place_of(self._registry.get(key).instance)
+            place = self._registry.get(key).instance.place
             if wanted.get(place) == key:
                 continue
             if key in self._members or place in wanted:

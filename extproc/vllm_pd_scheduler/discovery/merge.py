@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..models import InstanceRole, PDInstance, join_address
-
-Place = tuple[InstanceRole, str, int]
-"""Role, host and port: two instances that have these in common are one endpoint."""
+from ..models import PDInstance, Place, join_address
 
 Named = tuple[str, Place]
 """An instance as a source names it: its id, and its place."""
@@ -35,14 +32,9 @@ class Merged:
     """A line for each instance that a source names and that cannot be in the set."""
 
 
-def place_of(instance: PDInstance) -> Place:
-    """Return what no two instances may share. A final dot makes no other name of a host."""
-    return instance.role, instance.host.removesuffix("."), instance.port
-
-
 def named(instance: PDInstance) -> Named:
     """Return an instance as a source names it."""
-    return instance.instance_id, place_of(instance)
+    return instance.instance_id, instance.place
 
 
 def merge(told: Mapping[str, Iterable[PDInstance]], standing: Iterable[Member] = ()) -> Merged:
@@ -58,10 +50,10 @@ def merge(told: Mapping[str, Iterable[PDInstance]], standing: Iterable[Member] =
     at: dict[Place, list[tuple[str, PDInstance]]] = {}
     for source, instances in told.items():
         for instance in instances:
-            at.setdefault(place_of(instance), []).append((source, instance))
+            at.setdefault(instance.place, []).append((source, instance))
     found = _Found()
     for member in standing:
-        place, own_id = place_of(member.instance), member.instance.instance_id
+        place, own_id = member.instance.place, member.instance.instance_id
         candidates = at.get(place, [])
         by_giver = [one.instance_id for source, one in candidates if source == member.named_by]
         if candidates and (not by_giver or own_id in by_giver):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, canonical_ip, join_address
+from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, Place, canonical_ip, join_address
 from ..prediction.load_model import DecodeLoad, FleetLoad
 from ..prediction.prefill_load import PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
@@ -85,7 +85,7 @@ class Registry:
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
     _instances: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict)
     """The endpoints of each instance, by its id: its ranks, or the one."""
-    _places: dict[tuple[InstanceRole, str, int], str] = field(default_factory=dict)
+    _places: dict[Place, str] = field(default_factory=dict)
     """Ids by what no two instances may share."""
     _by_address: dict[InstanceRole, dict[str, list[Endpoint]] | None] = field(
         default_factory=lambda: dict.fromkeys(InstanceRole, None)
@@ -139,7 +139,7 @@ class Registry:
         if canonical_ip(instance.host) is not None:
             self._move(endpoints, join_address(instance.host, instance.port))
         self._instances[instance.instance_id] = endpoints
-        self._places[_place(instance)] = instance.instance_id
+        self._places[instance.place] = instance.instance_id
         for endpoint in endpoints:
             self._endpoints[endpoint.id] = endpoint
             self.learning.joined(endpoint)
@@ -155,7 +155,7 @@ class Registry:
         """Raise :exc:`DuplicateInstance` if an instance cannot be added."""
         if instance.instance_id in self._instances or instance.instance_id in self._endpoints:
             raise DuplicateInstance(f"the id {instance.instance_id!r} is taken")
-        if (other := self._places.get(_place(instance))) is not None:
+        if (other := self._places.get(instance.place)) is not None:
             raise DuplicateInstance(
                 f"{join_address(instance.host, instance.port)} is already the {instance.role} "
                 f"instance {other!r}"
@@ -166,7 +166,7 @@ class Registry:
         endpoints = self.ranks_of(self.get(instance_id))
         instance = endpoints[0].instance
         del self._instances[instance.instance_id]
-        del self._places[_place(instance)]
+        del self._places[instance.place]
         for endpoint in endpoints:
             del self._endpoints[endpoint.id]
             self.learning.left(endpoint)
@@ -397,8 +397,3 @@ class Registry:
         if any(lineup.drains_have_ended(ranks) for lineup in self._lineups.values()):
             return False
         return self._lineups[role].look_at(ranks, there=changed in self)
-
-
-def _place(instance: PDInstance) -> tuple[InstanceRole, str, int]:
-    """Return what no two instances may share. A final dot makes no other name of it."""
-    return instance.role, instance.host.removesuffix("."), instance.port

@@ -82,19 +82,40 @@ class Questions:
                 del self._answers[endpoint]
 
     async def _ask(self, endpoint: Endpoint, question: Question, attempt: Attempt) -> Any:
-        url = f"http://{join_address(endpoint.host, question.port)}{question.path}"
+        address = join_address(endpoint.host, question.port)
+        where = address if question.path is None else f"http://{address}{question.path}"
         try:
-            answer = await self._understood(url, attempt)
+            if question.path is None:
+                answer = await self._connected(endpoint.host, question.port)
+            else:
+                answer = await self._answered(where)
+            understood = attempt.understood(answer)
+            if understood is None:
+                raise PrefillFailed("question_nonsense")
         except PrefillFailed as error:
-            wrong = f"{url} does not answer as its connector needs it ({error})"
+            wrong = f"{where} does not answer as its connector needs it ({error})"
             if self._logged.get(endpoint) != wrong:
                 self._logged[endpoint] = wrong
                 log.warning("%s: %s; it prefills nothing for others", endpoint.id, wrong)
             raise
         self._logged.pop(endpoint, None)
-        return answer
+        return understood
 
-    async def _understood(self, url: str, attempt: Attempt) -> Any:
+    async def _connected(self, host: str, port: int) -> bytes:
+        """Return nothing as soon as a connection is made."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except TimeoutError:
+            raise PrefillFailed("question_timeout") from None
+        except OSError as error:
+            if is_our_shortage(error):
+                raise LocalShortage("question") from None
+            raise PrefillFailed("question_connect") from None
+        writer.close()
+        return b""
+
+    async def _answered(self, url: str) -> bytes:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 async with self._session.get(
@@ -102,7 +123,7 @@ class Questions:
                 ) as response:
                     if response.status != 200:
                         raise PrefillFailed("question_status")
-                    answer = await read_at_most(response, MAX_ANSWER_BYTES)
+                    return await read_at_most(response, MAX_ANSWER_BYTES)
         except TimeoutError:
             raise PrefillFailed("question_timeout") from None
         except (AnswerTooLarge, AnswerEncoded):
@@ -113,7 +134,3 @@ class Questions:
             raise PrefillFailed("question_connect") from None
         except (aiohttp.ClientError, OSError, ValueError):
             raise PrefillFailed("question_reset") from None
-        understood = attempt.understood(answer)
-        if understood is None:
-            raise PrefillFailed("question_nonsense")
-        return understood

@@ -17,10 +17,11 @@ import aiohttp
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
-from ..models import By, InstanceRole, canonical_ip, join_address
+from ..models import By, InstanceRole
 from ..telemetry.metrics import Telemetry
 from .finding import Finding, digest_of
-from .names import NameNotResolved, NameResolver
+from .names import NameResolver
+from .places import Places
 from .probe import Answers, Misconfigured, NoAnswer, NoSuchPath, OurShortage, Probe, Scrapes
 from .progress import STALLED_S
 from .served_models import OddOnes
@@ -83,7 +84,7 @@ class HealthMonitor:
         self._timeout = timeout
         self._clock = clock
         self._stalled_after = stalled_after
-        self._names = names or NameResolver()
+        self._places = Places(registry, names or NameResolver(), clock)
         self._silence = Silence(self._probe, HUNG_TIMEOUTS * timeout, hung)
         self.shared = Shared(self, registry, clock, interval, peers)
         """Takes what other replicas tell."""
@@ -152,7 +153,7 @@ class HealthMonitor:
     async def check(self, endpoint: Endpoint) -> None:
         """Probe one instance and ask for its load and its models."""
         watched = self._watched.setdefault(endpoint, Watched(self._clock()))
-        problem = await self._locate(endpoint, watched)
+        problem = await self._places.find(endpoint, watched, self._timeout)
         if problem is not None:
             self._registry.probed(endpoint, problem, self._clock())
             self.shared.finds(endpoint, None)
@@ -272,50 +273,6 @@ class HealthMonitor:
     def _pause(self, endpoint: Endpoint) -> float:
         pause = self._interval if endpoint.routable else min(self._interval, RECOVERY_INTERVAL_S)
         return pause * (1 - JITTER * random.random())
-
-    # -- where an instance is
-
-    async def _locate(self, endpoint: Endpoint, watched: Watched) -> str | None:
-        """Keep the address behind a DNS name up to date; return why there is none to be used.
-
-        A look-up is no part of a probe's time. When it fails, or takes its time, the last address is used.
-        """
-        if canonical_ip(endpoint.instance.host) is None:
-            if watched.look_up is None or watched.look_up.done():
-                watched.look_up = asyncio.ensure_future(self._resolve(endpoint, watched))
-            if endpoint.address is None:
-                await asyncio.wait({watched.look_up}, timeout=self._timeout)
-            if endpoint.address is None:
-                problem = watched.unresolved or f"no answer within {self._timeout:g} s"
-                return f"the name {endpoint.instance.host} cannot be resolved: {problem}"
-        self._tell_of_another(endpoint, watched)
-        return None
-
-    def _tell_of_another(self, endpoint: Endpoint, watched: Watched) -> None:
-        """Say that two instances are one server. Both get requests, so that the operator should know."""
-        first = self._registry.at(endpoint.instance.role, str(endpoint.address))
-        if first is None or first in self._registry.ranks_of(endpoint):
-            watched.say(endpoint, "address", None)
-        else:
-            same = f"its address {endpoint.address} is that of {first.instance.instance_id}"
-            watched.say(endpoint, "address", f"{same}: they are one server, and what fails counts for both")
-
-    async def _resolve(self, endpoint: Endpoint, watched: Watched) -> None:
-        instance = endpoint.instance
-        try:
-            found = await self._names.addresses(instance.host)
-        except NameNotResolved as error:
-            watched.unresolved = str(error)
-            if endpoint.address is not None:
-                kept = f"its last address {endpoint.address} stays in use"
-                watched.say(endpoint, "name", f"the name {instance.host} cannot be resolved: {error}; {kept}")
-            return
-        watched.unresolved = None
-        watched.say(endpoint, "name", None)
-        if endpoint in self._registry:
-            # Keep what is in use as long as the name still has it.
-            used = [ip for ip in found if join_address(ip, instance.port) == endpoint.address]
-            self._registry.resolved(endpoint, (used or found)[0], self._clock())
 
     # -- what it answers
 

@@ -1,16 +1,23 @@
 """An API server, and no patience with it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from tests.discovery.kubernetes.watching import Heard
 from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import pod
+from tests.support.waiting import until
 from vllm_pd_scheduler.discovery.kubernetes import api as api_module
 from vllm_pd_scheduler.discovery.kubernetes import backoff, telling, watch
 from vllm_pd_scheduler.discovery.kubernetes.api import Api
 from vllm_pd_scheduler.discovery.kubernetes.credentials import Credentials
+from vllm_pd_scheduler.discovery.kubernetes.objects import Pod
+from vllm_pd_scheduler.discovery.kubernetes.pods import PODS
+from vllm_pd_scheduler.discovery.kubernetes.watch import ListWatch
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +45,22 @@ def kubeconfig(server: ApiServer, tmp_path: Path) -> str:
 async def api(kubeconfig: str) -> AsyncIterator[Api]:
     async with Api(Credentials(kubeconfig)) as opened:
         yield opened
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest_asyncio.fixture
+async def pods(api: Api, server: ApiServer, heard: Heard) -> AsyncIterator[ListWatch[Pod]]:
+    """A watch that has begun, of a server with two pods that it is about, and one that it is not."""
+    server.put("pods", pod("p1"))
+    server.put("pods", pod("p2"))
+    server.put("pods", pod("other", app="other"))
+    watch = ListWatch(api, PODS, "llm", heard, labels="app=vllm")
+    following = asyncio.ensure_future(watch.follow())
+    await until(lambda: server.watches)
+    yield watch
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)

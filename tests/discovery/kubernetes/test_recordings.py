@@ -14,7 +14,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from tests.support.kubernetes import ApiServer, Json
+from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import Json
 from vllm_pd_scheduler.discovery.kubernetes.objects import EndpointSlice, Event, ObjectList, Pod, Status
 
 BESIDE = Path(__file__).parents[4] / "shared/k8s/traces"
