@@ -4,7 +4,8 @@
 scheduler serves a real Envoy at a fixed rate, before a fleet of engines that compute nothing. It shares by a
 real server with others, which are played by a process that tells for each what a scheduler with as many
 requests does. Set-ups are measured in turns, so that figures of one run can be compared. ``--against PATH``
-measures another clone in the same turns.
+measures another clone in the same turns. All of it runs on one machine, so the default rate is lower on one
+with few cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -50,6 +52,8 @@ WARM_UP_S = 3.0
 _ROOT = Path(__file__).parents[1]
 BLOCKS = 2
 """Of a prompt: those of this benchmark's 2 KB have as many."""
+RATE, RATE_PER_CORE = 500.0, 75.0
+"""Requests/s of each replica by default: less where so many for each core are less."""
 PREFILL_S, DECODE_S = 0.008, 0.004
 """Seconds that the other replicas' requests spend on P and on D."""
 
@@ -183,6 +187,11 @@ async def measure(port: int, pid: int, rate: float, seconds: float) -> float:
     return used * 1e3 / len(seen.times)
 
 
+def _rate() -> float:
+    """Return the requests/s that a machine with these cores should reach."""
+    return min(RATE, RATE_PER_CORE * (os.cpu_count() or 1))
+
+
 def _cpu(pid: int) -> float:
     """Return the CPU seconds of all threads of a process, to the nanosecond."""
     tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
@@ -193,7 +202,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas")
     parser.add_argument("--others", type=counts(0), default=[0, 1, 3], help="other replicas: 0,1,3")
-    parser.add_argument("--rate", type=float, default=500.0, help="requests/s of each replica")
+    parser.add_argument("--rate", type=float, default=_rate(), help="requests/s of each replica")
     parser.add_argument("--strategy", default="predicted_latency")
     parser.add_argument("--instances", type=int, default=4, help="P, and as many D")
     parser.add_argument("--seconds", type=float, default=5.0)
@@ -220,9 +229,9 @@ def main() -> None:
                     cost = uvloop.run(measure(port, pid, options.rate, options.seconds))
                 found[clone, count].append(cost)
                 print(f"{run}{clone} {count}: {cost:.3f}", file=sys.stderr, flush=True)
-    print(
-        f"{machine()}; {options.rate:g} requests/s a replica, {options.strategy}; medians of {options.runs}\n"
-    )
+    few = ", for want of cores" if options.rate == _rate() < RATE else ""
+    rate = f"{options.rate:g} requests/s a replica{few}"
+    print(f"{machine()}; {rate}, {options.strategy}; medians of {options.runs}\n")
     print("| other replicas | CPU, ms a request | times alone |\n|---|---|---|")
     for (clone, count), costs in found.items():
         alone = found[clone, options.others[0]]

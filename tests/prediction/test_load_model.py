@@ -11,9 +11,8 @@ from vllm_pd_scheduler.prediction.load_model import (
     OUTPUT_TOKENS,
     DecodeLoad,
     FleetLoad,
-    PrefillLoad,
-    prefill_pairs,
 )
+from vllm_pd_scheduler.prediction.prefill_load import PrefillLoad, prefill_pairs
 from vllm_pd_scheduler.prediction.regression import OnlineRegression
 from vllm_pd_scheduler.sim import setups
 from vllm_pd_scheduler.sim.profile import EngineProfile
@@ -239,6 +238,49 @@ class PrefillCostTest(unittest.TestCase):
                 new.learn(tokens, tokens, took, fleet.prefill)
             expected = seconds(profile, 100_000)
             self.assertAlmostEqual(new.cost(100_000, 100_000), expected, delta=0.2 * expected)
+
+    def test_one_that_is_taken_for_too_fast_is_known_by_its_first_long_prompt(self) -> None:
+        """Several wait there, since it seems to be the best: it is not the last of them that corrects it."""
+        profile = setups.setup("deepseek-v3-fp8-8xh200")
+        fleet = FleetLoad()
+        fleet.prefill.adopt((0.0, 3e-5, 0.0))
+        load, tokens = PrefillLoad(fleet.prefill), 80_000
+        true = seconds(profile, tokens)
+        self.assertLess(load.cost(tokens, tokens), 0.5 * true)
+        for number in range(6):
+            load.enqueue(number, load.cost(tokens, tokens), 0.0)
+        load.complete(0, true)
+        load.learn(tokens, tokens, true, fleet.prefill)
+        self.assertGreater(load.cost(tokens, tokens), 0.7 * true)
+
+    def test_short_ones_of_one_step_are_learned_from_together(self) -> None:
+        """A slow and an instant one say nothing alone, however much they surprise."""
+        fleet = FleetLoad()
+        load = PrefillLoad(fleet.prefill)
+        before = load.cost(4000, 4000)
+        load.enqueue("a", before, 0.0)
+        load.enqueue("b", before, 0.0)
+        load.complete("a", 2 * before)
+        load.learn(4000, 4000, 2 * before, fleet.prefill)
+        self.assertEqual(fleet.prefill.samples, 0)
+        load.complete("b", 2 * before)
+        load.learn(4000, 4000, 0.0, fleet.prefill)
+        self.assertAlmostEqual(load.cost(4000, 4000), before, delta=0.05 * before)
+
+    def test_what_the_fleet_has_learned_since_counts_where_it_has_learned_nothing(self) -> None:
+        """Its own few samples are of short prompts, from when nobody had seen a long one."""
+        profile = setups.setup("deepseek-v3-fp8-8xh200")
+        fleet = FleetLoad()
+        fleet.prefill.adopt((0.0, 2e-5, 0.0))
+        early, late = PrefillLoad(fleet.prefill), PrefillLoad(fleet.prefill)
+        late.refit(fleet.prefill)  # it follows the fleet anyway until its first sample
+        early.learn(1000, 1000, seconds(profile, 1000), fleet.prefill)
+        for tokens in (3000, 100_000, 10_000, 50_000, 20_000) * 4:
+            late.learn(tokens, tokens, seconds(profile, tokens), fleet.prefill)
+        true = seconds(profile, 100_000)
+        self.assertLess(early.cost(100_000, 100_000), 0.5 * true)
+        early.refit(fleet.prefill)
+        self.assertAlmostEqual(early.cost(100_000, 100_000), true, delta=0.25 * true)
 
     def test_trust(self) -> None:
         load = empty()

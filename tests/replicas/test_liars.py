@@ -240,6 +240,23 @@ def test_times_that_cannot_be_teach_nothing_beyond_bounds() -> None:
     assert one.replica.disbelieved[Disbelieved.TIMES] > 100
 
 
+def test_times_that_could_be_teach_within_bounds() -> None:
+    """It always says half of what is predicted here, and says it ten times as often as we have prefills."""
+    one, now, number = One("a"), 0.0, 0
+    load = one.registry.load.prefill
+    for _ in range(200):
+        claim = one.send("prefill-0", now := now + 2.0, 10_000)
+        one.registry.work.prefilled(claim, 10_000, 0, now + 1.0)
+        one.claims.clear()
+        for _ in range(10):
+            number, now = number + 2, now + 1.0
+            takes = load.predict((1.0, 10_000.0, 5e7)) / 1.9
+            begun = {"prefills": [Prefill(number, 0, 10_000)], "summary": number == 2}
+            one.hear([_lie(number, ["prefill-1"], begun)], now)
+            one.hear([_lie(number + 1, ["prefill-1"], {"ended": [Ended(number, 10_000, 0)]})], now + takes)
+    assert load.predict((1.0, 10_000.0, 5e7)) > 0.4
+
+
 def test_a_storm_is_cut_off_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     one = One("a")
     storm = [_lie(number, [], {"summary": True}) for number in range(1, 3000)]

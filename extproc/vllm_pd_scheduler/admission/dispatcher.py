@@ -16,7 +16,7 @@ from ..fleet.claims import HEARD_S
 from ..fleet.endpoint import Endpoint
 from ..fleet.reservation import Reservation
 from ..models import By, InstanceRole
-from ..prediction.load_model import PrefillLoad
+from ..prediction.prefill_load import PrefillLoad
 from ..records.events import EventKind, Events
 from ..request.context import RequestContext
 from ..request.errors import Reject, reject

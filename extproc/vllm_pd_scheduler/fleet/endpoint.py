@@ -13,7 +13,8 @@ from msgspec.structs import force_setattr as _set
 
 from ..connectors.spoken import Spoken
 from ..models import InstanceState, MetricsSnapshot, PDInstance
-from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
+from ..prediction.load_model import DecodeLoad, FleetLoad
+from ..prediction.prefill_load import PrefillLoad
 from ..prediction.prefix_index import Holder, PrefixIndex
 from ..request.context import RequestContext
 from ..request.headers import RANK

@@ -124,6 +124,7 @@ class Learning:
             blocks = int(now.kv_capacity / self.block_tokens)
             endpoint.holder.resize(min(max(1, blocks), _MOST_BLOCKS))
         if endpoint.instance.role is not InstanceRole.DECODE:
+            endpoint.prefill.refit(self.load.prefill)
             return
         self.finished += max(0.0, now.finished)
         self.load.learn_output(now.output_tokens, now.finished)

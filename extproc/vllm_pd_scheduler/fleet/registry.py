@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, Place, canonical_ip, join_address
-from ..prediction.load_model import DecodeLoad, FleetLoad, PrefillLoad
+from ..prediction.load_model import DecodeLoad, FleetLoad
+from ..prediction.prefill_load import PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
 from .breaker import Breaker, BreakerPolicy
 from .changes import Changes

@@ -55,6 +55,7 @@ class OnlineRegression:
         "_prior",
         "_samples",
         "_scale",
+        "_solved_for",
         "_usual",
         "_wild",
     )
@@ -69,6 +70,7 @@ class OnlineRegression:
         size = len(prior)
         self._hold = (PRIOR_WEIGHT,) * size if hold is None else tuple(hold)
         self._coefficients = self._prior = tuple(prior)
+        self._solved_for = self._prior
         self._samples = 0
         self._scale = tuple(scale)
         self._forget = forget
@@ -125,8 +127,16 @@ class OnlineRegression:
                 row[j] = row[j] * self._forget + weight * xi * xj
             self._moments[i] = self._moments[i] * self._forget + weight * xi * y
         if self._samples <= _SOLVE_EACH_UNTIL or self._samples % _SOLVE_EVERY == 0:
-            preferred = self._prior if prior is None else prior
-            self._coefficients = self._solve([p * s for p, s in zip(preferred, self._scale, strict=True)])
+            self._solve_for(self._prior if prior is None else tuple(prior))
+
+    def refit(self, prior: Sequence[float]) -> None:
+        """Prefer other coefficients where its samples say nothing; does nothing before the first sample."""
+        if self._samples and self._solved_for != (preferred := tuple(prior)):
+            self._solve_for(preferred)
+
+    def _solve_for(self, prior: tuple[float, ...]) -> None:
+        self._solved_for = prior
+        self._coefficients = self._solve([p * s for p, s in zip(prior, self._scale, strict=True)])
 
     def _solve(self, prior: Sequence[float]) -> tuple[float, ...]:
         """Return the coefficients; negative ones are set to zero, one by one, the worst first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from ..fleet.endpoint import Endpoint
 from ..fleet.registry import Registry
@@ -27,10 +26,10 @@ from .message import (
     Share,
     unpack_blocks,
 )
+from .other import Counted, Other
 from .own import OwnWork
-from .placements import Heard
-from .plausible import Budget, Claim, Lessons
-from .verdicts import Judge, Verdicts
+from .plausible import Budget
+from .verdicts import Judge
 
 SILENT_S = 3.0
 """Seconds after which a replica of which nothing was heard is taken for gone, and its requests with it."""
@@ -44,42 +43,6 @@ _NO_BLOCKS: Sequence[int] = ()
 _NOT_CACHED = (0.0, 0)
 
 
-@dataclass(slots=True)
-class _Share:
-    """What is counted of one replica on one endpoint."""
-
-    generation: int
-    requests: int = 0
-    tokens: int = 0
-    handoffs: int = 0
-    queued: int = 0
-    """Of its prefills there, those that are believed."""
-    trial: Reservation | None = None
-    claim: Claim = field(default_factory=Claim)
-
-
-@dataclass(slots=True)
-class _Other:
-    """One other replica."""
-
-    name: str
-    number: int
-    heard_at: float
-    messages: Budget
-    draws: Budget
-    back: bool = False
-    """Whether it was known, and silent for some time."""
-    waiting: tuple[int, int] = (0, 0)
-    summarised: bool = False
-    """Whether all that it had when it was first heard is known."""
-    shares: dict[Endpoint, _Share] = field(default_factory=dict)
-    prefills: dict[int, Reservation] = field(default_factory=dict)
-    heard: Heard = field(default_factory=Heard)
-    verdicts: Verdicts = field(default_factory=Verdicts)
-    drawn: dict[tuple[int, bytes], float] = field(default_factory=dict)
-    lessons: Lessons = field(default_factory=Lessons)
-
-
 class Others:
     """Every number that it adds to the registry it takes away again, so nothing of a replica stays."""
 
@@ -91,7 +54,7 @@ class Others:
         """How often a replica came or went."""
         self._name, self._registry, self._directory, self._own = name, registry, directory, own
         self._judge = Judge(registry, own, self.disbelieved)
-        self._others: dict[str, _Other] = {}
+        self._others: dict[str, Other] = {}
         self._changed: set[Endpoint] = set()
         """Those whose queue of prefills a message has changed."""
         self._gone: dict[str, int] = {}
@@ -123,7 +86,7 @@ class Others:
                 return Ignored.TOO_MANY
             self._gone.pop(message.replica, None)
             budgets = plausible.messages(now), Budget(math.inf, now)
-            other = self._others[message.replica] = _Other(
+            other = self._others[message.replica] = Other(
                 message.replica, message.number, now, *budgets, back=gone > 0
             )
             self._membership_changed()
@@ -169,7 +132,7 @@ class Others:
         found = [other.waiting for other in self._others.values()]
         self._registry.elsewhere.waiting = sum(each[0] for each in found), sum(each[1] for each in found)
 
-    def _apply(self, other: _Other, message: Message, now: float) -> None:
+    def _apply(self, other: Other, message: Message, now: float) -> None:
         endpoints = self._directory.find_all(message.endpoints)
         over = {each.number for each in message.ended}
         for prefill in message.prefills:
@@ -230,7 +193,7 @@ class Others:
 
     # -- prefills and placements
 
-    def _cached(self, other: _Other, endpoint: Endpoint, what: Prefill) -> Sequence[int]:
+    def _cached(self, other: Other, endpoint: Endpoint, what: Prefill) -> Sequence[int]:
         """Take the prompt of a prefill for cached; return its blocks."""
         blocks = unpack_blocks(what.blocks)
         other.heard.add(what.number, blocks)
@@ -238,7 +201,7 @@ class Others:
         return blocks
 
     def _enqueue(
-        self, other: _Other, endpoint: Endpoint, what: Prefill, blocks: Sequence[int], now: float
+        self, other: Other, endpoint: Endpoint, what: Prefill, blocks: Sequence[int], now: float
     ) -> None:
         number, elsewhere = what.number, self._registry.elsewhere
         if number in other.prefills or len(other.prefills) >= MAX_ITEMS:
@@ -257,7 +220,7 @@ class Others:
             share.queued += 1
             self._changed.add(endpoint)
 
-    def _end(self, other: _Other, ended: Ended, now: float) -> None:
+    def _end(self, other: Other, ended: Ended, now: float) -> None:
         claim = other.prefills.pop(ended.number, None)
         if claim is None or not self._unqueue(other, claim):
             return  # it was begun in the same message, or was not believed
@@ -271,11 +234,11 @@ class Others:
         lessons = other.lessons
         if not lessons.believed(*times) and self._registry.load.prefill.samples >= plausible.SETTLED:
             self.disbelieved[Disbelieved.TIMES] += 1
-        elif lessons.learned * len(self._others) <= 2 * self._own.done + plausible.UNTAUGHT:
+        elif lessons.learned <= 2 * self._own.done + plausible.UNTAUGHT:
             lessons.learned += 1
             elsewhere.learn(claim, prompt, cached, times[0])
 
-    def _unqueue(self, other: _Other, claim: Reservation) -> bool:
+    def _unqueue(self, other: Other, claim: Reservation) -> bool:
         """Count a prefill that ends no more; return whether it counted."""
         if not claim.active:
             return False
@@ -284,7 +247,7 @@ class Others:
         self._changed.add(claim.endpoint)
         return True
 
-    def _cancel(self, other: _Other, numbers: Iterable[int], now: float) -> None:
+    def _cancel(self, other: Other, numbers: Iterable[int], now: float) -> None:
         for number in sorted(numbers):
             claim = other.prefills.pop(number)
             self._unqueue(other, claim)
@@ -292,21 +255,21 @@ class Others:
 
     # -- shares
 
-    def _share_of(self, other: _Other, endpoint: Endpoint) -> _Share:
+    def _share_of(self, other: Other, endpoint: Endpoint) -> Counted:
         share = other.shares.get(endpoint)
         if share is None:
-            share = other.shares[endpoint] = _Share(endpoint.generation)
+            share = other.shares[endpoint] = Counted(endpoint.generation)
             if endpoint.metrics is not None:
                 share.claim.growth = plausible.GROWTH
         return share
 
-    def _share(self, other: _Other, endpoint: Endpoint, told: Share, now: float) -> None:
+    def _share(self, other: Other, endpoint: Endpoint, told: Share, now: float) -> None:
         self._told(endpoint, other.shares.get(endpoint) or self._share_of(other, endpoint), told, now)
         if told.ejections or told.recoveries or told.out:
             # What happened before it was first heard is not news.
             self._judge.endpoint(other.verdicts, endpoint, told, not other.summarised, now)
 
-    def _told(self, endpoint: Endpoint, share: _Share, told: Share, now: float) -> None:
+    def _told(self, endpoint: Endpoint, share: Counted, told: Share, now: float) -> None:
         """Replace what is counted by what is told, as far as that is believed."""
         share.claim.told = told.requests, told.tokens
         self._count(endpoint, share)
@@ -317,7 +280,7 @@ class Others:
         if told.on_trial or share.trial is not None:
             self._try(endpoint, share, told.on_trial, now)
 
-    def _try(self, endpoint: Endpoint, share: _Share, runs: bool, now: float) -> None:
+    def _try(self, endpoint: Endpoint, share: Counted, runs: bool, now: float) -> None:
         """Take another's request for the trial while it runs, but not for ever."""
         if share.trial is None:
             share.trial = Reservation(endpoint, endpoint.generation, at=now, elsewhere=True)
@@ -328,7 +291,7 @@ class Others:
             share.trial.active = False
             self.disbelieved[Disbelieved.TRIALS] += 1
 
-    def _count(self, endpoint: Endpoint, share: _Share) -> None:
+    def _count(self, endpoint: Endpoint, share: Counted) -> None:
         """Count what is believed."""
         if share.generation != endpoint.generation:  # its restart has set all to zero
             share.generation, share.requests, share.tokens, share.handoffs = endpoint.generation, 0, 0, 0
@@ -337,7 +300,7 @@ class Others:
             endpoint.sent_elsewhere(requests - share.requests, tokens - share.tokens)
             share.requests, share.tokens = requests, tokens
 
-    def _keep_only(self, other: _Other, told: set[Endpoint], numbers: set[int], now: float) -> None:
+    def _keep_only(self, other: Other, told: set[Endpoint], numbers: set[int], now: float) -> None:
         """Take away what a summary does not have."""
         self._cancel(other, other.prefills.keys() - numbers, now)
         for endpoint in [each for each in other.shares if each not in told]:
@@ -363,7 +326,7 @@ class Others:
             if share.queued:
                 self._drop_unknown(other, endpoint, share)
 
-    def _drop_unknown(self, other: _Other, endpoint: Endpoint, share: _Share) -> None:
+    def _drop_unknown(self, other: Other, endpoint: Endpoint, share: Counted) -> None:
         """Take prefills for ended that a P should know for long, and says that it does not have."""
         metrics = endpoint.metrics
         if metrics is None:
@@ -382,7 +345,7 @@ class Others:
 
     # -- tenants
 
-    def _draw(self, other: _Other, drawn: Sequence[Drawn], now: float) -> None:
+    def _draw(self, other: Other, drawn: Sequence[Drawn], now: float) -> None:
         """Count what tenants were served there for their turns here: no more than the fleet can do."""
         servers = max(1, len(self._registry.endpoints(InstanceRole.PREFILL)))
         rate, at_once = plausible.DRAWS_PER_S * servers, plausible.DRAWS_AHEAD_S * servers

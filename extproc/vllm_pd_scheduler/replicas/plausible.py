@@ -28,7 +28,7 @@ TRIAL_S = 60.0
 SETTLED = 32
 """Prefills after which what another's have taken is compared with what is predicted."""
 UNTAUGHT = 64
-"""Prefills of all other replicas together that are learned from beyond twice as many of our own."""
+"""Prefills of another replica that are learned from beyond twice as many of our own."""
 _BELIEVED_TIMES = 2.0
 """By which the seconds of its prefills, all told, may differ from those predicted here."""
 _RECENT = 0.01

@@ -14,7 +14,7 @@ from ..connectors import ConnectorFailed, Connectors, Splice
 from ..fleet.endpoint import Endpoint
 from ..handoff.pending import PendingHandoff
 from ..models import InstanceRole
-from ..prediction.load_model import prefill_pairs
+from ..prediction.prefill_load import prefill_pairs
 from ..records.decision import Decision
 from ..records.recording import Recording
 from ..request import headers as names

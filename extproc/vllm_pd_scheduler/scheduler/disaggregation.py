@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import SchedulerConfig
 from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
-from ..prediction.load_model import prefill_pairs
+from ..prediction.prefill_load import prefill_pairs
 from ..request.context import RequestContext
 from ..strategies.base import request_counts
 from ..strategies.predicted_latency import WORK_WEIGHT
