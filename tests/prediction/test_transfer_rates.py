@@ -110,3 +110,54 @@ def test_nothing_makes_nonsense_of_it(samples: list[tuple[str, str, float, float
         predicted = rates.predict(prefill, decode, 1000.0)
         assert math.isfinite(predicted)
         assert predicted >= 0.0
+
+
+def test_a_choice_counts_with_what_is_predicted_and_with_usual_times_for_what_is_not_known() -> None:
+    rates = taught({("1", "2"): 10.0})
+    found = rates.of("p1")
+    assert found is not None
+    for decode in ("d0", "d2"):
+        expected = rates.predict("p1", decode, 2000.0)
+        assert math.isclose((found.overhead + found.per_token * 2000.0) * found.times[decode], expected)
+    assert found.times["d2"] > 4.0 * found.times["d0"]
+    assert found.times["never seen"] == 1.0
+    assert rates.of("never seen") is None
+
+
+def test_an_unknown_pair_is_taken_for_what_others_of_its_d_are() -> None:
+    rates = taught({(prefill, "0"): 5.0 for prefill in NAMES})
+    rates.learn("new", "d1", 2000.0, 0.05)
+    found = rates.of("new")
+    assert found is not None
+    assert found.times["d0"] > 3.0 * found.times["d1"]
+
+
+def test_a_pair_that_is_avoided_is_tried_again_and_a_link_that_has_recovered_is_noticed() -> None:
+    """P hands over where that seems to be fastest. Nothing else tells of the slow pair."""
+    rates = taught({("1", "2"): 10.0})
+    tried_after = []
+    for number in range(400):
+        for prefill, decode in product(NAMES, NAMES):
+            found = rates.of("p1")
+            assert found is not None
+            if (prefill, decode) == ("1", "2"):
+                if found.times["d2"] > 1.5:
+                    continue
+                tried_after.append(number)
+            rates.learn(f"p{prefill}", f"d{decode}", 2000.0, 0.05)
+    assert 10 < tried_after[0] < 100, "not often, and not never"
+    assert tried_after[-300:] == list(range(100, 400)), "as often as others, once it is known to be as fast"
+    assert rates.predict("p1", "d2", 2000.0) < 1.2 * rates.predict("p1", "d1", 2000.0)
+
+
+def test_of_a_pair_that_is_still_slow_one_try_is_enough() -> None:
+    rates = taught({("1", "2"): 10.0})
+    for _ in range(100):
+        for prefill, decode in product(NAMES, NAMES):
+            if (prefill, decode) != ("1", "2"):
+                rates.learn(f"p{prefill}", f"d{decode}", 2000.0, 0.05)
+    found = rates.of("p1")
+    assert found is not None
+    assert found.times["d2"] < 1.5
+    rates.learn("p1", "d2", 2000.0, 0.5)
+    assert found.times["d2"] > 4.0

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from vllm_pd_scheduler.replay import OVERSUBSCRIPTION
 from vllm_pd_scheduler.replay.arrivals import Arrivals
 from vllm_pd_scheduler.replay.cache_events import CacheEvents
 from vllm_pd_scheduler.replay.conversations import linked
@@ -12,7 +13,7 @@ from vllm_pd_scheduler.replay.fleet import FleetSpec, run_variant
 from vllm_pd_scheduler.replay.peers import PEERS, Peer
 from vllm_pd_scheduler.replay.result import RunResult
 from vllm_pd_scheduler.replay.shapes import make
-from vllm_pd_scheduler.replay.topology import OVERSUBSCRIPTION, Topology
+from vllm_pd_scheduler.replay.topology import Topology
 from vllm_pd_scheduler.replay.trace import Trace, TraceRequest
 from vllm_pd_scheduler.replay.variant import parse_variant, variant_names
 from vllm_pd_scheduler.sim.engine import Engine
@@ -177,3 +178,16 @@ def test_by_tpot_a_turn_is_read_where_the_answer_before_it_was_written() -> None
     ]
     first, second = run("predicted_latency+disaggregation=tpot", linked(Trace(turns, 512))).results
     assert (second.prefill, second.decode, second.cached_tokens) == (None, first.decode, 3 * 512)
+
+
+def test_d_is_chosen_by_the_link_from_that_p() -> None:
+    """Two racks with two D each, and between them a tenth of what a port carries."""
+    fleet = FleetSpec(3, 4, realistic=True, leaves=2, oversubscription=40.0)
+    found, chat = {}, linked(make("chat", 500, 2)).scaled(4.0)
+    for name in ("least_load", "predicted_latency"):
+        results = run(name, chat, fleet).results
+        pairs = [(each.prefill, each.decode) for each in results[len(results) // 2 :]]
+        within = [int(str(p)[-1]) % 2 == int(str(d)[-1]) % 2 for p, d in pairs if p is not None]
+        found[name] = sum(within) / len(within)
+    assert found["least_load"] < 0.7
+    assert found["predicted_latency"] > 0.85

@@ -9,11 +9,14 @@ from tests.support.given import give
 from tests.support.predicted_times import BLOCKS, fleet, loads, step, ttft
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies.predicted_latency import (
+    LATE_PENALTY,
     TOLERANCE,
     WORK_WEIGHT,
     PredictedLatency,
 )
+from vllm_pd_scheduler.strategies.slo import Slo
 
 
 class FormulaTest(unittest.TestCase):
@@ -39,6 +42,42 @@ class FormulaTest(unittest.TestCase):
                 else:
                     self.assertEqual(chosen, ordered[:count])
                 self.assertEqual(len(set(ranked)), min(count, len(endpoints)))
+
+
+class HandOffTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.registry = registry_of(1, 3)
+        [self.p0], self.decode = self.registry.routable(P), self.registry.routable(D)
+        rates = self.registry.load.transfers
+        for _ in range(40):
+            for endpoint, seconds in zip(self.decode, (0.05, 0.5, 0.05), strict=True):
+                rates.learn(self.p0.id, endpoint.id, 2000.0, seconds)
+        self.scheduler = Scheduler(SchedulerConfig(strategy="predicted_latency"), self.registry)
+
+    def test_the_seconds_of_a_hand_off_count_twice_over_the_answer(self) -> None:
+        request = prompt(2000.0, blocks=BLOCKS, block_tokens=100.0)
+        self.decode[2].holder.store(BLOCKS)
+        self.scheduler.pick(D, request, beside=self.p0)
+        strategy, rates = PredictedLatency(SchedulerConfig()), self.registry.load.transfers
+        for endpoint, found in zip(self.decode, strategy.scores(self.decode, request), strict=True):
+            fetched = 2000.0 - 100.0 * len(BLOCKS) * (endpoint is self.decode[2])
+            handoffs = rates.of(self.p0.id)
+            assert handoffs is not None
+            seconds = (handoffs.overhead + handoffs.per_token * fetched) * handoffs.times[endpoint.id]
+            expected = step(endpoint, request) + (1 + WORK_WEIGHT) * seconds / request.output_tokens
+            self.assertAlmostEqual(found, expected)
+            terms = strategy.terms(endpoint, request)
+            self.assertAlmostEqual(terms["handoff"], seconds)
+
+    def test_what_is_handed_over_goes_where_that_is_fast_and_what_is_not_goes_anywhere(self) -> None:
+        for beside, goes_there in ((self.p0, False), (None, True)):
+            picked = [self.scheduler.pick(D, prompt(4000.0), beside=beside)[0] for _ in range(6)]
+            self.assertEqual(self.decode[1] in picked, goes_there)
+
+    def test_a_slow_link_does_not_miss_a_limit_of_the_time_per_token(self) -> None:
+        request = prompt(2000.0, tpot_slo=1.1 * self.decode[1].decode.step(1, 2300))
+        self.scheduler.pick(D, request, beside=self.p0)
+        self.assertLess(max(Slo(SchedulerConfig()).scores(self.decode, request)), LATE_PENALTY)
 
 
 class PrefillTest(unittest.TestCase):

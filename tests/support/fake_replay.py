@@ -19,6 +19,7 @@ class FleetSpec:
     seed: int
     realistic: bool = False
     leaves: int = 1
+    oversubscription: float = 4.0
     foreign: float = 0.0
 
     def __post_init__(self) -> None:

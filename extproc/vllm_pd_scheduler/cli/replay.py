@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from ..replay import DEFAULT_SETUP
+from ..replay import DEFAULT_SETUP, OVERSUBSCRIPTION
 
 if TYPE_CHECKING:
     from ..replay.fleet import FleetSpec
@@ -78,6 +78,12 @@ def replay(
     leaves: Annotated[
         int, typer.Option(min=1, max=1000, help="Leaf switches of the fleet, with --realistic.")
     ] = 1,
+    oversubscription: Annotated[
+        float,
+        typer.Option(
+            min=1.0, max=1e6, callback=_finite, help="How much less than its ports a leaf's cables carry."
+        ),
+    ] = OVERSUBSCRIPTION,
     ttft_slo: Annotated[
         float, typer.Option(min=1e-6, callback=_finite, help="Limit of the time to first token, s.")
     ] = 5.0,
@@ -116,6 +122,8 @@ def replay(
 
     if leaves > 1 and not realistic:
         _refuse("--leaves", "only with --realistic do transfers share links")
+    if oversubscription != OVERSUBSCRIPTION and leaves == 1:
+        _refuse("--oversubscription", "only with --leaves are there cables between leaf switches")
     for option, is_given in (
         ("--sync-delay", sync_delay != _SYNC_DELAY),
         ("--sync-loss", sync_loss > 0.0),
@@ -137,7 +145,7 @@ def replay(
         variants = _replicated(variants, Sharing(replicas, delay, sync_loss, dies, joins))
     if foreign and find_rate:
         _refuse("--foreign", "not with --find-rate, which counts all requests")
-    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves, foreign)
+    fleet = _fleet(prefill, decode, setup, seed, realistic, leaves, oversubscription, foreign)
     load = Load(trace, limit, sessions)
     loaded = _load(load, seed)
     if (most := _seconds("--spread", spread)) > 0.0:
@@ -226,12 +234,19 @@ def _seconds(option: str, text: str, most: float = 60.0) -> float:
 
 
 def _fleet(
-    prefill: int, decode: int, setup: str, seed: int, realistic: bool, leaves: int, foreign: float
+    prefill: int,
+    decode: int,
+    setup: str,
+    seed: int,
+    realistic: bool,
+    leaves: int,
+    oversubscription: float,
+    foreign: float,
 ) -> FleetSpec:
     from ..replay.fleet import FleetSpec
 
     try:
-        return FleetSpec(prefill, decode, setup, seed, realistic, leaves, foreign)
+        return FleetSpec(prefill, decode, setup, seed, realistic, leaves, oversubscription, foreign)
     except ValueError as error:
         _refuse("--setup", str(error))
 

@@ -106,6 +106,18 @@ class Learning:
             computing = load.cost(max(1.0, prompt_tokens - cached), prompt_tokens)
             self.load.learn_pull(cached - own, max(0.0, seconds - computing))
 
+    def first_byte(
+        self, prefill: Endpoint, decode: Endpoint, transferred: float, step: float, took: float
+    ) -> None:
+        """Learn from the seconds in which D has begun to answer with what P has handed over.
+
+        ``transferred`` are the tokens that it had to fetch, ``step`` the predicted seconds of a step there.
+        Where requests wait in D's queue, as last scraped, nothing is learned: this one may have waited too.
+        """
+        metrics = decode.metrics
+        if metrics is not None and not metrics.waiting:
+            self.load.transfers.learn(prefill.id, decode.id, transferred, took - step)
+
     def scraped(self, endpoint: Endpoint, before: MetricsSnapshot | None, now: MetricsSnapshot) -> None:
         """Learn from what an instance says of itself, and has said ``before``."""
         if now.kv_capacity is not None:

@@ -37,6 +37,12 @@ _SHRINK = 4.0
 """Hand-offs for which the mean of P and D counts in what is believed of a pair, and for them the fleet's."""
 _LEAST_GAIN = 0.05
 """Weight of the newest hand-off: some twenty count."""
+_FADE = 0.97
+"""Share that is left of what is believed of a pair after a round without it: as many hand-offs as there are
+pairs. So one that is avoided, since it is slow, is tried again: at ten times the usual after some 40 rounds.
+A choice: with less, slow pairs are tried more often."""
+_MOST_GAIN = 0.5
+"""Weight of a hand-off of a pair of which nothing is believed any more."""
 _SETTLED = 32
 """Hand-offs from which on what is learned of the fleet follows no outlier."""
 
@@ -69,15 +75,51 @@ class _Factor:
     value: float = 0.0
     samples: int = 0
 
-    def learn(self, sample: float) -> None:
+    def learn(self, sample: float, least_gain: float = _LEAST_GAIN) -> None:
         self.samples += 1
-        gain = max(1.0 / (self.samples + _SHRINK), _LEAST_GAIN)
+        gain = max(1.0 / (self.samples + _SHRINK), least_gain)
         self.value += gain * _within(sample - self.value, _MAX_STEP)
 
 
 @dataclass(slots=True)
 class _Pair(_Factor):
     slow: bool = False
+    left: float = 1.0
+    """Share of what was learned that has not faded."""
+    used: bool = True
+    """In this round."""
+
+    def learn_again(self, sample: float) -> None:
+        """Learn more from a sample the more has faded, which comes back if the sample is like it."""
+        before = self.value
+        self.learn(sample, max(_LEAST_GAIN, _MOST_GAIN * (1.0 - self.left)))
+        if abs(sample) >= abs(before) / 2:
+            self.left = 1.0
+        self.used = True
+
+
+class _Times(dict[str, float]):
+    """By D, how many times as long as usual the hand-offs of a P are believed to take, to choose by."""
+
+    def __init__(self, instances: Mapping[str, _Factor]) -> None:
+        self._instances = instances
+
+    def __missing__(self, decode: str) -> float:
+        """Return it of a pair that is not known: as of D's others."""
+        known = self._instances.get(decode)
+        return 1.0 if known is None else math.exp(_within(known.value, _MAX_FACTOR))
+
+
+class HandOffs(NamedTuple):
+    """What the hand-offs of one P take, to choose D by: (``overhead`` + ``per_token`` * tokens) * ``times``.
+
+    Of a pair that was not used for a while less is believed, so that it is tried again some time.
+    """
+
+    overhead: float
+    per_token: float
+    times: Mapping[str, float]
+    """By the ids of all D, whether known or not."""
 
 
 class TransferRates:
@@ -95,10 +137,12 @@ class TransferRates:
         self._fleet = OnlineRegression(_PRIOR, _SCALE)
         self._instances: dict[str, _Factor] = {}
         self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._times: dict[str, _Times] = {}
+        """By P."""
         self._median = 0.0
         self._tokens = 0.0
         self._due = 0
-        """After so many hand-offs the median is worked out anew."""
+        """After so many hand-offs a round ends."""
 
     @property
     def samples(self) -> int:
@@ -113,6 +157,15 @@ class TransferRates:
     def predict(self, prefill: str, decode: str, tokens: float) -> float:
         """Return the predicted seconds for so many tokens that D does not have."""
         return max(0.0, self._fleet.predict((1.0, tokens))) * math.exp(self._factor(prefill, decode))
+
+    def of(self, prefill: str) -> HandOffs | None:
+        """Return what the hand-offs of a P take; ``None`` if none of its was learned from."""
+        times = self._times.get(prefill)
+        if times is None:
+            return None
+        factor = math.exp(self._factor(prefill, ""))
+        overhead, per_token = self._fleet.coefficients
+        return HandOffs(factor * overhead, factor * per_token, times)
 
     def learn(self, prefill: str, decode: str, tokens: float, seconds: float) -> None:
         """Learn from a hand-off of so many tokens that took so long."""
@@ -131,11 +184,10 @@ class TransferRates:
         of_decode.learn(sample - of_prefill.value)
         pair = self._pairs.pop((prefill, decode), None) or _Pair()
         self._pairs[prefill, decode] = pair
-        pair.learn(sample - of_prefill.value - of_decode.value)
+        pair.learn_again(sample - of_prefill.value - of_decode.value)
+        self._believe(prefill, decode, pair)
         if len(self._pairs) > MAX_PAIRS:
-            oldest = next(iter(self._pairs))
-            del self._pairs[oldest]
-            self.slow.discard(oldest)
+            self._forget_pair(next(iter(self._pairs)))
         self._judge(prefill, decode, pair)
 
     def known(self, most: int) -> KnownRates:
@@ -154,13 +206,15 @@ class TransferRates:
         self._fleet.adopt(known.fleet)
         self._instances = {name: _Factor(value, 1) for name, value in known.instances.items()}
         self._pairs = {names: _Pair(value, 1) for names, value in known.pairs.items()}
+        for names, pair in self._pairs.items():
+            self._believe(*names, pair)
 
     def forget(self, instance: str) -> None:
         """Forget all of an instance that is gone."""
         self._instances.pop(instance, None)
         for pair in [each for each in self._pairs if instance in each]:
-            del self._pairs[pair]
-            self.slow.discard(pair)
+            self._forget_pair(pair)
+        self._times.pop(instance, None)
 
     def slowest(self, count: int) -> list[PairRate]:
         """Return what was learned of the slowest pairs, those first."""
@@ -172,6 +226,28 @@ class TransferRates:
         known = of(prefill), of(decode), pairs((prefill, decode))
         return _within(sum(each.value for each in known if each is not None), _MAX_FACTOR)
 
+    def _believe(self, prefill: str, decode: str, pair: _Pair) -> None:
+        """Take what is known of a pair for what a choice counts with."""
+        of_decode = self._instances.get(decode)
+        factor = pair.value + (of_decode.value if of_decode is not None else 0.0)
+        times = self._times.setdefault(prefill, _Times(self._instances))
+        times[decode] = math.exp(_within(pair.left * factor, _MAX_FACTOR))
+
+    def _forget_pair(self, names: tuple[str, str]) -> None:
+        del self._pairs[names]
+        self._times[names[0]].pop(names[1], None)
+        self.slow.discard(names)
+
+    def _end_round(self) -> None:
+        """Work the median out anew, and believe less of the pairs that were not used."""
+        self._median = median(self._known()) if self._pairs else 0.0
+        self._due = len(self._pairs)
+        for (prefill, decode), pair in self._pairs.items():
+            if not pair.used:
+                pair.left *= _FADE
+            pair.used = False
+            self._believe(prefill, decode, pair)
+
     def _rate_of(self, prefill: str, decode: str) -> PairRate:
         pair, factor = self._pairs[prefill, decode], self._factor(prefill, decode)
         tokens = max(1.0, self._tokens)
@@ -182,8 +258,7 @@ class TransferRates:
         """Say whether a pair is slow, beside the median of all."""
         self._due -= 1
         if self._due <= 0:
-            self._median = median(self._known()) if self._pairs else 0.0
-            self._due = len(self._pairs)
+            self._end_round()
         times = math.exp(self._factor(prefill, decode) - self._median)
         if pair.slow:
             slow = times >= SLOW / 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 
@@ -22,6 +21,7 @@ from .cache_events import CacheEvents
 from .index_events import IndexEvents
 from .instances import Instances
 from .peers import Peer, Site
+from .request import RunningRequest
 from .result import LoadSample, RequestResult, RunResult
 from .schedulers import Network, OneScheduler, make_foreign, make_schedulers
 from .spec import FleetSpec, pooled
@@ -68,29 +68,6 @@ def _policies(one: OneScheduler) -> list[Peer]:
     return [each for each in strategies if isinstance(each, Peer)]
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request of the trace, from its arrival to its end."""
-
-    number: int
-    """Its place in the trace."""
-    traced: TraceRequest
-    context: RequestContext
-    at: OneScheduler
-    """Which scheduler has it."""
-    sent: float
-    """When it came."""
-    prefill: Endpoint | None = None
-    decode: Endpoint | None = None
-    cached: int = 0
-    """Prompt tokens that were cached where the prefill was done."""
-    first_token: float | None = None
-    reservation: Reservation | None = None
-    """On P until the prefill has ended, then on D."""
-    early: Reservation | None = None
-    """On a D that was chosen before the prefill."""
-
-
 class _Run:
     """A replay of a trace, which takes requests through the same objects as ``routing`` does."""
 
@@ -117,7 +94,8 @@ class _Run:
         """Whose turn it is, and what is lost: none of that changes what else is random."""
         self._network = Network(self._clock, variant.sharing, self._own, self._spread, self._dispatch)
         self._realistic = fleet.realistic
-        self._topology = Topology(self._clock, fleet.leaves) if fleet.realistic else None
+        network = fleet.leaves, fleet.oversubscription
+        self._topology = Topology(self._clock, *network) if fleet.realistic else None
         self._arrivals = Arrivals(self._clock, trace, self._arrive, waits=fleet.realistic)
         policy = variant.policy()
         late = policy.event_delay_s if fleet.realistic and policy is not None else None
@@ -128,7 +106,7 @@ class _Run:
         self._instances = Instances(
             self._clock, self._schedulers, self._topology, told.happened if told is not None else None
         )
-        self._under_way: dict[int, _Job] = {}
+        self._under_way: dict[int, RunningRequest] = {}
         self._results: dict[int, RequestResult] = {}
         self._samples: list[LoadSample] = []
         profiles = {role: fleet.profile(trace.block_tokens, role) for role in PD_ROLES}
@@ -179,7 +157,7 @@ class _Run:
         one = asked[self._spread.randrange(len(asked)) if len(asked) > 1 else 0]
         if self._foreign is not None and self._is_foreign(number):
             one = self._foreign
-        job = _Job(number, traced, self._context(traced, one), one, self._clock.now)
+        job = RunningRequest(number, traced, self._context(traced, one), one, self._clock.now)
         self._under_way[number] = job
         if not one.alive:
             self._serve_unscheduled(job)
@@ -206,7 +184,7 @@ class _Run:
         key = traced.session or str(traced.blocks[1:2] or number)
         return Random(f"{self._seed} {key}").random() < self._foreign_share
 
-    def _alone(self, job: _Job) -> Endpoint | None:
+    def _alone(self, job: RunningRequest) -> Endpoint | None:
         """Return the D that is to serve a request without a P, as the policy or the scheduler has it."""
         one, policies = job.at, self._policies[job.at]
         if not policies:
@@ -233,7 +211,7 @@ class _Run:
             now=now,
         )
 
-    def _on_settled(self, job: _Job, ticket: Ticket) -> None:
+    def _on_settled(self, job: RunningRequest, ticket: Ticket) -> None:
         outcome = ticket.outcome
         if isinstance(outcome, Reservation):
             job.prefill, job.reservation = outcome.endpoint, outcome
@@ -242,13 +220,13 @@ class _Run:
             self._release_early(job)
             self._record(job, outcome.reason if isinstance(outcome, Reject) else "no_prefill")
 
-    def _request(self, job: _Job, hand_off: HandOff) -> EngineRequest:
+    def _request(self, job: RunningRequest, hand_off: HandOff) -> EngineRequest:
         """Return what D gets of a request."""
         traced = job.traced
         blocks = traced.blocks + traced.answer if self._realistic else traced.blocks
         return EngineRequest(str(job.number), traced.prompt_tokens, traced.output_tokens, hand_off, blocks)
 
-    def _decode(self, job: _Job, request: EngineRequest, offer: Offer | None) -> None:
+    def _decode(self, job: RunningRequest, request: EngineRequest, offer: Offer | None) -> None:
         assert job.decode is not None
         try:
             self._instances[job.decode.id].add(
@@ -265,7 +243,7 @@ class _Run:
             return
         self._dispatch(job.at)
 
-    def _prefill(self, job: _Job) -> None:
+    def _prefill(self, job: RunningRequest) -> None:
         traced, endpoint = job.traced, job.prefill
         if endpoint is None:  # its scheduler has died meanwhile
             return
@@ -277,36 +255,31 @@ class _Run:
             self._release_early(job)
             self._record(job, "too_long")
 
-    def _on_prefilled(self, job: _Job, request: EngineRequest, _: float) -> None:
+    def _on_prefilled(self, job: RunningRequest, request: EngineRequest, _: float) -> None:
         job.cached = request.cached
         assert job.prefill is not None
         offer = self._instances[job.prefill.id].offer(request.request_id)
         self._clock.call_at(self._clock.now + HOP_S / 2, partial(self._pick_decode, job, offer))
 
-    def _pick_decode(self, job: _Job, offer: Offer) -> None:
+    def _pick_decode(self, job: RunningRequest, offer: Offer) -> None:
         now, context, reservation = self._clock.now, job.context, job.reservation
         if job.prefill is None:  # its scheduler has died meanwhile
             return
         assert reservation is not None
-        registry, scheduler = job.at.registry, job.at.scheduler
-        registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
+        job.at.registry.work.prefilled(reservation, job.traced.prompt_tokens, job.cached, now)
         context.counted(job.traced.prompt_tokens)
         if self._index_events is not None:
             self._index_events.answered(job.at, job.traced.blocks)
         context.at(now)
-        if job.early is not None:
-            job.reservation, job.early = job.early, None
-        else:
-            job.decode = scheduler.pick(InstanceRole.DECODE, context)[0]
-            job.reservation = registry.work.reserve(job.decode, context)
+        job.to_decode(now)
         self._decode(job, self._request(job, HandOff.RECEIVE), offer)
 
-    def _on_first_token(self, job: _Job, request: EngineRequest, at: float) -> None:
-        job.first_token = at
+    def _on_first_token(self, job: RunningRequest, request: EngineRequest, at: float) -> None:
+        job.answers(at)
         if job.prefill is None:
             job.cached = request.cached
 
-    def _on_finished(self, job: _Job, _: EngineRequest, at: float) -> None:
+    def _on_finished(self, job: RunningRequest, _: EngineRequest, at: float) -> None:
         traced, context, decode = job.traced, job.context, job.decode
         if self._realistic and decode is not None:
             told = traced.prompt_tokens, traced.output_tokens
@@ -314,32 +287,17 @@ class _Run:
         self._release(job)
         self._record(job, None)
 
-    def _release(self, job: _Job) -> None:
+    def _release(self, job: RunningRequest) -> None:
         assert job.reservation is not None
         job.reservation.release(self._clock.now)
         self._dispatch(job.at)
 
-    def _release_early(self, job: _Job) -> None:
+    def _release_early(self, job: RunningRequest) -> None:
         if job.early is not None:
             job.early.release(self._clock.now)
 
-    def _record(self, job: _Job, reason: str | None) -> None:
-        traced, first, now = job.traced, job.first_token, self._clock.now
-        tpot = None
-        if reason is None and first is not None and traced.output_tokens > 1:
-            tpot = (now - first) / (traced.output_tokens - 1)
-        self._results[job.number] = RequestResult(
-            job.sent,
-            traced.prompt_tokens,
-            traced.output_tokens,
-            job.cached,
-            None if first is None or reason is not None else first - job.sent,
-            tpot,
-            job.prefill.id if job.prefill else None,
-            job.decode.id if job.decode else None,
-            now if reason is None else None,
-            reason,
-        )
+    def _record(self, job: RunningRequest, reason: str | None) -> None:
+        self._results[job.number] = job.result(self._clock.now, reason)
         del self._under_way[job.number]
         self._arrivals.ended(job.number)
         if self._stop_when is not None and self._stop_when(self._results[job.number]):
@@ -406,7 +364,7 @@ class _Run:
             if job.at is one and job.decode is None:
                 self._serve_unscheduled(job)
 
-    def _serve_unscheduled(self, job: _Job) -> None:
+    def _serve_unscheduled(self, job: RunningRequest) -> None:
         """Let the D with the fewest requests prefill, as Envoy does without a scheduler. Nobody counts it."""
         request_id, registry, before = str(job.number), job.at.registry, job.prefill
         if before is not None and not self._instances[before.id].abort(request_id):

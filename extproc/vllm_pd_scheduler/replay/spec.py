@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..models import InstanceRole
 from ..sim.profile import EngineProfile
 from ..sim.setups import setup
-from . import DEFAULT_SETUP
+from . import DEFAULT_SETUP, OVERSUBSCRIPTION
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class FleetSpec:
     before it, sessions are the trace's, and other routers learn of caches as late as they really do."""
     leaves: int = 1
     """Leaf switches that the instances are spread over; with one, transfers only share ports."""
+    oversubscription: float = OVERSUBSCRIPTION
+    """How many times as much the ports of a leaf switch can carry as its cables to the others."""
     foreign: float = 0.0
     """Share of the sessions that another router sends, of which the one that is measured knows nothing."""
     engines: Mapping[InstanceRole, EngineProfile] | None = None

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 from ..sim.links import Link, Links
 from ..sim.virtual import VirtualClock, VirtualInstance
-
-OVERSUBSCRIPTION = 4.0
-"""How many times as much the ports of a leaf switch could carry as its cables to the others: a choice.
-
-Data centres build 1 (no bottleneck) to 8. At 1 only the ports of the instances are shared.
-"""
+from . import OVERSUBSCRIPTION
 
 
 @dataclass(slots=True)
@@ -33,12 +28,13 @@ class Topology:
 
     - A transfer shares the sender's port with all that the sender sends, and the receiver's likewise.
     - Between two leaves it also shares what the one has up to the spine, and the other down from it. Either
-      has the bandwidth of all ports there / ``OVERSUBSCRIPTION``.
+      has the bandwidth of all ports there / ``oversubscription``.
     """
 
-    def __init__(self, clock: VirtualClock, leaves: int) -> None:
+    def __init__(self, clock: VirtualClock, leaves: int, oversubscription: float = OVERSUBSCRIPTION) -> None:
         self._links = Links(clock)
         self._leaves = [_Leaf(Link(0.0), Link(0.0)) for _ in range(leaves)]
+        self._oversubscription = oversubscription
         self._ports: dict[VirtualInstance, _Port] = {}
 
     def add(self, instance: VirtualInstance, number: int, bandwidth: float) -> None:
@@ -46,7 +42,7 @@ class Topology:
         place = number % len(self._leaves)
         self._ports[instance] = _Port(Link(bandwidth), Link(bandwidth), place)
         for cable in (self._leaves[place].up, self._leaves[place].down):
-            cable.capacity += bandwidth / OVERSUBSCRIPTION
+            cable.capacity += bandwidth / self._oversubscription
 
     def carry(
         self, source: VirtualInstance, target: VirtualInstance, size: float, on_end: Callable[[], None]

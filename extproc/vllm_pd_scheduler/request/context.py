@@ -9,6 +9,7 @@ from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from ..prediction.prefix_index import Holder, PrefixIndex, PrefixMatch
+from ..prediction.transfer_rates import HandOffs
 from .headers import REQUEST_ID
 
 _NO_MATCH = PrefixIndex().match(())
@@ -67,6 +68,8 @@ class RequestContext(Struct, frozen=True, eq=False):
     arrived: float = 0.0
     now: float = 0.0
     """Time of this pick, monotonic seconds."""
+    handoffs: HandOffs | None = None
+    """What it takes to hand it over from the P that has prefilled it; ``None``: no P has."""
     _index: PrefixIndex | None = None
     _offered: Sequence[HasHolder] | None = None
     _match: PrefixMatch | None = None
@@ -134,6 +137,10 @@ class RequestContext(Struct, frozen=True, eq=False):
     def counted(self, prompt_tokens: float) -> None:
         """Set the length of the prompt, since P has counted it."""
         force_setattr(self, "prompt_tokens", prompt_tokens)
+
+    def prefilled_by(self, handoffs: HandOffs | None) -> None:
+        """Set what it takes to hand it over from its P, if it has one."""
+        force_setattr(self, "handoffs", handoffs)
 
     def look_up_in(self, index: PrefixIndex) -> None:
         """Forget what was cached if that has changed, and look it up in ``index`` when it is read."""

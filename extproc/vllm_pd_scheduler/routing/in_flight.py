@@ -234,9 +234,8 @@ class RequestsInFlight:
             forward.sidecar.took(took, self._queued_at(forward))
             return
         self._telemetry.handoffs.used(prefill.id, endpoint.id, took)
-        if not self._queued_at(forward):
-            seconds = took - forward.step
-            self._registry.load.transfers.learn(prefill.id, endpoint.id, forward.transferred, seconds)
+        learning = self._registry.learning
+        learning.first_byte(prefill, endpoint, forward.transferred, forward.step, took)
 
     def _at(self, address: str, forward: Forward | None) -> Endpoint | None:
         """Return the D at an address: of several ranks, the one that a request was sent to."""

@@ -236,6 +236,8 @@ class Scheduler:
         if not offer.endpoints:
             return []
         request.offer(offer.endpoints)
+        if role is InstanceRole.DECODE:
+            request.prefilled_by(None if beside is None else self.registry.load.transfers.of(beside.id))
         ranked = strategy.rank(offer, request, count)
         if ranked is not None and not ranked:  # it knows only excluded ones, though it was asked for more
             offer = Offer(candidates.all(request.now, exclude))

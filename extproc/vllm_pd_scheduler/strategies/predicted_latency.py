@@ -8,6 +8,7 @@ from itertools import chain
 
 from ..fleet.endpoint import Endpoint
 from ..models import InstanceRole
+from ..prediction.transfer_rates import HandOffs
 from ..request.context import RequestContext
 from .base import Strategy
 
@@ -43,9 +44,13 @@ class PredictedLatency(Strategy):
     wait + cost is the time to the first token. The cost counts once more because it also delays the requests
     that come after: without that, a cached prefix would be worth too little.
 
-    Decode: score = base + per_seq * (requests + 1) + per_kv_token * (KV tokens + prompt + answer).
+    Decode: score = step + (1 + ``WORK_WEIGHT``) * hand-off / answer, in seconds for each token of the answer,
+    with step = base + per_seq * (requests + 1) + per_kv_token * (KV tokens + prompt + answer).
 
-    - It is the predicted seconds of a step with this request: the time per output token of all there.
+    - *step*: predicted seconds of a step with this request: the time per output token of all there.
+    - *hand-off*: predicted seconds until the D has what the P of this request has computed, by how long other
+      hand-offs of this P took there (see :mod:`vllm_pd_scheduler.prediction.transfer_rates`); 0 for a request
+      without a P. It counts twice, as the work on P does, because others wait for the same links.
     - *answer*: the expected length of the answer, in tokens.
     - An endpoint whose KV cache has no room for prompt and answer comes after all that have room
       (``NO_ROOM_PENALTY``), and the more tokens it lacks the later.
@@ -75,12 +80,19 @@ class PredictedLatency(Strategy):
         return self.prefill_scores(endpoints, request)
 
     def terms(self, endpoint: Endpoint, request: RequestContext) -> dict[str, float]:
-        """Return wait, cost and cached tokens on P; on D the step with it, and what is there without it."""
+        """Return wait, cost and cached tokens on P; on D step and hand-off, and what is there without it."""
         if endpoint.instance.role is InstanceRole.DECODE:
             requests, tokens = endpoint.requests, endpoint.kv_tokens
             own = request.prompt_tokens + request.output_tokens
             step = endpoint.decode.step(requests + 1, tokens + own)
-            return {"step": step, "requests": requests, "kv_tokens": tokens}
+            found = {"step": step, "requests": requests, "kv_tokens": tokens}
+            if request.handoffs is not None:
+                overhead, per_token, times = request.handoffs
+                fetched = request.prompt_tokens - request.block_tokens * request.cached_blocks(
+                    endpoint.holder
+                )
+                found["handoff"] = (overhead + per_token * max(0.0, fetched)) * times[endpoint.id]
+            return found
         load, prompt = endpoint.prefill, request.prompt_tokens
         cached = request.cached.get(endpoint.holder, 0) * request.block_tokens
         new = prompt - load.trust * cached
@@ -140,4 +152,23 @@ class PredictedLatency(Strategy):
             elif step > limit:
                 step += LATE_PENALTY
             scores.append(step)
+        if request.handoffs is not None:
+            _add_handoffs(scores, endpoints, request, request.handoffs)
         return scores
+
+
+def _add_handoffs(
+    scores: list[float], endpoints: Sequence[Endpoint], request: RequestContext, handoffs: HandOffs
+) -> None:
+    """Add to the score of each D what the hand-off there takes, for each token of the answer."""
+    overhead, per_token, times = handoffs
+    weight, cached = (1.0 + WORK_WEIGHT) / max(1.0, request.output_tokens), request.cached
+    least, whole = weight * overhead, weight * (overhead + per_token * request.prompt_tokens)
+    if not cached:
+        for place, endpoint in enumerate(endpoints):
+            scores[place] += whole * times[endpoint.id]
+        return
+    depth_of, of_block = cached.get, weight * per_token * request.block_tokens
+    for place, endpoint in enumerate(endpoints):
+        seconds = whole - of_block * depth_of(endpoint.holder, 0)
+        scores[place] += (seconds if seconds > least else least) * times[endpoint.id]
