@@ -38,9 +38,9 @@ _SHRINK = 4.0
 _LEAST_GAIN = 0.05
 """Weight of the newest hand-off: some twenty count."""
 _FADE = 0.97
-"""Share that is left of what is believed of a pair after a round without it: as many hand-offs as there are
-pairs. So one that is avoided, since it is slow, is tried again: at ten times the usual after some 40 rounds.
-A choice: with less, slow pairs are tried more often."""
+"""Share that is left of what is believed of a pair after a turn without a hand-off of its own: each has a turn in
+as many hand-offs as there are pairs. So one that is avoided, since it is slow, is tried again: at ten times the
+usual after some 40 turns. A choice: with less, slow pairs are tried more often."""
 _MOST_GAIN = 0.5
 """Weight of a hand-off of a pair of which nothing is believed any more."""
 _SETTLED = 32
@@ -87,7 +87,7 @@ class _Pair(_Factor):
     left: float = 1.0
     """Share of what was learned that has not faded."""
     used: bool = True
-    """In this round."""
+    """Since its last turn to fade."""
 
     def learn_again(self, sample: float) -> None:
         """Learn more from a sample the more has faded, which comes back if the sample is like it."""
@@ -142,7 +142,9 @@ class TransferRates:
         self._median = 0.0
         self._tokens = 0.0
         self._due = 0
-        """After so many hand-offs a round ends."""
+        """After so many hand-offs the median is worked out anew."""
+        self._turns: Iterator[tuple[str, str]] = iter(())
+        """Pairs of which less is believed soon."""
 
     @property
     def samples(self) -> int:
@@ -189,6 +191,7 @@ class TransferRates:
         if len(self._pairs) > MAX_PAIRS:
             self._forget_pair(next(iter(self._pairs)))
         self._judge(prefill, decode, pair)
+        self._fade_next()
 
     def known(self, most: int) -> KnownRates:
         """Return what was learned, of so many pairs at most: those that differ most from the usual."""
@@ -238,15 +241,19 @@ class TransferRates:
         self._times[names[0]].pop(names[1], None)
         self.slow.discard(names)
 
-    def _end_round(self) -> None:
-        """Work the median out anew, and believe less of the pairs that were not used."""
-        self._median = median(self._known()) if self._pairs else 0.0
-        self._due = len(self._pairs)
-        for (prefill, decode), pair in self._pairs.items():
+    def _fade_next(self) -> None:
+        """Believe less of one pair if it was not used since its last turn.
+
+        Each has a turn in as many hand-offs as there are pairs, so that none has to wait for all of them.
+        """
+        names = next(self._turns, None)
+        if names is None:
+            self._turns = iter(list(self._pairs))
+        elif (pair := self._pairs.get(names)) is not None:
             if not pair.used:
                 pair.left *= _FADE
             pair.used = False
-            self._believe(prefill, decode, pair)
+            self._believe(*names, pair)
 
     def _rate_of(self, prefill: str, decode: str) -> PairRate:
         pair, factor = self._pairs[prefill, decode], self._factor(prefill, decode)
@@ -258,7 +265,8 @@ class TransferRates:
         """Say whether a pair is slow, beside the median of all."""
         self._due -= 1
         if self._due <= 0:
-            self._end_round()
+            self._median = median(self._known()) if self._pairs else 0.0
+            self._due = len(self._pairs)
         times = math.exp(self._factor(prefill, decode) - self._median)
         if pair.slow:
             slow = times >= SLOW / 2
