@@ -119,7 +119,7 @@ def test_a_choice_counts_with_what_is_predicted_and_with_usual_times_for_what_is
     for decode in ("d0", "d2"):
         expected = rates.predict("p1", decode, 2000.0)
         counted = (found.overhead + found.per_token * 2000.0) * found.times[decode]
-        assert math.isclose(counted, expected, rel_tol=0.02), "of D it is as of the pair's last turn"
+        assert math.isclose(counted, expected, rel_tol=0.1), "of D it is as of the pair's last turn"
     assert found.times["d2"] > 4.0 * found.times["d0"]
     assert found.times["never seen"] == 1.0
     assert rates.of("never seen") is None
