@@ -1,9 +1,9 @@
 """What each way to choose is worth: loads by fleets by models by strategies, as a table.
 
 Run it with ``python -m benchmarks.choices --mooncake conversation_trace.jsonl``; with ``--ablation`` it
-compares the preset with itself without one thing at a time. Each run is a line of the file ``--runs``: what
-is there already is not run again, so that it can be stopped and go on. Of the runs that are missing, those of
-small fleets come first.
+compares the preset with itself without one thing at a time. ``--full`` prints all figures. Each run is a
+line of the file ``--runs``: what is there already is not run again, so that it can be stopped and go on. Of
+the runs that are missing, those of small fleets come first.
 
 The loads that are made up are drawn with seeds from ``--seed`` on, with which nothing was tuned.
 """
@@ -52,12 +52,13 @@ LOADS = {
 REQUESTS = {4: 1.0, 8: 1.5, 32: 4.0}
 """How many times as many requests a larger fleet gets; the rate grows with the fleet."""
 PEERS = ("llm_d", "dynamo", "dynamo_conditional", "conversation", "ppd")
-STRATEGIES = ("least_load", "low_latency", *PEERS)
+STRATEGIES = ("low_latency", "least_load", *PEERS)
 ABLATION = (
     "low_latency", "low_latency+late_binding=false", "low_latency+disaggregation=always",
-    "low_latency+disaggregation=auto", "slo", "least_load", *PEERS,
+    "low_latency+disaggregation=auto", "slo", "predicted_latency",
 )  # fmt: skip
-"""The preset; without late binding, or prefills on D, or with those by cost; without both; other routers."""
+"""The preset; without late binding, or prefills on D, or with those by cost; without both; the same without
+limits of time."""
 FIGURES = {
     "ttft": ("TTFT mean, s", 1.0, 2),
     "p90": ("p90", 1.0, 2),
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--fleets", type=counts(1), default=[4, 8, 32], help="P, and as many D: 4,8,32")
     parser.add_argument("--strategies", type=_strategies, help="in place of the preset and other routers'")
     parser.add_argument("--ablation", action="store_true", help="the preset without one thing at a time")
+    parser.add_argument("--full", action="store_true", help="print all figures, a line for each strategy")
     parser.add_argument("--beside", default="least_load", help="whose mean TTFT the others' is a multiple of")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
@@ -232,7 +234,7 @@ def main() -> None:
     runs, wanted = read(given.runs), _wanted(given)
     if not given.only_print:
         _run_all(runs, wanted, given)
-    print("\n".join(grid(runs, wanted) if given.ablation else table(runs, wanted, given.beside)))
+    print("\n".join(table(runs, wanted, given.beside) if given.full else grid(runs, wanted)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from typing import Any
 import aiohttp
 import grpc
 from envoy.service.discovery.v3 import discovery_pb2
-from tests.support.kubernetes import ApiServer, pod
+from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import pod
 from tests.support.pods import Pods
 from tests.support.processes import Client, Process, Stack, ready, spawned, unused_ports
 from tests.support.sim_fleet import Fleet

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import kubernetes
 from tests.support.helm import NAMESPACE, ToolMissing, rendered
+from tests.support.kubernetes import KINDS, OLD_OBJECTIVES, ApiServer
+from tests.support.kubernetes_objects import endpoint, endpoint_slice, pod, pool
 from tests.support.kubernetes_schema import the_only
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import parse_config
@@ -24,11 +25,8 @@ def _group(version: str) -> str:
 OF_A_POOL = {
     (_group(version), plural)
     for version, plural in (
-        kubernetes.OLD_OBJECTIVES,
-        *(
-            (kubernetes.KINDS[plural][0], plural)
-            for plural in ("inferenceobjectives", "inferencemodelrewrites")
-        ),
+        OLD_OBJECTIVES,
+        *((KINDS[plural][0], plural) for plural in ("inferenceobjectives", "inferencemodelrewrites")),
     )
 }
 """What is read besides by who wants priorities and rewrites."""
@@ -60,11 +58,12 @@ def granted(entry: dict[str, Any]) -> set[tuple[str, str, str]]:
 )
 async def test_it_is_what_a_source_needs_and_no_more(keys: dict[str, Any], tmp_path: Path) -> None:
     entry = {"type": "kubernetes", "namespace": NAMESPACE, **keys}
-    async with kubernetes.ApiServer() as server:
-        server.put("pods", kubernetes.pod("d", "10.0.0.1", role="decode"))
-        server.put("inferencepools", kubernetes.pool("chat", 8000, app="vllm"))
+    async with ApiServer() as server:
+        server.put("pods", pod("d", "10.0.0.1", role="decode"))
+        server.put("inferencepools", pool("chat", 8000, app="vllm"))
         server.put(
-            "endpointslices", kubernetes.endpoint_slice("d-1", "d", kubernetes.endpoint("10.0.0.1", "d"))
+            "endpointslices",
+            endpoint_slice("d-1", "d", endpoint("10.0.0.1", "d")),
         )
         kubeconfig = server.kubeconfig(tmp_path / "kubeconfig", namespace=NAMESPACE)
         router = PDRouter(parse_config({"discovery": [{**entry, "kubeconfig": kubeconfig}]}))
@@ -79,7 +78,7 @@ async def test_it_is_what_a_source_needs_and_no_more(keys: dict[str, Any], tmp_p
             await until(found)
         finally:
             await sources.stop()
-        asked = {(_group(kubernetes.KINDS[plural][0]), plural, verb) for verb, plural, _ in server.requests}
+        asked = {(_group(KINDS[plural][0]), plural, verb) for verb, plural, _ in server.requests}
     assert asked <= granted(entry)
     unused = {each[:2] for each in granted(entry)} - {each[:2] for each in asked}
     assert unused <= (OF_A_POOL if "pool" in keys else set())

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.support import kubernetes
 from tests.support.gateway import Gateway, GatewayStack
+from tests.support.kubernetes import ApiServer
+from tests.support.kubernetes_objects import pod, pool
 from tests.support.processes import Client, spawned, unused_ports
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import until
@@ -19,13 +20,13 @@ async def test_from_a_pool_to_a_split_answer(session: aiohttp.ClientSession, tmp
     stack = GatewayStack(tmp_path, gateway=Gateway(tls=True))
     health, metrics = unused_ports(2)
     with Fleet(1, 1, profile=EngineProfile.instant()) as fleet:
-        async with kubernetes.ApiServer() as server:
+        async with ApiServer() as server:
             ports = {each.id: each.port for each in fleet.instances}
-            server.put("inferencepools", kubernetes.pool("chat", *ports.values(), app="vllm"))
+            server.put("inferencepools", pool("chat", *ports.values(), app="vllm"))
             for name, port in ports.items():
                 active = {"llm-d.ai/active-ports": str(port)}  # all are at one address here
                 role = name.partition("-")[0]
-                server.put("pods", kubernetes.pod(name, "127.0.0.1", role, annotations=active))
+                server.put("pods", pod(name, "127.0.0.1", role, annotations=active))
             config = stack.write_config({"admin_port": stack.admin_port})
             flags = [
                 *("--pool-name", "chat", "--pool-namespace", "llm", "--zap-encoder", "json"),

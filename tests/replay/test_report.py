@@ -63,7 +63,13 @@ def test_json_has_the_documented_fields(outcomes: Outcomes, job: Make) -> None:
     assert found["schema"] == 1
     assert found["trace"] == {"name": "trace.jsonl", "requests": 11, "seconds": 10.0}
     shape = {"prefill": 3, "decode": 2, "setup": "llama-3.3-70b-4xh100", "seed": 7}
-    assert found["fleet"] == {**shape, "realistic": False, "leaves": 1, "foreign": 0.0}
+    assert found["fleet"] == {
+        **shape,
+        "realistic": False,
+        "leaves": 1,
+        "oversubscription": 4.0,
+        "foreign": 0.0,
+    }
     assert (found["rate"], found["slo"]) == (1.0, {"ttft": 5.0, "tpot": 0.05, "target": 0.95})
     slow, fast = found["strategies"]
     document = (Path(__file__).parents[2] / "docs" / "replay.md").read_text(encoding="utf-8")
