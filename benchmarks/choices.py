@@ -55,10 +55,9 @@ PEERS = ("llm_d", "dynamo", "dynamo_conditional", "conversation", "ppd")
 STRATEGIES = ("low_latency", "least_load", *PEERS)
 ABLATION = (
     "low_latency", "low_latency+late_binding=false", "low_latency+disaggregation=always",
-    "low_latency+disaggregation=auto", "slo", "predicted_latency",
+    "low_latency+disaggregation=auto", "slo",
 )  # fmt: skip
-"""The preset; without late binding, or prefills on D, or with those by cost; without both; the same without
-limits of time."""
+"""The preset; without late binding, or prefills on D, or with those by cost; without both."""
 FIGURES = {
     "ttft": ("TTFT mean, s", 1.0, 2),
     "p90": ("p90", 1.0, 2),
