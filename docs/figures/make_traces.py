@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     for load in LOADS:
         with (given.folder / f"{load.__name__}.jsonl").open("w") as file:
             for request in sorted(load(Draw(given.seed)), key=lambda one: one.time):
