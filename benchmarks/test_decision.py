@@ -23,6 +23,8 @@ SHARED = 8
 """Blocks that all instances have: a system prompt."""
 OTHERS = 3
 """Prompts of others that each instance has cached."""
+HAND_OFFS = 8192
+"""That were learned from, so that D is chosen by its link from the P too."""
 ROUNDS = 300
 
 draw = random.Random(1)
@@ -50,6 +52,9 @@ def fleet(size: int, each: bool, blocks: tuple[int, ...]) -> Registry:
                 registry.work.reserve(endpoint, prompt)
             metrics = MetricsSnapshot(0.0, 3.0, draw.random(), 0.1, 0.3)
             registry.scraped(endpoint, metrics, endpoint.in_flight, endpoint.tokens)
+    for number in range(HAND_OFFS):
+        seconds = draw.uniform(0.01, 0.05)
+        registry.load.transfers.learn(f"{P}-{number % size}", f"{D}-{draw.randrange(size)}", 4000.0, seconds)
     return registry
 
 
@@ -76,8 +81,9 @@ def test_decision(benchmark: Any, size: int, depths: str, setting: Any) -> None:
     def decide(request: RequestContext) -> int:
         if disaggregation.local_endpoint(request) is not None:
             return 1
-        claim = registry.work.reserve(scheduler.pick(P, request)[0], request, tentative=True)
-        decode = scheduler.pick(D, request, count=4)
+        (prefill,) = scheduler.pick(P, request)
+        claim = registry.work.reserve(prefill, request, tentative=True)
+        decode = scheduler.pick(D, request, count=4, beside=prefill)
         claim.release()
         return len(decode)
 
