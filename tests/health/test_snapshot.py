@@ -12,10 +12,6 @@ from vllm_pd_scheduler.health.vllm_metrics import (
 from vllm_pd_scheduler.models import InstanceRole, MetricsSnapshot
 
 P, D = InstanceRole.PREFILL, InstanceRole.DECODE
-ITL = "vllm:inter_token_latency_seconds"
-TTFT = "vllm:time_to_first_token_seconds"
-TPOT = "vllm:request_time_per_output_token_seconds"
-OLD_TPOT = "vllm:time_per_output_token_seconds"
 
 
 def scrape(**histograms: tuple[float, float]) -> Scrape:
