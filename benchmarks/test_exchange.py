@@ -27,6 +27,7 @@ from vllm_pd_scheduler.envoy.ext_proc import ExtProcService
 from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE, decode, encode
 from vllm_pd_scheduler.envoy.ext_proc.stream import Route, State, Stream
 from vllm_pd_scheduler.request.errors import Reject, reject
+from vllm_pd_scheduler.request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.rpc import Server
 from vllm_pd_scheduler.system.allocator import return_large_blocks
@@ -36,6 +37,8 @@ AT_A_TIME = 16
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "benchmarks.test_exchange"]
 ANSWER = reject(503, "none", "no_decode")
+OUR_ENVOY = ((ENVOY_CONFIG, ENVOY_CONFIG_VERSION),)
+"""Whoever does not say this is a gateway, whose body comes in parts."""
 
 
 @pytest.mark.parametrize("server", ["ours", "grpc.aio"])
@@ -51,7 +54,9 @@ def test_exchange(benchmark: Any, server: str) -> None:
 class Constant(PDRouter):
     """Decides nothing."""
 
-    async def route(self, headers: Mapping[str, str], body: bytes) -> Reject:  # type: ignore[override]
+    async def route(  # type: ignore[override]
+        self, headers: Mapping[str, str], body: bytes, subset: frozenset[str] | None = None
+    ) -> Reject:
         return ANSWER
 
 
@@ -92,6 +97,7 @@ async def send(port: str, count: str) -> None:
     for name, value in ((":method", "POST"), (":path", "/v1/completions"), ("content-length", "200")):
         headers.request_headers.headers.headers.add(key=name, raw_value=value.encode())
     body.request_body.body = json.dumps({"prompt": "p" * 185}).encode()
+    body.request_body.end_of_stream = True
     first, second = headers.SerializeToString(), body.SerializeToString()
     left = int(count)
 
@@ -99,7 +105,7 @@ async def send(port: str, count: str) -> None:
         nonlocal left
         while left > 0:
             left -= 1
-            call = channel.stream_stream(f"/{SERVICE}/Process")()
+            call = channel.stream_stream(f"/{SERVICE}/Process")(metadata=OUR_ENVOY)
             await call.write(first)
             await call.read()
             await call.write(second)
