@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import uvloop
 from tests.support.processes import unused_ports
 from tests.support.valkey import running
@@ -171,25 +172,41 @@ def _hears(admin: int, count: int) -> bool:
         return len(json.load(response)["replicas"]["others"]) == count
 
 
-async def measure(port: int, pid: int, rate: float, seconds: float) -> float:
-    """Return the CPU that a request takes the scheduler, in ms."""
+class Cost(NamedTuple):
+    """CPU of a request, in ms."""
+
+    scheduler: float
+    whole: float
+    """Envoy's too."""
+
+
+async def measure(port: int, pid: int, rate: float, seconds: float) -> Cost:
+    """Return the CPU that a request takes."""
     workload = Workload("", "", "", 32, prompt=2_000, conversations=64)
     async with Load(port, workload.clients) as load:
         await load.run(workload.body(), WARM_UP_S, rate=rate)
-        before = _cpu(pid)
+        before = _used(pid)
         seen = await load.run(workload.body(), seconds, rate=rate)
-        used = _cpu(pid) - before
+        used = _used(pid)
     if +seen.errors:
         raise SystemExit(f"errors: {dict(seen.errors)}")
     done = len(seen.times) / seen.seconds
     if done < 0.9 * rate:
         print(f"only {done:.0f} requests/s of {rate:.0f} were answered", flush=True)
-    return used * 1e3 / len(seen.times)
+    scheduler, whole = (1e3 * (b - a) / len(seen.times) for a, b in zip(before, used, strict=True))
+    return Cost(scheduler, whole)
 
 
 def _rate() -> float:
     """Return the requests/s that a machine with these cores should reach."""
     return min(RATE, RATE_PER_CORE * (os.cpu_count() or 1))
+
+
+def _used(pid: int) -> Cost:
+    """Return the CPU seconds of a process, and of it and its children."""
+    children = [each.pid for each in psutil.Process(pid).children(recursive=True)]
+    own = _cpu(pid)
+    return Cost(own, own + sum(_cpu(each) for each in children))
 
 
 def _cpu(pid: int) -> float:
@@ -217,7 +234,7 @@ def main() -> None:
     if options.against:
         clones[f" ({options.against.name})"] = options.against.resolve()
 
-    found: dict[tuple[str, int], list[float]] = {(c, n): [] for c in clones for n in options.others}
+    found: dict[tuple[str, int], list[Cost]] = {(c, n): [] for c in clones for n in options.others}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-replicas-")))
         server = stack.enter_context(running(folder / "server"))
@@ -228,15 +245,20 @@ def main() -> None:
                 with scheduler(*place) as (port, pid):
                     cost = uvloop.run(measure(port, pid, options.rate, options.seconds))
                 found[clone, count].append(cost)
-                print(f"{run}{clone} {count}: {cost:.3f}", file=sys.stderr, flush=True)
+                words = f"{run}{clone} {count}: {cost.scheduler:.3f}, with Envoy {cost.whole:.3f}"
+                print(words, file=sys.stderr, flush=True)
     few = ", for want of cores" if options.rate == _rate() < RATE else ""
     rate = f"{options.rate:g} requests/s a replica{few}"
     print(f"{machine()}; {rate}, {options.strategy}; medians of {options.runs}\n")
-    print("| other replicas | CPU, ms a request | times alone |\n|---|---|---|")
+    print("| other replicas | CPU, ms a request | times alone | with Envoy | times alone |")
+    print("|---|---|---|---|---|")
     for (clone, count), costs in found.items():
         alone = found[clone, options.others[0]]
-        ratio = median(b / a for a, b in zip(alone, costs, strict=True))
-        print(f"| {count}{clone} | {median(costs):.3f} | {ratio:.3f} |")
+        columns = []
+        for kind in (0, 1):
+            ratio = median(b[kind] / a[kind] for a, b in zip(alone, costs, strict=True))
+            columns.append(f"{median(each[kind] for each in costs):.3f} | {ratio:.3f}")
+        print(f"| {count}{clone} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":
