@@ -205,6 +205,17 @@ async def test_a_greeting_cannot_write_lines_of_the_log(meeting: Meeting) -> Non
         assert all(each.isprintable() for each in one.said())
 
 
+async def test_a_greeting_with_any_keys_is_a_short_line(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        own = one.sync.greetings.own
+        settings = dict.fromkeys((f"key{number:0200}" for number in range(200)), 1)
+        two.channel.send(MAGIC + msgspec.msgpack.encode(Greeting("r", "b", "m", own.version, settings)))
+        (line,) = (each for each in one.said() if "configured in another way" in each)
+        assert len(line) < 3000
+        assert f" and {len(own.settings.keys() | settings.keys()) - 10} more; " in line
+
+
 async def test_a_name_that_two_have_is_said(meeting: Meeting) -> None:
     one, two = Scheduler(meeting, "a"), Scheduler(meeting, "a")
     async with running(one, two):

@@ -431,6 +431,8 @@ def _hello(version: str, role: str = "master") -> bytes:
         (b":1\r\n", "what answers there is no Valkey or Redis server"),
         (b"*1\r\n" * 20_000, "what answers there is no Valkey or Redis server"),
         (b"$-5\r\n", "what answers there is no Valkey or Redis server"),
+        (b"%1\r\n*0\r\n:1\r\n", "what answers there is no Valkey or Redis server"),
+        (b"*4294967295\r\n", "what answers there is no Valkey or Redis server"),
         (b"+OK\r\n+OK\r\n+OK\r\n", ""),
         (b"", "has not answered"),
         (b"$900000000\r\n" + bytes(9 << 20), "an answer is longer than"),

@@ -39,6 +39,8 @@ _LONGEST_SAID = 300
 """Characters of an error that are said."""
 
 _INCOMPLETE = object()
+_UNREADABLE = hiredis.HiredisError, TypeError, MemoryError
+"""What the parser raises: the last two at keys that Python cannot have, and at lists that fit nowhere."""
 _CLOSED = "the server has closed the connection"
 _NO_SERVER = "what answers there is no Valkey or Redis server"
 _SUBSCRIBED = (b"subscribe", b"ssubscribe")
@@ -136,7 +138,7 @@ class Connection(asyncio.Protocol):
         self._unread += len(data)
         try:
             self._reader.feed(data)
-        except hiredis.HiredisError:
+        except _UNREADABLE:
             self.close(_NO_SERVER)
         else:
             if not self._in_turns:
@@ -147,7 +149,7 @@ class Connection(asyncio.Protocol):
         for _ in range(TURN):
             try:
                 what = self._reader.gets()
-            except hiredis.HiredisError:
+            except _UNREADABLE:
                 self.close(_NO_SERVER)
             else:
                 if what is _INCOMPLETE:
