@@ -10,7 +10,9 @@ import pytest
 from tests.support.channels import Meeting
 from tests.support.replicas import Scheduler, running
 from tests.support.waiting import until
-from vllm_pd_scheduler.replicas import Ignored
+from vllm_pd_scheduler.replicas import FleetKey, Ignored
+from vllm_pd_scheduler.replicas.message import Message
+from vllm_pd_scheduler.replicas.others import SILENT_S
 from vllm_pd_scheduler.sync.greeting import MAGIC, Greeting
 from vllm_pd_scheduler.sync.sync import ASK
 from vllm_pd_scheduler.telemetry.pace import MAX_KEYS
@@ -192,6 +194,24 @@ async def test_a_flood_of_greetings_is_no_flood_of_events(meeting: Meeting) -> N
         assert len(said) <= MAX_KEYS
         one.channel.lose("it is gone")
         assert "it is gone" in one.said()[-1]
+
+
+async def test_a_flood_of_names_is_no_flood_of_events(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    encode = FleetKey("fleet").encode
+    async with running(one, two):
+        for number in range(20):
+            for name in (f"r{number}-{each}" for each in range(50)):
+                two.channel.send(encode(Message(name, 1, True, (0, 0), [])))
+            assert len(one.sync.others) >= 50
+            one.now += SILENT_S
+            one.sync._publish()
+        said = [each for each in one.said() if "replica r" in each]
+        assert 100 <= len(said) <= 200
+        assert one.sync.others == frozenset()
+        one.now += 10.0
+        two.channel.send(encode(Message("another", 1, True, (0, 0), [])))
+        assert one.said()[-1] == "replica another is heard"
 
 
 async def test_a_greeting_cannot_write_lines_of_the_log(meeting: Meeting) -> None:
