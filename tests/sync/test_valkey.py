@@ -505,6 +505,21 @@ async def test_a_log_that_is_none_is_said(entries: bytes) -> None:
         assert "the log there is none of ours" in one.channel.problem
 
 
+async def test_something_else_in_the_place_of_the_log_is_said(server: Server) -> None:
+    async with Replica(server.url).running() as one:
+        await one.connected()
+        server.ask("SET", "{vllm-pd}:changes", "x")
+        await one.says("delete the key {KEY}:changes")
+        server.ask("DEL", "{vllm-pd}:changes")
+        await one.connected()
+
+
+async def test_a_loss_without_a_reason_is_said_in_words() -> None:
+    lost: list[str] = []
+    connection.Connection(lambda _: None, lost.append).connection_lost(ConnectionResetError())
+    assert lost == ["the server has closed the connection"]
+
+
 @pytest.mark.parametrize(
     "found",
     [b":1\r\n", b"$1\r\nx\r\n", b"*1\r\n$1\r\nx\r\n", b"*2\r\n_\r\n_\r\n", b"*2\r\n$1\r\nx\r\n*0\r\n",
