@@ -1,13 +1,20 @@
 """``GET /decisions``: which are shown, in which order, and what is refused."""
 
+import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from tests.support.admin import Admin
-from vllm_pd_scheduler.records.decisions import MAX_DECISIONS
+from vllm_pd_scheduler.admin.decisions_api import DecisionsApi
+from vllm_pd_scheduler.admin.http_server import add_routes
+from vllm_pd_scheduler.records.decisions import MAX_DECISIONS, Decisions
 
 COMPLETION = {":method": "POST", ":path": "/v1/completions"}
 
@@ -47,6 +54,24 @@ async def test_the_newest_come_first(admin: Admin) -> None:
 async def test_after_a_restart_all_are_new(admin: Admin) -> None:
     await route(admin, 3)
     assert await numbers(admin, "?since=4711") == [3, 2, 1]
+
+
+@pytest.mark.parametrize("set_back_s", [0.0, 3600.0])
+async def test_those_of_all_workers_are_shown_also_when_the_clock_was_set_back(
+    admin: Admin, set_back_s: float
+) -> None:
+    await route(admin, 3)
+    decisions = Decisions(time.monotonic, lambda: time.time() + set_back_s, several=True)
+    for each in admin.router.decisions.after(0):
+        decisions.add(each)
+    _, others_answer = await admin.ask("GET", "/decisions?limit=1")
+    others = mock.Mock()
+    others.get = mock.AsyncMock(return_value=[json.dumps(others_answer).encode()])
+    app = web.Application()
+    add_routes(app, DecisionsApi(decisions, others).routes())
+    async with TestClient(TestServer(app)) as client, client.get("/decisions") as answer:
+        found = await answer.json()
+    assert len(found["decisions"]) == 4
 
 
 async def test_no_more_than_asked_for(admin: Admin) -> None:

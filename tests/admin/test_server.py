@@ -365,6 +365,16 @@ class TestShell:
         status, body = await admin.ask("POST", "/instances", b" " * (2 << 20))
         assert (status, list(body)) == (413, ["error"])
 
+    async def test_one_that_cannot_listen_leaves_nothing_running(self, unused_tcp_port: int) -> None:
+        """A worker that shall be the first tries again each second for as long as another has the port."""
+        router = PDRouter(SchedulerConfig())
+        other = await asyncio.start_server(lambda *_: None, "127.0.0.1", unused_tcp_port)
+        async with other:
+            before = asyncio.all_tasks()
+            with pytest.raises(OSError, match="in use"):
+                await AdminServer(router, is_ready=lambda: True).start("127.0.0.1", unused_tcp_port)
+            assert asyncio.all_tasks() == before
+
     async def test_start_and_stop(self, unused_tcp_port: int) -> None:
         server = AdminServer(PDRouter(SchedulerConfig()), is_ready=lambda: True)
         other = AdminServer(PDRouter(SchedulerConfig()), is_ready=lambda: True)

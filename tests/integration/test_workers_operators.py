@@ -112,6 +112,8 @@ async def test_sighup_and_reload_reach_all(
         "INFO {} vllm_pd_scheduler.records.events: the configuration was read again: prefill_timeout changed"
     )
     await until(lambda: all(said.format(worker) in up.output for worker in WORKERS))
+    assert "(by admin 127.0.0.1)" in up.output
+    assert "(by admin )" not in up.output
     said = "INFO {} vllm_pd_scheduler.records.events: log level is DEBUG"
 
     async def all_write_more() -> bool:

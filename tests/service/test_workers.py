@@ -61,6 +61,19 @@ async def serve():
     await tell_alive(hub, f"w{index}")
 asyncio.run(serve())
 """
+DRAINS = """
+import asyncio, os, signal, sys, time
+from vllm_pd_scheduler.sync.local import leave_together, tell_ready
+hub, index = sys.argv[1], sys.argv[4]
+open(f"{hub}.started", "a").write(f"w{index} {os.getpid()} {time.monotonic()}\\n")
+async def serve():
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    await tell_ready(hub, f"w{index}")
+    await asked.wait()
+    await leave_together(hub, f"w{index}")
+asyncio.run(serve())
+"""
 FAILS = "import sys; sys.exit(5)"
 
 
@@ -101,6 +114,18 @@ async def test_one_that_dies_is_started_again(
     two._processes[1].send_signal(signal.SIGKILL)
     await until(lambda: two.pids.get("w1", before) != before and len(started(path)) == 3)
     assert f"worker w1 (process {before}) was ended by SIGKILL: starting it again" in caplog.text
+
+
+async def test_one_that_somebody_ends_alone_leaves_when_it_has_drained(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Workers(2, command(DRAINS, path), str(path)) as found:
+        before = found.pids
+        found._processes[1].send_signal(signal.SIGTERM)
+        await until(lambda: found.pids.get("w1", before["w1"]) != before["w1"] and len(started(path)) == 3)
+        assert found.pids["w0"] == before["w0"]
+        assert not found._drained, "when all end, the new one may have requests"
+    assert f"worker w1 (process {before['w1']}) ended with status 0: starting it again" in caplog.text
 
 
 async def test_one_that_hangs_is_ended_and_started_again(
@@ -201,7 +226,7 @@ def test_each_has_addresses_of_its_own() -> None:
 async def test_what_cannot_be_is_said_before_a_worker_starts() -> None:
     for config, said in (
         (SchedulerConfig(grpc_port=65535), "grpc_port of worker w1 would be 65536"),
-        (SchedulerConfig(grpc_port=9002, admin_port=9003), "9003 is where admin_port listens"),
+        (SchedulerConfig(grpc_port=9002, admin_port=9003), "9003 is where admin_port .*another grpc_port"),
         (SchedulerConfig(replicas=ReplicasConfig(url="valkey://x", name="a" * 15)), "replicas.name: 'a*w1'"),
     ):
         with pytest.raises(StartupError, match=said):

@@ -125,16 +125,24 @@ async def test_a_worker_that_is_cut_off_comes_back_and_hears_of_no_change_twice(
     assert len(two.changes) == 1
 
 
-async def test_one_that_does_not_read_is_cut_off(machine: Machine) -> None:
+async def test_one_that_does_not_read_is_cut_off_and_that_is_said_once(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
     one = await machine.worker()
+    (known,) = machine.hub._connections
     _, writer = await asyncio.open_unix_connection(machine.path)
     assert isinstance(writer.transport, asyncio.ReadTransport)
     writer.transport.pause_reading()
     await until(lambda: len(machine.hub._connections) == 2)
-    data = bytes(1 << 20)
-    for _ in range(4 * MAX_WAITING_BYTES // len(data)):
-        await until(lambda: one.channel.send(data))
+    (to_silent,) = (each.transport for each in machine.hub._connections - {known})
+    assert to_silent is not None
+    while (waiting := to_silent.get_write_buffer_size()) <= MAX_WAITING_BYTES:
+        assert one.channel.send(bytes(1 << 20))
+        await until(lambda waiting=waiting: to_silent.get_write_buffer_size() > waiting)
+    for _ in range(20):  # they come at once
+        assert one.channel.send(b"x")
     await until(lambda: len(machine.hub._connections) == 1)
+    assert caplog.text.count("it does not read what it is sent") == 1
     writer.close()
 
 

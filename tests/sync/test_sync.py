@@ -10,7 +10,9 @@ import pytest
 from tests.support.channels import Meeting
 from tests.support.replicas import Scheduler, running
 from tests.support.waiting import until
-from vllm_pd_scheduler.replicas import Ignored
+from vllm_pd_scheduler.replicas import FleetKey, Ignored
+from vllm_pd_scheduler.replicas.message import Message
+from vllm_pd_scheduler.replicas.others import SILENT_S
 from vllm_pd_scheduler.sync.greeting import MAGIC, Greeting
 from vllm_pd_scheduler.sync.sync import ASK
 from vllm_pd_scheduler.telemetry.pace import MAX_KEYS
@@ -194,6 +196,24 @@ async def test_a_flood_of_greetings_is_no_flood_of_events(meeting: Meeting) -> N
         assert "it is gone" in one.said()[-1]
 
 
+async def test_a_flood_of_names_is_no_flood_of_events(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    encode = FleetKey("fleet").encode
+    async with running(one, two):
+        for number in range(20):
+            for name in (f"r{number}-{each}" for each in range(50)):
+                two.channel.send(encode(Message(name, 1, True, (0, 0), [])))
+            assert len(one.sync.others) >= 50
+            one.now += SILENT_S
+            one.sync._publish()
+        said = [each for each in one.said() if "replica r" in each]
+        assert 100 <= len(said) <= 200
+        assert one.sync.others == frozenset()
+        one.now += 10.0
+        two.channel.send(encode(Message("another", 1, True, (0, 0), [])))
+        assert one.said()[-1] == "replica another is heard"
+
+
 async def test_a_greeting_cannot_write_lines_of_the_log(meeting: Meeting) -> None:
     one, two = Scheduler(meeting), Scheduler(meeting)
     async with running(one, two):
@@ -203,6 +223,17 @@ async def test_a_greeting_cannot_write_lines_of_the_log(meeting: Meeting) -> Non
                 two.channel.send(MAGIC + msgspec.msgpack.encode(Greeting(*values, "1", {})))
         assert one.sync.replica.ignored[Ignored.GARBAGE] == before + 15
         assert all(each.isprintable() for each in one.said())
+
+
+async def test_a_greeting_with_any_keys_is_a_short_line(meeting: Meeting) -> None:
+    one, two = Scheduler(meeting), Scheduler(meeting)
+    async with running(one, two):
+        own = one.sync.greetings.own
+        settings = dict.fromkeys((f"key{number:0200}" for number in range(200)), 1)
+        two.channel.send(MAGIC + msgspec.msgpack.encode(Greeting("r", "b", "m", own.version, settings)))
+        (line,) = (each for each in one.said() if "configured in another way" in each)
+        assert len(line) < 3000
+        assert f" and {len(own.settings.keys() | settings.keys()) - 10} more; " in line
 
 
 async def test_a_name_that_two_have_is_said(meeting: Meeting) -> None:

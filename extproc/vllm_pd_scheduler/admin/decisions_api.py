@@ -191,7 +191,16 @@ class DecisionsApi:
         if self._others is not None:
             for body in await self._others.get(request.path_qs):
                 shown += DecisionsAnswer.model_validate_json(body).decisions
-            # None from while the others were asked: who asks again for what is later would miss those before.
-            shown = [each for each in shown if each.number <= now * 1e6]
-            shown = sorted(shown, key=lambda each: each.number, reverse=True)[: query.limit]
+            shown = _of_all(shown, now, time.time())[: query.limit]
         return json_answer(DecisionsAnswer(decisions=shown))
+
+
+def _of_all(shown: list[DecisionAnswer], asked_at: float, answered_at: float) -> list[DecisionAnswer]:
+    """Return the decisions of all workers that were there when the others were asked, the newest first.
+
+    Who asks again for what is later would miss some of those that were made meanwhile. Once the clock was set
+    back, all numbers are later than now: then none is left out.
+    """
+    if all(each.number <= answered_at * 1e6 for each in shown):
+        shown = [each for each in shown if each.number <= asked_at * 1e6]
+    return sorted(shown, key=lambda each: each.number, reverse=True)

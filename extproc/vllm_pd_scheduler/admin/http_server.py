@@ -45,11 +45,18 @@ class HttpServer:
         ``::`` is all addresses, those of IPv4 too.
         """
         everywhere = None if host == "::" else host  # which asyncio would take for IPv6 alone
-        await web.TCPSite(await self._set_up(), everywhere, port, ssl_context=tls).start()
+        await self._listen(web.TCPSite(await self._set_up(), everywhere, port, ssl_context=tls))
 
     async def start_on_socket(self, path: str) -> None:
         """Listen on a Unix socket, in a directory of this user alone; raise :exc:`OSError` if that fails."""
-        await web.UnixSite(await self._set_up(), path).start()
+        await self._listen(web.UnixSite(await self._set_up(), path))
+
+    async def _listen(self, site: web.BaseSite) -> None:
+        try:
+            await site.start()
+        except OSError:
+            await self.stop()  # what the application does beside answering has begun
+            raise
 
     async def _set_up(self) -> web.AppRunner:
         self._runner = web.AppRunner(

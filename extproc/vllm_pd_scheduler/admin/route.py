@@ -137,7 +137,7 @@ def error_answer(status: int, reason: str, headers: Mapping[str, str] | None = N
 
 def asked_by(request: web.Request) -> str:
     """Return who asks, as events name them."""
-    return By.ADMIN if request.remote is None else f"{By.ADMIN} {request.remote}"
+    return f"{By.ADMIN} {request.remote}" if request.remote else By.ADMIN  # a Unix socket has no address
 
 
 def _read_query(request: web.Request, model: type[Query]) -> Query:

@@ -186,7 +186,9 @@ def require_ports(config: SchedulerConfig, count: int, listeners: list[Listener]
         if port > 65535:
             raise StartupError(f"--workers: {name} would be {port}: choose a lower one for the first")
     for problem in clashes(listeners, config.listed()):
-        raise StartupError(problem)
+        key, of_a_worker, _ = problem.partition(" of worker ")
+        more = f"; each worker takes the next port: choose another {key} for the first" if of_a_worker else ""
+        raise StartupError(f"{problem}{more}")
 
 
 def _failed(error: WorkerEnded | ListenError) -> int:

@@ -150,8 +150,11 @@ class Workers:
 
     def _has_drained(self, name: str) -> None:
         """Note that a worker has no request any more; all leave when all have none."""
-        self._drained.add(name)
-        self._let_go()
+        if self._ending:
+            self._drained.add(name)
+            self._let_go()
+        else:  # somebody has ended this one alone: Envoy asks the others
+            self._hub.let_go()
 
     def _let_go(self) -> None:
         if self._ending and self._drained.issuperset(f"w{index}" for index in self._processes):

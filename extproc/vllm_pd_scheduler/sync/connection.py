@@ -22,6 +22,9 @@ TICK_S = 0.3
 """Seconds between two looks at whether the server answers."""
 _SILENT_TICKS = 3
 """Looks at which nothing was heard, until the connection is given up. A standstill of ours is one look."""
+_UNANSWERED_TICKS = 10
+"""Looks at which something was heard, but no answer, until the connection is given up. So long after our last
+message the others have forgotten us, as nothing of ours arrives."""
 MAX_UNSENT = 1 << 20
 """Bytes that wait to be sent: more messages are dropped, as the server or the way to it is slow."""
 MAX_ANSWER = 8 << 20
@@ -30,7 +33,15 @@ MAX_ANSWER = 8 << 20
 TURN = 8
 """What is taken in at once of much that has come; then others have the event loop."""
 
+_ECHO = " with args beginning with"
+"""Before what an error quotes of our command: a server too old for HELLO would have the password said."""
+_LONGEST_SAID = 300
+"""Characters of an error that are said."""
+
 _INCOMPLETE = object()
+_UNREADABLE = hiredis.HiredisError, TypeError, MemoryError
+"""What the parser raises: the last two at keys that Python cannot have, and at lists that fit nowhere."""
+_CLOSED = "the server has closed the connection"
 _NO_SERVER = "what answers there is no Valkey or Redis server"
 _SUBSCRIBED = (b"subscribe", b"ssubscribe")
 
@@ -69,6 +80,8 @@ class Connection(asyncio.Protocol):
         """Who waits for the answers that are to come, in their order; nobody for that to a message."""
         self._heard = True
         self._silent = 0
+        self._answered = True
+        self._unanswered = 0
         self._timer: asyncio.TimerHandle | None = None
 
     # -- commands
@@ -125,7 +138,7 @@ class Connection(asyncio.Protocol):
         self._unread += len(data)
         try:
             self._reader.feed(data)
-        except hiredis.HiredisError:
+        except _UNREADABLE:
             self.close(_NO_SERVER)
         else:
             if not self._in_turns:
@@ -136,7 +149,7 @@ class Connection(asyncio.Protocol):
         for _ in range(TURN):
             try:
                 what = self._reader.gets()
-            except hiredis.HiredisError:
+            except _UNREADABLE:
                 self.close(_NO_SERVER)
             else:
                 if what is _INCOMPLETE:
@@ -165,7 +178,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Note that it is lost."""
-        self.close(_reason(error) if error is not None else "the server has closed the connection")
+        self.close(_reason(error) if error is not None else _CLOSED)
 
     def _take(self, what: Any) -> None:
         if isinstance(what, hiredis.PushNotification) and (not what or what[0] not in _SUBSCRIBED):
@@ -174,16 +187,17 @@ class Connection(asyncio.Protocol):
         if not self._waiting:
             # A server that ends a connection says why before: that it has too many, say.
             said = isinstance(what, hiredis.ReplyError)
-            self.close(str(what) if said else "an answer that nobody asked for")
+            self.close(_said(what) if said else "an answer that nobody asked for")
             return
+        self._answered = True
         answer = self._waiting.popleft()
         if answer is None:
             if isinstance(what, hiredis.ReplyError):
-                self.close(f"a message is refused: {what}")
+                self.close(f"a message is refused: {_said(what)}")
         elif answer.done():  # whoever asked waits no more
             pass
         elif isinstance(what, hiredis.ReplyError):
-            answer.set_exception(Refused(str(what)))
+            answer.set_exception(Refused(_said(what)))
         else:
             answer.set_result(what)
 
@@ -194,6 +208,14 @@ class Connection(asyncio.Protocol):
             self._silent += 1
             if self._silent >= _SILENT_TICKS:
                 self.close(f"the server has not answered for {_SILENT_TICKS * TICK_S:.1f} s")
+                return
+        if self._answered or not self._waiting:
+            self._answered, self._unanswered = False, 0
+        else:
+            self._unanswered += 1
+            if self._unanswered >= _UNANSWERED_TICKS:
+                seconds = _UNANSWERED_TICKS * TICK_S
+                self.close(f"the server sends messages, but has answered nothing for {seconds:.0f} s")
                 return
         if not self._waiting:
             self.tell(_PING)
@@ -226,6 +248,12 @@ async def connect(
     return made
 
 
+def _said(error: hiredis.ReplyError) -> str:
+    """Return an error as a line of a log can have it, without what it quotes of our command."""
+    text = str(error).partition(_ECHO)[0].rstrip(",")[:_LONGEST_SAID]
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
@@ -233,4 +261,6 @@ def _reason(error: Exception) -> str:
         return f"TLS fails: {(error.reason or 'no TLS is spoken there').replace('_', ' ').lower()}"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
+    if isinstance(error, ConnectionError) and not str(error):  # as uvloop has it of TLS
+        return _CLOSED
     return str(error) or type(error).__name__

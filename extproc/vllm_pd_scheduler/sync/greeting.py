@@ -18,6 +18,8 @@ MAGIC = b"PDH"
 """A greeting begins with it, and no message of a replica."""
 _MAX_BYTES = 64 << 10
 _MAX_KNOWN = 256
+_LISTED = 10
+"""Keys that differ, which are said: a greeting may have any."""
 
 _Text = Annotated[str, Meta(max_length=256, pattern=SHOWN)]
 _Settings = Annotated[dict[_Text, int], Meta(max_length=1000)]
@@ -108,8 +110,10 @@ class Greetings:
         if other.version != self.own.version:
             lines.append(f"{other.shown()} runs version {other.version}, this one {self.own.version}")
         elif found := self._differences(other):
+            keys = ", ".join(found[:_LISTED])
+            keys += f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             lines.append(
-                f"{other.shown()} is configured in another way: {', '.join(found)}; what it tells is used, "
+                f"{other.shown()} is configured in another way: {keys}; what it tells is used, "
                 "but it chooses differently"
             )
         return lines

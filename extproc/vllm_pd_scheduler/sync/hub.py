@@ -119,5 +119,7 @@ class _Worker(Connection):
         self._hub.received(self, frame)
 
     def close(self, why: str) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return  # it is lost: the event loop will say so, when it has read what others have sent
         log.warning("a worker's connection is closed: %s", why)
         super().close(why)

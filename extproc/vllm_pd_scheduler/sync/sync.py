@@ -26,6 +26,8 @@ STRAY = b"PDS"
 """Begins what Envoy has told of requests that another replica has."""
 _ASKS_PER_S, _ASKS_AT_ONCE = 10.0, 64.0
 """Questions for all that are answered, from all replicas together: each that connects has one."""
+_NEWS_PER_S, _NEWS_AT_ONCE = 1.0, 128.0
+"""Replicas that come or go, of which is told: who may send here can have any number of names."""
 _LEAST_S = 0.001
 """Timers of event loops are no finer; one that comes early would come again at once."""
 
@@ -66,6 +68,7 @@ class Sync:
         self._greeted_pace = Pace(clock)
         """Of what greetings bring: a flood of them must not hide what else is said."""
         self._asks = Budget(_ASKS_AT_ONCE, clock())
+        self._news_of_others = Budget(_NEWS_AT_ONCE, clock())
         self._others: frozenset[str] = frozenset()
         self._others_changes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -244,10 +247,15 @@ class Sync:
         self._others_changes, others = self.replica.others_changes, frozenset(self.replica.others)
         came, gone, self._others = others - self._others, self._others - others, others
         for name in sorted(gone):
-            self._event(f"{self._shown(name)} is silent: its requests count no more", logging.WARNING)
+            self._tell_of(f"{self._shown(name)} is silent: its requests count no more", logging.WARNING)
         for name in sorted(came):
-            self._event(f"{self._shown(name)} is heard")
+            self._tell_of(f"{self._shown(name)} is heard", logging.INFO)
         self.greetings.forget(gone)
+
+    def _tell_of(self, text: str, level: int) -> None:
+        """Tell of a replica that has come or gone, unless that would hide all else that is told."""
+        if self._news_of_others.take(1.0, _NEWS_PER_S, _NEWS_AT_ONCE, self._clock()) >= 1.0:
+            self._event(text, level)
 
     def _shown(self, replica: str) -> str:
         known = self.greetings.known.get(replica)

@@ -30,7 +30,6 @@ from .connection import Connection, Lost, Refused, connect
 from .valkey_log import ValkeyLog
 from .valkey_server import (
     NO_SENTINEL,
-    ONLY_READ,
     Moved,
     Unusable,
     address_of,
@@ -179,7 +178,7 @@ class Valkey:
                 except TimeoutError:
                     pass  # no word has come
         except Refused as error:
-            connection.close(ONLY_READ if error.code == "READONLY" else f"it says: {error}")
+            connection.close(advice(error))
         except Lost:
             pass  # it was told
 

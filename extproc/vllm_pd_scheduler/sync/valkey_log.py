@@ -86,5 +86,5 @@ def _changes(entries: Any) -> list[tuple[str, bytes]]:
             data = values.get(b"change", b"")
             found.append((text_of(position), data if isinstance(data, bytes) else b""))
     except (TypeError, ValueError):
-        raise Refused("the log there is none of ours") from None
+        raise Refused("WRONGTYPE its entries are no changes") from None
     return found

@@ -15,6 +15,11 @@ OLDEST = (6, 2)
 NO_SENTINEL = "it is no Sentinel: leave replicas.sentinel out, or give the port of a Sentinel (26379)"
 ONLY_READ = "it is a copy that can only be read: name the primary in replicas.url, or use Sentinels"
 
+FOREIGN_LOG = (
+    "the log there is none of ours: delete the key {KEY}:changes, where KEY is replicas.key, or choose "
+    "another replicas.key"
+)
+
 
 class Unusable(Exception):
     """There is no server to meet at; the message says why and what to do."""
@@ -63,6 +68,10 @@ def advice(error: Exception, see: str = "replicas.password and the user in repli
     if error.code in ("NOAUTH", "WRONGPASS"):
         wrong = "it wants a password" if error.code == "NOAUTH" else "it does not take the user and password"
         return f"{wrong}: see {see}"
+    if error.code == "READONLY":
+        return ONLY_READ
+    if error.code == "WRONGTYPE":
+        return FOREIGN_LOG
     if error.code == "NOPERM":
         return f"the user may not do what is needed (docs/replicas.md has the ACL rule): {text}"
     if error.code in ("NOPROTO",) or "unknown command" in text:
