@@ -200,12 +200,12 @@ def compare(phases: tuple[Phase, ...], fleet: FleetSpec) -> tuple[list[RequestRe
 
 def plans() -> tuple[Plan, ...]:
     """Return what is compared."""
-    eager = TurningConfig(looks=2, gain=1.0, pause=60.0)
+    eager = TurningConfig(gain=1.0, pause=60.0)
     return (
         Plan(follow=False, name="4 P + 4 D"),
         Plan(follow=True, name="each advice followed"),
         Plan(follow=True, limits=TurningConfig(), name="by itself, with the defaults"),
-        Plan(follow=True, limits=eager, name="by itself, after 2 looks and 60 s"),
+        Plan(follow=True, limits=eager, name="by itself, for less and after 60 s"),
     )
 
 
