@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
@@ -42,7 +42,11 @@ class Phase:
     answer: float
 
 
-PHASES = (Phase(900.0, 2.0, 18_000.0, 200.0), Phase(900.0, 4.0, 800.0, 4_000.0))
+PROMPTS, ANSWERS = Phase(900.0, 2.0, 18_000.0, 200.0), Phase(900.0, 4.0, 800.0, 4_000.0)
+LOADS = {
+    "a shift": (PROMPTS, ANSWERS),
+    "a burst": (PROMPTS, replace(ANSWERS, seconds=240.0), PROMPTS),
+}
 
 
 def shifting(phases: Iterable[Phase], seed: int = 0) -> Trace:
@@ -115,7 +119,7 @@ class Turning(_Run):
             return advice.from_role
         role = self._turns.looked(advice, limits, now)
         if role is not None:
-            self._turns.pause(now, limits.pause)
+            self._turns.turned(role, now, limits.pause)
         return role
 
     def _advised(self) -> Advice | None:
@@ -196,12 +200,12 @@ def compare(phases: tuple[Phase, ...], fleet: FleetSpec) -> tuple[list[RequestRe
 
 def plans() -> tuple[Plan, ...]:
     """Return what is compared."""
-    eager = TurningConfig(looks=2, gain=1.0, pause=60.0)
+    eager = TurningConfig(gain=1.0, pause=60.0)
     return (
         Plan(follow=False, name="4 P + 4 D"),
         Plan(follow=True, name="each advice followed"),
         Plan(follow=True, limits=TurningConfig(), name="by itself, with the defaults"),
-        Plan(follow=True, limits=eager, name="by itself, after 2 looks and 60 s"),
+        Plan(follow=True, limits=eager, name="by itself, for less and after 60 s"),
     )
 
 
@@ -218,13 +222,15 @@ def show(name: str, results: list[RequestResult]) -> None:
 
 
 def main() -> None:
-    """Print the comparison."""
-    found = compare(PHASES, FleetSpec(4, 4))
-    middle = PHASES[0].seconds
-    for plan, results in zip(plans(), found, strict=True):
-        name = plan.name
-        show(f"{name}, long prompts", [each for each in results if each.arrival < middle])
-        show(f"{name}, long answers", [each for each in results if each.arrival >= middle])
+    """Print the comparison, for each part of each load."""
+    for load, phases in LOADS.items():
+        print(f"\n{load}")
+        found, begin = compare(phases, FleetSpec(4, 4)), 0.0
+        for number, phase in enumerate(phases, 1):
+            end = begin + phase.seconds
+            for plan, results in zip(plans(), found, strict=True):
+                show(f"{plan.name}, part {number}", [each for each in results if begin <= each.arrival < end])
+            begin = end
 
 
 if __name__ == "__main__":

@@ -91,12 +91,20 @@ async def test_the_one_with_the_least_to_do_is_turned(fleet: Balanced) -> None:
     assert value("pd_scheduler_turns_total", {"role": "decode", "by": "advice", "outcome": "turned"}) == 1
 
 
-async def test_none_is_turned_soon_after(fleet: Balanced) -> None:
+async def test_none_is_turned_back_soon_after(fleet: Balanced) -> None:
     await fleet.look()
     fleet.healthy("p0")
+    fleet.advice = move(4)
     await fleet.look()
     await fleet.look()
     assert fleet.turned() == ["p0"]
+
+
+async def test_another_of_the_role_follows_at_the_next_look(fleet: Balanced) -> None:
+    await fleet.look()
+    fleet.healthy("p0")
+    await fleet.look()
+    assert fleet.turned() == ["p0", "p1"]
 
 
 async def test_nothing_is_turned_without_such_advice(fleet: Balanced) -> None:
@@ -175,6 +183,8 @@ async def test_an_engine_that_refuses_serves_as_before(fleet: Balanced) -> None:
     assert "p0 was not turned: /pd_role_switch was answered 400 busy" in fleet.said()
     value = fleet.router.telemetry.prometheus.get_sample_value
     assert value("pd_scheduler_turns_total", {"role": "decode", "by": "advice", "outcome": "failed"}) == 1
+    await fleet.look()
+    assert len(fleet.told) == 1, "it is not asked again before the pause is over"
 
 
 async def test_an_engine_of_which_nobody_knows_its_role_gets_nothing(fleet: Balanced) -> None:

@@ -26,7 +26,7 @@ def move(prefill: int, gain: float = 3.0) -> Advice:
 
 
 def looks(turns: Turns, *advice: Advice, now: float = 0.0, **limits: Any) -> list[InstanceRole | None]:
-    return [turns.looked(each, TurningConfig(**limits), now) for each in advice]
+    return [turns.looked(each, TurningConfig(**{"looks": 3, **limits}), now) for each in advice]
 
 
 def test_the_same_move_must_be_advised_again_and_again() -> None:
@@ -42,6 +42,15 @@ def test_another_advice_between_begins_anew(between: Advice) -> None:
 def test_a_move_that_promises_too_little_is_none() -> None:
     assert looks(Turns(), *[move(2, gain=1.9)] * 5) == [None] * 5
     assert looks(Turns(), *[move(2, gain=1.9)] * 3, gain=1.5) == [None, None, P]
+
+
+def test_the_next_move_of_the_kind_needs_no_new_looks_and_one_back_a_pause() -> None:
+    turns = Turns()
+    assert looks(turns, move(2), move(2), move(2))[-1] is P
+    turns.turned(P, 0.0, 300.0)
+    assert looks(turns, move(1), now=60.0) == [P]
+    assert looks(turns, *[move(3, 100.0)] * 3, now=299.0) == [None] * 3
+    assert looks(turns, move(3), now=300.0) == [D]
 
 
 def test_none_begins_during_a_pause() -> None:

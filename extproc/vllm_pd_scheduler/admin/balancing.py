@@ -71,11 +71,14 @@ class Balancing:
         role = self._turns.looked(advice, limits, self._router.clock())
         if role is None or steered != self._changes.steered_at or self._router.config.turning is not limits:
             return
-        why = f"{advice.text} (the same {limits.looks} times)"
-        await self._turn(role, limits, why)
-        self._turns.pause(self._router.clock(), limits.pause)
+        why = f"{advice.text} (the same {self._turns.looks} times)"
+        if await self._turn(role, limits, why):
+            self._turns.turned(role, self._router.clock(), limits.pause)
+        else:
+            self._turns.pause(self._router.clock(), limits.pause)
 
-    async def _turn(self, role: InstanceRole, limits: TurningConfig, why: str) -> None:
+    async def _turn(self, role: InstanceRole, limits: TurningConfig, why: str) -> bool:
+        """Turn an instance of a role; return whether one was turned."""
         least = limits.min_prefill if role is InstanceRole.PREFILL else limits.min_decode
         serving = {each.instance.instance_id for each in self._router.registry.routable(role)}
         chosen = self._chosen(role) if len(serving) > least else None
@@ -92,8 +95,10 @@ class Balancing:
                 problem = f"{name} cannot be turned: {error}"
             else:
                 await self._turning.wait(None)
-                return
+                found = self._router.registry.find(name)
+                return found is not None and found.instance.role is not role
         self._tell(f"advice that is not followed: {why}; {problem}", "", logging.WARNING)
+        return False
 
     def _chosen(self, role: InstanceRole) -> Endpoint | None:
         """Return an endpoint of the instance with the least to do of those that can be turned."""

@@ -22,9 +22,10 @@ class TurningConfig(StrictModel):
     """Seconds from one look to the next. An advice is asked for at each."""
     minutes: Annotated[float, Field(ge=1.0, le=15.0)] = 3.0
     """Of traffic that each looks at, the newest."""
-    looks: Annotated[int, Field(ge=1, le=100)] = 3
+    looks: Annotated[int, Field(ge=1, le=100)] = 2
     """So many looks one after the other must advise the same move before one is made."""
     gain: Annotated[float, Field(ge=1.0, le=100.0)] = 2.0
     """What the move must promise each time, in multiples of what makes a move worth advising."""
     pause: Annotated[float, Field(ge=0.0, le=86_400.0)] = 300.0
-    """Seconds after a turn, and after an operator has changed the fleet, in which none begins."""
+    """Seconds after a turn in which none goes back, and after an operator has changed the fleet in which none
+    begins. Another turn of the same kind may follow at the next look."""
