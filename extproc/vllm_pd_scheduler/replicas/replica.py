@@ -9,8 +9,9 @@ from collections.abc import Callable
 from ..fleet.registry import Registry
 from .directory import Directory
 from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
+from .names import Names
 from .others import SILENT_S, Others
-from .own import Names, OwnWork
+from .own import OwnWork
 from .probes import Probes
 
 __all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
