@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.replicas.one import KEY, D, One, sound
 from vllm_pd_scheduler.fleet.breaker import BreakerState
 from vllm_pd_scheduler.models import MetricsSnapshot
-from vllm_pd_scheduler.replicas import SILENT_S, FleetKey, Ignored
+from vllm_pd_scheduler.replicas import AT_ONCE, BATCH_S, SILENT_S, FleetKey, Ignored
 from vllm_pd_scheduler.replicas.message import MAX_BYTES, Message, Share
 from vllm_pd_scheduler.replicas.plausible import UNSCRAPED
 
@@ -228,3 +228,20 @@ def test_nothing_is_told_twice() -> None:
     assert len(a.publish(0.0)) == 2  # the changes and the summary
     assert a.publish(0.5) == []
     assert a.replica.next_publish(0.5) == 1.0
+
+
+def test_what_happens_is_told_at_once_where_little_has_happened_and_else_in_batches() -> None:
+    a, now = One("a"), 0.0
+    a.publish(now)
+    waits = []
+    for _ in range(2 * AT_ONCE):
+        a.send("prefill-0", now)
+        waits.append(a.replica.next_publish(now) - now)
+        now += waits[-1]
+        assert a.publish(now)
+    assert waits[:AT_ONCE] == pytest.approx([0.0] * AT_ONCE)
+    assert waits[AT_ONCE:] == pytest.approx([BATCH_S] * AT_ONCE)
+    assert a.replica.next_publish(now) > now + BATCH_S, "nothing has happened"
+    now += AT_ONCE * BATCH_S
+    a.send("prefill-0", now)
+    assert a.replica.next_publish(now) == now

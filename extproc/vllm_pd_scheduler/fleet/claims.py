@@ -9,9 +9,9 @@ from hashlib import blake2b
 from .endpoint import Endpoint
 from .reservation import Reservation
 
-HEARD_S = 0.022
-"""Seconds after which a scheduler knows what the others chose when it chose: at most 10 ms until they tell
-it, as much until it is here, and some for the work. A choice: what takes longer is found too late."""
+HEARD_S = 0.012
+"""Seconds after which a scheduler knows what the others chose when it chose: they tell it at once, or within
+10 ms where much happens, and some are for the way. A choice: what takes longer is found too late."""
 _RECENT = 0.05
 """Weight of the newest claim in the mean loss: some 20 count."""
 _MOST_LOSS_S = 1.0

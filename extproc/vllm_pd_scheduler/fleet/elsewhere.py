@@ -81,8 +81,12 @@ class Elsewhere:
         blocks: Sequence[int],
         now: float,
         replica: str = "",
+        *,
+        is_sent: bool = True,
     ) -> Reservation:
         """Count a prefill that another replica has sent, at the place in P's queue where it is heard of.
+
+        One that has only claimed its place is told of with :meth:`sent`, or is cancelled.
 
         ``cached`` are the prompt's tokens and blocks that were taken for cached there. Its seconds are
         predicted here, by what this scheduler has learned. Call ``work_changes`` of the endpoint after it,
@@ -100,11 +104,18 @@ class Elsewhere:
             cached=cached[0],
             blocks=blocks,
             cached_blocks=cached[1],
+            tentative=not is_sent,
             replica=replica,
             elsewhere=True,
         )
-        load.enqueue(claim, cost, now)
+        load.enqueue(claim, cost, now, is_sent=is_sent)
         return claim
+
+    def sent(self, claim: Reservation, blocks: Sequence[int], now: float) -> None:
+        """Note that such a prefill, which had claimed its place, is on its way now, with these blocks."""
+        if claim.tentative and claim.active:
+            claim.tentative, claim.blocks = False, blocks
+            claim.endpoint.prefill.sent(claim, now)
 
     def done(
         self, claim: Reservation, prompt_tokens: int, cached_tokens: int | None, now: float
@@ -132,7 +143,7 @@ class Elsewhere:
         """End such a prefill, of which nothing is known but that it is queued no more."""
         if claim.active:
             claim.active = False
-            claim.endpoint.prefill.cancel(claim, now)
+            claim.endpoint.prefill.cancel(claim, claim.cancelled_at(now))
 
     def eject(self, endpoint: Endpoint, now: float) -> bool:
         """Eject an instance at which others' requests fail, as if ours had failed: within the same bounds.

@@ -52,8 +52,14 @@ class Reservation(Struct, eq=False):
         """End the claim. Doing it twice is the same as once; after a restart of the instance, nothing."""
         if self._end():
             load = self.endpoint.prefill
-            # One that was not sent has kept P from nothing: what is behind it began when it was made.
-            load.cancel(self, load.head_at if now is None or self.tentative else now)
+            load.cancel(self, load.head_at if now is None else self.cancelled_at(now))
+
+    def cancelled_at(self, now: float) -> float:
+        """Return since when what is behind it can run, if it is given up ``now``.
+
+        One that was not sent has kept P from nothing.
+        """
+        return self.endpoint.prefill.head_at if self.tentative else now
 
     def finish(self, now: float) -> float | None:
         """End a claim on prefill that was done; return the seconds it took, if the claim had not ended."""

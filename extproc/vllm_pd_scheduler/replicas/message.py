@@ -144,7 +144,17 @@ class Prefill(Struct, array_like=True, frozen=True):
     cached_blocks: Annotated[int, Meta(ge=0, le=MAX_PROMPT)] = 0
     """Leading blocks that are taken for cached there."""
     blocks: Blocks = b""
-    """Of its prompt: hashes of 8 bytes each. A summary has none."""
+    """Of its prompt: hashes of 8 bytes each. A summary has none, nor one that is claimed."""
+    claimed: bool = False
+    """Whether it only has claimed its place: :class:`Sent` says when it is on its way, or it ends."""
+
+
+class Sent(Struct, array_like=True, frozen=True):
+    """A prefill that was told as claimed, and is on its way now: its prompt will be cached there."""
+
+    number: Number
+    endpoint: Index
+    blocks: Blocks = b""
 
 
 class Ended(Struct, array_like=True, frozen=True):
@@ -276,6 +286,7 @@ class Message(Struct, array_like=True, frozen=True):
     probing: Annotated[list[Index], Meta(max_length=MAX_ITEMS)] = []
     """Instances that it asks just now how they are, for all replicas; each by an endpoint."""
     found: Annotated[list[Found], Meta(max_length=MAX_ITEMS)] = []
+    sent: Annotated[list[Sent], Meta(max_length=MAX_ITEMS)] = []
 
 
 class FleetKey:
@@ -321,6 +332,9 @@ def _sound(message: Message) -> bool:
             return False
     for placed in message.placed:
         if placed.endpoint >= count or len(placed.blocks) % 8:
+            return False
+    for sent in message.sent:
+        if sent.endpoint >= count or len(sent.blocks) % 8:
             return False
     for handed in message.handed:
         if handed.prefill >= count or handed.decode >= count:

@@ -23,6 +23,7 @@ from .message import (
     Message,
     Prefill,
     Rates,
+    Sent,
     Share,
     unpack_blocks,
 )
@@ -140,6 +141,9 @@ class Others:
                 blocks = self._cached(other, endpoint, prefill) if prefill.blocks else _NO_BLOCKS
                 if prefill.number not in over:  # else it came and went between two messages
                     self._enqueue(other, endpoint, prefill, blocks, now)
+        for sent in message.sent:
+            if (endpoint := endpoints[sent.endpoint]) is not None:
+                self._send(other, endpoint, sent, now)
         for placed in message.placed:
             if (endpoint := endpoints[placed.endpoint]) is not None:
                 number = placed.prefill
@@ -193,7 +197,7 @@ class Others:
 
     # -- prefills and placements
 
-    def _cached(self, other: Other, endpoint: Endpoint, what: Prefill) -> Sequence[int]:
+    def _cached(self, other: Other, endpoint: Endpoint, what: Prefill | Sent) -> Sequence[int]:
         """Take the prompt of a prefill for cached; return its blocks."""
         blocks = unpack_blocks(what.blocks)
         other.heard.add(what.number, blocks)
@@ -204,20 +208,31 @@ class Others:
         self, other: Other, endpoint: Endpoint, what: Prefill, blocks: Sequence[int], now: float
     ) -> None:
         number, elsewhere = what.number, self._registry.elsewhere
-        if number in other.prefills or len(other.prefills) >= MAX_ITEMS:
+        if (known := other.prefills.get(number)) is not None:
+            if not what.claimed:  # a summary says so, if the message is lost that did
+                elsewhere.sent(known, known.blocks, now)
+            return
+        if len(other.prefills) >= MAX_ITEMS:
             return
         most = plausible.LONGEST_PROMPT if endpoint.kv_capacity is None else endpoint.kv_capacity
         prompt = what.prompt if what.prompt < most else most
-        cached = (
-            (min(what.cached, prompt), min(what.cached_blocks, len(blocks))) if what.cached else _NOT_CACHED
+        cached = (min(what.cached, prompt), what.cached_blocks) if what.cached else _NOT_CACHED
+        claim = other.prefills[number] = elsewhere.enqueue(
+            endpoint, prompt, cached, blocks, now, other.name, is_sent=not what.claimed
         )
-        claim = other.prefills[number] = elsewhere.enqueue(endpoint, prompt, cached, blocks, now, other.name)
         share = other.shares.get(endpoint) or self._share_of(other, endpoint)
         if share.claim.growth <= 0 or share.queued >= plausible.UNSCRAPED:
             self.disbelieved[Disbelieved.PREFILLS] += 1
             elsewhere.cancel(claim, now)
         else:
             share.queued += 1
+            self._changed.add(endpoint)
+
+    def _send(self, other: Other, endpoint: Endpoint, sent: Sent, now: float) -> None:
+        blocks = self._cached(other, endpoint, sent) if sent.blocks else _NO_BLOCKS
+        claim = other.prefills.get(sent.number)
+        if claim is not None and claim.endpoint is endpoint:
+            self._registry.elsewhere.sent(claim, blocks, now)
             self._changed.add(endpoint)
 
     def _end(self, other: Other, ended: Ended, now: float) -> None:

@@ -33,9 +33,11 @@ from .message import (
     Placement,
     Prefill,
     Rates,
+    Sent,
     Share,
     pack_blocks,
 )
+from .names import Names
 from .placements import Told
 
 _MAX_UNTOLD_BLOCKS = 50_000
@@ -43,33 +45,6 @@ _MAX_UNTOLD_BLOCKS = 50_000
 _MAX_PAIRS = 1000
 _MAX_TENANTS = 1024
 _NOTHING = (0, 0, False, 0, 0, False, 0)
-
-
-class _Places(dict[Endpoint, int]):
-    """The place of each endpoint in the list of a message, to which it is added when first asked for."""
-
-    def __init__(self, names: list[int | str], directory: Directory) -> None:
-        super().__init__()
-        self._names, self._directory = names, directory
-
-    def __missing__(self, endpoint: Endpoint) -> int:
-        self._names.append(self._directory.name(endpoint))
-        place = self[endpoint] = len(self._names) - 1
-        return place
-
-
-class Names:
-    """The endpoints of a message, and the place of each in their list."""
-
-    def __init__(self, directory: Directory) -> None:
-        self.names: list[int | str] = []
-        self.place: Callable[[Endpoint], int] = _Places(self.names, directory).__getitem__
-        """Returns the place of an endpoint."""
-
-    def add(self, name: int | str) -> int:
-        """Add what stands for an endpoint, and return its place."""
-        self.names.append(name)
-        return len(self.names) - 1
 
 
 class _Changed(set[Endpoint]):
@@ -105,6 +80,8 @@ class OwnWork:
         self._new: list[tuple[int, Reservation, int]] = []
         self._ended: list[Ended] = []
         self._placed: list[tuple[Endpoint, Sequence[int]]] = []
+        self._sent: list[tuple[int, Reservation]] = []
+        """Prefills that had claimed a P and stay there."""
         self._handed: dict[tuple[Endpoint, Endpoint], int] = {}
         self._blocks = 0
         self._shares: dict[Endpoint, tuple[int, int, bool, int, int, bool, int]] = {}
@@ -144,8 +121,10 @@ class OwnWork:
 
     def confirmed(self, reservation: Reservation) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
-        if reservation.blocks and len(self._placed) < MAX_ITEMS:
-            self._placed.append((reservation.endpoint, reservation.blocks))
+        known = self._queued.get(reservation.endpoint, {}).get(reservation)
+        if known is not None and len(self._sent) < MAX_ITEMS:
+            self.noted()
+            self._sent.append((known[0], reservation))
 
     def prefilled(self, reservation: Reservation, prompt_tokens: int, cached_tokens: int | None) -> None:
         """See :class:`vllm_pd_scheduler.fleet.elsewhere.Journal`."""
@@ -236,6 +215,8 @@ class OwnWork:
         """
         changed = set[Endpoint]().union(*self._changed)
         self._find_given_up(changed)
+        untold = self._new[0][0] if self._new else self._numbers + 1
+        sent = [self._place_sent(names, number, *each) for each in self._sent if each[0] < untold]
         prefills = [self._prefill(names, number, each) for each in self._new]
         placed: list[Placement] = []
         for endpoint, blocks in self._placed:
@@ -255,12 +236,13 @@ class OwnWork:
             held, rates = self.answers.held(now), self._rates(names) if self.answers.rates() else None
         ended = self._ended
         self._clear()
-        if not (shares or prefills or ended or placed or handed or pairs or drawn or asks or held or rates):
+        told = shares, prefills, sent, ended, placed, handed, pairs, drawn, asks, held, rates
+        if not any(told):
             return None
         return Message(
             replica, number, False, waiting, names.names, shares, prefills, ended, placed[:MAX_ITEMS],
             None, drawn, pairs, handed, asks,
-            held and Held(names.add(held[0]), pack_blocks(held[1]), *held[2:]), rates,
+            held and Held(names.add(held[0]), pack_blocks(held[1]), *held[2:]), rates, sent=sent,
         )  # fmt: skip
 
     def summary(self, replica: str, number: int, waiting: tuple[int, int]) -> Message:
@@ -293,7 +275,7 @@ class OwnWork:
 
     def _clear(self) -> None:
         self.untold = False
-        self._new, self._ended, self._placed, self._blocks = [], [], [], 0
+        self._new, self._sent, self._ended, self._placed, self._blocks = [], [], [], [], 0
         self._handed, self._new_pairs, self._new_draws = {}, {}, {}
         for changed in self._changed:
             changed.clear()
@@ -310,15 +292,24 @@ class OwnWork:
     def _prefill(self, names: Names, message: int, what: tuple[int, Reservation, int]) -> Prefill:
         """Return a prefill as it is told: with its blocks if a message is named."""
         number, reservation, prompt = what
-        endpoint, packed = reservation.endpoint, b""
-        if message and reservation.blocks and not reservation.tentative:
-            blocks = reservation.blocks[:MAX_BLOCKS]
-            if self._has_room(len(blocks)):
-                packed = pack_blocks(blocks)
-                self._told.add(message, endpoint, blocks, number)
+        claimed = reservation.tentative
+        packed = self._blocks_of(message, number, reservation) if message and not claimed else b""
         cached = reservation.cached + reservation.pulled
         few = min(prompt, round(cached)) if cached else 0
-        return Prefill(number, names.place(endpoint), prompt, few, reservation.cached_blocks, packed)
+        place = names.place(reservation.endpoint)
+        return Prefill(number, place, prompt, few, reservation.cached_blocks, packed, claimed)
+
+    def _place_sent(self, names: Names, message: int, number: int, reservation: Reservation) -> Sent:
+        packed = self._blocks_of(message, number, reservation)
+        return Sent(number, names.place(reservation.endpoint), packed)
+
+    def _blocks_of(self, message: int, number: int, reservation: Reservation) -> bytes:
+        """Return the blocks of a prefill's prompt, as this message tells them."""
+        blocks = reservation.blocks[:MAX_BLOCKS]
+        if not blocks or not self._has_room(len(blocks)):
+            return b""
+        self._told.add(message, reservation.endpoint, blocks, number)
+        return pack_blocks(blocks)
 
     def _place(
         self, placed: list[Placement], names: Names, message: int, endpoint: Endpoint, blocks: Sequence[int]

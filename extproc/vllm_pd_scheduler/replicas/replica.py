@@ -9,14 +9,20 @@ from collections.abc import Callable
 from ..fleet.registry import Registry
 from .directory import Directory
 from .message import MAX_BYTES, Ask, Disbelieved, FleetKey, Ignored, Message, Unreadable
+from .names import Names
 from .others import SILENT_S, Others
-from .own import Names, OwnWork
+from .own import OwnWork
 from .probes import Probes
 
-__all__ = ["BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
+__all__ = ["AT_ONCE", "BATCH_S", "SILENT_S", "SUMMARY_S", "Replica"]
 
 BATCH_S = 0.01
-"""Least seconds between two messages: what happens meanwhile is told in one."""
+"""Mean seconds between two messages at least: what happens meanwhile is told in one."""
+AT_ONCE = 8
+"""Messages that may follow each other without a pause where there were few before: a choice.
+
+A claim that is told at once is known sooner to those that might choose the same P.
+"""
 SAID_FROM = 20
 """Claims of a kind that are not believed before that is said: a few can be by chance."""
 SUMMARY_S = 1.0
@@ -51,7 +57,7 @@ class Replica:
         """Says which instances this replica probes for all, and tells what it finds."""
         self._disbelieved_said: set[Disbelieved] = set()
         self._number = 0
-        self._published_at = self._summary_at = -1e9
+        self._may_publish_at = self._summary_at = -1e9
         registry.journal = self._own
 
     def wake_by(self, wake: Callable[[], None]) -> None:
@@ -89,7 +95,7 @@ class Replica:
 
     def next_publish(self, now: float) -> float:
         """Return when to call :meth:`publish` if nothing happens before."""
-        joining, soon = self._others.joining, self._published_at + BATCH_S
+        joining, soon = self._others.joining, self._may_publish_at
         times = [self._summary_at + SUMMARY_S]
         if self._own.untold or self.probes.untold or joining.has_gaps:
             times.append(soon)
@@ -122,7 +128,8 @@ class Replica:
             changes = self.probes.add_to(changes, names.place)
         if changes is not None:
             messages.append(self._encode(changes))
-            self._published_at = now  # what others did is no news, and delays none
+            # What others did is no news, and delays none.
+            self._may_publish_at = max(self._may_publish_at, now - (AT_ONCE - 1) * BATCH_S) + BATCH_S
         if now >= self._summary_at + SUMMARY_S:
             messages.append(self.snapshot(now, waiting))
         return [each for each in messages if each]
