@@ -82,7 +82,7 @@ class RaisingTest(Case):
             patcher.start()
             self.addCleanup(patcher.stop)
         with self.assertLogs("vllm_pd_scheduler", "ERROR"):
-            first, second, third = self.submit(), self.submit(tokens=10.0), self.submit(tokens=20.0)
+            first, second, third = self.submit(), self.submit(tokens=10.0), self.submit(tokens=2000.0)
             self.assertWaits(second, third)
             self.end(first, 1.0)
             self.assertEqual(self.served(second), "p0")
@@ -150,6 +150,32 @@ class LateBindingTest(Case):
             (SHORT_PROMPT_OVERHEADS // 2 - 1, SHORT_PROMPT_OVERHEADS // 2),
         )
         self.assertWaits(long)
+
+    def test_a_crowd_of_short_ones_fills_the_next_step(self) -> None:
+        """However little the fixed cost of a step is believed to be."""
+        first = self.submit()  # for 0.1 s
+        short = [self.submit(tokens=400) for _ in range(12)]
+        self.assertEqual([ticket.settled for ticket in short], [True] * 4 + [False] * 8)
+        wake = self.dispatcher.next_wake(0.0)
+        assert wake is not None
+        self.assertTrue(0.0 < wake < 0.1)
+        self.end(first, 0.1)
+        self.assertEqual(sum(ticket.settled for ticket in short), 7)
+        long = self.submit(0.1, tokens=2000)
+        self.end(short[0], 0.14)
+        self.end(short[1], 0.18)
+        self.assertEqual(sum(ticket.settled for ticket in short), 7, "a long one would have to wait for them")
+        self.dispatcher.withdraw(long)
+        self.dispatcher.dispatch(0.18)
+        self.assertEqual(sum(ticket.settled for ticket in short), 9)
+
+    def test_a_few_are_no_crowd(self) -> None:
+        self.submit()
+        self.assertWaits(self.submit(tokens=400))
+
+    def test_nor_are_those_that_are_not_short(self) -> None:
+        self.submit()
+        self.assertWaits(*[self.submit(tokens=1100) for _ in range(12)])
 
     def test_the_shortest_first(self) -> None:
         first, long, short = self.submit(), self.submit(tokens=9000), self.submit(tokens=500)

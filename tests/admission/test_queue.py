@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.given import give
-from vllm_pd_scheduler.admission.queue import RequestQueue, Ticket
+from vllm_pd_scheduler.admission.queue import SHORT_S, RequestQueue, Ticket
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.models import InstanceRole
 from vllm_pd_scheduler.request.context import RequestContext
@@ -61,6 +61,20 @@ class OrderTest(unittest.TestCase):
         self.assertIs(next(waiting.by_arrival()), first)
         waiting.remove(first)
         self.assertEqual(len(waiting), 2)
+
+    def test_it_knows_whether_only_short_ones_wait_for_prefill(self) -> None:
+        waiting = queue_of(size=3)
+        self.assertTrue(waiting.only_short)
+        short, long = ticket(cost=SHORT_S), ticket(cost=2 * SHORT_S)
+        whole = Ticket(RequestContext("/v1/completions"), InstanceRole.DECODE, cost=9.0)
+        for one, only_short in ((short, True), (whole, True), (long, False)):
+            waiting.push(one, 0.0)
+            self.assertIs(waiting.only_short, only_short)
+        waiting.defer(long)
+        self.assertFalse(waiting.only_short)
+        waiting.push(ticket(cost=SHORT_S, priority=1), 0.0)  # in place of the deferred one
+        self.assertNotIn(long, waiting)
+        self.assertTrue(waiting.only_short)
 
     def test_ageing_bounds_the_wait_of_a_long_one(self) -> None:
         """A new short one every 10 ms, and room for one each 10 ms: the long one is still served."""

@@ -22,7 +22,7 @@ from ..request.context import RequestContext
 from ..request.errors import Reject, reject
 from ..scheduler import Scheduler
 from ..telemetry import log_lines
-from .queue import RequestQueue, Ticket, tenant_key
+from .queue import SHORT_S, RequestQueue, Ticket, tenant_key
 
 NEARLY_FREE_S = 0.01
 """A prefill instance with at most so many seconds of work left counts as free.
@@ -45,6 +45,12 @@ _MAX_SHORT_PROMPT_S = 0.25
 
 While all prompts are of one length, the regression can hardly tell the fixed cost from the cost by token, and
 may put it far too high. The number is a choice: it bounds what such an error costs a request in waiting.
+"""
+_FULL_STEP_S = 0.25
+"""Seconds of work that an instance may have left for a short prompt while a crowd of short ones waits.
+
+Those gain little from their order, and the instance more from steps that many share: near its limit it cannot
+do without. It is a choice, and how much longer a long prompt, or one of a higher priority, may have to wait.
 """
 _MIN_WAKE_DELAY_S = 0.001
 """Least time until the next look: an instance that should be free by now, and is late, must not cause a busy
@@ -75,9 +81,9 @@ class Dispatcher:
     - while all endpoints of its role are saturated (a prefill also while all of decode are: its hand-off
       would wait on P), and
     - with ``late_binding``, while the prefill instance that the strategy prefers has more than
-      ``NEARLY_FREE_S`` of work left (a short prompt: see ``SHORT_PROMPT_OVERHEADS``). A request that waits
-      here can still go to another instance, and shorter ones can overtake it; one that waits in an
-      instance's own queue cannot.
+      ``NEARLY_FREE_S`` of work left (a short prompt: see ``SHORT_PROMPT_OVERHEADS`` and ``_FULL_STEP_S``). A
+      request that waits here can still go to another instance, and shorter ones can overtake it; one that
+      waits in an instance's own queue cannot.
     """
 
     def __init__(self, scheduler: Scheduler, events: Events | None = None) -> None:
@@ -192,12 +198,12 @@ class Dispatcher:
             return max(now, *due) if due else None
         times = [*due, oldest.request.arrived + self._config.queue_timeout, self._scheduler.room_at(now)]
         if self._config.late_binding:
-            lead = self.registry.claims.lead
+            lead, crowd = self.registry.claims.lead, self._is_crowd()
             for load in (e.prefill for e in self._scheduler.some(InstanceRole.PREFILL)):
                 # What is queued behind the prefill that runs does not shrink before that one ends. Then there
                 # is an event anyway, so no time is set for a slack that only comes after it.
                 remaining, behind = load.remaining(now), load.queued - load.head_cost
-                allowed = (s + lead for s in (_short_prompt_s(load), NEARLY_FREE_S))
+                allowed = (s + lead for s in (_shared_steps(load, crowd)[1], NEARLY_FREE_S))
                 slacks = (s for s in allowed if remaining > s >= behind)
                 times += (load.head_at + load.queued - slack for slack in slacks)
         return max(now + _MIN_WAKE_DELAY_S, min(times))
@@ -258,13 +264,13 @@ class Dispatcher:
         bound; infinite if an instance is free, or if there is no instance to wait for.
         """
         max_cost, routable = -1.0, self._scheduler.some(InstanceRole.PREFILL)
-        lead = self.registry.claims.lead
+        lead, crowd = self.registry.claims.lead, self._is_crowd()
         for load in (e.prefill for e in routable):
             remaining = load.remaining(now) - lead
             if remaining <= NEARLY_FREE_S:
                 return math.inf
-            short = _short_prompt_s(load)
-            if remaining <= short > max_cost:
+            short, backlog = _shared_steps(load, crowd)
+            if remaining <= backlog and short > max_cost:
                 max_cost = short
         return max_cost if routable else math.inf
 
@@ -286,7 +292,7 @@ class Dispatcher:
         if picked:
             late = self._config.late_binding and role is InstanceRole.PREFILL
             backlog = picked[0].prefill.remaining(now) - self.registry.claims.lead if late else 0.0
-            if late and backlog > _allowed_backlog(picked[0], request):
+            if late and backlog > self._allowed_backlog(picked[0], request):
                 return picked[0]
             ticket.choice = self._scheduler.explain(role, request)
             if role is InstanceRole.PREFILL:
@@ -302,6 +308,20 @@ class Dispatcher:
         if ticket.claim is None:
             ticket.settle(outcome)
         return None
+
+    def _allowed_backlog(self, endpoint: Endpoint, request: RequestContext) -> float:
+        """Return the seconds of work that an endpoint may have left when a request is bound to it."""
+        short, backlog = _shared_steps(endpoint.prefill, self._is_crowd())
+        is_short = backlog > NEARLY_FREE_S and endpoint.prefill_cost(request) <= short
+        return backlog if is_short else NEARLY_FREE_S
+
+    def _is_crowd(self) -> bool:
+        """Whether more requests wait for prefill than there are instances, and all are short.
+
+        With fewer, work on an instance would only keep those from it that come a moment later.
+        """
+        waiting = self.queue.waiting(InstanceRole.PREFILL)
+        return self.queue.only_short and waiting > len(self.registry.routable(InstanceRole.PREFILL))
 
     def _reserve_prefill(self, ticket: Ticket, endpoint: Endpoint, now: float) -> Reservation:
         """Reserve a P, or claim it if another replica of the scheduler may do so at this moment."""
@@ -354,15 +374,10 @@ class Dispatcher:
         return reject(429, f"{message}; try again in {retry_after} s.", reason, retry_after)
 
 
-def _short_prompt_s(load: PrefillLoad) -> float:
-    """Return the seconds of prefill up to which a prompt is short on an instance."""
-    return min(_MAX_SHORT_PROMPT_S, SHORT_PROMPT_OVERHEADS * load.overhead)
-
-
-def _allowed_backlog(endpoint: Endpoint, request: RequestContext) -> float:
-    """Return the seconds of work that an endpoint may have left when a request is bound to it."""
-    short = _short_prompt_s(endpoint.prefill)
-    return max(NEARLY_FREE_S, short) if endpoint.prefill_cost(request) <= short else NEARLY_FREE_S
+def _shared_steps(load: PrefillLoad, crowd: bool) -> tuple[float, float]:
+    """Return up to how many seconds a prompt is short on an instance, and what may be left there for it."""
+    short = min(_MAX_SHORT_PROMPT_S, SHORT_PROMPT_OVERHEADS * load.overhead)
+    return (max(SHORT_S, short), _FULL_STEP_S) if crowd else (short, short)
 
 
 def _draining() -> Reject:

@@ -30,6 +30,12 @@ Clients choose the tenant's name, so the number must be bounded. 1024 is a choic
 queue: a tenant that is forgotten starts level with the others when it comes back.
 """
 
+SHORT_S = 0.1
+"""Seconds of prefill, as predicted, up to which a request is short.
+
+A choice: the fixed cost of an engine's step, some milliseconds, matters beside it. That cost itself would be
+a bad measure, since it is hardly known while all prompts are alike.
+"""
 
 TenantKey = bytes
 """Eight that stand for a tenant, here and for other replicas of the scheduler."""
@@ -151,6 +157,8 @@ class RequestQueue:
     work: float = 0.0
     """Sum of the waiting requests' ``cost``, in predicted seconds."""
     _roles: Counter[InstanceRole] = field(default_factory=Counter)
+    _long: int = 0
+    """Requests for prefill that are not short."""
     _positions: dict[Ticket, tuple[int, float, int]] = field(default_factory=dict)
     """Priority, order and arrival number of every waiting ticket, in the order of arrival."""
     _levels: dict[int, _PriorityLevel] = field(default_factory=dict)
@@ -170,6 +178,11 @@ class RequestQueue:
         for priority in sorted(self._levels, reverse=True):
             yield from self._levels[priority]
         yield from self._deferred
+
+    @property
+    def only_short(self) -> bool:
+        """Whether no request waits for prefill that takes longer than ``SHORT_S``."""
+        return not self._long
 
     def waiting(self, role: InstanceRole) -> int:
         """Return how many requests wait for an endpoint of a role."""
@@ -218,6 +231,7 @@ class RequestQueue:
         self.bytes += ticket.size
         self.work += ticket.cost
         self._roles[ticket.role] += 1
+        self._long += _is_long(ticket)
 
     def remove(self, ticket: Ticket, *, served: bool = False) -> None:
         """Remove a ticket. With ``served`` its cost counts as work that its tenant was given."""
@@ -226,6 +240,7 @@ class RequestQueue:
         # An empty queue has exactly no work: rounding errors must not add up over the life of the process.
         self.work = max(0.0, self.work - ticket.cost) if self._positions else 0.0
         self._roles[ticket.role] -= 1
+        self._long -= _is_long(ticket)
         if ticket in self._deferred:
             del self._deferred[ticket]
         else:
@@ -270,3 +285,7 @@ class RequestQueue:
         yield from reversed(deferred)
         for lower in sorted(p for p in self._levels if p < priority):
             yield from reversed(list(self._levels[lower]))
+
+
+def _is_long(ticket: Ticket) -> bool:
+    return ticket.role is InstanceRole.PREFILL and ticket.cost > SHORT_S
