@@ -28,6 +28,7 @@ from vllm_pd_scheduler.envoy.ext_proc.messages import SERVICE
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
 from vllm_pd_scheduler.handoff.interfaces import PrefillAnswer
 from vllm_pd_scheduler.models import PD_ROLES, PDInstance
+from vllm_pd_scheduler.request.headers import ENVOY_CONFIG, ENVOY_CONFIG_VERSION
 from vllm_pd_scheduler.router import PDRouter
 from vllm_pd_scheduler.rpc import Server
 from vllm_pd_scheduler.system.allocator import return_large_blocks
@@ -46,6 +47,8 @@ PARAMS = {
 }
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "benchmarks.test_bodies"]
+OUR_ENVOY = ((ENVOY_CONFIG, ENVOY_CONFIG_VERSION),)
+"""Whoever does not say this is a gateway, whose body comes in parts."""
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +63,7 @@ def test_body(benchmark: Any, shape: str, path: str) -> None:
 
 
 async def prefill(
-    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt, sent: Any = None
 ) -> PrefillAnswer:
     """Answer as vLLM does, after a moment."""
     await asyncio.sleep(0.05)
@@ -118,13 +121,13 @@ async def serve(shape: str, path: str) -> None:
 
 async def send(port: str, shape: str, path: str) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        call = channel.stream_stream(f"/{SERVICE}/Process")()
+        call = channel.stream_stream(f"/{SERVICE}/Process")(metadata=OUR_ENVOY)
         request, body = pb.ProcessingRequest(), SHAPES[shape](MIB << 20)
         for name, value in ((":method", "POST"), (":path", path), ("content-length", str(len(body)))):
             request.request_headers.headers.headers.add(key=name, raw_value=value.encode())
         await call.write(request.SerializeToString())
         await call.read()
-        request.request_body.body = body
+        request.request_body.body, request.request_body.end_of_stream = body, True
         await call.write(request.SerializeToString())
         answer = pb.ProcessingResponse.FromString(await call.read())
         print(answer.immediate_response.status.code or "forwarded")
