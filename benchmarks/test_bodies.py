@@ -19,7 +19,7 @@ import grpc
 import pytest
 import uvloop
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
-from tests.support.bodies import SHAPES
+from tests.support.bodies import REFUSED, SHAPES
 
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.connectors import Attempt
@@ -52,14 +52,15 @@ OUR_ENVOY = ((ENVOY_CONFIG, ENVOY_CONFIG_VERSION),)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/other"], ids=["split", "passed"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"], ids=["split", "passed"])
 def test_body(benchmark: Any, shape: str, path: str) -> None:
-    def measure() -> dict[str, float]:
+    def measure() -> dict[str, Any]:
         return dict(json.loads(subprocess.check_output([*COMMAND, shape, path], cwd=ROOT)))
 
     measured = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info.update(measured)
     print(f"\n{shape:20} {path:16}", ", ".join(f"{key} {value}" for key, value in measured.items()))
+    assert measured["answer"] == "forwarded" or shape in REFUSED
 
 
 async def prefill(
