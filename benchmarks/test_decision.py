@@ -1,9 +1,11 @@
 """What a whole decision costs for a prompt of 100,000 tokens: whether it is split, its P, and its D.
 
 Hashing the prompt is no part of it. ``each``: every instance has another depth of the prompt cached.
+``ROUNDS`` of each are measured.
 """
 
 import itertools
+import os
 import random
 from typing import Any
 
@@ -25,7 +27,7 @@ OTHERS = 3
 """Prompts of others that each instance has cached."""
 HAND_OFFS = 8192
 """That were learned from, so that D is chosen by its link from the P too."""
-ROUNDS = 300
+ROUNDS = int(os.environ.get("ROUNDS", "300"))
 
 draw = random.Random(1)
 

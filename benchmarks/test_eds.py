@@ -26,7 +26,7 @@ def test_change(benchmark: Any, count: int) -> None:
         role.value: LoadAssignment(role.value, partial(registry.endpoints, role)) for role in InstanceRole
     }
     subscriptions = [Subscription(assignments, Told()) for _ in range(STREAMS)]
-    for subscription, role in zip(subscriptions, assignments, strict=True):
+    for subscription, role in zip(subscriptions, PD_ROLES, strict=True):
         subscription.asked(discovery_pb2.DiscoveryRequest(resource_names=[role]))
     endpoint = registry.get("decode-1")
 

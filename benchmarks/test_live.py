@@ -43,7 +43,7 @@ def scrape(router: PDRouter, kv_usage: float) -> None:
 @pytest.mark.parametrize("changed", [True, False], ids=["all-changed", "none-changed"])
 def test_tick(benchmark: Any, instances: int, changed: bool) -> None:
     router = fleet(instances)
-    status = ProcessApi(router, lambda: True).status
+    status = ProcessApi(router, lambda: True).status_of_all
     live = LiveApi(router, Streams(), status, AdminChanges(router).source)
     feed = LiveFeed(live.look, router.events, router.decisions)
     loop, numbers = asyncio.new_event_loop(), itertools.count()

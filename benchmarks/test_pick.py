@@ -1,6 +1,10 @@
-"""What picks cost: the scheduler's choices for a prompt of 25 blocks, the prefix index being full."""
+"""What picks cost: the scheduler's choices for a prompt of 25 blocks, the prefix index being full.
+
+``ROUNDS`` of each are measured.
+"""
 
 import itertools
+import os
 import random
 from typing import Any
 
@@ -26,7 +30,7 @@ SHARED = 8
 """Blocks that all instances have: a system prompt."""
 KEPT = 2000
 """Blocks that each instance keeps."""
-ROUNDS = 500
+ROUNDS = int(os.environ.get("ROUNDS", "500"))
 
 draw = random.Random(1)
 

@@ -1,8 +1,12 @@
-"""What a request costs the replicas of a scheduler: the one that has it, and each that hears of it."""
+"""What a request costs the replicas of a scheduler: the one that has it, and each that hears of it.
+
+``ROUNDS`` messages of each kind are measured.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from vllm_pd_scheduler.request.context import RequestContext
 KEY = FleetKey("benchmark")
 BATCH = 5
 """Requests in a message: 500 a second, told each 10 ms."""
+ROUNDS = int(os.environ.get("ROUNDS", "2000"))
 
 
 def fleet(instances: int) -> Registry:
@@ -80,8 +85,8 @@ def test_publish(benchmark: Any, blocks: int) -> None:
     def publish() -> None:
         sent.extend(load.replica.publish(load.now))
 
-    benchmark.pedantic(publish, setup=load.work, rounds=2000)
-    told = sum(map(len, sent)) / (2000 * BATCH)
+    benchmark.pedantic(publish, setup=load.work, rounds=ROUNDS)
+    told = sum(map(len, sent)) / (ROUNDS * BATCH)
     benchmark.extra_info |= {"us_a_request": round(1e6 * benchmark.stats["median"] / BATCH, 2)}
     print(
         f"\n{blocks} blocks: {benchmark.extra_info}, {told:.0f} bytes a request, hashes {8 * blocks} of them"
@@ -102,7 +107,7 @@ def test_receive(benchmark: Any, blocks: int) -> None:
         for each in messages:
             other.receive(each, now)
 
-    benchmark.pedantic(receive, setup=told, rounds=2000)
+    benchmark.pedantic(receive, setup=told, rounds=ROUNDS)
     benchmark.extra_info |= {"us_a_request": round(1e6 * benchmark.stats["median"] / BATCH, 2)}
     print(f"\n{blocks} blocks: {benchmark.extra_info}")
-    assert other.received >= 2000
+    assert other.received >= ROUNDS

@@ -1,4 +1,4 @@
-"""What it costs several schedulers to watch 1,000 instances, each of which one of them probes.
+"""What it costs several schedulers to watch ``INSTANCES``, each of which one of them probes.
 
 The instances are sockets of another process, the clock is made up, and every message goes to all others after
 10 ms. Only CPU time counts, of each scheduler by itself.
@@ -7,6 +7,7 @@ The instances are sockets of another process, the clock is made up, and every me
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from vllm_pd_scheduler.replicas import BATCH_S, FleetKey, Replica
 from vllm_pd_scheduler.system.open_files import raise_open_files_limit
 from vllm_pd_scheduler.telemetry import Telemetry
 
-INSTANCES = 1000
+INSTANCES = int(os.environ.get("INSTANCES", "1000"))
 INTERVAL_S = 5.0
 INTERVALS = 9
 """That are measured: in so many, a scheduler looks once at each instance of which others tell it."""

@@ -1,12 +1,14 @@
 """What it costs to watch instances: the CPU time of a probe, with a client, a page and a parser as they are.
 
 The instances are sockets of another process. A run is three probes of each of them, five seconds apart by the
-scheduler's clock. ``percent_of_a_core`` is what 1,000 instances take, each probed every 5 s.
+scheduler's clock. ``percent_of_a_core`` is what 1,000 instances take, each probed every 5 s. ``INSTANCES`` is
+how many are probed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from vllm_pd_scheduler.models import InstanceRole, PDInstance
 from vllm_pd_scheduler.system.open_files import raise_open_files_limit
 from vllm_pd_scheduler.telemetry import Telemetry
 
-INSTANCES = 200
+INSTANCES = int(os.environ.get("INSTANCES", "200"))
 INTERVAL_S = 5.0
 FLEET = 1000
 

@@ -43,7 +43,7 @@ class Nowhere(SpanExporter):
 
 
 async def prefill(
-    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt
+    endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes, attempt: Attempt, sent: Any = None
 ) -> PrefillAnswer:
     return PrefillAnswer(200, "application/json", ANSWER)
 

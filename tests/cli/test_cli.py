@@ -266,6 +266,7 @@ class TestOptions:
             (["up", "--config", str(EXAMPLE), "--port", "0"], "--port"),
             (["up", "--config", str(EXAMPLE), "--host", "localhost"], "--host"),
             (["sim", "--prefill", "0"], "--prefill"),
+            (["sim", "--connector", "carrier-pigeon"], "'carrier-pigeon' is none of"),
             (["no-such-command"], "no-such-command"),
             (["--no-such-option"], "--no-such-option"),
         ],

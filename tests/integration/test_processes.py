@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -30,6 +32,7 @@ from tests.support.processes import (
 )
 from tests.support.sim_fleet import Fleet
 from tests.support.waiting import HUNG_S, until
+from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.sim.fleet import DECODE_PORT_OFFSET
 from vllm_pd_scheduler.sim.profile import EngineProfile
 
@@ -359,12 +362,17 @@ async def test_serve_answers_grpc_health_checks(stack: Stack, fleet: Fleet) -> N
 # -- sim and demo
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
+def _base_port() -> int:
+    """Return a port that is unused, and whose decode instance's is too."""
     base = unused_ports(1)[0]
     while base + DECODE_PORT_OFFSET not in unused_ports(DECODE_PORT_OFFSET):
         base = unused_ports(1)[0]
-    options = ["--prefill=1", "--decode=1", f"--base-port={base}"]
+    return base
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
+    options = ["--prefill=1", "--decode=1", f"--base-port={_base_port()}"]
     with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
         _wait_for_output(process, "Ctrl-C ends them")
         children = process.children()
@@ -372,6 +380,16 @@ def test_sim_runs_until_a_signal(number: signal.Signals) -> None:
         process.signal(number)
         assert process.wait() == 0
         assert not any(running(pid) for pid in children)
+
+
+def test_sim_speaks_another_connector_and_says_how_it_is_configured() -> None:
+    options = ["--prefill=1", "--decode=1", f"--base-port={_base_port()}", "--connector=mooncake"]
+    with spawned([sys.executable, "-m", "vllm_pd_scheduler", "sim", *options]) as process:
+        _wait_for_output(process, "Ctrl-C ends them")
+        config = parse_config(json.loads(process.output.partition("Ctrl-C")[0]))
+        assert {each.connector and each.connector.name for each in config.instances()} == {"mooncake"}
+        commands = [psutil.Process(pid).cmdline() for pid in process.children()]
+        assert ["--kv-connector=mooncake" in each for each in commands] == [True, True]
 
 
 def test_demo_answers_and_ends_everything(stack: Stack) -> None:

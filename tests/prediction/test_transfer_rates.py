@@ -133,6 +133,22 @@ def test_an_unknown_pair_is_taken_for_what_others_of_its_d_are() -> None:
     assert found.times["d0"] > 3.0 * found.times["d1"]
 
 
+def test_what_is_usual_of_a_d_is_what_its_unknown_pairs_have() -> None:
+    taught_here, heard = taught({(prefill, "0"): 5.0 for prefill in NAMES}), TransferRates()
+    heard.adopt(taught_here.known(1))
+    taught_here.learn("new", "d1", 2000.0, 0.05)
+    (known,) = heard.known(1).pairs
+    for rates, (prefill, known_of_it) in ((taught_here, ("new", "d1")), (heard, known)):
+        found, factors = rates.of(prefill), rates.known(0).instances
+        assert found is not None
+        for decode in {"d0", "d1", "d2", "d3"} - {known_of_it}:
+            assert found.times.get(decode) is None
+            assert found.times[decode] == found.usual[decode] == math.exp(factors[decode])
+        rates.forget("d2")
+        assert "d2" not in found.usual
+        assert found.times["d2"] == 1.0
+
+
 def test_a_pair_that_is_avoided_is_tried_again_and_a_link_that_has_recovered_is_noticed() -> None:
     """P hands over where that seems to be fastest. Nothing else tells of the slow pair."""
     rates = taught({("1", "2"): 10.0})

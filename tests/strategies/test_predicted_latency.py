@@ -9,6 +9,7 @@ from tests.support.given import give
 from tests.support.predicted_times import BLOCKS, fleet, loads, step, ttft
 from vllm_pd_scheduler.config import SchedulerConfig
 from vllm_pd_scheduler.fleet.endpoint import Endpoint
+from vllm_pd_scheduler.prediction.transfer_rates import HandOffs
 from vllm_pd_scheduler.scheduler import Scheduler
 from vllm_pd_scheduler.strategies.predicted_latency import (
     LATE_PENALTY,
@@ -44,6 +45,13 @@ class FormulaTest(unittest.TestCase):
                 self.assertEqual(len(set(ranked)), min(count, len(endpoints)))
 
 
+class NoCalls(dict[str, float]):
+    """As what is learned of pairs, but for one that is not known."""
+
+    def __missing__(self, key: str) -> float:
+        raise AssertionError(f"a Python call for {key}")
+
+
 class HandOffTest(unittest.TestCase):
     def setUp(self) -> None:
         self.registry = registry_of(1, 3)
@@ -68,6 +76,20 @@ class HandOffTest(unittest.TestCase):
             self.assertAlmostEqual(found, expected)
             terms = strategy.terms(endpoint, request)
             self.assertAlmostEqual(terms["handoff"], seconds)
+
+    def test_an_unknown_pair_has_what_is_usual_of_its_d_without_a_call(self) -> None:
+        strategy, [d0, d1, d2] = PredictedLatency(SchedulerConfig()), self.decode
+        for blocks in ((), BLOCKS):
+            request, found = prompt(2000.0, blocks=blocks, block_tokens=100.0), []
+            d2.holder.store(blocks)
+            request.look_up_in(self.registry.prefixes)
+            for times, usual in (
+                ({d0.id: 2.0, d1.id: 3.0, d2.id: 1.0}, {}),
+                ({d0.id: 2.0}, {d0.id: 9.0, d1.id: 3.0}),
+            ):
+                request.prefilled_by(HandOffs(0.01, 1e-5, NoCalls(times), usual))
+                found.append(strategy.scores(self.decode, request))
+            self.assertEqual(found[0], found[1])
 
     def test_what_is_handed_over_goes_where_that_is_fast_and_what_is_not_goes_anywhere(self) -> None:
         for beside, goes_there in ((self.p0, False), (None, True)):

@@ -20,7 +20,9 @@ from typing import Any
 import yaml
 from aiohttp import web
 
+from tests.support.kubernetes_answers import answer, forbidden, line, status_of, too_large
 from tests.support.kubernetes_objects import Json
+from tests.support.kubernetes_selectors import matches
 
 KINDS = {
     "pods": ("v1", "Pod"),
@@ -377,75 +379,3 @@ class ApiServer:
         metadata = {"resourceVersion": str(self.version)}
         found = {"kind": name, "apiVersion": kind[0], "metadata": metadata, **empty}
         return line({"type": "BOOKMARK", "object": found})
-
-
-def line(found: Json) -> bytes:
-    return json.dumps(found, separators=(",", ":")).encode() + b"\n"
-
-
-def answer(found: Json, headers: dict[str, str] | None = None) -> web.Response:
-    code = found["code"] if found["kind"] == "Status" else 200
-    return web.Response(
-        status=code, body=line(found), headers={"content-type": "application/json", **(headers or {})}
-    )
-
-
-def status_of(code: int, reason: str | None, message: str, details: Json | None = None) -> Json:
-    """Return a failure as the API server writes it."""
-    found: Json = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
-    found["message"] = message
-    if reason is not None:
-        found["reason"] = reason
-    if details is not None:
-        found["details"] = details
-    found["code"] = code
-    return found
-
-
-def forbidden(verb: str, group: str, plural: str, namespace: str) -> Json:
-    text = (
-        f'{plural}{"." + group if group else ""} is forbidden: User "test-user" cannot {verb}'
-        f' resource "{plural}" in API group "{group}" in the namespace "{namespace}"'
-    )
-    details = {"group": group, "kind": plural} if group else {"kind": plural}
-    return status_of(403, "Forbidden", text, details=details)
-
-
-def too_large(asked: int, current: int) -> Json:
-    cause = {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
-    text = f"Timeout: Too large resource version: {asked}, current: {current}"
-    return status_of(504, "Timeout", text, details={"causes": [cause], "retryAfterSeconds": 1})
-
-
-def matches(found: Json, labels: str, fields: str) -> bool:
-    """Whether selectors choose an object: ``a=b``, ``a!=b``, ``a in (b,c)``, ``a``; ``metadata.name=b``."""
-    has = found["metadata"].get("labels") or {}
-    if fields and found["metadata"]["name"] != fields.removeprefix("metadata.name="):
-        return False
-    for part in split_selector(labels):
-        if " in " in part:
-            key, _, values = part.partition(" in ")
-            if has.get(key.strip()) not in values.strip("() ").split(","):
-                return False
-        elif "!=" in part:
-            key, value = part.split("!=")
-            if has.get(key) == value:
-                return False
-        elif "=" in part:
-            key, value = part.replace("==", "=").split("=")
-            if has.get(key) != value:
-                return False
-        elif part not in has:
-            return False
-    return True
-
-
-def split_selector(labels: str) -> Iterator[str]:
-    part = ""
-    for character in labels + ",":
-        if character == "," and part.count("(") == part.count(")"):
-            if part:
-                yield part.strip()
-            part = ""
-        else:
-            part += character

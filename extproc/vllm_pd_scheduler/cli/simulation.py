@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -25,15 +25,28 @@ from .options import (
 )
 
 
+def _connector(name: str) -> str:
+    from ..sim.options import KvConnector
+
+    names = get_args(KvConnector)
+    if name not in names:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
+    return name
+
+
 def sim(
     prefill: PrefillCountOption = 2,
     decode: DecodeCountOption = 2,
     base_port: Annotated[int, typer.Option(min=1, max=65000, help="First prefill port; decode +100.")] = 8100,
+    connector: Annotated[
+        str, typer.Option(callback=_connector, metavar="NAME", help="How all of them hand over.")
+    ] = "nixl",
 ) -> None:
     """Run a simulated vLLM fleet alone, until Ctrl-C."""
     from ..service.demo import run_sim
+    from ..sim.options import KvConnector
 
-    raise typer.Exit(run_sim(prefill, decode, base_port))
+    raise typer.Exit(run_sim(prefill, decode, base_port, cast(KvConnector, connector)))
 
 
 def demo(

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from ..fleet.registry import DuplicateInstance, Registry, UnknownInstance
 from ..models import By, InstanceRole, PDInstance
 from ..records.events import EventKind, Events
-from .merge import Member, Named, merge, named
+from .merge import Named, named
+from .merging import Merging, Settled
 
 ADMIN = "admin"
 """The source that operators are. It counts most."""
@@ -28,16 +29,18 @@ class Membership:
     def __init__(self, registry: Registry, events: Events) -> None:
         self._registry = registry
         self._events = events
-        self._told: dict[str, tuple[PDInstance, ...]] = {ADMIN: (), CONFIG: ()}
+        self._set = Merging(self._hidden)
+        self._told = self._set.told
         self._left_out: dict[str, tuple[str, ...]] = {}
         self._told_at: dict[str, float] = {}
         self._problems: dict[str, str] = {}
         self._silent: set[str] = set()
-        self._members: dict[str, Member] = {}
         self._leaving: set[str] = set()
         self._drained: set[str] = set()
         self._removed: dict[Named, PDInstance] = {}
         self._refused: tuple[str, ...] = ()
+        for source in (ADMIN, CONFIG):
+            self._set.tell(source, ())
         registry.changes.subscribe(self._let_go)
 
     # -- what sources tell
@@ -45,7 +48,7 @@ class Membership:
     def expect(self, source: str) -> None:
         """Take it that there is a source, which has told nothing yet."""
         if source not in self._told:
-            self._told[source] = ()
+            self._set.tell(source, ())
             self._silent.add(source)
 
     @property
@@ -65,13 +68,14 @@ class Membership:
         left_out: Iterable[str] = (),
     ) -> None:
         """Take the whole set of instances that a source knows, and a line for each that is of no use."""
-        self._told[source] = tuple(instances)
+        self._set.tell(source, instances)
         self._left_out[source] = tuple(left_out)
         self._heard_of(source, by)
 
     def forget(self, source: str, by: str = By.START) -> None:
         """Take it that there is no such source any more: nobody but the others names its instances."""
-        for known in (self._told, self._left_out, self._told_at, self._problems):
+        self._set.forget(source)
+        for known in (self._left_out, self._told_at, self._problems):
             known.pop(source, None)
         self._heard_of(source, by)
 
@@ -115,7 +119,7 @@ class Membership:
 
     def sources(self, instance_id: str) -> tuple[str, ...]:
         """Return who names an instance; nobody, if it drains to be removed."""
-        member = self._members.get(instance_id)
+        member = self._set.members.get(instance_id)
         return () if member is None else member.sources
 
     def leaves(self, instance_id: str) -> bool:
@@ -128,34 +132,34 @@ class Membership:
         """Add an instance; raises :exc:`~vllm_pd_scheduler.fleet.registry.DuplicateInstance`."""
         if instance.instance_id not in self._leaving:
             self._registry.refuse_double(instance)
-        told = (*self._told[ADMIN], instance)
-        trial = merge({**self._wanted(), ADMIN: told}, self._members.values())
+        told = self._told[ADMIN]
+        self._set.tell(ADMIN, (*told, instance))
+        trial = self._set.look().after
         member = trial.members.get(instance.instance_id)
         if member is None or member.instance.place != instance.place:
+            self._set.tell(ADMIN, told)
             raise DuplicateInstance(next((r for r in trial.refused if r not in self._refused), "it is there"))
-        self._removed.pop(named(instance), None)
-        self._told[ADMIN] = told
+        if self._removed.pop(named(instance), None) is not None:
+            self._set.note(instance.place)
         self._settle(by)
 
     def remove(self, instance_id: str, by: str = By.ADMIN) -> None:
         """Remove an instance at once, whoever names it; raises :exc:`UnknownInstance`."""
         instance = self._registry.get(instance_id).instance
         instance_id = instance.instance_id
-        for each in self.hides(instance_id):
-            self._removed[named(each)] = each
+        self._remove(self.hides(instance_id))
         place = instance.place
-        self._told[ADMIN] = tuple(each for each in self._told[ADMIN] if each.place != place)
+        self._set.tell(ADMIN, (each for each in self._told[ADMIN] if each.place != place))
         self._drained.discard(instance_id)
         self._leaving.discard(instance_id)
-        self._members.pop(instance_id, None)
+        self._set.drop(instance_id)
         self._registry.remove(instance_id, by)
         self._settle(by)
 
     def hides(self, instance_id: str) -> list[PDInstance]:
         """Return what other sources than the operators name in an instance's place."""
         place = self._registry.get(instance_id).instance.place
-        told = [each for source, found in self._told.items() if source != ADMIN for each in found]
-        return [each for each in told if each.place == place]
+        return [each for source, each in self._told.at(place) if source != ADMIN]
 
     def removed(self) -> list[PDInstance]:
         """Return what operators have removed and sources still name."""
@@ -179,7 +183,12 @@ class Membership:
     def remember(self, drained: Iterable[str], removed: Iterable[PDInstance]) -> None:
         """Take it that operators have drained and removed instances that no source has named yet."""
         self._drained.update(drained)
-        self._removed.update((named(each), each) for each in removed)
+        self._remove(removed)
+
+    def _remove(self, removed: Iterable[PDInstance]) -> None:
+        for each in removed:
+            self._removed[named(each)] = each
+            self._set.note(each.place)
 
     def drained_and_away(self) -> list[str]:
         """Return the ids of those that operators have drained and that are not there now."""
@@ -192,39 +201,34 @@ class Membership:
 
     def named(self) -> Iterator[str]:
         """Yield the ids of the instances that some source but the operators names."""
-        return (key for key, member in self._members.items() if member.sources != (ADMIN,))
+        return (key for key, member in self._set.members.items() if member.sources != (ADMIN,))
 
     # -- the registry follows
 
-    def _wanted(self) -> dict[str, Iterable[PDInstance]]:
-        """Return what sources tell, without what operators have removed."""
-        removed = self._removed
-        if not removed:
-            return dict(self._told)
-        kept = {key: [i for i in told if named(i) not in removed] for key, told in self._told.items()}
-        return {**kept, ADMIN: self._told[ADMIN]}
+    def _hidden(self, source: str, instance: PDInstance) -> bool:
+        """Whether operators have removed what a source names."""
+        return bool(self._removed) and source != ADMIN and named(instance) in self._removed
 
     def _settle(self, by: str) -> None:
-        named_now = {named(each) for source, told in self._told.items() if source != ADMIN for each in told}
         if not self._silent:  # who has told nothing yet may name them
-            self._removed = {key: each for key, each in self._removed.items() if key in named_now}
-        merged = merge(self._wanted(), self._members.values())
-        before, self._members = self._members, merged.members
+            self._removed = {
+                k: each for k, each in self._removed.items() if self._told.is_named(k, but_by=ADMIN)
+            }
+        settled = self._set.settle()
         with self._registry.changes.as_one(by):
-            self._part(before, by)
-            for member in self._members.values():
+            self._part(settled, by)
+            for member in settled.after.members.values():
                 self._have(member.instance, by)
         self._let_go()
-        self._tell_refused((*merged.refused, *itertools.chain(*self._left_out.values())), by)
+        self._tell_refused((*settled.after.refused, *itertools.chain(*self._left_out.values())), by)
 
-    def _part(self, before: dict[str, Member], by: str) -> None:
+    def _part(self, settled: Settled, by: str) -> None:
         """Let those go that are not members any more: at once if another one needs their id or place."""
-        wanted = {member.instance.place: key for key, member in self._members.items()}
-        for key in [*before, *self._leaving]:
-            place = self._registry.get(key).instance.place
-            if wanted.get(place) == key:
+        for key in [*(member.instance.instance_id for member in settled.before), *self._leaving]:
+            there = self._set.at(self._registry.get(key).instance.place)
+            if there == key:
                 continue
-            if key in self._members or place in wanted:
+            if there is not None or key in self._set.members:
                 self._leaving.discard(key)
                 self._registry.remove(key, by)
             elif key not in self._leaving:
@@ -266,7 +270,7 @@ class Membership:
                     self._registry.remove(key, self._registry.changes.by)
 
     def _tell_refused(self, refused: tuple[str, ...], by: str) -> None:
-        before, self._refused = self._refused, refused
+        before, self._refused = frozenset(self._refused), refused
         for line in refused:
             if line not in before:
                 self._events.add(EventKind.DISCOVERY, line, by=by, level=logging.WARNING)

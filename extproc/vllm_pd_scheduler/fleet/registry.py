@@ -12,6 +12,7 @@ from ..models import By, InstanceRole, MetricsSnapshot, PDInstance, Place, canon
 from ..prediction.load_model import DecodeLoad, FleetLoad
 from ..prediction.prefill_load import PrefillLoad
 from ..prediction.prefix_index import PrefixIndex
+from .addresses import Addresses
 from .breaker import Breaker, BreakerPolicy
 from .changes import Changes
 from .claims import Claims
@@ -87,10 +88,7 @@ class Registry:
     """The endpoints of each instance, by its id: its ranks, or the one."""
     _places: dict[Place, str] = field(default_factory=dict)
     """Ids by what no two instances may share."""
-    _by_address: dict[InstanceRole, dict[str, list[Endpoint]] | None] = field(
-        default_factory=lambda: dict.fromkeys(InstanceRole, None)
-    )
-    """The endpoints at each address, those of several names of it too; ``None``: not known any more."""
+    _addresses: Addresses = field(init=False)
     _watchers: dict[InstanceRole, list[set[Endpoint]]] = field(
         default_factory=lambda: {role: [] for role in InstanceRole}
     )
@@ -106,6 +104,7 @@ class Registry:
         self.failed_transfers = FailedTransfers(self.pairs)
         self.elsewhere = Elsewhere(self)
         self.changes = Changes(self._refresh)
+        self._addresses = Addresses(self.endpoints)
         self.models, self.work, self.ends = FleetModels(self), Work(self), Ends(self)
 
     def follow(self, policy: HealthPolicy) -> None:
@@ -142,6 +141,7 @@ class Registry:
         self._places[instance.place] = instance.instance_id
         for endpoint in endpoints:
             self._endpoints[endpoint.id] = endpoint
+            self._addresses.added(endpoint)
             self.learning.joined(endpoint)
         self._members_changed(by, endpoints[0])
         return endpoints[0]
@@ -169,12 +169,12 @@ class Registry:
         del self._places[instance.place]
         for endpoint in endpoints:
             del self._endpoints[endpoint.id]
+            self._addresses.removed(endpoint)
             self.learning.left(endpoint)
             self._forget_pairs(endpoint)
             self.load.transfers.forget(endpoint.id)
             endpoint.drain(True)
             endpoint.holder.close()
-        self._by_address[instance.role] = None
         self._members_changed(by, endpoints[0] if len(endpoints) == 1 else None)
         return endpoints[0]
 
@@ -295,6 +295,7 @@ class Registry:
         address = join_address(ip, endpoint.instance.port)
         if endpoint.address != address:
             self._move(endpoints, address)
+            self._addresses.moved(endpoint.instance.role)
             self.changes.note(By.PROBE, endpoint)
 
     def probed(self, endpoint: Endpoint, problem: str | None, now: float = 0.0) -> None:
@@ -340,7 +341,6 @@ class Registry:
             breaker = Breaker(self.policy.breaker)
         for endpoint in endpoints:
             endpoint.move(address, breaker)
-        self._by_address[endpoints[0].instance.role] = None
 
     def forget_metrics(self, endpoint: Endpoint) -> None:
         """Record that an instance has not been scraped for too long: its load is not known any more."""
@@ -354,17 +354,7 @@ class Registry:
 
     def at(self, role: InstanceRole, address: str) -> Endpoint | None:
         """Return the endpoint of a role at an ``ip:port``, if there is one: of several the first added."""
-        found = self._all_at(role).get(address)
-        return found[0] if found else None
-
-    def _all_at(self, role: InstanceRole) -> dict[str, list[Endpoint]]:
-        known = self._by_address[role]
-        if known is None:
-            known = self._by_address[role] = {}
-            for endpoint in self.endpoints(role):
-                if endpoint.address is not None:
-                    known.setdefault(endpoint.address, []).append(endpoint)
-        return known
+        return next(iter(self._addresses.at(role, address)), None)
 
     def started(self, endpoint: Endpoint, started_at: float | None) -> bool:
         """Record when an instance's process was started; return whether it is another one than before.
@@ -396,7 +386,7 @@ class Registry:
     def _look_at(self, changed: Endpoint) -> bool:
         """See whether an endpoint can serve, and its ranks; return ``False`` if all must be looked at."""
         ranks, role = self.ranks_of(changed), changed.instance.role
-        neighbours = self._all_at(role).get(changed.address or "", ())
+        neighbours = self._addresses.at(role, changed.address)
         if any(each.breaker is changed.breaker and each not in ranks for each in neighbours):
             return False
         if any(lineup.drains_have_ended(ranks) for lineup in self._lineups.values()):

@@ -104,13 +104,12 @@ class _Pair(_Factor):
 class _Times(dict[str, float]):
     """By D, how many times as long as usual the hand-offs of a P are believed to take, to choose by."""
 
-    def __init__(self, instances: Mapping[str, _Factor]) -> None:
-        self._instances = instances
+    def __init__(self, usual: Mapping[str, float]) -> None:
+        self._usual = usual
 
     def __missing__(self, decode: str) -> float:
         """Return it of a pair that is not known: as of D's others."""
-        known = self._instances.get(decode)
-        return 1.0 if known is None else math.exp(_within(known.value, _MAX_FACTOR))
+        return self._usual.get(decode, 1.0)
 
 
 class HandOffs(NamedTuple):
@@ -122,7 +121,12 @@ class HandOffs(NamedTuple):
     overhead: float
     per_token: float
     times: Mapping[str, float]
-    """By the ids of all D, whether known or not."""
+    """By the ids of all D, whether known or not: ``get`` returns ``None`` for one that is not known."""
+    usual: Mapping[str, float]
+    """By the ids of D, what ``times`` has if it is not known: 1 for one that is not here either.
+
+    For those who look at many D: ``times.get(id) or usual.get(id, 1.0)`` takes a third of ``times[id]`` then.
+    """
 
 
 class TransferRates:
@@ -140,6 +144,8 @@ class TransferRates:
         self._fleet = OnlineRegression(_PRIOR, _SCALE)
         self._instances: dict[str, _Factor] = {}
         self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._usual: dict[str, float] = {}
+        """The factors of instances by themselves, not as logarithms: see :class:`HandOffs`."""
         self._times: dict[str, _Times] = {}
         """By P."""
         self._median = 0.0
@@ -170,7 +176,7 @@ class TransferRates:
             return None
         factor = math.exp(self._factor(prefill, ""))
         overhead, per_token = self._fleet.coefficients
-        return HandOffs(factor * overhead, factor * per_token, times)
+        return HandOffs(factor * overhead, factor * per_token, times, self._usual)
 
     def learn(self, prefill: str, decode: str, tokens: float, seconds: float) -> None:
         """Learn from a hand-off of so many tokens that took so long."""
@@ -187,6 +193,7 @@ class TransferRates:
         of_prefill, of_decode = (self._instances.setdefault(each, _Factor()) for each in (prefill, decode))
         of_prefill.learn(sample - of_decode.value)
         of_decode.learn(sample - of_prefill.value)
+        self._usual[prefill], self._usual[decode] = _times(of_prefill.value), _times(of_decode.value)
         pair = self._pairs.pop((prefill, decode), None) or _Pair()
         self._pairs[prefill, decode] = pair
         pair.learn_again(sample - of_prefill.value - of_decode.value, self.samples)
@@ -211,6 +218,7 @@ class TransferRates:
             return
         self._fleet.adopt(known.fleet)
         self._instances = {name: _Factor(value, 1) for name, value in known.instances.items()}
+        self._usual.update((name, _times(value)) for name, value in known.instances.items())
         self._pairs = {names: _Pair(value, 1) for names, value in known.pairs.items()}
         for names, pair in self._pairs.items():
             self._believe(*names, pair)
@@ -218,6 +226,7 @@ class TransferRates:
     def forget(self, instance: str) -> None:
         """Forget all of an instance that is gone."""
         self._instances.pop(instance, None)
+        self._usual.pop(instance, None)
         for pair in [each for each in self._pairs if instance in each]:
             self._forget_pair(pair)
         self._times.pop(instance, None)
@@ -236,8 +245,8 @@ class TransferRates:
         """Take what is known of a pair for what a choice counts with."""
         of_decode = self._instances.get(decode)
         factor = pair.value + (of_decode.value if of_decode is not None else 0.0)
-        times = self._times.setdefault(prefill, _Times(self._instances))
-        times[decode] = math.exp(_within(pair.left * factor, _MAX_FACTOR))
+        times = self._times.setdefault(prefill, _Times(self._usual))
+        times[decode] = _times(pair.left * factor)
 
     def _forget_pair(self, names: tuple[str, str]) -> None:
         del self._pairs[names]
@@ -285,6 +294,11 @@ class TransferRates:
 
     def _known(self) -> Iterator[float]:
         return (self._factor(*each) for each in islice(reversed(self._pairs), _FOR_MEDIAN))
+
+
+def _times(logarithm: float) -> float:
+    """Return a factor that is not wilder than is believed."""
+    return math.exp(_within(logarithm, _MAX_FACTOR))
 
 
 def _within(value: float, most: float) -> float:

@@ -66,7 +66,7 @@ class DecodeChoice:
         context, decision, beside = way.context, way.decision, way.beside
         count = 1 + self._config.max_retries
         outside = self._scheduler.outside(InstanceRole.DECODE, context.subset)
-        picked = self._picked(way, outside, count)
+        picked, own = self._picked(way, outside, count)
         if beside is not None and not picked and self._has_no_partner(context, beside):
             raise NoPartner
         picked = picked or self._scheduler.last_resorts(InstanceRole.DECODE, outside, context.model)
@@ -79,22 +79,27 @@ class DecodeChoice:
             decode = self._able(decode, context, way.served, beside, count)
             if not decode:
                 return no_prefill() if way.served is Served.LOCAL else _indivisible()
-        if decode[0] is way.own:  # not what another rule has chosen
+        if decode[0] is own:  # not what another rule has chosen
             self._scheduler.compare_shadow(InstanceRole.DECODE, context, decode[0], beside=beside)
         return decode
 
-    def _picked(self, way: ToDecode, outside: Collection[Endpoint], count: int) -> list[Endpoint]:
-        """Return the D that are picked: the preferred one, if it takes the request, then the strategy's."""
+    def _picked(
+        self, way: ToDecode, outside: Collection[Endpoint], count: int
+    ) -> tuple[list[Endpoint], Endpoint | None]:
+        """Return the D that are picked: the preferred one, if it takes the request, then the strategy's.
+
+        And the one among them that the strategy has chosen to be the first.
+        """
         context, decision, preferred = way.context, way.decision, way.preferred
         pick = self._scheduler.preview if preferred else self._scheduler.pick
         picked = pick(InstanceRole.DECODE, context, count=count, beside=way.beside)
         choice = self._scheduler.explain(InstanceRole.DECODE, context)
         if preferred is None or preferred in outside or not (way.bound or self._has_room(preferred, context)):
-            way.own, decision.decode = picked[0] if picked else None, choice
-            return picked
+            decision.decode = choice
+            return picked, picked[0] if picked else None
         if preferred is not way.own:  # else that was another pick
             decision.decode = choice
-        return [preferred, *(e for e in picked if e is not preferred)]
+        return [preferred, *(e for e in picked if e is not preferred)], way.own
 
     def _has_room(self, endpoint: Endpoint, context: RequestContext) -> bool:
         return endpoint.routable and not self._scheduler.limits.saturated(endpoint, context.now)

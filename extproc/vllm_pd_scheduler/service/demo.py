@@ -15,6 +15,7 @@ from ..envoy.ports import EnvoyPorts
 from ..models import join_address
 from ..request import headers as names
 from ..sim.fleet import Fleet, FleetError
+from ..sim.options import KvConnector
 from .run import Started
 
 _BODY = {
@@ -94,13 +95,13 @@ async def _show_answer(console: Console, url: str) -> None:
         )
 
 
-def run_sim(prefill: int, decode: int, base_port: int) -> int:
+def run_sim(prefill: int, decode: int, base_port: int, connector: KvConnector) -> int:
     """Run a simulated fleet until SIGTERM or Ctrl-C; return the exit status."""
     console = Console(highlight=False, soft_wrap=True)
     for number in (signal.SIGTERM, signal.SIGHUP):  # the same as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
-        with Fleet(prefill, decode, base_port=base_port) as fleet:
+        with Fleet(prefill, decode, base_port=base_port, connector=connector) as fleet:
             console.print_json(json.dumps(fleet.config()))
             Console(stderr=True).print("Ctrl-C ends them.")
             while True:

@@ -87,7 +87,7 @@ class PredictedLatency(Strategy):
             step = endpoint.decode.step(requests + 1, tokens + own)
             found = {"step": step, "requests": requests, "kv_tokens": tokens}
             if request.handoffs is not None:
-                overhead, per_token, times = request.handoffs
+                overhead, per_token, times, _ = request.handoffs
                 fetched = request.prompt_tokens - request.block_tokens * request.cached_blocks(
                     endpoint.holder
                 )
@@ -161,14 +161,17 @@ def _add_handoffs(
     scores: list[float], endpoints: Sequence[Endpoint], request: RequestContext, handoffs: HandOffs
 ) -> None:
     """Add to the score of each D what the hand-off there takes, for each token of the answer."""
-    overhead, per_token, times = handoffs
+    overhead, per_token, times, usual = handoffs
+    known, of_others = times.get, usual.get
     weight, cached = (1.0 + WORK_WEIGHT) / max(1.0, request.output_tokens), request.cached
     least, whole = weight * overhead, weight * (overhead + per_token * request.prompt_tokens)
     if not cached:
         for place, endpoint in enumerate(endpoints):
-            scores[place] += whole * times[endpoint.id]
+            name = endpoint.id
+            scores[place] += whole * (known(name) or of_others(name, 1.0))
         return
     depth_of, of_block = cached.get, weight * per_token * request.block_tokens
     for place, endpoint in enumerate(endpoints):
-        seconds = whole - of_block * depth_of(endpoint.holder, 0)
-        scores[place] += (seconds if seconds > least else least) * times[endpoint.id]
+        name, seconds = endpoint.id, whole - of_block * depth_of(endpoint.holder, 0)
+        factor = known(name) or of_others(name, 1.0)
+        scores[place] += (seconds if seconds > least else least) * factor

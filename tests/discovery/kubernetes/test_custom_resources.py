@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.kubernetes import OLD_OBJECTIVES, ApiServer, Refusal, line
+from tests.support.kubernetes import OLD_OBJECTIVES, ApiServer, Refusal
+from tests.support.kubernetes_answers import line
 from tests.support.kubernetes_objects import Json
 from tests.support.waiting import until
 from vllm_pd_scheduler.discovery.kubernetes import watch

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.support.config import fleet as configured
-from tests.support.kubernetes import line
+from tests.support.kubernetes_answers import line
 from tests.support.kubernetes_objects import endpoint, endpoint_slice, pod
 from vllm_pd_scheduler.config import parse_config
 from vllm_pd_scheduler.config.sources import KubernetesSource

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.kubernetes import ApiServer, Refusal, status_of
+from tests.support.kubernetes import ApiServer, Refusal
+from tests.support.kubernetes_answers import status_of
 from tests.support.kubernetes_objects import endpoint, endpoint_slice, pod, pool
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ConfigError, parse_config

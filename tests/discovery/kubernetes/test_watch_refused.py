@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from tests.discovery.kubernetes.watching import Heard, followed, names, until_names
-from tests.support.kubernetes import ApiServer, Refusal, line, status_of, too_large
+from tests.support.kubernetes import ApiServer, Refusal
+from tests.support.kubernetes_answers import line, status_of, too_large
 from tests.support.kubernetes_objects import pod
 from tests.support.waiting import until
 from vllm_pd_scheduler.discovery.kubernetes import api as api_module
