@@ -45,12 +45,14 @@ COMMANDS = {
 def run(arguments: list[str], directory: Path) -> str:
     """Run a Python with arguments to its end; return what it printed."""
     paths = os.pathsep.join((str(ROOT), *filter(None, sys.path)))
+    # With several workers at the tests, pytest-benchmark would measure nothing in what they start.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     log = directory / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=directory,
-            env={**os.environ, **SIZES, "PYTHONPATH": paths},
+            env={**inherited, **SIZES, "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
