@@ -236,9 +236,12 @@ class PrefillLoad(ReadOnly):
         a pause are learned from as one sample, up to ``_MAX_GROUP`` of them, or fewer if they show that
         predictions are wrong.
         """
-        sample = (1.0, float(tokens), prefill_pairs(tokens, context), seconds)
-        self._group[:] = [sum(pair) for pair in zip(self._group, sample, strict=True)]
-        *x, seconds = self._group
+        group = self._group  # added up by hand: it is done for each prefill of each replica
+        group[0] += 1.0
+        group[1] += tokens
+        group[2] += prefill_pairs(tokens, context)
+        group[3] += seconds
+        *x, seconds = group
         if not self._must_learn(x, seconds) and (self._pending or seconds < _MIN_GROUP_S):
             return
         self._group[:] = [0.0, 0.0, 0.0, 0.0]
