@@ -3,9 +3,10 @@
 ``python -m benchmarks.replicas``, in the clone; it needs a ``redis-server`` or ``valkey-server``. One real
 scheduler serves a real Envoy at a fixed rate, before a fleet of engines that compute nothing. It shares by a
 real server with others, which are played by a process that tells for each what a scheduler with as many
-requests does. Set-ups are measured in turns, so that figures of one run can be compared. ``--against PATH``
-measures another clone in the same turns. All of it runs on one machine, so the default rate is lower on one
-with few cores.
+requests does. Where it is alone, or has fewer others, as many are played for another fleet: a request takes
+more CPU on cores that others use too, which is not to be put down to sharing. Set-ups are measured in turns,
+so that figures of one run can be compared. ``--against PATH`` measures another clone in the same turns. All
+of it runs on one machine, so the default rate is lower on one with few cores.
 """
 
 from __future__ import annotations
@@ -133,9 +134,19 @@ def _ignore(_: Change) -> None: ...
 
 @contextlib.contextmanager
 def scheduler(
-    clone: Path, others: int, rate: float, strategy: str, instances: Fleet, folder: Path, url: str
+    clone: Path,
+    others: int,
+    played: int,
+    rate: float,
+    strategy: str,
+    instances: Fleet,
+    folder: Path,
+    url: str,
 ) -> Iterator[tuple[int, int]]:
-    """Run a scheduler of a clone with its Envoy and so many others; give its port and process."""
+    """Run a scheduler of a clone with its Envoy and so many others; give its port and process.
+
+    So many are ``played`` in all: those that are not its own are of another fleet.
+    """
     port, prefill_port, admin_port, envoy_admin_port = unused_ports(4)
     config: dict[str, Any] = {"strategy": strategy}
     for role in ("prefill", "decode"):
@@ -143,9 +154,9 @@ def scheduler(
             {"id": f"{role}-{number}", "host": "127.0.0.1", "port": each}
             for number, each in enumerate(getattr(instances, role))
         ]
-    if others:
-        config["replicas"] = {"url": url, "key": f"pd-{port}", "name": "measured"}
-    path = _written(folder / f"{port}.json", config)
+    shared = {**config, "replicas": {"url": url, "key": f"pd-{port}", "name": "measured"}}
+    elsewhere = {**config, "replicas": {"url": url, "key": f"pd-{port}-elsewhere", "name": "nobody"}}
+    path = _written(folder / f"{port}.json", shared if others else config)
     up = [*_python(clone), "-m", "vllm_pd_scheduler", "up", "--log-level=WARNING", f"--config={path}"]
     up += [f"--port={port}", f"--prefill-port={prefill_port}", f"--admin-port={admin_port}"]
     up += [f"--envoy-admin-port={envoy_admin_port}"]
@@ -154,11 +165,14 @@ def scheduler(
         process = stack.enter_context(_process(up, log))
         body = b'{"model": "fake-model", "prompt": "Hello", "max_tokens": 1}'
         _until(partial(_answers, port, "/v1/completions", body), process, log)
+        log = folder / f"{port}-others.log"
+        for count, of in ((others, path), (played - others, _written(folder / f"{port}-e.json", elsewhere))):
+            if count:
+                play_them = [*_python(clone), "-m", "benchmarks.replicas", f"--play={of}"]
+                play_them += [f"--others={count}", f"--rate={rate}"]
+                stack.enter_context(_process(play_them, log))
         if others:
-            play_them = [*_python(clone), "-m", "benchmarks.replicas", f"--play={path}"]
-            play_them += [f"--others={others}", f"--rate={rate}"]
-            stack.enter_context(_process(play_them, folder / f"{port}-others.log"))
-            _until(partial(_hears, admin_port, others), process, folder / f"{port}-others.log")
+            _until(partial(_hears, admin_port, others), process, log)
         yield port, process.pid
 
 
@@ -241,8 +255,8 @@ def main() -> None:
         instances = stack.enter_context(fleet(options.instances, folder))
         for run in range(options.runs):
             for clone, count in sorted(found, key=lambda each: each[1], reverse=bool(run % 2)):
-                place = clones[clone], count, options.rate, options.strategy, instances, folder, server.url
-                with scheduler(*place) as (port, pid):
+                place = clones[clone], count, max(options.others), options.rate, options.strategy
+                with scheduler(*place, instances, folder, server.url) as (port, pid):
                     cost = uvloop.run(measure(port, pid, options.rate, options.seconds))
                 found[clone, count].append(cost)
                 words = f"{run}{clone} {count}: {cost.scheduler:.3f}, with Envoy {cost.whole:.3f}"
