@@ -8,28 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from tests.support.heard import Heard
 from tests.support.waiting import until
 from vllm_pd_scheduler.config import ReplicasConfig
-from vllm_pd_scheduler.sync.channel import Change
 from vllm_pd_scheduler.sync.valkey import Valkey
-
-
-class Heard:
-    """A listener that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.messages: list[bytes] = []
-        self.changes: list[Change] = []
-        self.problems: list[str] = []
-
-    def received(self, data: bytes) -> None:
-        self.messages.append(data)
-
-    def changed(self, change: Change) -> None:
-        self.changes.append(change)
-
-    def connection(self, problem: str) -> None:
-        self.problems.append(problem)
 
 
 class Replica:

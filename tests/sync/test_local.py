@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.support.heard import Heard
 from tests.support.waiting import until
 from vllm_pd_scheduler.sync import local
 from vllm_pd_scheduler.sync.channel import START, Change, Dropped, NotKept, Overtaken
@@ -19,24 +20,13 @@ from vllm_pd_scheduler.sync.hub import Hub
 from vllm_pd_scheduler.sync.local import LocalChannel, leave_together, tell_alive, tell_ready
 
 
-class Worker:
+class Worker(Heard):
     """A channel with what it was told."""
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self.channel = LocalChannel(path)
-        self.messages: list[bytes] = []
-        self.changes: list[Change] = []
-        self.problems: list[str] = []
         self.task = asyncio.ensure_future(self.channel.run(self))
-
-    def received(self, data: bytes) -> None:
-        self.messages.append(data)
-
-    def changed(self, change: Change) -> None:
-        self.changes.append(change)
-
-    def connection(self, problem: str) -> None:
-        self.problems.append(problem)
 
     async def end(self) -> None:
         self.task.cancel()
