@@ -56,8 +56,13 @@ async def test_sentinels_say_where_the_server_is(server: Server, tmp_path: Path)
 
 async def test_a_node_of_a_cluster_is_used_by_shards(tmp_path: Path) -> None:
     options = "cluster-enabled yes", "cluster-config-file nodes.conf"
-    with running(tmp_path / "one", *options) as one, running(tmp_path / "two", *options) as two:
-        two.ask("CLUSTER", "MEET", "127.0.0.1", str(one.port))
+    # By default the nodes' own port is greater by 10,000, where connections that go out have theirs.
+    bus, other = unused_ports(2)
+    with (
+        running(tmp_path / "one", *options, f"cluster-port {bus}") as one,
+        running(tmp_path / "two", *options, f"cluster-port {other}") as two,
+    ):
+        two.ask("CLUSTER", "MEET", "127.0.0.1", str(one.port), str(bus))
         one.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         await until(lambda: "cluster_state:ok" in two.ask("CLUSTER", "INFO"))
         await until(lambda: "cluster_slots_assigned:16384" in two.ask("CLUSTER", "INFO"))
