@@ -244,7 +244,7 @@ class PrefillLoad(ReadOnly):
         *x, seconds = group
         if not self._must_learn(x, seconds) and (self._pending or seconds < _MIN_GROUP_S):
             return
-        self._group[:] = [0.0, 0.0, 0.0, 0.0]
+        group[:] = [0.0, 0.0, 0.0, 0.0]
         fleet.learn(x, seconds)
         self.fit.learn(x, seconds, fleet.coefficients)
         self._use(self.fit.coefficients)
